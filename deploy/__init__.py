@@ -1,0 +1,1 @@
+"""What is shipped: bundles, scoring, and the `braid` command that puts everything together."""

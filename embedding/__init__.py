@@ -1,0 +1,1 @@
+"""The sparse side: feature schema, batches, tables, sharding, checkpoints."""

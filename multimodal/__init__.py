@@ -1,0 +1,1 @@
+"""Item content: towers, fusion, alignment and semantic codes."""

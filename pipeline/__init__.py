@@ -1,0 +1,1 @@
+"""Stages on Ray: from the event log to a published bundle."""

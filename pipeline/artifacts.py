@@ -1,0 +1,113 @@
+"""Artifacts: directories that exist only once their manifest does.
+
+A stage writes into a hidden directory beside its final place and renames it at the end, so a crash
+leaves nothing half-visible and the next run finds either the whole artifact or none.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from embedding.config import StrictConfig
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+class Manifest(StrictConfig):
+    """What an artifact is made of; version 1."""
+
+    schema_version: int = SCHEMA_VERSION
+    stage: str
+    artifact_id: str
+    """Hash of stage, config and inputs: equal ids mean equal content."""
+    config_hash: str
+    inputs: dict[str, str] = Field(default_factory=dict)
+    """Input artifact ids and source fingerprints by name."""
+    rows_in: int = 0
+    rows_out: int = 0
+    quarantined: dict[str, int] = Field(default_factory=dict)
+    """Rows put aside, by reason."""
+    facts: dict[str, Any] = Field(default_factory=dict)
+    """Stage-specific figures for the report."""
+    checksums: dict[str, str] = Field(default_factory=dict)
+    """SHA-256 of every file, by path relative to the artifact."""
+    seconds: float = 0.0
+    created_at: str = ""
+
+
+def config_hash(config: BaseModel | dict[str, Any]) -> str:
+    """Short hash of a configuration's canonical JSON."""
+    data = config.model_dump(mode="json") if isinstance(config, BaseModel) else config
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def artifact_id(stage: str, config: str, inputs: dict[str, str]) -> str:
+    """Identity of what a stage would produce from this config hash and these inputs."""
+    return config_hash({"stage": stage, "config": config, "inputs": inputs})
+
+
+def read_manifest(directory: Path) -> Manifest | None:
+    """The manifest of a finished artifact, or None where there is none."""
+    path = directory / MANIFEST
+    return Manifest.model_validate_json(path.read_text()) if path.exists() else None
+
+
+@contextmanager
+def writing(directory: Path) -> Iterator[Path]:
+    """A scratch directory beside `directory`; removed if the block raises.
+
+    Call `publish` inside the block to make the artifact visible. A scratch directory left by a
+    killed process is emptied first, except for a `resume/` folder in it, which is the stage's own
+    (training keeps its checkpoints there).
+    """
+    scratch = directory.parent / f".{directory.name}.partial"
+    scratch.mkdir(parents=True, exist_ok=True)
+    for entry in scratch.iterdir():
+        if entry.name != "resume":
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    try:
+        yield scratch
+    except BaseException:
+        if not (scratch / "resume").exists():
+            shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def publish(scratch: Path, directory: Path, manifest: Manifest) -> Manifest:
+    """Checksum the files of `scratch`, write the manifest last, and rename to `directory`."""
+    shutil.rmtree(scratch / "resume", ignore_errors=True)
+    checksums = {
+        str(path.relative_to(scratch)): _sha256(path)
+        for path in sorted(scratch.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    finished = manifest.model_copy(
+        update={"checksums": checksums, "created_at": datetime.now(UTC).isoformat()}
+    )
+    (scratch / MANIFEST).write_text(finished.model_dump_json(indent=2))
+    if directory.exists():
+        outdated = directory.parent / f".{directory.name}.outdated"
+        shutil.rmtree(outdated, ignore_errors=True)
+        directory.rename(outdated)
+        scratch.rename(directory)
+        shutil.rmtree(outdated)
+    else:
+        scratch.rename(directory)
+    return finished
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

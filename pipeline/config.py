@@ -1,0 +1,129 @@
+"""The recipe: one YAML file that describes a whole daily pipeline.
+
+Imports pydantic and nothing heavy, so that `braid validate` and `--help` never load torch.
+"""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from embedding.config import (
+    FeatureSchema,
+    RowWiseAdagrad,
+    ShardingConfig,
+    SparseOptimizer,
+    StrictConfig,
+)
+from ranking.config import RankingConfig
+
+
+class SyntheticConfig(StrictConfig):
+    """The synthetic marketplace: its truth, size and seed (`braid data synth`)."""
+
+    num_days: PositiveInt = 4
+    first_day: str = "2024-01-01"
+    events_per_day: PositiveInt = 20_000
+    num_users: PositiveInt = 2_000
+    num_items: PositiveInt = 1_000
+    """Items alive on one day."""
+    births_per_day: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the living items replaced by new ones each day."""
+    candidates_per_request: PositiveInt = 10
+    taste_dim: PositiveInt = 8
+    base_rate: float = Field(default=0.2, gt=0, lt=1)
+    drift: float = Field(default=0.1, ge=0)
+    """Standard deviation of the daily step of popularity and tastes."""
+    content_share: float = Field(default=0.8, ge=0, le=1)
+    """Share of an item's appeal that its latent (seen in text and image) determines."""
+    image_size: PositiveInt = 32
+    seed: NonNegativeInt = 0
+
+
+class DataConfig(StrictConfig):
+    """Where the data lies and how strict ingest is."""
+
+    root: Path
+    """Directory with events/, items.parquet and users.parquet."""
+    synthetic: SyntheticConfig | None = None
+    """Generate the synthetic marketplace in `root` when it is not there yet."""
+    max_quarantined_share: float = Field(default=0.01, ge=0, le=1)
+    """Ingest fails when more than this share of a span's rows is quarantined."""
+    group_by: Literal["user_id", "request_id"] = "user_id"
+    """Groups of GAUC."""
+    user_buckets: PositiveInt = 8
+    """Users are hashed into this many buckets; one bucket of a span fits in a worker's memory."""
+
+
+class WindowConfig(StrictConfig):
+    """Which days are trained and evaluated for a run of day D."""
+
+    train_days: PositiveInt | None = None
+    """Days up to and including D; None: all days there are. A warm-started run trains only the
+    days after its parent's."""
+    eval_days: PositiveInt | None = 1
+    """Days after D; None: all days there are."""
+    warm_start: bool = True
+    """Start from the latest earlier run in the same output directory."""
+
+
+class EmbeddingPlaneConfig(StrictConfig):
+    """Sparse optimizer and sharding of all tables."""
+
+    optimizer: SparseOptimizer = RowWiseAdagrad()
+    sharding: ShardingConfig = ShardingConfig()
+
+
+class ClusterConfig(StrictConfig):
+    """Workers of the training group."""
+
+    num_workers: PositiveInt = 2
+    cpus_per_worker: PositiveFloat = 1
+    use_gpu: bool = False
+    max_failures: NonNegativeInt = 2
+    """Restarts of the worker group from the last checkpoint before the stage fails."""
+
+
+class GateConfig(StrictConfig):
+    """What a model must show before it is published."""
+
+    task: str
+    min_auc: float = Field(default=0.5, ge=0, le=1)
+    max_auc_drop: PositiveFloat | None = None
+    """Against the bundle in production; None: not compared."""
+    calibration: tuple[float, float] = (0.5, 2.0)
+    """Allowed range of sum of predictions / sum of labels."""
+
+
+class Recipe(StrictConfig):
+    """A complete daily pipeline."""
+
+    name: str
+    description: str = ""
+    data: DataConfig
+    window: WindowConfig = WindowConfig()
+    features: FeatureSchema
+    embedding: EmbeddingPlaneConfig = EmbeddingPlaneConfig()
+    ranking: RankingConfig
+    cluster: ClusterConfig = ClusterConfig()
+    gate: GateConfig
+
+    @model_validator(mode="after")
+    def _check_references(self) -> Self:
+        histories = [history.name for history in self.features.histories]
+        for interest in self.ranking.model.interests:
+            if interest.history not in histories:
+                raise ValueError(
+                    f"ranking.model.interests: history {interest.history!r} is not among the "
+                    f"histories {histories}"
+                )
+        labels = [task.label_name for task in self.ranking.tasks]
+        for history in self.features.histories:
+            if history.label is not None and history.label not in labels:
+                raise ValueError(
+                    f"features.histories: label {history.label!r} is not a task's label {labels}"
+                )
+        tasks = [task.name for task in self.ranking.tasks]
+        if self.gate.task not in tasks:
+            raise ValueError(f"gate.task: {self.gate.task!r} is not among the tasks {tasks}")
+        return self

@@ -1,0 +1,1 @@
+"""The dense side: interactions, classifiers, tasks, losses, metrics, the training loop."""

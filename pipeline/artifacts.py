@@ -19,6 +19,7 @@ from embedding.config import StrictConfig
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+RESUME = "resume"
 
 
 class Manifest(StrictConfig):
@@ -62,29 +63,34 @@ def read_manifest(directory: Path) -> Manifest | None:
 
 
 @contextmanager
-def writing(directory: Path) -> Iterator[Path]:
+def writing(directory: Path, identity: str) -> Iterator[Path]:
     """A scratch directory beside `directory`; removed if the block raises.
 
-    Call `publish` inside the block to make the artifact visible. A scratch directory left by a
-    killed process is emptied first, except for a `resume/` folder in it, which is the stage's own
-    (training keeps its checkpoints there).
+    Call `publish` inside the block to make the artifact visible. What a killed process left in the
+    scratch directory is removed first, except a `resume/` folder written for the same `identity`:
+    it is the stage's own (training keeps its checkpoints there) and outlives failures.
     """
     scratch = directory.parent / f".{directory.name}.partial"
-    scratch.mkdir(parents=True, exist_ok=True)
-    for entry in scratch.iterdir():
-        if entry.name != "resume":
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    resume = scratch / RESUME
+    if scratch.exists():
+        marker = resume / "identity"
+        resumable = marker.exists() and marker.read_text() == identity
+        for entry in scratch.iterdir():
+            if entry != resume or not resumable:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    resume.mkdir(parents=True, exist_ok=True)
+    (resume / "identity").write_text(identity)
     try:
         yield scratch
     except BaseException:
-        if not (scratch / "resume").exists():
+        if [entry.name for entry in resume.iterdir()] == ["identity"]:
             shutil.rmtree(scratch, ignore_errors=True)
         raise
 
 
 def publish(scratch: Path, directory: Path, manifest: Manifest) -> Manifest:
     """Checksum the files of `scratch`, write the manifest last, and rename to `directory`."""
-    shutil.rmtree(scratch / "resume", ignore_errors=True)
+    shutil.rmtree(scratch / RESUME, ignore_errors=True)
     checksums = {
         str(path.relative_to(scratch)): _sha256(path)
         for path in sorted(scratch.rglob("*"))

@@ -1,0 +1,100 @@
+"""Which days a dataset has, and which of them a run trains and evaluates."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+from embedding.errors import UserError
+from pipeline.config import WindowConfig
+
+PARTITION = "dt="
+
+
+def available_days(root: Path) -> list[str]:
+    """Days with a partition under `root/events`, ascending.
+
+    Raises:
+        UserError: There is no such dataset.
+    """
+    events = root / "events"
+    if not events.is_dir():
+        raise UserError(
+            f"data.root={root} has no events/ directory; create it with `braid data import ...` or "
+            "`braid data synth`, or point --set data.root=DIR at a dataset"
+        )
+    days = sorted(path.name.removeprefix(PARTITION) for path in events.glob(f"{PARTITION}*"))
+    if not days:
+        raise UserError(f"{events} has no day; its partitions are directories dt=YYYY-MM-DD")
+    for day in days:
+        parse_day(day, f"partition {events / (PARTITION + day)}")
+    return days
+
+
+def parse_day(text: str, where: str) -> date:
+    """A day from YYYY-MM-DD.
+
+    Raises:
+        UserError: It is not one.
+    """
+    try:
+        return date.fromisoformat(text)
+    except ValueError as error:
+        raise UserError(f"{where}: {text!r} is not a day; write it as YYYY-MM-DD") from error
+
+
+@dataclass(frozen=True)
+class Split:
+    """Days of one run."""
+
+    known: tuple[str, ...]
+    """All days up to and including the run's date."""
+    train: tuple[str, ...]
+    evaluation: tuple[str, ...]
+
+
+def split_days(days: Sequence[str], day: str, window: WindowConfig) -> Split:
+    """Days to train and to evaluate on for a run of `day`.
+
+    Raises:
+        UserError: No event to train on, or none after `day` to evaluate on.
+    """
+    parse_day(day, "--date")
+    known = [other for other in days if other <= day]
+    later = [other for other in days if other > day]
+    if not known or known[-1] != day:
+        near = [other for other in days if other <= day][-1:] or list(days[:1])
+        raise UserError(
+            f"--date {day}: the event log has no such day (it has {days[0]} .. {days[-1]}); "
+            f"use {near[0]}, or import that day first"
+        )
+    if not later:
+        last = f"the last date that can be run is {known[-2]}" if len(known) > 1 else "add a day"
+        raise UserError(f"--date {day}: no later day to evaluate on; {last}")
+    train = known if window.train_days is None else known[-window.train_days :]
+    evaluation = later if window.eval_days is None else later[: window.eval_days]
+    return Split(tuple(known), tuple(train), tuple(evaluation))
+
+
+def fingerprint(paths: Sequence[Path]) -> str:
+    """Changes when a file appears, disappears, or is rewritten (name, size, mtime)."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        stat = path.stat()
+        digest.update(f"{path.name}|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def day_files(root: Path, days: Sequence[str]) -> list[Path]:
+    """Parquet files of these days' events."""
+    return [
+        path
+        for day in days
+        for path in sorted((root / "events" / f"{PARTITION}{day}").glob("*.parquet"))
+    ]
+
+
+def catalogue_files(root: Path) -> list[Path]:
+    """`items.parquet` and `users.parquet`, where they exist."""
+    return [path for path in (root / "items.parquet", root / "users.parquet") if path.exists()]

@@ -1,0 +1,55 @@
+"""One run at a time in an output directory."""
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from embedding.errors import UserError
+
+
+@contextmanager
+def exclusive(out: Path, command: str) -> Iterator[None]:
+    """Hold the output directory; the operating system releases it if the process dies.
+
+    Raises:
+        UserError: Another run holds it, or the directory cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out / ".lock")
+        owner = out / ".owner.json"
+        with lock.acquire(timeout=0):
+            owner.write_text(
+                json.dumps(
+                    {
+                        "pid": os.getpid(),
+                        "host": socket.gethostname(),
+                        "command": command,
+                        "since": datetime.now().isoformat(timespec="seconds"),
+                    }
+                )
+            )
+            try:
+                yield
+            finally:
+                owner.unlink(missing_ok=True)
+    except Timeout as error:
+        raise UserError(
+            f"--out {out} is in use by {_describe(owner)}; wait for it or choose another --out"
+        ) from error
+    except PermissionError as error:
+        raise UserError(f"--out {out} cannot be written: {error}; choose another --out") from error
+
+
+def _describe(owner: Path) -> str:
+    try:
+        facts = json.loads(owner.read_text())
+    except (OSError, ValueError):
+        return "another run"
+    return f"`{facts['command']}` (pid {facts['pid']} on {facts['host']}, since {facts['since']})"

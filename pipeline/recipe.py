@@ -1,0 +1,188 @@
+"""Loading a recipe: YAML in, a checked `Recipe` out, with errors that name the place."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from embedding.errors import UserError
+from pipeline.config import Recipe
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with Braid."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def find_recipe(name_or_path: str) -> Path:
+    """Path of a built-in recipe or of a YAML file.
+
+    Raises:
+        UserError: It is neither.
+    """
+    if name_or_path.endswith((".yaml", ".yml")):
+        path = Path(name_or_path)
+        if not path.is_file():
+            raise UserError(f"recipe file {name_or_path} does not exist; check the path")
+        return path
+    path = RECIPES / f"{name_or_path}.yaml"
+    if not path.is_file():
+        raise UserError(
+            f"there is no recipe {name_or_path!r}{_nearest(name_or_path, recipe_names())}; "
+            f"built-in recipes are {', '.join(recipe_names())}, or give the path of a .yaml file"
+        )
+    return path
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override and check a recipe.
+
+    Args:
+        name_or_path: A built-in recipe's name, or a YAML file.
+        overrides: `a.b.c=value` each; values are YAML; list entries are addressed by their
+            `name` or index, as in `features.tables.item.embedding_dim=32`.
+
+    Raises:
+        UserError: Anything wrong, every fault with its YAML path, value and remedy.
+    """
+    path = find_recipe(name_or_path)
+    try:
+        data = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{path.name} is not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path.name} must be a mapping of recipe keys; see `braid schema`")
+    for override in overrides:
+        apply_override(data, override)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        faults = [_sentence(fault, data) for fault in error.errors()]
+        raise UserError(f"recipe {path.name}: " + "\n  ".join(faults)) from error
+
+
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Set one `a.b.c=value` in place.
+
+    Raises:
+        UserError: No `=`, or the path goes through something that is not there.
+    """
+    path, separator, text = override.partition("=")
+    if not separator or not path:
+        raise UserError(f"--set {override!r}: write it as path.to.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override!r}: {text!r} is not a YAML value") from error
+    *parents, last = path.split(".")
+    node: Any = data
+    for part in parents:
+        node = _child(node, part, override)
+    if isinstance(node, list):
+        node[_index(node, last, override)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise UserError(f"--set {override!r}: {'.'.join(parents)} is a value and has no keys")
+
+
+def _child(node: Any, part: str, override: str) -> Any:
+    if isinstance(node, list):
+        return node[_index(node, part, override)]
+    if isinstance(node, dict):
+        if node.get(part) is None:
+            node[part] = {}
+        return node[part]
+    raise UserError(f"--set {override!r}: nothing lies below {part!r}")
+
+
+def _index(node: list[Any], part: str, override: str) -> int:
+    names = [entry.get("name") if isinstance(entry, dict) else None for entry in node]
+    if part in names:
+        return names.index(part)
+    if part.isdigit() and int(part) < len(node):
+        return int(part)
+    known = [str(name) for name in names if name is not None]
+    raise UserError(
+        f"--set {override!r}: the list has no entry {part!r}{_nearest(part, known)}; "
+        f"use an index below {len(node)} or one of {known}"
+    )
+
+
+def _sentence(fault: ErrorDetails, data: Any) -> str:
+    where = _yaml_path(fault["loc"], data)
+    match fault["type"]:
+        case "extra_forbidden":
+            key = str(fault["loc"][-1])
+            allowed = _keys_at(Recipe, fault["loc"][:-1])
+            hint = _nearest(key, allowed) or f"; allowed are {', '.join(allowed)}"
+            return f"{where}: unknown key{hint}"
+        case "missing":
+            return f"{where}: required, but not there; add it"
+        case "value_error":
+            message = fault["msg"].removeprefix("Value error, ")
+            return f"{where}: {message}" if where else message
+        case _:
+            return f"{where}: {fault['msg']}; got {fault['input']!r}"
+
+
+def _yaml_path(loc: tuple[int | str, ...], data: Any) -> str:
+    """The path as the user sees it: union tags that pydantic inserts are left out."""
+    parts: list[str] = []
+    node = data
+    for index, part in enumerate(loc):
+        if isinstance(node, dict) and part not in node and node.get("kind") == part:
+            continue
+        if isinstance(node, dict):
+            node = node.get(part)
+        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
+            node = node[part]
+            name = node.get("name") if isinstance(node, dict) else None
+            if name is not None and index < len(loc) - 1:
+                part = str(name)
+        parts.append(str(part))
+    return ".".join(parts)
+
+
+def _keys_at(annotation: Any, loc: tuple[int | str, ...]) -> list[str]:
+    """Keys allowed at a location of the model tree; [] where there are none."""
+    if get_origin(annotation) is Annotated:
+        return _keys_at(get_args(annotation)[0], loc)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        if not loc:
+            return sorted(annotation.model_fields)
+        field = annotation.model_fields.get(str(loc[0]))
+        if field is not None:
+            return _keys_at(field.annotation, loc[1:])
+        # A tagged union's tag: the member was chosen already.
+        return _keys_at(annotation, loc[1:]) if _kind(annotation) == loc[0] else []
+    if get_origin(annotation) in (Union, UnionType):
+        for member in get_args(annotation):
+            if not loc or _kind(member) in (None, loc[0]):
+                keys = _keys_at(member, loc)
+                if keys:
+                    return keys
+        return []
+    if get_origin(annotation) is tuple and loc and isinstance(loc[0], int):
+        return _keys_at(get_args(annotation)[0], loc[1:])
+    return []
+
+
+def _kind(annotation: Any) -> str | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        field = annotation.model_fields.get("kind")
+        if field is not None and get_origin(field.annotation) is Literal:
+            return str(get_args(field.annotation)[0])
+    return None
+
+
+def _nearest(word: str, words: Sequence[str]) -> str:
+    matches = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]!r}?" if matches else ""

@@ -49,8 +49,6 @@ class DataConfig(StrictConfig):
     """Generate the synthetic marketplace in `root` when it is not there yet."""
     max_quarantined_share: float = Field(default=0.01, ge=0, le=1)
     """Ingest fails when more than this share of a span's rows is quarantined."""
-    group_by: Literal["user_id", "request_id"] = "user_id"
-    """Groups of GAUC."""
     user_buckets: PositiveInt = 8
     """Users are hashed into this many buckets; one bucket of a span fits in a worker's memory."""
 
@@ -84,6 +82,17 @@ class ClusterConfig(StrictConfig):
     """Restarts of the worker group from the last checkpoint before the stage fails."""
 
 
+class EvaluationConfig(StrictConfig):
+    """Groups and slices of the metrics. Popularity counts events up to the run's date."""
+
+    group_by: Literal["user_id", "request_id"] = "user_id"
+    """Groups of GAUC."""
+    rare_max_events: PositiveInt = 10
+    """Items with 1 .. this many events are `rare`; items with none are `cold`."""
+    popular_share: float = Field(default=0.1, gt=0, le=1)
+    """The most frequent items, as a share of all seen ones, are `popular`."""
+
+
 class GateConfig(StrictConfig):
     """What a model must show before it is published."""
 
@@ -106,6 +115,7 @@ class Recipe(StrictConfig):
     embedding: EmbeddingPlaneConfig = EmbeddingPlaneConfig()
     ranking: RankingConfig
     cluster: ClusterConfig = ClusterConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     gate: GateConfig
 
     @model_validator(mode="after")

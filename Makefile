@@ -1,0 +1,46 @@
+# Two commands: `make demo` and `make test`. ACCEL=gpu installs the CUDA kernels instead.
+ACCEL ?= cpu
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+DEMO_DATE := 2024-01-07
+
+.PHONY: demo test lint clean pins
+
+demo: $(VENV)/.installed-$(ACCEL)  ## The whole daily pipeline on the synthetic marketplace.
+	$(BIN)/braid run --recipe demo --date $(DEMO_DATE) --out runs/demo
+
+test: lint  ## Lint, types, tests, and the commands the README shows.
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:  ## Removes the environment and caches; runs/ and data/ stay.
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+
+pins: $(VENV)/.installed-dev  ## Rewrites requirements/constraints.txt from the environment.
+	{ sed -n '/^#/p' requirements/constraints.txt; $(BIN)/python -m pip freeze --exclude-editable \
+	  | grep -viE '^(#|torch==|torchrec|fbgemm)'; } > requirements/.constraints
+	mv requirements/.constraints requirements/constraints.txt
+
+# Exactly one fbgemm wheel: the stamp of the other accelerator means a fresh environment.
+$(VENV)/.installed-$(ACCEL): requirements/base.txt requirements/constraints.txt \
+    requirements/$(ACCEL).txt requirements/torchrec.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: no python3.11 or python3.12 on PATH; install one, or set PYTHON=" >&2; exit 2; }
+	@for stamp in $(VENV)/.installed-cpu $(VENV)/.installed-gpu; do \
+	  if [ -e $$stamp ] && [ $$stamp != $@ ]; then rm -rf $(VENV); fi; done
+	@echo "installing into $(VENV) (ACCEL=$(ACCEL)), a few minutes the first time"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --upgrade "pip>=24"
+	$(PIP) install -r requirements/$(ACCEL).txt
+	$(PIP) install --no-deps -r requirements/torchrec.txt
+	$(PIP) install --no-deps -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed-$(ACCEL) requirements/dev.txt
+	$(PIP) install -r requirements/dev.txt
+	@touch $@

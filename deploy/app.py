@@ -1,0 +1,64 @@
+"""The `braid` command put together: pipeline's commands and deploy's, with one error boundary."""
+
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from deploy.cli import score
+from embedding.errors import UserError
+from pipeline.cli import app
+from pipeline.failures import user_error
+
+if TYPE_CHECKING:
+    from pipeline.config import Recipe
+    from pipeline.stages import StageOutput
+
+app.command()(score)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `braid ...`: 0 ok, 1 failed, 2 the user must change something."""
+    try:
+        code = app(
+            list(arguments) if arguments is not None else None,
+            obj=_publish,
+            standalone_mode=False,
+        )
+        return code if isinstance(code, int) else 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        _print_error("interrupted; run the same command again to go on where it stopped")
+        return 1
+    except Exception as error:  # noqa: BLE001 # the process boundary: it becomes an exit code
+        return _report(error)
+
+
+def _report(error: Exception) -> int:
+    """Print what the user must change, or the traceback of what failed."""
+    remedy = user_error(error)
+    if isinstance(remedy, UserError):
+        _print_error(f"error: {remedy}")
+        return 2
+    traceback.print_exception(error)
+    _print_error(
+        f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}\n"
+        "finished stages are kept; run the same command again to go on from here"
+    )
+    return 1
+
+
+def _print_error(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+def _publish(recipe: "Recipe", train: Path, scratch: Path) -> "StageOutput":
+    """The publish stage; loaded when it runs."""
+    from deploy.publish import publish
+
+    return publish(recipe, train, scratch)

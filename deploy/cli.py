@@ -1,0 +1,28 @@
+"""Commands on published bundles."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def score(
+    bundle: Annotated[Path, typer.Option("--bundle", help="Published bundle directory.")],
+    samples: Annotated[
+        Path, typer.Option("--samples", help="Sample Parquet file or directory (a join artifact).")
+    ],
+    output: Annotated[Path, typer.Option("--output", help="Parquet file to write.")],
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Rows at a time.")] = 8192,
+) -> None:
+    """Score Parquet samples with a bundle: their keys and one probability a task."""
+    from rich.console import Console
+
+    from deploy.scoring import score_samples
+    from pipeline.console import Reporter
+
+    reporter = Reporter()
+    with reporter.stage("score"):
+        rows = score_samples(
+            bundle, samples, output, batch_size=batch_size, progress=reporter.advance
+        )
+    Console(highlight=False).print(f"{rows} rows scored -> {output}")

@@ -1,0 +1,158 @@
+"""The `braid` command. A command parses, loads the recipe, calls one function, prints one table.
+
+Heavy imports (torch, ray, pyarrow) happen inside the commands, so that `--help` answers at once.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from pipeline.command import Command
+    from pipeline.config import Recipe
+
+app = typer.Typer(
+    name="braid",
+    help="Daily retraining of industrial ranking models on Ray and TorchRec.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipeOption = Annotated[
+    str, typer.Option("--recipe", "-r", help="Built-in recipe or path of a YAML file.")
+]
+DateOption = Annotated[str, typer.Option("--date", "-d", help="Day to train up to, YYYY-MM-DD.")]
+OutOption = Annotated[Path, typer.Option("--out", "-o", help="Output directory.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override a recipe key: path.to.key=value. May be repeated."),
+]
+
+
+@app.command()
+def run(
+    context: typer.Context,
+    recipe: RecipeOption,
+    date: DateOption,
+    out: OutOption,
+    overrides: SetOption = None,
+) -> None:
+    """Run all stages of one day: ingest, join, plan, train, evaluate, gate, publish."""
+    with _command(context, recipe, out, overrides, f"braid run --date {date}") as command:
+        refused = command.run_day(date)
+    raise typer.Exit(1 if refused else 0)
+
+
+@app.command()
+def stage(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="ingest, join, plan, train, evaluate, gate, publish")],
+    recipe: RecipeOption,
+    date: DateOption,
+    out: OutOption,
+    overrides: SetOption = None,
+) -> None:
+    """Run one stage of one day, and the stages before it that are not current."""
+    with _command(context, recipe, out, overrides, f"braid stage {name} --date {date}") as command:
+        command.run_stage(name, date)
+
+
+@app.command()
+def backfill(
+    context: typer.Context,
+    recipe: RecipeOption,
+    first: Annotated[str, typer.Option("--from", help="First day, YYYY-MM-DD.")],
+    last: Annotated[str, typer.Option("--to", help="Last day, YYYY-MM-DD.")],
+    out: OutOption,
+    overrides: SetOption = None,
+) -> None:
+    """Run day after day, each started from the day before and evaluated on the day after."""
+    title = f"braid backfill --from {first} --to {last}"
+    with _command(context, recipe, out, overrides, title) as command:
+        refused = command.run_days(first, last)
+    raise typer.Exit(1 if refused else 0)
+
+
+@app.command()
+def status(out: OutOption) -> None:
+    """What ran, what is stale, what failed."""
+    from rich.console import Console
+
+    from pipeline.status import status_table
+
+    Console().print(status_table(out))
+
+
+@app.command()
+def validate(recipe: RecipeOption, overrides: SetOption = None) -> None:
+    """Check a recipe without loading torch or touching a cluster."""
+    from rich.console import Console
+
+    loaded = _load(recipe, overrides)
+    features = loaded.features
+    Console(highlight=False).print(
+        f"[green]ok[/] {loaded.name}: {len(features.tables)} tables, "
+        f"{len(features.sparse)} sparse, {len(features.dense)} dense and "
+        f"{len(features.sequences)} sequence features, tasks "
+        f"{', '.join(task.name for task in loaded.ranking.tasks)}"
+    )
+
+
+@app.command()
+def recipes() -> None:
+    """List the built-in recipes."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from pipeline.recipe import load_recipe, recipe_names
+
+    table = Table("recipe", "tasks", "what it is", box=None, pad_edge=False)
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        tasks = ", ".join(task.name for task in recipe.ranking.tasks)
+        table.add_row(name, tasks, recipe.description.strip())
+    Console().print(table)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a recipe, for editors and checks."""
+    from pipeline.config import Recipe
+
+    typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+@app.command()
+def doctor() -> None:
+    """Check versions, accelerator, memory and Ray, and say how to mend what is wrong."""
+    from rich.console import Console
+
+    from pipeline.doctor import diagnose, diagnosis_table
+
+    findings = diagnose()
+    Console().print(diagnosis_table(findings))
+    raise typer.Exit(0 if all(finding.ok for finding in findings) else 2)
+
+
+def _load(recipe: str, overrides: list[str] | None) -> "Recipe":
+    from pipeline.recipe import load_recipe
+
+    return load_recipe(recipe, overrides or ())
+
+
+@contextmanager
+def _command(
+    context: typer.Context, recipe: str, out: Path, overrides: list[str] | None, title: str
+) -> Iterator["Command"]:
+    """The recipe is checked before the output directory is touched or anything heavy loaded."""
+    loaded = _load(recipe, overrides)
+    from pipeline.command import Command
+    from pipeline.lock import exclusive
+
+    with exclusive(out, title), Command(loaded, out, publish=context.obj) as command:
+        yield command

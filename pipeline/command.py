@@ -1,0 +1,134 @@
+"""What `braid run`, `stage` and `backfill` do once the recipe is loaded and the directory held."""
+
+from pathlib import Path
+from typing import Self
+
+from rich.table import Table
+
+from embedding.errors import UserError
+from pipeline.cluster import RaySession
+from pipeline.config import Recipe
+from pipeline.console import Reporter, duration, human
+from pipeline.days import available_days, parse_day
+from pipeline.report import REPORT, write_report
+from pipeline.run import STAGES, DayRun, Publish, ensure_data
+from pipeline.summary import SUMMARY, Summary, summarize, write_summary
+
+
+class Command:
+    """Runs days of one recipe in one output directory; use it as a context manager."""
+
+    def __init__(self, recipe: Recipe, out: Path, *, publish: Publish) -> None:
+        self.recipe = recipe
+        self.out = out
+        self.publish = publish
+        self.reporter = Reporter()
+        self.session = RaySession(recipe.cluster)
+
+    def __enter__(self) -> Self:
+        ensure_data(self.recipe, self.reporter)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.session.__exit__(*error)
+
+    def run_stage(self, name: str, date: str) -> None:
+        """Run one stage and those before it that are not current."""
+        if name not in STAGES:
+            raise UserError(f"stage {name!r} does not exist; stages are {', '.join(STAGES)}")
+        self._day(date).execute(until=name)
+
+    def run_day(self, date: str) -> bool:
+        """Run one day and show its figures; whether the gate refused the model."""
+        summary = self._run(date)
+        self.reporter.console.print(_metrics_table(summary))
+        directory = self.out / date
+        self.reporter.line(f"summary {directory / SUMMARY}\nreport  {directory / REPORT}")
+        return self._refused(summary)
+
+    def run_days(self, first: str, last: str) -> bool:
+        """Run every day of the log from `first` to `last`; whether any gate refused."""
+        parse_day(first, "--from")
+        parse_day(last, "--to")
+        available = available_days(self.recipe.data.root)
+        days = [day for day in available if first <= day <= last]
+        if not days:
+            raise UserError(
+                f"--from {first} --to {last}: the event log has no such day (it has "
+                f"{available[0]} .. {available[-1]})"
+            )
+        summaries = []
+        for day in days:
+            self.reporter.line(f"[bold]{day}[/]")
+            summaries.append(self._run(day))
+        self.reporter.console.print(_progressive_table(summaries))
+        return any([self._refused(summary) for summary in summaries])
+
+    def _day(self, date: str) -> DayRun:
+        return DayRun(
+            self.recipe,
+            self.out,
+            date,
+            session=self.session,
+            reporter=self.reporter,
+            publish=self.publish,
+        )
+
+    def _run(self, date: str) -> Summary:
+        records = self._day(date).execute()
+        directory = self.out / date
+        complete = (directory / SUMMARY).exists() and (directory / REPORT).exists()
+        if complete and all(record.status == "current" for record in records):
+            return Summary.model_validate_json((directory / SUMMARY).read_text())
+        summary = summarize(directory, self.recipe.name, records)
+        write_report(self.recipe, summary, directory)
+        write_summary(summary, directory)
+        return summary
+
+    def _refused(self, summary: Summary) -> bool:
+        for reason in summary.gate["reasons"]:
+            self.reporter.line(f"[red]gate refused {summary.date}[/]: {reason}")
+        return not summary.gate["passed"]
+
+
+def _metrics_table(summary: Summary) -> Table:
+    table = Table(title=f"{summary.recipe} {summary.date}", title_justify="left")
+    for column in ("task", "slice", "rows", "auc", "gauc", "logloss", "ne", "calibration"):
+        table.add_column(column, justify="left" if column in ("task", "slice") else "right")
+    for task, metrics in summary.eval.items():
+        oracle = summary.oracle.get(task)
+        rows = [("all", metrics, oracle)]
+        rows += [
+            (name, part, oracle.slices.get(name) if oracle else None)
+            for name, part in metrics.slices.items()
+        ]
+        for name, part, best in rows:
+            reach = "" if best is None or best.auc is None else f" [dim]of {best.auc:.4f}[/]"
+            table.add_row(
+                task,
+                name,
+                human(part.num_rows),
+                _figure(part.auc) + reach,
+                *(_figure(v) for v in (part.gauc, part.logloss, part.ne, part.calibration)),
+            )
+    return table
+
+
+def _progressive_table(summaries: list[Summary]) -> Table:
+    table = Table(title="progressive validation: trained up to, evaluated on later days")
+    tasks = list(summaries[0].eval)
+    for column in ("trained up to", "rows/s", *(f"{task} auc" for task in tasks), "seconds"):
+        table.add_column(column, justify="right")
+    for summary in summaries:
+        seconds = sum(stage.seconds for stage in summary.stages.values())
+        table.add_row(
+            summary.date,
+            human(summary.train.rows_per_s),
+            *(_figure(summary.eval[task].auc) for task in tasks),
+            duration(seconds),
+        )
+    return table
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

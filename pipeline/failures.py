@@ -1,0 +1,41 @@
+"""Finding what the user must change inside errors that crossed Ray processes."""
+
+import errno
+from collections.abc import Iterator
+
+from embedding.errors import UserError
+
+
+def user_error(error: BaseException) -> UserError | None:
+    """The `UserError` (or full disk) that an error stems from, or None where it is our fault.
+
+    Ray wraps a worker's exception several times over: as `cause` (tasks), `__cause__` (Ray Data)
+    and in `worker_failures` by rank (Ray Train).
+    """
+    for link in _links(error, set()):
+        # A RayTaskError also *is* its cause's class, with the remote traceback as its text.
+        if isinstance(link, UserError) and not hasattr(link, "cause"):
+            return link
+        if isinstance(link, OSError) and link.errno == errno.ENOSPC:
+            where = f" while writing {link.filename}" if link.filename else ""
+            return UserError(
+                f"the disk is full{where}; free some space or choose another --out, then run the "
+                "same command again: finished stages are kept"
+            )
+    return None
+
+
+def _links(error: BaseException | None, seen: set[int]) -> Iterator[BaseException]:
+    if error is None or id(error) in seen:
+        return
+    seen.add(id(error))
+    yield error
+    failures = getattr(error, "worker_failures", None)
+    if isinstance(failures, dict):
+        for _, failure in sorted(failures.items()):
+            yield from _links(failure, seen)
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, BaseException):
+        yield from _links(cause, seen)
+    yield from _links(error.__cause__, seen)
+    yield from _links(error.__context__, seen)

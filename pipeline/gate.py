@@ -1,0 +1,71 @@
+"""The gate: what a model must show before it is published.
+
+Reads `evaluate/metrics.json` and production's metrics; writes `gate.json`.
+"""
+
+from pathlib import Path
+
+from embedding.config import StrictConfig
+from pipeline.config import GateConfig, Recipe
+from pipeline.registry import production
+from pipeline.stages import StageOutput
+from ranking.evaluation import TaskMetrics, read_metrics
+
+GATE = "gate.json"
+
+
+class GateDecision(StrictConfig):
+    """Whether a model may be published, and why not; version 1."""
+
+    schema_version: int = 1
+    passed: bool
+    reasons: tuple[str, ...]
+    """One sentence per broken rule; empty when it passed."""
+    compared_with: str | None
+    """Date of the production bundle it was compared with."""
+
+
+def decide(
+    config: GateConfig, metrics: TaskMetrics, production_auc: float | None
+) -> tuple[str, ...]:
+    """Rules the metrics break, one sentence each; none means publish."""
+    reasons = []
+    if metrics.auc is None:
+        reasons.append(f"{config.task}: the evaluation rows have one class only, so no AUC")
+    elif metrics.auc < config.min_auc:
+        reasons.append(
+            f"{config.task}: auc {metrics.auc:.4f} is below gate.min_auc={config.min_auc}"
+        )
+    low, high = config.calibration
+    if metrics.calibration is None or not low <= metrics.calibration <= high:
+        reasons.append(
+            f"{config.task}: calibration {metrics.calibration} is outside "
+            f"gate.calibration=[{low}, {high}]"
+        )
+    if config.max_auc_drop is not None and production_auc is not None and metrics.auc is not None:
+        drop = production_auc - metrics.auc
+        if drop > config.max_auc_drop:
+            reasons.append(
+                f"{config.task}: auc fell by {drop:.4f} against production, more than "
+                f"gate.max_auc_drop={config.max_auc_drop}"
+            )
+    return tuple(reasons)
+
+
+def gate(recipe: Recipe, evaluation: Path, out: Path, scratch: Path) -> StageOutput:
+    """Decide and write the decision."""
+    metrics = read_metrics(evaluation)[recipe.gate.task]
+    current = production(out)
+    reference = None if current is None else read_metrics(current.evaluation)[recipe.gate.task].auc
+    reasons = decide(recipe.gate, metrics, reference)
+    decision = GateDecision(
+        passed=not reasons,
+        reasons=reasons,
+        compared_with=None if current is None else current.date,
+    )
+    (scratch / GATE).write_text(decision.model_dump_json(indent=2))
+    return StageOutput(
+        rows_in=metrics.num_rows,
+        rows_out=metrics.num_rows,
+        facts=decision.model_dump(mode="json"),
+    )

@@ -1,0 +1,315 @@
+"""One day of the pipeline: which artifacts it needs, in which order, from which inputs.
+
+    DIR/<last day of a span>/ingest, join      shared by all runs that need those days
+    DIR/<date>/plan, train, evaluate, gate, publish, summary.json, report.html
+
+A span chains on the latest earlier one and continues its user state, so a run of a later day
+ingests only the days that came since.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipeline.artifacts import Manifest, config_hash, read_manifest
+from pipeline.cluster import RaySession
+from pipeline.config import Recipe
+from pipeline.console import Reporter
+from pipeline.days import Split, available_days, catalogue_files, day_files, fingerprint, split_days
+from pipeline.evaluate import evaluate
+from pipeline.gate import gate
+from pipeline.ingest import ingest
+from pipeline.join import join
+from pipeline.plan import plan
+from pipeline.stages import StageOutput, StageRecord, StageSpec, execute
+from pipeline.synthetic import generate
+from pipeline.train import TrainInputs, train
+
+STAGES = ("ingest", "join", "plan", "train", "evaluate", "gate", "publish")
+
+
+class Publish(Protocol):
+    """Writes a servable bundle of a finished training into a directory."""
+
+    def __call__(self, recipe: Recipe, train: Path, scratch: Path) -> StageOutput: ...
+
+
+def ensure_data(recipe: Recipe, reporter: Reporter) -> None:
+    """Generate the synthetic marketplace where the recipe asks for it and it is not there."""
+    if recipe.data.synthetic is not None:
+        with reporter.stage("generate", unit="events"):
+            generate(recipe.data.synthetic, recipe.data.root, progress=reporter.advance)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Days that one ingest artifact covers; its directory is named after the last one."""
+
+    days: tuple[str, ...]
+    previous: str | None
+    """Last day of the span whose user state this one continues."""
+
+
+class DayRun:
+    """Builds and executes the stages of one date. Stages that are current are not run again."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        date: str,
+        *,
+        session: RaySession,
+        reporter: Reporter,
+        publish: Publish,
+
+    ) -> None:
+        self.recipe = recipe
+        self.out = out
+        self.date = date
+        self.session = session
+        self.reporter = reporter
+        self.publish = publish
+        root = recipe.data.root
+        self.days = available_days(root)
+        self.split: Split = split_days(self.days, date, recipe.window)
+        self._catalogue = fingerprint(catalogue_files(root))
+
+    def execute(self, until: str = STAGES[-1]) -> list[StageRecord]:
+        """Run all stages up to `until`; a gate that refuses ends the run before `publish`."""
+        records = []
+        for name in STAGES[: STAGES.index(until) + 1]:
+            for spec in self.specs(name):
+                records.append(execute(spec, self.reporter))
+            if name == "gate" and not records[-1].manifest.facts["passed"]:
+                break
+        return records
+
+    def specs(self, name: str) -> list[StageSpec]:
+        """The executions of one stage; the stages before it must have run."""
+        match name:
+            case "ingest":
+                return [self._ingest(self.date), self._ingest(self.split.evaluation[-1])]
+            case "join":
+                return [self._join(span) for span in (*self.training_spans(), self._eval_span())]
+            case "plan":
+                return [self._plan()]
+            case "train":
+                return [self._train()]
+            case "evaluate":
+                return [self._evaluate()]
+            case "gate":
+                return [self._gate()]
+            case _:
+                return [self._publish()]
+
+    def directory(self, stage: str, day: str | None = None) -> Path:
+        """Where a stage of a day publishes."""
+        return self.out / (day or self.date) / stage
+
+    # --- spans -----------------------------------------------------------------------------------
+
+    def _span(self, last: str) -> Span:
+        """Days of the span that ends at `last`: what its artifact says while that holds."""
+        earlier = self.out.glob("????-??-??/ingest/manifest.json")
+        previous = max((p.parts[-3] for p in earlier if self._chains(p.parts[-3], last)), default=None)
+        recorded = read_manifest(self.directory("ingest", last))
+        if recorded is not None and recorded.config_hash == config_hash(self._ingest_config()):
+            day = recorded.facts["previous"]
+            if day is None or self._artifact_id("ingest", day) == recorded.inputs["previous"]:
+                previous = day
+        days = tuple(d for d in self.days if d <= last and (previous is None or d > previous))
+        return Span(days, previous)
+
+    def _chains(self, day: str, last: str) -> bool:
+        manifest = read_manifest(self.directory("ingest", day))
+        return (
+            day < last
+            and manifest is not None
+            and manifest.config_hash == config_hash(self._ingest_config())
+        )
+
+    def _eval_span(self) -> Span:
+        return self._span(self.split.evaluation[-1])
+
+    def training_spans(self) -> list[Span]:
+        """Spans that hold the days this run trains on, oldest first."""
+        first = self.training_days()[0]
+        spans = [self._span(self.date)]
+        while spans[0].days[0] > first and spans[0].previous is not None:
+            spans.insert(0, self._span(spans[0].previous))
+        return spans
+
+    def training_days(self) -> tuple[str, ...]:
+        """Days to train on: those after the parent's, or all of the window."""
+        parent = self.parent()
+        return tuple(d for d in self.split.train if parent is None or d > parent)
+
+    def parent(self) -> str | None:
+        """Date of the run whose checkpoint this one starts from."""
+        if not self.recipe.window.warm_start:
+            return None
+        recorded = read_manifest(self.directory("train"))
+        if recorded is not None:
+            day = recorded.facts.get("parent")
+            if day is None or self._artifact_id("train", day) == recorded.inputs.get("parent"):
+                return day
+        earlier = self.out.glob("????-??-??/train/manifest.json")
+        return max((p.parts[-3] for p in earlier if p.parts[-3] < self.date), default=None)
+
+    # --- stages ----------------------------------------------------------------------------------
+
+    def _ingest(self, last: str) -> StageSpec:
+        span = self._span(last)
+        root = self.recipe.data.root
+        inputs = {"events": fingerprint(day_files(root, span.days)), "catalogue": self._catalogue}
+        previous = None
+        if span.previous is not None:
+            previous = self.directory("ingest", span.previous)
+            inputs["previous"] = self._artifact_id("ingest", span.previous)
+
+        def body(scratch: Path) -> StageOutput:
+            self.session.start()
+            output = ingest(
+                self.recipe, span.days, previous, scratch, progress=self.reporter.advance
+            )
+            facts = {**output.facts, "days": span.days, "previous": span.previous}
+            return StageOutput(output.rows_in, output.rows_out, output.quarantined, facts)
+
+        return StageSpec(
+            "ingest", self.directory("ingest", last), self._ingest_config(), inputs, body
+        )
+
+    def _join(self, span: Span) -> StageSpec:
+        last = span.days[-1]
+        config = {
+            "features": self._dump("features"),
+            "tasks": self._tasks(),
+        }
+        inputs = {"ingest": self._artifact_id("ingest", last), "catalogue": self._catalogue}
+
+        def body(scratch: Path) -> StageOutput:
+            self.session.start()
+            ingested = self.directory("ingest", last)
+            return join(self.recipe, ingested, scratch, progress=self.reporter.advance)
+
+        return StageSpec("join", self.directory("join", last), config, inputs, body)
+
+    def _plan(self) -> StageSpec:
+        config = {
+            "features": self._dump("features"),
+            "embedding": self._dump("embedding"),
+            "cluster": self._dump("cluster"),
+            "batch_size_per_rank": self.recipe.ranking.trainer.batch_size_per_rank,
+        }
+
+        def body(scratch: Path) -> StageOutput:
+            self.session.start()
+            return plan(self.recipe, scratch)
+
+        return StageSpec("plan", self.directory("plan"), config, {}, body)
+
+    def _train(self) -> StageSpec:
+        parent = self.parent()
+        days = self.training_days()
+        inputs = {"plan": self._artifact_id("plan", self.date)}
+        for span in self.training_spans():
+            inputs[f"join:{span.days[-1]}"] = self._artifact_id("join", span.days[-1])
+        if parent is not None:
+            inputs["parent"] = self._artifact_id("train", parent)
+        config = {
+            **{part: self._dump(part) for part in ("features", "embedding", "ranking")},
+            "num_workers": self.recipe.cluster.num_workers,
+            "days": days,
+        }
+
+        def body(scratch: Path) -> StageOutput:
+            self.session.start()
+            sources = TrainInputs(
+                samples=self._samples(days),
+                plan=self.directory("plan"),
+                parent=None if parent is None else self.directory("train", parent),
+            )
+            output = train(self.recipe, sources, scratch, self.reporter)
+            facts = {**output.facts, "parent": parent, "days": days}
+            return StageOutput(output.rows_in, output.rows_out, output.quarantined, facts)
+
+        return StageSpec("train", self.directory("train"), config, inputs, body)
+
+    def _evaluate(self) -> StageSpec:
+        days = self.split.evaluation
+        inputs = {
+            "train": self._artifact_id("train", self.date),
+            "join": self._artifact_id("join", days[-1]),
+            "ingest": self._artifact_id("ingest", self.date),
+        }
+        config = {"evaluation": self._dump("evaluation"), "days": days}
+
+        def body(scratch: Path) -> StageOutput:
+            self.session.start()
+            return evaluate(
+                self.recipe,
+                self.directory("train"),
+                samples=self._samples(days),
+                counts=self.directory("ingest"),
+                scratch=scratch,
+                reporter=self.reporter,
+            )
+
+        return StageSpec("evaluate", self.directory("evaluate"), config, inputs, body)
+
+    def _gate(self) -> StageSpec:
+        inputs = {"evaluate": self._artifact_id("evaluate", self.date)}
+        body = partial(gate, self.recipe, self.directory("evaluate"), self.out)
+        return StageSpec("gate", self.directory("gate"), self._dump("gate"), inputs, body)
+
+    def _publish(self) -> StageSpec:
+        inputs = {
+            "train": self._artifact_id("train", self.date),
+            "gate": self._artifact_id("gate", self.date),
+        }
+        body = partial(self.publish, self.recipe, self.directory("train"))
+        return StageSpec("publish", self.directory("publish"), {}, inputs, body)
+
+    # --- pieces ----------------------------------------------------------------------------------
+
+    def _samples(self, days: tuple[str, ...]) -> list[Path]:
+        """Sample files of these days, from whichever spans hold them."""
+        wanted = set(days)
+        spans = [*self.training_spans(), self._eval_span()]
+        return [
+            path
+            for span in spans
+            for day in span.days
+            if day in wanted
+            for path in sorted(
+                (self.directory("join", span.days[-1]) / "samples" / f"dt={day}").glob("*.parquet")
+            )
+        ]
+
+    def _ingest_config(self) -> dict[str, Any]:
+        features = self.recipe.features
+        return {
+            "data": {
+                "max_quarantined_share": self.recipe.data.max_quarantined_share,
+                "user_buckets": self.recipe.data.user_buckets,
+            },
+            "histories": [history.model_dump(mode="json") for history in features.histories],
+            "sequences": [sequence.model_dump(mode="json") for sequence in features.sequences],
+            "columns": sorted(
+                f"{f.source}.{f.column_name}" for f in (*features.sparse, *features.dense)
+            ),
+            "tasks": self._tasks(),
+        }
+
+    def _tasks(self) -> list[str]:
+        return [f"{task.name}={task.label_name}" for task in self.recipe.ranking.tasks]
+
+    def _dump(self, part: str) -> dict[str, Any]:
+        dumped: dict[str, Any] = getattr(self.recipe, part).model_dump(mode="json")
+        return dumped
+
+    def _artifact_id(self, stage: str, day: str) -> str:
+        manifest: Manifest | None = read_manifest(self.directory(stage, day))
+        return "" if manifest is None else manifest.artifact_id

@@ -1,0 +1,103 @@
+"""Running one stage: skip it when its artifact is current, else write and publish it."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifacts import Manifest, artifact_id, config_hash, publish, read_manifest, writing
+from pipeline.console import Reporter, duration, human
+
+
+@dataclass(frozen=True)
+class StageOutput:
+    """What a stage's body returns besides the files it wrote."""
+
+    rows_in: int
+    rows_out: int
+    quarantined: dict[str, int] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Figures for the report; JSON types only."""
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One stage of one run: where it writes and what it depends on."""
+
+    name: str
+    directory: Path
+    config: dict[str, Any]
+    """The settings that change the output, and nothing else."""
+    inputs: dict[str, str]
+    """Artifact ids and source fingerprints by name."""
+    body: Callable[[Path], StageOutput]
+    """Writes into the scratch directory it is given."""
+
+    @property
+    def artifact_id(self) -> str:
+        """Identity of what this stage would produce."""
+        return artifact_id(self.name, config_hash(self.config), self.inputs)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the published artifact is what this stage would produce."""
+        manifest = read_manifest(self.directory)
+        return manifest is not None and manifest.artifact_id == self.artifact_id
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """One row of the final table and of `summary.json`."""
+
+    name: str
+    status: str
+    """`ran` or `current`."""
+    seconds: float
+    manifest: Manifest
+
+
+def failure_file(directory: Path) -> Path:
+    """Where a failed stage leaves its reason for `braid status`."""
+    return directory.parent / f".{directory.name}.failed.json"
+
+
+def execute(spec: StageSpec, reporter: Reporter) -> StageRecord:
+    """Run a stage unless its artifact is current. A failure leaves nothing half-visible."""
+    if spec.is_current:
+        manifest = read_manifest(spec.directory)
+        assert manifest is not None
+        reporter.line(f"[dim]=[/] {spec.name:<9} current ({manifest.artifact_id})")
+        return StageRecord(spec.name, "current", 0.0, manifest)
+    started = time.monotonic()
+    failure = failure_file(spec.directory)
+    try:
+        with reporter.stage(spec.name), writing(spec.directory, spec.artifact_id) as scratch:
+            output = spec.body(scratch)
+            manifest = publish(
+                scratch,
+                spec.directory,
+                Manifest(
+                    stage=spec.name,
+                    artifact_id=spec.artifact_id,
+                    config_hash=config_hash(spec.config),
+                    inputs=spec.inputs,
+                    rows_in=output.rows_in,
+                    rows_out=output.rows_out,
+                    quarantined=output.quarantined,
+                    facts=output.facts,
+                    seconds=time.monotonic() - started,
+                ),
+            )
+    except BaseException as error:
+        failure.parent.mkdir(parents=True, exist_ok=True)
+        failure.write_text(json.dumps({"stage": spec.name, "error": str(error)}))
+        raise
+    failure.unlink(missing_ok=True)
+    rows = f"{human(manifest.rows_in)} rows -> {human(manifest.rows_out)}"
+    put_aside = sum(manifest.quarantined.values())
+    if put_aside:
+        rows += f", [yellow]{human(put_aside)} quarantined[/]"
+    reporter.line(f"[green]+[/] {spec.name:<9} {duration(manifest.seconds):>7}  {rows}")
+    return StageRecord(spec.name, "ran", manifest.seconds, manifest)

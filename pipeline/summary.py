@@ -1,0 +1,98 @@
+"""`summary.json`: the figures of one run, in a documented, versioned shape."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from embedding.config import StrictConfig
+from pipeline.artifacts import read_manifest
+from pipeline.stages import StageRecord
+from ranking.evaluation import TaskMetrics, read_metrics
+
+SUMMARY = "summary.json"
+
+
+class StageSummary(StrictConfig):
+    """One stage of the run."""
+
+    status: str
+    """`ran`, `current` (its artifact was up to date) or `refused` (a gate that did not pass)."""
+    seconds: float
+    rows_in: int
+    rows_out: int
+
+
+class TrainSummary(StrictConfig):
+    """The training of the run."""
+
+    rows_per_s: float
+    """Global, real rows."""
+    steps: int
+    world_size: int
+    data_wait_share: float
+    """Share of the training loop's time spent waiting for data."""
+
+
+class Summary(StrictConfig):
+    """Everything a script needs to know of a run; version 1."""
+
+    schema_version: int = 1
+    date: str
+    recipe: str
+    run_id: str
+    """Artifact id of the training: equal ids mean equal models."""
+    stages: dict[str, StageSummary]
+    train: TrainSummary
+    eval: dict[str, TaskMetrics]
+    oracle: dict[str, TaskMetrics] = Field(default_factory=dict)
+    """Metrics of the true probability; synthetic data only."""
+    gate: dict[str, Any]
+    bundle: str | None
+    """Path of the published bundle; None when the gate refused."""
+
+
+def summarize(directory: Path, recipe: str, records: list[StageRecord]) -> Summary:
+    """Collect a finished run's figures from its artifacts."""
+    train = read_manifest(directory / "train")
+    gate = read_manifest(directory / "gate")
+    assert train is not None
+    assert gate is not None
+    published = read_manifest(directory / "publish") if gate.facts["passed"] else None
+    return Summary(
+        date=directory.name,
+        recipe=recipe,
+        run_id=train.artifact_id,
+        stages=_stages(records),
+        train=TrainSummary(**{key: train.facts[key] for key in TrainSummary.model_fields}),
+        eval=read_metrics(directory / "evaluate"),
+        oracle=read_metrics(directory / "evaluate", "oracle"),
+        gate=gate.facts,
+        bundle=None if published is None else str(directory / "publish" / "bundle"),
+    )
+
+
+def _stages(records: list[StageRecord]) -> dict[str, StageSummary]:
+    """Executions of the same stage (one per span of days) added up."""
+    stages: dict[str, StageSummary] = {}
+    for record in records:
+        before = stages.get(record.name)
+        status = record.status
+        if record.name == "gate" and not record.manifest.facts["passed"]:
+            status = "refused"
+        elif before is not None and before.status == "ran":
+            status = "ran"
+        stages[record.name] = StageSummary(
+            status=status,
+            seconds=record.seconds + (before.seconds if before else 0),
+            rows_in=record.manifest.rows_in + (before.rows_in if before else 0),
+            rows_out=record.manifest.rows_out + (before.rows_out if before else 0),
+        )
+    return stages
+
+
+def write_summary(summary: Summary, directory: Path) -> Path:
+    """Write `summary.json` in one move."""
+    partial = directory / f"{SUMMARY}.partial"
+    partial.write_text(summary.model_dump_json(indent=2))
+    return partial.replace(directory / SUMMARY)

@@ -62,7 +62,7 @@ class Command:
             self.reporter.line(f"[bold]{day}[/]")
             summaries.append(self._run(day))
         self.reporter.console.print(_progressive_table(summaries))
-        return any([self._refused(summary) for summary in summaries])
+        return any([self._refused(summary) for summary in summaries])  # noqa: C419 # all reasons are shown
 
     def _day(self, date: str) -> DayRun:
         return DayRun(

@@ -143,9 +143,7 @@ def _accelerator() -> Finding:
         found = f"{torch.cuda.device_count()} x {', '.join(sorted(names))}"
         remedy = "" if wheel_is_gpu else "GPUs are idle: run `make clean`, then with ACCEL=gpu"
         return Finding("accelerator", wheel_is_gpu, found, remedy)
-    remedy = (
-        "" if not wheel_is_gpu else "no CUDA device is visible: check the driver, or ACCEL=cpu"
-    )
+    remedy = "" if not wheel_is_gpu else "no CUDA device is visible: check the driver, or ACCEL=cpu"
     return Finding("accelerator", not wheel_is_gpu, f"none, {os.cpu_count()} CPU cores", remedy)
 
 

@@ -5,11 +5,12 @@ Reads `evaluate/metrics.json` and production's metrics; writes `gate.json`.
 
 from pathlib import Path
 
+from ranking.evaluation import TaskMetrics, read_metrics
+
 from embedding.config import StrictConfig
 from pipeline.config import GateConfig, Recipe
 from pipeline.registry import production
 from pipeline.stages import StageOutput
-from ranking.evaluation import TaskMetrics, read_metrics
 
 GATE = "gate.json"
 

@@ -32,7 +32,9 @@ STAGES = ("ingest", "join", "plan", "train", "evaluate", "gate", "publish")
 class Publish(Protocol):
     """Writes a servable bundle of a finished training into a directory."""
 
-    def __call__(self, recipe: Recipe, train: Path, scratch: Path) -> StageOutput: ...
+    def __call__(self, recipe: Recipe, train: Path, scratch: Path) -> StageOutput:
+        """Write the bundle into `scratch`."""
+        ...
 
 
 def ensure_data(recipe: Recipe, reporter: Reporter) -> None:
@@ -63,7 +65,6 @@ class DayRun:
         session: RaySession,
         reporter: Reporter,
         publish: Publish,
-
     ) -> None:
         self.recipe = recipe
         self.out = out
@@ -113,7 +114,9 @@ class DayRun:
     def _span(self, last: str) -> Span:
         """Days of the span that ends at `last`: what its artifact says while that holds."""
         earlier = self.out.glob("????-??-??/ingest/manifest.json")
-        previous = max((p.parts[-3] for p in earlier if self._chains(p.parts[-3], last)), default=None)
+        previous = max(
+            (p.parts[-3] for p in earlier if self._chains(p.parts[-3], last)), default=None
+        )
         recorded = read_manifest(self.directory("ingest", last))
         if recorded is not None and recorded.config_hash == config_hash(self._ingest_config()):
             day = recorded.facts["previous"]

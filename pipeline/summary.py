@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field
+from ranking.evaluation import TaskMetrics, read_metrics
 
 from embedding.config import StrictConfig
 from pipeline.artifacts import read_manifest
 from pipeline.stages import StageRecord
-from ranking.evaluation import TaskMetrics, read_metrics
 
 SUMMARY = "summary.json"
 

@@ -1,0 +1,97 @@
+"""The report's charts: figures in, inline SVG out, readable on light and dark pages."""
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Matplotlib wants a colour; the page decides which one it is.
+_INK = "#010203"
+_COLORS = ("#2f6fed", "#e4572e", "#17a398", "#8f5bd6", "#e0a100", "#6b7280")
+_STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.grid": True,
+    "grid.alpha": 0.15,
+    "grid.color": _INK,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "braid",
+}
+
+Curve = tuple[Sequence[float], Sequence[float]]
+
+
+def lines(
+    curves: Mapping[str, Curve], *, x_label: str, y_label: str, reference: float | None = None
+) -> str:
+    """Line chart of named curves; `reference` draws a dashed level."""
+    with _chart(5.2, 2.6) as (figure, axes):
+        for (name, (x, y)), color in zip(curves.items(), _cycle(len(curves)), strict=True):
+            axes.plot(x, y, label=name, color=color, linewidth=1.6)
+        if reference is not None:
+            axes.axhline(reference, color=_INK, linewidth=0.8, linestyle="--", alpha=0.5)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        if len(curves) > 1:
+            axes.legend()
+        return _svg(figure)
+
+
+def bars(values: Mapping[str, float], *, x_label: str) -> str:
+    """Horizontal bars, first entry on top, each with its value."""
+    with _chart(5.2, 0.32 * len(values) + 0.7) as (figure, axes):
+        names = list(values)[::-1]
+        drawn = axes.barh(names, [values[name] for name in names], color=_COLORS[0], height=0.62)
+        axes.bar_label(drawn, fmt="%.3g", padding=3, fontsize=8)
+        axes.set_xlabel(x_label)
+        axes.grid(axis="y", visible=False)
+        axes.margins(x=0.12)
+        return _svg(figure)
+
+
+def calibration(curves: Mapping[str, Curve]) -> str:
+    """Observed rate over mean prediction; the diagonal is ideal."""
+    with _chart(3.6, 3.2) as (figure, axes):
+        top = max([0.05, *(v for x, y in curves.values() for v in (*x, *y))]) * 1.05
+        axes.plot([0, top], [0, top], color=_INK, linewidth=0.8, linestyle="--", alpha=0.5)
+        for (name, (x, y)), color in zip(curves.items(), _cycle(len(curves)), strict=True):
+            axes.plot(x, y, marker="o", markersize=3.5, linewidth=1.2, label=name, color=color)
+        axes.set_xlabel("mean predicted probability")
+        axes.set_ylabel("observed rate")
+        axes.set_xlim(0, top)
+        axes.set_ylim(0, top)
+        axes.legend()
+        return _svg(figure)
+
+
+def _cycle(count: int) -> list[str]:
+    return [_COLORS[index % len(_COLORS)] for index in range(count)]
+
+
+@contextmanager
+def _chart(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        figure.patch.set_alpha(0)
+        axes = figure.add_subplot()
+        axes.patch.set_alpha(0)
+        yield figure, axes
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :].replace(_INK, "currentColor")

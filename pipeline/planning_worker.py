@@ -1,0 +1,31 @@
+"""Planning inside a Ray worker, where torchrec may be imported."""
+
+import torch
+from embedding.limits import check_support
+from embedding.plan import describe_plan, make_plan
+from embedding.sharders import make_sharders
+from embedding.tables import EmbeddingTables
+from embedding.topology import local_topology
+from torch import nn
+
+from pipeline.config import Recipe
+
+
+def plan_tables(recipe: Recipe, ranks_per_host: int) -> tuple[str, int]:
+    """The plan as JSON and the number of table rows; tables are built on meta only."""
+    device = torch.device("cuda" if recipe.cluster.use_gpu else "cpu")
+    sharding = recipe.embedding.sharding.model_copy(update={"ranks_per_host": ranks_per_host})
+    check_support(recipe.features, recipe.embedding.optimizer, sharding, device.type)
+    # The plan names collections by their path in the ranking model, which holds them as `tables`.
+    model = nn.ModuleDict({"tables": EmbeddingTables(recipe.features, torch.device("meta"))})
+    world_size = recipe.cluster.num_workers
+    plan = make_plan(
+        model,
+        make_sharders(sharding, device.type),
+        recipe.features,
+        local_topology(sharding, world_size, device),
+        recipe.ranking.trainer.batch_size_per_rank,
+    )
+    described = describe_plan(plan, recipe.features, world_size, device.type)
+    rows = sum(table.num_embeddings for table in recipe.features.tables)
+    return described.model_dump_json(indent=2), rows

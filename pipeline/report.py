@@ -1,0 +1,194 @@
+"""`report.html`: one self-contained page about one run, made from its artifacts."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from pipeline import charts
+from pipeline.artifacts import Manifest, read_manifest
+from pipeline.config import Recipe
+from pipeline.console import duration, human
+from pipeline.summary import Summary
+
+REPORT = "report.html"
+MIB = 1 << 20
+
+
+def write_report(recipe: Recipe, summary: Summary, directory: Path) -> Path:
+    """Write the report of a finished run in one move."""
+    environment = Environment(
+        loader=PackageLoader("pipeline"), autoescape=True, undefined=StrictUndefined
+    )
+    page = environment.get_template("report.html.j2").render(
+        summary=summary,
+        group_by=recipe.evaluation.group_by,
+        rare_max_events=recipe.evaluation.rare_max_events,
+        popular_share=recipe.evaluation.popular_share,
+        tiles=_tiles(recipe, summary),
+        quality=_quality(summary),
+        training_charts=_training_charts(directory / "train", recipe),
+        calibration=_calibration(summary),
+        stages=_stages(summary),
+        recipe_yaml=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=100),
+        **_data(directory / "ingest"),
+        **_plan(directory / "plan"),
+    )
+    partial = directory / f"{REPORT}.partial"
+    partial.write_text(page)
+    return partial.replace(directory / REPORT)
+
+
+def _tiles(recipe: Recipe, summary: Summary) -> list[dict[str, str]]:
+    metrics = summary.eval[recipe.gate.task]
+    best = summary.oracle.get(recipe.gate.task)
+    seconds = sum(stage.seconds for stage in summary.stages.values())
+    return [
+        {
+            "label": f"AUC, {recipe.gate.task}",
+            "value": figure(metrics.auc),
+            "note": f"of {figure(best.auc)} possible" if best else "evaluation days",
+        },
+        {"label": "GAUC", "value": figure(metrics.gauc), "note": "impression-weighted"},
+        {
+            "label": "Training",
+            "value": f"{human(summary.train.rows_per_s)}/s",
+            "note": f"rows, {summary.train.world_size} ranks, {summary.train.steps} steps",
+        },
+        {
+            "label": "Waiting for data",
+            "value": f"{summary.train.data_wait_share:.1%}",
+            "note": "of the training loop",
+        },
+        {"label": "Whole run", "value": duration(seconds), "note": "sum of the stages"},
+    ]
+
+
+def figure(value: float | None) -> str:
+    """A metric with four decimals, or a dash."""
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _quality(summary: Summary) -> list[dict[str, Any]]:
+    rows = []
+    for task, metrics in summary.eval.items():
+        oracle = summary.oracle.get(task)
+        rows.append(_quality_row(task, "", metrics, oracle))
+        for name, part in metrics.slices.items():
+            best = oracle.slices.get(name) if oracle else None
+            rows.append(_quality_row(task, name, part, best))
+    return rows
+
+
+def _quality_row(task: str, name: str, metrics: Any, oracle: Any) -> dict[str, Any]:
+    best = None if oracle is None else oracle.auc
+    reach = None
+    if best is not None and metrics.auc is not None and best > 0.5:
+        reach = min(max((metrics.auc - 0.5) / (best - 0.5), 0.0), 1.0)
+    return {
+        "task": task,
+        "slice": name,
+        "rows": human(metrics.num_rows),
+        "auc": figure(metrics.auc),
+        "oracle": figure(best),
+        "reach": reach,
+        "gauc": figure(metrics.gauc),
+        "logloss": figure(metrics.logloss),
+        "ne": figure(metrics.ne),
+        "calibration": figure(metrics.calibration),
+    }
+
+
+def _training_charts(train: Path, recipe: Recipe) -> list[dict[str, str]]:
+    lines = [json.loads(line) for line in (train / "metrics.jsonl").read_text().splitlines()]
+    tasks = [task.name for task in recipe.ranking.tasks]
+    found = [
+        ("Training loss", charts.lines(_curves(lines, ["train/loss"]), **_axes("loss"))),
+        (
+            "Training AUC per window",
+            charts.lines(_curves(lines, [f"train/{t}/auc" for t in tasks]), **_axes("auc")),
+        ),
+    ]
+    return [{"title": title, "svg": svg} for title, svg in found]
+
+
+def _axes(metric: str) -> dict[str, str]:
+    return {"x_label": "step", "y_label": metric}
+
+
+def _curves(lines: list[dict[str, Any]], keys: list[str]) -> dict[str, charts.Curve]:
+    curves = {}
+    for key in keys:
+        points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+        curves[key] = ([x for x, _ in points], [y for _, y in points])
+    return curves
+
+
+def _calibration(summary: Summary) -> str:
+    curves: dict[str, charts.Curve] = {}
+    for task, metrics in summary.eval.items():
+        bins = [b for b in metrics.reliability if b.num_rows]
+        curves[task] = ([b.mean_prob for b in bins], [b.label_rate for b in bins])
+    return charts.calibration(curves)
+
+
+def _stages(summary: Summary) -> list[dict[str, Any]]:
+    longest = max([stage.seconds for stage in summary.stages.values()] + [1e-9])
+    return [
+        {
+            "name": name,
+            "status": stage.status,
+            "time": duration(stage.seconds),
+            "share": stage.seconds / longest,
+            "rows_in": human(stage.rows_in),
+            "rows_out": human(stage.rows_out),
+        }
+        for name, stage in summary.stages.items()
+    ]
+
+
+def _data(ingest: Path) -> dict[str, Any]:
+    manifest = _require(ingest)
+    days: Mapping[str, float] = manifest.facts["rows_per_day"]
+    shown = dict(list(days.items())[-14:])
+    labels = [
+        {"name": name, "rows": human(facts["observed"]), "rate": f"{facts['rate']:.2%}"}
+        for name, facts in manifest.facts["labels"].items()
+    ]
+    return {
+        "days_chart": charts.bars(shown, x_label="events"),
+        "labels": labels,
+        "quarantined": manifest.quarantined,
+    }
+
+
+def _plan(directory: Path) -> dict[str, Any]:
+    plan = json.loads((directory / "plan.json").read_text())
+    per_rank = [0.0] * plan["world_size"]
+    tables = []
+    for table in plan["tables"]:
+        shards = table["shards"]
+        for shard in shards:
+            per_rank[shard["rank"]] += shard["weight_bytes"] / MIB
+        tables.append(
+            {
+                "name": table["table"],
+                "sharding": table["sharding"],
+                "kernel": table["kernel"],
+                "rows": human(max(s["row_offset"] + s["num_rows"] for s in shards)),
+                "dim": max(s["column_offset"] + s["num_columns"] for s in shards),
+                "mib": human(sum(s["weight_bytes"] for s in shards) / MIB),
+                "ranks": ", ".join(str(r) for r in sorted({s["rank"] for s in shards})),
+            }
+        )
+    chart = charts.bars({f"rank {r}": mib for r, mib in enumerate(per_rank)}, x_label="MiB")
+    return {"plan_tables": tables, "plan_chart": chart}
+
+
+def _require(directory: Path) -> Manifest:
+    manifest = read_manifest(directory)
+    assert manifest is not None, directory
+    return manifest

@@ -1,0 +1,139 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from embedding.config import RowWise
+from embedding.errors import UserError
+from pipeline.recipe import apply_override, load_recipe
+
+SMALL: dict[str, Any] = {
+    "name": "small",
+    "data": {"root": "data/small"},
+    "features": {
+        "tables": [
+            {"name": "item", "num_embeddings": 100, "ids": {"kind": "identity"}},
+            {"name": "user", "num_embeddings": 100, "sharding": {"kind": "row_wise"}},
+        ],
+        "sparse": [
+            {"name": "item_id", "table": "item"},
+            {"name": "user_id", "table": "user"},
+        ],
+    },
+    "ranking": {"tasks": [{"name": "click"}]},
+    "gate": {"task": "click"},
+}
+
+
+def write(tmp_path: Path, data: Any) -> str:
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(data))
+    return str(path)
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    data = yaml.safe_load(yaml.safe_dump(SMALL))
+    apply_override(data, f"{path}={yaml.safe_dump(value, default_flow_style=True)}")
+    return data
+
+
+def test_recipe_loads_with_unions_resolved(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, SMALL))
+
+    assert recipe.features.table("user").sharding == RowWise()
+
+
+def test_override_reaches_list_entries_by_name_and_index(tmp_path: Path) -> None:
+    path = write(tmp_path, SMALL)
+
+    recipe = load_recipe(
+        path,
+        ["features.tables.item.embedding_dim=32", "features.tables.1.embedding_dim=8"],
+    )
+
+    assert [table.embedding_dim for table in recipe.features.tables] == [32, 8]
+
+
+def test_override_creates_missing_sections(tmp_path: Path) -> None:
+    recipe = load_recipe(
+        write(tmp_path, SMALL), ["ranking.trainer.dense_optimizer.learning_rate=1e-2"]
+    )
+
+    assert recipe.ranking.trainer.dense_optimizer.learning_rate == 0.01
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        (
+            "ranking.trainer.batchsize_per_rank",
+            3,
+            ["ranking.trainer.batchsize_per_rank", "did you mean 'batch_size_per_rank'"],
+        ),
+        (
+            "features.tables.item.embeding_dim",
+            3,
+            ["features.tables.item.embeding_dim", "did you mean 'embedding_dim'"],
+        ),
+        (
+            "features.tables.user.sharding.shards",
+            3,
+            ["features.tables.user.sharding.shards", "unknown key"],
+        ),
+        (
+            "features.tables.item.embedding_dim",
+            10,
+            ["embedding_dim=10 must be a multiple of 4", "use 12"],
+        ),
+        ("features.tables.item.ids.kind", "hash", ["features.tables.item.ids", "'hashed'"]),
+        ("features.sparse.item_id.table", "items", ["table 'items' is not among"]),
+        ("gate.task", "clack", ["gate.task: 'clack'", "['click']"]),
+        ("ranking.trainer.epochs", 0, ["ranking.trainer.epochs", "greater than 0", "got 0"]),
+    ],
+)
+def test_fault_names_place_value_and_remedy(
+    tmp_path: Path, path: str, value: Any, expected: list[str]
+) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe(write(tmp_path, changed(path, value)))
+
+    for text in expected:
+        assert text in str(caught.value)
+
+
+def test_every_fault_is_reported_at_once(tmp_path: Path) -> None:
+    data = changed("nmae", 1)
+    data["gaet"] = 2
+
+    with pytest.raises(UserError) as caught:
+        load_recipe(write(tmp_path, data))
+
+    assert "nmae" in str(caught.value)
+    assert "did you mean 'gate'" in str(caught.value)
+
+
+def test_unknown_recipe_suggests_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="did you mean 'demo'"):
+        load_recipe("demp")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("gate.task", "path.to.key=value"),
+        ("features.tables.itm.embedding_dim=8", "did you mean 'item'"),
+        ("name.first=x", "nothing lies below|is a value"),
+    ],
+)
+def test_bad_override_says_how_to_write_it(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_recipe(write(tmp_path, SMALL), [override])
+
+
+def test_broken_yaml_names_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text("name: a\n  b: [1\n")
+
+    with pytest.raises(UserError, match="line 2"):
+        load_recipe(str(path))

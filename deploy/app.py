@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
-
 from deploy.cli import score
 from embedding.errors import UserError
 from pipeline.cli import app
@@ -23,20 +21,13 @@ app.command()(score)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `braid ...`: 0 ok, 1 failed, 2 the user must change something."""
     try:
-        code = app(
-            list(arguments) if arguments is not None else None,
-            obj=_publish,
-            standalone_mode=False,
-        )
-        return code if isinstance(code, int) else 0
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        _print_error("interrupted; run the same command again to go on where it stopped")
-        return 1
+        # Typer prints usage errors itself and ends with SystemExit.
+        app(None if arguments is None else list(arguments), obj=_publish)
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else 1
     except Exception as error:  # noqa: BLE001 # the process boundary: it becomes an exit code
         return _report(error)
+    return 0
 
 
 def _report(error: Exception) -> int:

@@ -23,6 +23,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+models_app = typer.Typer(help="Published bundles and which of them is in production.")
+app.add_typer(models_app, name="models", no_args_is_help=True)
+
 RecipeOption = Annotated[
     str, typer.Option("--recipe", "-r", help="Built-in recipe or path of a YAML file.")
 ]
@@ -79,13 +82,46 @@ def backfill(
 
 
 @app.command()
-def status(out: OutOption) -> None:
+def status(context: typer.Context, out: OutOption) -> None:
     """What ran, what is stale, what failed."""
     from rich.console import Console
 
     from pipeline.status import status_table
 
-    Console().print(status_table(out))
+    Console().print(status_table(out, context.obj))
+
+
+@models_app.command("list")
+def list_models(out: OutOption) -> None:
+    """List the published bundles."""
+    from rich.console import Console
+
+    from pipeline.status import models_table
+
+    Console().print(models_table(out))
+
+
+@models_app.command()
+def promote(
+    out: OutOption,
+    date: Annotated[str, typer.Option("--date", "-d", help="Date of a published bundle.")],
+) -> None:
+    """Put a published bundle into production."""
+    from pipeline.lock import exclusive
+    from pipeline.registry import promote as promote_model
+
+    with exclusive(out, f"braid models promote --date {date}"):
+        typer.echo(f"in production: {promote_model(out, date).bundle}")
+
+
+@models_app.command()
+def rollback(out: OutOption) -> None:
+    """Return to the bundle that was in production before."""
+    from pipeline.lock import exclusive
+    from pipeline.registry import rollback as roll_back
+
+    with exclusive(out, "braid models rollback"):
+        typer.echo(f"in production: {roll_back(out).bundle}")
 
 
 @app.command()

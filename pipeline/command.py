@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Self
 
+import yaml
 from rich.table import Table
 
 from embedding.errors import UserError
@@ -12,6 +13,7 @@ from pipeline.console import Reporter, duration, human
 from pipeline.days import available_days, parse_day
 from pipeline.report import REPORT, write_report
 from pipeline.run import STAGES, DayRun, Publish, ensure_data
+from pipeline.status import RECIPE
 from pipeline.summary import SUMMARY, Summary, summarize, write_summary
 
 
@@ -75,8 +77,13 @@ class Command:
         )
 
     def _run(self, date: str) -> Summary:
-        records = self._day(date).execute()
+        day_run = self._day(date)
         directory = self.out / date
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / RECIPE).write_text(
+            yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False)
+        )
+        records = day_run.execute()
         complete = (directory / SUMMARY).exists() and (directory / REPORT).exists()
         if complete and all(record.status == "current" for record in records):
             return Summary.model_validate_json((directory / SUMMARY).read_text())

@@ -1,0 +1,86 @@
+"""`braid status`: what ran in an output directory, what is stale, what failed."""
+
+import json
+from pathlib import Path
+
+import yaml
+from rich.table import Table
+
+from embedding.errors import UserError
+from pipeline.artifacts import read_manifest
+from pipeline.cluster import RaySession
+from pipeline.config import Recipe
+from pipeline.console import Reporter, duration, human
+from pipeline.registry import production, published
+from pipeline.run import STAGES, DayRun, Publish
+from pipeline.stages import StageSpec, failure_file
+
+RECIPE = "recipe.yaml"
+_STYLE = {"current": "green", "stale": "yellow", "failed": "red", "missing": "dim"}
+
+
+def status_table(out: Path, publish: Publish) -> Table:
+    """One row for every stage of every run in `out`.
+
+    Raises:
+        UserError: `out` holds no run.
+    """
+    dates = sorted(path.parent.name for path in out.glob(f"????-??-??/{RECIPE}"))
+    if not dates:
+        raise UserError(f"--out {out} holds no run; start one with `braid run --out {out} ...`")
+    current = production(out)
+    title = f"{out}, in production: {current.date if current else 'none'}"
+    table = Table(title=title, title_justify="left")
+    for column in ("date", "stage", "state", "rows", "time", "note"):
+        table.add_column(column)
+    for date in dates:
+        for row in _rows(out, date, publish):
+            table.add_row(*row)
+    return table
+
+
+def models_table(out: Path) -> Table:
+    """The published bundles, the one in production marked."""
+    current = production(out)
+    table = Table("", "date", "published", "bundle")
+    for model in published(out):
+        mark = "[green]production[/]" if current and current.date == model.date else ""
+        table.add_row(mark, model.date, model.manifest.created_at, str(model.bundle))
+    return table
+
+
+def _rows(out: Path, date: str, publish: Publish) -> list[tuple[str, ...]]:
+    text = (out / date / RECIPE).read_text()
+    recipe = Recipe.model_validate(yaml.safe_load(text))
+    run = DayRun(
+        recipe,
+        out,
+        date,
+        session=RaySession(recipe.cluster),
+        reporter=Reporter(),
+        publish=publish,
+    )
+    rows = []
+    for name in STAGES:
+        spec = run.specs(name)[0]
+        state, note = stage_state(spec)
+        manifest = read_manifest(spec.directory)
+        figures = ("", "")
+        if manifest is not None:
+            figures = (human(manifest.rows_out), duration(manifest.seconds))
+        rows.append((date, name, f"[{_STYLE[state]}]{state}[/]", *figures, note))
+    return rows
+
+
+def stage_state(spec: StageSpec) -> tuple[str, str]:
+    """`current`, `stale`, `failed` or `missing`, and why."""
+    failure = failure_file(spec.directory)
+    if failure.exists():
+        return "failed", json.loads(failure.read_text())["error"].splitlines()[0]
+    manifest = read_manifest(spec.directory)
+    if manifest is None:
+        return "missing", ""
+    if spec.is_current:
+        return "current", ""
+    changed = [key for key, value in spec.inputs.items() if manifest.inputs.get(key) != value]
+    return "stale", f"changed: {', '.join(changed) or 'configuration'}"

@@ -1,0 +1,161 @@
+"""The train stage: a Ray Train worker group over the plan, followed line by line.
+
+Reads sample files, `plan.json` and the parent's checkpoint; writes `checkpoint/`, `metrics.jsonl`,
+`tensorboard/` and `result.json`. While it runs, checkpoints lie in `resume/` and outlive crashes of
+workers and of the driver.
+"""
+
+import json
+import logging
+import shutil
+import threading
+from pathlib import Path
+
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from embedding.config import StrictConfig
+from pipeline.artifacts import RESUME
+from pipeline.config import ClusterConfig, Recipe
+from pipeline.console import Reporter
+from pipeline.plan import PLAN
+from pipeline.stages import StageOutput
+
+CHECKPOINT = "checkpoint"
+METRICS = "metrics.jsonl"
+RESULT = "result.json"
+_FOLLOW_INTERVAL_S = 0.5
+
+
+class TrainInputs(StrictConfig):
+    """What a training reads."""
+
+    samples: list[Path]
+    plan: Path
+    """Directory of the plan artifact."""
+    parent: Path | None
+    """Directory of the train artifact to start from."""
+
+
+class TrainJob(StrictConfig):
+    """All a worker needs to know; crosses to it as JSON."""
+
+    recipe: Recipe
+    samples: list[Path]
+    plan: Path
+    parent_checkpoint: Path | None
+    scratch: Path
+
+    @property
+    def resume(self) -> Path:
+        """Where checkpoints lie while the training runs."""
+        return self.scratch / RESUME / "checkpoints"
+
+
+class TrainResult(StrictConfig):
+    """Rank 0's account of a finished training."""
+
+    rows: int
+    steps: int
+    rows_per_s: float
+    world_size: int
+    data_wait_share: float
+    warm_start: dict[str, list[str]]
+    """Tables and parameters carried over, grown or newly initialised; empty without a parent."""
+
+
+def train(recipe: Recipe, inputs: TrainInputs, scratch: Path, reporter: Reporter) -> StageOutput:
+    """Train on the cluster; a dead worker restarts the group from the last checkpoint."""
+    job = TrainJob(
+        recipe=recipe,
+        samples=[path.absolute() for path in inputs.samples],
+        plan=(inputs.plan / PLAN).absolute(),
+        parent_checkpoint=(
+            None if inputs.parent is None else (inputs.parent / CHECKPOINT).absolute()
+        ),
+        scratch=scratch.absolute(),
+    )
+    with _following(scratch / METRICS, reporter):
+        run_workers(_train_worker, job, recipe.cluster, scratch)
+    result = TrainResult.model_validate_json((scratch / RESULT).read_text())
+    return StageOutput(
+        rows_in=result.rows, rows_out=result.rows, facts=result.model_dump(mode="json")
+    )
+
+
+def run_workers(worker: object, job: StrictConfig, cluster: ClusterConfig, scratch: Path) -> None:
+    """Run `worker({"job": JSON})` on every rank of a Ray Train worker group.
+
+    Raises:
+        ray.train.TrainingFailedError: The group failed more often than `cluster.max_failures`.
+    """
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    storage = scratch / ".ray_train"
+    trainer = TorchTrainer(
+        worker,
+        train_loop_config={"job": job.model_dump_json()},
+        # gloo beside NCCL: checkpoints and metrics are reduced on the CPU.
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if cluster.use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=cluster.num_workers,
+            use_gpu=cluster.use_gpu,
+            resources_per_worker=_resources(cluster),
+        ),
+        run_config=RunConfig(
+            name="workers",
+            storage_path=str(storage.absolute()),
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+        ),
+    )
+    try:
+        trainer.fit()
+    finally:
+        shutil.rmtree(storage, ignore_errors=True)
+
+
+def _resources(cluster: ClusterConfig) -> dict[str, float]:
+    return {"CPU": cluster.cpus_per_worker} | ({"GPU": 1.0} if cluster.use_gpu else {})
+
+
+def _train_worker(config: dict[str, str]) -> None:
+    """Runs on every rank; torchrec is imported here and not in the driver."""
+    from pipeline.training_worker import train_worker
+
+    train_worker(TrainJob.model_validate_json(config["job"]))
+
+
+class _following:  # noqa: N801 # used as a context manager, like `writing`
+    """Show the step lines that rank 0 writes, from a thread, until the block ends."""
+
+    def __init__(self, path: Path, reporter: Reporter) -> None:
+        self.path = path
+        self.reporter = reporter
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _follow(self) -> None:
+        position = 0
+        ended = False
+        while not ended:
+            ended = self._stop.wait(_FOLLOW_INTERVAL_S)
+            if not self.path.exists():
+                continue
+            with self.path.open() as file:
+                # After a restart the file is cut back to the checkpoint's step.
+                if position > self.path.stat().st_size:
+                    position = 0
+                file.seek(position)
+                while (line := file.readline()).endswith("\n"):
+                    position = file.tell()
+                    self._show(json.loads(line))
+
+    def _show(self, metrics: dict[str, object]) -> None:
+        self.reporter.line(f"  {metrics['line']}")
+        self.reporter.advance(int(str(metrics["rows"])), int(str(metrics["total_rows"])))

@@ -6,6 +6,7 @@ keep features, labels and keys apart, so that a feature may be called `user_id`.
     key:request_id  key:user_id  key:item_id   int64, never null (strings become 63-bit hashes)
     key:timestamp                              int64, milliseconds since the epoch, UTC
     label:<task>                               float32, 0 or 1; null where the task is not observed
+    probability:<task>                         float32; in predictions only
     oracle:<task>                              float32, true probability (synthetic data only)
     sparse:<feature>                           int64 or list<int64>; MISSING_ID for null
     dense:<feature>                            float32, transformed and scaled; never null or NaN
@@ -23,6 +24,11 @@ def key_column(name: str) -> str:
 def label_column(task: str) -> str:
     """Column of a task's label."""
     return f"label:{task}"
+
+
+def probability_column(task: str) -> str:
+    """Column of a task's predicted probability."""
+    return f"probability:{task}"
 
 
 def oracle_column(task: str) -> str:

@@ -37,6 +37,14 @@ class TrainInputs(StrictConfig):
     """Directory of the train artifact to start from."""
 
 
+class TrainedModel(StrictConfig):
+    """A finished training, as the worker groups that read it need it."""
+
+    recipe: Recipe
+    plan: Path
+    checkpoint: Path
+
+
 class TrainJob(StrictConfig):
     """All a worker needs to know; crosses to it as JSON."""
 

@@ -1,0 +1,180 @@
+"""The evaluate stage: predict on the worker group, then metrics per task and slice.
+
+Reads the train artifact, sample files and the event counts of the run's date; writes
+`predictions/rank-N.parquet` (keys, labels, probabilities), `metrics.json` and, on synthetic data,
+`oracle.json`: the same metrics of the true probability.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+from ranking.evaluation import (
+    METRICS_FILE,
+    ORACLE_FILE,
+    TaskMetrics,
+    evaluate_predictions,
+    write_metrics,
+)
+
+from embedding import samples as columns
+from embedding.config import StrictConfig
+from pipeline.config import EvaluationConfig, Recipe
+from pipeline.console import Reporter
+from pipeline.plan import PLAN
+from pipeline.stages import StageOutput
+from pipeline.train import CHECKPOINT, TrainedModel, run_workers
+
+PREDICTIONS = "predictions"
+Mask = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int64]
+
+
+class EvaluateJob(StrictConfig):
+    """All a predicting worker needs to know; crosses to it as JSON."""
+
+    model: TrainedModel
+    samples: list[Path]
+    predictions: Path
+
+
+def evaluate(
+    recipe: Recipe,
+    trained: Path,
+    *,
+    samples: list[Path],
+    counts: Path,
+    scratch: Path,
+    reporter: Reporter,
+) -> StageOutput:
+    """Predict `samples` with the model in `trained` and compute its metrics.
+
+    Args:
+        recipe: gives tasks, slices and the worker group.
+        trained: directory of the train artifact.
+        samples: sample files of the evaluation days.
+        counts: directory of the ingest artifact that ends at the run's date.
+        scratch: where to write.
+        reporter: shows progress.
+    """
+    predictions = scratch / PREDICTIONS
+    predictions.mkdir()
+    job = EvaluateJob(
+        model=TrainedModel(
+            recipe=recipe,
+            plan=(trained.parent / "plan" / PLAN).absolute(),
+            checkpoint=(trained / CHECKPOINT).absolute(),
+        ),
+        samples=[path.absolute() for path in samples],
+        predictions=predictions.absolute(),
+    )
+    run_workers(_predict_worker, job, recipe.cluster, scratch)
+    predicted = read_predictions(predictions)
+    slices = Slices.read(counts, recipe.evaluation)
+    metrics = task_metrics(recipe, predicted, slices, columns.probability_column)
+    write_metrics(metrics, scratch / METRICS_FILE)
+    oracle = oracle_metrics(recipe, predicted, slices, samples)
+    if oracle:
+        write_metrics(oracle, scratch / ORACLE_FILE)
+    rows = predicted.num_rows
+    auc = {name: value.auc for name, value in metrics.items()}
+    return StageOutput(rows_in=rows, rows_out=rows, facts={"auc": auc})
+
+
+def read_predictions(directory: Path) -> pa.Table:
+    """All predictions; ranks hold consecutive shares of the samples, so their order is kept."""
+    ranks = sorted(directory.glob("rank-*.parquet"))
+    return pa.concat_tables([pq.read_table(path) for path in ranks])
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Which items and users were seen up to the run's date, and how often."""
+
+    item_ids: Ids
+    """Ascending."""
+    item_events: Ids
+    user_ids: Ids
+    """Ascending."""
+    config: EvaluationConfig
+
+    @classmethod
+    def read(cls, counts: Path, config: EvaluationConfig) -> "Slices":
+        """From the event counts of an ingest artifact."""
+        items = pq.read_table(counts / "item_counts.parquet").sort_by("item_id")
+        users = pq.read_table(counts / "user_counts.parquet").sort_by("user_id")
+        return cls(
+            items["item_id"].to_numpy(),
+            items["events"].to_numpy(),
+            users["user_id"].to_numpy(),
+            config,
+        )
+
+    def masks(self, item_ids: Ids, user_ids: Ids) -> dict[str, Mask]:
+        """Rows of every slice."""
+        index = np.searchsorted(self.item_ids, item_ids).clip(max=len(self.item_ids) - 1)
+        events = np.where(self.item_ids[index] == item_ids, self.item_events[index], 0)
+        threshold = np.quantile(self.item_events, 1 - self.config.popular_share)
+        return {
+            "cold": events == 0,
+            "rare": (events > 0) & (events <= self.config.rare_max_events),
+            "popular": events >= max(threshold, 1),
+            "new_users": ~np.isin(user_ids, self.user_ids),
+        }
+
+
+def task_metrics(
+    recipe: Recipe, predicted: pa.Table, slices: Slices, score_column: object
+) -> dict[str, TaskMetrics]:
+    """Metrics of every task over the rows where it is observed."""
+    assert callable(score_column)
+    masks = slices.masks(_key(predicted, "item_id"), _key(predicted, "user_id"))
+    groups = _key(predicted, recipe.evaluation.group_by)
+    found = {}
+    for task in recipe.ranking.tasks:
+        name = score_column(task.name)
+        if name not in predicted.column_names:
+            continue
+        observed = predicted[columns.label_column(task.name)].is_valid().to_numpy()
+        found[task.name] = evaluate_predictions(
+            labels=_observed(predicted, columns.label_column(task.name), observed),
+            probs=_observed(predicted, name, observed),
+            groups=groups[observed],
+            slices={key: mask[observed] for key, mask in masks.items()},
+        )
+    return found
+
+
+def oracle_metrics(
+    recipe: Recipe, predicted: pa.Table, slices: Slices, samples: list[Path]
+) -> dict[str, TaskMetrics]:
+    """Metrics of the true probability, which only synthetic samples carry; else empty."""
+    names = [columns.oracle_column(task.name) for task in recipe.ranking.tasks]
+    names = [name for name in names if name in pq.read_schema(samples[0]).names]
+    if not names:
+        return {}
+    truth = pa.concat_tables([pq.read_table(path, columns=names) for path in samples])
+    for name in names:
+        predicted = predicted.append_column(name, truth[name])
+    return task_metrics(recipe, predicted, slices, columns.oracle_column)
+
+
+def _key(table: pa.Table, name: str) -> Ids:
+    ids: Ids = table[columns.key_column(name)].to_numpy()
+    return ids
+
+
+def _observed(table: pa.Table, name: str, observed: Mask) -> Floats:
+    values: Floats = table[name].to_numpy()[observed]
+    return values
+
+
+def _predict_worker(config: dict[str, str]) -> None:
+    """Runs on every rank; torchrec is imported here and not in the driver."""
+    from pipeline.training_worker import predict_worker
+
+    predict_worker(EvaluateJob.model_validate_json(config["job"]))

@@ -1,0 +1,54 @@
+from pathlib import Path
+
+import pytest
+
+from embedding.errors import UserError
+from pipeline.config import WindowConfig
+from pipeline.days import available_days, fingerprint, split_days
+
+DAYS = ["2024-01-01", "2024-01-02", "2024-01-03", "2024-01-04", "2024-01-05"]
+
+
+def test_window_selects_days_up_to_the_date_and_after_it() -> None:
+    split = split_days(DAYS, "2024-01-03", WindowConfig(train_days=2, eval_days=1))
+
+    assert split.known == ("2024-01-01", "2024-01-02", "2024-01-03")
+    assert split.train == ("2024-01-02", "2024-01-03")
+    assert split.evaluation == ("2024-01-04",)
+
+
+def test_open_window_takes_all_days() -> None:
+    split = split_days(DAYS, "2024-01-03", WindowConfig(train_days=None, eval_days=None))
+
+    assert split.train == ("2024-01-01", "2024-01-02", "2024-01-03")
+    assert split.evaluation == ("2024-01-04", "2024-01-05")
+
+
+@pytest.mark.parametrize(
+    ("day", "message"),
+    [
+        ("2024-01-05", "no later day to evaluate on; the last date that can be run is 2024-01-04"),
+        ("2024-01-09", "no such day .*2024-01-01 .. 2024-01-05.*use 2024-01-05"),
+        ("2023-12-31", "no such day"),
+        ("tomorrow", "'tomorrow' is not a day"),
+    ],
+)
+def test_day_that_cannot_be_run_names_one_that_can(day: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        split_days(DAYS, day, WindowConfig())
+
+
+def test_directory_without_events_says_how_to_get_some(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="braid data import"):
+        available_days(tmp_path)
+
+
+def test_fingerprint_follows_content_and_names(tmp_path: Path) -> None:
+    file = tmp_path / "a"
+    file.write_text("x")
+    before = fingerprint([file])
+
+    file.write_text("xy")
+
+    assert fingerprint([file]) != before
+    assert fingerprint([file]) == fingerprint([file])

@@ -1,0 +1,247 @@
+"""The embedding tables of a feature schema: TorchRec collections, and what a model reads of them.
+
+batch.pooled    --> pooled (EBC), managed_pooled (MC-EBC) ------------------> fields_BD
+batch.unpooled  --> unpooled (EC per dim), managed_unpooled (MC-EC per dim) --> sequences,
+                    and, summed per sample, the sparse features on sequence tables -> fields_BD
+"""
+
+# Shapes: B samples, F sparse features (fields), D embedding dim, N jagged values.
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.modules.mc_embedding_modules import (
+    ManagedCollisionEmbeddingBagCollection,
+    ManagedCollisionEmbeddingCollection,
+)
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
+
+from embedding.batch import RankingBatch
+from embedding.config import FeatureSchema, ManagedCollision, SparseFeature, TableConfig
+from embedding.errors import UserError
+from embedding.initialization import init_bound, initialize_shard
+from embedding.managed_collision import collision_collection, reinitialize_rows
+
+
+@dataclass(frozen=True)
+class EmbeddedBatch:
+    """What the tables give for one batch."""
+
+    fields_BD: Tensor
+    """One vector per sparse feature, side by side in the order of `schema.sparse`."""
+    field_names: tuple[str, ...]
+    field_dims: tuple[int, ...]
+    sequences: dict[str, Tensor]
+    """Vectors (N, D) per sequence feature; sample after sample, oldest first."""
+    lengths: dict[str, Tensor]
+    """Events per sample, (B,), by history; shared by all sequences of the history."""
+
+    def field(self, name: str) -> Tensor:
+        """The (B, D) vector of one sparse feature; a view."""
+        index = self.field_names.index(name)
+        start = sum(self.field_dims[:index])
+        return self.fields_BD[:, start : start + self.field_dims[index]]
+
+    def stacked_BFD(self) -> Tensor:
+        """All fields as (B, F, D), a view; raises ValueError if their dims differ."""
+        if len(set(self.field_dims)) != 1:
+            raise ValueError(f"fields have different dims {dict(self.named_dims())}")
+        return self.fields_BD.view(-1, len(self.field_dims), self.field_dims[0])
+
+    def named_dims(self) -> tuple[tuple[str, int], ...]:
+        """(name, dim) of every field in order."""
+        return tuple(zip(self.field_names, self.field_dims, strict=True))
+
+
+class EmbeddingTables(nn.Module):
+    """All tables of a schema. Build it on `meta` and let `shard` place it, or on a device to run.
+
+    Tables that sequences read live in `EmbeddingCollection`s, which hold one dim each; the others
+    in one `EmbeddingBagCollection`. Managed-collision tables have collections of their own.
+    """
+
+    def __init__(self, schema: FeatureSchema, device: torch.device) -> None:
+        super().__init__()
+        self.schema = schema
+        plain, managed = _split_tables(schema)
+        self.pooled = _bag_collection(schema, plain, device)
+        self.unpooled = nn.ModuleDict(
+            {f"dim{dim}": collection for dim, collection in _collections(schema, plain, device)}
+        )
+        self.managed_pooled = _managed_bags(schema, managed, device)
+        self.managed_unpooled = nn.ModuleDict(
+            {
+                f"dim{dim}": _managed(collection, schema, device)
+                for dim, collection in _collections(schema, managed, device)
+            }
+        )
+        self.assembly = FieldAssembly(schema)
+
+    def forward(self, batch: RankingBatch) -> EmbeddedBatch:
+        """Look up every feature of the batch."""
+        pooled: list[KeyedTensor] = []
+        if self.pooled is not None:
+            pooled.append(self.pooled(batch.pooled))
+        if self.managed_pooled is not None:
+            pooled.append(self.managed_pooled(batch.pooled)[0])
+        unpooled: list[dict[str, JaggedTensor]] = [
+            collection(batch.unpooled) for collection in self.unpooled.values()
+        ]
+        unpooled += [collection(batch.unpooled)[0] for collection in self.managed_unpooled.values()]
+        return self.assembly(pooled, unpooled, batch.unpooled)
+
+    def initialize(self, seed: int) -> None:
+        """Draw the start values of an unsharded module; `shard` does the same for its shards."""
+        tables = {table.name: table for table in self.schema.tables}
+        for name, weight in self.named_parameters():
+            initialize_shard(weight, tables[name.split(".")[-2]], seed=seed)
+
+
+class FieldAssembly(nn.Module):
+    """Brings looked-up vectors into schema order. Holds no sharded module: a leaf for tracing."""
+
+    def __init__(self, schema: FeatureSchema) -> None:
+        super().__init__()
+        self.field_names = tuple(feature.name for feature in schema.sparse)
+        self.field_dims = tuple(schema.table(f.table).embedding_dim for f in schema.sparse)
+        self._pooled_after = schema.unpooled_features
+        self._sequences = tuple(feature.name for feature in schema.sequences)
+        self._history_feature = {f.history: f.name for f in reversed(schema.sequences)}
+        self._block = math.gcd(*self.field_dims) if self.field_dims else 1
+        self._order: tuple[tuple[str, ...], Tensor | None] | None = None
+
+    def forward(
+        self,
+        pooled: Sequence[KeyedTensor],
+        unpooled: Sequence[dict[str, JaggedTensor]],
+        features: KeyedJaggedTensor,
+    ) -> EmbeddedBatch:
+        """Concatenate, permute only where the collections' order differs from the schema's."""
+        jagged = {name: values for part in unpooled for name, values in part.items()}
+        names = [name for part in pooled for name in part.keys()]
+        parts = [part.values() for part in pooled]
+        for feature in self._pooled_after:
+            names.append(feature.name)
+            parts.append(_pool(jagged[feature.name], feature))
+        return EmbeddedBatch(
+            fields_BD=self._in_schema_order(tuple(names), parts),
+            field_names=self.field_names,
+            field_dims=self.field_dims,
+            sequences={name: jagged[name].values() for name in self._sequences},
+            lengths={
+                history: features[name].lengths() for history, name in self._history_feature.items()
+            },
+        )
+
+    def _in_schema_order(self, names: tuple[str, ...], parts: list[Tensor]) -> Tensor:
+        if not parts:
+            raise UserError("the schema has no sparse feature; a ranking model needs at least one")
+        fields_BD = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        if self._order is None or self._order[0] != names:
+            self._order = (names, self._block_order(names, fields_BD.device))
+        order = self._order[1]
+        if order is None:
+            return fields_BD
+        # Whole blocks of gcd(dims) columns move, which is much faster than single columns.
+        blocks = fields_BD.view(fields_BD.shape[0], -1, self._block)
+        return blocks.index_select(1, order).view(fields_BD.shape)
+
+    def _block_order(self, names: tuple[str, ...], device: torch.device) -> Tensor | None:
+        if names == self.field_names:
+            return None
+        dims = dict(zip(self.field_names, self.field_dims, strict=True))
+        starts: dict[str, int] = {}
+        total = 0
+        for name in names:
+            starts[name] = total
+            total += dims[name] // self._block
+        order = [
+            starts[name] + i for name in self.field_names for i in range(dims[name] // self._block)
+        ]
+        return torch.tensor(order, device=device)
+
+
+def _pool(jagged: JaggedTensor, feature: SparseFeature) -> Tensor:
+    """Sum or mean per sample, (B, D): zeros for a sample without values, as in a TBE."""
+    values_ND, lengths_B = jagged.values(), jagged.lengths()
+    num_samples = lengths_B.numel()
+    on_cpu = values_ND.device.type == "cpu"  # elsewhere the check would wait for the device
+    if on_cpu and values_ND.shape[0] == num_samples and bool((lengths_B == 1).all()):
+        return values_ND
+    sums_BD = torch.segment_reduce(
+        values_ND, "sum", lengths=lengths_B.long(), axis=0, unsafe=True, initial=0.0
+    )
+    if feature.pooling == "sum":
+        return sums_BD
+    return sums_BD / lengths_B.clamp(min=1).unsqueeze(1).to(sums_BD.dtype)
+
+
+def _split_tables(schema: FeatureSchema) -> tuple[list[TableConfig], list[TableConfig]]:
+    managed = [table for table in schema.tables if isinstance(table.ids, ManagedCollision)]
+    return [table for table in schema.tables if table not in managed], managed
+
+
+def _bag_collection(
+    schema: FeatureSchema, tables: list[TableConfig], device: torch.device
+) -> EmbeddingBagCollection | None:
+    configs = []
+    for table in tables:
+        features = [f for f in schema.pooled_features if f.table == table.name]
+        if features:
+            configs.append(
+                EmbeddingBagConfig(
+                    name=table.name,
+                    num_embeddings=table.num_embeddings,
+                    embedding_dim=table.embedding_dim,
+                    feature_names=[feature.name for feature in features],
+                    pooling=PoolingType[features[0].pooling.upper()],
+                    init_fn=reinitialize_rows(init_bound(table)),
+                )
+            )
+    return EmbeddingBagCollection(tables=configs, device=device) if configs else None
+
+
+def _collections(
+    schema: FeatureSchema, tables: list[TableConfig], device: torch.device
+) -> list[tuple[int, EmbeddingCollection]]:
+    """One collection per embedding dim, since an `EmbeddingCollection` holds a single one."""
+    configs: dict[int, list[EmbeddingConfig]] = {}
+    for table in tables:
+        if table.name not in schema.sequence_tables:
+            continue
+        features = (*schema.unpooled_features, *schema.sequences)
+        config = EmbeddingConfig(
+            name=table.name,
+            num_embeddings=table.num_embeddings,
+            embedding_dim=table.embedding_dim,
+            feature_names=[f.name for f in features if f.table == table.name],
+            init_fn=reinitialize_rows(init_bound(table)),
+        )
+        configs.setdefault(table.embedding_dim, []).append(config)
+    return [(dim, EmbeddingCollection(tables=c, device=device)) for dim, c in configs.items()]
+
+
+def _managed_bags(
+    schema: FeatureSchema, tables: list[TableConfig], device: torch.device
+) -> ManagedCollisionEmbeddingBagCollection | None:
+    bags = _bag_collection(schema, tables, device)
+    if bags is None:
+        return None
+    collision = collision_collection(schema, bags.embedding_bag_configs(), device)
+    return ManagedCollisionEmbeddingBagCollection(
+        bags, collision, allow_in_place_embed_weight_update=True
+    )
+
+
+def _managed(
+    collection: EmbeddingCollection, schema: FeatureSchema, device: torch.device
+) -> ManagedCollisionEmbeddingCollection:
+    collision = collision_collection(schema, collection.embedding_configs(), device)
+    return ManagedCollisionEmbeddingCollection(
+        collection, collision, allow_in_place_embed_weight_update=True
+    )

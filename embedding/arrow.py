@@ -10,6 +10,7 @@ feature-major value array of the KJT:
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -189,6 +190,8 @@ class SampleColumns:
         self.labels = [samples.label_column(task) for task in tasks]
         self.keys = [samples.key_column(key) for key in samples.KEYS]
         self.list_columns = list_columns
+        # Features side by side: OpenMP inside each would wait for cores that training holds.
+        self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="hash")
 
     @property
     def names(self) -> list[str]:
@@ -216,8 +219,8 @@ class SampleColumns:
     def _ids(self, table: pa.Table, sources: "Sequence[_IdSource]", order: Tensor) -> Ids:
         names = tuple(source.feature for source in sources)
         if not any(source.column in self.list_columns for source in sources):
-            rows = (rows_of(_int64(table, s.column), s.table) for s in sources)
-            return SingleIds(names, tuple(rows_R.take(order) for rows_R in rows))
+            rows = self._pool.map(lambda s: _ordered_rows(table, s, order), sources)
+            return SingleIds(names, tuple(rows))
         values, offsets = [], []
         for source in sources:
             if source.column in self.list_columns:
@@ -258,6 +261,10 @@ def _one_id_each(total: int) -> tuple[Tensor, Tensor]:
 def _empty_kjt() -> KeyedJaggedTensor:
     none = torch.empty(0, dtype=torch.int64)
     return KeyedJaggedTensor(keys=[], values=none, lengths=none)
+
+
+def _ordered_rows(table: pa.Table, source: _IdSource, order: Tensor) -> Tensor:
+    return rows_of(_int64(table, source.column), source.table).index_select(0, order)
 
 
 def _concat_ids(parts: Sequence[Ids]) -> Ids:

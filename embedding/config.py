@@ -314,15 +314,12 @@ class FeatureSchema(StrictConfig):
 
     @property
     def sequence_tables(self) -> frozenset[str]:
-        """Tables that are looked up without pooling: a sequence reads them, or their sparse
-        features pool in different ways (a table of an `EmbeddingBagCollection` pools in one way).
+        """Tables that a sequence reads.
 
         They live in the `EmbeddingCollection`, and so do all sparse features on them: one table
         cannot be shared between an `EmbeddingCollection` and an `EmbeddingBagCollection`.
         """
-        first_pooling = {feature.table: feature.pooling for feature in reversed(self.sparse)}
-        mixed = {f.table for f in self.sparse if f.pooling != first_pooling[f.table]}
-        return frozenset(feature.table for feature in self.sequences) | mixed
+        return frozenset(feature.table for feature in self.sequences)
 
     @property
     def pooled_features(self) -> tuple[SparseFeature, ...]:

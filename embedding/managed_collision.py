@@ -6,9 +6,13 @@ unknown row: ids without a row of their own share it.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torchrec.distributed.mc_embedding_modules import (
+    BaseShardedManagedCollisionEmbeddingCollection,
+)
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.modules.mc_modules import (
     DistanceLFU_EvictionPolicy,
@@ -60,3 +64,49 @@ def _eviction_policy(scheme: ManagedCollision) -> MCHEvictionPolicy:
             return LRU_EvictionPolicy()
         case "distance_lfu":
             return DistanceLFU_EvictionPolicy()
+
+
+def set_num_buckets(model: nn.Module, num_buckets: int) -> None:
+    """One id bucket per rank: the planner requires a multiple of the world size."""
+    for module in model.modules():
+        if isinstance(module, MCHManagedCollisionModule):
+            module._buckets = num_buckets
+
+
+class EvictionReset:
+    """Stands in for a TBE when TorchRec resets evicted rows: resets every optimizer state.
+
+    The kernel behind `reset_embedding_weight_momentum` exists for CUDA only and resets row-wise
+    accumulators only; a new id would inherit the Adagrad or Adam state of the evicted one.
+    """
+
+    def __init__(self, tbe: Any, table_index: int) -> None:
+        self._tbe = tbe
+        self._table_index = table_index
+
+    def reset_embedding_weight_momentum(
+        self, *, pruned_indices: Tensor, **table_selection: Tensor
+    ) -> None:
+        """Called by TorchRec with the local rows of evicted ids."""
+        if pruned_indices.is_cuda:
+            # Also drops the rows from the cache of a table in host memory.
+            self._tbe.reset_embedding_weight_momentum(
+                pruned_indices=pruned_indices, **table_selection
+            )
+        reset_states(self._tbe.split_optimizer_states()[self._table_index], pruned_indices)
+
+
+def reset_states(states: Sequence[Tensor], rows: Tensor) -> None:
+    """Zero `rows` of every optimizer state, row-wise (R,) or element-wise (R, D), in place."""
+    for state in states:
+        state.index_fill_(0, rows, 0.0)
+
+
+def reset_optimizer_of_evicted_rows(model: nn.Module) -> None:
+    """Give every sharded managed-collision module an `EvictionReset` per table."""
+    for module in model.modules():
+        if isinstance(module, BaseShardedManagedCollisionEmbeddingCollection):
+            module._table_to_tbe_and_index = {
+                table: (EvictionReset(tbe, int(index)), index)
+                for table, (tbe, index) in module._table_to_tbe_and_index.items()
+            }

@@ -22,7 +22,7 @@ from torchrec.modules.mc_embedding_modules import (
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from embedding.batch import RankingBatch
-from embedding.config import FeatureSchema, ManagedCollision, SparseFeature, TableConfig
+from embedding.config import FeatureSchema, ManagedCollision, TableConfig
 from embedding.errors import UserError
 from embedding.initialization import init_bound, initialize_shard
 from embedding.managed_collision import collision_collection, reinitialize_rows
@@ -47,7 +47,7 @@ class EmbeddedBatch:
         start = sum(self.field_dims[:index])
         return self.fields_BD[:, start : start + self.field_dims[index]]
 
-    def stacked_BFD(self) -> Tensor:
+    def stacked(self) -> Tensor:
         """All fields as (B, F, D), a view; raises ValueError if their dims differ."""
         if len(set(self.field_dims)) != 1:
             raise ValueError(f"fields have different dims {dict(self.named_dims())}")
@@ -93,7 +93,7 @@ class EmbeddingTables(nn.Module):
             collection(batch.unpooled) for collection in self.unpooled.values()
         ]
         unpooled += [collection(batch.unpooled)[0] for collection in self.managed_unpooled.values()]
-        return self.assembly(pooled, unpooled, batch.unpooled)
+        return self.assembly(pooled, unpooled, batch)
 
     def initialize(self, seed: int) -> None:
         """Draw the start values of an unsharded module; `shard` does the same for its shards."""
@@ -103,38 +103,46 @@ class EmbeddingTables(nn.Module):
 
 
 class FieldAssembly(nn.Module):
-    """Brings looked-up vectors into schema order. Holds no sharded module: a leaf for tracing."""
+    """Brings looked-up sums into schema order, and divides those of mean features.
+
+    Tables only sum: a TBE that averages would average per row shard under grid sharding, and a
+    table would pool all its features in one way. Holds no sharded module: a leaf for tracing.
+    """
 
     def __init__(self, schema: FeatureSchema) -> None:
         super().__init__()
         self.field_names = tuple(feature.name for feature in schema.sparse)
         self.field_dims = tuple(schema.table(f.table).embedding_dim for f in schema.sparse)
-        self._pooled_after = schema.unpooled_features
+        self._means = tuple(f.name for f in schema.sparse if f.pooling == "mean")
+        self._pooled_after = tuple(feature.name for feature in schema.unpooled_features)
         self._sequences = tuple(feature.name for feature in schema.sequences)
         self._history_feature = {f.history: f.name for f in reversed(schema.sequences)}
         self._block = math.gcd(*self.field_dims) if self.field_dims else 1
         self._order: tuple[tuple[str, ...], Tensor | None] | None = None
+        self._mean_blocks: tuple[Tensor, Tensor] | None = None
 
     def forward(
         self,
         pooled: Sequence[KeyedTensor],
         unpooled: Sequence[dict[str, JaggedTensor]],
-        features: KeyedJaggedTensor,
+        batch: RankingBatch,
     ) -> EmbeddedBatch:
         """Concatenate, permute only where the collections' order differs from the schema's."""
         jagged = {name: values for part in unpooled for name, values in part.items()}
-        names = [name for part in pooled for name in part.keys()]
+        names = [name for part in pooled for name in list(part.keys())]
         parts = [part.values() for part in pooled]
-        for feature in self._pooled_after:
-            names.append(feature.name)
-            parts.append(_pool(jagged[feature.name], feature))
+        for name in self._pooled_after:
+            names.append(name)
+            parts.append(_sum_per_sample(jagged[name]))
+        fields_BD = self._in_schema_order(tuple(names), parts)
         return EmbeddedBatch(
-            fields_BD=self._in_schema_order(tuple(names), parts),
+            fields_BD=self._divide_means(fields_BD, batch) if self._means else fields_BD,
             field_names=self.field_names,
             field_dims=self.field_dims,
             sequences={name: jagged[name].values() for name in self._sequences},
             lengths={
-                history: features[name].lengths() for history, name in self._history_feature.items()
+                history: _lengths(batch.unpooled, name)
+                for history, name in self._history_feature.items()
             },
         )
 
@@ -148,37 +156,64 @@ class FieldAssembly(nn.Module):
         if order is None:
             return fields_BD
         # Whole blocks of gcd(dims) columns move, which is much faster than single columns.
-        blocks = fields_BD.view(fields_BD.shape[0], -1, self._block)
-        return blocks.index_select(1, order).view(fields_BD.shape)
+        return self._blocks(fields_BD).index_select(1, order).view(fields_BD.shape)
+
+    def _divide_means(self, fields_BD: Tensor, batch: RankingBatch) -> Tensor:
+        """Sums of mean features divided by their number of values; 0 where there is none."""
+        lengths_BM = torch.stack(
+            [
+                _lengths(batch.unpooled if name in self._pooled_after else batch.pooled, name)
+                for name in self._means
+            ],
+            dim=1,
+        )
+        if self._mean_blocks is None:
+            self._mean_blocks = self._blocks_of_means(fields_BD.device)
+        blocks, mean_of_block = self._mean_blocks
+        scale_BM = lengths_BM.clamp(min=1).to(fields_BD.dtype).reciprocal()
+        scale = fields_BD.new_ones(fields_BD.shape[0], fields_BD.shape[1] // self._block)
+        scale.index_copy_(1, blocks, scale_BM.index_select(1, mean_of_block))
+        return (self._blocks(fields_BD) * scale.unsqueeze(2)).view(fields_BD.shape)
+
+    def _blocks(self, fields_BD: Tensor) -> Tensor:
+        return fields_BD.view(fields_BD.shape[0], -1, self._block)
 
     def _block_order(self, names: tuple[str, ...], device: torch.device) -> Tensor | None:
         if names == self.field_names:
             return None
+        ranges = self._block_ranges(names)
+        return torch.tensor([i for name in self.field_names for i in ranges[name]], device=device)
+
+    def _blocks_of_means(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        ranges = self._block_ranges(self.field_names)
+        blocks = [(i, m) for m, name in enumerate(self._means) for i in ranges[name]]
+        both = torch.tensor(blocks, device=device)
+        return both[:, 0], both[:, 1]
+
+    def _block_ranges(self, names: tuple[str, ...]) -> dict[str, range]:
         dims = dict(zip(self.field_names, self.field_dims, strict=True))
-        starts: dict[str, int] = {}
-        total = 0
+        ranges, start = {}, 0
         for name in names:
-            starts[name] = total
-            total += dims[name] // self._block
-        order = [
-            starts[name] + i for name in self.field_names for i in range(dims[name] // self._block)
-        ]
-        return torch.tensor(order, device=device)
+            ranges[name] = range(start, start + dims[name] // self._block)
+            start = ranges[name].stop
+        return ranges
 
 
-def _pool(jagged: JaggedTensor, feature: SparseFeature) -> Tensor:
-    """Sum or mean per sample, (B, D): zeros for a sample without values, as in a TBE."""
+def _lengths(features: KeyedJaggedTensor, name: str) -> Tensor:
+    # `features[name]` would compute offsets per key and wait for the device.
+    keys = features.keys()
+    return features.lengths().view(len(keys), -1)[keys.index(name)]
+
+
+def _sum_per_sample(jagged: JaggedTensor) -> Tensor:
+    """(B, D); zeros for a sample without values, as in a TBE."""
     values_ND, lengths_B = jagged.values(), jagged.lengths()
-    num_samples = lengths_B.numel()
     on_cpu = values_ND.device.type == "cpu"  # elsewhere the check would wait for the device
-    if on_cpu and values_ND.shape[0] == num_samples and bool((lengths_B == 1).all()):
+    if on_cpu and values_ND.shape[0] == lengths_B.numel() and bool((lengths_B == 1).all()):
         return values_ND
-    sums_BD = torch.segment_reduce(
+    return torch.segment_reduce(
         values_ND, "sum", lengths=lengths_B.long(), axis=0, unsafe=True, initial=0.0
     )
-    if feature.pooling == "sum":
-        return sums_BD
-    return sums_BD / lengths_B.clamp(min=1).unsqueeze(1).to(sums_BD.dtype)
 
 
 def _split_tables(schema: FeatureSchema) -> tuple[list[TableConfig], list[TableConfig]]:
@@ -199,7 +234,7 @@ def _bag_collection(
                     num_embeddings=table.num_embeddings,
                     embedding_dim=table.embedding_dim,
                     feature_names=[feature.name for feature in features],
-                    pooling=PoolingType[features[0].pooling.upper()],
+                    pooling=PoolingType.SUM,
                     init_fn=reinitialize_rows(init_bound(table)),
                 )
             )

@@ -1,0 +1,210 @@
+"""Sharding plans: made by TorchRec's planner, described and stored as plain data."""
+
+from typing import Literal, cast
+
+import torch
+from torch import nn
+from torch.distributed._shard.sharding_spec import EnumerableShardingSpec, ShardMetadata
+from torchrec.distributed.planner import EmbeddingShardingPlanner
+from torchrec.distributed.planner.stats import NoopEmbeddingStats
+from torchrec.distributed.planner.types import ParameterConstraints, PlannerError, Topology
+from torchrec.distributed.types import (
+    EmbeddingModuleShardingPlan,
+    ModuleSharder,
+    ParameterSharding,
+    ShardingPlan,
+    ShardingType,
+)
+
+from embedding.config import (
+    ColumnWise,
+    FeatureSchema,
+    Grid,
+    ManagedCollision,
+    StrictConfig,
+    TableColumnWise,
+    TableConfig,
+)
+from embedding.errors import UserError
+from embedding.limits import ELEMENT_BYTES
+from embedding.managed_collision import set_num_buckets
+
+SCHEMA_VERSION = 1
+
+
+class ShardPlacement(StrictConfig):
+    """One shard of a table on one rank."""
+
+    rank: int
+    row_offset: int
+    column_offset: int
+    num_rows: int
+    num_columns: int
+    weight_bytes: int
+    """float32 weights, without optimizer state."""
+
+
+class TablePlan(StrictConfig):
+    """Where one table lives."""
+
+    table: str
+    module: str
+    """Path of the collection in the model."""
+    sharding: str
+    kernel: str
+    shards: tuple[ShardPlacement, ...]
+    """For `data_parallel` the whole table, once per rank."""
+
+
+class PlanDescription(StrictConfig):
+    """A sharding plan as JSON; version 1."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    world_size: int
+    device_type: str
+    tables: tuple[TablePlan, ...]
+
+    def weight_bytes_per_rank(self) -> list[int]:
+        """Bytes of table weights on every rank."""
+        totals = [0] * self.world_size
+        for table in self.tables:
+            for shard in table.shards:
+                totals[shard.rank] += shard.weight_bytes
+        return totals
+
+
+def make_plan(
+    model: nn.Module,
+    sharders: list[ModuleSharder[nn.Module]],
+    schema: FeatureSchema,
+    topology: Topology,
+    batch_size_per_rank: int,
+) -> ShardingPlan:
+    """Let TorchRec's planner place the tables of `model` (on meta) on `topology`.
+
+    Deterministic for one process, but not between processes (the planner iterates over sets of
+    strings): run it on one rank and broadcast the description.
+
+    Raises:
+        UserError: if no plan fits; it says what the planner needs and has.
+    """
+    set_num_buckets(model, topology.world_size)
+    planner = EmbeddingShardingPlanner(
+        topology=topology,
+        batch_size=batch_size_per_rank,
+        constraints={table.name: constraints(table) for table in schema.tables},
+        stats=[NoopEmbeddingStats()],
+        debug=False,
+    )
+    try:
+        return planner.plan(model, sharders)
+    except PlannerError as error:
+        raise UserError(
+            f"no sharding plan fits {topology.world_size} ranks: {error}; use more ranks, smaller "
+            "tables, or fewer forced sharding types"
+        ) from error
+
+
+def constraints(table: TableConfig) -> ParameterConstraints:
+    """The planner's limits for one table."""
+    if isinstance(table.ids, ManagedCollision):
+        return ParameterConstraints(sharding_types=[ShardingType.ROW_WISE.value])
+    if table.sharding is None:
+        return ParameterConstraints()
+    kinds = [
+        ShardingType.GRID_SHARD.value if table.sharding.kind == "grid" else table.sharding.kind
+    ]
+    match table.sharding:
+        case ColumnWise(num_shards=n) | TableColumnWise(num_shards=n) | Grid(num_column_shards=n):
+            return ParameterConstraints(
+                sharding_types=kinds, min_partition=table.embedding_dim // n
+            )
+        case _:
+            return ParameterConstraints(sharding_types=kinds)
+
+
+def describe_plan(
+    plan: ShardingPlan, schema: FeatureSchema, world_size: int, device_type: str
+) -> PlanDescription:
+    """The plan as plain data, tables in the schema's order."""
+    tables = []
+    for module, entries in plan.plan.items():
+        for name, entry in cast(EmbeddingModuleShardingPlan, entries).items():
+            tables.append(
+                TablePlan(
+                    table=name,
+                    module=module,
+                    sharding=entry.sharding_type,
+                    kernel=entry.compute_kernel,
+                    shards=_placements(entry, schema.table(name), world_size),
+                )
+            )
+    order = [table.name for table in schema.tables]
+    tables.sort(key=lambda table: order.index(table.table))
+    return PlanDescription(world_size=world_size, device_type=device_type, tables=tuple(tables))
+
+
+def plan_of(description: PlanDescription) -> ShardingPlan:
+    """The plan that `describe_plan` described."""
+    modules: dict[str, EmbeddingModuleShardingPlan] = {}
+    for table in description.tables:
+        replicated = table.sharding == ShardingType.DATA_PARALLEL.value
+        spec = (
+            EnumerableShardingSpec(
+                [
+                    ShardMetadata(
+                        shard_offsets=[shard.row_offset, shard.column_offset],
+                        shard_sizes=[shard.num_rows, shard.num_columns],
+                        placement=_placement(shard.rank, description),
+                    )
+                    for shard in table.shards
+                ]
+            )
+            if not replicated
+            else None
+        )
+        modules.setdefault(table.module, EmbeddingModuleShardingPlan())[table.table] = (
+            ParameterSharding(
+                sharding_type=table.sharding,
+                compute_kernel=table.kernel,
+                ranks=[shard.rank for shard in table.shards],
+                sharding_spec=spec,
+            )
+        )
+    return ShardingPlan(plan=dict(modules))
+
+
+def _placements(
+    entry: ParameterSharding, table: TableConfig, world_size: int
+) -> tuple[ShardPlacement, ...]:
+    if entry.sharding_spec is None:
+        whole = (0, 0, table.num_embeddings, table.embedding_dim)
+        return tuple(_shard(rank, *whole) for rank in range(world_size))
+    spec = cast(EnumerableShardingSpec, entry.sharding_spec)
+    return tuple(
+        _shard(_rank(shard), *shard.shard_offsets, *shard.shard_sizes) for shard in spec.shards
+    )
+
+
+def _shard(rank: int, row: int, column: int, num_rows: int, num_columns: int) -> ShardPlacement:
+    return ShardPlacement(
+        rank=rank,
+        row_offset=row,
+        column_offset=column,
+        num_rows=num_rows,
+        num_columns=num_columns,
+        weight_bytes=num_rows * num_columns * ELEMENT_BYTES,
+    )
+
+
+def _rank(shard: ShardMetadata) -> int:
+    rank = cast(torch.distributed._remote_device, shard.placement).rank()
+    assert rank is not None
+    return rank
+
+
+def _placement(rank: int, description: PlanDescription) -> str:
+    if description.device_type == "cpu":
+        return f"rank:{rank}/cpu"
+    local_rank = rank % torch.cuda.device_count() if torch.cuda.is_available() else rank
+    return f"rank:{rank}/{description.device_type}:{local_rank}"

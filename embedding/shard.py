@@ -1,0 +1,201 @@
+"""The golden order: meta -> optimizer in backward -> plan -> DistributedModelParallel -> dense."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
+from torch import nn
+from torch.distributed.optim import _apply_optimizer_in_backward as optimizer_in_backward
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.optim import optimizers as fused
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.optimizers import in_backward_optimizer_filter
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad as FusedRowWiseAdagrad
+
+from embedding.config import (
+    Adagrad,
+    Adam,
+    FeatureSchema,
+    RowWiseAdagrad,
+    Sgd,
+    ShardingConfig,
+    SparseOptimizer,
+    TableConfig,
+)
+from embedding.errors import UserError
+from embedding.initialization import initialize_shard
+from embedding.limits import check_support
+from embedding.managed_collision import reset_optimizer_of_evicted_rows
+from embedding.placement import TableShard, data_parallel_weights, table_shards
+from embedding.plan import PlanDescription, describe_plan, make_plan, plan_of
+from embedding.row_optimizer import RowOptimizer
+from embedding.sharders import make_sharders
+from embedding.tables import EmbeddingTables
+from embedding.topology import local_topology, ranks_per_host, use_hosts_of
+from embedding.unpooled_cpu import mend_unpooled_lookups
+
+DenseOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """A sharded model, its optimizers and its plan."""
+
+    model: DistributedModelParallel
+    optimizer: KeyedOptimizer
+    """Steps everything: dense parameters, data-parallel tables; sharded tables step in backward."""
+    plan: PlanDescription
+    schema: FeatureSchema
+    shards: list[TableShard]
+    """This rank's pieces of the tables."""
+    dense_parameters: dict[str, nn.Parameter]
+    """Everything that is not a table."""
+    dense_optimizer: torch.optim.Optimizer | None
+    """The optimizer of `dense_parameters`; None if there are none."""
+
+    def initialize(self, seed: int) -> None:
+        """Draw the tables' start values: the same for every plan and world size."""
+        for shard in self.shards:
+            initialize_shard(
+                shard.weight_RD,
+                shard.table,
+                seed=seed,
+                row_offset=shard.row_offset,
+                column_offset=shard.column_offset,
+            )
+
+
+def shard(
+    model: nn.Module,
+    *,
+    optimizer: SparseOptimizer,
+    sharding: ShardingConfig,
+    dense_optimizer: DenseOptimizer,
+    device: torch.device,
+    plan: PlanDescription | None = None,
+) -> Sharded:
+    """Shard `model.tables` (built on meta) over the default process group; build the optimizers.
+
+    Args:
+        model: has an attribute `tables`, an `EmbeddingTables` on the meta device.
+        optimizer: of the tables; fused into backward, except for data-parallel tables.
+        sharding: memory, hosts, precision on the wire.
+        dense_optimizer: makes the optimizer of all other parameters.
+        device: of this rank.
+        plan: a plan made before; by default the planner makes one.
+
+    Raises:
+        UserError: if something asked for cannot run on `device`, or no plan fits.
+    """
+    tables = cast(EmbeddingTables, model.tables)
+    schema, world_size = tables.schema, dist.get_world_size()
+    check_support(schema, optimizer, sharding, device.type)
+    use_hosts_of(ranks_per_host(sharding, world_size))
+    # Tables first: their optimizer is fused into backward, so it must exist before sharding.
+    for name, weight in tables.named_parameters():
+        _optimize_in_backward(weight, schema.table(name.split(".")[-2]), optimizer)
+    plan = plan or plan_together(model, sharding, device)
+    sharded = DistributedModelParallel(
+        model,
+        device=device,
+        plan=plan_of(plan),
+        sharders=make_sharders(sharding, device.type),
+    )
+    reset_optimizer_of_evicted_rows(sharded)
+    mend_unpooled_lookups(sharded)
+    # Data-parallel tables have no fused kernel: without an optimizer of their own they would
+    # silently be trained by the dense one.
+    replicated = data_parallel_weights(sharded)
+    rows = _row_optimizer(replicated, schema, optimizer)
+    dense_parameters = {
+        name: parameter
+        for name, parameter in in_backward_optimizer_filter(sharded.named_parameters())
+        if name not in replicated
+    }
+    dense = KeyedOptimizerWrapper(dense_parameters, dense_optimizer) if dense_parameters else None
+    return Sharded(
+        model=sharded,
+        optimizer=_combine(sharded.fused_optimizer, rows, dense),
+        plan=plan,
+        schema=schema,
+        shards=table_shards(sharded, schema, optimizer, rows._optimizer if rows else None),
+        dense_parameters=dense_parameters,
+        dense_optimizer=dense._optimizer if dense else None,
+    )
+
+
+def plan_together(
+    model: nn.Module,
+    sharding: ShardingConfig,
+    device: torch.device,
+    batch_size_per_rank: int = 1024,
+) -> PlanDescription:
+    """Plan on rank 0 for the running process group and tell the others; all raise its error."""
+    outcome: list[Any] = [None]
+    world_size = dist.get_world_size()
+    schema = cast(EmbeddingTables, model.tables).schema
+    if dist.get_rank() == 0:
+        try:
+            sharders = make_sharders(sharding, device.type)
+            topology = local_topology(sharding, world_size, device)
+            plan = make_plan(model, sharders, schema, topology, batch_size_per_rank)
+            described = describe_plan(plan, schema, world_size, device.type)
+            outcome = [described.model_dump_json()]
+        except UserError as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return PlanDescription.model_validate_json(outcome[0])
+
+
+def _optimize_in_backward(
+    weight: nn.Parameter, table: TableConfig, optimizer: SparseOptimizer
+) -> None:
+    settings: dict[str, Any] = {"lr": table.learning_rate or optimizer.learning_rate}
+    match optimizer:
+        case RowWiseAdagrad(eps=eps, weight_decay=decay):
+            kind: type[torch.optim.Optimizer] = FusedRowWiseAdagrad
+            settings |= {"eps": eps} | _l2_decay(decay)
+        case Adagrad(eps=eps):
+            kind = fused.Adagrad
+            settings |= {"eps": eps}
+        case Adam():
+            kind = fused.Adam
+            settings |= optimizer.model_dump(include={"beta1", "beta2", "eps", "weight_decay"})
+        case Sgd():
+            kind = fused.SGD
+    optimizer_in_backward(kind, [weight], settings)
+
+
+def _l2_decay(weight_decay: float) -> dict[str, Any]:
+    # Without a mode the kernel ignores the weight decay.
+    mode = WeightDecayMode.L2 if weight_decay else WeightDecayMode.NONE
+    return {"weight_decay": weight_decay, "weight_decay_mode": mode}
+
+
+def _row_optimizer(
+    replicated: dict[str, nn.Parameter], schema: FeatureSchema, optimizer: SparseOptimizer
+) -> KeyedOptimizerWrapper | None:
+    if not replicated:
+        return None
+    rates = [
+        schema.table(name.split(".")[-2]).learning_rate or optimizer.learning_rate
+        for name in replicated
+    ]
+    return KeyedOptimizerWrapper(
+        replicated,
+        lambda params: RowOptimizer(zip(params, rates, strict=True), optimizer),
+    )
+
+
+def _combine(
+    fused_optimizer: KeyedOptimizer,
+    rows: KeyedOptimizerWrapper | None,
+    dense: KeyedOptimizerWrapper | None,
+) -> CombinedOptimizer:
+    named = [("tables", fused_optimizer), ("replicated_tables", rows), ("dense", dense)]
+    return CombinedOptimizer([(name, part) for name, part in named if part is not None])

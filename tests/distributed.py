@@ -1,0 +1,65 @@
+"""Runs a function on every rank of a gloo process group of fresh processes."""
+
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+TIMEOUT = timedelta(seconds=300)
+
+
+def run_distributed(fn: Callable[..., None], world_size: int, *args: Any) -> None:
+    """Call `fn(*args)` on `world_size` ranks; raise the first rank's error with its traceback.
+
+    `fn` must be importable (a module-level function). Every process must also exit with code 0.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        context = mp.get_context("spawn")
+        processes = [
+            context.Process(target=_run_rank, args=(rank, world_size, Path(directory), fn, args))
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        failed: list[str] = []
+        while any(process.is_alive() for process in processes):
+            for process in processes:
+                process.join(timeout=0.2)
+            failed = [path.read_text() for path in sorted(Path(directory).glob("error-*"))]
+            if failed or any(process.exitcode for process in processes):
+                # The others may wait for the failed rank forever.
+                for process in processes:
+                    process.join(timeout=2)
+                    process.kill()
+        for process in processes:
+            process.join()
+        if failed:
+            raise AssertionError("\n\n".join(failed))
+        codes = [process.exitcode for process in processes]
+        assert codes == [0] * world_size, f"exit codes of the ranks: {codes}"
+
+
+def _run_rank(
+    rank: int, world_size: int, directory: Path, fn: Callable[..., None], args: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(rank)
+    store = dist.FileStore(str(directory / "store"), world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+    try:
+        fn(*args)
+        dist.barrier()
+    except BaseException:
+        partial = directory / f"partial-{rank}"
+        partial.write_text(f"rank {rank} of {world_size}:\n{traceback.format_exc()}")
+        partial.rename(directory / f"error-{rank}")
+        raise
+    finally:
+        dist.destroy_process_group()

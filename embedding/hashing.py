@@ -16,7 +16,7 @@ MANAGED_ID_RANGE = 1 << MANAGED_ID_BITS
 MANAGED_MISSING_ID = MANAGED_ID_RANGE - 1
 """The id that all missing values share in a managed-collision table."""
 
-_CHUNK = 1 << 16  # ids mixed at a time: the temporaries stay in the L2 cache
+_CHUNK = 1 << 15  # ids mixed at a time: they stay in the cache, and below torch's OpenMP threshold
 
 
 def rows_of(raw_ids: Tensor, table: TableConfig) -> Tensor:

@@ -39,6 +39,20 @@ class SyntheticConfig(StrictConfig):
     image_size: PositiveInt = 32
     seed: NonNegativeInt = 0
 
+    @model_validator(mode="after")
+    def _check_candidates(self) -> Self:
+        if self.num_items < 2 * self.candidates_per_request:
+            raise ValueError(
+                f"num_items={self.num_items} is too small for candidates_per_request="
+                f"{self.candidates_per_request}; use at least {2 * self.candidates_per_request}"
+            )
+        if self.births_per_day > 0.5:
+            raise ValueError(
+                f"births_per_day={self.births_per_day} would replace items that are not a day old; "
+                "use at most 0.5"
+            )
+        return self
+
 
 class DataConfig(StrictConfig):
     """Where the data lies and how strict ingest is."""

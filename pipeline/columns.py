@@ -1,0 +1,73 @@
+"""Which columns of the data contract a recipe reads, and as what."""
+
+from collections.abc import Iterable
+from typing import Self
+
+from embedding.config import FeatureSchema, Source, StrictConfig
+from pipeline.config import Recipe
+
+KEY_COLUMNS = ("request_id", "user_id", "item_id")
+"""Id columns that every event has; `timestamp` is the fourth key."""
+
+
+class SourceColumns(StrictConfig):
+    """Columns of one source (events, items or users), without its keys."""
+
+    ids: tuple[str, ...]
+    """Read as raw ids (by sparse and sequence features)."""
+    dense: tuple[str, ...]
+    """Read as floats."""
+
+
+class EventColumns(SourceColumns):
+    """Columns of the events."""
+
+    labels: tuple[str, ...]
+    """0/1 columns, null where the task is not observed."""
+    oracles: dict[str, str]
+    """Column with the true probability of each task; optional in the files."""
+    history_values: dict[str, tuple[str, ...]]
+    """By history: columns of the past events that its sequences read."""
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Self:
+        """The event columns that `recipe` reads."""
+        features, tasks = recipe.features, recipe.ranking.tasks
+        values = {
+            history.name: _unique(
+                sequence.column_name
+                for sequence in features.sequences
+                if sequence.source == "events" and sequence.history == history.name
+            )
+            for history in features.histories
+        }
+        columns = source_columns(features, "events")
+        ids = (*columns.ids, *(name for names in values.values() for name in names))
+        return cls(
+            ids=_unique(name for name in ids if name not in (*KEY_COLUMNS, "timestamp")),
+            dense=columns.dense,
+            labels=_unique(task.label_name for task in tasks),
+            oracles={task.name: f"oracle_{task.name}" for task in tasks},
+            history_values=values,
+        )
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """All columns that every event file must have."""
+        return _unique((*KEY_COLUMNS, "timestamp", *self.labels, *self.ids, *self.dense))
+
+
+def source_columns(features: FeatureSchema, source: Source) -> SourceColumns:
+    """Columns of `source` that sparse, dense and sequence features read, its own id excluded."""
+    own_id = {"events": "", "items": "item_id", "users": "user_id"}[source]
+    sparse = [f.column_name for f in features.sparse if f.source == source]
+    if source == "items":
+        sparse += [f.column_name for f in features.sequences if f.source == "items"]
+    return SourceColumns(
+        ids=_unique(name for name in sparse if name != own_id),
+        dense=_unique(f.column_name for f in features.dense if f.source == source),
+    )
+
+
+def _unique(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(names))

@@ -1,0 +1,1 @@
+"""Public datasets, translated into the data contract."""

@@ -1,0 +1,110 @@
+"""Writing a dataset of the data contract: aside first, visible only when it is whole.
+
+ROOT/events/dt=YYYY-MM-DD/part-00000.parquet   one file a day, streamed
+ROOT/items.parquet, ROOT/users.parquet
+ROOT/<receipt>.json                            what made it, and from what
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from embedding.errors import UserError
+from pipeline.days import PARTITION
+
+TIMESTAMP = pa.timestamp("ms", tz="UTC")
+
+Receipt = dict[str, Any]
+
+
+def is_written(root: Path, name: str, receipt: Receipt) -> bool:
+    """True if `root` already holds the dataset of this receipt; False if `root` is free.
+
+    Raises:
+        UserError: something else lies there.
+    """
+    path = root / name
+    if path.is_file():
+        found = json.loads(path.read_text())
+        if found == json.loads(json.dumps(receipt)):
+            return True
+        raise UserError(
+            f"{root} already holds another dataset ({name}: {_difference(found, receipt)}); choose "
+            "another directory, or delete this one to write it anew"
+        )
+    if root.is_dir() and not any(root.iterdir()):
+        return False
+    if root.exists():
+        raise UserError(
+            f"{root} exists and was not written by this command (it has no {name}); choose another "
+            "directory, or move this one away"
+        )
+    return False
+
+
+@contextmanager
+def writing_dataset(root: Path, name: str, receipt: Receipt) -> Iterator[Path]:
+    """A scratch directory that becomes `root` when the block ends, and vanishes when it raises."""
+    scratch = root.parent / f".{root.name}.partial"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+        (scratch / name).write_text(json.dumps(receipt, indent=2))
+        if root.is_dir():
+            root.rmdir()  # empty: `is_written` has seen to it
+        scratch.rename(root)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+class DayWriter:
+    """Writes the events of one day, row group after row group."""
+
+    def __init__(self, root: Path, day: str, schema: pa.Schema) -> None:
+        folder = root / "events" / f"{PARTITION}{day}"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._schema = schema
+        self._writer = pq.ParquetWriter(folder / "part-00000.parquet", schema, compression="zstd")
+
+    def write(self, columns: dict[str, Any]) -> None:
+        """Append one row group."""
+        arrays = [
+            value
+            if isinstance(value, (pa.Array, pa.ChunkedArray))
+            else pa.array(value, self._schema.field(name).type)
+            for name, value in ((name, columns[name]) for name in self._schema.names)
+        ]
+        self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._writer.close()
+
+
+def _difference(found: Any, wanted: Receipt) -> str:
+    if not isinstance(found, dict):
+        return "unreadable"
+    wanted = json.loads(json.dumps(wanted))
+    for key in sorted({*found, *wanted}):
+        here, there = found.get(key), wanted.get(key)
+        if isinstance(here, dict) and isinstance(there, dict) and here != there:
+            return f"{key}.{_difference(here, there)}"
+        if here != there:
+            return f"{key} is {here!r}, asked for is {there!r}"
+    return "same"

@@ -1,89 +1,110 @@
-"""Writing a data set in the contract's layout: all of it or nothing."""
+"""Writing a dataset of the data contract: aside first, visible only when it is whole.
+
+ROOT/events/dt=YYYY-MM-DD/part-00000.parquet   one file a day, streamed
+ROOT/items.parquet, ROOT/users.parquet
+ROOT/<receipt>.json                            what made it, and from what
+"""
 
 import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedding.errors import UserError
+from pipeline.days import PARTITION
 
-MADE_BY = "made_by.json"
-ROWS_PER_GROUP = 65_536
+TIMESTAMP = pa.timestamp("ms", tz="UTC")
+
+Receipt = dict[str, Any]
+
+
+def is_written(root: Path, name: str, receipt: Receipt) -> bool:
+    """True if `root` already holds the dataset of this receipt; False if `root` is free.
+
+    Raises:
+        UserError: something else lies there.
+    """
+    path = root / name
+    if path.is_file():
+        found = json.loads(path.read_text())
+        if found == json.loads(json.dumps(receipt)):
+            return True
+        raise UserError(
+            f"{root} already holds another dataset ({name}: {_difference(found, receipt)}); choose "
+            "another directory, or delete this one to write it anew"
+        )
+    if root.is_dir() and not any(root.iterdir()):
+        return False
+    if root.exists():
+        raise UserError(
+            f"{root} exists and was not written by this command (it has no {name}); choose another "
+            "directory, or move this one away"
+        )
+    return False
 
 
 @contextmanager
-def new_dataset(root: Path, made_by: dict[str, Any]) -> Iterator[Path | None]:
-    """A directory to write a data set into; it becomes `root` when the block ends well.
-
-    Args:
-        root: where the data set shall be.
-        made_by: JSON data that says which command with which options writes it.
-
-    Yields:
-        The directory to write into, or None if the same command wrote `root` before.
-
-    Raises:
-        UserError: `root` exists and is something else.
-    """
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        _refuse_other(root, made_by)
-        yield None
-        return
-    partial = root.parent / f".{root.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+def writing_dataset(root: Path, name: str, receipt: Receipt) -> Iterator[Path]:
+    """A scratch directory that becomes `root` when the block ends, and vanishes when it raises."""
+    scratch = root.parent / f".{root.name}.partial"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
     try:
-        yield partial
-        (partial / MADE_BY).write_text(json.dumps(made_by, indent=2, sort_keys=True))
-        partial.rename(root)
+        yield scratch
+        (scratch / name).write_text(json.dumps(receipt, indent=2))
+        if root.is_dir():
+            root.rmdir()  # empty: `is_written` has seen to it
+        scratch.rename(root)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
         raise
 
 
-def _refuse_other(root: Path, made_by: dict[str, Any]) -> None:
-    path = root / MADE_BY if root.is_dir() else root
-    if not path.exists() or path == root:
-        raise UserError(f"{root} exists and no braid command made it; choose another directory")
-    before = json.loads(path.read_text())
-    changed = sorted(k for k in made_by.keys() | before.keys() if made_by.get(k) != before.get(k))
-    if changed:
-        was = {k: before.get(k) for k in changed}
-        now = {k: made_by.get(k) for k in changed}
-        raise UserError(
-            f"{root} was made with other settings ({was}, now {now}); remove it or choose another "
-            "directory"
-        )
+class DayWriter:
+    """Writes the events of one day, row group after row group."""
+
+    def __init__(self, root: Path, day: str, schema: pa.Schema) -> None:
+        folder = root / "events" / f"{PARTITION}{day}"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._schema = schema
+        self._writer = pq.ParquetWriter(folder / "part-00000.parquet", schema, compression="zstd")
+
+    def write(self, columns: dict[str, Any]) -> None:
+        """Append one row group."""
+        arrays = [
+            value
+            if isinstance(value, (pa.Array, pa.ChunkedArray))
+            else pa.array(value, self._schema.field(name).type)
+            for name, value in ((name, columns[name]) for name in self._schema.names)
+        ]
+        self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._writer.close()
 
 
-class EventWriter:
-    """Writes events day by day into events/dt=*/part-00000.parquet; one day is open at a time."""
-
-    def __init__(self, root: Path, schema: pa.Schema) -> None:
-        self.root, self.schema = root, schema
-        self._day = ""
-        self._writer: pq.ParquetWriter | None = None
-
-    def write(self, day: str, events: pa.Table) -> None:
-        """Append the events of `day`; a day once left must not come again."""
-        if day != self._day:
-            self.close()
-            folder = self.root / "events" / f"dt={day}"
-            folder.mkdir(parents=True)
-            self._day = day
-            self._writer = pq.ParquetWriter(
-                folder / "part-00000.parquet", self.schema, compression="zstd"
-            )
-        assert self._writer is not None
-        self._writer.write_table(events.cast(self.schema), row_group_size=ROWS_PER_GROUP)
-
-    def close(self) -> None:
-        """Finish the open file."""
-        if self._writer is not None:
-            self._writer.close()
-        self._writer = None
+def _difference(found: Any, wanted: Receipt) -> str:
+    if not isinstance(found, dict):
+        return "unreadable"
+    wanted = json.loads(json.dumps(wanted))
+    for key in sorted({*found, *wanted}):
+        here, there = found.get(key), wanted.get(key)
+        if isinstance(here, dict) and isinstance(there, dict) and here != there:
+            return f"{key}.{_difference(here, there)}"
+        if here != there:
+            return f"{key} is {here!r}, asked for is {there!r}"
+    return "same"

@@ -1,1 +1,1 @@
-"""Importers of public data sets into the data contract."""
+"""Public datasets, translated into the data contract."""

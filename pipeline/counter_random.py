@@ -1,0 +1,54 @@
+"""Random numbers as a pure function of (seed, stream, id): no state, any order, any chunk size.
+
+A user's taste or an item's latent can thus be computed wherever it is needed, without a table of
+all users in memory.
+"""
+
+from typing import Any
+
+import numpy as np
+
+Int64Array = np.ndarray[Any, np.dtype[np.int64]]
+UInt64Array = np.ndarray[Any, np.dtype[np.uint64]]
+FloatArray = np.ndarray[Any, np.dtype[np.float64]]
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MASK = (1 << 64) - 1
+
+
+class CounterRandom:
+    """Draws for ids. Every `stream` name gives independent numbers."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def uniform(self, stream: str, ids: Int64Array, width: int = 1) -> FloatArray:
+        """Uniform in (0, 1), shape (len(ids), width)."""
+        key = _mix_int(self._seed ^ int.from_bytes(stream.encode(), "little") % (1 << 61))
+        columns = np.arange(1, width + 1, dtype=np.uint64) * np.uint64(0xD1B54A32D192ED03)
+        rows = _mix(np.asarray(ids).astype(np.uint64) * np.uint64(_GOLDEN) + np.uint64(key))
+        bits = _mix(rows[:, None] + columns[None, :])
+        return ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+
+    def normal(self, stream: str, ids: Int64Array, width: int = 1) -> FloatArray:
+        """Standard normal, shape (len(ids), width), by Box and Muller."""
+        half = (width + 1) // 2
+        draws = self.uniform(stream, ids, 2 * half)
+        radius = np.sqrt(-2.0 * np.log(draws[:, :half]))
+        angle = 2.0 * np.pi * draws[:, half:]
+        return np.hstack([radius * np.cos(angle), radius * np.sin(angle)])[:, :width]
+
+    def integers(self, stream: str, ids: Int64Array, high: int) -> Int64Array:
+        """Integers in [0, high), shape (len(ids),)."""
+        return (self.uniform(stream, ids)[:, 0] * high).astype(np.int64)
+
+
+def _mix(x: UInt64Array) -> UInt64Array:
+    """The finaliser of SplitMix64."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _mix_int(x: int) -> int:
+    return int(_mix(np.array([x & _MASK], np.uint64))[0])

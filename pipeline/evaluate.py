@@ -5,6 +5,7 @@ Reads the train artifact, sample files and the event counts of the run's date; w
 `oracle.json`: the same metrics of the true probability.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,25 +13,19 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-from ranking.evaluation import (
-    METRICS_FILE,
-    ORACLE_FILE,
-    TaskMetrics,
-    evaluate_predictions,
-    write_metrics,
-)
 
 from embedding import samples as columns
 from embedding.config import StrictConfig
 from pipeline.config import EvaluationConfig, Recipe
 from pipeline.console import Reporter
+from pipeline.metrics_file import METRICS_FILE, ORACLE_FILE, write_metrics
 from pipeline.plan import PLAN
 from pipeline.stages import StageOutput
 from pipeline.train import CHECKPOINT, TrainedModel, run_workers
+from ranking.evaluation import TaskMetrics, evaluate_predictions
 
 PREDICTIONS = "predictions"
 Mask = npt.NDArray[np.bool_]
-Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 
 
@@ -128,10 +123,9 @@ class Slices:
 
 
 def task_metrics(
-    recipe: Recipe, predicted: pa.Table, slices: Slices, score_column: object
+    recipe: Recipe, predicted: pa.Table, slices: Slices, score_column: Callable[[str], str]
 ) -> dict[str, TaskMetrics]:
     """Metrics of every task over the rows where it is observed."""
-    assert callable(score_column)
     masks = slices.masks(_key(predicted, "item_id"), _key(predicted, "user_id"))
     groups = _key(predicted, recipe.evaluation.group_by)
     found = {}
@@ -139,12 +133,11 @@ def task_metrics(
         name = score_column(task.name)
         if name not in predicted.column_names:
             continue
-        observed = predicted[columns.label_column(task.name)].is_valid().to_numpy()
         found[task.name] = evaluate_predictions(
-            labels=_observed(predicted, columns.label_column(task.name), observed),
-            probs=_observed(predicted, name, observed),
-            groups=groups[observed],
-            slices={key: mask[observed] for key, mask in masks.items()},
+            labels=predicted[columns.label_column(task.name)].to_numpy(),
+            probs=predicted[name].to_numpy(),
+            groups=groups,
+            slices=masks,
         )
     return found
 
@@ -166,11 +159,6 @@ def oracle_metrics(
 def _key(table: pa.Table, name: str) -> Ids:
     ids: Ids = table[columns.key_column(name)].to_numpy()
     return ids
-
-
-def _observed(table: pa.Table, name: str, observed: Mask) -> Floats:
-    values: Floats = table[name].to_numpy()[observed]
-    return values
 
 
 def _predict_worker(config: dict[str, str]) -> None:

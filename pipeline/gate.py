@@ -5,12 +5,12 @@ Reads `evaluate/metrics.json` and production's metrics; writes `gate.json`.
 
 from pathlib import Path
 
-from ranking.evaluation import TaskMetrics, read_metrics
-
 from embedding.config import StrictConfig
 from pipeline.config import GateConfig, Recipe
+from pipeline.metrics_file import METRICS_FILE, read_metrics
 from pipeline.registry import production
 from pipeline.stages import StageOutput
+from ranking.evaluation import TaskMetrics
 
 GATE = "gate.json"
 
@@ -55,9 +55,13 @@ def decide(
 
 def gate(recipe: Recipe, evaluation: Path, out: Path, scratch: Path) -> StageOutput:
     """Decide and write the decision."""
-    metrics = read_metrics(evaluation)[recipe.gate.task]
+    metrics = read_metrics(evaluation / METRICS_FILE)[recipe.gate.task]
     current = production(out)
-    reference = None if current is None else read_metrics(current.evaluation)[recipe.gate.task].auc
+    reference = (
+        None
+        if current is None
+        else read_metrics(current.evaluation / METRICS_FILE)[recipe.gate.task].auc
+    )
     reasons = decide(recipe.gate, metrics, reference)
     decision = GateDecision(
         passed=not reasons,

@@ -131,7 +131,7 @@ def _calibration(summary: Summary) -> str:
     curves: dict[str, charts.Curve] = {}
     for task, metrics in summary.eval.items():
         bins = [b for b in metrics.reliability if b.num_rows]
-        curves[task] = ([b.mean_prob for b in bins], [b.label_rate for b in bins])
+        curves[task] = ([b.mean_prediction for b in bins], [b.label_rate for b in bins])
     return charts.calibration(curves)
 
 
@@ -155,7 +155,11 @@ def _data(ingest: Path) -> dict[str, Any]:
     days: Mapping[str, float] = manifest.facts["rows_per_day"]
     shown = dict(list(days.items())[-14:])
     labels = [
-        {"name": name, "rows": human(facts["observed"]), "rate": f"{facts['rate']:.2%}"}
+        {
+            "name": name,
+            "rows": human(facts["observed"]),
+            "rate": f"{facts['positives'] / max(facts['observed'], 1):.2%}",
+        }
         for name, facts in manifest.facts["labels"].items()
     ]
     return {

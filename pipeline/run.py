@@ -174,11 +174,16 @@ class DayRun:
 
         def body(scratch: Path) -> StageOutput:
             self.session.start()
-            output = ingest(
-                self.recipe, span.days, previous, scratch, progress=self.reporter.advance
+            ingested = ingest(
+                self.recipe, list(span.days), previous, scratch, self.reporter.advance
             )
-            facts = {**output.facts, "days": span.days, "previous": span.previous}
-            return StageOutput(output.rows_in, output.rows_out, output.quarantined, facts)
+            facts = ingested.model_dump(mode="json")
+            return StageOutput(
+                ingested.rows_in,
+                ingested.rows_out,
+                ingested.quarantined,
+                {**facts, "days": span.days, "previous": span.previous},
+            )
 
         return StageSpec(
             "ingest", self.directory("ingest", last), self._ingest_config(), inputs, body

@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field
-from ranking.evaluation import TaskMetrics, read_metrics
 
 from embedding.config import StrictConfig
 from pipeline.artifacts import read_manifest
+from pipeline.metrics_file import METRICS_FILE, ORACLE_FILE, read_metrics
 from pipeline.stages import StageRecord
+from ranking.evaluation import TaskMetrics
 
 SUMMARY = "summary.json"
 
@@ -65,8 +66,8 @@ def summarize(directory: Path, recipe: str, records: list[StageRecord]) -> Summa
         run_id=train.artifact_id,
         stages=_stages(records),
         train=TrainSummary(**{key: train.facts[key] for key in TrainSummary.model_fields}),
-        eval=read_metrics(directory / "evaluate"),
-        oracle=read_metrics(directory / "evaluate", "oracle"),
+        eval=read_metrics(directory / "evaluate" / METRICS_FILE),
+        oracle=read_metrics(directory / "evaluate" / ORACLE_FILE),
         gate=gate.facts,
         bundle=None if published is None else str(directory / "publish" / "bundle"),
     )

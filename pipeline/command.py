@@ -15,6 +15,7 @@ from pipeline.report import REPORT, write_report
 from pipeline.run import STAGES, DayRun, Publish, ensure_data
 from pipeline.status import RECIPE
 from pipeline.summary import SUMMARY, Summary, summarize, write_summary
+from ranking.evaluation import SliceMetrics
 
 
 class Command:
@@ -104,11 +105,9 @@ def _metrics_table(summary: Summary) -> Table:
         table.add_column(column, justify="left" if column in ("task", "slice") else "right")
     for task, metrics in summary.eval.items():
         oracle = summary.oracle.get(task)
-        rows = [("all", metrics, oracle)]
-        rows += [
-            (name, part, oracle.slices.get(name) if oracle else None)
-            for name, part in metrics.slices.items()
-        ]
+        rows: list[tuple[str, SliceMetrics, SliceMetrics | None]] = [("all", metrics, oracle)]
+        for name, part in metrics.slices.items():
+            rows.append((name, part, oracle.slices.get(name) if oracle else None))
         for name, part, best in rows:
             reach = "" if best is None or best.auc is None else f" [dim]of {best.auc:.4f}[/]"
             table.add_row(

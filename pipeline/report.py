@@ -106,24 +106,28 @@ def _training_charts(train: Path, recipe: Recipe) -> list[dict[str, str]]:
     lines = [json.loads(line) for line in (train / "metrics.jsonl").read_text().splitlines()]
     tasks = [task.name for task in recipe.ranking.tasks]
     found = [
-        ("Training loss", charts.lines(_curves(lines, ["train/loss"]), **_axes("loss"))),
-        (
-            "Training AUC per window",
-            charts.lines(_curves(lines, [f"train/{t}/auc" for t in tasks]), **_axes("auc")),
-        ),
+        ("Normalized entropy per window", "ne", 1.0),
+        ("AUC per window", "auc", None),
     ]
-    return [{"title": title, "svg": svg} for title, svg in found]
+    return [
+        {
+            "title": title,
+            "svg": charts.lines(
+                _curves(lines, {task: f"train/{task}/{metric}" for task in tasks}),
+                x_label="step",
+                y_label=metric,
+                reference=reference,
+            ),
+        }
+        for title, metric, reference in found
+    ]
 
 
-def _axes(metric: str) -> dict[str, str]:
-    return {"x_label": "step", "y_label": metric}
-
-
-def _curves(lines: list[dict[str, Any]], keys: list[str]) -> dict[str, charts.Curve]:
-    curves = {}
-    for key in keys:
+def _curves(lines: list[dict[str, Any]], keys: Mapping[str, str]) -> dict[str, charts.Curve]:
+    curves: dict[str, charts.Curve] = {}
+    for name, key in keys.items():
         points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
-        curves[key] = ([x for x, _ in points], [y for _, y in points])
+        curves[name] = ([x for x, _ in points], [y for _, y in points])
     return curves
 
 

@@ -306,7 +306,8 @@ class DayRun:
             "histories": [history.model_dump(mode="json") for history in features.histories],
             "sequences": [sequence.model_dump(mode="json") for sequence in features.sequences],
             "columns": sorted(
-                f"{f.source}.{f.column_name}" for f in (*features.sparse, *features.dense)
+                [f"{f.source}.{f.column_name}" for f in features.sparse]
+                + [f"{f.source}.{f.column_name}" for f in features.dense]
             ),
             "tasks": self._tasks(),
         }

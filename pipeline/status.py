@@ -60,7 +60,7 @@ def _rows(out: Path, date: str, publish: Publish) -> list[tuple[str, ...]]:
         reporter=Reporter(),
         publish=publish,
     )
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name in STAGES:
         spec = run.specs(name)[0]
         state, note = stage_state(spec)

@@ -1,6 +1,7 @@
-"""A bundle: what serving needs of a trained model, as safetensors and JSON, without pickle.
+"""A bundle: what scoring needs of a trained model, as safetensors and JSON, without pickle.
 
-bundle/bundle.json          recipe, schema version, files and their SHA-256
-bundle/dense.safetensors    everything that is not a table
-bundle/tables/<table>.safetensors   one tensor `weight` (rows, dim) a table; written in blocks
+    bundle.json                               recipe, tables, files and their SHA-256
+    dense.safetensors                         every parameter and buffer that is not a table
+    tables/<table>/rows-NNNNNNNNNN.safetensors   `weight` (rows, dim): a block of rows a file
+    ids/<table>.safetensors                   managed collision only: `raw_ids` and their `rows`
 """

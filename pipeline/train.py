@@ -1,12 +1,13 @@
 """The train stage: a Ray Train worker group over the plan, followed line by line.
 
 Reads sample files, `plan.json` and the parent's checkpoint; writes `checkpoint/`, `metrics.jsonl`,
-`tensorboard/` and `result.json`. While it runs, checkpoints lie in `resume/` and outlive crashes of
-workers and of the driver.
+`tensorboard/` and `result.json`. While it runs all of it lies in `resume/`, which outlives crashes
+of workers and of the driver.
 """
 
 import json
 import logging
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -23,6 +24,7 @@ from pipeline.stages import StageOutput
 
 CHECKPOINT = "checkpoint"
 METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
 RESULT = "result.json"
 _FOLLOW_INTERVAL_S = 0.5
 
@@ -52,18 +54,22 @@ class TrainJob(StrictConfig):
     samples: list[Path]
     plan: Path
     parent_checkpoint: Path | None
-    scratch: Path
+    resume: Path
+    """Where everything lies while the training runs."""
 
     @property
-    def resume(self) -> Path:
-        """Where checkpoints lie while the training runs."""
-        return self.scratch / RESUME / "checkpoints"
+    def checkpoints(self) -> Path:
+        """Checkpoints of this training, by step."""
+        return self.resume / "checkpoints"
 
 
 class TrainResult(StrictConfig):
     """Rank 0's account of a finished training."""
 
+    checkpoint: str
+    """Name of the last checkpoint's directory."""
     rows: int
+    """Real rows, all epochs."""
     steps: int
     rows_per_s: float
     world_size: int
@@ -81,11 +87,16 @@ def train(recipe: Recipe, inputs: TrainInputs, scratch: Path, reporter: Reporter
         parent_checkpoint=(
             None if inputs.parent is None else (inputs.parent / CHECKPOINT).absolute()
         ),
-        scratch=scratch.absolute(),
+        resume=(scratch / RESUME).absolute(),
     )
-    with _following(scratch / METRICS, reporter):
-        run_workers(_train_worker, job, recipe.cluster, scratch)
-    result = TrainResult.model_validate_json((scratch / RESULT).read_text())
+    # The result is a training's last word: with it, only the publishing was interrupted.
+    if not (job.resume / RESULT).exists():
+        with _following(job.resume / METRICS, reporter):
+            run_workers(_train_worker, job, recipe.cluster, scratch)
+    result = TrainResult.model_validate_json((job.resume / RESULT).read_text())
+    for name in (METRICS, TENSORBOARD, RESULT):
+        _link(job.resume / name, scratch / name)
+    _link(job.checkpoints / result.checkpoint, scratch / CHECKPOINT)
     return StageOutput(
         rows_in=result.rows, rows_out=result.rows, facts=result.model_dump(mode="json")
     )
@@ -130,6 +141,14 @@ def _train_worker(config: dict[str, str]) -> None:
     from pipeline.training_worker import train_worker
 
     train_worker(TrainJob.model_validate_json(config["job"]))
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same files under a second name, so that a crash before publishing loses nothing."""
+    if source.is_dir():
+        shutil.copytree(source, target, copy_function=os.link)
+    else:
+        os.link(source, target)
 
 
 class _following:  # noqa: N801 # used as a context manager, like `writing`

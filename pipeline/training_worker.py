@@ -1,0 +1,190 @@
+"""What runs on every rank of the training group. Torch and torchrec are imported here.
+
+Ray Train has set up the process group; a restarted group finds its last checkpoint in `resume/`.
+"""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from embedding.checkpoint import Checkpointer
+from ranking.step_line import step_line
+from ranking.trainer import Trainer, TrainingHooks
+from torch import Tensor
+from torch.utils.tensorboard.writer import SummaryWriter
+
+from embedding import samples as columns
+from embedding.batch import RankingBatch
+from embedding.loader import SampleFiles, SampleLoader
+from embedding.plan import PlanDescription
+from embedding.shard import Sharded, shard
+from pipeline.config import Recipe
+from pipeline.evaluate import EvaluateJob
+from pipeline.train import METRICS, RESULT, TENSORBOARD, TrainJob, TrainResult
+from ranking.model import RankingModel, RankingStep
+
+
+def train_worker(job: TrainJob) -> None:
+    """Train on this rank from the last checkpoint, the parent's, or the start."""
+    recipe = job.recipe
+    device = _device(recipe)
+    sharded = build(recipe, job.plan, device)
+    checkpointer = Checkpointer(job.checkpoints, keep=recipe.ranking.trainer.keep_checkpoints)
+    progress, carried = _restore(job, sharded, checkpointer)
+    record = MetricsFile(job, progress.step) if dist.get_rank() == 0 else None
+    trainer = Trainer(
+        recipe.ranking.trainer,
+        recipe.ranking.tasks,
+        model=sharded.model,
+        optimizer=sharded.optimizer,
+        device=device,
+        hooks=TrainingHooks(
+            report=record.add if record else _ignore,
+            save=lambda reached: checkpointer.save(
+                reached.step, sharded, reached.state_dict(), wait=False
+            ),
+        ),
+    )
+    summary = trainer.fit(_loader(recipe, job.samples), progress)
+    checkpointer.wait()
+    if record is not None:
+        record.close()
+        result = TrainResult(
+            checkpoint=checkpointer.path(summary.steps).name,
+            rows=summary.rows,
+            steps=summary.steps,
+            rows_per_s=summary.rows_per_s,
+            world_size=summary.world_size,
+            data_wait_share=summary.data_wait_share,
+            warm_start=carried,
+        )
+        partial = job.resume / f"{RESULT}.partial"
+        partial.write_text(result.model_dump_json(indent=2))
+        partial.replace(job.resume / RESULT)
+    dist.barrier()
+
+
+def predict_worker(job: EvaluateJob) -> None:
+    """Predict this rank's consecutive share of the samples into `rank-N.parquet`."""
+    recipe = job.model.recipe
+    device = _device(recipe)
+    sharded = build(recipe, job.model.plan, device)
+    Checkpointer.load_weights(job.model.checkpoint, sharded)
+    sharded.model.eval()
+    tasks = [task.name for task in recipe.ranking.tasks]
+    path = job.predictions / f"rank-{dist.get_rank():05d}.parquet"
+    with (
+        pq.ParquetWriter(path, prediction_schema(tasks)) as writer,
+        _loader(recipe, job.samples).sequential() as stream,
+        torch.inference_mode(),
+    ):
+        for batch in stream:
+            _, (logits_BT, _, _) = sharded.model(batch.to(device))
+            writer.write_batch(prediction_batch(batch, logits_BT, tasks))
+    dist.barrier()
+
+
+def build(recipe: Recipe, plan: Path, device: torch.device) -> Sharded:
+    """The recipe's model, sharded by the plan, with start values drawn from the seed."""
+    trainer = recipe.ranking.trainer
+    model = RankingModel(recipe.features, recipe.ranking, tables_device=torch.device("meta"))
+    adam = trainer.dense_optimizer
+    sharded = shard(
+        RankingStep(model, recipe.ranking),
+        optimizer=recipe.embedding.optimizer,
+        sharding=recipe.embedding.sharding,
+        dense_optimizer=lambda parameters: torch.optim.AdamW(
+            parameters, lr=adam.learning_rate, weight_decay=adam.weight_decay, fused=True
+        ),
+        device=device,
+        plan=PlanDescription.model_validate_json(plan.read_text()),
+    )
+    sharded.initialize(trainer.seed)
+    return sharded
+
+
+def _device(recipe: Recipe) -> torch.device:
+    if recipe.cluster.use_gpu:
+        device: torch.device = ray.train.torch.get_device()
+        torch.cuda.set_device(device)
+        return device
+    torch.set_num_threads(max(int(recipe.cluster.cpus_per_worker), 1))
+    return torch.device("cpu")
+
+
+def _loader(recipe: Recipe, paths: list[Path]) -> SampleLoader:
+    trainer = recipe.ranking.trainer
+    return SampleLoader(
+        SampleFiles(paths, recipe.features, [task.name for task in recipe.ranking.tasks]),
+        batch_size_per_rank=trainer.batch_size_per_rank,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        seed=trainer.seed,
+    )
+
+
+def _ignore(*_: object) -> None:
+    """Only rank 0 records metrics."""
+
+
+def prediction_schema(tasks: list[str]) -> pa.Schema:
+    """Columns of a predictions file."""
+    return pa.schema(
+        [pa.field(columns.key_column(key), pa.int64()) for key in columns.KEYS]
+        + [pa.field(columns.label_column(task), pa.float32()) for task in tasks]
+        + [pa.field(columns.probability_column(task), pa.float32()) for task in tasks]
+    )
+
+
+def prediction_batch(batch: RankingBatch, logits_BT: Tensor, tasks: list[str]) -> pa.RecordBatch:
+    """The real rows of a batch with their probabilities; labels are null where missing."""
+    rows = batch.num_rows
+    keys = [batch.keys_BK[:rows, index].numpy() for index in range(len(columns.KEYS))]
+    missing_BT = batch.weights_BT[:rows] == 0
+    labels = [
+        pa.array(batch.labels_BT[:rows, t].numpy(), mask=missing_BT[:, t].numpy())
+        for t in range(len(tasks))
+    ]
+    probs_BT = torch.sigmoid(logits_BT[:rows]).cpu()
+    probs = [probs_BT[:, t].contiguous().numpy() for t in range(len(tasks))]
+    return pa.record_batch([*keys, *labels, *probs], schema=prediction_schema(tasks))
+
+
+class MetricsFile:
+    """`metrics.jsonl` and TensorBoard, written by rank 0; a restart cuts them back to its step."""
+
+    def __init__(self, job: TrainJob, first: int) -> None:
+        self.tasks = job.recipe.ranking.tasks
+        self.rows_per_step = (
+            job.recipe.ranking.trainer.batch_size_per_rank * job.recipe.cluster.num_workers
+        )
+        path = job.resume / METRICS
+        kept = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in kept if line.endswith("\n") and json.loads(line)["step"] <= first]
+        path.write_text("".join(kept))
+        self.file = path.open("a")
+        self.board = SummaryWriter(str(job.resume / TENSORBOARD), purge_step=first + 1)
+
+    def add(self, step: int, num_steps: int, metrics: dict[str, float]) -> None:
+        """Append one step's metrics, with the line a person reads."""
+        line = step_line(step, num_steps, self.tasks, metrics)
+        record = {
+            "step": step,
+            "rows": step * self.rows_per_step,
+            "total_rows": num_steps * self.rows_per_step,
+            "line": line,
+            **metrics,
+        }
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        for name, value in metrics.items():
+            self.board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush everything."""
+        self.file.close()
+        self.board.close()

@@ -31,7 +31,7 @@ class RankingModel(nn.Module):
             UserError: the model does not fit the schema.
         """
         super().__init__()
-        self.embeddings = EmbeddingTables(schema, tables_device)
+        self.tables = EmbeddingTables(schema, tables_device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.trainer.seed)
             self.ranker = Ranker(
@@ -43,7 +43,7 @@ class RankingModel(nn.Module):
 
     def forward(self, batch: RankingBatch) -> Tensor:
         """Logits (B, T), float32."""
-        return self.ranker(self.embeddings(batch), batch.dense_BF)
+        return self.ranker(self.tables(batch), batch.dense_BF)
 
 
 class RankingStep(nn.Module):
@@ -54,6 +54,11 @@ class RankingStep(nn.Module):
         self.model = model
         self.loss = TaskLoss([task.weight for task in config.tasks])
 
+    @property
+    def tables(self) -> EmbeddingTables:
+        """The part that `embedding.shard` shards."""
+        return self.model.tables
+
     def forward(self, batch: RankingBatch) -> StepOutput:
         """The loss, and what metrics need."""
         logits_BT = self.model(batch)
@@ -62,7 +67,7 @@ class RankingStep(nn.Module):
 
 
 class Ranker(nn.Module):
-    """The dense side. Holds no table, so TorchRec's pipelines never look inside."""
+    """The dense side. Holds no table, so TorchRec's pipelines do not trace into it."""
 
     def __init__(
         self, schema: FeatureSchema, config: ModelConfig, *, num_tasks: int, autocast: bool

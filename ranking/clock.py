@@ -1,0 +1,88 @@
+"""Where the time of a training run goes, measured between synchronised points."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from embedding.loader import BatchStream, LoaderStats
+
+
+@dataclass(frozen=True)
+class WindowTiming:
+    """Time of the steps between two synchronised points."""
+
+    steps: int
+    elapsed_s: float
+    """Without checkpoints."""
+    data_s: float
+    """Seconds the average rank waited for data."""
+    checkpoint_s: float
+    num_rows: int
+    """Real rows over all ranks."""
+
+
+class Clock:
+    """Counts rows, waiting and elapsed time of one rank; windows end where ranks meet."""
+
+    def __init__(self, step: int) -> None:
+        self.total_rows = 0
+        self.total_s = 0.0
+        self.total_data_s = 0.0
+        self._step = step
+        self._started = time.perf_counter()
+        self._stream: BatchStream | None = None
+        self._seen = LoaderStats()
+        self._rank_rows = 0
+        self._rank_wait_s = 0.0
+        self._rows = 0
+        self._data_s = 0.0
+        self._paused_s = 0.0
+
+    def see(self, stream: BatchStream) -> None:
+        """Take over what the stream has handed out and how long it was waited for."""
+        if stream is not self._stream:
+            self._stream, self._seen = stream, LoaderStats()
+        stats = stream.stats
+        self._rank_rows += stats.rows - self._seen.rows
+        self._rank_wait_s += stats.wait_s - self._seen.wait_s
+        self._seen = stats
+
+    def take_rank_values(self) -> Tensor:
+        """[rows, seconds waited] of this rank since the last call, to be summed over ranks."""
+        values = torch.tensor([float(self._rank_rows), self._rank_wait_s], dtype=torch.float64)
+        self._rank_rows, self._rank_wait_s = 0, 0.0
+        return values
+
+    def add_global(self, rank_values: Sequence[float], world_size: int) -> None:
+        """Add what `take_rank_values` gave, summed over ranks."""
+        rows, wait_s = rank_values
+        self._rows += round(rows)
+        self._data_s += wait_s / world_size
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time in the block is a checkpoint, not training."""
+        started = time.perf_counter()
+        yield
+        self._paused_s += time.perf_counter() - started
+
+    def lap(self, step: int) -> WindowTiming:
+        """End the window at `step`."""
+        now = time.perf_counter()
+        timing = WindowTiming(
+            steps=step - self._step,
+            elapsed_s=now - self._started - self._paused_s,
+            data_s=self._data_s,
+            checkpoint_s=self._paused_s,
+            num_rows=self._rows,
+        )
+        self.total_rows += self._rows
+        self.total_s += timing.elapsed_s
+        self.total_data_s += self._data_s
+        self._step, self._started = step, now
+        self._rows, self._data_s, self._paused_s = 0, 0.0, 0.0
+        return timing

@@ -1,0 +1,90 @@
+"""How far training is: what must be saved beside the weights so that a resume changes nothing."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from embedding.epochs import Position
+from ranking.metrics import MetricSums, all_reduce_sums
+
+# Shapes: T tasks, X sums kept per task.
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Equal on all ranks. No random state: every step seeds its own (see `Trainer`)."""
+
+    step: int = 0
+    """Steps done since the start of the run, over all epochs."""
+    position: Position = field(default_factory=Position)
+    window_TX: Tensor | None = None
+    """Metric sums since the last step line, over all ranks; None before the first step."""
+    window_slots: int = 0
+    """Rows since the last step line over all ranks, filling ones included."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and one tensor, for a checkpoint."""
+        return {
+            "step": self.step,
+            "position": self.position.model_dump_json(),
+            "window": torch.empty(0) if self.window_TX is None else self.window_TX.cpu(),
+            "window_slots": self.window_slots,
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> "Progress":
+        """What `state_dict` described."""
+        return cls(
+            step=state["step"],
+            position=Position.model_validate_json(state["position"]),
+            window_TX=state["window"] if state["window"].numel() else None,
+            window_slots=state["window_slots"],
+        )
+
+
+class Window:
+    """Metric sums of the steps since the last step line.
+
+    Rank-local sums are folded into the global ones at every checkpoint, in a disturbed and in an
+    undisturbed run alike: so both add the same numbers in the same order.
+    """
+
+    def __init__(self, progress: Progress, num_tasks: int, device: torch.device) -> None:
+        self._local = MetricSums.zeros(num_tasks, device)
+        self._global = MetricSums.zeros(num_tasks, device)
+        if progress.window_TX is not None:
+            self._global = MetricSums(progress.window_TX.to(device))
+        self._slots = progress.window_slots
+        self._local_slots = 0
+
+    def update(self, logits_BT: Tensor, labels_BT: Tensor, weights_BT: Tensor) -> None:
+        """Add a batch of this rank."""
+        self._local.update(logits_BT, labels_BT, weights_BT)
+        self._local_slots += len(logits_BT)
+
+    def fold(self, rank_values: Tensor) -> tuple[MetricSums, int, Tensor]:
+        """Make the sums global.
+
+        Args:
+            rank_values: float64 values of this rank that are summed in the same message.
+
+        Returns:
+            The window's sums, its rows (filling ones included) and the summed `rank_values`.
+        """
+        slots = torch.tensor([float(self._local_slots)], dtype=torch.float64)
+        device = self._local.sums_TX.device
+        sums_TX, slots, rank_values = all_reduce_sums(
+            [self._local.sums_TX, slots.to(device), rank_values.to(device)]
+        )
+        self._global = self._global + MetricSums(sums_TX)
+        self._slots += int(slots.item())
+        self._local = MetricSums(torch.zeros_like(self._local.sums_TX))
+        self._local_slots = 0
+        return self._global, self._slots, rank_values
+
+    def clear(self) -> None:
+        """Start the next window."""
+        self._global = MetricSums(torch.zeros_like(self._global.sums_TX))
+        self._slots = 0

@@ -1,0 +1,321 @@
+"""The training loop on a small unsharded model: determinism, resume, bookkeeping, refusals."""
+
+import logging
+import math
+import re
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from embedding.config import (
+    DenseFeature,
+    FeatureSchema,
+    HistoryConfig,
+    SequenceFeature,
+    SparseFeature,
+    TableConfig,
+)
+from embedding.errors import UserError
+from embedding.loader import SampleFiles, SampleLoader
+from ranking import trainer as trainer_module
+from ranking.config import (
+    DeepFm,
+    InterestConfig,
+    MixtureOfExpertsConfig,
+    ModelConfig,
+    RankingConfig,
+    TaskConfig,
+    TrainerConfig,
+)
+from ranking.model import RankingModel, RankingStep
+from ranking.prediction import predict
+from ranking.progress import Progress
+from ranking.trainer import Trainer, TrainingHooks, TrainingSummary, check_precision
+
+CPU = torch.device("cpu")
+NUM_ROWS = 300
+SCHEMA = FeatureSchema(
+    tables=(
+        TableConfig(name="user", num_embeddings=30),
+        TableConfig(name="item", num_embeddings=20),
+    ),
+    sparse=(
+        SparseFeature(name="user_id", table="user"),
+        SparseFeature(name="item_id", table="item"),
+    ),
+    dense=(DenseFeature(name="age"),),
+    histories=(HistoryConfig(name="past"),),
+    sequences=(SequenceFeature(name="past_item", history="past", table="item", target="item_id"),),
+)
+TASKS = (TaskConfig(name="click"), TaskConfig(name="like", weight=2.0))
+
+
+def _config(**trainer: Any) -> RankingConfig:
+    settings = {
+        "epochs": 2,
+        "batch_size_per_rank": 16,
+        "log_every_steps": 4,
+        "checkpoint_every_steps": 7,
+        **trainer,
+    }
+    return RankingConfig(
+        tasks=TASKS,
+        model=ModelConfig(
+            interests=(InterestConfig(history="past", hidden=(8,)),),
+            classifier=DeepFm(hidden=(16,), dropout=0.2),
+            experts=MixtureOfExpertsConfig(num_experts=2, expert_hidden=(8,), tower_hidden=(4,)),
+        ),
+        trainer=TrainerConfig(**settings),
+    )
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> SampleFiles:
+    rng = np.random.default_rng(0)
+    like = rng.integers(0, 2, NUM_ROWS).astype(object)
+    like[rng.random(NUM_ROWS) < 0.3] = None
+    columns: dict[str, Any] = {
+        f"key:{key}": np.arange(NUM_ROWS) + i
+        for i, key in enumerate(("request_id", "user_id", "item_id", "timestamp"))
+    }
+    columns |= {
+        "label:click": rng.integers(0, 2, NUM_ROWS).astype(np.float32),
+        "label:like": pa.array(like.tolist(), pa.float32()),
+        "dense:age": rng.normal(size=NUM_ROWS).astype(np.float32),
+        "sparse:user_id": rng.integers(0, 1000, NUM_ROWS),
+        "sparse:item_id": rng.integers(0, 1000, NUM_ROWS),
+        "sequence:past_item": pa.array(
+            [rng.integers(0, 1000, rng.integers(0, 5)).tolist() for _ in range(NUM_ROWS)],
+            pa.list_(pa.int64()),
+        ),
+    }
+    path = tmp_path_factory.mktemp("samples") / "part.parquet"
+    pq.write_table(pa.table(columns), path, row_group_size=50)
+    return SampleFiles([path], SCHEMA, [task.name for task in TASKS])
+
+
+class Harness:
+    """One training run with everything a checkpoint would hold kept in memory."""
+
+    def __init__(self, files: SampleFiles, config: RankingConfig) -> None:
+        self.config = config
+        self.source = SampleLoader(files, batch_size_per_rank=config.trainer.batch_size_per_rank)
+        self.model = RankingModel(SCHEMA, config, tables_device=CPU)
+        self.model.tables.initialize(seed=0)
+        self.step = RankingStep(self.model, config)
+        self.optimizer = torch.optim.Adam(self.step.parameters(), lr=1e-2)
+        self.reports: dict[int, dict[str, float]] = {}
+        self.checkpoints: dict[int, dict[str, Any]] = {}
+
+    def fit(self, progress: Progress | None = None) -> TrainingSummary:
+        trainer = Trainer(
+            self.config.trainer,
+            TASKS,
+            model=self.step,
+            optimizer=self.optimizer,
+            device=CPU,
+            hooks=TrainingHooks(report=self.reports.__setitem__, save=self._save),
+        )
+        return trainer.fit(self.source, progress)
+
+    def restore(self, checkpoint: dict[str, Any]) -> Progress:
+        self.step.load_state_dict(checkpoint["model"])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        return Progress.from_state_dict(checkpoint["progress"])
+
+    def _save(self, progress: Progress) -> None:
+        self.checkpoints[progress.step] = copy_tensors(
+            {
+                "model": self.step.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "progress": progress.state_dict(),
+            }
+        )
+
+
+def copy_tensors(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: copy_tensors(item) for key, item in value.items()}
+    return [copy_tensors(item) for item in value] if isinstance(value, list) else value
+
+
+def _weights(harness: Harness) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in harness.step.parameters()])
+
+
+def _without_clocks(reports: dict[int, dict[str, float]]) -> dict[int, dict[str, float]]:
+    return {
+        step: {
+            key: value
+            for key, value in metrics.items()
+            if not key.startswith(("time/", "memory/")) and key != "train/rows_per_s"
+        }
+        for step, metrics in reports.items()
+    }
+
+
+STEPS = 2 * math.ceil(NUM_ROWS / 16)
+
+
+def test_same_seed_same_run(files: SampleFiles) -> None:
+    first, second = Harness(files, _config()), Harness(files, _config())
+    first.fit()
+    second.fit()
+    assert _weights(first).equal(_weights(second))
+    assert _without_clocks(first.reports) == _without_clocks(second.reports)
+
+
+def test_another_seed_another_model(files: SampleFiles) -> None:
+    first, second = Harness(files, _config()), Harness(files, _config(seed=1))
+    assert not _weights(first).equal(_weights(second))
+
+
+@pytest.mark.parametrize("step", [7, 14, 21, 28, 35])
+def test_a_resumed_run_equals_the_undisturbed_one_to_the_last_digit(
+    files: SampleFiles, step: int
+) -> None:
+    whole = Harness(files, _config())
+    whole.fit()
+    resumed = Harness(files, _config())
+    resumed.fit(resumed.restore(whole.checkpoints[step]))
+    assert _weights(resumed).equal(_weights(whole))
+    expected = {s: m for s, m in _without_clocks(whole.reports).items() if s > step}
+    assert _without_clocks(resumed.reports) == expected
+    assert set(resumed.checkpoints) == {s for s in whole.checkpoints if s > step}
+
+
+def test_reports_and_checkpoints_come_at_their_steps(files: SampleFiles) -> None:
+    harness = Harness(files, _config())
+    summary = harness.fit()
+    assert set(harness.reports) == {*range(4, STEPS + 1, 4), STEPS}
+    assert set(harness.checkpoints) == {*range(7, STEPS + 1, 7), STEPS}
+    assert summary.steps == STEPS
+    assert summary.rows == 2 * NUM_ROWS  # filling rows are not counted
+
+
+def test_without_an_interval_there_is_one_checkpoint_at_the_end(files: SampleFiles) -> None:
+    harness = Harness(files, _config(checkpoint_every_steps=None))
+    harness.fit()
+    assert set(harness.checkpoints) == {STEPS}
+
+
+def test_windows_count_every_observed_label_once(files: SampleFiles) -> None:
+    harness = Harness(files, _config(epochs=1))
+    harness.fit()
+    observed = {"click": NUM_ROWS, "like": 0.0}
+    with harness.source.sequential() as stream:
+        observed["like"] = sum(float(batch.weights_BT[:, 1].sum()) for batch in stream)
+    for task, weight in observed.items():
+        seen = [metrics[f"train/{task}/weight"] for metrics in harness.reports.values()]
+        assert sum(seen) == weight
+
+
+def test_reported_loss_is_the_mean_of_the_losses_optimised(files: SampleFiles) -> None:
+    harness = Harness(files, _config(epochs=1, log_every_steps=1))
+    losses = []
+    harness.step.register_forward_hook(lambda *args: losses.append(args[-1][0].item()))
+    harness.fit()
+    reported = [metrics["train/loss"] for metrics in harness.reports.values()]
+    assert reported == pytest.approx(losses, rel=1e-5)  # the model's sum is float32
+
+
+def test_training_equals_a_plain_loop(files: SampleFiles) -> None:
+    config = _config(epochs=1)
+    config = config.model_copy(
+        update={"model": config.model.model_copy(update={"classifier": DeepFm(hidden=(16,))})}
+    )
+    harness, plain = Harness(files, config), Harness(files, config)
+    harness.fit()
+    with plain.source.shuffled(Progress().position) as stream:
+        for batch in stream:
+            plain.optimizer.zero_grad()
+            plain.step(batch)[0].backward()
+            plain.optimizer.step()
+    assert _weights(harness).equal(_weights(plain))
+
+
+def test_clipping_bounds_the_dense_gradient_norm(files: SampleFiles) -> None:
+    harness = Harness(files, _config(epochs=1, max_grad_norm=1e-3))
+    norms = []
+
+    def record(*_: Any) -> None:
+        grads = [p.grad for p in trainer_module.dense_parameters(harness.step)]
+        norms.append(math.sqrt(sum(float(g.square().sum()) for g in grads if g is not None)))
+
+    harness.optimizer.register_step_pre_hook(record)
+    harness.fit()
+    assert len(norms) == STEPS // 2
+    assert max(norms) <= 1e-3 * (1 + 1e-4)
+
+
+def test_a_diverged_run_stops_and_says_what_to_change(files: SampleFiles) -> None:
+    harness = Harness(files, _config())
+    with torch.no_grad():
+        next(harness.model.ranker.parameters()).fill_(math.nan)
+    with pytest.raises(UserError, match=r"task 'click' became nan before step 4.*learning_rate"):
+        harness.fit()
+    assert harness.checkpoints == {}
+
+
+def test_bf16_is_refused_where_it_is_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer_module, "cpu_has_bf16", lambda: False)
+    with pytest.raises(UserError, match=r"precision=bf16.*set ranking.trainer.precision to fp32"):
+        check_precision("bf16", CPU)
+    check_precision("fp32", CPU)
+    check_precision("bf16", torch.device("cuda"))
+
+
+def test_autocast_keeps_tables_and_logits_in_fp32(files: SampleFiles) -> None:
+    exact, rounded = (Harness(files, _config(precision=p)) for p in ("fp32", "bf16"))
+    with exact.source.sequential() as stream:
+        batch = next(stream)
+    logits = [harness.model.eval()(batch) for harness in (exact, rounded)]
+    assert logits[1].dtype == torch.float32
+    assert not logits[0].equal(logits[1])
+    torch.testing.assert_close(*logits, rtol=0.05, atol=0.02)  # bf16 keeps 8 bits
+    rounded.step(batch)[0].backward()
+    assert {p.grad.dtype for p in rounded.step.parameters() if p.grad is not None} == {
+        torch.float32
+    }
+
+
+def test_the_step_line_has_everything(files: SampleFiles, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        Harness(files, _config()).fit()
+    line = caplog.messages[0]
+    number = r"[\d.]+"
+    assert line.startswith(f"step 4/{STEPS} | loss ")
+    parts = line.split(" | ")
+    patterns = [
+        rf"loss {number}",
+        rf"click ne {number} auc {number}",
+        rf"like ne {number} auc {number}",
+        rf"{number}k? rows/s",
+        r"data \d+%",
+        rf"rss {number} GiB",
+        r"eta \d+s",
+    ]
+    assert len(parts) == 1 + len(patterns)
+    for part, pattern in zip(parts[1:], patterns, strict=True):
+        assert re.fullmatch(pattern, part), part
+
+
+def test_predictions_cover_every_row_once_with_the_model_s_probabilities(
+    files: SampleFiles,
+) -> None:
+    harness = Harness(files, _config())
+    with harness.source.sequential() as stream:
+        parts = list(predict(harness.step, stream, CPU))
+    keys = torch.cat([part.keys_RK for part in parts])
+    assert keys[:, 0].tolist() == list(range(NUM_ROWS))
+    with harness.source.sequential() as stream:
+        batch = next(stream)
+    expected = torch.sigmoid(harness.model(batch))
+    torch.testing.assert_close(parts[0].probs_RT, expected)
+    assert parts[-1].probs_RT.shape == (NUM_ROWS % 16, 2)

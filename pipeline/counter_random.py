@@ -10,7 +10,7 @@ import numpy as np
 
 Int64Array = np.ndarray[Any, np.dtype[np.int64]]
 UInt64Array = np.ndarray[Any, np.dtype[np.uint64]]
-FloatArray = np.ndarray[Any, np.dtype[np.float64]]
+FloatArray = np.ndarray[Any, np.dtype[np.floating[Any]]]
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1

@@ -1,0 +1,203 @@
+"""What all adapters share: finding the source, the receipt, the summary, errors with a place."""
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+
+from embedding.errors import UserError
+from pipeline.dataset import Receipt, is_written, writing_dataset
+from pipeline.days import fingerprint
+
+RECEIPT = "import.json"
+SUMMARY = "import_summary.json"
+ADAPTER_VERSION = 1
+BLOCK_BYTES = 4 << 20
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class ImportSummary:
+    """What an import wrote."""
+
+    events: int
+    users: int
+    """Rows of users.parquet; 0 where the dataset has none."""
+    items: int
+    """Rows of items.parquet; 0 where the dataset has none."""
+    days: int
+    first_day: str
+    last_day: str
+    label_rates: dict[str, float]
+    """Share of ones among the rows where a task is observed."""
+    notes: dict[str, int] = field(default_factory=dict)
+    """What was filled in or left out, counted."""
+
+
+def source_receipt(command: str, files: Sequence[Path], **options: Any) -> Receipt:
+    """Identity of an import: what was asked for, and of which files."""
+    return {
+        "command": command,
+        "version": ADAPTER_VERSION,
+        "options": options,
+        "source": fingerprint(files),
+    }
+
+
+def finished_import(out: Path, receipt: Receipt) -> ImportSummary | None:
+    """The summary of the same import done before, or None where there is none.
+
+    Raises:
+        UserError: `out` holds something else.
+    """
+    if not is_written(out, RECEIPT, receipt):
+        return None
+    return ImportSummary(**json.loads((out / SUMMARY).read_text()))
+
+
+@contextmanager
+def importing(out: Path, receipt: Receipt) -> Iterator[Path]:
+    """Scratch directory that becomes `out`; write the summary with `write_summary`."""
+    with writing_dataset(out, RECEIPT, receipt) as scratch:
+        yield scratch
+
+
+def write_summary(scratch: Path, summary: ImportSummary) -> ImportSummary:
+    """Keep the summary beside the data, for the next time the same import is asked for."""
+    (scratch / SUMMARY).write_text(json.dumps(asdict(summary), indent=2))
+    return summary
+
+
+def require_directory(src: Path) -> None:
+    """Refuse a source that is not a directory.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not src.is_dir():
+        raise UserError(f"--src {src} is not a directory; unpack the download and name its folder")
+
+
+# --- delimited text ------------------------------------------------------------------------------
+
+
+def open_bytes(path: Path) -> IO[bytes]:
+    """A file's bytes; .gz is unpacked on the way."""
+    return io.BufferedReader(gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
+
+
+def header_of(path: Path, delimiter: str = ",") -> list[str]:
+    """Column names in the first line.
+
+    Raises:
+        UserError: the file is empty.
+    """
+    with open_bytes(path) as file:
+        line = file.readline().decode("utf-8-sig", "replace")
+    names = next(csv.reader([line], delimiter=delimiter), [])
+    if not names:
+        raise UserError(f"{path} is empty; download it again")
+    return [name.strip() for name in names]
+
+
+def stream_table(
+    path: Path, types: dict[str, pa.DataType], *, delimiter: str, header: Sequence[str] | None
+) -> Iterator[pa.RecordBatch]:
+    """Batches of the columns in `types`, in bounded memory.
+
+    Args:
+        path: Delimited text, plain or .gz.
+        types: Wanted columns.
+        delimiter: One character.
+        header: Names of all columns where the file has none; None: the first line names them.
+
+    Raises:
+        UserError: a line does not fit; the message names file, line and value.
+    """
+    read = pa_csv.ReadOptions(
+        column_names=None if header is None else list(header),
+        block_size=BLOCK_BYTES,
+        use_threads=False,
+    )
+    convert = pa_csv.ConvertOptions(
+        column_types=types, include_columns=list(types), strings_can_be_null=True
+    )
+    # A quote is text in the formats without header.
+    parse = pa_csv.ParseOptions(delimiter=delimiter, quote_char='"' if header is None else False)
+    try:
+        with open_bytes(path) as file:
+            yield from pa_csv.open_csv(
+                file, read_options=read, parse_options=parse, convert_options=convert
+            )
+    except (pa.ArrowException, OSError, EOFError) as error:
+        raise UserError(
+            f"{path}: {str(error).splitlines()[0]}; correct that line, or download the file again"
+        ) from error
+
+
+def refuse_nulls(path: Path, batch: pa.RecordBatch, first_line: int) -> None:
+    """Every column of the batch must be filled in.
+
+    Raises:
+        UserError: names file, line and column.
+    """
+    for name in batch.schema.names:
+        column = batch.column(name)
+        if column.null_count:
+            at = column.is_null().to_numpy(zero_copy_only=False).argmax()
+            raise UserError(
+                f"{path}, line {first_line + int(at)}: column {name!r} is empty; fill it in or "
+                "remove the line"
+            )
+
+
+def text_lines(path: Path) -> list[str]:
+    """Lines of a small text file: UTF-8, or Latin-1 as in GroupLens' older files."""
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = data.decode("latin-1")
+    return text.replace("\r\n", "\n").split("\n")
+
+
+def split_lines(path: Path, delimiter: str, at_least: int) -> Iterator[tuple[int, list[str]]]:
+    """Number and cells of every line of a small text file.
+
+    Raises:
+        UserError: a line has fewer than `at_least` cells.
+    """
+    for number, line in enumerate(text_lines(path), 1):
+        if not line.strip():
+            continue
+        cells = line.rstrip("\r\n").split(delimiter)
+        if len(cells) < at_least:
+            raise UserError(
+                f"{path}, line {number}: {line[:60]!r} has {len(cells)} cells but needs {at_least}"
+                f", separated by {delimiter!r}; download the file again"
+            )
+        yield number, cells
+
+
+def to_int(text: str, path: Path, line: int, column: str) -> int:
+    """An integer of a cell.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        return int(text)
+    except ValueError as error:
+        raise UserError(
+            f"{path}, line {line}: column {column!r} is {text!r} but must be an integer; correct "
+            "that line, or download the file again"
+        ) from error

@@ -43,7 +43,7 @@ TOPIC_WORDS = (
     "camera lens tripod shutter aperture flash film darkroom",
 )
 QUALITY_WORDS = ("shabby", "plain", "decent", "fine", "superb", "exquisite")
-FILLER_WORDS = "the with for your new and made set pack size daily edition".split()
+_FILLER = "the with for your new and made set pack size daily edition"
 MAX_TOPICS = len(TOPIC_WORDS)
 
 _WORDS_PER_TEXT = 12
@@ -63,8 +63,9 @@ def describe(topics_BT: FloatArray, quality_B: FloatArray, rng: np.random.Genera
     shape = (num_items, _WORDS_PER_TEXT)
     topic = (rng.random(shape)[:, :, None] > topics_BT.cumsum(axis=1)[:, None, :-1]).sum(axis=2)
     words = vocabulary[topic, rng.integers(0, vocabulary.shape[1], shape)].astype(object)
+    fillers = np.array(_FILLER.split(), object)
     filler = rng.random(shape) < _FILLER_SHARE
-    words[filler] = np.array(FILLER_WORDS, object)[rng.integers(0, len(FILLER_WORDS), filler.sum())]
+    words[filler] = fillers[rng.integers(0, len(fillers), filler.sum())]
     # Two adjectives, each a noisy reading of the quality.
     noisy = quality_B[:, None] + rng.normal(0, 0.5, (num_items, 2))
     level = np.clip(np.floor(noisy * 1.2 + len(QUALITY_WORDS) / 2), 0, len(QUALITY_WORDS) - 1)

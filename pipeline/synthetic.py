@@ -38,7 +38,7 @@ _ITEMS_PER_CHUNK = 2_048
 
 # Parts of the visible appeal; their squares sum to 1.
 _TASTE, _QUALITY = 0.8, 0.6
-_SCALE = 1.5
+_SCALE = 1.25
 _USER_BIAS = 0.3
 _POSITION = 0.06
 _ITEM_SPREAD = 0.45
@@ -332,7 +332,7 @@ def _item_rows(market: Marketplace, rows: IntArray) -> pa.Table:
     config, items = market.config, market.items
     rng = market.rng(9, int(rows[0]))
     latent_BD, quality_B = items.latent_ID[rows], items.quality_I[rows]
-    near_BT = np.exp(6 * latent_BD @ market.centres_TD.T)
+    near_BT = np.exp(8 * latent_BD @ market.centres_TD.T)
     near_BT /= near_BT.sum(axis=1, keepdims=True)
     topic_B = items.topic_I[rows]
     wrong = rng.random(len(rows)) < _WRONG_CATEGORY_SHARE

@@ -51,6 +51,7 @@ class EventFile:
     num_rows: int
     row_groups: tuple[int, ...]
     """Rows of each row group."""
+    column_names: frozenset[str]
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -152,7 +153,8 @@ def _event_file(path: Path, day: str, columns: EventColumns) -> EventFile:
     with open_parquet(path) as file:
         check_event_schema(file.schema_arrow, columns, path)
         groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-    return EventFile(path, day, sum(groups), tuple(groups))
+        names = frozenset(file.schema_arrow.names)
+    return EventFile(path, day, sum(groups), tuple(groups), names)
 
 
 # --- columns -------------------------------------------------------------------------------------
@@ -259,11 +261,10 @@ def normalise_events(table: pa.Table, columns: EventColumns, path: Path) -> pa.T
             if name not in data:
                 data[name] = table[name].cast(pa.float32(), safe=False).combine_chunks()
         for name in columns.oracles.values():
-            absent = name not in table.column_names
-            column = pa.nulls(table.num_rows, pa.float32()) if absent else table[name]
-            data[name] = column.cast(pa.float32())
-            if not absent:
-                data[name] = data[name].combine_chunks()
+            if name in table.column_names:
+                data[name] = table[name].cast(pa.float32()).combine_chunks()
+            else:  # another file of the span has it
+                data[name] = pa.nulls(table.num_rows, pa.float32())
     except pa.ArrowException as error:
         raise UserError(f"{path}: column {name!r} cannot be read ({error}); correct it") from error
     return pa.table(data)

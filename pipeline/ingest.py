@@ -201,6 +201,9 @@ def _check_span(recipe: Recipe, span: list[str]) -> _Span:
     root = recipe.data.root
     columns = EventColumns.of(recipe)
     files = [file for day in span for file in event_files(root, day, columns)]
+    present = frozenset().union(*(file.column_names for file in files))
+    oracles = {task: name for task, name in columns.oracles.items() if name in present}
+    columns = columns.model_copy(update={"oracles": oracles})
     known = check_catalogue(root, recipe.features)
     images = _images(root, recipe.data.max_quarantined_share) if has_images(root) else None
     num_rows = sum(file.num_rows for file in files)

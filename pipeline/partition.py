@@ -89,9 +89,7 @@ def partition_chunk(chunk: Chunk, plan: PartitionPlan) -> PartitionFacts:
         UserError: the file is damaged or a column cannot be read.
     """
     columns, path = plan.columns, chunk.file.path
-    with pq.ParquetFile(path) as file:
-        present = set(file.schema_arrow.names)
-    oracles = [name for name in columns.oracles.values() if name in present]
+    oracles = [name for name in columns.oracles.values() if name in chunk.file.column_names]
     table = read_columns(path, [*columns.required, *oracles], chunk.row_groups)
     events = normalise_events(table, columns, path)
     fault, reasons = row_faults(table, events, columns, chunk.file.day, plan.known)

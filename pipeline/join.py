@@ -1,0 +1,227 @@
+"""Join: ingest's events with the columns of their users, items and history items, as samples.
+
+Reads the event files of an ingest artifact, items.parquet and users.parquet. Writes
+samples/dt=YYYY-MM-DD/bucket-NNNN.parquet with the columns of `embedding.samples`, and nothing else.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from embedding import samples
+from embedding.config import SequenceFeature, Source, SparseFeature, StrictConfig
+from embedding.errors import UserError
+from embedding.raw_ids import Int64Array, ids_or_missing
+from pipeline.buckets import ROWS_PER_GROUP, history_column
+from pipeline.columns import EventColumns, source_columns
+from pipeline.config import Recipe
+from pipeline.lookup import (
+    EntityColumns,
+    IdLists,
+    floats,
+    id_column,
+    load_entities,
+    no_entities,
+    transform_dense,
+)
+from pipeline.tasks import stream_tasks
+
+_ENTITY_KEYS: dict[Source, str] = {"items": "item_id", "users": "user_id"}
+
+
+class JoinFacts(StrictConfig):
+    """What join wrote."""
+
+    rows: int
+    rows_per_day: dict[str, int]
+    unknown_users: int
+    """Rows whose user has no row in users.parquet."""
+    mean_sequence_length: dict[str, float]
+    """By history."""
+
+
+@dataclass(frozen=True)
+class JoinPlan:
+    """What every join task needs to know."""
+
+    recipe: Recipe
+    columns: EventColumns
+    entities: dict[Source, EntityColumns]
+    """`items` and `users`."""
+    scratch: Path
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What became of one event file."""
+
+    day: str
+    rows: int
+    unknown_users: int
+    history_events: dict[str, int]
+
+
+def join(
+    recipe: Recipe,
+    ingest_dir: Path,
+    scratch: Path,
+    progress: Callable[[int, int], None] | None = None,
+) -> JoinFacts:
+    """Write the samples of all days of `ingest_dir` into `scratch`; needs an initialised Ray.
+
+    Args:
+        recipe: names the data root and the features.
+        ingest_dir: an ingest artifact made with the same recipe.
+        scratch: an empty directory.
+        progress: called with rows done and rows in total.
+
+    Raises:
+        UserError: a sequence reads a list column, or a file is damaged.
+    """
+    files = sorted((ingest_dir / "events").glob("dt=*/*.parquet"))
+    for folder in {file.parent.name for file in files}:
+        (scratch / "samples" / folder).mkdir(parents=True)
+    total = sum(pq.read_metadata(file).num_rows for file in files)
+    done: list[FileFacts] = []
+    for facts in stream_tasks(join_file, files, plan_join(recipe, scratch)):
+        done.append(facts)
+        if progress:
+            progress(sum(f.rows for f in done), total)
+    days = sorted({facts.day for facts in done})
+    rows = sum(facts.rows for facts in done)
+    return JoinFacts(
+        rows=rows,
+        rows_per_day={day: sum(f.rows for f in done if f.day == day) for day in days},
+        unknown_users=sum(facts.unknown_users for facts in done),
+        mean_sequence_length={
+            h.name: sum(f.history_events[h.name] for f in done) / max(rows, 1)
+            for h in recipe.features.histories
+        },
+    )
+
+
+def plan_join(recipe: Recipe, scratch: Path) -> JoinPlan:
+    """Load the feature columns of items and users.
+
+    Raises:
+        UserError: a file is damaged, or a sequence reads a list column.
+    """
+    entities: dict[Source, EntityColumns] = {}
+    for source, key in _ENTITY_KEYS.items():
+        columns = source_columns(recipe.features, source)
+        path = recipe.data.root / f"{source}.parquet"
+        exists = path.exists()
+        entities[source] = (
+            load_entities(path, key, columns.ids, columns.dense) if exists else no_entities()
+        )
+    for sequence in recipe.features.sequences:
+        column = entities["items"].ids.get(sequence.column_name)
+        if sequence.source == "items" and isinstance(column, IdLists):
+            raise UserError(
+                f"features.sequences: {sequence.name!r} reads the list column "
+                f"{sequence.column_name!r} of items.parquet, but a sequence holds one id an event; "
+                "choose a single-valued column"
+            )
+    return JoinPlan(recipe, EventColumns.of(recipe), entities, scratch)
+
+
+def join_file(path: Path, plan: JoinPlan) -> FileFacts:
+    """Write the samples of one event file, row group by row group."""
+    folder = path.parent.name
+    output = plan.scratch / "samples" / folder / path.name
+    rows = unknown = 0
+    history_events = dict.fromkeys((h.name for h in plan.recipe.features.histories), 0)
+    writer = None
+    with pq.ParquetFile(path) as file:
+        for events in file.iter_batches(ROWS_PER_GROUP, use_threads=False):
+            table = join_events(events, plan)
+            writer = writer or pq.ParquetWriter(output, table.schema, compression="zstd")
+            writer.write_table(table, row_group_size=ROWS_PER_GROUP)
+            rows += events.num_rows
+            users = plan.entities["users"].positions(ids_or_missing(events["user_id"]))
+            unknown += int((users < 0).sum())
+            for name in history_events:
+                past = events[history_column(name, "item_id")]
+                history_events[name] += len(past.flatten())
+    if writer is not None:
+        writer.close()
+    return FileFacts(folder.removeprefix("dt="), rows, unknown, history_events)
+
+
+def join_events(events: pa.RecordBatch, plan: JoinPlan) -> pa.Table:
+    """Samples of some ingested events, in their order."""
+    features = plan.recipe.features
+    rows = {
+        source: plan.entities[source].positions(ids_or_missing(events[key]))
+        for source, key in _ENTITY_KEYS.items()
+    }
+    data = {samples.key_column(name): events[name] for name in samples.KEYS}
+    for task in plan.recipe.ranking.tasks:
+        data[samples.label_column(task.name)] = events[task.label_name].cast(pa.float32())
+    for task_name, column in plan.columns.oracles.items():
+        if column in events.schema.names:
+            data[samples.oracle_column(task_name)] = events[column]
+    for feature in features.sparse:
+        data[samples.sparse_column(feature.name)] = _sparse(feature, events, rows, plan)
+    for dense in features.dense:
+        if dense.source == "events":
+            values = floats(events[dense.column_name])
+        else:
+            values = plan.entities[dense.source].dense[dense.column_name][rows[dense.source]]
+        data[samples.dense_column(dense.name)] = pa.array(transform_dense(values, dense))
+    for sequence in features.sequences:
+        data[samples.sequence_column(sequence.name)] = _sequence(sequence, events, plan)
+    return pa.table(data)
+
+
+def _sparse(
+    feature: SparseFeature, events: pa.RecordBatch, rows: dict[Source, Int64Array], plan: JoinPlan
+) -> pa.Array:
+    name = feature.column_name
+    if feature.source == "events" or name == _ENTITY_KEYS[feature.source]:
+        column = id_column(events[name])
+        at = np.arange(events.num_rows)
+    else:
+        column = plan.entities[feature.source].ids[name]
+        at = rows[feature.source]
+    if isinstance(column, IdLists):
+        return column.take(at, feature.max_length)
+    return pa.array(column[at])
+
+
+def _sequence(feature: SequenceFeature, events: pa.RecordBatch, plan: JoinPlan) -> pa.ListArray:
+    past_items = _normal_lists(events[history_column(feature.history, "item_id")])
+    name = feature.column_name
+    match feature.source:
+        case "events":
+            return _normal_lists(events[history_column(feature.history, name)])
+        case "gap":
+            times = _normal_lists(events[history_column(feature.history, "timestamp")])
+            lengths = np.diff(times.offsets.to_numpy())
+            own = np.repeat(events["timestamp"].to_numpy(), lengths)
+            values = gap_ids(own - times.values.to_numpy())
+        case "items":
+            values = past_items.values.to_numpy()
+            if name != "item_id":
+                items = plan.entities["items"]
+                column = items.ids[name]
+                assert not isinstance(column, IdLists)
+                values = column[items.positions(values)]
+    return pa.ListArray.from_arrays(past_items.offsets, pa.array(values))
+
+
+def gap_ids(gap_ms: Int64Array) -> Int64Array:
+    """floor(log2(1 + seconds)) of gaps in milliseconds; exact at powers of two."""
+    _, exponent = np.frexp(1 + gap_ms / 1000)  # x = mantissa * 2**exponent, mantissa in [0.5, 1)
+    return exponent.astype(np.int64) - 1
+
+
+def _normal_lists(lists: pa.ListArray) -> pa.ListArray:
+    """The same lists with offsets that start at 0 (batches of a file are slices)."""
+    offsets = np.zeros(len(lists) + 1, np.int32)
+    np.cumsum(lists.value_lengths().to_numpy(), out=offsets[1:])
+    return pa.ListArray.from_arrays(pa.array(offsets), lists.flatten())

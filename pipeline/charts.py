@@ -82,7 +82,7 @@ def _cycle(count: int) -> list[str]:
 
 @contextmanager
 def _chart(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(_STYLE):  # type: ignore[arg-type] # its keys are literals
         figure = Figure(figsize=(width, height), layout="constrained")
         figure.patch.set_alpha(0)
         axes = figure.add_subplot()

@@ -149,9 +149,9 @@ def _accelerator() -> Finding:
 
 def _bf16() -> Finding:
     """Informative: without the instructions only `precision: bf16` is refused."""
-    from ranking.precision import bf16_is_native
+    from ranking.trainer import cpu_has_bf16
 
-    native = bf16_is_native()
+    native = cpu_has_bf16()
     note = "" if native else "this CPU has no bf16 instructions: keep precision: fp32"
     return Finding("bf16", True, "native" if native else "not native", note)
 

@@ -199,8 +199,10 @@ class DayRun:
 
         def body(scratch: Path) -> StageOutput:
             self.session.start()
-            ingested = self.directory("ingest", last)
-            return join(self.recipe, ingested, scratch, progress=self.reporter.advance)
+            joined = join(
+                self.recipe, self.directory("ingest", last), scratch, self.reporter.advance
+            )
+            return StageOutput(joined.rows, joined.rows, facts=joined.model_dump(mode="json"))
 
         return StageSpec("join", self.directory("join", last), config, inputs, body)
 

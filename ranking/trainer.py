@@ -57,8 +57,8 @@ class StepOptimizer(Protocol):
 class TrainingHooks:
     """What the loop tells its owner. Called on every rank, at the same steps."""
 
-    report: Callable[[int, dict[str, float]], None]
-    """Step and global metrics, every `log_every_steps`."""
+    report: Callable[[int, int, dict[str, float]], None]
+    """Step, steps in all and global metrics, every `log_every_steps`."""
     save: Callable[[Progress], None]
     """Write a checkpoint of model, optimizer and this progress."""
 
@@ -214,7 +214,7 @@ class _Run:
         self.reported_step = self.step
         if self.is_logging_rank:
             logger.info(step_line(self.step, self.num_steps, self.trainer.tasks, metrics))
-        self.trainer.hooks.report(self.step, metrics)
+        self.trainer.hooks.report(self.step, self.num_steps, metrics)
 
     def _save(self) -> None:
         sums, num_slots = self._fold()

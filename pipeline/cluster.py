@@ -81,10 +81,5 @@ def _check_resources(resources: dict[str, float], cluster: ClusterConfig) -> Non
 
 
 def _quiet_ray() -> None:
-    from ray.data import DataContext
-
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    for name in ("ray.data", "ray.data._internal.progress", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)

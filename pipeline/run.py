@@ -7,6 +7,7 @@ A span chains on the latest earlier one and continues its user state, so a run o
 ingests only the days that came since.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -87,23 +88,29 @@ class DayRun:
                 break
         return records
 
-    def specs(self, name: str) -> list[StageSpec]:
-        """The executions of one stage; the stages before it must have run."""
+    def specs(self, name: str) -> Iterator[StageSpec]:
+        """The executions of one stage; the stages before it must have run.
+
+        Lazy: the span of the evaluation days continues the one that ends at the run's date, so that
+        one must have been ingested first.
+        """
         match name:
             case "ingest":
-                return [self._ingest(self.date), self._ingest(self.split.evaluation[-1])]
+                yield self._ingest(self.date)
+                yield self._ingest(self.split.evaluation[-1])
             case "join":
-                return [self._join(span) for span in (*self.training_spans(), self._eval_span())]
+                for span in (*self.training_spans(), self._eval_span()):
+                    yield self._join(span)
             case "plan":
-                return [self._plan()]
+                yield self._plan()
             case "train":
-                return [self._train()]
+                yield self._train()
             case "evaluate":
-                return [self._evaluate()]
+                yield self._evaluate()
             case "gate":
-                return [self._gate()]
+                yield self._gate()
             case _:
-                return [self._publish()]
+                yield self._publish()
 
     def directory(self, stage: str, day: str | None = None) -> Path:
         """Where a stage of a day publishes."""

@@ -62,7 +62,7 @@ def _rows(out: Path, date: str, publish: Publish) -> list[tuple[str, ...]]:
     )
     rows: list[tuple[str, ...]] = []
     for name in STAGES:
-        spec = run.specs(name)[0]
+        spec = next(run.specs(name))
         state, note = stage_state(spec)
         manifest = read_manifest(spec.directory)
         figures = ("", "")

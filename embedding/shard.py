@@ -49,6 +49,8 @@ class Sharded:
     """Steps everything: dense parameters, data-parallel tables; sharded tables step in backward."""
     plan: PlanDescription
     schema: FeatureSchema
+    optimizer_kind: str
+    """Kind of the sparse optimizer."""
     shards: list[TableShard]
     """This rank's pieces of the tables."""
     dense_parameters: dict[str, nn.Parameter]
@@ -121,6 +123,7 @@ def shard(
         optimizer=_combine(sharded.fused_optimizer, rows, dense),
         plan=plan,
         schema=schema,
+        optimizer_kind=optimizer.kind,
         shards=table_shards(sharded, schema, optimizer, rows._optimizer if rows else None),
         dense_parameters=dense_parameters,
         dense_optimizer=dense._optimizer if dense else None,

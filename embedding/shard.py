@@ -29,7 +29,12 @@ from embedding.errors import UserError
 from embedding.initialization import initialize_shard
 from embedding.limits import check_support
 from embedding.managed_collision import reset_optimizer_of_evicted_rows
-from embedding.placement import TableShard, data_parallel_weights, table_shards
+from embedding.placement import (
+    TableShard,
+    data_parallel_weights,
+    sharded_collections,
+    table_shards,
+)
 from embedding.plan import PlanDescription, describe_plan, make_plan, plan_of
 from embedding.row_optimizer import RowOptimizer
 from embedding.sharders import make_sharders
@@ -106,6 +111,7 @@ def shard(
         plan=plan_of(plan),
         sharders=make_sharders(sharding, device.type),
     )
+    _refuse_other_plan(plan, sharded)
     reset_optimizer_of_evicted_rows(sharded)
     mend_unpooled_lookups(sharded)
     # Data-parallel tables have no fused kernel: without an optimizer of their own they would
@@ -128,6 +134,21 @@ def shard(
         dense_parameters=dense_parameters,
         dense_optimizer=dense._optimizer if dense else None,
     )
+
+
+def _refuse_other_plan(plan: PlanDescription, sharded: DistributedModelParallel) -> None:
+    """TorchRec leaves tables a plan does not name unsharded, without a word, and untrained."""
+    planned = {(entry.module, entry.table) for entry in plan.tables}
+    found = {
+        (path, table)
+        for path, collection in sharded_collections(sharded.module)
+        for table in collection.module_sharding_plan
+    }
+    if planned != found:
+        raise UserError(
+            f"the sharding plan does not fit the model: it places {sorted(planned - found)}, which "
+            f"the model lacks, and misses {sorted(found - planned)}; plan again for this recipe"
+        )
 
 
 def plan_together(

@@ -1,14 +1,13 @@
 """Planning inside a Ray worker, where torchrec may be imported."""
 
 import torch
+
 from embedding.limits import check_support
 from embedding.plan import describe_plan, make_plan
 from embedding.sharders import make_sharders
-from embedding.tables import EmbeddingTables
 from embedding.topology import local_topology
-from torch import nn
-
 from pipeline.config import Recipe
+from ranking.model import RankingModel, RankingStep
 
 
 def plan_tables(recipe: Recipe, ranks_per_host: int) -> tuple[str, int]:
@@ -16,8 +15,10 @@ def plan_tables(recipe: Recipe, ranks_per_host: int) -> tuple[str, int]:
     device = torch.device("cuda" if recipe.cluster.use_gpu else "cpu")
     sharding = recipe.embedding.sharding.model_copy(update={"ranks_per_host": ranks_per_host})
     check_support(recipe.features, recipe.embedding.optimizer, sharding, device.type)
-    # The plan names collections by their path in the ranking model, which holds them as `tables`.
-    model = nn.ModuleDict({"tables": EmbeddingTables(recipe.features, torch.device("meta"))})
+    # The plan names collections by their path in the module that is sharded, so plan on that one.
+    with torch.device("meta"):
+        ranking = RankingModel(recipe.features, recipe.ranking, tables_device=torch.device("meta"))
+        model = RankingStep(ranking, recipe.ranking)
     world_size = recipe.cluster.num_workers
     plan = make_plan(
         model,

@@ -11,6 +11,7 @@ import os
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -74,8 +75,8 @@ class TrainResult(StrictConfig):
     rows_per_s: float
     world_size: int
     data_wait_share: float
-    warm_start: dict[str, list[str]]
-    """Tables and parameters carried over, grown or newly initialised; empty without a parent."""
+    warm_start: dict[str, Any] | None
+    """What came from the parent and what did not (`embedding.restore.WarmStartReport`)."""
 
 
 def train(recipe: Recipe, inputs: TrainInputs, scratch: Path, reporter: Reporter) -> StageOutput:
@@ -96,7 +97,7 @@ def train(recipe: Recipe, inputs: TrainInputs, scratch: Path, reporter: Reporter
     result = TrainResult.model_validate_json((job.resume / RESULT).read_text())
     for name in (METRICS, TENSORBOARD, RESULT):
         _link(job.resume / name, scratch / name)
-    _link(job.checkpoints / result.checkpoint, scratch / CHECKPOINT)
+    _link(job.checkpoints / result.checkpoint, scratch / CHECKPOINT / result.checkpoint)
     return StageOutput(
         rows_in=result.rows, rows_out=result.rows, facts=result.model_dump(mode="json")
     )

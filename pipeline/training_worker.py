@@ -4,6 +4,7 @@ Ray Train has set up the process group; a restarted group finds its last checkpo
 """
 
 import json
+import logging
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,21 +12,25 @@ import pyarrow.parquet as pq
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from embedding.checkpoint import Checkpointer
-from ranking.step_line import step_line
-from ranking.trainer import Trainer, TrainingHooks
 from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from embedding import samples as columns
 from embedding.batch import RankingBatch
+from embedding.checkpoint import Checkpointer, load_into, step_directory
 from embedding.loader import SampleFiles, SampleLoader
 from embedding.plan import PlanDescription
+from embedding.restore import WarmStartReport
 from embedding.shard import Sharded, shard
 from pipeline.config import Recipe
 from pipeline.evaluate import EvaluateJob
 from pipeline.train import METRICS, RESULT, TENSORBOARD, TrainJob, TrainResult
 from ranking.model import RankingModel, RankingStep
+from ranking.progress import Progress
+from ranking.step_line import step_line
+from ranking.trainer import Trainer, TrainingHooks
+
+logger = logging.getLogger(__name__)
 
 
 def train_worker(job: TrainJob) -> None:
@@ -50,17 +55,17 @@ def train_worker(job: TrainJob) -> None:
         ),
     )
     summary = trainer.fit(_loader(recipe, job.samples), progress)
-    checkpointer.wait()
+    checkpointer.close()
     if record is not None:
         record.close()
         result = TrainResult(
-            checkpoint=checkpointer.path(summary.steps).name,
+            checkpoint=step_directory(job.checkpoints, summary.steps).name,
             rows=summary.rows,
             steps=summary.steps,
             rows_per_s=summary.rows_per_s,
             world_size=summary.world_size,
             data_wait_share=summary.data_wait_share,
-            warm_start=carried,
+            warm_start=None if carried is None else carried.model_dump(mode="json"),
         )
         partial = job.resume / f"{RESULT}.partial"
         partial.write_text(result.model_dump_json(indent=2))
@@ -73,14 +78,15 @@ def predict_worker(job: EvaluateJob) -> None:
     recipe = job.model.recipe
     device = _device(recipe)
     sharded = build(recipe, job.model.plan, device)
-    Checkpointer.load_weights(job.model.checkpoint, sharded)
+    report = load_into(job.model.checkpoint, sharded)
+    assert not report.initialised, report.initialised
     sharded.model.eval()
     tasks = [task.name for task in recipe.ranking.tasks]
     path = job.predictions / f"rank-{dist.get_rank():05d}.parquet"
     with (
         pq.ParquetWriter(path, prediction_schema(tasks)) as writer,
         _loader(recipe, job.samples).sequential() as stream,
-        torch.inference_mode(),
+        torch.no_grad(),
     ):
         for batch in stream:
             _, (logits_BT, _, _) = sharded.model(batch.to(device))
@@ -105,6 +111,20 @@ def build(recipe: Recipe, plan: Path, device: torch.device) -> Sharded:
     )
     sharded.initialize(trainer.seed)
     return sharded
+
+
+def _restore(
+    job: TrainJob, sharded: Sharded, checkpointer: Checkpointer
+) -> tuple[Progress, WarmStartReport | None]:
+    """Go on from this training's last checkpoint, else start, if possible from the parent."""
+    found = checkpointer.load_latest(sharded)
+    if found is not None:
+        step, progress = found
+        logger.info("rank %d goes on at step %d", dist.get_rank(), step)
+        return Progress.from_state_dict(progress), None
+    if job.parent_checkpoint is None:
+        return Progress(), None
+    return Progress(), load_into(job.parent_checkpoint, sharded)
 
 
 def _device(recipe: Recipe) -> torch.device:

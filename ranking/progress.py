@@ -25,21 +25,22 @@ class Progress:
     """Rows since the last step line over all ranks, filling ones included."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values and one tensor, for a checkpoint."""
+        """JSON types, for a checkpoint; floats survive to the last digit."""
         return {
             "step": self.step,
             "position": self.position.model_dump_json(),
-            "window": torch.empty(0) if self.window_TX is None else self.window_TX.cpu(),
+            "window": None if self.window_TX is None else self.window_TX.tolist(),
             "window_slots": self.window_slots,
         }
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> "Progress":
         """What `state_dict` described."""
+        window = state["window"]
         return cls(
             step=state["step"],
             position=Position.model_validate_json(state["position"]),
-            window_TX=state["window"] if state["window"].numel() else None,
+            window_TX=None if window is None else torch.tensor(window, dtype=torch.float64),
             window_slots=state["window_slots"],
         )
 

@@ -118,7 +118,10 @@ class Harness:
             model=self.step,
             optimizer=self.optimizer,
             device=CPU,
-            hooks=TrainingHooks(report=lambda step, _, metrics: self.reports.__setitem__(step, metrics), save=self._save),
+            hooks=TrainingHooks(
+                report=lambda step, _, metrics: self.reports.__setitem__(step, metrics),
+                save=self._save,
+            ),
         )
         return trainer.fit(self.source, progress)
 

@@ -1,7 +1,157 @@
 """A bundle: what scoring needs of a trained model, as safetensors and JSON, without pickle.
 
-bundle.json                               recipe, tables, files and their SHA-256
-dense.safetensors                         every parameter and buffer that is not a table
-tables/<table>/rows-NNNNNNNNNN.safetensors   `weight` (rows, dim): a block of rows a file
-ids/<table>.safetensors                   managed collision only: `raw_ids` and their `rows`
+bundle.json                                recipe, tables, and the SHA-256 of every file
+dense.safetensors                          every parameter and buffer that is not a table's
+tables/<table>-<first row>.safetensors     `weight`: a block of rows a file
+ids/<table>.safetensors                    managed collision only: sorted `ids`, their `rows`
 """
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from embedding.checkpoint import read_dense, read_id_map, read_manifest, read_tables
+from embedding.config import ManagedCollision, StrictConfig
+from embedding.errors import UserError
+from embedding.id_map import NO_ID
+from pipeline.config import Recipe
+
+BUNDLE_FILE = "bundle.json"
+DENSE_FILE = "dense.safetensors"
+MODEL_PREFIX = "model."
+
+
+class BundledTable(StrictConfig):
+    """One table of a bundle."""
+
+    num_rows: int
+    embedding_dim: int
+    files: tuple[str, ...]
+    """Blocks of rows, in order."""
+    segments: tuple[tuple[int, int], ...] = ()
+    """Managed collision only: row ranges of the shards; the last row of each is for unknown ids."""
+
+
+class Bundle(StrictConfig):
+    """The contents of `bundle.json`; version 1."""
+
+    schema_version: int = 1
+    recipe: Recipe
+    tables: dict[str, BundledTable]
+    files: dict[str, str]
+    """SHA-256 by path relative to the bundle."""
+
+
+def write_bundle(recipe: Recipe, checkpoint: Path, directory: Path) -> Bundle:
+    """Write the bundle of one checkpoint; memory is bounded by one block of rows.
+
+    Args:
+        recipe: what the checkpoint was trained with.
+        checkpoint: one step's directory.
+        directory: an empty or missing directory.
+    """
+    for folder in ("tables", "ids"):
+        (directory / folder).mkdir(parents=True)
+    dense = {
+        name.removeprefix(MODEL_PREFIX): tensor
+        for name, tensor in read_dense(checkpoint).items()
+        if name.startswith(MODEL_PREFIX) and "tables" not in name.split(".")
+    }
+    save_file(dense, directory / DENSE_FILE)
+    tables = {
+        name: _write_table(recipe, checkpoint, name, blocks, directory)
+        for name, blocks in read_tables(checkpoint)
+    }
+    bundle = Bundle(
+        recipe=recipe,
+        tables=tables,
+        files={
+            str(path.relative_to(directory)): _sha256(path)
+            for path in sorted(directory.rglob("*.safetensors"))
+        },
+    )
+    (directory / BUNDLE_FILE).write_text(bundle.model_dump_json(indent=2))
+    return bundle
+
+
+def read_bundle(directory: Path) -> Bundle:
+    """The description of a bundle whose files have been checked.
+
+    Raises:
+        UserError: It is no bundle, or a file is missing or damaged.
+    """
+    path = directory / BUNDLE_FILE
+    if not path.is_file():
+        raise UserError(
+            f"--bundle {directory} holds no {BUNDLE_FILE}; published bundles are listed by "
+            "`braid models list --out DIR`"
+        )
+    try:
+        bundle = Bundle.model_validate_json(path.read_text())
+    except ValidationError as error:
+        raise UserError(
+            f"{path} is not a bundle description of this version; publish the model again"
+        ) from error
+    for name, checksum in bundle.files.items():
+        file = directory / name
+        if not file.is_file() or _sha256(file) != checksum:
+            raise UserError(
+                f"bundle file {file} is missing or damaged (its SHA-256 is not the published one); "
+                "copy the bundle again or publish it again"
+            )
+    return bundle
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of one file.
+
+    Raises:
+        UserError: The file cannot be read.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"bundle file {path} cannot be read: {error}; copy it again") from error
+
+
+def _write_table(
+    recipe: Recipe,
+    checkpoint: Path,
+    name: str,
+    blocks: Iterator[tuple[int, Tensor]],
+    directory: Path,
+) -> BundledTable:
+    files = []
+    for start, block in blocks:
+        file = f"tables/{name}-{start:010d}.safetensors"
+        save_file({"weight": block.contiguous()}, directory / file)
+        files.append(file)
+    table = recipe.features.table(name)
+    segments: tuple[tuple[int, int], ...] = ()
+    if isinstance(table.ids, ManagedCollision):
+        segments = tuple(read_manifest(checkpoint).segments(name))
+        save_file(_id_map(checkpoint, name), directory / f"ids/{name}.safetensors")
+    return BundledTable(
+        num_rows=read_manifest(checkpoint).tables[name].num_rows,
+        embedding_dim=table.embedding_dim,
+        files=tuple(files),
+        segments=segments,
+    )
+
+
+def _id_map(checkpoint: Path, name: str) -> dict[str, Tensor]:
+    ids = read_id_map(checkpoint, name)
+    rows = (ids != NO_ID).nonzero().squeeze(1)
+    order = ids[rows].argsort()
+    return {"ids": ids[rows][order].contiguous(), "rows": rows[order].to(torch.int64).contiguous()}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -11,6 +11,7 @@ from pipeline.cluster import RaySession
 from pipeline.config import Recipe
 from pipeline.console import Reporter, duration, human
 from pipeline.days import available_days, parse_day
+from pipeline.registry import promote
 from pipeline.report import REPORT, write_report
 from pipeline.run import STAGES, DayRun, Publish, ensure_data
 from pipeline.status import RECIPE
@@ -88,6 +89,9 @@ class Command:
         complete = (directory / SUMMARY).exists() and (directory / REPORT).exists()
         if complete and all(record.status == "current" for record in records):
             return Summary.model_validate_json((directory / SUMMARY).read_text())
+        # Promote what was published now; a bundle rolled back on purpose stays rolled back.
+        if records[-1].name == "publish" and records[-1].status == "ran":
+            promote(self.out, date)
         summary = summarize(directory, self.recipe.name, records)
         write_report(self.recipe, summary, directory)
         write_summary(summary, directory)

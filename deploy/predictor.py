@@ -1,0 +1,118 @@
+"""A bundle in one process: rows in, probabilities out, equal to what the trainer predicts."""
+
+# Shapes: B samples, T tasks, N jagged values.
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from deploy.bundle import DENSE_FILE, Bundle, load_tensors, read_bundle
+from embedding.batch import RankingBatch
+from embedding.config import FeatureSchema, Hashed, ManagedCollision
+from embedding.id_map import owner_of
+from ranking.model import RankingModel
+
+
+class Predictor:
+    """Scores batches with a published bundle on the CPU."""
+
+    def __init__(self, directory: Path) -> None:
+        """Load a bundle.
+
+        Raises:
+            UserError: It is no bundle, or a file is missing or damaged.
+        """
+        self.bundle: Bundle = read_bundle(directory)
+        recipe = self.bundle.recipe
+        self.schema = recipe.features
+        self.tasks = [task.name for task in recipe.ranking.tasks]
+        self._id_maps = {
+            table.name: IdMap(directory, table.name, self.bundle.tables[table.name].segments)
+            for table in self.schema.tables
+            if isinstance(table.ids, ManagedCollision)
+        }
+        # Ids are mapped before the model sees them, so managed tables are plain ones here.
+        self.model = RankingModel(
+            plain_schema(self.schema), recipe.ranking, tables_device=torch.device("cpu")
+        )
+        self._load_dense(directory)
+        self._load_tables(directory)
+        self.model.eval()
+
+    @torch.no_grad()
+    def predict(self, batch: RankingBatch) -> Tensor:
+        """Probabilities (B, T) in the order of `tasks`; filling rows included."""
+        return torch.sigmoid(self.model(self._mapped(batch)))
+
+    def _mapped(self, batch: RankingBatch) -> RankingBatch:
+        if not self._id_maps:
+            return batch
+        return RankingBatch(
+            dense_BF=batch.dense_BF,
+            pooled=self._mapped_ids(batch.pooled),
+            unpooled=self._mapped_ids(batch.unpooled),
+            labels_BT=batch.labels_BT,
+            weights_BT=batch.weights_BT,
+            keys_BK=batch.keys_BK,
+            num_rows=batch.num_rows,
+        )
+
+    def _mapped_ids(self, sparse: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        tables = {feature.name: feature.table for feature in self.schema.id_features}
+        values_N = sparse.values().clone()
+        bounds = sparse.offset_per_key()
+        for index, feature in enumerate(sparse.keys()):
+            id_map = self._id_maps.get(tables[feature])
+            if id_map is not None:
+                start, stop = bounds[index], bounds[index + 1]
+                values_N[start:stop] = id_map.rows_of(values_N[start:stop])
+        return KeyedJaggedTensor(
+            keys=sparse.keys(), values=values_N, lengths=sparse.lengths(), offsets=sparse.offsets()
+        )
+
+    def _load_dense(self, directory: Path) -> None:
+        found = self.model.load_state_dict(load_tensors(directory / DENSE_FILE), strict=False)
+        lacking = [name for name in found.missing_keys if not name.startswith("tables.")]
+        assert not lacking, lacking
+        assert not found.unexpected_keys, found.unexpected_keys
+
+    def _load_tables(self, directory: Path) -> None:
+        for name, parameter in self.model.tables.named_parameters():
+            weight_RD = parameter.data
+            row = 0
+            for file in self.bundle.tables[name.split(".")[-2]].files:
+                block = load_tensors(directory / file)["weight"]
+                weight_RD[row : row + len(block)] = block
+                row += len(block)
+            assert row == len(weight_RD), (name, row, len(weight_RD))
+
+
+class IdMap:
+    """The id map of one managed-collision table, as training left it."""
+
+    def __init__(self, directory: Path, table: str, segments: tuple[tuple[int, int], ...]) -> None:
+        stored = load_tensors(directory / f"ids/{table}.safetensors")
+        self.ids = stored["ids"]
+        self.rows = stored["rows"]
+        self.unknown_rows = torch.tensor([stop - 1 for _, stop in segments])
+
+    def rows_of(self, ids_N: Tensor) -> Tensor:
+        """Row of every id; unknown ones share the last row of the shard that would own them."""
+        unknown_N = self.unknown_rows[owner_of(ids_N, len(self.unknown_rows))]
+        if not len(self.ids):
+            return unknown_N
+        index_N = torch.searchsorted(self.ids, ids_N).clamp_(max=len(self.ids) - 1)
+        return torch.where(self.ids[index_N] == ids_N, self.rows[index_N], unknown_N)
+
+
+def plain_schema(schema: FeatureSchema) -> FeatureSchema:
+    """The schema with managed-collision tables as plain ones of the same size."""
+    tables = tuple(
+        table.model_copy(update={"ids": Hashed()})
+        if isinstance(table.ids, ManagedCollision)
+        else table
+        for table in schema.tables
+    )
+    return schema.model_copy(update={"tables": tables})

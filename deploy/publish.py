@@ -1,0 +1,24 @@
+"""The publish stage: the bundle of a training that passed the gate.
+
+Reads the train artifact's checkpoint; writes `bundle/`.
+"""
+
+from pathlib import Path
+
+from deploy.bundle import write_bundle
+from embedding.checkpoint import latest_step, step_directory
+from pipeline.config import Recipe
+from pipeline.registry import BUNDLE
+from pipeline.stages import StageOutput
+from pipeline.train import CHECKPOINT
+
+
+def publish(recipe: Recipe, train: Path, scratch: Path) -> StageOutput:
+    """Write the bundle; scoring it equals the trainer's predictions."""
+    checkpoints = train / CHECKPOINT
+    step = latest_step(checkpoints)
+    assert step is not None, checkpoints
+    bundle = write_bundle(recipe, step_directory(checkpoints, step), scratch / BUNDLE)
+    rows = sum(table.num_rows for table in bundle.tables.values())
+    num_bytes = sum(path.stat().st_size for path in (scratch / BUNDLE).rglob("*.safetensors"))
+    return StageOutput(rows_in=rows, rows_out=rows, facts={"bytes": num_bytes})

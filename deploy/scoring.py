@@ -1,0 +1,63 @@
+"""Offline scoring: sample Parquet in, keys and probabilities out, in the order of the input."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from deploy.predictor import Predictor
+from embedding import samples as columns
+from embedding.errors import UserError
+from embedding.loader import SampleFiles, SampleLoader
+
+
+def score_samples(
+    bundle: Path,
+    samples: Path,
+    output: Path,
+    *,
+    batch_size: int,
+    progress: Callable[[int, int], None],
+) -> int:
+    """Score sample files and write one Parquet file in one move; the number of rows.
+
+    Args:
+        bundle: a published bundle.
+        samples: a sample file, or a directory searched for `*.parquet`.
+        output: keys, and one `probability:<task>` column a task (float32).
+        batch_size: rows at a time.
+        progress: called with rows done and in all.
+
+    Raises:
+        UserError: The bundle or a sample file cannot be used.
+    """
+    paths = [samples] if samples.is_file() else sorted(samples.rglob("*.parquet"))
+    if not paths:
+        raise UserError(
+            f"--samples {samples} holds no Parquet file; give a join artifact's samples/ directory"
+        )
+    predictor = Predictor(bundle)
+    # Labels are not read: what is scored tonight has none yet.
+    files = SampleFiles(paths, predictor.schema, tasks=())
+    stream = SampleLoader(files, batch_size_per_rank=batch_size).sequential()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f".{output.name}.partial")
+    done = 0
+    with stream, pq.ParquetWriter(partial, _schema(predictor.tasks)) as writer:
+        for batch in stream:
+            probs_BT = predictor.predict(batch)[: batch.num_rows]
+            keys = [batch.keys_BK[: batch.num_rows, k].numpy() for k in range(len(columns.KEYS))]
+            scores = [probs_BT[:, t].contiguous().numpy() for t in range(len(predictor.tasks))]
+            writer.write_batch(pa.record_batch([*keys, *scores], schema=_schema(predictor.tasks)))
+            done += batch.num_rows
+            progress(done, files.num_rows)
+    partial.replace(output)
+    return done
+
+
+def _schema(tasks: list[str]) -> pa.Schema:
+    return pa.schema(
+        [pa.field(columns.key_column(key), pa.int64()) for key in columns.KEYS]
+        + [pa.field(columns.probability_column(task), pa.float32()) for task in tasks]
+    )

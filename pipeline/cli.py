@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline.data_cli import data_app
+
 if TYPE_CHECKING:
     from pipeline.command import Command
     from pipeline.config import Recipe
@@ -22,6 +24,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(data_app, name="data")
 
 RecipeOption = Annotated[
     str, typer.Option("--recipe", "-r", help="Built-in recipe or path of a YAML file.")

@@ -220,11 +220,8 @@ def _items(log: pa.Table, meta: Path | None) -> pa.Table:
         columns["app_rating" if name == "rating" else name] = values
     columns["name"] = _known(_lookup(described, "name", ids))
     description = _known(_lookup(described, "description", ids))
-    columns["text"] = pc.binary_join_element_wise(
-        columns["name"], description, ". ", null_handling="skip"
-    )
-    empty = pc.equal(pc.utf8_length(columns["text"]), 0)
-    columns["text"] = pc.if_else(empty, pa.scalar(None, pa.string()), columns["text"])
+    both = pc.binary_join_element_wise(columns["name"], description, ". ")
+    columns["text"] = pc.coalesce(both, columns["name"], description)
     columns["image"] = pa.nulls(len(ids), pa.binary())
     return pa.table(columns)
 

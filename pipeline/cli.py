@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline.data_cli import data_app
+
 if TYPE_CHECKING:
     from pipeline.command import Command
     from pipeline.config import Recipe
@@ -25,6 +27,7 @@ app = typer.Typer(
 
 models_app = typer.Typer(help="Published bundles and which of them is in production.")
 app.add_typer(models_app, name="models", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 
 RecipeOption = Annotated[
     str, typer.Option("--recipe", "-r", help="Built-in recipe or path of a YAML file.")

@@ -36,20 +36,20 @@ class SyntheticConfig(StrictConfig):
     """Standard deviation of the daily step of popularity and tastes."""
     content_share: float = Field(default=0.8, ge=0, le=1)
     """Share of an item's appeal that its latent (seen in text and image) determines."""
-    image_size: PositiveInt = 32
+    image_size: int = Field(default=32, ge=8)
     seed: NonNegativeInt = 0
 
     @model_validator(mode="after")
-    def _check_candidates(self) -> Self:
-        if self.num_items < 2 * self.candidates_per_request:
+    def _check_sizes(self) -> Self:
+        if self.candidates_per_request > self.num_items:
             raise ValueError(
-                f"num_items={self.num_items} is too small for candidates_per_request="
-                f"{self.candidates_per_request}; use at least {2 * self.candidates_per_request}"
+                f"candidates_per_request={self.candidates_per_request} is more than "
+                f"num_items={self.num_items}: a request shows no item twice; lower it"
             )
-        if self.births_per_day > 0.5:
+        if self.events_per_day > 86_400_000 * self.candidates_per_request:
             raise ValueError(
-                f"births_per_day={self.births_per_day} would replace items that are not a day old; "
-                "use at most 0.5"
+                f"events_per_day={self.events_per_day} asks for more than one request a "
+                "millisecond; use at most 86400000 * candidates_per_request"
             )
         return self
 

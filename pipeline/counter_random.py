@@ -4,6 +4,7 @@ A user's taste or an item's latent can thus be computed wherever it is needed, w
 all users in memory.
 """
 
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,6 @@ UInt64Array = np.ndarray[Any, np.dtype[np.uint64]]
 FloatArray = np.ndarray[Any, np.dtype[np.floating[Any]]]
 
 _GOLDEN = 0x9E3779B97F4A7C15
-_MASK = (1 << 64) - 1
 
 
 class CounterRandom:
@@ -24,7 +24,8 @@ class CounterRandom:
 
     def uniform(self, stream: str, ids: Int64Array, width: int = 1) -> FloatArray:
         """Uniform in (0, 1), shape (len(ids), width)."""
-        key = _mix_int(self._seed ^ int.from_bytes(stream.encode(), "little") % (1 << 61))
+        name = hashlib.blake2b(f"{self._seed}/{stream}".encode(), digest_size=8).digest()
+        key = int.from_bytes(name, "little")
         columns = np.arange(1, width + 1, dtype=np.uint64) * np.uint64(0xD1B54A32D192ED03)
         rows = _mix(np.asarray(ids).astype(np.uint64) * np.uint64(_GOLDEN) + np.uint64(key))
         bits = _mix(rows[:, None] + columns[None, :])
@@ -48,7 +49,3 @@ def _mix(x: UInt64Array) -> UInt64Array:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
-
-
-def _mix_int(x: int) -> int:
-    return int(_mix(np.array([x & _MASK], np.uint64))[0])

@@ -20,6 +20,7 @@ from embedding.errors import UserError
 from pipeline.days import PARTITION
 
 TIMESTAMP = pa.timestamp("ms", tz="UTC")
+ROW_GROUP_ROWS = 131_072
 
 Receipt = dict[str, Any]
 
@@ -67,23 +68,40 @@ def writing_dataset(root: Path, name: str, receipt: Receipt) -> Iterator[Path]:
 
 
 class DayWriter:
-    """Writes the events of one day, row group after row group."""
+    """Writes the events of one day in row groups of about `ROW_GROUP_ROWS`."""
 
     def __init__(self, root: Path, day: str, schema: pa.Schema) -> None:
         folder = root / "events" / f"{PARTITION}{day}"
         folder.mkdir(parents=True, exist_ok=True)
         self._schema = schema
         self._writer = pq.ParquetWriter(folder / "part-00000.parquet", schema, compression="zstd")
+        self._pending: list[pa.Table] = []
+        self.num_rows = 0
 
     def write(self, columns: dict[str, Any]) -> None:
-        """Append one row group."""
+        """Append rows: Arrow or numpy columns by name."""
         arrays = [
             value
             if isinstance(value, (pa.Array, pa.ChunkedArray))
             else pa.array(value, self._schema.field(name).type)
             for name, value in ((name, columns[name]) for name in self._schema.names)
         ]
-        self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
+        table = pa.Table.from_arrays(arrays, schema=self._schema)
+        self._pending.append(table)
+        self.num_rows += table.num_rows
+        if sum(part.num_rows for part in self._pending) >= ROW_GROUP_ROWS:
+            self._flush()
+
+    def close(self) -> None:
+        """Write what is left and the footer."""
+        self._flush()
+        self._writer.close()
+
+    def _flush(self) -> None:
+        if self._pending:
+            table = pa.concat_tables(self._pending)
+            self._writer.write_table(table, row_group_size=max(table.num_rows, 1))
+            self._pending = []
 
     def __enter__(self) -> Self:
         return self
@@ -94,7 +112,7 @@ class DayWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._writer.close()
+        self.close()
 
 
 def _difference(found: Any, wanted: Receipt) -> str:

@@ -21,7 +21,7 @@ from pipeline.counter_random import CounterRandom, FloatArray, Int64Array
 
 BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
 
-ITEM_SCALE = 0.8
+ITEM_SCALE = 1.15
 TASTE_SHARE = 0.7
 """Of the content's appeal, the share that differs from user to user; the rest is fashion."""
 USER_SCALE = 0.35

@@ -5,7 +5,7 @@ Events carry `oracle_click`, the true probability that `click` was drawn with.
 
 # Shapes: R requests, C candidates of a request, D taste dimensions.
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -14,13 +14,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import ValidationError
 
+from embedding.errors import UserError
 from pipeline.config import SyntheticConfig
 from pipeline.counter_random import FloatArray, Int64Array
 from pipeline.dataset import TIMESTAMP, DayWriter, Receipt, is_written, writing_dataset
 from pipeline.days import parse_day
 from pipeline.marketplace import CALIBRATION_ROWS, DEVICES, Marketplace, sigmoid
 from pipeline.marketplace_views import audience, catalogue
+from pipeline.recipe import apply_override
 
 RECEIPT = "synthetic.json"
 GENERATOR_VERSION = 1
@@ -51,6 +54,27 @@ EVENTS = pa.schema(
         ("oracle_click", pa.float32()),
     ]
 )
+
+
+def synthetic_config(sizes: Mapping[str, Any], overrides: Sequence[str] = ()) -> SyntheticConfig:
+    """The marketplace's configuration from values and `key=value` texts.
+
+    Raises:
+        UserError: an unknown key, or a value that does not fit.
+    """
+    values: dict[str, Any] = dict(sizes)
+    for override in overrides:
+        apply_override(values, override)
+    try:
+        return SyntheticConfig.model_validate(values)
+    except ValidationError as error:
+        faults = [
+            f"{'.'.join(map(str, fault['loc'])) or 'marketplace'}: {fault['msg']}; "
+            f"got {fault['input']!r}"
+            for fault in error.errors()
+        ]
+        allowed = ", ".join(SyntheticConfig.model_fields)
+        raise UserError(f"synthetic marketplace: {'; '.join(faults)} (keys: {allowed})") from error
 
 
 def generate(config: SyntheticConfig, root: Path, *, progress: Progress | None = None) -> None:

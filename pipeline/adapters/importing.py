@@ -2,13 +2,13 @@
 
 import csv
 import gzip
-import io
 import json
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import pyarrow as pa
 import pyarrow.csv as pa_csv
@@ -20,7 +20,7 @@ from pipeline.days import fingerprint
 RECEIPT = "import.json"
 SUMMARY = "import_summary.json"
 ADAPTER_VERSION = 1
-BLOCK_BYTES = 4 << 20
+BLOCK_BYTES = 16 << 20
 
 Progress = Callable[[int, int], None]
 
@@ -90,18 +90,13 @@ def require_directory(src: Path) -> None:
 # --- delimited text ------------------------------------------------------------------------------
 
 
-def open_bytes(path: Path) -> IO[bytes]:
-    """A file's bytes; .gz is unpacked on the way."""
-    return io.BufferedReader(gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
-
-
 def header_of(path: Path, delimiter: str = ",") -> list[str]:
     """Column names in the first line.
 
     Raises:
         UserError: the file is empty.
     """
-    with open_bytes(path) as file:
+    with path.open("rb") as raw, _unpacked(raw, path) as file:
         line = file.readline().decode("utf-8-sig", "replace")
     names = next(csv.reader([line], delimiter=delimiter), [])
     if not names:
@@ -110,7 +105,12 @@ def header_of(path: Path, delimiter: str = ",") -> list[str]:
 
 
 def stream_table(
-    path: Path, types: dict[str, pa.DataType], *, delimiter: str, header: Sequence[str] | None
+    path: Path,
+    types: dict[str, pa.DataType],
+    *,
+    delimiter: str,
+    header: Sequence[str] | None,
+    progress: Callable[[int], None] | None = None,
 ) -> Iterator[pa.RecordBatch]:
     """Batches of the columns in `types`, in bounded memory.
 
@@ -119,6 +119,7 @@ def stream_table(
         types: Wanted columns.
         delimiter: One character.
         header: Names of all columns where the file has none; None: the first line names them.
+        progress: Called with the bytes of the file read so far.
 
     Raises:
         UserError: a line does not fit; the message names file, line and value.
@@ -134,14 +135,40 @@ def stream_table(
     # A quote is text in the formats without header.
     parse = pa_csv.ParseOptions(delimiter=delimiter, quote_char='"' if header is None else False)
     try:
-        with open_bytes(path) as file:
-            yield from pa_csv.open_csv(
+        with path.open("rb") as raw, _unpacked(raw, path) as file:
+            for batch in pa_csv.open_csv(
                 file, read_options=read, parse_options=parse, convert_options=convert
-            )
-    except (pa.ArrowException, OSError, EOFError) as error:
+            ):
+                yield batch
+                if progress is not None:
+                    progress(raw.tell())
+    except (pa.ArrowException, OSError, EOFError, zlib.error) as error:
         raise UserError(
             f"{path}: {str(error).splitlines()[0]}; correct that line, or download the file again"
         ) from error
+
+
+def count_lines(path: Path, progress: Callable[[int], None] | None = None) -> int:
+    """Lines of a text file, plain or .gz; a last line without line break counts.
+
+    Raises:
+        UserError: the file cannot be unpacked.
+    """
+    lines, last = 0, b"\n"
+    try:
+        with path.open("rb") as raw, _unpacked(raw, path) as file:
+            while chunk := file.read(1 << 22):
+                lines += chunk.count(b"\n")
+                last = chunk[-1:]
+                if progress is not None:
+                    progress(raw.tell())
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be unpacked ({error}); download it again") from error
+    return lines + (last != b"\n")
+
+
+def _unpacked(raw: IO[bytes], path: Path) -> IO[bytes]:
+    return cast(IO[bytes], gzip.open(raw)) if path.suffix == ".gz" else raw
 
 
 def refuse_nulls(path: Path, batch: pa.RecordBatch, first_line: int) -> None:

@@ -157,7 +157,7 @@ def read_ratings(path: Path) -> Ratings:
             at = int(wrong.argmax())
             raise UserError(
                 f"{path}, line {line + at}: rating {rating[at]} at timestamp {seconds[at]}; "
-                "ratings are 0.5 .. 5 in half stars and timestamps seconds since 1970: correct the line"
+                "ratings are 0.5 .. 5 in half stars, timestamps seconds since 1970: correct it"
             )
         parts.append((user, item, doubled.astype(np.int8), seconds))
         line += batch.num_rows

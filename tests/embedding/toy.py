@@ -157,11 +157,12 @@ def toy_sharded(
     optimizer: SparseOptimizer,
     sharding: ShardingConfig | None = None,
     seed: int | None = 7,
+    model: type[ToyModel] = ToyModel,
 ) -> Sharded:
     """The toy model sharded over the running process group, with start values of `seed`."""
     torch.manual_seed(0)
     sharded = shard(
-        ToyModel(schema, torch.device("meta")),
+        model(schema, torch.device("meta")),
         optimizer=optimizer,
         sharding=sharding or ShardingConfig(),
         dense_optimizer=lambda params: torch.optim.Adam(params, lr=0.01),

@@ -11,6 +11,7 @@ rng/<rank>/torch | python | numpy | cuda  generator states
 """
 
 import random
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -31,8 +32,6 @@ from embedding.placement import TableShard
 from embedding.plan import PlanDescription
 from embedding.shard import Sharded
 from embedding.stored import StoredTensor
-
-SCHEMA_VERSION = 1
 
 
 class StoredTable(StrictConfig):
@@ -66,7 +65,7 @@ class RankFacts(StrictConfig):
 class CheckpointManifest(StrictConfig):
     """Everything of a checkpoint that is not a tensor; version 1."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     step: int
     world_size: int
     optimizer: str
@@ -127,7 +126,7 @@ def make_manifest(sharded: Sharded, step: int, ranks: list[RankFacts]) -> Checkp
     )
 
 
-def capture(sharded: Sharded, ranks: list[RankFacts], rank: int) -> dict[str, StoredTensor]:
+def capture(sharded: Sharded, ranks: Sequence[RankFacts], rank: int) -> dict[str, StoredTensor]:
     """Views of everything this rank saves."""
     tensors = _tables(sharded, rank) | _managed(sharded, ranks, rank)
     tensors |= {f"rng/{rank}/{k}": StoredTensor.whole(v) for k, v in rng_states().items()}
@@ -161,7 +160,8 @@ def dense_buffers(sharded: Sharded) -> dict[str, Tensor]:
 def rng_states() -> dict[str, Tensor]:
     """State of every generator training may draw from, as tensors."""
     _, words, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002
+    state: Any = np.random.get_state(legacy=True)  # noqa: NPY002
+    _, keys, position, has_gauss, cached = state
     states = {
         "torch": torch.get_rng_state(),
         "python": torch.tensor(words, dtype=torch.int64),
@@ -215,7 +215,7 @@ def _named_tensors(shard: TableShard) -> list[tuple[str, Tensor]]:
     return [(f"{prefix}/weight", shard.weight_RD), *states]
 
 
-def _managed(sharded: Sharded, ranks: list[RankFacts], rank: int) -> dict[str, StoredTensor]:
+def _managed(sharded: Sharded, ranks: Sequence[RankFacts], rank: int) -> dict[str, StoredTensor]:
     tensors = {}
     for name, module in managed_modules(sharded.model).items():
         first_row = rows_of_module(module)[0]

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint import save as save_distributed
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from embedding.capture import (
     CheckpointManifest,
@@ -28,9 +28,10 @@ from embedding.capture import (
     rank_facts,
 )
 from embedding.errors import UserError
-from embedding.restore import WarmStartReport, restore_all, warm_start
+from embedding.restore import restore_all
 from embedding.shard import Sharded
 from embedding.stored import CheckpointReader, StoredTensor, StoredTensorPlanner
+from embedding.warm_start import WarmStartReport, warm_start
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,9 @@ import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
 from torch import nn
-from torch.distributed.optim import _apply_optimizer_in_backward as optimizer_in_backward
+from torch.distributed.optim.apply_optimizer_in_backward import (
+    _apply_optimizer_in_backward as optimizer_in_backward,
+)
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim import optimizers as fused
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper

@@ -8,7 +8,7 @@ import functools
 import operator
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -102,7 +102,7 @@ class CheckpointReader:
         self._reader = FileSystemReader(directory)
         metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(metadata, is_coordinator=False)
-        self._tensors: dict[str, TensorStorageMetadata] = metadata.state_dict_metadata
+        self._tensors = cast(dict[str, TensorStorageMetadata], metadata.state_dict_metadata)
         self.consumed: set[str] = set()
         """Names read so far."""
 

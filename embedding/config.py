@@ -277,9 +277,8 @@ class FeatureSchema(StrictConfig):
         sparse = {feature.name: feature for feature in self.sparse}
         _refuse_duplicates("table", tables)
         _refuse_duplicates("history", histories)
-        _refuse_duplicates(
-            "feature", [f.name for f in (*self.sparse, *self.dense, *self.sequences)]
-        )
+        features = [*(f.name for f in self.id_features), *(f.name for f in self.dense)]
+        _refuse_duplicates("feature", features)
         for feature in self.id_features:
             if feature.table not in tables:
                 raise ValueError(

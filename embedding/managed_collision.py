@@ -93,7 +93,8 @@ class EvictionReset:
             self._tbe.reset_embedding_weight_momentum(
                 pruned_indices=pruned_indices, **table_selection
             )
-        reset_states(self._tbe.split_optimizer_states()[self._table_index], pruned_indices)
+        states = self._tbe.split_optimizer_states()  # empty for SGD
+        reset_states(states[self._table_index] if states else [], pruned_indices)
 
 
 def reset_states(states: Sequence[Tensor], rows: Tensor) -> None:

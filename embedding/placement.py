@@ -8,7 +8,7 @@ checkpoints only need to know which rows and columns a tensor holds.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torchrec.distributed.types import ShardingType
 from embedding.config import FeatureSchema, SparseOptimizer, TableConfig
 from embedding.row_optimizer import STATE_NAMES
 
-ShardedCollection = ShardedEmbeddingBagCollection | ShardedEmbeddingCollection
+ShardedCollection: TypeAlias = ShardedEmbeddingBagCollection | ShardedEmbeddingCollection  # noqa: UP040
 
 
 @dataclass(frozen=True)

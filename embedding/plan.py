@@ -4,9 +4,12 @@ from typing import Literal, cast
 
 import torch
 from torch import nn
-from torch.distributed._shard.sharding_spec import EnumerableShardingSpec, ShardMetadata
+from torch.distributed._shard.metadata import ShardMetadata
+from torch.distributed._shard.sharding_spec.api import EnumerableShardingSpec
+from torch.distributed.remote_device import _remote_device
 from torchrec.distributed.planner import EmbeddingShardingPlanner
 from torchrec.distributed.planner.stats import NoopEmbeddingStats
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError, Topology
 from torchrec.distributed.types import (
     EmbeddingModuleShardingPlan,
@@ -29,7 +32,8 @@ from embedding.errors import UserError
 from embedding.limits import ELEMENT_BYTES
 from embedding.managed_collision import set_num_buckets
 
-SCHEMA_VERSION = 1
+RESERVED_SHARE = 0.15
+"""Share of every rank's memory that the planner keeps free for the dense side."""
 
 
 class ShardPlacement(StrictConfig):
@@ -59,7 +63,7 @@ class TablePlan(StrictConfig):
 class PlanDescription(StrictConfig):
     """A sharding plan as JSON; version 1."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     world_size: int
     device_type: str
     tables: tuple[TablePlan, ...]
@@ -93,6 +97,7 @@ def make_plan(
         topology=topology,
         batch_size=batch_size_per_rank,
         constraints={table.name: constraints(table) for table in schema.tables},
+        storage_reservation=FixedPercentageStorageReservation(percentage=RESERVED_SHARE),
         stats=[NoopEmbeddingStats()],
         debug=False,
     )
@@ -198,7 +203,7 @@ def _shard(rank: int, row: int, column: int, num_rows: int, num_columns: int) ->
 
 
 def _rank(shard: ShardMetadata) -> int:
-    rank = cast(torch.distributed._remote_device, shard.placement).rank()
+    rank = cast(_remote_device, shard.placement).rank()
     assert rank is not None
     return rank
 

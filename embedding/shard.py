@@ -8,7 +8,9 @@ import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
 from torch import nn
-from torch.distributed.optim import _apply_optimizer_in_backward as optimizer_in_backward
+from torch.distributed.optim.apply_optimizer_in_backward import (
+    _apply_optimizer_in_backward as optimizer_in_backward,
+)
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim import optimizers as fused
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
@@ -49,6 +51,8 @@ class Sharded:
     """Steps everything: dense parameters, data-parallel tables; sharded tables step in backward."""
     plan: PlanDescription
     schema: FeatureSchema
+    optimizer_kind: str
+    """Kind of the sparse optimizer."""
     shards: list[TableShard]
     """This rank's pieces of the tables."""
     dense_parameters: dict[str, nn.Parameter]
@@ -121,6 +125,7 @@ def shard(
         optimizer=_combine(sharded.fused_optimizer, rows, dense),
         plan=plan,
         schema=schema,
+        optimizer_kind=optimizer.kind,
         shards=table_shards(sharded, schema, optimizer, rows._optimizer if rows else None),
         dense_parameters=dense_parameters,
         dense_optimizer=dense._optimizer if dense else None,

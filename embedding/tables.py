@@ -22,7 +22,13 @@ from torchrec.modules.mc_embedding_modules import (
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from embedding.batch import RankingBatch
-from embedding.config import FeatureSchema, ManagedCollision, TableConfig
+from embedding.config import (
+    FeatureSchema,
+    ManagedCollision,
+    SequenceFeature,
+    SparseFeature,
+    TableConfig,
+)
 from embedding.errors import UserError
 from embedding.initialization import init_bound, initialize_shard
 from embedding.managed_collision import collision_collection, reinitialize_rows
@@ -249,6 +255,7 @@ def _collections(
     for table in tables:
         if table.name not in schema.sequence_tables:
             continue
+        features: tuple[SparseFeature | SequenceFeature, ...]
         features = (*schema.unpooled_features, *schema.sequences)
         config = EmbeddingConfig(
             name=table.name,

@@ -26,14 +26,30 @@ TOLERANCE = 1e-5  # float32 sums in another order, over three steps
 OPTIMIZERS = (RowWiseAdagrad(), Adagrad(), Sgd())
 
 
-def test_sharded_equals_unsharded() -> None:
+def test_sharded_equals_unsharded(capfd: pytest.CaptureFixture[str]) -> None:
     run_distributed(_check_all, WORLD_SIZE)
+    assert "terminate called" not in capfd.readouterr().err
 
 
 def _check_all() -> None:
+    _check_half_precision_communication()
     for sharding in SHARDINGS:
         for optimizer in OPTIMIZERS:
             _check(sharding, optimizer)
+
+
+def _check_half_precision_communication() -> None:
+    schema = toy_schema("row_wise")
+    exact = toy_sharded(schema, Sgd(), ShardingConfig(ranks_per_host=WORLD_SIZE))
+    half = toy_sharded(
+        schema, Sgd(), ShardingConfig(ranks_per_host=WORLD_SIZE, communication="fp16")
+    )
+    batch = toy_batch(schema, 3 + dist.get_rank())
+    logits, half_logits = exact.model(batch), half.model(batch)
+    # float16 keeps 11 bits of about 60 summed products with weights of at most 1
+    torch.testing.assert_close(half_logits, logits, rtol=0, atol=60 * 2.0**-11)
+    assert not torch.equal(half_logits, logits), "nothing was quantized"
+    half_logits.sum().backward()
 
 
 def _check(sharding: str, optimizer) -> None:
@@ -65,7 +81,7 @@ def _check(sharding: str, optimizer) -> None:
             reference.weights[name].detach(),
             rtol=0,
             atol=TOLERANCE,
-            msg=lambda m: f"{message}: {m}",
+            msg=message,
         )
     torch.testing.assert_close(
         next(p for n, p in sharded.dense_parameters.items() if n.endswith("linear.weight")),

@@ -46,25 +46,29 @@ SHARDINGS: dict[str, Sharding] = {
 SEQUENCE_SHARDINGS = ("data_parallel", "table_wise", "row_wise", "column_wise")
 
 
-def toy_schema(sharding: str, ids: IdScheme = Hashed()) -> FeatureSchema:  # noqa: B008
+def toy_schema(sharding: str, ids: IdScheme = Hashed(), scale: int = 1) -> FeatureSchema:  # noqa: B008
     """Five features on three pooled tables, two on a sequence table, all of one sharding type."""
     pooled = SHARDINGS[sharding]
     sequence = SHARDINGS[sharding if sharding in SEQUENCE_SHARDINGS else "row_wise"]
     return FeatureSchema(
         tables=(
             TableConfig(
-                name="item", num_embeddings=41, embedding_dim=8, sharding=sequence, ids=ids
+                name="item", num_embeddings=41 * scale, embedding_dim=8, sharding=sequence, ids=ids
             ),
             TableConfig(
                 name="user",
-                num_embeddings=30,
+                num_embeddings=30 * scale,
                 embedding_dim=16,
                 sharding=pooled,
                 ids=ids,
                 learning_rate=0.05,
             ),
-            TableConfig(name="genre", num_embeddings=17, embedding_dim=8, sharding=pooled, ids=ids),
-            TableConfig(name="city", num_embeddings=23, embedding_dim=8, sharding=pooled, ids=ids),
+            TableConfig(
+                name="genre", num_embeddings=17 * scale, embedding_dim=8, sharding=pooled, ids=ids
+            ),
+            TableConfig(
+                name="city", num_embeddings=23 * scale, embedding_dim=8, sharding=pooled, ids=ids
+            ),
         ),
         sparse=(
             SparseFeature(name="genres", table="genre", pooling="mean"),

@@ -1,0 +1,242 @@
+"""What a checkpoint holds: the canonical, sharding-independent layout of a training state.
+
+tables/<table>/weight                     (rows, columns)
+tables/<table>/<state>                    (rows, columns), element-wise optimizer state
+tables/<table>/<state>@<first>:<last>     (rows,), row-wise state of a block of columns
+managed/<table>/ids | <metadata>          (rows,), id of every row and what eviction knows of it
+managed/<table>/pending/ids | <metadata>  (P,), ids seen since the last eviction
+dense/<parameter>, buffers/<buffer>       as in the model
+dense_optimizer/<parameter>/<state>       as in the optimizer
+rng/<rank>/torch | python | numpy | cuda  generator states
+"""
+
+import random
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from embedding.config import StrictConfig
+from embedding.id_map import (
+    ManagedClock,
+    by_row,
+    clock_of,
+    managed_modules,
+    pending_of,
+    rows_of_module,
+)
+from embedding.placement import TableShard
+from embedding.plan import PlanDescription
+from embedding.shard import Sharded
+from embedding.stored import StoredTensor
+
+
+class StoredTable(StrictConfig):
+    """Shape of a saved table and its optimizer's step."""
+
+    num_rows: int
+    num_columns: int
+    ids: str
+    """Kind of the id scheme."""
+    step: int
+
+
+class StoredFile(StrictConfig):
+    """Size and CRC-32 of a file of the checkpoint."""
+
+    num_bytes: int
+    crc32: int
+
+
+class RankFacts(StrictConfig):
+    """What one rank contributes to the manifest."""
+
+    rank: int
+    progress: dict[str, Any]
+    table_steps: dict[str, int]
+    clocks: dict[str, ManagedClock]
+    segments: dict[str, tuple[int, int]]
+    """Rows of this rank's shard of every managed-collision table."""
+
+
+class CheckpointManifest(StrictConfig):
+    """Everything of a checkpoint that is not a tensor; version 1."""
+
+    schema_version: Literal[1] = 1
+    step: int
+    world_size: int
+    optimizer: str
+    """Kind of the sparse optimizer."""
+    plan: PlanDescription
+    tables: dict[str, StoredTable]
+    ranks: tuple[RankFacts, ...]
+    dense_scalars: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """States of the dense optimizer that are no tensors, by parameter."""
+    dense_groups: tuple[dict[str, Any], ...] = ()
+    """Settings of the dense optimizer's parameter groups."""
+    files: dict[str, StoredFile] = Field(default_factory=dict)
+
+    def segments(self, table: str) -> list[tuple[int, int]]:
+        """Row ranges of the shards of a managed-collision table, by rank."""
+        return [facts.segments[table] for facts in self.ranks]
+
+
+def rank_facts(sharded: Sharded, rank: int, progress: dict[str, Any]) -> RankFacts:
+    """This rank's part of the manifest."""
+    modules = managed_modules(sharded.model)
+    return RankFacts(
+        rank=rank,
+        progress=progress,
+        table_steps={shard.table.name: int(shard.step_counter) for shard in sharded.shards},
+        clocks={name: clock_of(module) for name, module in modules.items()},
+        segments={name: rows_of_module(module) for name, module in modules.items()},
+    )
+
+
+def make_manifest(sharded: Sharded, step: int, ranks: list[RankFacts]) -> CheckpointManifest:
+    """The manifest without its files."""
+    ranks = sorted(ranks, key=lambda facts: facts.rank)
+    steps = [(name, step) for facts in ranks for name, step in facts.table_steps.items()]
+    groups = sharded.dense_optimizer.param_groups if sharded.dense_optimizer else []
+    return CheckpointManifest(
+        step=step,
+        world_size=len(ranks),
+        optimizer=sharded.optimizer_kind,
+        plan=sharded.plan,
+        tables={
+            table.name: StoredTable(
+                num_rows=table.num_embeddings,
+                num_columns=table.embedding_dim,
+                ids=table.ids.kind,
+                step=max(step for name, step in steps if name == table.name),
+            )
+            for table in sharded.schema.tables
+        },
+        ranks=tuple(ranks),
+        dense_scalars={
+            name: {key: value for key, value in state.items() if not torch.is_tensor(value)}
+            for name, state in _dense_states(sharded).items()
+        },
+        dense_groups=tuple(
+            {key: value for key, value in group.items() if key != "params"} for group in groups
+        ),
+    )
+
+
+def capture(sharded: Sharded, ranks: Sequence[RankFacts], rank: int) -> dict[str, StoredTensor]:
+    """Views of everything this rank saves."""
+    tensors = _tables(sharded, rank) | _managed(sharded, ranks, rank)
+    tensors |= {f"rng/{rank}/{k}": StoredTensor.whole(v) for k, v in rng_states().items()}
+    if rank == 0:
+        for name, parameter in sharded.dense_parameters.items():
+            tensors[f"dense/{name}"] = StoredTensor.whole(parameter)
+        for name, buffer in dense_buffers(sharded).items():
+            tensors[f"buffers/{name}"] = StoredTensor.whole(buffer)
+        for name, state in _dense_states(sharded).items():
+            for key, value in state.items():
+                if torch.is_tensor(value):
+                    tensors[f"dense_optimizer/{name}/{key}"] = StoredTensor.whole(value)
+    # An empty tensor has no block to write; the manifest and the model know it is empty.
+    return {name: tensor for name, tensor in tensors.items() if not tensor.empty}
+
+
+def state_name(state: str, value: Tensor, columns: tuple[int, int]) -> str:
+    """Name of an optimizer state within its table."""
+    return state if value.dim() == 2 else f"{state}@{columns[0]}:{columns[1]}"
+
+
+def dense_buffers(sharded: Sharded) -> dict[str, Tensor]:
+    """Buffers outside the tables."""
+    return {
+        name: buffer
+        for name, buffer in sharded.model.module.named_buffers()
+        if not name.startswith("tables.")
+    }
+
+
+def rng_states() -> dict[str, Tensor]:
+    """State of every generator training may draw from, as tensors."""
+    _, words, gauss = random.getstate()
+    state: Any = np.random.get_state(legacy=True)  # noqa: NPY002
+    _, keys, position, has_gauss, cached = state
+    states = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor(words, dtype=torch.int64),
+        "python_gauss": torch.tensor([float("nan") if gauss is None else gauss]).double(),
+        "numpy": torch.tensor([*keys.tolist(), position, has_gauss], dtype=torch.int64),
+        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_rng_states(states: dict[str, Tensor]) -> None:
+    """The inverse of `rng_states`."""
+    torch.set_rng_state(states["torch"])
+    gauss = float(states["python_gauss"])
+    random.setstate((3, tuple(states["python"].tolist()), None if gauss != gauss else gauss))
+    *keys, position, has_gauss = states["numpy"].tolist()
+    legacy = (
+        "MT19937",
+        np.array(keys, np.uint32),
+        position,
+        has_gauss,
+        float(states["numpy_gauss"]),
+    )
+    np.random.set_state(legacy)  # noqa: NPY002
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _tables(sharded: Sharded, rank: int) -> dict[str, StoredTensor]:
+    pieces: dict[str, list[tuple[list[int], Tensor]]] = {}
+    sizes: dict[str, list[int]] = {}
+    for shard in sharded.shards:
+        if shard.replicated and rank != 0:
+            continue
+        for name, value in _named_tensors(shard):
+            offset = [shard.row_offset, shard.column_offset][: value.dim()]
+            pieces.setdefault(name, []).append((offset, value))
+            shape = [shard.table.num_embeddings, shard.table.embedding_dim]
+            sizes[name] = shape[: value.dim()]
+    return {name: StoredTensor(sizes[name], parts) for name, parts in pieces.items()}
+
+
+def _named_tensors(shard: TableShard) -> list[tuple[str, Tensor]]:
+    prefix = f"tables/{shard.table.name}"
+    states = [
+        (f"{prefix}/{state_name(state, value, shard.columns)}", value)
+        for state, value in shard.states.items()
+    ]
+    return [(f"{prefix}/weight", shard.weight_RD), *states]
+
+
+def _managed(sharded: Sharded, ranks: Sequence[RankFacts], rank: int) -> dict[str, StoredTensor]:
+    tensors = {}
+    for name, module in managed_modules(sharded.model).items():
+        first_row = rows_of_module(module)[0]
+        num_rows = sharded.schema.table(name).num_embeddings
+        for key, values in by_row(module).items():
+            tensors[f"managed/{name}/{key}"] = StoredTensor([num_rows], [([first_row], values)])
+        counts = [facts.clocks[name].num_pending for facts in ranks]
+        start, total = sum(counts[:rank]), sum(counts)
+        pending = pending_of(module)
+        for key, values in {"ids": pending.ids_P, **pending.metadata}.items():
+            stored = StoredTensor([total], [([start], values)])
+            tensors[f"managed/{name}/pending/{key}"] = stored
+    return tensors
+
+
+def _dense_states(sharded: Sharded) -> dict[str, dict[str, Any]]:
+    if sharded.dense_optimizer is None:
+        return {}
+    state = sharded.dense_optimizer.state
+    return {
+        name: state[parameter]
+        for name, parameter in sharded.dense_parameters.items()
+        if parameter in state
+    }

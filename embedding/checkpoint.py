@@ -1,0 +1,268 @@
+"""Distributed checkpoints: atomic, verified, retained, and loadable by any plan and world size.
+
+<directory>/step-00000120/            visible only when complete
+    manifest.json                     step, plan, progress, sizes and checksums of the files
+    .metadata, __0_0.distcp, ...      tensors (torch.distributed.checkpoint), a file per rank
+<directory>/.step-00000240.partial/   being written, or left by a killed run
+"""
+
+import logging
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
+
+from embedding.capture import (
+    CheckpointManifest,
+    StoredFile,
+    capture,
+    make_manifest,
+    rank_facts,
+)
+from embedding.errors import UserError
+from embedding.restore import restore_all
+from embedding.shard import Sharded
+from embedding.stored import CheckpointReader, StoredTensor, StoredTensorPlanner
+from embedding.warm_start import WarmStartReport, warm_start
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+_READ_BYTES = 4 << 20
+
+
+class Checkpointer:
+    """Saves and loads the training state of one run. Every rank makes the same calls."""
+
+    def __init__(self, directory: Path, keep: int) -> None:
+        """`keep`: complete checkpoints retained. Creates its own gloo group for saving."""
+        self.directory = directory
+        self._keep = keep
+        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+        self._group = dist.new_group(backend="gloo")
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(
+        self, step: int, sharded: Sharded, progress: dict[str, Any], wait: bool = True
+    ) -> None:
+        """Save everything training needs to continue after `step`.
+
+        Args:
+            step: number of finished steps; a checkpoint of the same step is replaced.
+            sharded: the training state.
+            progress: JSON-able facts of this rank (data position, metric windows).
+            wait: False copies this rank's shards to host memory and writes them in the
+                background; True writes them in place, without a copy.
+        """
+        self.wait()
+        ranks: list[Any] = [None] * self._world_size
+        facts = rank_facts(sharded, self._rank, progress)
+        dist.all_gather_object(ranks, facts, group=self._group)
+        manifest = make_manifest(sharded, step, ranks)
+        tensors = capture(sharded, manifest.ranks, self._rank)
+        if wait:
+            self._write(manifest, tensors)
+            return
+        staged = {name: tensor.staged() for name, tensor in tensors.items()}
+        self._pending = self._thread.submit(self._write, manifest, staged)
+
+    def wait(self) -> None:
+        """Until the checkpoint in the background is complete; raises what went wrong there."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Finish what is being written and end the thread; call before the group is destroyed."""
+        self.wait()
+        self._thread.shutdown()
+
+    def latest_step(self) -> int | None:
+        """Step of the newest checkpoint whose files have their full size, or None."""
+        return latest_step(self.directory)
+
+    def load(self, step: int, sharded: Sharded) -> dict[str, Any]:
+        """Restore the checkpoint of `step` exactly; any plan, any world size.
+
+        Returns:
+            The progress this rank saved; rank 0's, if the world size has changed.
+
+        Raises:
+            UserError: if a file is missing or damaged, or the checkpoint does not fit the model.
+        """
+        directory = step_directory(self.directory, step)
+        manifest = read_manifest(directory)
+        self._verify(directory, manifest)
+        restore_all(CheckpointReader(directory), manifest, sharded)
+        same_ranks = manifest.world_size == self._world_size
+        return manifest.ranks[self._rank if same_ranks else 0].progress
+
+    def load_latest(self, sharded: Sharded) -> tuple[int, dict[str, Any]] | None:
+        """Restore the newest undamaged checkpoint: (step, progress), or None if there is none.
+
+        Damaged ones are logged and skipped.
+        """
+        found: list[Any] = [None]
+        if self._rank == 0:
+            found = [sorted(steps(self.directory), reverse=True)]
+        dist.broadcast_object_list(found, src=0, group=self._group)
+        for step in found[0]:
+            directory = step_directory(self.directory, step)
+            try:
+                manifest = read_manifest(directory)
+                self._verify(directory, manifest)
+            except UserError as error:
+                logger.warning("%s; falling back to the checkpoint before", error)
+                continue
+            return step, self.load(step, sharded)
+        return None
+
+    def _write(self, manifest: CheckpointManifest, tensors: dict[str, StoredTensor]) -> None:
+        final = step_directory(self.directory, manifest.step)
+        partial = self.directory / f".{final.name}.partial"
+        if self._rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier(group=self._group)
+        save_distributed(
+            tensors,
+            storage_writer=FileSystemWriter(partial, single_file_per_rank=True, sync_files=True),
+            planner=StoredTensorPlanner(),
+            process_group=self._group,
+        )
+        gathered: list[Any] = [None] * self._world_size
+        mine = {path.name: _stored_file(path) for path in partial.glob(f"__{self._rank}_*")}
+        dist.all_gather_object(gathered, mine, group=self._group)
+        if self._rank == 0:
+            files = {name: file for part in gathered for name, file in part.items()}
+            files[".metadata"] = _stored_file(partial / ".metadata")
+            _publish(partial, final, manifest.model_copy(update={"files": files}))
+            for step in sorted(steps(self.directory))[: -self._keep]:
+                shutil.rmtree(step_directory(self.directory, step))
+        dist.barrier(group=self._group)
+
+    def _verify(self, directory: Path, manifest: CheckpointManifest) -> None:
+        """Compare every file with its checksum, the files divided among the ranks."""
+        names = sorted(manifest.files)[self._rank :: self._world_size]
+        damaged = [problem for name in names if (problem := _damage(directory, name, manifest))]
+        gathered: list[Any] = [None] * self._world_size
+        dist.all_gather_object(gathered, damaged, group=self._group)
+        problems = [problem for part in gathered for problem in part]
+        if problems:
+            raise UserError(
+                f"the checkpoint {directory} is damaged: {'; '.join(problems)}; delete it to "
+                "continue from the one before"
+            )
+
+
+def load_into(directory: Path, sharded: Sharded) -> WarmStartReport:
+    """Warm start from the newest checkpoint of another run; says what was taken over.
+
+    Raises:
+        UserError: if the directory has no complete checkpoint.
+    """
+    step = latest_step(directory)
+    if step is None:
+        raise UserError(f"no complete checkpoint in {directory}; give the folder of a finished run")
+    source = step_directory(directory, step)
+    return warm_start(CheckpointReader(source), read_manifest(source), sharded)
+
+
+def latest_step(directory: Path) -> int | None:
+    """Step of the newest checkpoint whose files have their full size, or None."""
+    for step in sorted(steps(directory), reverse=True):
+        folder = step_directory(directory, step)
+        manifest = read_manifest(folder)
+        sizes = {name: file.num_bytes for name, file in manifest.files.items()}
+        if all(
+            (folder / name).exists() and (folder / name).stat().st_size == size
+            for name, size in sizes.items()
+        ):
+            return step
+        logger.warning("the checkpoint %s has missing or truncated files; skipped", folder)
+    return None
+
+
+def steps(directory: Path) -> list[int]:
+    """Steps of all published checkpoints."""
+    return [int(path.parent.name.split("-")[1]) for path in directory.glob(f"step-*/{MANIFEST}")]
+
+
+def step_directory(directory: Path, step: int) -> Path:
+    """Where the checkpoint of a step is published."""
+    return directory / f"step-{step:08d}"
+
+
+def read_manifest(directory: Path) -> CheckpointManifest:
+    """The manifest of one checkpoint; raises UserError where there is none."""
+    path = directory / MANIFEST
+    if not path.exists():
+        raise UserError(f"{directory} is not a complete checkpoint: it has no {MANIFEST}")
+    return CheckpointManifest.model_validate_json(path.read_text())
+
+
+def read_tables(directory: Path) -> Iterator[tuple[str, Iterator[tuple[int, Tensor]]]]:
+    """(table, its rows as (first row, block)) of one checkpoint, without a process group.
+
+    A bounded number of rows is in memory at a time; take the blocks before the next table.
+    """
+    reader = CheckpointReader(directory)
+    for table in read_manifest(directory).tables:
+        yield table, reader.row_blocks(f"tables/{table}/weight")
+
+
+def read_dense(directory: Path) -> dict[str, Tensor]:
+    """All dense parameters and buffers of one checkpoint, by name in the model."""
+    reader = CheckpointReader(directory)
+    names = reader.names("dense/") + reader.names("buffers/")
+    return {name.split("/", 1)[1]: reader.read(name) for name in names}
+
+
+def read_id_map(directory: Path, table: str) -> Tensor:
+    """Id of every row of a managed-collision table, (rows,); `id_map.NO_ID` where none owns it.
+
+    `read_manifest(directory).segments(table)` has the shards, whose last rows are unknown rows.
+    """
+    return CheckpointReader(directory).read(f"managed/{table}/ids")
+
+
+def _publish(partial: Path, final: Path, manifest: CheckpointManifest) -> None:
+    path = partial / MANIFEST
+    with path.open("w") as file:
+        file.write(manifest.model_dump_json(indent=2))
+        file.flush()
+        os.fsync(file.fileno())
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    folder = os.open(final.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def _damage(directory: Path, name: str, manifest: CheckpointManifest) -> str | None:
+    path, expected = directory / name, manifest.files[name]
+    if not path.exists():
+        return f"{name} is missing"
+    found = path.stat().st_size
+    if found != expected.num_bytes:
+        return f"{name} has {found} bytes instead of {expected.num_bytes}"
+    if _stored_file(path).crc32 != expected.crc32:
+        return f"{name} has another checksum"
+    return None
+
+
+def _stored_file(path: Path) -> StoredFile:
+    crc = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_READ_BYTES):
+            crc = zlib.crc32(chunk, crc)
+    return StoredFile(num_bytes=path.stat().st_size, crc32=crc)

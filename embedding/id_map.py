@@ -1,0 +1,175 @@
+"""State of managed-collision modules, independent of ranks: saved by row, re-inserted by id.
+
+Every shard owns the ids of one range (see `managed_collision`) and has its own unknown row, the
+last one. When the number of ranks or rows changes, every id moves to its new owner, and its
+embedding row and optimizer state move with it.
+"""
+
+# Shapes: N rows of a shard, K kept ids, P ids seen since the last eviction.
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.mc_modules import MCHManagedCollisionModule
+
+from embedding.config import StrictConfig
+from embedding.hashing import MANAGED_ID_RANGE
+
+NO_ID = torch.iinfo(torch.int64).max
+"""What TorchRec keeps in a row that no id owns."""
+
+
+class ManagedClock(StrictConfig):
+    """Counters of one rank's collision module."""
+
+    iteration: int
+    last_eviction: int
+    history_capacity: int
+    """Ids it can remember between evictions; -1 before the first step."""
+    num_pending: int
+    """Ids seen since the last eviction."""
+
+
+@dataclass(frozen=True)
+class PendingIds:
+    """Ids seen since the last eviction, in order, and what the policy remembers of each."""
+
+    ids_P: Tensor
+    metadata: dict[str, Tensor]
+
+
+def managed_modules(model: nn.Module) -> dict[str, MCHManagedCollisionModule]:
+    """This rank's collision module of every managed-collision table."""
+    return {
+        name.split(".")[-1]: module
+        for name, module in model.named_modules()
+        if isinstance(module, MCHManagedCollisionModule)
+    }
+
+
+def owner_of(ids: Tensor, world_size: int) -> Tensor:
+    """Rank that owns each id: TorchRec's row-wise bucketing of [0, 2**62)."""
+    return ids // -(-MANAGED_ID_RANGE // world_size)
+
+
+def rows_of_module(module: MCHManagedCollisionModule) -> tuple[int, int]:
+    """First global row of the module, and the row after the last one."""
+    start = module._output_global_offset
+    return start, start + module._zch_size
+
+
+def clock_of(module: MCHManagedCollisionModule) -> ManagedClock:
+    """The module's counters."""
+    return ManagedClock(
+        iteration=module._current_iter,
+        last_eviction=module._last_eviction_iter,
+        history_capacity=module._input_history_buffer_size,
+        num_pending=module._current_history_buffer_offset,
+    )
+
+
+def by_row(module: MCHManagedCollisionModule) -> dict[str, Tensor]:
+    """`ids` and the policy's metadata, (N,) each, by local row instead of sorted by id."""
+    rows_N = module._mch_remapped_ids_mapping - module._output_global_offset
+    sorted_state = {"ids": module._mch_sorted_raw_ids, **module._mch_metadata}
+    return {
+        name: torch.empty_like(values).index_copy_(0, rows_N, values)
+        for name, values in sorted_state.items()
+    }
+
+
+def set_by_row(module: MCHManagedCollisionModule, state: dict[str, Tensor]) -> None:
+    """The inverse of `by_row`."""
+    start, stop = rows_of_module(module)
+    mapping = module._mch_remapped_ids_mapping
+    mapping.copy_(torch.arange(start, stop, device=mapping.device))
+    module._mch_sorted_raw_ids.copy_(state["ids"])
+    for name, values in module._mch_metadata.items():
+        values.copy_(state[name])
+    module._sort_mch_buffers()
+
+
+def pending_of(module: MCHManagedCollisionModule) -> PendingIds:
+    """What the module will merge into its map at the next eviction."""
+    count = module._current_history_buffer_offset
+    if module._input_history_buffer_size < 0:
+        names = [info.metadata_name for info in module._eviction_policy.metadata_info if info[2]]
+        none = torch.empty(0, dtype=torch.int64)
+        return PendingIds(none, dict.fromkeys(names, none))
+    return PendingIds(
+        module._history_accumulator[:count],
+        {name: values[:count] for name, values in module._history_metadata.items()},
+    )
+
+
+def set_pending(
+    module: MCHManagedCollisionModule, pending: PendingIds, clock: ManagedClock
+) -> None:
+    """Continue from `clock` with `pending`, as if this module had seen those ids itself."""
+    module._current_iter = clock.iteration
+    module._last_eviction_iter = clock.last_eviction
+    module._current_iter_tensor.fill_(max(clock.iteration, 0))
+    module._input_history_buffer_size = clock.history_capacity
+    module._current_history_buffer_offset = pending.ids_P.numel()
+    if clock.history_capacity < 0:
+        return
+    module._history_accumulator = _buffer_with(pending.ids_P, clock.history_capacity, module)
+    for name, values in pending.metadata.items():
+        buffer = _buffer_with(values, clock.history_capacity, module)
+        module.register_buffer(f"_history_{name}", buffer, persistent=False)
+        module._history_metadata[name] = buffer
+
+
+@dataclass(frozen=True)
+class Insertion:
+    """Which saved rows become which local rows of a shard."""
+
+    saved_rows_K: Tensor
+    state: dict[str, Tensor]
+    """For `set_by_row`; id k of `saved_rows_K` owns local row k."""
+    num_dropped: int
+    """Ids that found no room; the least valuable by the eviction policy."""
+
+
+def insert_ids(
+    module: MCHManagedCollisionModule, saved: dict[str, Tensor], rank: int, world_size: int
+) -> Insertion:
+    """Choose rows of this shard for all saved ids that it owns now.
+
+    Args:
+        module: of this rank, any state.
+        saved: `ids` and metadata by row, of the whole table or of blocks already filtered.
+        rank: whose ids to keep.
+        world_size: of the running group.
+    """
+    ids = saved["ids"]
+    mine = ((ids != NO_ID) & (owner_of(ids, world_size) == rank)).nonzero().squeeze(1)
+    capacity = module._zch_size - 1  # the last row is the unknown row
+    num_dropped = max(0, mine.numel() - capacity)
+    if num_dropped:
+        value = _value({name: values[mine] for name, values in saved.items()})
+        best = value.argsort(descending=True, stable=True)[:capacity]
+        mine = mine[best.sort().values]
+    state = {}
+    for name, values in saved.items():
+        empty = NO_ID if name == "ids" else 0
+        state[name] = torch.full((module._zch_size,), empty, dtype=torch.int64)
+        state[name][: mine.numel()] = values[mine]
+    return Insertion(saved_rows_K=mine, state=state, num_dropped=num_dropped)
+
+
+def _value(metadata: dict[str, Tensor]) -> Tensor:
+    """What the eviction policies compare, in their order."""
+    if "counts" not in metadata:
+        return metadata["last_access_iter"].double()
+    if "last_access_iter" not in metadata:
+        return metadata["counts"].double()
+    age = metadata["last_access_iter"].max() - metadata["last_access_iter"] + 1
+    return metadata["counts"].double() / age
+
+
+def _buffer_with(values: Tensor, capacity: int, module: MCHManagedCollisionModule) -> Tensor:
+    buffer = torch.zeros(capacity, dtype=torch.int64, device=module._mch_sorted_raw_ids.device)
+    buffer[: values.numel()] = values
+    return buffer

@@ -1,0 +1,86 @@
+"""Starts a run from another run's checkpoint: what fits is carried over, the rest is named."""
+
+from typing import Any
+
+import torch.distributed as dist
+
+from embedding.capture import CheckpointManifest, dense_buffers
+from embedding.config import StrictConfig
+from embedding.restore import Restorer, sum_dropped
+from embedding.shard import Sharded
+from embedding.stored import CheckpointReader
+
+
+class WarmStartReport(StrictConfig):
+    """What a warm start took from another run, on this rank's pieces; version 1."""
+
+    schema_version: int = 1
+    carried: tuple[str, ...]
+    """Tables and parameters whose values came from the checkpoint."""
+    initialised: dict[str, str]
+    """Tables and parameters that keep their start values, and why."""
+    ignored: tuple[str, ...]
+    """Saved tensors that this model has no place for."""
+    dropped_ids: dict[str, int]
+    """Managed-collision ids that found no room, by table, summed over ranks."""
+
+
+def warm_start(
+    reader: CheckpointReader, manifest: CheckpointManifest, sharded: Sharded
+) -> WarmStartReport:
+    """Take over what fits from another run: tables with their optimizer state, dense parameters.
+
+    Managed-collision and identity tables may have grown; new tables and parameters keep their
+    start values. A hashed table whose size changed is not carried: its ids hash to other rows.
+    """
+    restorer = Restorer(reader, manifest, sharded)
+    carried, initialised = [], {}
+    for table in sharded.schema.tables:
+        reason = _why_not_carried(manifest, sharded, table.name)
+        if reason is None:
+            restorer.restore_table(table.name)
+            carried.append(f"tables/{table.name}")
+        else:
+            initialised[f"tables/{table.name}"] = reason
+    for name, parameter in sharded.dense_parameters.items():
+        saved = f"dense/{name}"
+        if saved not in reader.names(saved):
+            initialised[saved] = "not in the checkpoint"
+        elif reader.size(saved) != (parameter.shape or (1,)):
+            was, now = tuple(reader.size(saved)), tuple(parameter.shape)
+            initialised[saved] = f"shape changed from {was} to {now}"
+        else:
+            restorer.restore_dense(name)
+            restorer.restore_dense_optimizer(name)
+            carried.append(saved)
+    for name, buffer in dense_buffers(sharded).items():
+        if f"buffers/{name}" in reader.names() and reader.size(f"buffers/{name}") == buffer.shape:
+            reader.read_into(f"buffers/{name}", buffer, [0] * buffer.dim())
+            carried.append(f"buffers/{name}")
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, (reader.consumed, restorer.dropped_ids))
+    unread = set(reader.names()).difference(*(consumed for consumed, _ in outcomes))
+    return WarmStartReport(
+        carried=tuple(carried),
+        initialised=initialised,
+        ignored=tuple(sorted(name for name in unread if not name.startswith("rng/"))),
+        dropped_ids=sum_dropped([dropped for _, dropped in outcomes]),
+    )
+
+
+def _why_not_carried(manifest: CheckpointManifest, sharded: Sharded, name: str) -> str | None:
+    table, saved = sharded.schema.table(name), manifest.tables.get(name)
+    if saved is None:
+        return "not in the checkpoint"
+    if saved.num_columns != table.embedding_dim:
+        return f"embedding_dim changed from {saved.num_columns} to {table.embedding_dim}"
+    if saved.ids != table.ids.kind:
+        return f"ids changed from {saved.ids} to {table.ids.kind}"
+    if manifest.optimizer != sharded.optimizer_kind:
+        return f"optimizer changed from {manifest.optimizer} to {sharded.optimizer_kind}"
+    if table.ids.kind == "hashed" and saved.num_rows != table.num_embeddings:
+        return (
+            f"num_embeddings changed from {saved.num_rows} to {table.num_embeddings}, so its ids "
+            "hash to other rows"
+        )
+    return None

@@ -1,0 +1,242 @@
+"""Resume, retention, damage, warm start, growth and export of checkpoints, in two spawns."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from embedding.checkpoint import (
+    MANIFEST,
+    Checkpointer,
+    load_into,
+    read_dense,
+    read_id_map,
+    read_manifest,
+    read_tables,
+    step_directory,
+    steps,
+)
+from embedding.config import Adagrad, Hashed, ManagedCollision, RowWiseAdagrad, Sgd, ShardingConfig
+from embedding.errors import UserError
+from embedding.id_map import NO_ID, by_row, managed_modules
+from embedding.shard import Sharded
+from tests.distributed import run_distributed
+from tests.embedding.toy import gather_tables, toy_batch, toy_schema, toy_sharded, train
+
+pytestmark = pytest.mark.integration
+OPTIMIZER = RowWiseAdagrad()
+
+
+def test_two_ranks(tmp_path: Path) -> None:
+    run_distributed(_check_two_ranks, 2, tmp_path)
+
+
+def _check_two_ranks(directory: Path) -> None:
+    _check_exact_resume(directory / "resume")
+    _check_evicted_rows_start_anew()
+
+
+def _build(sharding: str = "row_wise", ids=Hashed(), seed: int = 7, scale: int = 1) -> Sharded:  # noqa: B008
+    hosts = ShardingConfig(ranks_per_host=dist.get_world_size())
+    return toy_sharded(toy_schema(sharding, ids, scale), OPTIMIZER, hosts, seed)
+
+
+def _check_exact_resume(directory: Path) -> None:
+    for wait in (True, False):
+        for sharding, ids in (
+            ("column_wise", Hashed()),
+            ("data_parallel", Hashed()),
+            ("row_wise", ManagedCollision(eviction="distance_lfu", eviction_interval_steps=3)),
+        ):
+            sharded = _build(sharding, ids)
+            checkpointer = Checkpointer(directory / f"{sharding}-{wait}", keep=2)
+            train(sharded, range(4), 60)
+            checkpointer.save(4, sharded, {"rank": dist.get_rank()}, wait=wait)
+            drawn = torch.rand(3)
+            losses = train(sharded, range(4, 9), 60)
+            checkpointer.wait()
+
+            resumed = _build(sharding, ids, seed=8)
+            progress = checkpointer.load(4, resumed)
+            assert progress == {"rank": dist.get_rank()}
+            assert torch.equal(torch.rand(3), drawn), "random generators differ"
+            assert train(resumed, range(4, 9), 60) == losses
+            for name, table in gather_tables(resumed).items():
+                assert torch.equal(table.weight, gather_tables(sharded)[name].weight)
+            checkpointer.close()
+
+
+def _check_evicted_rows_start_anew() -> None:
+    """After an eviction, ids that just got their row have no optimizer state; old ones keep it."""
+    ids = ManagedCollision(eviction="lru", eviction_interval_steps=4)
+    hosts = ShardingConfig(ranks_per_host=2)
+    sharded = toy_sharded(toy_schema("row_wise", ids), Adagrad(), hosts)
+    train(sharded, range(7), 500)
+    before = {name: by_row(m)["ids"] for name, m in managed_modules(sharded.model).items()}
+    sharded.model.zero_grad()
+    # The forward of step 8 evicts; without a backward no state can grow again.
+    with torch.no_grad():
+        sharded.model(toy_batch(sharded.schema, 8000 + dist.get_rank(), 500))
+    num_changed = 0
+    for shard in sharded.shards:
+        after = by_row(managed_modules(sharded.model)[shard.table.name])["ids"]
+        changed = after != before[shard.table.name]
+        num_changed += int(changed.sum())
+        assert (shard.states["momentum1"][changed] == 0).all()
+        assert (shard.states["momentum1"][~changed] != 0).any()
+    assert num_changed, "nothing was evicted"
+
+
+def test_one_rank(tmp_path: Path) -> None:
+    run_distributed(_check_one_rank, 1, tmp_path)
+
+
+def _check_one_rank(directory: Path) -> None:
+    _check_retention_and_damage(directory / "damage")
+    _check_nothing_is_dropped_silently(directory / "silent")
+    _check_warm_start(directory / "warm")
+    _check_growth(directory / "growth")
+    _check_export(directory / "export")
+
+
+def _saved(directory: Path, sharded: Sharded, step: int = 3) -> Checkpointer:
+    checkpointer = Checkpointer(directory, keep=2)
+    checkpointer.save(step, sharded, {"step": step})
+    return checkpointer
+
+
+def _check_retention_and_damage(directory: Path) -> None:
+    sharded = _build()
+    checkpointer = Checkpointer(directory, keep=2)
+    assert checkpointer.latest_step() is None
+    assert checkpointer.load_latest(sharded) is None
+    weights = {}
+    for step in (1, 2, 3):
+        train(sharded, range(step, step + 1))
+        checkpointer.save(step, sharded, {"step": step})
+        weights[step] = gather_tables(sharded)["user"].weight
+    assert sorted(steps(directory)) == [2, 3]
+    assert not list(directory.glob(".*")), "a partial directory was left"
+
+    (data,) = step_directory(directory, 3).glob("*.distcp")
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    with pytest.raises(UserError, match="another checksum"):
+        checkpointer.load(3, sharded)
+    data.write_bytes(content[:-100])
+    with pytest.raises(UserError, match=f"has {len(content) - 100} bytes instead of"):
+        checkpointer.load(3, sharded)
+    assert checkpointer.latest_step() == 2
+    assert checkpointer.load_latest(sharded) == (2, {"step": 2})
+    assert torch.equal(gather_tables(sharded)["user"].weight, weights[2])
+    # A killed save leaves a partial directory, which is never taken for a checkpoint.
+    step_directory(directory, 3).rename(directory / ".step-00000004.partial")
+    assert checkpointer.latest_step() == 2
+    checkpointer.close()
+
+
+def _check_nothing_is_dropped_silently(directory: Path) -> None:
+    sharded = _build()
+    train(sharded, range(2))
+    _saved(directory, sharded).close()
+    hosts = ShardingConfig(ranks_per_host=1)
+    with pytest.raises(UserError, match="sparse optimizer was row_wise_adagrad, is sgd"):
+        _load(directory, toy_sharded(toy_schema("row_wise"), Sgd(), hosts))
+    with pytest.raises(UserError, match="table item had 41 rows, has 82"):
+        _load(directory, _build(scale=2))
+    fewer = _build()
+    del fewer.dense_parameters["linear.bias"]
+    with pytest.raises(UserError, match="saved but not needed: dense/linear.bias"):
+        _load(directory, fewer)
+    more = _build()
+    more.dense_parameters["extra"] = torch.nn.Parameter(torch.zeros(2))
+    with pytest.raises(UserError, match="missing or of another shape: 'dense/extra'"):
+        _load(directory, more)
+
+
+def _load(directory: Path, sharded: Sharded) -> None:
+    checkpointer = Checkpointer(directory, keep=1)
+    checkpointer.load(3, sharded)
+    checkpointer.close()
+
+
+def _check_warm_start(directory: Path) -> None:
+    yesterday = _build()
+    train(yesterday, range(3))
+    _saved(directory, yesterday).close()
+    schema = yesterday.schema
+    user = schema.table("user").model_copy(update={"num_embeddings": 31})
+    tables = tuple(user if table.name == "user" else table for table in schema.tables)
+    schema = schema.model_copy(update={"tables": tables})
+    today = toy_sharded(schema, OPTIMIZER, ShardingConfig(ranks_per_host=1), seed=20)
+    fresh = gather_tables(today)["user"].weight
+
+    report = load_into(directory, today)
+
+    assert "tables/item" in report.carried
+    assert "dense/linear.weight" in report.carried
+    assert "hash to other rows" in report.initialised["tables/user"]
+    assert set(report.ignored) == {"tables/user/weight", "tables/user/momentum1@0:16"}
+    held, before = gather_tables(today), gather_tables(yesterday)
+    assert torch.equal(held["user"].weight, fresh)
+    for name in ("item", "genre", "city"):
+        assert torch.equal(held[name].weight, before[name].weight)
+        (state,), (expected,) = (t[name].states["momentum1"].values() for t in (held, before))
+        assert torch.equal(state, expected)
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        load_into(directory / "nowhere", today)
+
+
+def _check_growth(directory: Path) -> None:
+    ids = ManagedCollision(eviction="lfu", eviction_interval_steps=2)
+    small = _build(ids=ids)
+    train(small, range(5), 20)
+    _saved(directory, small).close()
+    big = _build(ids=ids, scale=2)
+    _load(directory, big)
+    for name, module in managed_modules(big.model).items():
+        old = by_row(managed_modules(small.model)[name])["ids"]
+        new = by_row(module)["ids"]
+        old_ids = set(old[old != NO_ID].tolist())
+        assert old_ids == set(new[new != NO_ID].tolist())
+        assert old_ids
+        weights, expected = gather_tables(big)[name].weight, gather_tables(small)[name].weight
+        for raw_id in old_ids:
+            (row,), (old_row,) = (new == raw_id).nonzero(), (old == raw_id).nonzero()
+            assert torch.equal(weights[row], expected[old_row])
+    # Back to the small table: what does not fit is dropped, counted and logged.
+    train(big, range(5, 15), 400)
+    Checkpointer(directory / "big", keep=1).save(3, big, {})
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("embedding.restore").addHandler(handler)
+    _load(directory / "big", small)
+    assert any("ids found no room and were evicted" in message for message in messages)
+
+
+def _check_export(directory: Path) -> None:
+    ids = ManagedCollision(eviction="lfu", eviction_interval_steps=2)
+    sharded = _build(ids=ids)
+    train(sharded, range(3))
+    _saved(directory, sharded).close()
+    folder = step_directory(directory, 3)
+    expected = gather_tables(sharded)
+    names = []
+    for name, blocks in read_tables(folder):
+        names.append(name)
+        weight = torch.cat([block for _, block in blocks])
+        assert torch.equal(weight, expected[name].weight)
+    assert names == ["item", "user", "genre", "city"]
+    dense = read_dense(folder)
+    assert dense.keys() == {"linear.weight", "linear.bias"}
+    assert torch.equal(dense["linear.bias"], sharded.dense_parameters["linear.bias"])
+    held = by_row(managed_modules(sharded.model)["user"])["ids"]
+    assert torch.equal(read_id_map(folder, "user"), held)
+    assert read_manifest(folder).segments("user") == [(0, 30)]
+    (folder / MANIFEST).unlink()
+    with pytest.raises(UserError, match="not a complete checkpoint"):
+        read_manifest(folder)

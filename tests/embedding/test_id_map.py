@@ -1,0 +1,83 @@
+"""Ids that move to other shards; reset of evicted rows."""
+
+import torch
+
+from embedding.config import ManagedCollision
+from embedding.hashing import MANAGED_ID_RANGE
+from embedding.id_map import NO_ID, by_row, insert_ids, managed_modules, owner_of, set_by_row
+from embedding.managed_collision import reset_states
+from embedding.tables import EmbeddingTables
+from tests.embedding.toy import CPU, toy_schema
+
+
+def module(eviction: str = "lfu"):
+    """The unsharded collision module of a 17-row table."""
+    schema = toy_schema("row_wise", ManagedCollision(eviction=eviction))
+    return managed_modules(EmbeddingTables(schema, CPU))["genre"]
+
+
+def random_ids(count: int) -> torch.Tensor:
+    return torch.randint(0, MANAGED_ID_RANGE, (count,), generator=torch.Generator().manual_seed(3))
+
+
+def test_owner_is_the_equal_bucket_an_id_falls_in() -> None:
+    edges = torch.tensor(
+        [0, MANAGED_ID_RANGE // 2 - 1, MANAGED_ID_RANGE // 2, MANAGED_ID_RANGE - 1]
+    )
+    assert owner_of(edges, 2).tolist() == [0, 0, 1, 1]
+    assert set(owner_of(random_ids(1000), 3).tolist()) == {0, 1, 2}
+
+
+def test_by_row_and_back() -> None:
+    mch = module()
+    state = {"ids": torch.full((17,), NO_ID), "counts": torch.zeros(17, dtype=torch.int64)}
+    state["ids"][:5] = torch.tensor([50, 10, 40, 20, 30])
+    state["counts"][:5] = torch.arange(1, 6)
+    set_by_row(mch, state)
+    assert mch._mch_sorted_raw_ids[:5].tolist() == [10, 20, 30, 40, 50]
+    assert mch._mch_remapped_ids_mapping[:5].tolist() == [1, 3, 4, 2, 0]
+    assert all(torch.equal(by_row(mch)[name], state[name]) for name in state)
+
+
+def test_every_owned_id_is_inserted_once() -> None:
+    ids = random_ids(20)
+    saved = {"ids": torch.cat([ids, torch.tensor([NO_ID])]), "counts": torch.arange(21)}
+    inserted: list[int] = []
+    for rank in range(3):
+        insertion = insert_ids(module(), saved, rank, world_size=3)
+        kept = insertion.state["ids"][: insertion.saved_rows_K.numel()]
+        assert torch.equal(kept, saved["ids"][insertion.saved_rows_K])
+        assert torch.equal(insertion.state["counts"][: kept.numel()], insertion.saved_rows_K)
+        inserted += kept.tolist()
+    assert sorted(inserted) == sorted(ids.tolist())
+
+
+def test_a_full_shard_keeps_the_most_valuable_ids_and_counts_the_others() -> None:
+    cases = {
+        "lfu": {"counts": torch.randperm(40)},
+        "lru": {"last_access_iter": torch.randperm(40)},
+        "distance_lfu": {
+            "counts": torch.randint(1, 100, (40,)),
+            "last_access_iter": torch.randperm(40),
+        },
+    }
+    for eviction, metadata in cases.items():
+        insertion = insert_ids(module(eviction), {"ids": random_ids(40), **metadata}, 0, 1)
+        if eviction == "distance_lfu":
+            age = metadata["last_access_iter"].max() - metadata["last_access_iter"] + 1
+            value = metadata["counts"] / age
+        else:
+            (value,) = metadata.values()
+        best = set(sorted(range(40), key=lambda row, value=value: -float(value[row]))[:16])
+        assert insertion.num_dropped == 24
+        assert set(insertion.saved_rows_K.tolist()) == best
+        assert insertion.state["ids"][16] == NO_ID
+
+
+def test_reset_clears_row_wise_and_element_wise_states() -> None:
+    row_wise, element_wise = torch.ones(5), torch.ones(5, 4)
+    reset_states([row_wise, element_wise], torch.tensor([1, 3]))
+    for row in range(5):
+        expected = 0.0 if row in (1, 3) else 1.0
+        assert row_wise[row] == expected
+        assert (element_wise[row] == expected).all()

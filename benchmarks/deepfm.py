@@ -1,0 +1,107 @@
+"""The DeepFM-shaped workload that the loader and training benchmarks share."""
+
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+
+from embedding.config import (
+    DenseFeature,
+    FeatureSchema,
+    RowWiseAdagrad,
+    ShardingConfig,
+    SparseFeature,
+    TableConfig,
+)
+from embedding.samples import KEYS
+from embedding.shard import Sharded, shard
+from ranking.config import DeepFm, ModelConfig, RankingConfig, TaskConfig, TrainerConfig
+from ranking.model import RankingModel, RankingStep
+
+NUM_SPARSE, NUM_DENSE = 26, 13
+ROWS_PER_TABLE = 34_616  # 26 tables, 0.9 M rows in all
+ROW_GROUP_ROWS = 65_536
+BATCH_SIZE = 4096
+HIDDEN = (1024, 512, 256)
+CPU = torch.device("cpu")
+
+SCHEMA = FeatureSchema(
+    tables=tuple(
+        TableConfig(name=f"t{i}", num_embeddings=ROWS_PER_TABLE) for i in range(NUM_SPARSE)
+    ),
+    sparse=tuple(SparseFeature(name=f"s{i}", table=f"t{i}") for i in range(NUM_SPARSE)),
+    dense=tuple(DenseFeature(name=f"d{i}") for i in range(NUM_DENSE)),
+)
+
+
+def config(precision: str = "fp32") -> RankingConfig:
+    """One task, DeepFM, one epoch."""
+    return RankingConfig(
+        tasks=(TaskConfig(name="click"),),
+        model=ModelConfig(classifier=DeepFm(hidden=HIDDEN)),
+        trainer=TrainerConfig(
+            batch_size_per_rank=BATCH_SIZE,
+            precision=precision,
+            log_every_steps=10,
+            checkpoint_every_steps=None,
+        ),
+    )
+
+
+def gemm_flop_per_row() -> int:
+    """Multiplications and additions of the MLP's products: forward, input and weight gradient."""
+    widths = (NUM_SPARSE * 16 + NUM_DENSE, *HIDDEN)
+    return sum(3 * 2 * a * b for a, b in zip(widths[:-1], widths[1:], strict=True))
+
+
+def write_samples(path: Path, num_rows: int) -> None:
+    """Sample files with skewed 40-bit ids and a label that depends on them."""
+    rng = np.random.default_rng(0)
+    with pq.ParquetWriter(path, _arrow_schema()) as writer:
+        for _ in range(0, num_rows, ROW_GROUP_ROWS):
+            writer.write_table(_row_group(rng), row_group_size=ROW_GROUP_ROWS)
+
+
+def build(rank: int, world_size: int, port: int, precision: str = "fp32") -> Sharded:
+    """Join a gloo group on loopback and shard the model over it."""
+    for name in ("torchrec", "fbgemm_gpu", "torch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    settings = config(precision)
+    model = RankingModel(SCHEMA, settings, tables_device=torch.device("meta"))
+    sharded = shard(
+        RankingStep(model, settings),
+        optimizer=RowWiseAdagrad(),
+        sharding=ShardingConfig(),
+        dense_optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, fused=True),
+        device=CPU,
+    )
+    sharded.initialize(seed=0)
+    return sharded
+
+
+def _arrow_schema() -> pa.Schema:
+    return pa.schema(
+        [(f"key:{key}", pa.int64()) for key in KEYS]
+        + [("label:click", pa.float32())]
+        + [(f"dense:d{i}", pa.float32()) for i in range(NUM_DENSE)]
+        + [(f"sparse:s{i}", pa.int64()) for i in range(NUM_SPARSE)]
+    )
+
+
+def _row_group(rng: np.random.Generator) -> pa.Table:
+    num_rows = ROW_GROUP_ROWS
+    ids = rng.zipf(1.2, (NUM_SPARSE, num_rows)).clip(max=10**12).astype(np.int64)
+    labels = (ids[0] % 3 == 0) ^ (rng.random(num_rows) < 0.2)
+    columns = [rng.integers(0, 2**62, num_rows) for _ in KEYS]
+    columns.append(labels.astype(np.float32))
+    columns += [rng.standard_normal(num_rows, dtype=np.float32) for _ in range(NUM_DENSE)]
+    columns += list(ids * 7_919 % 2**40)
+    return pa.table(columns, schema=_arrow_schema())

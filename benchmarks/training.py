@@ -1,0 +1,185 @@
+"""Training throughput of a DeepFM on the CPU, next to what the machine's GEMM allows.
+
+Run: .venv/bin/python benchmarks/training.py [--quick] [--json FILE]
+
+Every figure comes from processes of its own. `share_of_gemm_limit` divides by the rows/s at which
+the MLP's matrix products alone would run at the GEMM rate measured between the windows.
+`communication_share` compares two ranks of one group with two processes that train alone at the
+same time, so that both share the machine alike.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import deepfm
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from environment import describe
+from rich.console import Console
+from rich.table import Table
+
+from embedding.arrow import SingleIds
+from embedding.batch import RankingBatch
+from embedding.memory import keep_freed_memory
+from ranking.trainer import cpu_has_bf16
+
+NUM_BATCHES = 8
+GEMM_SIZE = 2048
+
+
+@dataclass(frozen=True)
+class Job:
+    """One measurement; `num_groups` groups of `world_size` ranks run at the same time."""
+
+    world_size: int
+    num_groups: int
+    threads_per_rank: int
+    windows: int
+    precision: str = "fp32"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Medians over windows of `NUM_BATCHES` steps."""
+
+    rows_per_s: float
+    """Of one group."""
+    gemm_gflop_per_s: float
+    """Per rank."""
+
+    @property
+    def share_of_gemm_limit(self) -> float:
+        """Rows/s over what the products alone would allow; for one rank."""
+        return self.rows_per_s * deepfm.gemm_flop_per_row() / (self.gemm_gflop_per_s * 1e9)
+
+
+def measure(job: Job) -> Figures:
+    """Run a job in processes of its own; the mean over its groups."""
+    context = mp.get_context("spawn")
+    results = context.SimpleQueue()
+    num_processes = job.world_size * job.num_groups
+    barrier = context.Barrier(num_processes)
+    workers = mp.spawn(_worker, (job, barrier, results), nprocs=num_processes, join=False)
+    while not workers.join():
+        pass
+    found: list[Figures] = [results.get() for _ in range(num_processes)]
+    return Figures(
+        statistics.mean(figures.rows_per_s for figures in found),
+        statistics.mean(figures.gemm_gflop_per_s for figures in found),
+    )
+
+
+def _worker(index: int, job: Job, barrier: Any, results: Any) -> None:
+    keep_freed_memory()
+    torch.set_num_threads(job.threads_per_rank)
+    torch.manual_seed(index)
+    group, rank = divmod(index, job.world_size)
+    sharded = deepfm.build(rank, job.world_size, 29_741 + group, job.precision)
+    batches = [_random_batch() for _ in range(NUM_BATCHES)]
+    _train(sharded, batches)
+    rates, gemms = [], []
+    for _ in range(job.windows):
+        barrier.wait()
+        gemms.append(_gemm_gflop_per_s(job.precision))
+        barrier.wait()
+        started = time.perf_counter()
+        _train(sharded, batches)
+        dist.barrier()
+        rows = NUM_BATCHES * deepfm.BATCH_SIZE * job.world_size
+        rates.append(rows / (time.perf_counter() - started))
+    results.put(Figures(statistics.median(rates), statistics.median(gemms)))
+    dist.destroy_process_group()
+
+
+def _train(sharded: Any, batches: list[RankingBatch]) -> None:
+    for batch in batches:
+        sharded.optimizer.zero_grad(set_to_none=True)
+        loss, _ = sharded.model(batch)
+        loss.backward()
+        sharded.optimizer.step()
+
+
+def _random_batch() -> RankingBatch:
+    size = deepfm.BATCH_SIZE
+    names = tuple(feature.name for feature in deepfm.SCHEMA.sparse)
+    rows = tuple(torch.randint(0, deepfm.ROWS_PER_TABLE, (size,)) for _ in names)
+    return RankingBatch(
+        dense_BF=torch.randn(size, deepfm.NUM_DENSE),
+        pooled=SingleIds(names, rows).to_kjt(),
+        unpooled=SingleIds((), ()).to_kjt(),
+        labels_BT=torch.randint(0, 2, (size, 1)).float(),
+        weights_BT=torch.ones(size, 1),
+        keys_BK=torch.zeros(size, 4, dtype=torch.int64),
+        num_rows=size,
+    )
+
+
+def _gemm_gflop_per_s(precision: str) -> float:
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE).to(dtype) for _ in range(2))
+    _ = a @ b
+    started = time.perf_counter()
+    for _ in range(3):
+        _ = a @ b
+    return 3 * 2 * GEMM_SIZE**3 / (time.perf_counter() - started) / 1e9
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer windows, about two minutes")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    args = parser.parse_args()
+    windows = 5 if args.quick else 15
+    single: dict[str, Any] = {"fp32": _as_dict(measure(Job(1, 1, 2, windows)))}
+    if cpu_has_bf16():
+        single["bf16"] = _as_dict(measure(Job(1, 1, 2, windows, "bf16")))
+    else:
+        reason = "this CPU has neither avx512_bf16 nor amx instructions"
+        single["bf16"] = {"rows_per_s": None, "reason": reason}
+    alone = measure(Job(world_size=1, num_groups=1, threads_per_rank=1, windows=windows))
+    apart = measure(Job(world_size=1, num_groups=2, threads_per_rank=1, windows=windows))
+    together = measure(Job(world_size=2, num_groups=1, threads_per_rank=1, windows=windows))
+    figures = {
+        "deepfm": single,
+        "two_ranks": {
+            "rows_per_s": together.rows_per_s,
+            "one_rank_rows_per_s": alone.rows_per_s,
+            "scaling_efficiency": together.rows_per_s / (2 * alone.rows_per_s),
+            "communication_share": 1 - together.rows_per_s / (2 * apart.rows_per_s),
+            "threads_per_rank": 1,
+        },
+        **describe(),
+    }
+    Console().print(_table(figures))
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=2))
+
+
+def _as_dict(figures: Figures) -> dict[str, float]:
+    return asdict(figures) | {"share_of_gemm_limit": figures.share_of_gemm_limit}
+
+
+def _table(figures: dict[str, Any]) -> Table:
+    title = "DeepFM: 26 tables, 0.9 M rows, D 16, MLP 1024-512-256, batch 4096"
+    table = Table("figure", "value", title=title)
+    fp32, bf16, two = figures["deepfm"]["fp32"], figures["deepfm"]["bf16"], figures["two_ranks"]
+    table.add_row("fp32 rows/s, 2 threads", f"{fp32['rows_per_s']:,.0f}")
+    table.add_row("  share of the GEMM limit", f"{fp32['share_of_gemm_limit']:.0%}")
+    table.add_row("  GEMM GFLOP/s", f"{fp32['gemm_gflop_per_s']:.0f}")
+    bf16_rate = bf16["rows_per_s"]
+    table.add_row("bf16 rows/s", bf16["reason"] if bf16_rate is None else f"{bf16_rate:,.0f}")
+    table.add_row("two ranks, 1 thread each, rows/s", f"{two['rows_per_s']:,.0f}")
+    table.add_row("  scaling efficiency", f"{two['scaling_efficiency']:.0%}")
+    table.add_row("  communication share", f"{two['communication_share']:.0%}")
+    return table
+
+
+if __name__ == "__main__":
+    main()

@@ -11,7 +11,6 @@ Faults of a file or a column raise `UserError`; faults of a row are returned as 
 ingest puts the row into quarantine and counts it.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -26,9 +25,9 @@ import pyarrow.parquet as pq
 from embedding.errors import UserError
 from embedding.raw_ids import Int64Array, is_id_list_type, is_id_type, to_raw_ids
 from pipeline.columns import KEY_COLUMNS, EventColumns
+from pipeline.days import PARTITION, available_days, parse_day
 
 MS_PER_DAY = 86_400_000
-_EPOCH = date(1970, 1, 1)
 
 BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
 
@@ -63,29 +62,7 @@ def epoch_day(day: str) -> int:
     Raises:
         UserError: it is not such a date.
     """
-    if not re.fullmatch(r"\d{4}-\d\d-\d\d", day):
-        raise UserError(f"{day!r} is not a day; write it as YYYY-MM-DD")
-    try:
-        return (date.fromisoformat(day) - _EPOCH).days
-    except ValueError as error:
-        raise UserError(f"{day!r} is not a day of the calendar ({error})") from error
-
-
-def event_days(root: Path) -> list[str]:
-    """All days of the event log under `root`, in order.
-
-    Raises:
-        UserError: there is no event log, or a folder is named like a day but is none.
-    """
-    days = sorted(path.name.removeprefix("dt=") for path in (root / "events").glob("dt=*"))
-    if not days:
-        raise UserError(
-            f"{root / 'events'} holds no day: expected folders dt=YYYY-MM-DD with Parquet files; "
-            "correct data.root or import the data first"
-        )
-    for day in days:
-        epoch_day(day)
-    return days
+    return (parse_day(day, "event log") - date(1970, 1, 1)).days
 
 
 def event_files(root: Path, day: str, columns: EventColumns) -> list[EventFile]:
@@ -94,9 +71,9 @@ def event_files(root: Path, day: str, columns: EventColumns) -> list[EventFile]:
     Raises:
         UserError: the day is missing or empty, or a file is unreadable or has a wrong schema.
     """
-    folder = root / "events" / f"dt={day}"
+    folder = root / "events" / f"{PARTITION}{day}"
     if not folder.is_dir():
-        available = event_days(root)
+        available = available_days(root)
         raise UserError(
             f"{folder} does not exist: the event log of {day} is missing (there are days from "
             f"{available[0]} to {available[-1]}); deliver it or choose another date"

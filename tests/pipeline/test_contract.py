@@ -1,0 +1,218 @@
+"""Faults of files, columns and catalogues: one sentence with place and remedy."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from small_log import DAYS, event, make_recipe, write_catalogue, write_day
+
+from embedding.errors import UserError
+from pipeline.catalogue import check_catalogue, check_images, refuse_many_unreadable
+from pipeline.columns import EventColumns
+from pipeline.contract import EventFile, event_files, normalise_events
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    write_catalogue(tmp_path)
+    write_day(tmp_path, 0, [[event(0, 1, s) for s in range(6)]])
+    return tmp_path
+
+
+def day_file(root: Path) -> Path:
+    return root / "events" / f"dt={DAYS[0]}" / "part-00000.parquet"
+
+
+def read_day(root: Path, day: str = DAYS[0]) -> list[EventFile]:
+    return event_files(root, day, EventColumns.of(make_recipe(root)))
+
+
+def rewrite(path: Path, column: str, values: Any) -> None:
+    table = pq.ParquetFile(path).read()
+    if values is None:
+        table = table.drop_columns(column)
+    else:
+        array = values if isinstance(values, pa.Array) else table[column].cast(values)
+        table = table.set_column(table.column_names.index(column), column, array)
+    pq.write_table(table, path)
+
+
+def refused(call: Any, *parts: str) -> None:
+    with pytest.raises(UserError) as error:
+        call()
+    for part in parts:
+        assert part in str(error.value)
+
+
+# --- event files ---------------------------------------------------------------------------------
+
+
+def test_sound_day_is_accepted(root: Path) -> None:
+    (file,) = read_day(root)
+
+    assert (file.num_rows, file.row_groups) == (6, (4, 2))
+
+
+@pytest.mark.parametrize(
+    "column", ["request_id", "item_id", "timestamp", "click", "price", "stars"]
+)
+def test_missing_column_is_named(root: Path, column: str) -> None:
+    rewrite(day_file(root), column, None)
+
+    refused(lambda: read_day(root), str(day_file(root)), f"lacks the columns ['{column}']", "write")
+
+
+@pytest.mark.parametrize(
+    ("column", "kind", "remedy"),
+    [
+        ("user_id", pa.float64(), "cast it to int64"),
+        ("timestamp", pa.int64(), "cast it to timestamp('ms'), integers need their unit"),
+        ("click", pa.string(), "cast it to int8"),
+        ("price", pa.string(), "cast it to float32"),
+        ("stars", pa.float32(), "cast it to int64"),
+    ],
+)
+def test_wrong_type_is_named_with_the_cast(
+    root: Path, column: str, kind: pa.DataType, remedy: str
+) -> None:
+    rewrite(day_file(root), column, kind)
+
+    refused(lambda: read_day(root), str(day_file(root)), f"'{column}' has type {kind}", remedy)
+
+
+def test_truncated_file_is_named(root: Path) -> None:
+    content = day_file(root).read_bytes()
+    day_file(root).write_bytes(content[: len(content) // 2])
+
+    refused(lambda: read_day(root), str(day_file(root)), "truncated", "write or copy it again")
+
+
+def test_missing_day_names_the_days_there_are(root: Path) -> None:
+    refused(lambda: read_day(root, "2024-02-01"), "dt=2024-02-01", f"from {DAYS[0]} to {DAYS[0]}")
+
+
+def test_day_without_rows_or_files_is_refused(root: Path) -> None:
+    pq.write_table(pq.ParquetFile(day_file(root)).read().slice(0, 0), day_file(root))
+    refused(lambda: read_day(root), f"dt={DAYS[0]} is empty", "1 Parquet files")
+
+    day_file(root).unlink()
+    refused(lambda: read_day(root), f"dt={DAYS[0]} is empty", "0 Parquet files")
+
+
+@pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
+def test_timestamps_of_any_unit_become_milliseconds(root: Path, unit: str) -> None:
+    columns = EventColumns.of(make_recipe(root))
+    table = pq.ParquetFile(day_file(root)).read()
+    expected = table["timestamp"].cast(pa.int64()).to_pylist()
+    at = table.column_names.index("timestamp")
+    table = table.set_column(at, "timestamp", table["timestamp"].cast(pa.timestamp(unit)))
+
+    events = normalise_events(table, columns, day_file(root))
+
+    assert events["timestamp"].to_pylist() == expected
+
+
+# --- items.parquet and users.parquet -------------------------------------------------------------
+
+
+def catalogue(root: Path) -> Any:
+    return check_catalogue(root, make_recipe(root).features)
+
+
+def test_sound_catalogue_gives_its_sorted_ids(root: Path) -> None:
+    known = catalogue(root)
+
+    assert known.items.tolist() == [1, 2, 3, 4]
+    assert known.users.tolist() == [1, 2, 3, 4, 5]
+
+
+def test_missing_items_file_is_named(root: Path) -> None:
+    (root / "items.parquet").unlink()
+
+    refused(lambda: catalogue(root), str(root / "items.parquet"), "does not exist", "deliver it")
+
+
+def test_missing_users_file_matters_only_if_features_read_it(root: Path) -> None:
+    (root / "users.parquet").unlink()
+    refused(lambda: catalogue(root), str(root / "users.parquet"), "['country']", "deliver it")
+
+    features = make_recipe(root).features
+    sparse = tuple(feature for feature in features.sparse if feature.source != "users")
+    without = features.model_copy(update={"sparse": sparse})
+    assert check_catalogue(root, without).users is None
+
+
+def test_repeated_and_null_ids_are_named(root: Path) -> None:
+    rewrite(root / "items.parquet", "item_id", pa.array([1, 2, 2, 4]))
+    refused(lambda: catalogue(root), str(root / "items.parquet"), "item_id 2 has more than one row")
+
+    rewrite(root / "items.parquet", "item_id", pa.array([1, 2, None, 4]))
+    refused(lambda: catalogue(root), str(root / "items.parquet"), "item_id is null in row 2")
+
+    rewrite(root / "items.parquet", "item_id", pa.array([1, 2, 3, 4]))
+    rewrite(root / "users.parquet", "user_id", pa.array([7, 2, 3, 7, 5]))
+    refused(lambda: catalogue(root), str(root / "users.parquet"), "user_id 7 has more than one row")
+
+
+def test_nan_of_an_item_is_named(root: Path) -> None:
+    rewrite(root / "items.parquet", "weight", pa.array([1.0, None, float("nan"), 2.0]))
+
+    refused(lambda: catalogue(root), "'weight' is NaN or infinite for item_id 3", "write null")
+
+
+def test_missing_and_mistyped_catalogue_columns_are_named(root: Path) -> None:
+    rewrite(root / "items.parquet", "tags", pa.array([1.5, 2.5, 3.5, 4.5]))
+    refused(lambda: catalogue(root), str(root / "items.parquet"), "'tags' has type double", "int64")
+
+    rewrite(root / "items.parquet", "tags", None)
+    refused(lambda: catalogue(root), str(root / "items.parquet"), "lacks the columns ['tags']")
+
+
+# --- images --------------------------------------------------------------------------------------
+
+
+def png() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), (200, 10, 10)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_unreadable_images_are_found_among_bytes_and_paths(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "b.png").write_bytes(b"not an image")
+    items = {"item_id": [1, 2, 3, 4]}
+    as_bytes = pa.table({**items, "image": [png(), None, b"not an image", png()[:20]]})
+    as_paths = pa.table({**items, "image": ["a.png", None, "b.png", "c.png"]})
+
+    for table in (as_bytes, as_paths):
+        facts = check_images(table, tmp_path)
+        assert (facts.num_items, facts.num_missing) == (4, 1)
+        assert sorted(facts.unreadable) == ["3", "4"]
+    assert "no file" in check_images(as_paths, tmp_path).unreadable["4"]
+
+
+def test_images_that_claim_to_be_huge_are_not_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.catalogue.MAX_IMAGE_PIXELS", 15)
+
+    facts = check_images(pa.table({"item_id": [1], "image": [png()]}), tmp_path)
+
+    assert facts.unreadable == {"1": "4 x 4 pixels are more than 15"}
+
+
+def test_too_many_unreadable_images_fail_and_name_an_item(tmp_path: Path) -> None:
+    items = pa.table({"item_id": [7, 8], "image": [png(), b"broken"]})
+    facts = check_images(items, tmp_path)
+
+    refuse_many_unreadable(facts, 0.5, tmp_path)
+    refused(
+        lambda: refuse_many_unreadable(facts, 0.4, tmp_path),
+        "images of 1 of 2 items",
+        "item_id 8",
+        "raise the limit",
+    )

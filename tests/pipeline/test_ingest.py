@@ -1,0 +1,301 @@
+"""Ingest against a loop over all events; chaining of spans; reproducible files."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import small_log
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from small_log import DAYS, Row, event, file_bytes, make_recipe, write_catalogue, write_day
+
+from embedding.errors import UserError
+from pipeline import ingest as ingest_module
+from pipeline.config import Recipe
+from pipeline.ingest import IngestFacts, ingest
+
+
+@pytest.fixture(autouse=True)
+def _without_ray(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    if "integration" not in request.keywords:
+        monkeypatch.setattr(ingest_module, "stream_tasks", small_log.run_here)
+
+
+def run(recipe: Recipe, span: list[str], previous: Path | None, scratch: Path) -> IngestFacts:
+    scratch.mkdir()
+    return ingest(recipe, span, previous, scratch)
+
+
+def read_events(directory: Path) -> list[Row]:
+    """All events of an artifact, timestamps as integers."""
+    return [
+        row
+        for path in sorted((directory / "events").rglob("*.parquet"))
+        for row in pq.ParquetFile(path).read().to_pylist()
+    ]
+
+
+def naive_history(row: Row, log: list[Row], *, label: str | None, max_length: int) -> list[Row]:
+    earlier = [
+        other
+        for other in log
+        if other["user_id"] == row["user_id"]
+        and other["timestamp"] < row["timestamp"]
+        and (label is None or other[label] == 1)
+    ]
+    # Python's sort is stable: equal timestamps stay in the order of the log.
+    return sorted(earlier, key=lambda other: other["timestamp"])[-max_length:]
+
+
+def check_against_log(events: list[Row], log: list[Row]) -> None:
+    assert sorted(e["request_id"] for e in events) == sorted(e["request_id"] for e in log)
+    for row in events:
+        for name, label, max_length in (("clicks", "click", 3), ("seen", None, 2)):
+            expected = naive_history(row, log, label=label, max_length=max_length)
+            assert row[f"history:{name}:timestamp"] == [e["timestamp"] for e in expected]
+            assert all(t < row["timestamp"] for t in row[f"history:{name}:timestamp"])
+            assert row[f"history:{name}:item_id"] == [e["item_id"] for e in expected]
+        stars = [e["stars"] for e in naive_history(row, log, label="click", max_length=3)]
+        assert row["history:clicks:stars"] == [-1 if s is None else s for s in stars]
+
+
+LOGS = st.lists(
+    st.tuples(
+        st.integers(0, 3),  # day
+        st.integers(1, 3),  # user
+        st.integers(0, 5),  # second: ties are frequent
+        st.integers(1, 4),  # item
+        st.sampled_from([0, 1, 1, None]),
+        st.sampled_from([None, 1, 2, 3]),
+    ),
+    max_size=40,
+)
+CUTS = st.sampled_from([(4,), (1, 4), (2, 4), (1, 2, 4), (1, 2, 3, 4)])
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(log=LOGS, cuts=CUTS, buckets=st.lists(st.integers(1, 4), min_size=4, max_size=4))
+def test_chained_spans_give_the_histories_of_the_whole_log(
+    tmp_path_factory: pytest.TempPathFactory,
+    log: list[tuple[Any, ...]],
+    cuts: tuple[int, ...],
+    buckets: list[int],
+) -> None:
+    root = tmp_path_factory.mktemp("log")
+    write_catalogue(root)
+    rows = []
+    for day in range(4):
+        own = [entry for entry in log if entry[0] == day]
+        own.append((day, 5, 0, 1, 0, None))  # no day is empty
+        events = [
+            event(day, user, second, item_id=item, click=click, stars=stars)
+            for _, user, second, item, click, stars in own
+        ]
+        for e in events:
+            e["request_id"] = len(rows)
+            rows.append(e)
+        write_day(root, day, [events[:3], events[3:]])
+
+    previous, found, start = None, [], 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ingest_module, "stream_tasks", small_log.run_here)
+        for i, end in enumerate(cuts):
+            recipe = make_recipe(root, user_buckets=buckets[i])
+            artifact = root / f"ingest-{i}"
+            facts = run(recipe, DAYS[start:end], previous, artifact)
+            assert facts.rows_out == facts.rows_in
+            found += read_events(artifact)
+            previous, start = artifact, end
+    assert previous is not None
+
+    check_against_log(found, rows)
+    counts = {c["item_id"]: c for c in pq.read_table(previous / "item_counts.parquet").to_pylist()}
+    for item in {row["item_id"] for row in rows}:
+        own_rows = [row for row in rows if row["item_id"] == item]
+        assert counts[item]["events"] == len(own_rows)
+        assert counts[item]["positives"] == sum(row["click"] == 1 for row in own_rows)
+        first = small_log.day_name(min(row["timestamp"] for row in own_rows))
+        assert counts[item]["first_day"].isoformat() == first
+    users = pq.read_table(previous / "user_counts.parquet")
+    assert users["user_id"].to_pylist() == sorted({row["user_id"] for row in rows})
+
+
+def small_root(tmp_path: Path) -> Path:
+    root = tmp_path / "data"
+    write_catalogue(root)
+    for day in (0, 1):
+        rows = [event(day, user, s, click=(s + user) % 2) for s in range(12) for user in (1, 2, 3)]
+        write_day(root, day, [rows[:20], rows[20:]])
+    return root
+
+
+def test_facts_count_rows_labels_and_days(tmp_path: Path) -> None:
+    progress: list[tuple[int, int]] = []
+    (tmp_path / "out").mkdir()
+
+    facts = ingest(
+        make_recipe(small_root(tmp_path)),
+        DAYS[:2],
+        None,
+        tmp_path / "out",
+        progress=lambda done, total: progress.append((done, total)),
+    )
+
+    assert (facts.rows_in, facts.rows_out, facts.quarantined) == (72, 72, {})
+    assert facts.rows_per_day == {DAYS[0]: 36, DAYS[1]: 36}
+    assert (facts.labels["click"].observed, facts.labels["click"].rate) == (72, 0.5)
+    assert (facts.num_items, facts.num_users, facts.images) == (1, 3, None)
+    events = read_events(tmp_path / "out")
+    lengths = [len(e["history:clicks:item_id"]) for e in events]
+    assert facts.mean_history_length["clicks"] == pytest.approx(sum(lengths) / 72)
+    assert progress[-1] == (144, 144)
+    assert [done for done, _ in progress] == sorted(done for done, _ in progress)
+
+
+def test_events_of_a_file_are_sorted_by_time(tmp_path: Path) -> None:
+    run(make_recipe(small_root(tmp_path)), DAYS[:2], None, tmp_path / "out")
+
+    for path in (tmp_path / "out" / "events").rglob("*.parquet"):
+        times = pq.ParquetFile(path).read()["timestamp"].to_pylist()
+        assert times == sorted(times)
+    assert not (tmp_path / "out" / "parts").exists()
+
+
+def test_bad_rows_go_to_quarantine_with_reason_and_source(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    write_catalogue(root)
+    nan = float("nan")
+    bad = {
+        "null request_id": {"request_id": None},
+        "null user_id": {"user_id": None},
+        "null item_id": {"item_id": None},
+        "null timestamp": {"timestamp": None},
+        "timestamp outside of the dt day": event(1, 1, 0),
+        "label click not 0, 1 or null": {"click": 2},
+        "NaN or inf in dense column price": {"price": nan},
+        "item_id without catalogue row": {"item_id": 99},
+        "user_id without row in users.parquet": {"user_id": 99},
+    }
+    sound = [event(0, 1, s) for s in range(20)] + [event(0, 1, 30, click=None, price=None)]
+    faulty = [event(0, 1, 40) | change for change in bad.values()]
+    faulty.append(event(0, 1, 50, price=float("inf")))
+    write_day(root, 0, [sound, faulty])
+
+    facts = run(make_recipe(root), DAYS[:1], None, tmp_path / "out")
+
+    assert (facts.rows_in, facts.rows_out) == (len(sound) + len(faulty), len(sound))
+    once = dict.fromkeys(bad, 1)
+    assert facts.quarantined == {**once, "NaN or inf in dense column price": 2}
+    assert len(read_events(tmp_path / "out")) == len(sound)
+    parts = sorted((tmp_path / "out" / "quarantine").glob("*.parquet"))
+    aside = pa.concat_tables([pq.ParquetFile(part).read() for part in parts]).to_pylist()
+    assert [row["reason"] for row in aside] == [*bad, "NaN or inf in dense column price"]
+    assert {row["source_file"] for row in aside} == {f"dt={DAYS[0]}/part-00001.parquet"}
+    assert [row["source_row"] for row in aside] == list(range(len(faulty)))
+    assert [row["click"] for row in aside].count(2) == 1
+
+
+def test_too_many_bad_rows_fail_with_place_reason_and_remedy(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    write_catalogue(root)
+    write_day(root, 0, [[event(0, 1, s) for s in range(8)] + [event(0, 1, 9, click=2)] * 2])
+
+    with pytest.raises(UserError) as error:
+        run(make_recipe(root, max_quarantined_share=0.1), DAYS[:1], None, tmp_path / "out")
+
+    message = str(error.value)
+    assert "2 of 10 events" in message
+    assert "2 x label click not 0, 1 or null" in message
+    assert "part-00000.parquet row 8" in message
+    assert "data.max_quarantined_share=0.1" in message
+    assert "raise the limit" in message
+
+
+def test_string_ids_meet_their_catalogue_rows(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    write_catalogue(root)
+    for name, key in (("items", "item_id"), ("users", "user_id")):
+        table = pq.read_table(root / f"{name}.parquet")
+        table = table.set_column(0, key, table[key].cast(pa.string()))
+        pq.write_table(table, root / f"{name}.parquet")
+    write_day(root, 0, [[event(0, 1, s, item_id=1 + s % 4) for s in range(6)]])
+    path = root / "events" / f"dt={DAYS[0]}" / "part-00000.parquet"
+    events = pq.ParquetFile(path).read()
+    for key in ("user_id", "item_id"):
+        at = events.column_names.index(key)
+        events = events.set_column(at, key, events[key].cast(pa.string()))
+    pq.write_table(events, path)
+
+    facts = run(make_recipe(root), DAYS[:1], None, tmp_path / "out")
+
+    assert (facts.rows_out, facts.num_items) == (6, 4)
+    lengths = [len(e["history:clicks:item_id"]) for e in read_events(tmp_path / "out")]
+    assert lengths == [0, 1, 2, 3, 3, 3]
+
+
+def test_buckets_grow_with_the_span(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingest_module, "ROWS_PER_BUCKET", 10)
+    root = small_root(tmp_path)
+
+    facts = run(make_recipe(root, user_buckets=2), DAYS[:1], None, tmp_path / "a")  # 36 rows
+    after = run(make_recipe(root, user_buckets=1), DAYS[1:2], tmp_path / "a", tmp_path / "b")
+
+    assert (facts.num_buckets, after.num_buckets) == (4, 4)
+    assert after.mean_history_length["clicks"] == 3
+
+
+def test_artifact_of_a_later_day_cannot_be_continued(tmp_path: Path) -> None:
+    recipe = make_recipe(small_root(tmp_path))
+    run(recipe, DAYS[:2], None, tmp_path / "a")
+
+    with pytest.raises(UserError, match=r"already holds events up to 2024-01-02"):
+        run(recipe, DAYS[1:2], tmp_path / "a", tmp_path / "b")
+
+
+def test_other_histories_cannot_be_continued(tmp_path: Path) -> None:
+    recipe = make_recipe(small_root(tmp_path))
+    run(recipe, DAYS[:1], None, tmp_path / "a")
+    features = recipe.features
+    longer = features.histories[0].model_copy(update={"max_length": 9})
+    changed = features.model_copy(update={"histories": (longer, *features.histories[1:])})
+
+    with pytest.raises(UserError, match=r"keeps other histories .* ingest again"):
+        run(
+            recipe.model_copy(update={"features": changed}),
+            DAYS[1:2],
+            tmp_path / "a",
+            tmp_path / "b",
+        )
+
+
+@pytest.mark.integration
+def test_files_do_not_depend_on_parallelism_and_errors_come_through(tmp_path: Path) -> None:
+    import ray
+
+    root = small_root(tmp_path)
+    recipe = make_recipe(root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ingest_module, "stream_tasks", small_log.run_here)
+        run(recipe, DAYS[:2], None, tmp_path / "serial")
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=100 << 20,
+        log_to_driver=False,
+        _node_ip_address="127.0.0.2",
+    )
+    try:
+        run(recipe, DAYS[:2], None, tmp_path / "parallel")
+        last = sorted((root / "events").rglob("*.parquet"))[-1]
+        content = last.read_bytes()
+        # The footer stays whole, so only the task that reads the pages can notice.
+        last.write_bytes(content[:4] + bytes(200) + content[204:])
+        with pytest.raises(UserError, match=f"{last} is not a complete Parquet file"):
+            run(recipe, DAYS[:2], None, tmp_path / "damaged")
+    finally:
+        ray.shutdown()
+
+    assert file_bytes(tmp_path / "parallel") == file_bytes(tmp_path / "serial")

@@ -20,7 +20,7 @@ from embedding.batch import RankingBatch
 from embedding.checkpoint import Checkpointer, load_into, step_directory
 from embedding.loader import SampleFiles, SampleLoader
 from embedding.plan import PlanDescription
-from embedding.restore import WarmStartReport
+from embedding.warm_start import WarmStartReport
 from embedding.shard import Sharded, shard
 from pipeline.config import Recipe
 from pipeline.evaluate import EvaluateJob

@@ -28,7 +28,7 @@ from embedding.id_map import (
     pending_of,
     rows_of_module,
 )
-from embedding.placement import TableShard
+from embedding.placement import TableShard, flush_caches
 from embedding.plan import PlanDescription
 from embedding.shard import Sharded
 from embedding.stored import StoredTensor
@@ -128,6 +128,7 @@ def make_manifest(sharded: Sharded, step: int, ranks: list[RankFacts]) -> Checkp
 
 def capture(sharded: Sharded, ranks: Sequence[RankFacts], rank: int) -> dict[str, StoredTensor]:
     """Views of everything this rank saves."""
+    flush_caches(sharded.shards, forget=False)
     tensors = _tables(sharded, rank) | _managed(sharded, ranks, rank)
     tensors |= {f"rng/{rank}/{k}": StoredTensor.whole(v) for k, v in rng_states().items()}
     if rank == 0:

@@ -6,7 +6,7 @@ checkpoints only need to know which rows and columns a tensor holds.
 
 # Shapes: R rows and D columns of a shard.
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -98,6 +98,19 @@ def table_shards(
     order = [table.name for table in schema.tables]
     shards.sort(key=lambda s: (order.index(s.table.name), s.row_offset, s.column_offset))
     return shards
+
+
+def flush_caches(shards: Iterable[TableShard], *, forget: bool) -> None:
+    """Write rows cached in device memory back to tables in host memory.
+
+    `forget` empties the caches instead: for tables that were just overwritten.
+    """
+    kernels: dict[int, Any] = {id(shard.tbe): shard.tbe for shard in shards if shard.tbe}
+    for kernel in kernels.values():
+        if forget:
+            kernel.reset_cache_states()
+        else:
+            kernel.flush()
 
 
 def _fused(kernel: Any, schema: FeatureSchema, states: tuple[str, ...]) -> list[TableShard]:

@@ -25,7 +25,7 @@ from embedding.id_map import (
     set_pending,
 )
 from embedding.managed_collision import reset_states
-from embedding.placement import TableShard
+from embedding.placement import TableShard, flush_caches
 from embedding.shard import Sharded
 from embedding.stored import CheckpointReader
 
@@ -47,6 +47,7 @@ class Restorer:
     def restore_table(self, name: str) -> None:
         """Weights, optimizer states and, under managed collision, the id map of one table."""
         shards = [shard for shard in self._sharded.shards if shard.table.name == name]
+        flush_caches(shards, forget=False)  # a kernel's other tables keep what is cached
         module = managed_modules(self._sharded.model).get(name)
         insertion = None
         if module is not None and not self._same_segments(name):
@@ -65,6 +66,7 @@ class Restorer:
             else:
                 self._move_rows(shard, insertion)
             self._set_step(shard)
+        flush_caches(shards, forget=True)
 
     def restore_dense(self, name: str) -> None:
         """One dense parameter."""

@@ -20,8 +20,8 @@ from embedding.batch import RankingBatch
 from embedding.checkpoint import Checkpointer, load_into, step_directory
 from embedding.loader import SampleFiles, SampleLoader
 from embedding.plan import PlanDescription
-from embedding.warm_start import WarmStartReport
 from embedding.shard import Sharded, shard
+from embedding.warm_start import WarmStartReport
 from pipeline.config import Recipe
 from pipeline.evaluate import EvaluateJob
 from pipeline.train import METRICS, RESULT, TENSORBOARD, TrainJob, TrainResult

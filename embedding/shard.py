@@ -31,16 +31,13 @@ from embedding.errors import UserError
 from embedding.initialization import initialize_shard
 from embedding.limits import check_support
 from embedding.managed_collision import reset_optimizer_of_evicted_rows
-<<<<<<< HEAD
 from embedding.placement import (
     TableShard,
     data_parallel_weights,
+    flush_caches,
     sharded_collections,
     table_shards,
 )
-=======
-from embedding.placement import TableShard, data_parallel_weights, flush_caches, table_shards
->>>>>>> embedding
 from embedding.plan import PlanDescription, describe_plan, make_plan, plan_of
 from embedding.row_optimizer import RowOptimizer
 from embedding.sharders import make_sharders

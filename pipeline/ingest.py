@@ -154,7 +154,8 @@ def ingest(
         earlier=earlier,
     )
     buckets: list[BucketFacts] = []
-    for facts in stream_tasks(build_bucket, range(checked.num_buckets), plan):
+    even = [checked.num_rows // checked.num_buckets] * checked.num_buckets
+    for facts in stream_tasks(build_bucket, range(checked.num_buckets), plan, even):
         buckets.append(facts)
         report.add(facts.num_rows)
     counts = {key: _write_counts(key, plan, previous) for key in ("item_id", "user_id")}
@@ -236,7 +237,9 @@ def _partition(
 ) -> list[PartitionFacts]:
     plan = PartitionPlan(span.columns, span.known, span.num_buckets, parts, quarantine)
     found = []
-    for facts in stream_tasks(partition_chunk, plan_chunks(span.files), plan):
+    chunks = plan_chunks(span.files)
+    rows = [chunk.num_rows for chunk in chunks]
+    for facts in stream_tasks(partition_chunk, chunks, plan, rows):
         found.append(facts)
         report.add(facts.rows_in)
     found.sort(key=lambda facts: facts.index)

@@ -85,12 +85,12 @@ def join(
     files = sorted((ingest_dir / "events").glob("dt=*/*.parquet"))
     for folder in {file.parent.name for file in files}:
         (scratch / "samples" / folder).mkdir(parents=True)
-    total = sum(pq.read_metadata(file).num_rows for file in files)
+    file_rows = [pq.read_metadata(file).num_rows for file in files]
     done: list[FileFacts] = []
-    for facts in stream_tasks(join_file, files, plan_join(recipe, scratch)):
+    for facts in stream_tasks(join_file, files, plan_join(recipe, scratch), file_rows):
         done.append(facts)
         if progress:
-            progress(sum(f.rows for f in done), total)
+            progress(sum(f.rows for f in done), sum(file_rows))
     days = sorted({facts.day for facts in done})
     rows = sum(facts.rows for facts in done)
     return JoinFacts(

@@ -18,12 +18,39 @@ Shared = TypeVar("Shared")
 Result = TypeVar("Result")
 
 
+ROWS_PER_BUNDLE = 1 << 17
+
+
+def bundles(rows: Sequence[int]) -> list[range]:
+    """Consecutive tasks that are sent together: small ones share what it costs to send one.
+
+    Args:
+        rows: rows of every task; a bundle ends once it has `ROWS_PER_BUNDLE` of them.
+    """
+    found, start, total = [], 0, 0
+    for i, count in enumerate(rows):
+        total += count
+        if total >= ROWS_PER_BUNDLE or i == len(rows) - 1:
+            found.append(range(start, i + 1))
+            start, total = i + 1, 0
+    return found
+
+
 def stream_tasks(
-    run: Callable[[Task, Shared], Result], tasks: Sequence[Task], shared: Shared
+    run: Callable[[Task, Shared], Result],
+    tasks: Sequence[Task],
+    shared: Shared,
+    rows: Sequence[int],
 ) -> Iterator[Result]:
-    """Run `run(task, shared)` for every task on the cluster; one CPU each.
+    """Run `run(task, shared)` for every task on the cluster; one CPU each bundle of tasks.
 
     `shared` is put into the object store once; its arrays are read there without a copy.
+
+    Args:
+        run: an importable function.
+        tasks: its first argument, one after the other.
+        shared: its second argument, always the same.
+        rows: rows of every task.
 
     Yields:
         The results, in the order in which tasks finish.
@@ -37,17 +64,18 @@ def stream_tasks(
 
     def call(row: dict[str, Any]) -> dict[str, Any]:
         try:
-            return {"result": pickle.dumps(run(pickle.loads(row["task"]), ray.get(reference)))}
+            own = ray.get(reference)
+            return {"result": pickle.dumps([run(task, own) for task in pickle.loads(row["tasks"])])}
         except UserError as error:
             # As data: Ray Data would wrap the exception into its own and bury the sentence.
             return {"result": pickle.dumps(error)}
 
     # The driver shows its own progress.
     DataContext.get_current().enable_progress_bars = False
-    rows = [{"task": pickle.dumps(task)} for task in tasks]
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(call)
+    items = [{"tasks": pickle.dumps([tasks[i] for i in bundle])} for bundle in bundles(rows)]
+    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(call)
     for row in dataset.iter_rows():
         result = pickle.loads(row["result"])
         if isinstance(result, UserError):
             raise result
-        yield result
+        yield from result

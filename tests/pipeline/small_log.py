@@ -123,8 +123,11 @@ def make_recipe(root: Path, **changes: Any) -> Recipe:
     return Recipe.model_validate({**recipe, "data": {**data, **changes}})
 
 
-def run_here(run: Callable[[Any, Any], Any], tasks: Sequence[Any], shared: Any) -> Iterator[Any]:
+def run_here(
+    run: Callable[[Any, Any], Any], tasks: Sequence[Any], shared: Any, rows: Sequence[int]
+) -> Iterator[Any]:
     """`pipeline.tasks.stream_tasks` in this process, the last task first."""
+    assert len(rows) == len(tasks)
     for task in reversed(list(tasks)):
         yield run(task, shared)
 

@@ -271,7 +271,9 @@ def test_other_histories_cannot_be_continued(tmp_path: Path) -> None:
 
 
 @pytest.mark.integration
-def test_files_do_not_depend_on_parallelism_and_errors_come_through(tmp_path: Path) -> None:
+def test_files_do_not_depend_on_parallelism_and_errors_come_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import ray
 
     root = small_root(tmp_path)
@@ -279,6 +281,7 @@ def test_files_do_not_depend_on_parallelism_and_errors_come_through(tmp_path: Pa
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ingest_module, "stream_tasks", small_log.run_here)
         run(recipe, DAYS[:2], None, tmp_path / "serial")
+    monkeypatch.setattr("pipeline.tasks.ROWS_PER_BUNDLE", 1)  # every task on its own
     ray.init(
         address="local",
         num_cpus=2,

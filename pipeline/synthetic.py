@@ -92,11 +92,6 @@ def generate(config: SyntheticConfig, root: Path, *, progress: Progress | None =
     receipt: Receipt = {"version": GENERATOR_VERSION, "config": config.model_dump(mode="json")}
     if is_written(root, RECEIPT, receipt):
         return
-    if config.events_per_day > MS_PER_DAY * config.candidates_per_request:
-        raise UserError(
-            f"events_per_day={config.events_per_day} asks for more than one request a millisecond; "
-            f"use at most {MS_PER_DAY * config.candidates_per_request}, or more candidates_per_request"
-        )
     market = Marketplace(config)
     rows = _RowCount(market.num_items_ever + config.num_days * config.events_per_day, progress)
     with writing_dataset(root, RECEIPT, receipt) as scratch:

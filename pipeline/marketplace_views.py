@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.counter_random import CounterRandom, FloatArray, Int64Array
-from pipeline.marketplace import Marketplace
+from pipeline.marketplace import Marketplace, sigmoid
 
 Uint8Array = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -21,6 +21,7 @@ NUM_WORDS = 24
 WORD_SHARPNESS = 1.5
 CATEGORY_NOISE = 1.0
 IMAGE_NOISE = 0.3
+PIXELS_AT_ONCE = 1 << 20
 BRANDS_PER_TOPIC = 5
 
 TOPICS = {
@@ -144,11 +145,23 @@ def images(market: Marketplace, items: Int64Array, latents_ND: FloatArray) -> li
 
     Latent dimensions beyond the eighth are grey blocks along the lower edge.
     """
-    size, dim = market.config.image_size, latents_ND.shape[1]
+    dim = latents_ND.shape[1]
     seen_ND = latents_ND + IMAGE_NOISE * market.random.normal("image", items, dim)
     spare = market.random.normal("image rest", items, 8)
-    unit = 1.0 / (1.0 + np.exp(-1.5 * np.hstack([seen_ND[:, :8], spare])[:, :8]))
-    row = (np.arange(size) + 0.5) / size
+    parameters = sigmoid(1.5 * np.hstack([seen_ND[:, :8], spare]))[:, :8].astype(np.float32)
+    blocks = sigmoid(1.5 * seen_ND[:, 8:]).astype(np.float32)
+    size = market.config.image_size
+    step = max(1, PIXELS_AT_ONCE // size**2)
+    return [
+        encode_png(picture)
+        for first in range(0, len(items), step)
+        for picture in _render(parameters[first : first + step], blocks[first : first + step], size)
+    ]
+
+
+def _render(unit: FloatArray, blocks: FloatArray, size: int) -> Uint8Array:
+    """Pictures (N, S, S, 3) of parameters in (0, 1)."""
+    row = (np.arange(size, dtype=np.float32) + 0.5) / size
     y_SS, x_SS = np.meshgrid(row, row, indexing="ij")
     across = np.abs(x_SS[None] - (0.25 + 0.5 * unit[:, 5, None, None]))
     along = np.abs(y_SS[None] - 0.45)
@@ -160,9 +173,9 @@ def images(market: Marketplace, items: Int64Array, latents_ND: FloatArray) -> li
     background = unit[:, None, None, 0:3]
     figure = np.concatenate([unit[:, 3:5], 1 - unit[:, 0:1]], axis=1)[:, None, None, :]
     pixels = np.where(inside[..., None], figure, background)
-    if dim > 8:
-        _draw_blocks(pixels, 1.0 / (1.0 + np.exp(-1.5 * seen_ND[:, 8:])))
-    return [encode_png(picture) for picture in (pixels * 255).astype(np.uint8)]
+    if blocks.shape[1]:
+        _draw_blocks(pixels, blocks)
+    return np.asarray((pixels * 255).astype(np.uint8))
 
 
 def _draw_blocks(pixels: FloatArray, levels: FloatArray) -> None:

@@ -278,6 +278,20 @@ def test_pictures_show_the_latent(items: pd.DataFrame) -> None:
     assert max(shown) < 0.99  # a noisy view
 
 
+@pytest.mark.parametrize(("taste_dim", "image_size"), [(2, 8), (12, 20), (40, 64)])
+def test_any_number_of_tastes_and_picture_size_works(
+    tmp_path: Path, taste_dim: int, image_size: int
+) -> None:
+    config = SMALL.model_copy(update={"taste_dim": taste_dim, "image_size": image_size})
+    generate(config, tmp_path / "x")
+    items = pq.read_table(tmp_path / "x" / "items.parquet").to_pandas()
+    pictures = [Image.open(io.BytesIO(data)) for data in items.image]
+    assert {picture.size for picture in pictures} == {(image_size, image_size)}
+    assert len(set(items.image)) > 0.9 * len(items)
+    events = read_events(tmp_path / "x")
+    assert 0.65 < roc_auc_score(events.click, events.oracle_click) < 0.9
+
+
 def test_side_information_is_noisy(items: pd.DataFrame) -> None:
     latents = Marketplace(DEMO).latents(items.item_id.to_numpy())
     truth = np.hstack([latents, -latents]).argmax(axis=1)

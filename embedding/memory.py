@@ -3,11 +3,14 @@
 import ctypes
 import logging
 
+import pyarrow as pa
+
 logger = logging.getLogger(__name__)
 
 # Parameter numbers of glibc's mallopt(3).
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
+_M_ARENA_MAX = -8
 _HEAP_BLOCK_BYTES = 32 << 20
 """Blocks up to this size come from the heap; glibc accepts no more."""
 _KEEP_BYTES = (1 << 31) - 1
@@ -17,9 +20,13 @@ def keep_freed_memory() -> bool:
     """Let the process keep freed memory up to 2 GiB instead of giving it back at once.
 
     Activations and column chunks are blocks of megabytes that are freed and allocated again every
-    step. By default glibc returns them to the kernel each time, and every page must be faulted in
-    and zeroed again: on virtual machines that costs more than the step's own work. Call it once,
-    at the start of a worker.
+    step. By default glibc and Arrow's own allocator return them to the kernel, and every page must
+    be faulted in and zeroed again: on virtual machines that costs more than the work itself. One
+    arena for all threads and for Arrow lets the loader and the trainer reuse each other's blocks.
+
+    Call it once, at the start of a worker, before it starts threads: a thread keeps the arena it
+    has, and arenas other than the first give memory back. Where other libraries start threads
+    first (Ray does), set MALLOC_ARENA_MAX=1 in the worker's environment as well.
 
     Returns:
         Whether the C library took the settings; others than glibc do not know them.
@@ -29,5 +36,11 @@ def keep_freed_memory() -> bool:
     except AttributeError:
         logger.info("this C library has no mallopt: freed memory goes back to the kernel")
         return False
-    kept = mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES) == 1
-    return kept and mallopt(_M_MMAP_THRESHOLD, _HEAP_BLOCK_BYTES) == 1
+    settings = (
+        (_M_ARENA_MAX, 1),
+        (_M_TRIM_THRESHOLD, _KEEP_BYTES),
+        (_M_MMAP_THRESHOLD, _HEAP_BLOCK_BYTES),
+    )
+    taken = all(mallopt(parameter, value) == 1 for parameter, value in settings)
+    pa.set_memory_pool(pa.system_memory_pool())
+    return taken

@@ -5,96 +5,26 @@ import math
 import re
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 
-from embedding.config import (
-    DenseFeature,
-    FeatureSchema,
-    HistoryConfig,
-    SequenceFeature,
-    SparseFeature,
-    TableConfig,
-)
 from embedding.errors import UserError
 from embedding.loader import SampleFiles, SampleLoader
 from ranking import trainer as trainer_module
-from ranking.config import (
-    DeepFm,
-    InterestConfig,
-    MixtureOfExpertsConfig,
-    ModelConfig,
-    RankingConfig,
-    TaskConfig,
-    TrainerConfig,
-)
+from ranking.config import DeepFm, RankingConfig
 from ranking.model import RankingModel, RankingStep
 from ranking.prediction import predict
 from ranking.progress import Progress
 from ranking.trainer import Trainer, TrainingHooks, TrainingSummary, check_precision
+from tests.ranking.small_run import NUM_ROWS, SCHEMA, TASKS, small_config, write_samples
 
 CPU = torch.device("cpu")
-NUM_ROWS = 300
-SCHEMA = FeatureSchema(
-    tables=(
-        TableConfig(name="user", num_embeddings=30),
-        TableConfig(name="item", num_embeddings=20),
-    ),
-    sparse=(
-        SparseFeature(name="user_id", table="user"),
-        SparseFeature(name="item_id", table="item"),
-    ),
-    dense=(DenseFeature(name="age"),),
-    histories=(HistoryConfig(name="past"),),
-    sequences=(SequenceFeature(name="past_item", history="past", table="item", target="item_id"),),
-)
-TASKS = (TaskConfig(name="click"), TaskConfig(name="like", weight=2.0))
-
-
-def _config(**trainer: Any) -> RankingConfig:
-    settings = {
-        "epochs": 2,
-        "batch_size_per_rank": 16,
-        "log_every_steps": 4,
-        "checkpoint_every_steps": 7,
-        **trainer,
-    }
-    return RankingConfig(
-        tasks=TASKS,
-        model=ModelConfig(
-            interests=(InterestConfig(history="past", hidden=(8,)),),
-            classifier=DeepFm(hidden=(16,), dropout=0.2),
-            experts=MixtureOfExpertsConfig(num_experts=2, expert_hidden=(8,), tower_hidden=(4,)),
-        ),
-        trainer=TrainerConfig(**settings),
-    )
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> SampleFiles:
-    rng = np.random.default_rng(0)
-    like = rng.integers(0, 2, NUM_ROWS).astype(object)
-    like[rng.random(NUM_ROWS) < 0.3] = None
-    columns: dict[str, Any] = {
-        f"key:{key}": np.arange(NUM_ROWS) + i
-        for i, key in enumerate(("request_id", "user_id", "item_id", "timestamp"))
-    }
-    columns |= {
-        "label:click": rng.integers(0, 2, NUM_ROWS).astype(np.float32),
-        "label:like": pa.array(like.tolist(), pa.float32()),
-        "dense:age": rng.normal(size=NUM_ROWS).astype(np.float32),
-        "sparse:user_id": rng.integers(0, 1000, NUM_ROWS),
-        "sparse:item_id": rng.integers(0, 1000, NUM_ROWS),
-        "sequence:past_item": pa.array(
-            [rng.integers(0, 1000, rng.integers(0, 5)).tolist() for _ in range(NUM_ROWS)],
-            pa.list_(pa.int64()),
-        ),
-    }
     path = tmp_path_factory.mktemp("samples") / "part.parquet"
-    pq.write_table(pa.table(columns), path, row_group_size=50)
+    write_samples(path)
     return SampleFiles([path], SCHEMA, [task.name for task in TASKS])
 
 
@@ -167,7 +97,7 @@ STEPS = 2 * math.ceil(NUM_ROWS / 16)
 
 
 def test_same_seed_same_run(files: SampleFiles) -> None:
-    first, second = Harness(files, _config()), Harness(files, _config())
+    first, second = Harness(files, small_config()), Harness(files, small_config())
     first.fit()
     second.fit()
     assert _weights(first).equal(_weights(second))
@@ -175,7 +105,7 @@ def test_same_seed_same_run(files: SampleFiles) -> None:
 
 
 def test_another_seed_another_model(files: SampleFiles) -> None:
-    first, second = Harness(files, _config()), Harness(files, _config(seed=1))
+    first, second = Harness(files, small_config()), Harness(files, small_config(seed=1))
     assert not _weights(first).equal(_weights(second))
 
 
@@ -183,9 +113,9 @@ def test_another_seed_another_model(files: SampleFiles) -> None:
 def test_a_resumed_run_equals_the_undisturbed_one_to_the_last_digit(
     files: SampleFiles, step: int
 ) -> None:
-    whole = Harness(files, _config())
+    whole = Harness(files, small_config())
     whole.fit()
-    resumed = Harness(files, _config())
+    resumed = Harness(files, small_config())
     resumed.fit(resumed.restore(whole.checkpoints[step]))
     assert _weights(resumed).equal(_weights(whole))
     expected = {s: m for s, m in _without_clocks(whole.reports).items() if s > step}
@@ -194,7 +124,7 @@ def test_a_resumed_run_equals_the_undisturbed_one_to_the_last_digit(
 
 
 def test_reports_and_checkpoints_come_at_their_steps(files: SampleFiles) -> None:
-    harness = Harness(files, _config())
+    harness = Harness(files, small_config())
     summary = harness.fit()
     assert set(harness.reports) == {*range(4, STEPS + 1, 4), STEPS}
     assert set(harness.checkpoints) == {*range(7, STEPS + 1, 7), STEPS}
@@ -203,13 +133,13 @@ def test_reports_and_checkpoints_come_at_their_steps(files: SampleFiles) -> None
 
 
 def test_without_an_interval_there_is_one_checkpoint_at_the_end(files: SampleFiles) -> None:
-    harness = Harness(files, _config(checkpoint_every_steps=None))
+    harness = Harness(files, small_config(checkpoint_every_steps=None))
     harness.fit()
     assert set(harness.checkpoints) == {STEPS}
 
 
 def test_windows_count_every_observed_label_once(files: SampleFiles) -> None:
-    harness = Harness(files, _config(epochs=1))
+    harness = Harness(files, small_config(epochs=1))
     harness.fit()
     observed = {"click": NUM_ROWS, "like": 0.0}
     with harness.source.sequential() as stream:
@@ -220,7 +150,7 @@ def test_windows_count_every_observed_label_once(files: SampleFiles) -> None:
 
 
 def test_reported_loss_is_the_mean_of_the_losses_optimised(files: SampleFiles) -> None:
-    harness = Harness(files, _config(epochs=1, log_every_steps=1))
+    harness = Harness(files, small_config(epochs=1, log_every_steps=1))
     losses = []
     harness.step.register_forward_hook(lambda *args: losses.append(args[-1][0].item()))
     harness.fit()
@@ -229,7 +159,7 @@ def test_reported_loss_is_the_mean_of_the_losses_optimised(files: SampleFiles) -
 
 
 def test_training_equals_a_plain_loop(files: SampleFiles) -> None:
-    config = _config(epochs=1)
+    config = small_config(epochs=1)
     config = config.model_copy(
         update={"model": config.model.model_copy(update={"classifier": DeepFm(hidden=(16,))})}
     )
@@ -244,7 +174,7 @@ def test_training_equals_a_plain_loop(files: SampleFiles) -> None:
 
 
 def test_clipping_bounds_the_dense_gradient_norm(files: SampleFiles) -> None:
-    harness = Harness(files, _config(epochs=1, max_grad_norm=1e-3))
+    harness = Harness(files, small_config(epochs=1, max_grad_norm=1e-3))
     norms = []
 
     def record(*_: Any) -> None:
@@ -258,7 +188,7 @@ def test_clipping_bounds_the_dense_gradient_norm(files: SampleFiles) -> None:
 
 
 def test_a_diverged_run_stops_and_says_what_to_change(files: SampleFiles) -> None:
-    harness = Harness(files, _config())
+    harness = Harness(files, small_config())
     with torch.no_grad():
         next(harness.model.ranker.parameters()).fill_(math.nan)
     with pytest.raises(UserError, match=r"task 'click' became nan before step 4.*learning_rate"):
@@ -275,7 +205,7 @@ def test_bf16_is_refused_where_it_is_emulated(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_autocast_keeps_tables_and_logits_in_fp32(files: SampleFiles) -> None:
-    exact, rounded = (Harness(files, _config(precision=p)) for p in ("fp32", "bf16"))
+    exact, rounded = (Harness(files, small_config(precision=p)) for p in ("fp32", "bf16"))
     with exact.source.sequential() as stream:
         batch = next(stream)
     logits = [harness.model.eval()(batch) for harness in (exact, rounded)]
@@ -290,7 +220,7 @@ def test_autocast_keeps_tables_and_logits_in_fp32(files: SampleFiles) -> None:
 
 def test_the_step_line_has_everything(files: SampleFiles, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        Harness(files, _config()).fit()
+        Harness(files, small_config()).fit()
     line = caplog.messages[0]
     number = r"[\d.]+"
     assert line.startswith(f"step 4/{STEPS} | loss ")
@@ -312,7 +242,7 @@ def test_the_step_line_has_everything(files: SampleFiles, caplog: pytest.LogCapt
 def test_predictions_cover_every_row_once_with_the_model_s_probabilities(
     files: SampleFiles,
 ) -> None:
-    harness = Harness(files, _config())
+    harness = Harness(files, small_config())
     with harness.source.sequential() as stream:
         parts = list(predict(harness.step, stream, CPU))
     keys = torch.cat([part.keys_RK for part in parts])

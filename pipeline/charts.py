@@ -49,12 +49,12 @@ def lines(
         return _svg(figure)
 
 
-def bars(values: Mapping[str, float], *, x_label: str) -> str:
+def bars(values: Mapping[str, float], *, x_label: str, value_format: str = "{:,.3g}") -> str:
     """Horizontal bars, first entry on top, each with its value."""
     with _chart(5.2, 0.32 * len(values) + 0.7) as (figure, axes):
         names = list(values)[::-1]
         drawn = axes.barh(names, [values[name] for name in names], color=_COLORS[0], height=0.62)
-        axes.bar_label(drawn, fmt="%.3g", padding=3, fontsize=8)
+        axes.bar_label(drawn, fmt=value_format, padding=3, fontsize=8)
         axes.set_xlabel(x_label)
         axes.grid(axis="y", visible=False)
         axes.margins(x=0.12)

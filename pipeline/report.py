@@ -167,7 +167,7 @@ def _data(ingest: Path) -> dict[str, Any]:
         for name, facts in manifest.facts["labels"].items()
     ]
     return {
-        "days_chart": charts.bars(shown, x_label="events"),
+        "days_chart": charts.bars(shown, x_label="events", value_format="{:,.0f}"),
         "labels": labels,
         "quarantined": manifest.quarantined,
     }

@@ -54,7 +54,6 @@ class StageRecord:
     name: str
     status: str
     """`ran` or `current`."""
-    seconds: float
     manifest: Manifest
 
 
@@ -69,7 +68,7 @@ def execute(spec: StageSpec, reporter: Reporter) -> StageRecord:
         manifest = read_manifest(spec.directory)
         assert manifest is not None
         reporter.line(f"[dim]=[/] {spec.name:<9} current ({manifest.artifact_id})")
-        return StageRecord(spec.name, "current", 0.0, manifest)
+        return StageRecord(spec.name, "current", manifest)
     started = time.monotonic()
     failure = failure_file(spec.directory)
     try:
@@ -100,4 +99,4 @@ def execute(spec: StageSpec, reporter: Reporter) -> StageRecord:
     if put_aside:
         rows += f", [yellow]{human(put_aside)} quarantined[/]"
     reporter.line(f"[green]+[/] {spec.name:<9} {duration(manifest.seconds):>7}  {rows}")
-    return StageRecord(spec.name, "ran", manifest.seconds, manifest)
+    return StageRecord(spec.name, "ran", manifest)

@@ -20,6 +20,7 @@ class StageSummary(StrictConfig):
     status: str
     """`ran`, `current` (its artifact was up to date) or `refused` (a gate that did not pass)."""
     seconds: float
+    """Of the execution that made the artifact, in this run or an earlier one."""
     rows_in: int
     rows_out: int
 
@@ -85,7 +86,7 @@ def _stages(records: list[StageRecord]) -> dict[str, StageSummary]:
             status = "ran"
         stages[record.name] = StageSummary(
             status=status,
-            seconds=record.seconds + (before.seconds if before else 0),
+            seconds=record.manifest.seconds + (before.seconds if before else 0),
             rows_in=record.manifest.rows_in + (before.rows_in if before else 0),
             rows_out=record.manifest.rows_out + (before.rows_out if before else 0),
         )

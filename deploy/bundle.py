@@ -61,7 +61,7 @@ def write_bundle(recipe: Recipe, checkpoint: Path, directory: Path) -> Bundle:
     dense = {
         name.removeprefix(MODEL_PREFIX): tensor
         for name, tensor in read_dense(checkpoint).items()
-        if name.startswith(MODEL_PREFIX) and "tables" not in name.split(".")
+        if name.startswith(MODEL_PREFIX)
     }
     save_file(dense, directory / DENSE_FILE)
     tables = {

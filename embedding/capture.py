@@ -32,6 +32,7 @@ from embedding.placement import TableShard, flush_caches
 from embedding.plan import PlanDescription
 from embedding.shard import Sharded
 from embedding.stored import StoredTensor
+from embedding.tables import in_tables
 
 
 class StoredTable(StrictConfig):
@@ -150,11 +151,9 @@ def state_name(state: str, value: Tensor, columns: tuple[int, int]) -> str:
 
 
 def dense_buffers(sharded: Sharded) -> dict[str, Tensor]:
-    """Buffers outside the tables."""
+    """Buffers outside the tables, whose modules add some of their own at the first batch."""
     return {
-        name: buffer
-        for name, buffer in sharded.model.module.named_buffers()
-        if not name.startswith("tables.")
+        name: buffer for name, buffer in sharded.model.module.named_buffers() if not in_tables(name)
     }
 
 

@@ -45,6 +45,9 @@ from embedding.tables import EmbeddingTables
 from embedding.topology import local_topology, ranks_per_host, use_hosts_of
 from embedding.unpooled_cpu import mend_unpooled_lookups
 
+_INSIDE_MANAGED = "._embedding_module"
+"""Where a managed-collision module, which is what a plan names, keeps its collection."""
+
 DenseOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -144,7 +147,7 @@ def _refuse_other_plan(plan: PlanDescription, sharded: DistributedModelParallel)
     """TorchRec leaves tables a plan does not name unsharded, without a word, and untrained."""
     planned = {(entry.module, entry.table) for entry in plan.tables}
     found = {
-        (path, table)
+        (path.removesuffix(_INSIDE_MANAGED), table)
         for path, collection in sharded_collections(sharded.module)
         for table in collection.module_sharding_plan
     }

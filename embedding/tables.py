@@ -64,6 +64,11 @@ class EmbeddedBatch:
         return tuple(zip(self.field_names, self.field_dims, strict=True))
 
 
+def in_tables(name: str) -> bool:
+    """Whether a parameter or buffer belongs to the tables: models hold them as `tables`."""
+    return "tables" in name.split(".")
+
+
 class EmbeddingTables(nn.Module):
     """All tables of a schema. Build it on `meta` and let `shard` place it, or on a device to run.
 

@@ -58,18 +58,25 @@ class Reporter:
                 self._progress = self._task = None
 
     def advance(self, done: int, total: int) -> None:
-        """`done` of `total` units are finished."""
+        """`done` of `total` units are finished: moves the bar, or prints a line now and then."""
         now = time.monotonic()
         elapsed = max(now - self._started, 1e-9)
-        rate = f"{human(done / elapsed)} {self._unit}/s"
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=done, total=total, rate=rate)
+        if self._progress is not None:
+            self.fill(done, total)
         elif elapsed > QUIET_S and now - self._last_line >= LINE_INTERVAL_S:
             self._last_line = now
             left = elapsed * (total - done) / max(done, 1)
             self.line(
-                f"  {self._name:<9} {done / max(total, 1):4.0%} | {rate} | eta {duration(left)}"
+                f"  {self._name:<9} {done / max(total, 1):4.0%} | "
+                f"{human(done / elapsed)} {self._unit}/s | eta {duration(left)}"
             )
+
+    def fill(self, done: int, total: int) -> None:
+        """Moves the bar only, for stages whose own lines say the rest."""
+        if self._progress is not None and self._task is not None:
+            elapsed = max(time.monotonic() - self._started, 1e-9)
+            rate = f"{human(done / elapsed)} {self._unit}/s"
+            self._progress.update(self._task, completed=done, total=total, rate=rate)
 
     def line(self, text: str) -> None:
         """Print one line above the bar."""

@@ -1,8 +1,8 @@
 """The train stage: a Ray Train worker group over the plan, followed line by line.
 
 Reads sample files, `plan.json` and the parent's checkpoint; writes `checkpoint/`, `metrics.jsonl`,
-`tensorboard/` and `result.json`. While it runs all of it lies in `resume/`, which outlives crashes
-of workers and of the driver.
+`tensorboard/`, `logs/` and `result.json`. While it runs all of it lies in `resume/`, which outlives
+crashes of workers and of the driver.
 """
 
 import json
@@ -27,6 +27,7 @@ CHECKPOINT = "checkpoint"
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 RESULT = "result.json"
+LOGS = "logs"
 _FOLLOW_INTERVAL_S = 0.5
 
 
@@ -95,7 +96,7 @@ def train(recipe: Recipe, inputs: TrainInputs, scratch: Path, reporter: Reporter
         with _following(job.resume / METRICS, reporter):
             run_workers(_train_worker, job, recipe.cluster, scratch)
     result = TrainResult.model_validate_json((job.resume / RESULT).read_text())
-    for name in (METRICS, TENSORBOARD, RESULT):
+    for name in (METRICS, TENSORBOARD, RESULT, LOGS):
         _link(job.resume / name, scratch / name)
     _link(job.checkpoints / result.checkpoint, scratch / CHECKPOINT / result.checkpoint)
     return StageOutput(
@@ -125,6 +126,8 @@ def run_workers(worker: object, job: StrictConfig, cluster: ClusterConfig, scrat
             name="workers",
             storage_path=str(storage.absolute()),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
+            # Ray starts threads before the worker can ask for one arena (embedding.memory).
+            worker_runtime_env={"env_vars": {"MALLOC_ARENA_MAX": "1"}},
         ),
     )
     try:
@@ -158,6 +161,7 @@ class _following:  # noqa: N801 # used as a context manager, like `writing`
     def __init__(self, path: Path, reporter: Reporter) -> None:
         self.path = path
         self.reporter = reporter
+        self._last_step = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -184,6 +188,9 @@ class _following:  # noqa: N801 # used as a context manager, like `writing`
                     position = file.tell()
                     self._show(json.loads(line))
 
-    def _show(self, metrics: dict[str, object]) -> None:
+    def _show(self, metrics: dict[str, Any]) -> None:
+        if metrics["step"] <= self._last_step:
+            self.reporter.line(f"  workers restarted; training goes on before {metrics['step']}")
+        self._last_step = metrics["step"]
         self.reporter.line(f"  {metrics['line']}")
-        self.reporter.advance(int(str(metrics["rows"])), int(str(metrics["total_rows"])))
+        self.reporter.fill(metrics["rows"], metrics["total_rows"])

@@ -12,20 +12,21 @@ import pyarrow.parquet as pq
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from embedding import samples as columns
-from embedding.batch import RankingBatch
 from embedding.checkpoint import Checkpointer, load_into, step_directory
 from embedding.loader import SampleFiles, SampleLoader
+from embedding.memory import keep_freed_memory
+from embedding.notices import divert_library_notices
 from embedding.plan import PlanDescription
 from embedding.shard import Sharded, shard
 from embedding.warm_start import WarmStartReport
 from pipeline.config import Recipe
 from pipeline.evaluate import EvaluateJob
-from pipeline.train import METRICS, RESULT, TENSORBOARD, TrainJob, TrainResult
+from pipeline.train import LOGS, METRICS, RESULT, TENSORBOARD, TrainJob, TrainResult
 from ranking.model import RankingModel, RankingStep
+from ranking.prediction import Predictions, predict
 from ranking.progress import Progress
 from ranking.step_line import step_line
 from ranking.trainer import Trainer, TrainingHooks
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 def train_worker(job: TrainJob) -> None:
     """Train on this rank from the last checkpoint, the parent's, or the start."""
     recipe = job.recipe
-    device = _device(recipe)
+    device = _prepare_process(recipe, job.resume / LOGS)
     sharded = build(recipe, job.plan, device)
     checkpointer = Checkpointer(job.checkpoints, keep=recipe.ranking.trainer.keep_checkpoints)
     progress, carried = _restore(job, sharded, checkpointer)
@@ -54,13 +55,14 @@ def train_worker(job: TrainJob) -> None:
             ),
         ),
     )
-    summary = trainer.fit(_loader(recipe, job.samples), progress)
+    loader = _loader(recipe, job.samples)
+    summary = trainer.fit(loader, progress)
     checkpointer.close()
     if record is not None:
         record.close()
         result = TrainResult(
             checkpoint=step_directory(job.checkpoints, summary.steps).name,
-            rows=summary.rows,
+            rows=loader.files.num_rows * recipe.ranking.trainer.epochs,
             steps=summary.steps,
             rows_per_s=summary.rows_per_s,
             world_size=summary.world_size,
@@ -76,21 +78,18 @@ def train_worker(job: TrainJob) -> None:
 def predict_worker(job: EvaluateJob) -> None:
     """Predict this rank's consecutive share of the samples into `rank-N.parquet`."""
     recipe = job.model.recipe
-    device = _device(recipe)
+    device = _prepare_process(recipe, job.predictions.parent / LOGS)
     sharded = build(recipe, job.model.plan, device)
     report = load_into(job.model.checkpoint, sharded)
     assert not report.initialised, report.initialised
-    sharded.model.eval()
     tasks = [task.name for task in recipe.ranking.tasks]
     path = job.predictions / f"rank-{dist.get_rank():05d}.parquet"
     with (
         pq.ParquetWriter(path, prediction_schema(tasks)) as writer,
         _loader(recipe, job.samples).sequential() as stream,
-        torch.no_grad(),
     ):
-        for batch in stream:
-            _, (logits_BT, _, _) = sharded.model(batch.to(device))
-            writer.write_batch(prediction_batch(batch, logits_BT, tasks))
+        for predictions in predict(sharded.model, stream, device):
+            writer.write_batch(prediction_batch(predictions, tasks))
     dist.barrier()
 
 
@@ -127,7 +126,10 @@ def _restore(
     return Progress(), load_into(job.parent_checkpoint, sharded)
 
 
-def _device(recipe: Recipe) -> torch.device:
+def _prepare_process(recipe: Recipe, logs: Path) -> torch.device:
+    """Memory, notices and threads of this worker; its device."""
+    keep_freed_memory()
+    divert_library_notices(logs / f"notices-rank-{dist.get_rank():05d}.log")
     if recipe.cluster.use_gpu:
         device: torch.device = ray.train.torch.get_device()
         torch.cuda.set_device(device)
@@ -160,17 +162,16 @@ def prediction_schema(tasks: list[str]) -> pa.Schema:
     )
 
 
-def prediction_batch(batch: RankingBatch, logits_BT: Tensor, tasks: list[str]) -> pa.RecordBatch:
-    """The real rows of a batch with their probabilities; labels are null where missing."""
-    rows = batch.num_rows
-    keys = [batch.keys_BK[:rows, index].numpy() for index in range(len(columns.KEYS))]
-    missing_BT = batch.weights_BT[:rows] == 0
+def prediction_batch(predictions: Predictions, tasks: list[str]) -> pa.RecordBatch:
+    """Keys, labels (null where missing) and probabilities of one batch."""
+    keys = [column.numpy() for column in predictions.keys_RK.unbind(1)]
     labels = [
-        pa.array(batch.labels_BT[:rows, t].numpy(), mask=missing_BT[:, t].numpy())
-        for t in range(len(tasks))
+        pa.array(labels_R.numpy(), mask=(weights_R == 0).numpy())
+        for labels_R, weights_R in zip(
+            predictions.labels_RT.unbind(1), predictions.weights_RT.unbind(1), strict=True
+        )
     ]
-    probs_BT = torch.sigmoid(logits_BT[:rows]).cpu()
-    probs = [probs_BT[:, t].contiguous().numpy() for t in range(len(tasks))]
+    probs = [probs_R.contiguous().numpy() for probs_R in predictions.probs_RT.unbind(1)]
     return pa.record_batch([*keys, *labels, *probs], schema=prediction_schema(tasks))
 
 

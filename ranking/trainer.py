@@ -15,6 +15,7 @@ from embedding.batch import RankingBatch
 from embedding.epochs import Leg, Position
 from embedding.errors import UserError
 from embedding.loader import BatchStream
+from embedding.tables import in_tables
 from ranking.clock import Clock
 from ranking.config import TaskConfig, TrainerConfig
 from ranking.metrics import MetricSums
@@ -257,7 +258,7 @@ class _Clipped:
 
 def dense_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters outside the embedding tables."""
-    return [p for name, p in model.named_parameters() if "tables" not in name.split(".")]
+    return [p for name, p in model.named_parameters() if not in_tables(name)]
 
 
 def check_precision(precision: str, device: torch.device) -> None:

@@ -61,13 +61,15 @@ def logged_step(out: Path) -> int:
 
 def interrupt(data: Path, out: Path, step: int, kill: Callable[[psutil.Process], None]) -> int:
     """Start the run, `kill` something when it has logged `step`, and wait for its end."""
-    driver = subprocess.Popen(
-        command(data, out, stage="evaluate"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    log = out / "output.txt"
+    with log.open("w") as output:
+        driver = subprocess.Popen(
+            command(data, out, stage="evaluate"), stdout=output, stderr=subprocess.STDOUT
+        )
     try:
         started = time.monotonic()
         while logged_step(out) < step:
-            assert driver.poll() is None, driver.stdout.read().decode()
+            assert driver.poll() is None, log.read_text()
             assert time.monotonic() - started < TIMEOUT_S
             time.sleep(0.02)
         kill(psutil.Process(driver.pid))
@@ -110,7 +112,7 @@ def test_killed_worker_and_killed_driver_change_nothing(
 
     finish(data, outs["undisturbed"])
     code = interrupt(data, outs["worker"], step, kill_a_worker)
-    assert code == 0, f"killed a worker at step {step}"
+    assert code == 0, (step, (outs["worker"] / "output.txt").read_text())
     code = interrupt(data, outs["driver"], step, kill_the_driver)
     assert code == -9
     finish(data, outs["driver"])

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Self
 
 import yaml
+from rich.box import SIMPLE
 from rich.table import Table
 
 from embedding.errors import UserError
@@ -104,28 +105,32 @@ class Command:
 
 
 def _metrics_table(summary: Summary) -> Table:
-    table = Table(title=f"{summary.recipe} {summary.date}", title_justify="left")
-    for column in ("task", "slice", "rows", "auc", "gauc", "logloss", "ne", "calibration"):
-        table.add_column(column, justify="left" if column in ("task", "slice") else "right")
+    table = Table(title=f"{summary.recipe} {summary.date}", title_justify="left", box=SIMPLE)
+    names = ["auc", *(["oracle"] if summary.oracle else []), "gauc", "ne", "calib."]
+    table.add_column("task")
+    table.add_column("slice")
+    for column in ("rows", *names):
+        table.add_column(column, justify="right")
     for task, metrics in summary.eval.items():
         oracle = summary.oracle.get(task)
         rows: list[tuple[str, SliceMetrics, SliceMetrics | None]] = [("all", metrics, oracle)]
         for name, part in metrics.slices.items():
             rows.append((name, part, oracle.slices.get(name) if oracle else None))
         for name, part, best in rows:
-            reach = "" if best is None or best.auc is None else f" [dim]of {best.auc:.4f}[/]"
-            table.add_row(
-                task,
-                name,
-                human(part.num_rows),
-                _figure(part.auc) + reach,
-                *(_figure(v) for v in (part.gauc, part.logloss, part.ne, part.calibration)),
-            )
+            figures = [part.auc, part.gauc, part.ne, part.calibration]
+            if summary.oracle:
+                figures.insert(1, best.auc if best else None)
+            shown = [_figure(value) for value in figures]
+            table.add_row(task if name == "all" else "", name, human(part.num_rows), *shown)
     return table
 
 
 def _progressive_table(summaries: list[Summary]) -> Table:
-    table = Table(title="progressive validation: trained up to, evaluated on later days")
+    table = Table(
+        title="progressive validation: trained up to a day, evaluated on the next",
+        title_justify="left",
+        box=SIMPLE,
+    )
     tasks = list(summaries[0].eval)
     for column in ("trained up to", "rows/s", *(f"{task} auc" for task in tasks), "seconds"):
         table.add_column(column, justify="right")

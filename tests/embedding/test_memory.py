@@ -17,9 +17,9 @@ def work(rounds):
     for _ in range(rounds):
         blocks = [torch.ones(2_000_000) for _ in range(4)]  # 8 MB each
         del blocks
-work(2)
+work(10)
 before = faults()
-work(20)
+work(200)
 print(faults() - before)
 """
 
@@ -36,4 +36,5 @@ def _faults(mode: str) -> int:
 
 def test_freed_blocks_are_reused() -> None:
     kept, default = _faults("keep"), _faults("default")
-    assert kept < default / 10
+    # The heap may still grow once by a few blocks; what counts is that rounds cost nothing.
+    assert kept < default / 3

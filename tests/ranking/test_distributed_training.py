@@ -95,7 +95,9 @@ def _spawned_fit(rank: int, port: int, folder: str) -> None:
         model=sharded.model,
         optimizer=sharded.optimizer,
         device=CPU,
-        hooks=TrainingHooks(report=reports.__setitem__, save=saved.append),
+        hooks=TrainingHooks(
+            report=lambda step, _, metrics: reports.__setitem__(step, metrics), save=saved.append
+        ),
     )
     source = SampleLoader(files, batch_size_per_rank=16, rank=rank, world_size=2)
     summary = trainer.fit(source)

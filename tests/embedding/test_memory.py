@@ -9,7 +9,7 @@ PROGRAM = """
 import resource, sys
 import torch
 from embedding.memory import keep_freed_memory
-if sys.argv[1] == "keep" and not keep_freed_memory():
+if not keep_freed_memory():
     sys.exit(3)
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -24,17 +24,16 @@ print(faults() - before)
 """
 
 
-def _faults(mode: str) -> int:
+PAGES_TOUCHED = 200 * 4 * 8_000_000 // 4096
+
+
+def test_freed_blocks_are_reused() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, mode], capture_output=True, text=True, check=False
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False
     )
     if done.returncode == 3:
         pytest.skip("the C library is not glibc")
     assert done.returncode == 0, done.stderr
-    return int(done.stdout)
-
-
-def test_freed_blocks_are_reused() -> None:
-    kept, default = _faults("keep"), _faults("default")
-    # The heap may still grow once by a few blocks; what counts is that rounds cost nothing.
-    assert kept < default / 3
+    # The heap may still grow once by a few blocks. Given back to the kernel, every page would
+    # fault again in every round; by default glibc does that in some processes and not in others.
+    assert int(done.stdout) < 0.05 * PAGES_TOUCHED

@@ -20,7 +20,7 @@ from pipeline.console import Reporter
 from pipeline.days import Split, available_days, catalogue_files, day_files, fingerprint, split_days
 from pipeline.evaluate import evaluate
 from pipeline.gate import gate
-from pipeline.ingest import ingest
+from pipeline.ingest import check_span, ingest
 from pipeline.join import join
 from pipeline.plan import plan
 from pipeline.stages import StageOutput, StageRecord, StageSpec, execute
@@ -180,10 +180,9 @@ class DayRun:
             inputs["previous"] = self._artifact_id("ingest", span.previous)
 
         def body(scratch: Path) -> StageOutput:
+            checked = check_span(self.recipe, span.days, previous)  # faults show before Ray starts
             self.session.start()
-            ingested = ingest(
-                self.recipe, list(span.days), previous, scratch, self.reporter.advance
-            )
+            ingested = ingest(self.recipe, checked, scratch, self.reporter.advance)
             facts = ingested.model_dump(mode="json")
             return StageOutput(
                 ingested.rows_in,

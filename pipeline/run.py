@@ -197,10 +197,6 @@ class DayRun:
 
     def _join(self, span: Span) -> StageSpec:
         last = span.days[-1]
-        config = {
-            "features": self._dump("features"),
-            "tasks": self._tasks(),
-        }
         inputs = {"ingest": self._artifact_id("ingest", last), "catalogue": self._catalogue}
 
         def body(scratch: Path) -> StageOutput:
@@ -210,7 +206,9 @@ class DayRun:
             )
             return StageOutput(joined.rows, joined.rows, facts=joined.model_dump(mode="json"))
 
-        return StageSpec("join", self.directory("join", last), config, inputs, body)
+        return StageSpec(
+            "join", self.directory("join", last), samples_config(self.recipe), inputs, body
+        )
 
     def _plan(self) -> StageSpec:
         config = {
@@ -243,7 +241,7 @@ class DayRun:
         def body(scratch: Path) -> StageOutput:
             self.session.start()
             sources = TrainInputs(
-                samples=self._samples(days),
+                samples=self.samples(days),
                 plan=self.directory("plan"),
                 parent=None if parent is None else self.directory("train", parent),
             )
@@ -267,10 +265,9 @@ class DayRun:
             return evaluate(
                 self.recipe,
                 self.directory("train"),
-                samples=self._samples(days),
+                samples=self.samples(days),
                 counts=self.directory("ingest"),
                 scratch=scratch,
-                reporter=self.reporter,
             )
 
         return StageSpec("evaluate", self.directory("evaluate"), config, inputs, body)
@@ -290,7 +287,7 @@ class DayRun:
 
     # --- pieces ----------------------------------------------------------------------------------
 
-    def _samples(self, days: tuple[str, ...]) -> list[Path]:
+    def samples(self, days: tuple[str, ...]) -> list[Path]:
         """Sample files of these days, from whichever spans hold them."""
         wanted = set(days)
         spans = [*self.training_spans(), self._eval_span()]
@@ -317,11 +314,8 @@ class DayRun:
                 [f"{f.source}.{f.column_name}" for f in features.sparse]
                 + [f"{f.source}.{f.column_name}" for f in features.dense]
             ),
-            "tasks": self._tasks(),
+            "tasks": _tasks(self.recipe),
         }
-
-    def _tasks(self) -> list[str]:
-        return [f"{task.name}={task.label_name}" for task in self.recipe.ranking.tasks]
 
     def _dump(self, part: str) -> dict[str, Any]:
         dumped: dict[str, Any] = getattr(self.recipe, part).model_dump(mode="json")
@@ -330,3 +324,18 @@ class DayRun:
     def _artifact_id(self, stage: str, day: str) -> str:
         manifest: Manifest | None = read_manifest(self.directory(stage, day))
         return "" if manifest is None else manifest.artifact_id
+
+
+def samples_config(recipe: Recipe) -> dict[str, Any]:
+    """What samples depend on: columns and tasks, not the tables that ids are looked up in."""
+    modelled = {"table", "pooling", "target"}
+    features = recipe.features.model_dump(mode="json", exclude={"tables"})
+    columns = {
+        part: [{key: v for key, v in feature.items() if key not in modelled} for feature in group]
+        for part, group in features.items()
+    }
+    return {"features": columns, "tasks": _tasks(recipe)}
+
+
+def _tasks(recipe: Recipe) -> list[str]:
+    return [f"{task.name}={task.label_name}" for task in recipe.ranking.tasks]

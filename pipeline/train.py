@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,31 +81,13 @@ class TrainResult(StrictConfig):
     """What came from the parent and what did not (`embedding.restore.WarmStartReport`)."""
 
 
-def train(recipe: Recipe, inputs: TrainInputs, scratch: Path, reporter: Reporter) -> StageOutput:
-    """Train on the cluster; a dead worker restarts the group from the last checkpoint."""
-    job = TrainJob(
-        recipe=recipe,
-        samples=[path.absolute() for path in inputs.samples],
-        plan=(inputs.plan / PLAN).absolute(),
-        parent_checkpoint=(
-            None if inputs.parent is None else (inputs.parent / CHECKPOINT).absolute()
-        ),
-        resume=(scratch / RESUME).absolute(),
-    )
-    # The result is a training's last word: with it, only the publishing was interrupted.
-    if not (job.resume / RESULT).exists():
-        with _following(job.resume / METRICS, reporter):
-            run_workers(_train_worker, job, recipe.cluster, scratch)
-    result = TrainResult.model_validate_json((job.resume / RESULT).read_text())
-    for name in (METRICS, TENSORBOARD, RESULT, LOGS):
-        _link(job.resume / name, scratch / name)
-    _link(job.checkpoints / result.checkpoint, scratch / CHECKPOINT / result.checkpoint)
-    return StageOutput(
-        rows_in=result.rows, rows_out=result.rows, facts=result.model_dump(mode="json")
-    )
+Worker = Callable[[dict[str, str]], None]
+"""Runs on every rank with `{"job": JSON}`."""
+RunWorkers = Callable[[Worker, StrictConfig, ClusterConfig, Path], None]
+"""Runs a worker with a job on all ranks of a cluster; the path is scratch space."""
 
 
-def run_workers(worker: object, job: StrictConfig, cluster: ClusterConfig, scratch: Path) -> None:
+def run_workers(worker: Worker, job: StrictConfig, cluster: ClusterConfig, scratch: Path) -> None:
     """Run `worker({"job": JSON})` on every rank of a Ray Train worker group.
 
     Raises:
@@ -134,6 +117,36 @@ def run_workers(worker: object, job: StrictConfig, cluster: ClusterConfig, scrat
         trainer.fit()
     finally:
         shutil.rmtree(storage, ignore_errors=True)
+
+
+def train(
+    recipe: Recipe,
+    inputs: TrainInputs,
+    scratch: Path,
+    reporter: Reporter,
+    run: RunWorkers = run_workers,
+) -> StageOutput:
+    """Train on the cluster; a dead worker restarts the group from the last checkpoint."""
+    job = TrainJob(
+        recipe=recipe,
+        samples=[path.absolute() for path in inputs.samples],
+        plan=(inputs.plan / PLAN).absolute(),
+        parent_checkpoint=(
+            None if inputs.parent is None else (inputs.parent / CHECKPOINT).absolute()
+        ),
+        resume=(scratch / RESUME).absolute(),
+    )
+    # The result is a training's last word: with it, only the publishing was interrupted.
+    if not (job.resume / RESULT).exists():
+        with _following(job.resume / METRICS, reporter):
+            run(_train_worker, job, recipe.cluster, scratch)
+    result = TrainResult.model_validate_json((job.resume / RESULT).read_text())
+    for name in (METRICS, TENSORBOARD, RESULT, LOGS):
+        _link(job.resume / name, scratch / name)
+    _link(job.checkpoints / result.checkpoint, scratch / CHECKPOINT / result.checkpoint)
+    return StageOutput(
+        rows_in=result.rows, rows_out=result.rows, facts=result.model_dump(mode="json")
+    )
 
 
 def _resources(cluster: ClusterConfig) -> dict[str, float]:

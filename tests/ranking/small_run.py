@@ -15,15 +15,10 @@ from embedding.config import (
     SparseFeature,
     TableConfig,
 )
-from ranking.config import (
-    DeepFm,
-    InterestConfig,
-    MixtureOfExpertsConfig,
-    ModelConfig,
-    RankingConfig,
-    TaskConfig,
-    TrainerConfig,
-)
+from ranking.config import DeepFm, ModelConfig, RankingConfig, TaskConfig
+from ranking.experts_config import MixtureOfExpertsConfig
+from ranking.interest_config import Din
+from ranking.trainer_config import TrainerConfig
 
 NUM_ROWS = 300
 SCHEMA = FeatureSchema(
@@ -53,7 +48,7 @@ def small_config(**trainer: Any) -> RankingConfig:
     return RankingConfig(
         tasks=TASKS,
         model=ModelConfig(
-            interests=(InterestConfig(history="past", hidden=(8,)),),
+            interests=(Din(history="past", hidden=(8,)),),
             classifier=DeepFm(hidden=(16,), dropout=0.2),
             experts=MixtureOfExpertsConfig(num_experts=2, expert_hidden=(8,), tower_hidden=(4,)),
         ),

@@ -96,7 +96,9 @@ def _spawned_fit(rank: int, port: int, folder: str) -> None:
         optimizer=sharded.optimizer,
         device=CPU,
         hooks=TrainingHooks(
-            report=lambda step, _, metrics: reports.__setitem__(step, metrics), save=saved.append
+            report=lambda step, _, metrics: reports.__setitem__(step, metrics),
+            save=saved.append,
+            validated=lambda *_: None,
         ),
     )
     source = SampleLoader(files, batch_size_per_rank=16, rank=rank, world_size=2)

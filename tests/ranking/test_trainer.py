@@ -15,6 +15,7 @@ from ranking.config import DeepFm, RankingConfig
 from ranking.model import RankingModel, RankingStep
 from ranking.prediction import predict
 from ranking.progress import Progress
+from ranking.steps import dense_parameters
 from ranking.trainer import Trainer, TrainingHooks, TrainingSummary, check_precision
 from tests.ranking.small_run import NUM_ROWS, SCHEMA, TASKS, small_config, write_samples
 
@@ -38,7 +39,9 @@ class Harness:
         self.model.tables.initialize(seed=0)
         self.step = RankingStep(self.model, config)
         self.optimizer = torch.optim.Adam(self.step.parameters(), lr=1e-2)
+        self.held_out: SampleLoader | None = None
         self.reports: dict[int, dict[str, float]] = {}
+        self.validations: dict[int, dict[str, float]] = {}
         self.checkpoints: dict[int, dict[str, Any]] = {}
 
     def fit(self, progress: Progress | None = None) -> TrainingSummary:
@@ -51,9 +54,10 @@ class Harness:
             hooks=TrainingHooks(
                 report=lambda step, _, metrics: self.reports.__setitem__(step, metrics),
                 save=self._save,
+                validated=lambda step, _, metrics: self.validations.__setitem__(step, metrics),
             ),
         )
-        return trainer.fit(self.source, progress)
+        return trainer.fit(self.source, progress, validation=self.held_out)
 
     def restore(self, checkpoint: dict[str, Any]) -> Progress:
         self.step.load_state_dict(checkpoint["model"])
@@ -178,7 +182,7 @@ def test_clipping_bounds_the_dense_gradient_norm(files: SampleFiles) -> None:
     norms = []
 
     def record(*_: Any) -> None:
-        grads = [p.grad for p in trainer_module.dense_parameters(harness.step)]
+        grads = [p.grad for p in dense_parameters(harness.step)]
         norms.append(math.sqrt(sum(float(g.square().sum()) for g in grads if g is not None)))
 
     harness.optimizer.register_step_pre_hook(record)

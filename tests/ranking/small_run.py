@@ -56,9 +56,9 @@ def small_config(**trainer: Any) -> RankingConfig:
     )
 
 
-def write_samples(path: Path) -> None:
+def write_samples(path: Path, seed: int = 0) -> None:
     """NUM_ROWS rows in row groups of 50; `like` is missing on 30% of them."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     like = rng.integers(0, 2, NUM_ROWS).astype(object)
     like[rng.random(NUM_ROWS) < 0.3] = None
     columns: dict[str, Any] = {

@@ -46,9 +46,7 @@ def test_loss_and_gradient_hold_where_probabilities_round(scale: float, label: f
     weights_BT = torch.tensor([0.0, 1.0]).expand(64, 2)
 
     ours = logits_BT.clone().requires_grad_()
-    TaskLoss([1.0, 1.0])(
-        TaskChain(tasks)(ours), torch.full((64, 2), label), weights_BT
-    ).backward()
+    TaskLoss([1.0, 1.0])(TaskChain(tasks)(ours), torch.full((64, 2), label), weights_BT).backward()
 
     theirs = logits_BT.double().requires_grad_()
     click, buy = theirs.unbind(1)
@@ -72,7 +70,9 @@ def test_a_missing_label_counts_as_0_where_the_parent_is_0() -> None:
         (1, None, 0, None): (1, None, 0, 0),  # observed labels are used as they are
     }
     given = torch.tensor([[math.nan if x is None else x for x in row] for row in labels])
-    expected = torch.tensor([[math.nan if x is None else x for x in row] for row in labels.values()])
+    expected = torch.tensor(
+        [[math.nan if x is None else x for x in row] for row in labels.values()]
+    )
     weights_BT = (~given.isnan()).float()
     found, weights = EntireSpaceLabels(TASKS)(given.nan_to_num(0.0), weights_BT)
     assert weights.equal((~expected.isnan()).float())

@@ -89,6 +89,28 @@ def test_override_creates_missing_sections(tmp_path: Path) -> None:
         ("features.tables.item.ids.kind", "hash", ["features.tables.item.ids", "'hashed'"]),
         ("features.sparse.item_id.table", "items", ["table 'items' is not among"]),
         ("gate.task", "clack", ["gate.task: 'clack'", "['click']"]),
+        (
+            "ranking.trainer.validation.patience",
+            2,
+            ["ranking.trainer.validation.patience", "set window.validation_days to 1"],
+        ),
+        (
+            "ranking.trainer.schedule.plateau",
+            {"factor": 0.5},
+            ["ranking.trainer.schedule.plateau", "set window.validation_days to 1"],
+        ),
+        ("ranking.trainer.validation.task", "buy", ["'buy' is not among the tasks ['click']"]),
+        ("ranking.tasks.click.after", "view", ["after='view' is not among", "add it"]),
+        (
+            "ranking.model.experts",
+            {"kind": "moe"},
+            ["ranking.model.experts", "'shared_bottom', 'mmoe', 'ple'"],
+        ),
+        (
+            "ranking.model.interests",
+            [{"kind": "hstu", "history": "clicks", "heads": 4}],
+            ["ranking.model.interests.0.heads", "did you mean 'num_heads'"],
+        ),
         ("ranking.trainer.epochs", 0, ["ranking.trainer.epochs", "greater than 0", "got 0"]),
     ],
 )

@@ -114,9 +114,10 @@ class Block(nn.Module):
         return (weights_BHSS.to(v.dtype) @ v).transpose(1, 2).flatten(2)
 
     def _position_bias(self, length: int) -> Tensor:
-        """Bias of every distance i - j, (H, S, S)."""
+        """Bias of every distance i - j, (H, S, S); the largest one stands for all beyond."""
         positions_S = torch.arange(length, device=self.position_bias_HS.device)
-        distances_SS = (positions_S.unsqueeze(1) - positions_S).clamp(min=0)
+        distances_SS = positions_S.unsqueeze(1) - positions_S
+        distances_SS = distances_SS.clamp(min=0, max=self.num_positions - 1)
         return self.position_bias_HS[:, distances_SS]
 
     def _gap_bias(self, bucket: Bucket, gaps_N: Tensor) -> Tensor:

@@ -6,7 +6,9 @@ import yaml
 
 from embedding.config import RowWise
 from embedding.errors import UserError
+from pipeline.config import EmbeddingPlaneConfig, WindowConfig
 from pipeline.recipe import apply_override, load_recipe
+from ranking.config import RankingConfig
 
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -159,3 +161,12 @@ def test_broken_yaml_names_the_line(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="line 2"):
         load_recipe(str(path))
+
+
+def test_the_example_of_the_training_guide_is_valid() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    example = yaml.safe_load(text.split("```yaml")[1].split("```")[0])
+
+    assert WindowConfig.model_validate(example["window"]).validation_days == 1
+    assert EmbeddingPlaneConfig.model_validate(example["embedding"]).l2 > 0
+    assert RankingConfig.model_validate(example["ranking"]).tasks[1].after == "click"

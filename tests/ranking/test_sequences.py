@@ -198,3 +198,22 @@ def test_interests_have_the_width_they_say(config: Dien | Hstu) -> None:
     block = interest.block
     out = block(torch.randn(2, 16), torch.randn(3, 16), torch.randn(3, 16), torch.tensor([0, 3]))
     assert out.shape == (2, interest.output_dim)
+
+
+def test_bf16_products_come_close_to_float32() -> None:
+    sizes = (QUERY, SIDE)
+    blocks = [
+        InterestEvolution(*sizes, 8),
+        SequenceTransduction(*sizes, Hstu(history="past", gap="g"), max_length=9, num_gaps=GAPS),
+    ]
+    gaps_N = torch.randint(0, GAPS, (sum(LENGTHS),))
+    for block in blocks:
+        inputs = [*_inputs(), torch.tensor(LENGTHS)]
+        if isinstance(block, SequenceTransduction):
+            inputs.append(gaps_N)
+        exact_BX = block(*inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded_BX = block(*inputs)
+        rounded_BX.float().sum().backward()
+        torch.testing.assert_close(rounded_BX.float(), exact_BX, rtol=0.05, atol=0.05)  # 8 bits
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in block.parameters())

@@ -21,6 +21,7 @@ from embedding.config import ManagedCollision, StrictConfig
 from embedding.errors import UserError
 from embedding.id_map import NO_ID
 from pipeline.config import Recipe
+from ranking.averaging import published_weights
 
 BUNDLE_FILE = "bundle.json"
 DENSE_FILE = "dense.safetensors"
@@ -60,7 +61,7 @@ def write_bundle(recipe: Recipe, checkpoint: Path, directory: Path) -> Bundle:
         (directory / folder).mkdir(parents=True)
     dense = {
         name.removeprefix(MODEL_PREFIX): tensor
-        for name, tensor in read_dense(checkpoint).items()
+        for name, tensor in published_weights(read_dense(checkpoint)).items()
         if name.startswith(MODEL_PREFIX)
     }
     save_file(dense, directory / DENSE_FILE)

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from embedding.errors import UserError
 from pipeline.artifacts import Manifest, config_hash, read_manifest
 from pipeline.cluster import RaySession
 from pipeline.config import Recipe
@@ -152,9 +153,26 @@ class DayRun:
         return spans
 
     def training_days(self) -> tuple[str, ...]:
-        """Days to train on: those after the parent's, or all of the window."""
+        """Days to train on: those after the last one the parent trained on, or all of the window.
+
+        Raises:
+            UserError: The parent has trained on all of them.
+        """
         parent = self.parent()
-        return tuple(d for d in self.split.train if parent is None or d > parent)
+        if parent is None:
+            return self.split.train
+        trained = read_manifest(self.directory("train", parent))
+        assert trained is not None
+        last = trained.facts["days"][-1]
+        days = tuple(d for d in self.split.train if d > last)
+        if not days:
+            raise UserError(
+                f"--date {self.date}: the run of {parent}, which this one starts from, has trained "
+                f"on days up to {last}, and window.validation_days="
+                f"{self.recipe.window.validation_days} leaves none after it; lower it, or set "
+                "window.warm_start=false"
+            )
+        return days
 
     def parent(self) -> str | None:
         """Date of the run whose checkpoint this one starts from."""
@@ -236,12 +254,14 @@ class DayRun:
             **{part: self._dump(part) for part in ("features", "embedding", "ranking")},
             "num_workers": self.recipe.cluster.num_workers,
             "days": days,
+            "validation_days": self.split.validation,
         }
 
         def body(scratch: Path) -> StageOutput:
             self.session.start()
             sources = TrainInputs(
                 samples=self.samples(days),
+                validation=self.samples(self.split.validation),
                 plan=self.directory("plan"),
                 parent=None if parent is None else self.directory("train", parent),
             )

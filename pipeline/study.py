@@ -176,13 +176,20 @@ class Study:
         trainer = recipe.ranking.trainer.model_copy(update={"seed": seed})
         ranking = recipe.ranking.model_copy(update={"trainer": trainer})
         seeded = recipe.model_copy(update={"ranking": ranking})
-        samples, evaluation = day.samples(day.training_days()), day.samples(day.split.evaluation)
+        samples, validation, evaluation = (
+            day.samples(days)
+            for days in (day.training_days(), day.split.validation, day.split.evaluation)
+        )
         config: dict[str, Any] = {
             part: getattr(seeded, part).model_dump(mode="json")
             for part in ("features", "embedding", "ranking", "evaluation")
         }
-        config |= {"num_workers": seeded.cluster.num_workers, "days": day.training_days()}
-        directories = sorted({path.parents[2] for path in (*samples, *evaluation)})
+        config |= {
+            "num_workers": seeded.cluster.num_workers,
+            "days": day.training_days(),
+            "validation_days": day.split.validation,
+        }
+        directories = sorted({path.parents[2] for path in (*samples, *validation, *evaluation)})
         inputs = {}
         for directory in directories:
             manifest = read_manifest(directory)
@@ -193,6 +200,7 @@ class Study:
             job = TrialJob(
                 recipe=seeded,
                 samples=[path.absolute() for path in samples],
+                validation=[path.absolute() for path in validation],
                 evaluation=[path.absolute() for path in evaluation],
                 counts=day.directory("ingest").absolute(),
                 scratch=scratch.absolute(),

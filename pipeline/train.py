@@ -36,6 +36,8 @@ class TrainInputs(StrictConfig):
     """What a training reads."""
 
     samples: list[Path]
+    validation: list[Path]
+    """Held-out samples; empty without `window.validation_days`."""
     plan: Path
     """Directory of the plan artifact."""
     parent: Path | None
@@ -55,6 +57,8 @@ class TrainJob(StrictConfig):
 
     recipe: Recipe
     samples: list[Path]
+    validation: list[Path]
+    """Held-out samples; empty: no validation."""
     plan: Path
     parent_checkpoint: Path | None
     resume: Path
@@ -70,10 +74,13 @@ class TrainResult(StrictConfig):
     """Rank 0's account of a finished training."""
 
     checkpoint: str
-    """Name of the last checkpoint's directory."""
+    """Directory name of the checkpoint that is the result: the best validation's, else the last."""
     rows: int
     """Real rows, all epochs."""
     steps: int
+    best_step: int | None
+    """Step of the result, chosen by validation; None without validation."""
+    stopped_early: bool
     rows_per_s: float
     world_size: int
     data_wait_share: float
@@ -130,6 +137,7 @@ def train(
     job = TrainJob(
         recipe=recipe,
         samples=[path.absolute() for path in inputs.samples],
+        validation=[path.absolute() for path in inputs.validation],
         plan=(inputs.plan / PLAN).absolute(),
         parent_checkpoint=(
             None if inputs.parent is None else (inputs.parent / CHECKPOINT).absolute()
@@ -174,7 +182,7 @@ class _following:  # noqa: N801 # used as a context manager, like `writing`
     def __init__(self, path: Path, reporter: Reporter) -> None:
         self.path = path
         self.reporter = reporter
-        self._last_step = 0
+        self._last = (0, False)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -202,8 +210,10 @@ class _following:  # noqa: N801 # used as a context manager, like `writing`
                     self._show(json.loads(line))
 
     def _show(self, metrics: dict[str, Any]) -> None:
-        if metrics["step"] <= self._last_step:
+        # A validation's line follows the step's own.
+        place = (metrics["step"], "validation/since_best" in metrics)
+        if place <= self._last:
             self.reporter.line(f"  workers restarted; training goes on before {metrics['step']}")
-        self._last_step = metrics["step"]
+        self._last = place
         self.reporter.line(f"  {metrics['line']}")
         self.reporter.fill(metrics["rows"], metrics["total_rows"])

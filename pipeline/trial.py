@@ -25,6 +25,8 @@ class TrialJob(StrictConfig):
     recipe: Recipe
     """With the variant's overrides and the seed."""
     samples: list[Path]
+    validation: list[Path]
+    """Sample files of the days held out for validation; may be empty."""
     evaluation: list[Path]
     """Sample files of the evaluation days."""
     counts: Path
@@ -72,7 +74,7 @@ def _run(job: TrialJob, make_plan: Callable[[Path], StageOutput], run: RunWorker
         folder.mkdir(parents=True)
     plan_dir, train_dir, evaluate_dir = folders
     make_plan(plan_dir)
-    inputs = TrainInputs(samples=job.samples, plan=plan_dir, parent=None)
+    inputs = TrainInputs(samples=job.samples, validation=job.validation, plan=plan_dir, parent=None)
     trained = train(job.recipe, inputs, train_dir, Reporter(Console(quiet=True)), run)
     evaluate(
         job.recipe,

@@ -32,14 +32,14 @@ def command(data: Path, out: Path, *, stage: str) -> list[str]:
     settings = {
         "data.root": data,
         "data.synthetic.num_days": 4,
-        "data.synthetic.events_per_day": 8000,
+        "data.synthetic.events_per_day": 6000,
         "data.synthetic.num_items": 200,
         "data.synthetic.num_users": 400,
         "ranking.trainer.batch_size_per_rank": 128,
         "ranking.trainer.log_every_steps": 5,
         "ranking.trainer.checkpoint_every_steps": STEPS_BETWEEN_CHECKPOINTS,
         "window.validation_days": 1,
-        "ranking.trainer.validation": "{every_steps: 7, metric: logloss, patience: 15}",
+        "ranking.trainer.validation": "{every_steps: 12, metric: logloss, patience: 6}",
         "ranking.trainer.ema_decay": 0.95,
         "ranking.trainer.schedule": (
             "{warmup_steps: 20, decay: {kind: cosine, final_factor: 0.1}, plateau: {factor: 0.8}}"

@@ -20,7 +20,8 @@ from embedding.config import (
 )
 from embedding.samples import KEYS
 from embedding.shard import Sharded, shard
-from ranking.config import DeepFm, ModelConfig, RankingConfig, TaskConfig, TrainerConfig
+from ranking.classifier_config import DeepFm
+from ranking.config import ModelConfig, RankingConfig, TaskConfig, TrainerConfig
 from ranking.model import RankingModel, RankingStep
 
 NUM_SPARSE, NUM_DENSE = 26, 13

@@ -15,6 +15,7 @@ from embedding.config import (
     SparseOptimizer,
     StrictConfig,
 )
+from ranking.compatibility import check_model
 from ranking.config import RankingConfig
 
 
@@ -131,6 +132,11 @@ class Recipe(StrictConfig):
     cluster: ClusterConfig = ClusterConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     gate: GateConfig
+
+    @model_validator(mode="after")
+    def _check_model(self) -> Self:
+        check_model(self.features, self.ranking.model)
+        return self
 
     @model_validator(mode="after")
     def _check_references(self) -> Self:

@@ -3,7 +3,7 @@
 Imports pydantic and nothing heavy, so that `braid validate` and `--help` never load torch.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 from pydantic import (
     Field,
@@ -15,6 +15,8 @@ from pydantic import (
 )
 
 from embedding.config import StrictConfig
+from ranking.classifier_config import Classifier, Dnn
+from ranking.fgcnn_config import Fgcnn
 
 
 class TaskConfig(StrictConfig):
@@ -42,36 +44,6 @@ class InterestConfig(StrictConfig):
     """Normalise the attention weights; the paper does not."""
 
 
-class Dnn(StrictConfig):
-    """MLP on all embeddings and dense features."""
-
-    kind: Literal["dnn"] = "dnn"
-    hidden: tuple[PositiveInt, ...] = (256, 128)
-    dropout: NonNegativeFloat = 0.0
-
-
-class DeepFm(StrictConfig):
-    """Factorisation machine and MLP on the same embeddings."""
-
-    kind: Literal["deepfm"] = "deepfm"
-    hidden: tuple[PositiveInt, ...] = (256, 128)
-    dropout: NonNegativeFloat = 0.0
-
-
-class DcnV2(StrictConfig):
-    """Cross layers beside an MLP."""
-
-    kind: Literal["dcn_v2"] = "dcn_v2"
-    num_cross_layers: PositiveInt = 3
-    rank: PositiveInt | None = None
-    """Rank of the cross weights; full by default."""
-    hidden: tuple[PositiveInt, ...] = (256, 128)
-    dropout: NonNegativeFloat = 0.0
-
-
-Classifier = Annotated[Dnn | DeepFm | DcnV2, Field(discriminator="kind")]
-
-
 class MixtureOfExpertsConfig(StrictConfig):
     """MMoE: experts shared by the tasks, one gate and one tower a task."""
 
@@ -81,9 +53,13 @@ class MixtureOfExpertsConfig(StrictConfig):
 
 
 class ModelConfig(StrictConfig):
-    """The ranking model: embeddings -> interest -> classifier -> one tower a task."""
+    """The ranking model: embeddings -> interest -> generator -> classifier -> one tower a task."""
 
     interests: tuple[InterestConfig, ...] = ()
+    field_dim: PositiveInt | None = Field(default=None, multiple_of=4)
+    """Fields of another dim are projected to this one; None: fields keep their dims."""
+    generator: Fgcnn | None = None
+    """Adds new features to the fields, whatever the classifier."""
     classifier: Classifier = Dnn()
     experts: MixtureOfExpertsConfig | None = None
     """None: one linear head a task on the classifier's output."""

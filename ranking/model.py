@@ -9,9 +9,12 @@ from embedding.batch import RankingBatch
 from embedding.config import FeatureSchema
 from embedding.errors import UserError
 from embedding.tables import EmbeddedBatch, EmbeddingTables
-from ranking.classifiers import ClassifierInputs, InputDims, build_classifier
+from ranking.classifiers.build import build_classifier
+from ranking.classifiers.inputs import ClassifierInputs, InputDims
+from ranking.compatibility import check_model, table_widths
 from ranking.config import InterestConfig, ModelConfig, RankingConfig
 from ranking.experts import MixtureOfExperts
+from ranking.fields import FieldGenerator
 from ranking.interest import TargetAttention
 from ranking.losses import TaskLoss
 
@@ -31,7 +34,8 @@ class RankingModel(nn.Module):
             UserError: the model does not fit the schema.
         """
         super().__init__()
-        self.tables = EmbeddingTables(schema, tables_device)
+        check_model(schema, config.model)
+        self.tables = EmbeddingTables(table_widths(schema, config.model), tables_device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.trainer.seed)
             self.ranker = Ranker(
@@ -76,8 +80,9 @@ class Ranker(nn.Module):
         self.autocast = autocast
         interests = [HistoryInterest(schema, interest) for interest in config.interests]
         self.interests = nn.ModuleList(interests)
+        self.fields = FieldGenerator(schema, config)
         dims = InputDims(
-            fields=tuple((f.name, schema.table(f.table).embedding_dim) for f in schema.sparse),
+            fields=self.fields.output_fields,
             num_dense=len(schema.dense),
             interest=sum(interest.output_dim for interest in interests),
         )
@@ -91,14 +96,31 @@ class Ranker(nn.Module):
     def forward(self, embedded: EmbeddedBatch, dense_BF: Tensor) -> Tensor:
         """Logits (B, T), float32."""
         with torch.autocast(dense_BF.device.type, torch.bfloat16, enabled=self.autocast):
-            interests = [interest(embedded) for interest in self.interests]
-            inputs = ClassifierInputs(
-                fields_BX=embedded.fields_BD,
-                dense_BX=dense_BF,
-                interests_BX=torch.cat(interests, dim=1) if interests else dense_BF[:, :0],
-            )
-            logits_BT = self.heads(self.classifier(inputs))
+            own, generator_BFD = self.fields.split(embedded)
+            interests = [interest(own) for interest in self.interests]
+            interests_BX = torch.cat(interests, dim=1) if interests else dense_BF[:, :0]
+            logits_BT = self._combine(own.fields_BD, generator_BFD, dense_BF, interests_BX)
         return logits_BT.float()
+
+    def _combine(
+        self,
+        fields_BX: Tensor,
+        generator_BFD: Tensor | None,
+        dense_BX: Tensor,
+        interests_BX: Tensor,
+    ) -> Tensor:
+        """Logits (B, T): everything behind lookup and interests."""
+        # Cast once, before anything is copied: concatenation would widen bf16 to float32 again.
+        dtype = torch.bfloat16 if self.autocast else torch.float32
+        if generator_BFD is not None:
+            generator_BFD = generator_BFD.to(dtype)
+        inputs = ClassifierInputs(
+            fields_BX=self.fields(fields_BX.to(dtype), generator_BFD),
+            dense_BX=dense_BX.to(dtype),
+            interests_BX=interests_BX.to(dtype),
+        )
+        logits_BT: Tensor = self.heads(self.classifier(inputs))
+        return logits_BT
 
 
 class HistoryInterest(nn.Module):

@@ -15,8 +15,8 @@ from embedding.config import (
     SparseFeature,
     TableConfig,
 )
+from ranking.classifier_config import DeepFm
 from ranking.config import (
-    DeepFm,
     InterestConfig,
     MixtureOfExpertsConfig,
     ModelConfig,

@@ -15,11 +15,7 @@ from embedding.config import (
     TableConfig,
 )
 from embedding.errors import UserError
-from ranking.classifiers import ClassifierInputs, InputDims, build_classifier
 from ranking.config import (
-    DcnV2,
-    DeepFm,
-    Dnn,
     InterestConfig,
     MixtureOfExpertsConfig,
     ModelConfig,
@@ -150,45 +146,6 @@ def test_stacked_layers_start_in_the_range_of_a_linear_layer() -> None:
     weight = MixtureOfExperts(config, in_dim=16, num_tasks=1).experts[0].weight_EDH
     assert weight.abs().max() <= 1 / math.sqrt(16)
     assert weight.std().item() == pytest.approx(1 / math.sqrt(3 * 16), rel=0.02)  # of a uniform
-
-
-DIMS = InputDims(fields=(("a", 8), ("b", 8), ("c", 8)), num_dense=2, interest=5)
-
-
-def _inputs() -> ClassifierInputs:
-    return ClassifierInputs(torch.randn(4, 24), torch.randn(4, 2), torch.randn(4, 5))
-
-
-@pytest.mark.parametrize("config", [Dnn(hidden=(6,)), DeepFm(hidden=(6,)), DcnV2(hidden=(6,))])
-def test_classifiers_have_the_width_they_say(config: Dnn | DeepFm | DcnV2) -> None:
-    classifier = build_classifier(config, DIMS)
-    assert classifier(_inputs()).shape == (4, classifier.output_dim)
-
-
-def test_deepfm_adds_first_and_second_order_to_the_mlp() -> None:
-    classifier = build_classifier(DeepFm(hidden=(6,)), DIMS)
-    inputs = _inputs()
-    out = classifier(inputs)
-    flat = torch.cat([inputs.fields_BX, inputs.dense_BX, inputs.interests_BX], dim=1)
-    torch.testing.assert_close(out[:, :6], classifier.mlp(flat))
-    torch.testing.assert_close(out[:, 6:7], classifier.first_order(flat))
-    a, b, c = inputs.fields_BX.split(8, dim=1)
-    pairs = (a * b + a * c + b * c).sum(dim=1, keepdim=True)
-    torch.testing.assert_close(out[:, 7:], pairs, **CLOSE)
-
-
-def test_dcn_v2_puts_cross_layers_beside_the_mlp() -> None:
-    classifier = build_classifier(DcnV2(hidden=(6,), num_cross_layers=2), DIMS)
-    inputs = _inputs()
-    flat = torch.cat([inputs.fields_BX, inputs.dense_BX, inputs.interests_BX], dim=1)
-    expected = torch.cat([classifier.cross(flat), classifier.mlp(flat)], dim=1)
-    torch.testing.assert_close(classifier(inputs), expected)
-
-
-def test_deepfm_refuses_fields_of_different_dims() -> None:
-    dims = InputDims(fields=(("a", 8), ("b", 4)), num_dense=0, interest=0)
-    with pytest.raises(UserError, match=r"deepfm .*'a': 8, 'b': 4.*one embedding_dim"):
-        build_classifier(DeepFm(), dims)
 
 
 def test_loss_is_the_weighted_sum_over_rows_divided_by_the_batch_size() -> None:

@@ -11,7 +11,8 @@ import torch
 from embedding.errors import UserError
 from embedding.loader import SampleFiles, SampleLoader
 from ranking import trainer as trainer_module
-from ranking.config import DeepFm, RankingConfig
+from ranking.classifier_config import DeepFm
+from ranking.config import RankingConfig
 from ranking.model import RankingModel, RankingStep
 from ranking.prediction import predict
 from ranking.progress import Progress

@@ -61,6 +61,8 @@ class ModelConfig(StrictConfig):
     generator: Fgcnn | None = None
     """Adds new features to the fields, whatever the classifier."""
     classifier: Classifier = Dnn()
+    compile: bool = False
+    """Fuse the steps behind lookup and histories with `torch.compile`; on CPU it needs g++."""
     experts: MixtureOfExpertsConfig | None = None
     """None: one linear head a task on the classifier's output."""
 

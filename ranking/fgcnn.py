@@ -58,7 +58,8 @@ class FeatureGenerator(nn.Module):
         """The new features of every block, (B, N * D) each."""
         if self.order_F is not None:
             fields_BFD = fields_BFD.index_select(1, self.order_F)
-        maps_BCHD = fields_BFD.unsqueeze(1)
+        # One map with the strides of channels last, which unsqueeze(1) would not have.
+        maps_BCHD = fields_BFD.unsqueeze(3).permute(0, 3, 1, 2)
         features = []
         for block, recombination in zip(self.blocks, self.recombinations, strict=True):
             maps_BCHD = block(maps_BCHD)
@@ -153,12 +154,13 @@ class _PoolTanh(torch.autograd.Function):
         pooled_BHX = maps_BHX.new_empty(maps_BHX.shape[0], height, maps_BHX.shape[2])
         wins: list[Tensor] = []
         for rows, members in _windows(maps_BHX, pool, ceil):
-            best = pooled_BHX[:, rows]
-            best.copy_(members[0])
+            best = members[0]
             for member in members[1:]:
-                wins.append(torch.empty_like(member))
+                wins.append(best.new_empty(best.shape))
                 torch.gt(member, best, out=wins[-1])
-                torch.maximum(member, best, out=best)
+                best = torch.maximum(member, best, out=pooled_BHX[:, rows])
+            if len(members) == 1:
+                pooled_BHX[:, rows] = best
         pooled_BHX.tanh_()
         ctx.save_for_backward(pooled_BHX, *wins)
         ctx.shape, ctx.pool, ctx.ceil = maps_BHX.shape, pool, ceil
@@ -177,7 +179,7 @@ class _PoolTanh(torch.autograd.Function):
             taken = [(member, next(masks)) for member in members[1:]]
             for member, win in reversed(taken):
                 torch.mul(left, win, out=member)
-                left = left - member
+                left.sub_(member)
             members[0].copy_(left)
         return grad_BHX, None, None
 

@@ -2,6 +2,9 @@
 
 # Shapes: B samples, T tasks, F dense features, D embedding dim, N events of all histories, X width.
 
+import os
+import shutil
+
 import torch
 from torch import Tensor, nn
 
@@ -93,13 +96,19 @@ class Ranker(nn.Module):
             else MixtureOfExperts(config.experts, self.classifier.output_dim, num_tasks)
         )
 
+        self.combine = self._combine
+        if config.compile:
+            _check_compiler()
+            # Histories are jagged, and every new length would be compiled again: they stay eager.
+            self.combine = torch.compile(self._combine)
+
     def forward(self, embedded: EmbeddedBatch, dense_BF: Tensor) -> Tensor:
         """Logits (B, T), float32."""
         with torch.autocast(dense_BF.device.type, torch.bfloat16, enabled=self.autocast):
             own, generator_BFD = self.fields.split(embedded)
             interests = [interest(own) for interest in self.interests]
             interests_BX = torch.cat(interests, dim=1) if interests else dense_BF[:, :0]
-            logits_BT = self._combine(own.fields_BD, generator_BFD, dense_BF, interests_BX)
+            logits_BT = self.combine(own.fields_BD, generator_BFD, dense_BF, interests_BX)
         return logits_BT.float()
 
     def _combine(
@@ -121,6 +130,15 @@ class Ranker(nn.Module):
         )
         logits_BT: Tensor = self.heads(self.classifier(inputs))
         return logits_BT
+
+
+def _check_compiler() -> None:
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
+        raise UserError(
+            "ranking.model.compile=true needs a C++ compiler on every worker, and there is neither "
+            "g++ nor clang++ on PATH; install one, name it in CXX, or set ranking.model.compile to "
+            "false"
+        )
 
 
 class HistoryInterest(nn.Module):

@@ -17,7 +17,7 @@ class DnnClassifier(nn.Module):
     def __init__(self, config: Dnn, dims: InputDims) -> None:
         super().__init__()
         self.output_dim = config.hidden[-1]
-        self.mlp = mlp(dims.flat, config.hidden, config.dropout)
+        self.mlp = mlp(dims.flat(), config.hidden, config.dropout)
 
     def forward(self, inputs: ClassifierInputs) -> Tensor:
         """The representation, (B, output_dim)."""
@@ -30,8 +30,8 @@ class WideDeepClassifier(nn.Module):
     def __init__(self, config: WideDeep, dims: InputDims) -> None:
         super().__init__()
         self.output_dim = config.hidden[-1] + 1
-        self.first_order = nn.Linear(dims.flat, 1)
-        self.mlp = mlp(dims.flat, config.hidden, config.dropout)
+        self.first_order = nn.Linear(dims.flat(), 1)
+        self.mlp = mlp(dims.flat(), config.hidden, config.dropout)
 
     def forward(self, inputs: ClassifierInputs) -> Tensor:
         """The representation, (B, output_dim): hidden units, first order."""
@@ -46,8 +46,8 @@ class DeepFmClassifier(nn.Module):
         super().__init__()
         self.dim = dims.common_field_dim("deepfm")
         self.output_dim = config.hidden[-1] + 2
-        self.first_order = nn.Linear(dims.flat, 1)
-        self.mlp = mlp(dims.flat, config.hidden, config.dropout)
+        self.first_order = nn.Linear(dims.flat(), 1)
+        self.mlp = mlp(dims.flat(), config.hidden, config.dropout)
 
     def forward(self, inputs: ClassifierInputs) -> Tensor:
         """The representation, (B, output_dim): hidden units, first order, second order."""
@@ -61,9 +61,9 @@ class DcnV2Classifier(nn.Module):
 
     def __init__(self, config: DcnV2, dims: InputDims) -> None:
         super().__init__()
-        self.output_dim = dims.flat + config.hidden[-1]
-        self.cross = CrossNetwork(dims.flat, config.num_cross_layers, config.rank)
-        self.mlp = mlp(dims.flat, config.hidden, config.dropout)
+        self.output_dim = dims.flat() + config.hidden[-1]
+        self.cross = CrossNetwork(dims.flat(), config.num_cross_layers, config.rank)
+        self.mlp = mlp(dims.flat(), config.hidden, config.dropout)
 
     def forward(self, inputs: ClassifierInputs) -> Tensor:
         """The representation, (B, output_dim)."""
@@ -83,11 +83,11 @@ class MaskNetClassifier(nn.Module):
         self.is_serial = config.form == "serial"
         self.scale_FD = nn.Parameter(torch.ones(dims.num_fields, self.dim))
         self.shift_FD = nn.Parameter(torch.zeros(dims.num_fields, self.dim))
-        later = config.block_dim if self.is_serial else dims.flat
-        widths = (dims.flat, *[later] * (config.num_blocks - 1))
+        later = config.block_dim if self.is_serial else dims.flat()
+        widths = (dims.flat(), *[later] * (config.num_blocks - 1))
         self.masks = nn.ModuleList(
             nn.Sequential(
-                nn.Linear(dims.flat, config.reduction * width),
+                nn.Linear(dims.flat(), config.reduction * width),
                 nn.ReLU(),
                 nn.Linear(config.reduction * width, width),
             )
@@ -134,13 +134,13 @@ class FinalMlpClassifier(nn.Module):
             nn.Sequential(
                 nn.Linear(config.gate_hidden, config.gate_hidden),
                 nn.ReLU(),
-                nn.Linear(config.gate_hidden, dims.flat),
+                nn.Linear(config.gate_hidden, dims.flat()),
                 nn.Sigmoid(),
             )
             for _ in range(2)
         )
-        self.first = mlp(dims.flat, config.first_hidden, config.dropout)
-        self.second = mlp(dims.flat, config.second_hidden, config.dropout)
+        self.first = mlp(dims.flat(), config.first_hidden, config.dropout)
+        self.second = mlp(dims.flat(), config.second_hidden, config.dropout)
         first, second = config.first_hidden[-1], config.second_hidden[-1]
         per_head = (self.num_heads, first // self.num_heads, second // self.num_heads)
         self.fusion_HXX = nn.Parameter(nn.init.xavier_normal_(torch.empty(per_head)))

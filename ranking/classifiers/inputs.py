@@ -33,10 +33,10 @@ class InputDims:
         """Columns of all fields, dense features and interests."""
         return sum(dim for _, dim in self.fields) + self.num_dense + self.interest
 
-    @property
-    def flat(self) -> int:
-        """Width of `ClassifierInputs.flat`, its filling columns included."""
-        return self.columns + -self.columns % _COLUMN_MULTIPLE
+    def flat(self, before: int = 0) -> int:
+        """Width of `ClassifierInputs.flat` with `before` more columns, filling included."""
+        width = before + self.columns
+        return width + -width % _COLUMN_MULTIPLE
 
     @property
     def num_fields(self) -> int:
@@ -69,14 +69,14 @@ class ClassifierInputs:
     interests_BX: Tensor
 
     def flat(self, *before: Tensor) -> Tensor:
-        """Everything side by side, (B, widths of `before` + `InputDims.flat`).
+        """`before` and everything side by side, as wide as `InputDims.flat` says.
 
         Zero columns fill it up to a multiple of 16: fp32 products with an odd width take a fifth
         longer on CPU.
         """
-        parts = [self.fields_BX, self.dense_BX, self.interests_BX]
+        parts = [*before, self.fields_BX, self.dense_BX, self.interests_BX]
         filling = -sum(part.shape[1] for part in parts) % _COLUMN_MULTIPLE
-        parts = [*before, *parts, self.fields_BX.new_zeros(self.fields_BX.shape[0], filling)]
+        parts.append(self.fields_BX.new_zeros(self.fields_BX.shape[0], filling))
         return torch.cat([part for part in parts if part.shape[1]], dim=1)
 
     def stacked(self, dim: int) -> Tensor:

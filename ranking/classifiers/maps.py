@@ -34,7 +34,7 @@ class CcpmClassifier(nn.Module):
             wanted = max(_LAST_POOL, int(share * dims.num_fields))
             rows = min(wanted, rows + height - 1)
             self.kept.append(rows)
-        self.first_order = nn.Linear(dims.flat, 1)
+        self.first_order = nn.Linear(dims.flat(), 1)
         self.output_dim = rows * self.dim * config.maps[-1] + 1
 
     def forward(self, inputs: ClassifierInputs) -> Tensor:
@@ -61,8 +61,8 @@ class XDeepFmClassifier(nn.Module):
         self.compressions = nn.ModuleList(
             nn.Linear(widths[i] * dims.num_fields, widths[i + 1]) for i in range(len(config.maps))
         )
-        self.first_order = nn.Linear(dims.flat, 1)
-        self.mlp = mlp(dims.flat, config.hidden, config.dropout)
+        self.first_order = nn.Linear(dims.flat(), 1)
+        self.mlp = mlp(dims.flat(), config.hidden, config.dropout)
         self.output_dim = sum(config.maps) + config.hidden[-1] + 1
 
     def forward(self, inputs: ClassifierInputs) -> Tensor:
@@ -90,7 +90,7 @@ class AutoIntClassifier(nn.Module):
             FieldAttention(self.dim if layer == 0 else width, config.num_heads, config.head_dim)
             for layer in range(config.num_layers)
         )
-        self.mlp = mlp(dims.flat, config.hidden, config.dropout)
+        self.mlp = mlp(dims.flat(), config.hidden, config.dropout)
         self.output_dim = dims.num_fields * width + config.hidden[-1]
 
     def forward(self, inputs: ClassifierInputs) -> Tensor:

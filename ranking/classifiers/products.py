@@ -22,7 +22,7 @@ class IpnnClassifier(nn.Module):
         self.dim = dims.common_field_dim("ipnn")
         self.products = InnerProducts(dims.num_fields)
         self.output_dim = config.hidden[-1]
-        self.mlp = mlp(self.products.num_pairs + dims.flat, config.hidden, config.dropout)
+        self.mlp = mlp(dims.flat(self.products.num_pairs), config.hidden, config.dropout)
 
     def forward(self, inputs: ClassifierInputs) -> Tensor:
         """The representation, (B, output_dim)."""
@@ -45,7 +45,7 @@ class OpnnClassifier(nn.Module):
         start = torch.empty(self.pairs.num_pairs, *shape).uniform_(-bound, bound)
         self.kernels = nn.Parameter(start)
         self.output_dim = config.hidden[-1]
-        self.mlp = mlp(self.pairs.num_pairs + dims.flat, config.hidden, config.dropout)
+        self.mlp = mlp(dims.flat(self.pairs.num_pairs), config.hidden, config.dropout)
 
     def forward(self, inputs: ClassifierInputs) -> Tensor:
         """The representation, (B, output_dim)."""
@@ -71,7 +71,7 @@ class PinClassifier(nn.Module):
         self.hidden = StackedLinear(num_pairs, 3 * self.dim, config.pair_hidden)
         self.output = StackedLinear(num_pairs, config.pair_hidden, config.pair_dim)
         self.output_dim = config.hidden[-1]
-        self.mlp = mlp(num_pairs * config.pair_dim + dims.flat, config.hidden, config.dropout)
+        self.mlp = mlp(dims.flat(num_pairs * config.pair_dim), config.hidden, config.dropout)
 
     def forward(self, inputs: ClassifierInputs) -> Tensor:
         """The representation, (B, output_dim)."""
@@ -133,7 +133,7 @@ class FiBiNetClassifier(nn.Module):
         self.bilinear = nn.Parameter(start)
         width = 2 * self.pairs.num_pairs * self.dim
         self.output_dim = config.hidden[-1]
-        self.mlp = mlp(width + dims.flat, config.hidden, config.dropout)
+        self.mlp = mlp(dims.flat(width), config.hidden, config.dropout)
 
     def forward(self, inputs: ClassifierInputs) -> Tensor:
         """The representation, (B, output_dim)."""

@@ -17,7 +17,7 @@ class LogisticRegressionClassifier(nn.Module):
 
     def __init__(self, config: LogisticRegression, dims: InputDims) -> None:
         super().__init__()
-        self.output_dim = dims.flat
+        self.output_dim = dims.flat()
 
     def forward(self, inputs: ClassifierInputs) -> Tensor:
         """The representation, (B, output_dim)."""
@@ -31,7 +31,7 @@ class FmClassifier(nn.Module):
         super().__init__()
         self.dim = dims.common_field_dim("fm")
         self.output_dim = 2
-        self.first_order = nn.Linear(dims.flat, 1)
+        self.first_order = nn.Linear(dims.flat(), 1)
 
     def forward(self, inputs: ClassifierInputs) -> Tensor:
         """The representation, (B, 2): first order, second order."""
@@ -57,7 +57,7 @@ class FfmClassifier(nn.Module):
         num_fields, bound = dims.num_fields, 1 / math.sqrt(self.dim)
         start = torch.empty(num_fields, num_fields, config.dim, self.dim)
         self.projection_FFKD = nn.Parameter(start.uniform_(-bound, bound))
-        self.first_order = nn.Linear(dims.flat, 1)
+        self.first_order = nn.Linear(dims.flat(), 1)
         upper_FF = torch.ones(num_fields, num_fields).triu(diagonal=1)
         self.register_buffer("upper_FF", upper_FF, persistent=False)
 

@@ -262,9 +262,10 @@ def test_field_pairs_put_the_pairs_first() -> None:
 def test_ipnn_reads_products_and_everything() -> None:
     model = build_classifier(config.Ipnn(hidden=(6,)), DIMS)
 
-    def reference(fields: Tensor, flat: Tensor, *_: Tensor) -> Tensor:
+    def reference(fields: Tensor, _: Tensor, *rest: Tensor) -> Tensor:
+        columns = [fields.flatten(), *rest]
         products = torch.stack([fields[a] @ fields[b] for a, b in model.products.pairs()])
-        return through(model.mlp, torch.cat([products, flat]))
+        return through(model.mlp, filled(products, *columns))
 
     compare(model, reference)
 
@@ -273,14 +274,15 @@ def test_ipnn_reads_products_and_everything() -> None:
 def test_opnn_weighs_the_outer_product_of_every_pair(kernel: str) -> None:
     model = build_classifier(config.Opnn(hidden=(6,), kernel=kernel), DIMS)
 
-    def reference(fields: Tensor, flat: Tensor, *_: Tensor) -> Tensor:
+    def reference(fields: Tensor, _: Tensor, *rest: Tensor) -> Tensor:
+        columns = [fields.flatten(), *rest]
         products = []
         for p, (a, b) in enumerate(PAIRS):
             weights = model.kernels[p]
             if kernel != "matrix":
                 weights = torch.diag(weights.expand(1, D)[0])
             products.append((torch.outer(fields[a], fields[b]) * weights).sum())
-        return through(model.mlp, torch.cat([torch.stack(products), flat]))
+        return through(model.mlp, filled(torch.stack(products), *columns))
 
     compare(model, reference)
 
@@ -291,12 +293,13 @@ def test_pin_runs_a_small_network_on_every_pair() -> None:
     def small(layer: nn.Module, p: int, x: Tensor) -> Tensor:
         return (x @ layer.weight_EDH[p] + layer.bias_E1H[p, 0]).clamp(min=0)
 
-    def reference(fields: Tensor, flat: Tensor, *_: Tensor) -> Tensor:
+    def reference(fields: Tensor, _: Tensor, *rest: Tensor) -> Tensor:
+        columns = [fields.flatten(), *rest]
         outputs = []
         for p, (a, b) in enumerate(PAIRS):
             pair = torch.cat([fields[a], fields[b], fields[a] * fields[b]])
             outputs.append(small(model.output, p, small(model.hidden, p, pair)))
-        return through(model.mlp, torch.cat([*outputs, flat]))
+        return through(model.mlp, filled(*outputs, *columns))
 
     compare(model, reference)
 
@@ -320,7 +323,8 @@ def test_dlrm_multiplies_the_dense_vector_like_a_field(dims: InputDims) -> None:
 def test_fibinet_reads_bilinear_products_of_raw_and_weighted_fields(bilinear: str) -> None:
     model = build_classifier(config.FiBiNet(hidden=(6,), bilinear=bilinear), DIMS)
 
-    def reference(fields: Tensor, flat: Tensor, *_: Tensor) -> Tensor:
+    def reference(fields: Tensor, _: Tensor, *rest: Tensor) -> Tensor:
+        columns = [fields.flatten(), *rest]
         weights = through(model.excitation, torch.stack([fields[f].mean() for f in range(F)]))
         weighted = torch.stack([fields[f] * weights[f] for f in range(F)])
         products = []
@@ -328,7 +332,7 @@ def test_fibinet_reads_bilinear_products_of_raw_and_weighted_fields(bilinear: st
             for p, (a, b) in enumerate(PAIRS):
                 matrix = matrices[{"all": 0, "each": a, "interaction": p}[bilinear]]
                 products.append((vectors[a] @ matrix) * vectors[b])
-        return through(model.mlp, torch.cat([*products, flat]))
+        return through(model.mlp, filled(*products, *columns))
 
     compare(model, reference)
 

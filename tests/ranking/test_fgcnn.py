@@ -60,9 +60,9 @@ def test_shapes_are_the_papers(
     assert [x.shape[1] // dim for x in features] == [3 * height for height in heights]
     assert generator.num_features == num_new
     assert classifier.products.num_pairs == num_products
-    # The flat part is filled up with zero columns to a multiple of 16.
     assert num_products + dims.columns == mlp_inputs
-    assert classifier.mlp[0].in_features - mlp_inputs == -dims.columns % 16
+    # Zero columns fill it up to a multiple of 16.
+    assert classifier.mlp[0].in_features - mlp_inputs == -mlp_inputs % 16
 
 
 def convolve_by_loop(maps_BCHD: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -138,9 +138,10 @@ def _write_table(
     if isinstance(table.ids, ManagedCollision):
         segments = tuple(read_manifest(checkpoint).segments(name))
         save_file(_id_map(checkpoint, name), directory / f"ids/{name}.safetensors")
+    saved = read_manifest(checkpoint).tables[name]
     return BundledTable(
-        num_rows=read_manifest(checkpoint).tables[name].num_rows,
-        embedding_dim=table.embedding_dim,
+        num_rows=saved.num_rows,
+        embedding_dim=saved.num_columns,
         files=tuple(files),
         segments=segments,
     )

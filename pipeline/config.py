@@ -22,6 +22,7 @@ from embedding.config import (
     SparseOptimizer,
     StrictConfig,
 )
+from ranking.compatibility import check_model
 from ranking.config import RankingConfig
 
 
@@ -153,6 +154,11 @@ class Recipe(StrictConfig):
     cluster: ClusterConfig = ClusterConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     gate: GateConfig
+
+    @model_validator(mode="after")
+    def _check_model(self) -> Self:
+        check_model(self.features, self.ranking.model)
+        return self
 
     @model_validator(mode="after")
     def _check_references(self) -> Self:

@@ -3,18 +3,19 @@
 Imports pydantic and nothing heavy, so that `braid validate` and `--help` never load torch.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Self
 
 from pydantic import (
     Field,
-    NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
     model_validator,
 )
 
 from embedding.config import StrictConfig
+from ranking.classifier_config import Classifier, Dnn
 from ranking.experts_config import ExpertsConfig
+from ranking.fgcnn_config import Fgcnn
 from ranking.interest_config import InterestConfig
 from ranking.trainer_config import TrainerConfig
 
@@ -39,41 +40,17 @@ class TaskConfig(StrictConfig):
         return self.label or self.name
 
 
-class Dnn(StrictConfig):
-    """MLP on all embeddings and dense features."""
-
-    kind: Literal["dnn"] = "dnn"
-    hidden: tuple[PositiveInt, ...] = (256, 128)
-    dropout: NonNegativeFloat = 0.0
-
-
-class DeepFm(StrictConfig):
-    """Factorisation machine and MLP on the same embeddings."""
-
-    kind: Literal["deepfm"] = "deepfm"
-    hidden: tuple[PositiveInt, ...] = (256, 128)
-    dropout: NonNegativeFloat = 0.0
-
-
-class DcnV2(StrictConfig):
-    """Cross layers beside an MLP."""
-
-    kind: Literal["dcn_v2"] = "dcn_v2"
-    num_cross_layers: PositiveInt = 3
-    rank: PositiveInt | None = None
-    """Rank of the cross weights; full by default."""
-    hidden: tuple[PositiveInt, ...] = (256, 128)
-    dropout: NonNegativeFloat = 0.0
-
-
-Classifier = Annotated[Dnn | DeepFm | DcnV2, Field(discriminator="kind")]
-
-
 class ModelConfig(StrictConfig):
-    """The ranking model: embeddings -> interest -> classifier -> one tower a task."""
+    """The ranking model: embeddings -> interest -> generator -> classifier -> one tower a task."""
 
     interests: tuple[InterestConfig, ...] = ()
+    field_dim: PositiveInt | None = Field(default=None, multiple_of=4)
+    """Fields of another dim are projected to this one; None: fields keep their dims."""
+    generator: Fgcnn | None = None
+    """Adds new features to the fields, whatever the classifier."""
     classifier: Classifier = Dnn()
+    compile: bool = False
+    """Fuse the steps behind lookup and histories with `torch.compile`; on CPU it needs g++."""
     experts: ExpertsConfig | None = None
     """None: one linear head a task on the classifier's output."""
 

@@ -2,6 +2,8 @@
 
 # Shapes: B samples, T tasks, F dense features, D embedding dim, N events of all histories, X width.
 
+import os
+import shutil
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -9,11 +11,15 @@ from torch import Tensor, nn
 
 from embedding.batch import RankingBatch
 from embedding.config import FeatureSchema
+from embedding.errors import UserError
 from embedding.tables import EmbeddedBatch, EmbeddingTables
 from ranking.averaging import DenseAverage
-from ranking.classifiers import ClassifierInputs, InputDims, build_classifier
+from ranking.classifiers.build import build_classifier
+from ranking.classifiers.inputs import ClassifierInputs, InputDims
+from ranking.compatibility import check_model, table_widths
 from ranking.config import ModelConfig, RankingConfig
 from ranking.experts import build_heads
+from ranking.fields import FieldGenerator
 from ranking.history import HistoryInterest
 from ranking.losses import TaskLoss
 from ranking.regularization import LookupPenalty
@@ -35,7 +41,8 @@ class RankingModel(nn.Module):
             UserError: the model does not fit the schema.
         """
         super().__init__()
-        self.tables = EmbeddingTables(schema, tables_device)
+        check_model(schema, config.model)
+        self.tables = EmbeddingTables(table_widths(schema, config.model), tables_device)
         self.chain = TaskChain(config.tasks)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.trainer.seed)
@@ -109,22 +116,55 @@ class Ranker(nn.Module):
         self.autocast = autocast
         interests = [HistoryInterest(schema, interest) for interest in config.interests]
         self.interests = nn.ModuleList(interests)
+        self.fields = FieldGenerator(schema, config)
         dims = InputDims(
-            fields=tuple((f.name, schema.table(f.table).embedding_dim) for f in schema.sparse),
+            fields=self.fields.output_fields,
             num_dense=len(schema.dense),
             interest=sum(interest.output_dim for interest in interests),
         )
         self.classifier = build_classifier(config.classifier, dims)
         self.heads = build_heads(config.experts, self.classifier.output_dim, num_tasks)
 
+        self.combine = self._combine
+        if config.compile:
+            _check_compiler()
+            # Histories are jagged, and every new length would be compiled again: they stay eager.
+            self.combine = torch.compile(self._combine)
+
     def forward(self, embedded: EmbeddedBatch, dense_BF: Tensor) -> Tensor:
         """Logits of p(task | its parent); (B, T), float32."""
         with torch.autocast(dense_BF.device.type, torch.bfloat16, enabled=self.autocast):
-            interests = [interest(embedded) for interest in self.interests]
-            inputs = ClassifierInputs(
-                fields_BX=embedded.fields_BD,
-                dense_BX=dense_BF,
-                interests_BX=torch.cat(interests, dim=1) if interests else dense_BF[:, :0],
-            )
-            logits_BT = self.heads(self.classifier(inputs))
+            own, generator_BFD = self.fields.split(embedded)
+            interests = [interest(own) for interest in self.interests]
+            interests_BX = torch.cat(interests, dim=1) if interests else dense_BF[:, :0]
+            logits_BT = self.combine(own.fields_BD, generator_BFD, dense_BF, interests_BX)
         return logits_BT.float()
+
+    def _combine(
+        self,
+        fields_BX: Tensor,
+        generator_BFD: Tensor | None,
+        dense_BX: Tensor,
+        interests_BX: Tensor,
+    ) -> Tensor:
+        """Logits (B, T): everything behind lookup and interests."""
+        # Cast once, before anything is copied: concatenation would widen bf16 to float32 again.
+        dtype = torch.bfloat16 if self.autocast else torch.float32
+        if generator_BFD is not None:
+            generator_BFD = generator_BFD.to(dtype)
+        inputs = ClassifierInputs(
+            fields_BX=self.fields(fields_BX.to(dtype), generator_BFD),
+            dense_BX=dense_BX.to(dtype),
+            interests_BX=interests_BX.to(dtype),
+        )
+        logits_BT: Tensor = self.heads(self.classifier(inputs))
+        return logits_BT
+
+
+def _check_compiler() -> None:
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
+        raise UserError(
+            "ranking.model.compile=true needs a C++ compiler on every worker, and there is neither "
+            "g++ nor clang++ on PATH; install one, name it in CXX, or set ranking.model.compile to "
+            "false"
+        )

@@ -15,7 +15,8 @@ from embedding.config import (
     SparseFeature,
     TableConfig,
 )
-from ranking.config import DeepFm, ModelConfig, RankingConfig, TaskConfig
+from ranking.classifier_config import DeepFm
+from ranking.config import ModelConfig, RankingConfig, TaskConfig
 from ranking.experts_config import MixtureOfExpertsConfig
 from ranking.interest_config import Din
 from ranking.trainer_config import TrainerConfig

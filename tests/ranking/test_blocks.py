@@ -15,8 +15,7 @@ from embedding.config import (
     TableConfig,
 )
 from embedding.errors import UserError
-from ranking.classifiers import ClassifierInputs, InputDims, build_classifier
-from ranking.config import DcnV2, DeepFm, Dnn, ModelConfig
+from ranking.config import ModelConfig
 from ranking.interactions import CrossNetwork, fm_second_order
 from ranking.interest import TargetAttention
 from ranking.interest_config import Din
@@ -112,45 +111,6 @@ def test_target_attention_of_empty_histories_is_zero() -> None:
     block = TargetAttention(4, 2, (8,), softmax=True)
     out = block(torch.randn(3, 4), torch.empty(0, 4), torch.empty(0, 2), torch.zeros(3).long())
     assert out.equal(torch.zeros(3, 6))
-
-
-DIMS = InputDims(fields=(("a", 8), ("b", 8), ("c", 8)), num_dense=2, interest=5)
-
-
-def _inputs() -> ClassifierInputs:
-    return ClassifierInputs(torch.randn(4, 24), torch.randn(4, 2), torch.randn(4, 5))
-
-
-@pytest.mark.parametrize("config", [Dnn(hidden=(6,)), DeepFm(hidden=(6,)), DcnV2(hidden=(6,))])
-def test_classifiers_have_the_width_they_say(config: Dnn | DeepFm | DcnV2) -> None:
-    classifier = build_classifier(config, DIMS)
-    assert classifier(_inputs()).shape == (4, classifier.output_dim)
-
-
-def test_deepfm_adds_first_and_second_order_to_the_mlp() -> None:
-    classifier = build_classifier(DeepFm(hidden=(6,)), DIMS)
-    inputs = _inputs()
-    out = classifier(inputs)
-    flat = torch.cat([inputs.fields_BX, inputs.dense_BX, inputs.interests_BX], dim=1)
-    torch.testing.assert_close(out[:, :6], classifier.mlp(flat))
-    torch.testing.assert_close(out[:, 6:7], classifier.first_order(flat))
-    a, b, c = inputs.fields_BX.split(8, dim=1)
-    pairs = (a * b + a * c + b * c).sum(dim=1, keepdim=True)
-    torch.testing.assert_close(out[:, 7:], pairs, **CLOSE)
-
-
-def test_dcn_v2_puts_cross_layers_beside_the_mlp() -> None:
-    classifier = build_classifier(DcnV2(hidden=(6,), num_cross_layers=2), DIMS)
-    inputs = _inputs()
-    flat = torch.cat([inputs.fields_BX, inputs.dense_BX, inputs.interests_BX], dim=1)
-    expected = torch.cat([classifier.cross(flat), classifier.mlp(flat)], dim=1)
-    torch.testing.assert_close(classifier(inputs), expected)
-
-
-def test_deepfm_refuses_fields_of_different_dims() -> None:
-    dims = InputDims(fields=(("a", 8), ("b", 4)), num_dense=0, interest=0)
-    with pytest.raises(UserError, match=r"deepfm .*'a': 8, 'b': 4.*one embedding_dim"):
-        build_classifier(DeepFm(), dims)
 
 
 def test_loss_is_the_weighted_sum_over_rows_divided_by_the_batch_size() -> None:

@@ -11,7 +11,7 @@ import torch
 from embedding.errors import UserError
 from embedding.loader import SampleFiles
 from ranking import trainer as trainer_module
-from ranking.config import DeepFm
+from ranking.classifier_config import DeepFm
 from ranking.prediction import predict
 from ranking.progress import Progress
 from ranking.steps import dense_parameters

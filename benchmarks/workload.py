@@ -67,25 +67,25 @@ def config(model: str = "deepfm", precision: str = "fp32") -> RankingConfig:
     )
 
 
-def gemm_flop_per_row(model: str) -> float:
+def gemm_flop_per_row(model: str, schema: FeatureSchema = SCHEMA) -> float:
     """Multiplications and additions of a step's products, counted as they run on a small batch.
 
     Forward, input gradient and weight gradient of linear layers, batched products and
     convolutions; the fields' gradient counts, as the tables need it.
     """
     settings = config(model)
-    ranker = Ranker(SCHEMA, settings.model, num_tasks=1, autocast=False)
-    widths = [t.embedding_dim for t in table_widths(SCHEMA, settings.model).tables]
+    ranker = Ranker(schema, settings.model, num_tasks=1, autocast=False)
+    widths = [t.embedding_dim for t in table_widths(schema, settings.model).tables]
     size = 32
     embedded = EmbeddedBatch(
         fields_BD=torch.randn(size, sum(widths), requires_grad=True),
-        field_names=tuple(feature.name for feature in SCHEMA.sparse),
+        field_names=tuple(feature.name for feature in schema.sparse),
         field_dims=tuple(widths),
         sequences={},
         lengths={},
     )
     with FlopCounterMode(display=False) as counter:
-        ranker(embedded, torch.randn(size, NUM_DENSE)).sum().backward()
+        ranker(embedded, torch.randn(size, len(schema.dense))).sum().backward()
     return counter.get_total_flops() / size
 
 
@@ -97,7 +97,15 @@ def write_samples(path: Path, num_rows: int) -> None:
             writer.write_table(_row_group(rng), row_group_size=ROW_GROUP_ROWS)
 
 
-def build(rank: int, world_size: int, port: int, settings: RankingConfig | None = None) -> Sharded:
+def build(
+    rank: int,
+    world_size: int,
+    port: int,
+    settings: RankingConfig | None = None,
+    *,
+    schema: FeatureSchema = SCHEMA,
+    optimizer: RowWiseAdagrad = RowWiseAdagrad(),  # noqa: B008 # frozen
+) -> Sharded:
     """Join a gloo group on loopback and shard the model over it."""
     for name in ("torchrec", "fbgemm_gpu", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -105,10 +113,10 @@ def build(rank: int, world_size: int, port: int, settings: RankingConfig | None 
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
     settings = settings or config()
-    model = RankingModel(SCHEMA, settings, tables_device=torch.device("meta"))
+    model = RankingModel(schema, settings, tables_device=torch.device("meta"))
     sharded = shard(
         RankingStep(model, settings),
-        optimizer=RowWiseAdagrad(),
+        optimizer=optimizer,
         sharding=ShardingConfig(),
         dense_optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, fused=True),
         device=CPU,

@@ -182,7 +182,8 @@ class _following:  # noqa: N801 # used as a context manager, like `writing`
     def __init__(self, path: Path, reporter: Reporter) -> None:
         self.path = path
         self.reporter = reporter
-        self._last = (0, False)
+        self._shown = {"train": 0, "validation": 0}
+        """Last step shown of each kind of line; both kinds may come at the same step."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -210,10 +211,11 @@ class _following:  # noqa: N801 # used as a context manager, like `writing`
                     self._show(json.loads(line))
 
     def _show(self, metrics: dict[str, Any]) -> None:
-        # A validation's line follows the step's own.
-        place = (metrics["step"], "validation/since_best" in metrics)
-        if place <= self._last:
-            self.reporter.line(f"  workers restarted; training goes on before {metrics['step']}")
-        self._last = place
+        step = metrics["step"]
+        kind = "validation" if "validation/since_best" in metrics else "train"
+        if step <= self._shown[kind] or step < max(self._shown.values()):
+            self.reporter.line(f"  workers restarted; training goes on before {step}")
+            self._shown = dict.fromkeys(self._shown, 0)
+        self._shown[kind] = step
         self.reporter.line(f"  {metrics['line']}")
         self.reporter.fill(metrics["rows"], metrics["total_rows"])

@@ -38,7 +38,8 @@ from embedding.placement import (
     sharded_collections,
     table_shards,
 )
-from embedding.plan import PlanDescription, describe_plan, make_plan, plan_of
+from embedding.plan import describe_plan, make_plan, plan_of
+from embedding.plan_description import PlanDescription
 from embedding.row_optimizer import RowOptimizer
 from embedding.sharders import make_sharders
 from embedding.tables import EmbeddingTables

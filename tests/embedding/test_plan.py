@@ -17,7 +17,8 @@ from embedding.config import (
 )
 from embedding.errors import UserError
 from embedding.limits import check_optimizer, check_support
-from embedding.plan import PlanDescription, describe_plan, make_plan, plan_of
+from embedding.plan import describe_plan, make_plan, plan_of
+from embedding.plan_description import PlanDescription
 from embedding.sharders import make_sharders
 from embedding.topology import GIB, make_topology, ranks_per_host
 from tests.embedding.toy import SHARDINGS, ToyModel, toy_schema

@@ -85,7 +85,7 @@ def choices_of(
     """
     forced = load.table.sharding
     if load.managed:
-        return _managed(load, shape, kernels)
+        return _with_kernels([(ROW_WISE, 1)], shape, kernels)
     shardings = _forced(load, forced, shape) if forced is not None else _free(load, shape)
     return _with_kernels(shardings, shape, kernels)
 
@@ -106,17 +106,6 @@ def _with_kernels(
 
 def _kernels(shape: ClusterShape, kernels: Sequence[str]) -> Sequence[str]:
     return kernels if shape.machine.device == "cuda" else (FUSED,)
-
-
-def _managed(load: TableLoad, shape: ClusterShape, kernels: Sequence[str]) -> list[Choice]:
-    if load.num_rows % shape.world_size:
-        rows = load.num_rows + -load.num_rows % shape.world_size
-        raise UserError(
-            f"table {load.name!r}: managed collision gives every rank equally many rows, and "
-            f"num_embeddings={load.num_rows} is not a multiple of {shape.world_size} ranks; use "
-            f"{rows}"
-        )
-    return _with_kernels([(ROW_WISE, 1)], shape, kernels)
 
 
 def _free(load: TableLoad, shape: ClusterShape) -> list[tuple[str, int]]:
@@ -154,12 +143,6 @@ def _forced(load: TableLoad, forced: Sharding, shape: ClusterShape) -> list[tupl
             f"table {load.name!r}: {forced.kind} works for pooled tables only, and a sequence uses "
             "this one; use row_wise, table_wise, column_wise or data_parallel"
         )
-    if kind == TABLE_COLUMN_WISE and n > shape.ranks_per_host:
-        raise UserError(
-            f"table {load.name!r}: table_column_wise with num_shards={n} needs as many ranks on "
-            f"one host, and {shape.name} has {shape.ranks_per_host}; use at most "
-            f"{shape.ranks_per_host}, or column_wise"
-        )
     return [(kind, n)]
 
 
@@ -172,9 +155,9 @@ def _check_columns(load: TableLoad, kind: str, num_shards: int) -> None:
         )
 
 
-def row_blocks(num_rows: int, num_shards: int, *, equal: bool) -> list[tuple[int, int]]:
-    """(offset, rows) of every row shard, as TorchRec cuts them; `equal` under managed collision."""
-    block = num_rows // num_shards if equal else -(-num_rows // num_shards)
+def row_blocks(num_rows: int, num_shards: int) -> list[tuple[int, int]]:
+    """(offset, rows) of every row shard, as TorchRec cuts them: ceil(rows / shards) each."""
+    block = -(-num_rows // num_shards)
     starts = [min(block * shard, num_rows) for shard in range(num_shards + 1)]
     return [(a, b - a) for a, b in zip(starts[:-1], starts[1:], strict=True)]
 
@@ -191,10 +174,10 @@ def shards_of(
     if choice.sharding == DATA_PARALLEL:
         return [(rank, 0, 0, rows, dim) for rank in range(shape.world_size)]
     if choice.sharding == ROW_WISE:
-        blocks = row_blocks(rows, shape.world_size, equal=load.managed)
+        blocks = row_blocks(rows, shape.world_size)
         return [(rank, start, 0, n, dim) for rank, (start, n) in enumerate(blocks)]
     if choice.domain == "host":
-        blocks = row_blocks(rows, shape.ranks_per_host, equal=False)
+        blocks = row_blocks(rows, shape.ranks_per_host)
         return [
             (host * shape.ranks_per_host + local, start, unit * width, n, width)
             for unit, host in enumerate(targets)

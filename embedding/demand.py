@@ -20,7 +20,7 @@ from embedding.choices import (
     Choice,
 )
 from embedding.cluster_shape import ClusterShape
-from embedding.config import SparseOptimizer
+from embedding.config import ShardingConfig, SparseOptimizer
 from embedding.limits import ELEMENT_BYTES
 from embedding.plan_description import BYTE_KINDS, PHASES
 from embedding.workload import TableLoad
@@ -86,6 +86,17 @@ class StepSettings:
     optimizer: SparseOptimizer
     wire_bytes: int = ELEMENT_BYTES
     """Bytes of an element of vectors and gradients on the wire."""
+
+
+def step_settings(
+    batch_size_per_rank: int, optimizer: SparseOptimizer, sharding: ShardingConfig
+) -> StepSettings:
+    """Of a configuration."""
+    return StepSettings(
+        batch_size_per_rank=batch_size_per_rank,
+        optimizer=optimizer,
+        wire_bytes=ELEMENT_BYTES if sharding.communication == "fp32" else 2,
+    )
 
 
 @dataclass

@@ -142,7 +142,7 @@ class Layout:
             outside = np.ones(len(harm_W), dtype=bool)
             outside[first:last] = False
             harm_W = np.where(outside, np.inf, harm_W)
-        order = np.argsort(harm_W, kind="stable")[:units]
+        order = np.argsort(harm_W, kind="stable")[: min(units, int(np.isfinite(harm_W).sum()) or 1)]
         # More column shards than ranks: they take turns.
         chosen = [int(order[unit % len(order)]) for unit in range(units)]
         return tuple(chosen) if np.isfinite(harm_W[chosen]).all() else None

@@ -35,7 +35,7 @@ from embedding.managed_collision import set_num_buckets
 from embedding.plan_description import PlanDescription, ShardPlacement, TablePlan
 
 
-def make_plan(
+def torchrec_plan(
     model: nn.Module,
     sharders: list[ModuleSharder[nn.Module]],
     schema: FeatureSchema,

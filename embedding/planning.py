@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+from embedding.calibration import constants_for
 from embedding.choices import FUSED, UVM, UVM_CACHING, Choice, choices_of
 from embedding.cluster_shape import ClusterShape
 from embedding.config import FeatureSchema
 from embedding.cost import CostModel, Placed
-from embedding.cost_constants import CostConstants
 from embedding.demand import StepSettings
 from embedding.errors import UserError
 from embedding.plan_description import PlanDescription
@@ -27,7 +28,8 @@ class PlanRequest:
     schema: FeatureSchema
     shape: ClusterShape
     settings: StepSettings
-    constants: CostConstants
+    calibration: Path | None = None
+    """Measured constants; without a file the data sheet's."""
     tables_path: str = "tables"
     """Path of the `EmbeddingTables` in the module that is sharded."""
     traffic: Traffic | None = None
@@ -44,9 +46,8 @@ class PlanRequest:
 
     def model(self) -> CostModel:
         """Prices on this cluster."""
-        return CostModel(
-            self.loads(), self.shape, self.settings, self.constants, self.reserved_bytes
-        )
+        constants = constants_for(self.shape, self.calibration)
+        return CostModel(self.loads(), self.shape, self.settings, constants, self.reserved_bytes)
 
 
 def plan_tables(
@@ -95,6 +96,20 @@ def find_plan(
         return found or offloaded
     both = found.search_s + offloaded.search_s
     return replace(min(offloaded, found, key=lambda f: f.cost_s), search_s=both)
+
+
+def check_covers(plan: PlanDescription, schema: FeatureSchema) -> None:
+    """Refuse a plan that leaves tables of the schema out.
+
+    Raises:
+        UserError: It names the tables.
+    """
+    missing = [table.name for table in schema.tables if plan.table(table.name) is None]
+    if missing:
+        raise UserError(
+            f"the plan misses the tables {missing}; plan again for this recipe, or pin it with "
+            "`braid plan --pin` to place the rest"
+        )
 
 
 def _pinned(request: PlanRequest, loads: list[TableLoad]) -> dict[str, Placed]:

@@ -5,10 +5,12 @@ from dataclasses import replace
 
 from embedding.choices import UVM, UVM_CACHING, choices_of
 from embedding.config import RowWiseAdagrad, TableConfig
-from embedding.cost import CostModel
+from embedding.cost import CostModel, usage_of
 from embedding.errors import UserError
 from embedding.limits import COLUMN_MULTIPLE
+from embedding.plan_description import PlanDescription
 from embedding.planning import PlanRequest
+from embedding.prediction import placement_of
 from embedding.proposers import smallest, total_bytes
 from embedding.search import fits_somehow
 
@@ -20,6 +22,8 @@ _NAMED = 3
 def refusal(request: PlanRequest) -> UserError:
     """The error for a request that `plan_tables` found no plan for."""
     model = request.model()
+    if request.pinned is not None:
+        return _pinned_too_large(request, request.pinned, model)
     remedies = list(_remedies(request))
     hint = (
         "; or ".join(remedies)
@@ -29,6 +33,19 @@ def refusal(request: PlanRequest) -> UserError:
     )
     return UserError(
         f"no sharding plan fits {request.shape.name}: {_shortage(request, model)}; {hint}"
+    )
+
+
+def _pinned_too_large(request: PlanRequest, pinned: PlanDescription, model: CostModel) -> UserError:
+    placement = placement_of(pinned, list(model.loads.values()), request.shape)
+    usage = usage_of(model, placement)
+    rank = int(usage.device_bytes_W.argmax())
+    needed = float(usage.device_bytes_W[rank])
+    short = needed - model.device_capacity
+    where = f"rank {rank} needs {_gib(needed)} of {_gib(model.device_capacity)}"
+    why = f"{where}, {_gib(short)} short" if short > 0 else "the other tables fit nowhere beside it"
+    return UserError(
+        f"the pinned plan does not fit {request.shape.name}: {why}; plan again without it"
     )
 
 

@@ -1,0 +1,91 @@
+"""From a recipe to what planning needs. Imports nothing heavy."""
+
+from dataclasses import replace
+
+from embedding.cluster_shape import ClusterShape
+from embedding.config import (
+    ColumnWise,
+    DataParallel,
+    FeatureSchema,
+    Grid,
+    RowWise,
+    Sharding,
+    TableColumnWise,
+    TableRowWise,
+    TableWise,
+)
+from embedding.demand import step_settings
+from embedding.errors import UserError
+from embedding.planning import PlanRequest
+from embedding.traffic import read_traffic
+from pipeline.config import Recipe
+from pipeline.recipe import nearest_name
+
+TABLES_PATH = "model.tables"
+"""Where the module that is sharded, a `RankingStep`, holds its `EmbeddingTables`."""
+
+_WHOLE: dict[str, type[DataParallel | TableWise | RowWise | TableRowWise]] = {
+    "data_parallel": DataParallel,
+    "table_wise": TableWise,
+    "row_wise": RowWise,
+    "table_row_wise": TableRowWise,
+}
+_KINDS = (*_WHOLE, "column_wise", "table_column_wise", "grid")
+
+
+def plan_request(recipe: Recipe, shape: ClusterShape) -> PlanRequest:
+    """A request for the recipe's tables on a cluster, with its own files and limits."""
+    sharding = recipe.embedding.sharding
+    return PlanRequest(
+        schema=recipe.features,
+        shape=shape,
+        settings=step_settings(
+            recipe.ranking.trainer.batch_size_per_rank, recipe.embedding.optimizer, sharding
+        ),
+        calibration=sharding.calibration,
+        tables_path=TABLES_PATH,
+        traffic=None if sharding.traffic is None else read_traffic(sharding.traffic),
+        kernels=sharding.kernels,
+    )
+
+
+def with_constraints(request: PlanRequest, constraints: list[str]) -> PlanRequest:
+    """Force sharding types: `table=row_wise`, `table=column_wise:4` (number of column shards).
+
+    Raises:
+        UserError: No such table or sharding type.
+    """
+    forced = dict(_constraint(text, request.schema) for text in constraints)
+    tables = tuple(
+        table.model_copy(update={"sharding": forced.get(table.name, table.sharding)})
+        for table in request.schema.tables
+    )
+    return replace(request, schema=request.schema.model_copy(update={"tables": tables}))
+
+
+def _constraint(text: str, schema: FeatureSchema) -> tuple[str, Sharding]:
+    table, separator, kind = text.partition("=")
+    names = [config.name for config in schema.tables]
+    if not separator:
+        raise UserError(f"--constraint {text!r}: write it as table=row_wise")
+    if table not in names:
+        raise UserError(
+            f"--constraint {text!r}: there is no table {table!r}{nearest_name(table, names)}; "
+            f"tables are {', '.join(names)}"
+        )
+    kind, _, count = kind.partition(":")
+    if kind in _WHOLE and not count:
+        return table, _WHOLE[kind]()
+    shards = int(count) if count.isdigit() and int(count) else None if count else 2
+    if shards is not None:
+        match kind:
+            case "column_wise":
+                return table, ColumnWise(num_shards=shards)
+            case "table_column_wise":
+                return table, TableColumnWise(num_shards=shards)
+            case "grid" | "grid_shard":
+                return table, Grid(num_column_shards=shards)
+    raise UserError(
+        f"--constraint {text!r}: {kind!r} is no sharding type{nearest_name(kind, _KINDS)}; types "
+        f"are {', '.join(_KINDS)}, the last three with :N column shards if not 2"
+    )

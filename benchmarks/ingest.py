@@ -20,7 +20,7 @@ from environment import PeakMemory, describe
 
 from pipeline.config import Recipe
 from pipeline.days import available_days
-from pipeline.ingest import ingest
+from pipeline.ingest import check_span, ingest
 from pipeline.join import join
 from pipeline.synthetic import generate
 
@@ -80,7 +80,9 @@ def measure(num_events: int, num_cpus: int, folder: Path) -> dict[str, Any]:
             _node_ip_address="127.0.0.2",
         )
         try:
-            ingest_s, facts = _timed(lambda: ingest(recipe, days, None, folder / "ingest"))
+            ingest_s, facts = _timed(
+                lambda: ingest(recipe, check_span(recipe, days, None), folder / "ingest")
+            )
             ingest_peak_gib = memory.peak_gib
             join_s, joined = _timed(lambda: join(recipe, folder / "ingest", folder / "join"))
         finally:

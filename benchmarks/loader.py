@@ -10,9 +10,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import deepfm
 import torch
 import torch.distributed as dist
+import workload
 from environment import describe
 from rich.console import Console
 from rich.table import Table
@@ -37,17 +37,17 @@ def rows_per_s(source: SampleLoader, num_passes: int) -> list[float]:
 
 def data_wait_share(files: SampleFiles) -> float:
     """Share of a DeepFM training run's time in which the step waited for its batch."""
-    sharded = deepfm.build(rank=0, world_size=1, port=29_731)
-    settings = deepfm.config()
+    sharded = workload.build(rank=0, world_size=1, port=29_731)
+    settings = workload.config()
     trainer = Trainer(
         settings.trainer,
         settings.tasks,
         model=sharded.model,
         optimizer=sharded.optimizer,
-        device=deepfm.CPU,
+        device=workload.CPU,
         hooks=TrainingHooks(report=lambda *_: None, save=lambda _: None),
     )
-    summary = trainer.fit(SampleLoader(files, batch_size_per_rank=deepfm.BATCH_SIZE))
+    summary = trainer.fit(SampleLoader(files, batch_size_per_rank=workload.BATCH_SIZE))
     dist.destroy_process_group()
     return summary.data_wait_share
 
@@ -63,10 +63,10 @@ def main() -> None:
     train_rows, load_rows = (2**18, 2**20) if args.quick else (2**20, 2**21)
     with tempfile.TemporaryDirectory() as folder:
         part = Path(folder) / "samples.parquet"
-        deepfm.write_samples(part, train_rows)
-        once = SampleFiles([part], deepfm.SCHEMA, ["click"])
-        several = SampleFiles([part] * (load_rows // train_rows), deepfm.SCHEMA, ["click"])
-        source = SampleLoader(several, batch_size_per_rank=deepfm.BATCH_SIZE)
+        workload.write_samples(part, train_rows)
+        once = SampleFiles([part], workload.SCHEMA, ["click"])
+        several = SampleFiles([part] * (load_rows // train_rows), workload.SCHEMA, ["click"])
+        source = SampleLoader(several, batch_size_per_rank=workload.BATCH_SIZE)
         rates = rows_per_s(source, num_passes=5)
         share = data_wait_share(once)
     figures = {

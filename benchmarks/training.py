@@ -1,9 +1,9 @@
-"""Training throughput of a DeepFM on the CPU, next to what the machine's GEMM allows.
+"""Training throughput of three models on the CPU, next to what the machine's GEMM allows.
 
 Run: .venv/bin/python benchmarks/training.py [--quick] [--json FILE]
 
 Every figure comes from processes of its own. `share_of_gemm_limit` divides by the rows/s at which
-the MLP's matrix products alone would run at the GEMM rate measured between the windows.
+the model's matrix products alone would run at the GEMM rate measured between the windows.
 `communication_share` compares two ranks of one group with two processes that train alone at the
 same time, so that both share the machine alike.
 """
@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import deepfm
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import workload
 from environment import describe
 from rich.console import Console
 from rich.table import Table
@@ -41,6 +41,7 @@ class Job:
     num_groups: int
     threads_per_rank: int
     windows: int
+    model: str = "deepfm"
     precision: str = "fp32"
 
 
@@ -53,10 +54,9 @@ class Figures:
     gemm_gflop_per_s: float
     """Per rank."""
 
-    @property
-    def share_of_gemm_limit(self) -> float:
+    def share_of_gemm_limit(self, flop_per_row: float) -> float:
         """Rows/s over what the products alone would allow; for one rank."""
-        return self.rows_per_s * deepfm.gemm_flop_per_row() / (self.gemm_gflop_per_s * 1e9)
+        return self.rows_per_s * flop_per_row / (self.gemm_gflop_per_s * 1e9)
 
 
 def measure(job: Job) -> Figures:
@@ -80,7 +80,9 @@ def _worker(index: int, job: Job, barrier: Any, results: Any) -> None:
     torch.set_num_threads(job.threads_per_rank)
     torch.manual_seed(index)
     group, rank = divmod(index, job.world_size)
-    sharded = deepfm.build(rank, job.world_size, 29_741 + group, job.precision)
+    sharded = workload.build(
+        rank, job.world_size, 29_741 + group, workload.config(job.model, job.precision)
+    )
     batches = [_random_batch() for _ in range(NUM_BATCHES)]
     _train(sharded, batches)
     rates, gemms = [], []
@@ -91,7 +93,7 @@ def _worker(index: int, job: Job, barrier: Any, results: Any) -> None:
         started = time.perf_counter()
         _train(sharded, batches)
         dist.barrier()
-        rows = NUM_BATCHES * deepfm.BATCH_SIZE * job.world_size
+        rows = NUM_BATCHES * workload.BATCH_SIZE * job.world_size
         rates.append(rows / (time.perf_counter() - started))
     results.put(Figures(statistics.median(rates), statistics.median(gemms)))
     dist.destroy_process_group()
@@ -106,11 +108,11 @@ def _train(sharded: Any, batches: list[RankingBatch]) -> None:
 
 
 def _random_batch() -> RankingBatch:
-    size = deepfm.BATCH_SIZE
-    names = tuple(feature.name for feature in deepfm.SCHEMA.sparse)
-    rows = tuple(torch.randint(0, deepfm.ROWS_PER_TABLE, (size,)) for _ in names)
+    size = workload.BATCH_SIZE
+    names = tuple(feature.name for feature in workload.SCHEMA.sparse)
+    rows = tuple(torch.randint(0, workload.ROWS_PER_TABLE, (size,)) for _ in names)
     return RankingBatch(
-        dense_BF=torch.randn(size, deepfm.NUM_DENSE),
+        dense_BF=torch.randn(size, workload.NUM_DENSE),
         pooled=SingleIds(names, rows).to_kjt(),
         unpooled=SingleIds((), ()).to_kjt(),
         labels_BT=torch.randint(0, 2, (size, 1)).float(),
@@ -137,17 +139,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     windows = 5 if args.quick else 15
-    single: dict[str, Any] = {"fp32": _as_dict(measure(Job(1, 1, 2, windows)))}
-    if cpu_has_bf16():
-        single["bf16"] = _as_dict(measure(Job(1, 1, 2, windows, "bf16")))
-    else:
-        reason = "this CPU has neither avx512_bf16 nor amx instructions"
-        single["bf16"] = {"rows_per_s": None, "reason": reason}
+    models = {name: _of_model(name, windows) for name in workload.MODELS}
     alone = measure(Job(world_size=1, num_groups=1, threads_per_rank=1, windows=windows))
     apart = measure(Job(world_size=1, num_groups=2, threads_per_rank=1, windows=windows))
     together = measure(Job(world_size=2, num_groups=1, threads_per_rank=1, windows=windows))
     figures = {
-        "deepfm": single,
+        **models,
         "two_ranks": {
             "rows_per_s": together.rows_per_s,
             "one_rank_rows_per_s": alone.rows_per_s,
@@ -162,20 +159,38 @@ def main() -> None:
         args.json.write_text(json.dumps(figures, indent=2))
 
 
-def _as_dict(figures: Figures) -> dict[str, float]:
-    return asdict(figures) | {"share_of_gemm_limit": figures.share_of_gemm_limit}
+def _of_model(model: str, windows: int) -> dict[str, Any]:
+    """Figures of one rank with two threads, by precision."""
+    flop_per_row = workload.gemm_flop_per_row(model)
+    found: dict[str, Any] = {"gemm_flop_per_row": flop_per_row}
+    for precision in ("fp32", "bf16"):
+        if precision == "bf16" and not cpu_has_bf16():
+            reason = "this CPU has neither avx512_bf16 nor amx instructions"
+            found[precision] = {"rows_per_s": None, "reason": reason}
+            continue
+        # A window of the largest model takes ten times as long, so a third of them is enough.
+        job = Job(1, 1, 2, max(3, windows // 3) if model == "fgcnn" else windows, model, precision)
+        figures = measure(job)
+        share = figures.share_of_gemm_limit(flop_per_row)
+        found[precision] = asdict(figures) | {"share_of_gemm_limit": share}
+    return found
 
 
 def _table(figures: dict[str, Any]) -> Table:
-    title = "DeepFM: 26 tables, 0.9 M rows, D 16, MLP 1024-512-256, batch 4096"
-    table = Table("figure", "value", title=title)
-    fp32, bf16, two = figures["deepfm"]["fp32"], figures["deepfm"]["bf16"], figures["two_ranks"]
-    table.add_row("fp32 rows/s, 2 threads", f"{fp32['rows_per_s']:,.0f}")
-    table.add_row("  share of the GEMM limit", f"{fp32['share_of_gemm_limit']:.0%}")
-    table.add_row("  GEMM GFLOP/s", f"{fp32['gemm_gflop_per_s']:.0f}")
-    bf16_rate = bf16["rows_per_s"]
-    table.add_row("bf16 rows/s", bf16["reason"] if bf16_rate is None else f"{bf16_rate:,.0f}")
-    table.add_row("two ranks, 1 thread each, rows/s", f"{two['rows_per_s']:,.0f}")
+    table = Table(
+        *("figure", "value", "share of the GEMM limit"),
+        title="26 tables, 0.9 M rows, D 16, batch 4096",
+    )
+    for model in workload.MODELS:
+        for precision in ("fp32", "bf16"):
+            found = figures[model][precision]
+            if found["rows_per_s"] is None:
+                table.add_row(f"{model} {precision}", found["reason"])
+                continue
+            rate, share = f"{found['rows_per_s']:,.0f}", f"{found['share_of_gemm_limit']:.0%}"
+            table.add_row(f"{model} {precision} rows/s, 2 threads", rate, share)
+    two = figures["two_ranks"]
+    table.add_row("deepfm, two ranks, 1 thread each, rows/s", f"{two['rows_per_s']:,.0f}")
     table.add_row("  scaling efficiency", f"{two['scaling_efficiency']:.0%}")
     table.add_row("  communication share", f"{two['communication_share']:.0%}")
     return table

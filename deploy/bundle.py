@@ -21,6 +21,7 @@ from embedding.config import ManagedCollision, StrictConfig
 from embedding.errors import UserError
 from embedding.id_map import NO_ID
 from pipeline.config import Recipe
+from ranking.averaging import published_weights
 
 BUNDLE_FILE = "bundle.json"
 DENSE_FILE = "dense.safetensors"
@@ -60,7 +61,7 @@ def write_bundle(recipe: Recipe, checkpoint: Path, directory: Path) -> Bundle:
         (directory / folder).mkdir(parents=True)
     dense = {
         name.removeprefix(MODEL_PREFIX): tensor
-        for name, tensor in read_dense(checkpoint).items()
+        for name, tensor in published_weights(read_dense(checkpoint)).items()
         if name.startswith(MODEL_PREFIX)
     }
     save_file(dense, directory / DENSE_FILE)
@@ -137,9 +138,10 @@ def _write_table(
     if isinstance(table.ids, ManagedCollision):
         segments = tuple(read_manifest(checkpoint).segments(name))
         save_file(_id_map(checkpoint, name), directory / f"ids/{name}.safetensors")
+    saved = read_manifest(checkpoint).tables[name]
     return BundledTable(
-        num_rows=read_manifest(checkpoint).tables[name].num_rows,
-        embedding_dim=table.embedding_dim,
+        num_rows=saved.num_rows,
+        embedding_dim=saved.num_columns,
         files=tuple(files),
         segments=segments,
     )

@@ -13,6 +13,7 @@ from embedding.batch import RankingBatch
 from embedding.config import FeatureSchema, Hashed, ManagedCollision
 from embedding.id_map import owner_of
 from ranking.model import RankingModel
+from ranking.tasks import probabilities
 
 
 class Predictor:
@@ -44,7 +45,7 @@ class Predictor:
     @torch.no_grad()
     def predict(self, batch: RankingBatch) -> Tensor:
         """Probabilities (B, T) in the order of `tasks`; filling rows included."""
-        return torch.sigmoid(self.model(self._mapped(batch)))
+        return probabilities(self.model(self._mapped(batch)))
 
     def _mapped(self, batch: RankingBatch) -> RankingBatch:
         if not self._id_maps:

@@ -43,7 +43,7 @@ class Checkpointer:
     """Saves and loads the training state of one run. Every rank makes the same calls."""
 
     def __init__(self, directory: Path, keep: int) -> None:
-        """`keep`: complete checkpoints retained. Creates its own gloo group for saving."""
+        """`keep`: latest complete checkpoints kept. Creates its own gloo group for saving."""
         self.directory = directory
         self._keep = keep
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
@@ -52,7 +52,13 @@ class Checkpointer:
         self._pending: Future[None] | None = None
 
     def save(
-        self, step: int, sharded: Sharded, progress: dict[str, Any], wait: bool = True
+        self,
+        step: int,
+        sharded: Sharded,
+        progress: dict[str, Any],
+        *,
+        wait: bool = True,
+        retain: int | None = None,
     ) -> None:
         """Save everything training needs to continue after `step`.
 
@@ -62,6 +68,8 @@ class Checkpointer:
             progress: JSON-able facts of this rank (data position, metric windows).
             wait: False copies this rank's shards to host memory and writes them in the
                 background; True writes them in place, without a copy.
+            retain: a step whose checkpoint is not removed, however many come after it; this
+                replaces what was retained before.
         """
         self.wait()
         ranks: list[Any] = [None] * self._world_size
@@ -70,10 +78,10 @@ class Checkpointer:
         manifest = make_manifest(sharded, step, ranks)
         tensors = capture(sharded, manifest.ranks, self._rank)
         if wait:
-            self._write(manifest, tensors)
+            self._write(manifest, tensors, retain)
             return
         staged = {name: tensor.staged() for name, tensor in tensors.items()}
-        self._pending = self._thread.submit(self._write, manifest, staged)
+        self._pending = self._thread.submit(self._write, manifest, staged, retain)
 
     def wait(self) -> None:
         """Until the checkpoint in the background is complete; raises what went wrong there."""
@@ -126,7 +134,9 @@ class Checkpointer:
             return step, self.load(step, sharded)
         return None
 
-    def _write(self, manifest: CheckpointManifest, tensors: dict[str, StoredTensor]) -> None:
+    def _write(
+        self, manifest: CheckpointManifest, tensors: dict[str, StoredTensor], retain: int | None
+    ) -> None:
         final = step_directory(self.directory, manifest.step)
         partial = self.directory / f".{final.name}.partial"
         if self._rank == 0:
@@ -147,7 +157,8 @@ class Checkpointer:
             files[".metadata"] = _stored_file(partial / ".metadata")
             _publish(partial, final, manifest.model_copy(update={"files": files}))
             for step in sorted(steps(self.directory))[: -self._keep]:
-                shutil.rmtree(step_directory(self.directory, step))
+                if step != retain:
+                    shutil.rmtree(step_directory(self.directory, step))
         dist.barrier(group=self._group)
 
     def _verify(self, directory: Path, manifest: CheckpointManifest) -> None:

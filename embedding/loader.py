@@ -145,6 +145,11 @@ class SampleLoader:
         left = self._plan(position).remaining(position.legs)
         return num_steps(num_rows(left), self.world_size, self.batch_size_per_rank)
 
+    def rows_before(self, position: Position) -> int:
+        """Rows trained from the start of the run to `position`, over all ranks."""
+        left = num_rows(self._plan(position).remaining(position.legs))
+        return (position.epoch + 1) * self.files.num_rows - left
+
     def shuffled(self, position: Position) -> "BatchStream":
         """The batches from `position` to the end of its epoch."""
         plan = self._plan(position)

@@ -9,7 +9,7 @@ batch.unpooled  --> unpooled (EC per dim), managed_unpooled (MC-EC per dim) --> 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,8 @@ class EmbeddedBatch:
     """Vectors (N, D) per sequence feature; sample after sample, oldest first."""
     lengths: dict[str, Tensor]
     """Events per sample, (B,), by history; shared by all sequences of the history."""
+    gap_rows: dict[str, Tensor] = field(default_factory=dict)
+    """Rows (N,) of the sequences with source gap: which bucket of time an event lies in."""
 
     def field(self, name: str) -> Tensor:
         """The (B, D) vector of one sparse feature; a view."""
@@ -127,6 +129,7 @@ class FieldAssembly(nn.Module):
         self._means = tuple(f.name for f in schema.sparse if f.pooling == "mean")
         self._pooled_after = tuple(feature.name for feature in schema.unpooled_features)
         self._sequences = tuple(feature.name for feature in schema.sequences)
+        self._gaps = tuple(f.name for f in schema.sequences if f.source == "gap")
         self._history_feature = {f.history: f.name for f in reversed(schema.sequences)}
         self._block = math.gcd(*self.field_dims) if self.field_dims else 1
         self._order: tuple[tuple[str, ...], Tensor | None] | None = None
@@ -155,6 +158,7 @@ class FieldAssembly(nn.Module):
                 history: _lengths(batch.unpooled, name)
                 for history, name in self._history_feature.items()
             },
+            gap_rows={name: _values(batch.unpooled, name) for name in self._gaps},
         )
 
     def _in_schema_order(self, names: tuple[str, ...], parts: list[Tensor]) -> Tensor:
@@ -214,6 +218,11 @@ def _lengths(features: KeyedJaggedTensor, name: str) -> Tensor:
     # `features[name]` would compute offsets per key and wait for the device.
     keys = features.keys()
     return features.lengths().view(len(keys), -1)[keys.index(name)]
+
+
+def _values(features: KeyedJaggedTensor, name: str) -> Tensor:
+    index, offsets = features.keys().index(name), features.offset_per_key()
+    return features.values()[offsets[index] : offsets[index + 1]]
 
 
 def _sum_per_sample(jagged: JaggedTensor) -> Tensor:

@@ -30,16 +30,27 @@ _STYLE = {
     "svg.hashsalt": "braid",
 }
 
+_FEW_POINTS = 20
+
 Curve = tuple[Sequence[float], Sequence[float]]
 
 
 def lines(
-    curves: Mapping[str, Curve], *, x_label: str, y_label: str, reference: float | None = None
+    curves: Mapping[str, Curve],
+    *,
+    x_label: str,
+    y_label: str,
+    reference: float | None = None,
+    mark: float | None = None,
 ) -> str:
-    """Line chart of named curves; `reference` draws a dashed level."""
+    """Line chart of named curves; `reference` draws a dashed level, `mark` a dashed place on x."""
     with _chart(5.2, 2.6) as (figure, axes):
         for (name, (x, y)), color in zip(curves.items(), _cycle(len(curves)), strict=True):
-            axes.plot(x, y, label=name, color=color, linewidth=1.6)
+            # A curve of few points is seen by its points.
+            marker = "o" if len(x) < _FEW_POINTS else None
+            axes.plot(x, y, label=name, color=color, linewidth=1.6, marker=marker, markersize=3.5)
+        if mark is not None:
+            axes.axvline(mark, color=_INK, linewidth=0.8, linestyle="--", alpha=0.5)
         if reference is not None:
             axes.axhline(reference, color=_INK, linewidth=0.8, linestyle="--", alpha=0.5)
         axes.set_xlabel(x_label)
@@ -58,6 +69,20 @@ def bars(values: Mapping[str, float], *, x_label: str, value_format: str = "{:,.
         axes.set_xlabel(x_label)
         axes.grid(axis="y", visible=False)
         axes.margins(x=0.12)
+        return _svg(figure)
+
+
+def intervals(values: Mapping[str, tuple[float, float]], *, x_label: str) -> str:
+    """Means with half widths of their intervals, first entry on top; a line marks the first."""
+    with _chart(5.2, 0.26 * len(values) + 0.8) as (figure, axes):
+        names = list(values)[::-1]
+        means = [values[name][0] for name in names]
+        widths = [values[name][1] for name in names]
+        axes.errorbar(means, names, xerr=widths, fmt="o", color=_COLORS[0], markersize=4, capsize=2)
+        axes.axvline(means[-1], color=_INK, linewidth=0.8, linestyle="--", alpha=0.5)
+        axes.set_xlabel(x_label)
+        axes.grid(axis="y", visible=False)
+        axes.margins(y=0.5 / max(len(values), 1))
         return _svg(figure)
 
 

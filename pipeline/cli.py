@@ -85,6 +85,44 @@ def backfill(
 
 
 @app.command()
+def study(  # noqa: PLR0913 # a command's parameters are its options
+    recipe: RecipeOption,
+    variants: Annotated[
+        Path,
+        typer.Option(help="YAML file: names to lists of path.to.key=value; the first is compared."),
+    ],
+    out: OutOption,
+    seeds: Annotated[int, typer.Option(min=1, help="Trials a variant, with seeds of their own.")],
+    date: Annotated[
+        str | None, typer.Option("--date", "-d", help="Day to train up to; default: the last.")
+    ] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(help="Metric to show, e.g. like.cold.auc. May be repeated.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the result here.")
+    ] = None,
+    overrides: SetOption = None,
+) -> None:
+    """Compare variants of a recipe over seeds: mean, 95% interval, paired differences."""
+    from pipeline.lock import exclusive
+    from pipeline.study import Study, read_variants
+    from pipeline.study_report import shown_metrics, study_table, write_study_report
+
+    chosen = read_variants(variants)
+    with exclusive(out, f"braid study --recipe {recipe}"):
+        work = Study(recipe, chosen, date=date, num_seeds=seeds, out=out, overrides=overrides or ())
+        result = work.run()
+        metrics = shown_metrics(work.first, result, metric or ())
+        report = write_study_report(result, metrics, out)
+    work.reporter.console.print(study_table(result, metrics))
+    work.reporter.line(f"report  {report}")
+    if json_file is not None:
+        json_file.write_text(result.model_dump_json(indent=2))
+    raise typer.Exit(1 if result.failed else 0)
+
+
+@app.command()
 def status(context: typer.Context, out: OutOption) -> None:
     """What ran, what is stale, what failed."""
     from rich.console import Console

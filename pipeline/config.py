@@ -6,7 +6,14 @@ Imports pydantic and nothing heavy, so that `braid validate` and `--help` never 
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from embedding.config import (
     FeatureSchema,
@@ -15,6 +22,7 @@ from embedding.config import (
     SparseOptimizer,
     StrictConfig,
 )
+from ranking.compatibility import check_model
 from ranking.config import RankingConfig
 
 
@@ -73,10 +81,22 @@ class WindowConfig(StrictConfig):
     train_days: PositiveInt | None = None
     """Days up to and including D; None: all days there are. A warm-started run trains only the
     days after its parent's."""
+    validation_days: NonNegativeInt = 0
+    """The last so many days of the training window are not trained but validated on: they choose
+    the step that is published (`ranking.trainer.validation`)."""
     eval_days: PositiveInt | None = 1
     """Days after D; None: all days there are."""
     warm_start: bool = True
     """Start from the latest earlier run in the same output directory."""
+
+    @model_validator(mode="after")
+    def _check_days(self) -> Self:
+        if self.train_days is not None and self.validation_days >= self.train_days:
+            raise ValueError(
+                f"validation_days={self.validation_days} leaves none of train_days="
+                f"{self.train_days} to train on; lower it or raise train_days"
+            )
+        return self
 
 
 class EmbeddingPlaneConfig(StrictConfig):
@@ -84,6 +104,9 @@ class EmbeddingPlaneConfig(StrictConfig):
 
     optimizer: SparseOptimizer = RowWiseAdagrad()
     sharding: ShardingConfig = ShardingConfig()
+    l2: NonNegativeFloat = 0.0
+    """L2 on the vectors each sample looks up, in the loss (`ranking.regularization`): works with
+    every optimizer and device. Adds l2 times the vector to its gradient."""
 
 
 class ClusterConfig(StrictConfig):
@@ -133,6 +156,11 @@ class Recipe(StrictConfig):
     gate: GateConfig
 
     @model_validator(mode="after")
+    def _check_model(self) -> Self:
+        check_model(self.features, self.ranking.model)
+        return self
+
+    @model_validator(mode="after")
     def _check_references(self) -> Self:
         histories = [history.name for history in self.features.histories]
         for interest in self.ranking.model.interests:
@@ -141,6 +169,7 @@ class Recipe(StrictConfig):
                     f"ranking.model.interests: history {interest.history!r} is not among the "
                     f"histories {histories}"
                 )
+        _check_validation(self.window, self.ranking)
         labels = [task.label_name for task in self.ranking.tasks]
         for history in self.features.histories:
             if history.label is not None and history.label not in labels:
@@ -151,3 +180,17 @@ class Recipe(StrictConfig):
         if self.gate.task not in tasks:
             raise ValueError(f"gate.task: {self.gate.task!r} is not among the tasks {tasks}")
         return self
+
+
+def _check_validation(window: WindowConfig, ranking: RankingConfig) -> None:
+    trainer = ranking.trainer
+    needs = {
+        "ranking.trainer.schedule.plateau": trainer.schedule.plateau,
+        "ranking.trainer.validation.patience": trainer.validation.patience,
+    }
+    for name, value in needs.items():
+        if value is not None and not window.validation_days:
+            raise ValueError(
+                f"{name} acts on held-out days, and there are none; set window.validation_days to "
+                "1 or more, or leave it out"
+            )

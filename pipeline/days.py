@@ -51,14 +51,16 @@ class Split:
     known: tuple[str, ...]
     """All days up to and including the run's date."""
     train: tuple[str, ...]
+    validation: tuple[str, ...]
+    """The days between those to train on and those to evaluate on."""
     evaluation: tuple[str, ...]
 
 
 def split_days(days: Sequence[str], day: str, window: WindowConfig) -> Split:
-    """Days to train and to evaluate on for a run of `day`.
+    """Days to train, to validate and to evaluate on for a run of `day`.
 
     Raises:
-        UserError: No event to train on, or none after `day` to evaluate on.
+        UserError: No day to train on, or none after `day` to evaluate on.
     """
     parse_day(day, "--date")
     known = [other for other in days if other <= day]
@@ -73,8 +75,20 @@ def split_days(days: Sequence[str], day: str, window: WindowConfig) -> Split:
         last = f"the last date that can be run is {known[-2]}" if len(known) > 1 else "add a day"
         raise UserError(f"--date {day}: no later day to evaluate on; {last}")
     train = known if window.train_days is None else known[-window.train_days :]
+    first_held_out = len(train) - window.validation_days
+    if first_held_out < 1:
+        raise UserError(
+            f"--date {day}: window.validation_days={window.validation_days} holds out all of "
+            f"{train[0]} .. {train[-1]}, which leaves no day to train on; lower it, or run a later "
+            "date"
+        )
     evaluation = later if window.eval_days is None else later[: window.eval_days]
-    return Split(tuple(known), tuple(train), tuple(evaluation))
+    return Split(
+        known=tuple(known),
+        train=tuple(train[:first_held_out]),
+        validation=tuple(train[first_held_out:]),
+        evaluation=tuple(evaluation),
+    )
 
 
 def fingerprint(paths: Sequence[Path]) -> str:

@@ -17,11 +17,10 @@ import pyarrow.parquet as pq
 from embedding import samples as columns
 from embedding.config import StrictConfig
 from pipeline.config import EvaluationConfig, Recipe
-from pipeline.console import Reporter
 from pipeline.metrics_file import METRICS_FILE, ORACLE_FILE, write_metrics
 from pipeline.plan import PLAN
 from pipeline.stages import StageOutput
-from pipeline.train import CHECKPOINT, TrainedModel, run_workers
+from pipeline.train import CHECKPOINT, RunWorkers, TrainedModel, run_workers
 from ranking.evaluation import TaskMetrics, evaluate_predictions
 
 PREDICTIONS = "predictions"
@@ -44,7 +43,7 @@ def evaluate(
     samples: list[Path],
     counts: Path,
     scratch: Path,
-    reporter: Reporter,
+    run: RunWorkers = run_workers,
 ) -> StageOutput:
     """Predict `samples` with the model in `trained` and compute its metrics.
 
@@ -54,7 +53,7 @@ def evaluate(
         samples: sample files of the evaluation days.
         counts: directory of the ingest artifact that ends at the run's date.
         scratch: where to write.
-        reporter: shows progress.
+        run: runs the predicting worker on every rank.
     """
     predictions = scratch / PREDICTIONS
     predictions.mkdir()
@@ -67,7 +66,7 @@ def evaluate(
         samples=[path.absolute() for path in samples],
         predictions=predictions.absolute(),
     )
-    run_workers(_predict_worker, job, recipe.cluster, scratch)
+    run(_predict_worker, job, recipe.cluster, scratch)
     predicted = read_predictions(predictions)
     slices = Slices.read(counts, recipe.evaluation)
     metrics = task_metrics(recipe, predicted, slices, columns.probability_column)

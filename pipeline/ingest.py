@@ -17,7 +17,7 @@ bucket of users. The bytes written depend on the data and the recipe only.
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,9 +102,14 @@ class IngestFacts(StrictConfig):
 
 
 @dataclass(frozen=True)
-class _Span:
-    """A checked span, ready to be read."""
+class CheckedSpan:
+    """Days of the event log whose files, catalogue and earlier state fit the recipe."""
 
+    days: tuple[str, ...]
+    previous: Path | None
+    """The ingest artifact that ends before the days."""
+    earlier: EarlierState | None
+    """The state of `previous`."""
     files: list[EventFile]
     known: CatalogueIds
     columns: EventColumns
@@ -113,52 +118,82 @@ class _Span:
 
     @property
     def num_rows(self) -> int:
+        """Events of all files."""
         return sum(file.num_rows for file in self.files)
 
 
+def check_span(recipe: Recipe, days: Sequence[str], previous: Path | None) -> CheckedSpan:
+    """Check everything that can be said without reading the events: it needs no Ray.
+
+    Args:
+        recipe: names the data root, features and tasks.
+        days: consecutive days of the event log, in order.
+        previous: the ingest artifact that ends before the days, or None at the beginning.
+
+    Raises:
+        UserError: a file breaks the data contract, or `previous` cannot be continued.
+    """
+    if list(days) != sorted(set(days)) or not days:
+        raise UserError(f"the span {days} must be at least one day, in order and without repeats")
+    earlier = _earlier_state(recipe, days[0], previous)
+    root = recipe.data.root
+    columns = EventColumns.of(recipe)
+    files = [file for day in days for file in event_files(root, day, columns)]
+    present = frozenset().union(*(file.column_names for file in files))
+    oracles = {task: name for task, name in columns.oracles.items() if name in present}
+    num_rows = sum(file.num_rows for file in files)
+    # Doubling keeps the state of an earlier span aligned with the new buckets.
+    num_buckets = recipe.data.user_buckets
+    while num_buckets * ROWS_PER_BUCKET < num_rows:
+        num_buckets *= 2
+    return CheckedSpan(
+        days=tuple(days),
+        previous=previous,
+        earlier=earlier,
+        files=files,
+        known=check_catalogue(root, recipe.features),
+        columns=columns.model_copy(update={"oracles": oracles}),
+        num_buckets=num_buckets,
+        images=_images(root, recipe.data.max_quarantined_share) if has_images(root) else None,
+    )
+
+
 def ingest(
-    recipe: Recipe,
-    span: list[str],
-    previous: Path | None,
-    scratch: Path,
-    progress: Progress | None = None,
+    recipe: Recipe, checked: CheckedSpan, scratch: Path, progress: Progress | None = None
 ) -> IngestFacts:
-    """Validate the days of `span`, give every event its histories, and write into `scratch`.
+    """Validate the events of a span, give each its histories, and write into `scratch`.
 
     Needs an initialised Ray.
 
     Args:
-        recipe: names the data root, features and tasks.
-        span: consecutive days of the event log, in order.
-        previous: the ingest artifact that ends before the span, or None at the beginning.
+        recipe: the one the span was checked for.
+        checked: the span.
         scratch: an empty directory.
         progress: called with rows done and rows in total (each row counts for both passes).
 
     Raises:
-        UserError: the data breaks the contract, or `previous` cannot be continued.
+        UserError: more events break the data contract than the recipe allows.
     """
-    earlier = _earlier_state(recipe, span, previous)
-    checked = _check_span(recipe, span)
     parts = scratch / "parts"
-    for folder in ("parts", "state", "quarantine", *(f"events/dt={day}" for day in span)):
+    for folder in ("parts", "state", "quarantine", *(f"events/dt={day}" for day in checked.days)):
         (scratch / folder).mkdir(parents=True)
     report = _RowProgress(2 * checked.num_rows, progress)
     partitioned = _partition(recipe, checked, parts, scratch / "quarantine", report)
     plan = BucketPlan(
         columns=checked.columns,
         histories=recipe.features.histories,
-        days=tuple(span),
+        days=checked.days,
         num_buckets=checked.num_buckets,
         parts=parts,
         output=scratch,
-        earlier=earlier,
+        earlier=checked.earlier,
     )
     buckets: list[BucketFacts] = []
     even = [checked.num_rows // checked.num_buckets] * checked.num_buckets
     for facts in stream_tasks(build_bucket, range(checked.num_buckets), plan, even):
         buckets.append(facts)
         report.add(facts.num_rows)
-    counts = {key: _write_counts(key, plan, previous) for key in ("item_id", "user_id")}
+    counts = {key: _write_counts(key, plan, checked.previous) for key in ("item_id", "user_id")}
     shutil.rmtree(parts)
     _write_images(checked.images, scratch)
     _write_state(recipe, plan, scratch)
@@ -175,17 +210,17 @@ class _RowProgress:
             self.progress(self.done, self.total)
 
 
-def _earlier_state(recipe: Recipe, span: list[str], previous: Path | None) -> EarlierState | None:
+def _earlier_state(recipe: Recipe, first: str, previous: Path | None) -> EarlierState | None:
     if previous is None:
         return None
     path = previous / STATE_FILE
     if not path.exists():
         raise UserError(f"{previous} is no ingest artifact: it lacks {STATE_FILE}; ingest it again")
     state = IngestState.model_validate_json(path.read_text())
-    if span[0] <= state.last_day:
+    if first <= state.last_day:
         raise UserError(
             f"{previous} already holds events up to {state.last_day}, so ingest cannot continue it "
-            f"with {span[0]}; choose later days or another earlier artifact"
+            f"with {first}; choose later days or another earlier artifact"
         )
     values = EventColumns.of(recipe).history_values
     if (state.histories, state.history_values) != (recipe.features.histories, values):
@@ -194,25 +229,6 @@ def _earlier_state(recipe: Recipe, span: list[str], previous: Path | None) -> Ea
             "ask for; ingest again from the first day"
         )
     return EarlierState(previous / "state", state.num_buckets)
-
-
-def _check_span(recipe: Recipe, span: list[str]) -> _Span:
-    if span != sorted(set(span)) or not span:
-        raise UserError(f"the span {span} must be at least one day, in order and without repeats")
-    root = recipe.data.root
-    columns = EventColumns.of(recipe)
-    files = [file for day in span for file in event_files(root, day, columns)]
-    present = frozenset().union(*(file.column_names for file in files))
-    oracles = {task: name for task, name in columns.oracles.items() if name in present}
-    columns = columns.model_copy(update={"oracles": oracles})
-    known = check_catalogue(root, recipe.features)
-    images = _images(root, recipe.data.max_quarantined_share) if has_images(root) else None
-    num_rows = sum(file.num_rows for file in files)
-    # Doubling keeps the state of an earlier span aligned with the new buckets.
-    num_buckets = recipe.data.user_buckets
-    while num_buckets * ROWS_PER_BUCKET < num_rows:
-        num_buckets *= 2
-    return _Span(files, known, columns, num_buckets, images)
 
 
 def _images(root: Path, max_share: float) -> ImageFacts:
@@ -233,7 +249,7 @@ def _images(root: Path, max_share: float) -> ImageFacts:
 
 
 def _partition(
-    recipe: Recipe, span: _Span, parts: Path, quarantine: Path, report: _RowProgress
+    recipe: Recipe, span: CheckedSpan, parts: Path, quarantine: Path, report: _RowProgress
 ) -> list[PartitionFacts]:
     plan = PartitionPlan(span.columns, span.known, span.num_buckets, parts, quarantine)
     found = []
@@ -293,7 +309,7 @@ def _write_state(recipe: Recipe, plan: BucketPlan, scratch: Path) -> None:
 
 
 def _facts(
-    span: _Span,
+    span: CheckedSpan,
     partitioned: list[PartitionFacts],
     buckets: list[BucketFacts],
     counts: dict[str, int],

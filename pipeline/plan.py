@@ -28,11 +28,18 @@ def plan(recipe: Recipe, scratch: Path) -> StageOutput:
         num_cpus=recipe.cluster.cpus_per_worker, num_gpus=1 if recipe.cluster.use_gpu else 0
     )
     plan = PlanDescription.model_validate_json(ray.get(task.remote(recipe, ranks_per_host)))
+    return write_plan(plan, scratch)
+
+
+def write_plan(plan: PlanDescription, scratch: Path) -> StageOutput:
+    """The plan artifact."""
     (scratch / PLAN).write_text(plan.model_dump_json(indent=2))
     assert plan.predicted is not None
-    rows = sum(table.num_embeddings for table in recipe.features.tables)
+    rows = sum(
+        max(shard.row_offset + shard.num_rows for shard in table.shards) for table in plan.tables
+    )
     facts = {
-        "ranks_per_host": ranks_per_host,
+        "ranks_per_host": plan.ranks_per_host,
         "predicted_step_s": plan.predicted.step_s,
         "constants": plan.predicted.constants,
         "binding": plan.predicted.binding,

@@ -20,6 +20,7 @@ from embedding.planning import PlanRequest
 from embedding.traffic import read_traffic
 from pipeline.config import Recipe
 from pipeline.recipe import nearest_name
+from ranking.compatibility import table_widths
 
 TABLES_PATH = "model.tables"
 """Where the module that is sharded, a `RankingStep`, holds its `EmbeddingTables`."""
@@ -37,7 +38,7 @@ def plan_request(recipe: Recipe, shape: ClusterShape) -> PlanRequest:
     """A request for the recipe's tables on a cluster, with its own files and limits."""
     sharding = recipe.embedding.sharding
     return PlanRequest(
-        schema=recipe.features,
+        schema=table_widths(recipe.features, recipe.ranking.model),
         shape=shape,
         settings=step_settings(
             recipe.ranking.trainer.batch_size_per_rank, recipe.embedding.optimizer, sharding

@@ -20,10 +20,10 @@ def plan_recipe(recipe: Recipe, ranks_per_host: int) -> PlanDescription:
     """
     device = torch.device("cuda" if recipe.cluster.use_gpu else "cpu")
     sharding = recipe.embedding.sharding.model_copy(update={"ranks_per_host": ranks_per_host})
-    check_support(recipe.features, recipe.embedding.optimizer, sharding, device.type)
     request = plan_request(recipe, local_shape(sharding, recipe.cluster.num_workers, device))
+    check_support(request.schema, recipe.embedding.optimizer, sharding, device.type)
     if sharding.plan is None:
         return plan_tables(request)
     given = read_plan(sharding.plan)
-    check_covers(given, recipe.features)
+    check_covers(given, request.schema)
     return plan_tables(replace(request, pinned=given))

@@ -1,6 +1,7 @@
 """Loading a recipe: YAML in, a checked `Recipe` out, with errors that name the place."""
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
@@ -126,6 +127,12 @@ def _sentence(fault: ErrorDetails, data: Any) -> str:
             return f"{where}: unknown key{hint}"
         case "missing":
             return f"{where}: required, but not there; add it"
+        case "union_tag_invalid":
+            kind = str(fault["ctx"]["tag"])
+            kinds = re.findall(r"'([^']+)'", fault["ctx"]["expected_tags"])
+            listed = ", ".join(repr(allowed) for allowed in kinds)
+            hint = nearest_name(kind, kinds)
+            return f"{where}.kind: {kind!r} is unknown{hint}; allowed are {listed}"
         case "value_error":
             message = fault["msg"].removeprefix("Value error, ")
             return f"{where}: {message}" if where else message

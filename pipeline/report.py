@@ -12,7 +12,7 @@ from pipeline import charts
 from pipeline.artifacts import Manifest, read_manifest
 from pipeline.config import Recipe
 from pipeline.console import duration, human
-from pipeline.summary import Summary
+from pipeline.summary import Summary, TrainSummary
 
 REPORT = "report.html"
 MIB = 1 << 20
@@ -30,7 +30,7 @@ def write_report(recipe: Recipe, summary: Summary, directory: Path) -> Path:
         popular_share=recipe.evaluation.popular_share,
         tiles=_tiles(recipe, summary),
         quality=_quality(summary),
-        training_charts=_training_charts(directory / "train", recipe),
+        training_charts=_training_charts(directory / "train", recipe, summary.train.best_step),
         calibration=_calibration(summary),
         stages=_stages(summary),
         recipe_yaml=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=100),
@@ -56,7 +56,7 @@ def _tiles(recipe: Recipe, summary: Summary) -> list[dict[str, str]]:
         {
             "label": "Training",
             "value": f"{human(summary.train.rows_per_s)}/s",
-            "note": f"rows, {summary.train.world_size} ranks, {summary.train.steps} steps",
+            "note": _training_note(summary.train),
         },
         {
             "label": "Waiting for data",
@@ -65,6 +65,13 @@ def _tiles(recipe: Recipe, summary: Summary) -> list[dict[str, str]]:
         },
         {"label": "Whole run", "value": duration(seconds), "note": "sum of the stages"},
     ]
+
+
+def _training_note(train: TrainSummary) -> str:
+    note = f"rows, {train.world_size} ranks, {train.steps} steps"
+    if train.best_step is not None:
+        note += f", best {train.best_step}"
+    return f"{note}, stopped early" if train.stopped_early else note
 
 
 def figure(value: float | None) -> str:
@@ -102,24 +109,30 @@ def _quality_row(task: str, name: str, metrics: Any, oracle: Any) -> dict[str, A
     }
 
 
-def _training_charts(train: Path, recipe: Recipe) -> list[dict[str, str]]:
+def _training_charts(train: Path, recipe: Recipe, best_step: int | None) -> list[dict[str, str]]:
     lines = [json.loads(line) for line in (train / "metrics.jsonl").read_text().splitlines()]
     tasks = [task.name for task in recipe.ranking.tasks]
     found = [
-        ("Normalized entropy per window", "ne", 1.0),
-        ("AUC per window", "auc", None),
+        ("Normalized entropy per window", "train", "ne", 1.0),
+        ("AUC per window", "train", "auc", None),
     ]
+    if any("validation/since_best" in line for line in lines):
+        found += [
+            ("Normalized entropy on held-out days", "validation", "ne", None),
+            ("AUC on held-out days", "validation", "auc", None),
+        ]
     return [
         {
             "title": title,
             "svg": charts.lines(
-                _curves(lines, {task: f"train/{task}/{metric}" for task in tasks}),
+                _curves(lines, {task: f"{rows}/{task}/{metric}" for task in tasks}),
                 x_label="step",
                 y_label=metric,
                 reference=reference,
+                mark=best_step if rows == "validation" else None,
             ),
         }
-        for title, metric, reference in found
+        for title, rows, metric, reference in found
     ]
 
 

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from embedding.errors import UserError
 from pipeline.artifacts import Manifest, config_hash, read_manifest
 from pipeline.cluster import RaySession
 from pipeline.config import Recipe
@@ -20,7 +21,7 @@ from pipeline.console import Reporter
 from pipeline.days import Split, available_days, catalogue_files, day_files, fingerprint, split_days
 from pipeline.evaluate import evaluate
 from pipeline.gate import gate
-from pipeline.ingest import ingest
+from pipeline.ingest import check_span, ingest
 from pipeline.join import join
 from pipeline.plan import plan
 from pipeline.stages import StageOutput, StageRecord, StageSpec, execute
@@ -152,9 +153,26 @@ class DayRun:
         return spans
 
     def training_days(self) -> tuple[str, ...]:
-        """Days to train on: those after the parent's, or all of the window."""
+        """Days to train on: those after the last one the parent trained on, or all of the window.
+
+        Raises:
+            UserError: The parent has trained on all of them.
+        """
         parent = self.parent()
-        return tuple(d for d in self.split.train if parent is None or d > parent)
+        if parent is None:
+            return self.split.train
+        trained = read_manifest(self.directory("train", parent))
+        assert trained is not None
+        last = trained.facts["days"][-1]
+        days = tuple(d for d in self.split.train if d > last)
+        if not days:
+            raise UserError(
+                f"--date {self.date}: the run of {parent}, which this one starts from, has trained "
+                f"on days up to {last}, and window.validation_days="
+                f"{self.recipe.window.validation_days} leaves none after it; lower it, or set "
+                "window.warm_start=false"
+            )
+        return days
 
     def parent(self) -> str | None:
         """Date of the run whose checkpoint this one starts from."""
@@ -180,10 +198,9 @@ class DayRun:
             inputs["previous"] = self._artifact_id("ingest", span.previous)
 
         def body(scratch: Path) -> StageOutput:
+            checked = check_span(self.recipe, span.days, previous)  # faults show before Ray starts
             self.session.start()
-            ingested = ingest(
-                self.recipe, list(span.days), previous, scratch, self.reporter.advance
-            )
+            ingested = ingest(self.recipe, checked, scratch, self.reporter.advance)
             facts = ingested.model_dump(mode="json")
             return StageOutput(
                 ingested.rows_in,
@@ -198,10 +215,6 @@ class DayRun:
 
     def _join(self, span: Span) -> StageSpec:
         last = span.days[-1]
-        config = {
-            "features": self._dump("features"),
-            "tasks": self._tasks(),
-        }
         inputs = {"ingest": self._artifact_id("ingest", last), "catalogue": self._catalogue}
 
         def body(scratch: Path) -> StageOutput:
@@ -211,7 +224,9 @@ class DayRun:
             )
             return StageOutput(joined.rows, joined.rows, facts=joined.model_dump(mode="json"))
 
-        return StageSpec("join", self.directory("join", last), config, inputs, body)
+        return StageSpec(
+            "join", self.directory("join", last), samples_config(self.recipe), inputs, body
+        )
 
     def _plan(self) -> StageSpec:
         config = {
@@ -239,12 +254,14 @@ class DayRun:
             **{part: self._dump(part) for part in ("features", "embedding", "ranking")},
             "num_workers": self.recipe.cluster.num_workers,
             "days": days,
+            "validation_days": self.split.validation,
         }
 
         def body(scratch: Path) -> StageOutput:
             self.session.start()
             sources = TrainInputs(
-                samples=self._samples(days),
+                samples=self.samples(days),
+                validation=self.samples(self.split.validation),
                 plan=self.directory("plan"),
                 parent=None if parent is None else self.directory("train", parent),
             )
@@ -268,10 +285,9 @@ class DayRun:
             return evaluate(
                 self.recipe,
                 self.directory("train"),
-                samples=self._samples(days),
+                samples=self.samples(days),
                 counts=self.directory("ingest"),
                 scratch=scratch,
-                reporter=self.reporter,
             )
 
         return StageSpec("evaluate", self.directory("evaluate"), config, inputs, body)
@@ -291,7 +307,7 @@ class DayRun:
 
     # --- pieces ----------------------------------------------------------------------------------
 
-    def _samples(self, days: tuple[str, ...]) -> list[Path]:
+    def samples(self, days: tuple[str, ...]) -> list[Path]:
         """Sample files of these days, from whichever spans hold them."""
         wanted = set(days)
         spans = [*self.training_spans(), self._eval_span()]
@@ -318,11 +334,8 @@ class DayRun:
                 [f"{f.source}.{f.column_name}" for f in features.sparse]
                 + [f"{f.source}.{f.column_name}" for f in features.dense]
             ),
-            "tasks": self._tasks(),
+            "tasks": _tasks(self.recipe),
         }
-
-    def _tasks(self) -> list[str]:
-        return [f"{task.name}={task.label_name}" for task in self.recipe.ranking.tasks]
 
     def _dump(self, part: str) -> dict[str, Any]:
         dumped: dict[str, Any] = getattr(self.recipe, part).model_dump(mode="json")
@@ -331,3 +344,18 @@ class DayRun:
     def _artifact_id(self, stage: str, day: str) -> str:
         manifest: Manifest | None = read_manifest(self.directory(stage, day))
         return "" if manifest is None else manifest.artifact_id
+
+
+def samples_config(recipe: Recipe) -> dict[str, Any]:
+    """What samples depend on: columns and tasks, not the tables that ids are looked up in."""
+    modelled = {"table", "pooling", "target"}
+    features = recipe.features.model_dump(mode="json", exclude={"tables"})
+    columns = {
+        part: [{key: v for key, v in feature.items() if key not in modelled} for feature in group]
+        for part, group in features.items()
+    }
+    return {"features": columns, "tasks": _tasks(recipe)}
+
+
+def _tasks(recipe: Recipe) -> list[str]:
+    return [f"{task.name}={task.label_name}" for task in recipe.ranking.tasks]

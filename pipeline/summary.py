@@ -34,6 +34,10 @@ class TrainSummary(StrictConfig):
     world_size: int
     data_wait_share: float
     """Share of the training loop's time spent waiting for data."""
+    best_step: int | None
+    """Step of the published weights, chosen by validation; None: the last one."""
+    stopped_early: bool
+    """Whether validation ended the training before its last epoch."""
 
 
 class Summary(StrictConfig):

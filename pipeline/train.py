@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ class TrainInputs(StrictConfig):
     """What a training reads."""
 
     samples: list[Path]
+    validation: list[Path]
+    """Held-out samples; empty without `window.validation_days`."""
     plan: Path
     """Directory of the plan artifact."""
     parent: Path | None
@@ -54,6 +57,8 @@ class TrainJob(StrictConfig):
 
     recipe: Recipe
     samples: list[Path]
+    validation: list[Path]
+    """Held-out samples; empty: no validation."""
     plan: Path
     parent_checkpoint: Path | None
     resume: Path
@@ -69,10 +74,13 @@ class TrainResult(StrictConfig):
     """Rank 0's account of a finished training."""
 
     checkpoint: str
-    """Name of the last checkpoint's directory."""
+    """Directory name of the checkpoint that is the result: the best validation's, else the last."""
     rows: int
     """Real rows, all epochs."""
     steps: int
+    best_step: int | None
+    """Step of the result, chosen by validation; None without validation."""
+    stopped_early: bool
     rows_per_s: float
     world_size: int
     data_wait_share: float
@@ -80,31 +88,13 @@ class TrainResult(StrictConfig):
     """What came from the parent and what did not (`embedding.restore.WarmStartReport`)."""
 
 
-def train(recipe: Recipe, inputs: TrainInputs, scratch: Path, reporter: Reporter) -> StageOutput:
-    """Train on the cluster; a dead worker restarts the group from the last checkpoint."""
-    job = TrainJob(
-        recipe=recipe,
-        samples=[path.absolute() for path in inputs.samples],
-        plan=(inputs.plan / PLAN).absolute(),
-        parent_checkpoint=(
-            None if inputs.parent is None else (inputs.parent / CHECKPOINT).absolute()
-        ),
-        resume=(scratch / RESUME).absolute(),
-    )
-    # The result is a training's last word: with it, only the publishing was interrupted.
-    if not (job.resume / RESULT).exists():
-        with _following(job.resume / METRICS, reporter):
-            run_workers(_train_worker, job, recipe.cluster, scratch)
-    result = TrainResult.model_validate_json((job.resume / RESULT).read_text())
-    for name in (METRICS, TENSORBOARD, RESULT, LOGS):
-        _link(job.resume / name, scratch / name)
-    _link(job.checkpoints / result.checkpoint, scratch / CHECKPOINT / result.checkpoint)
-    return StageOutput(
-        rows_in=result.rows, rows_out=result.rows, facts=result.model_dump(mode="json")
-    )
+Worker = Callable[[dict[str, str]], None]
+"""Runs on every rank with `{"job": JSON}`."""
+RunWorkers = Callable[[Worker, StrictConfig, ClusterConfig, Path], None]
+"""Runs a worker with a job on all ranks of a cluster; the path is scratch space."""
 
 
-def run_workers(worker: object, job: StrictConfig, cluster: ClusterConfig, scratch: Path) -> None:
+def run_workers(worker: Worker, job: StrictConfig, cluster: ClusterConfig, scratch: Path) -> None:
     """Run `worker({"job": JSON})` on every rank of a Ray Train worker group.
 
     Raises:
@@ -136,6 +126,37 @@ def run_workers(worker: object, job: StrictConfig, cluster: ClusterConfig, scrat
         shutil.rmtree(storage, ignore_errors=True)
 
 
+def train(
+    recipe: Recipe,
+    inputs: TrainInputs,
+    scratch: Path,
+    reporter: Reporter,
+    run: RunWorkers = run_workers,
+) -> StageOutput:
+    """Train on the cluster; a dead worker restarts the group from the last checkpoint."""
+    job = TrainJob(
+        recipe=recipe,
+        samples=[path.absolute() for path in inputs.samples],
+        validation=[path.absolute() for path in inputs.validation],
+        plan=(inputs.plan / PLAN).absolute(),
+        parent_checkpoint=(
+            None if inputs.parent is None else (inputs.parent / CHECKPOINT).absolute()
+        ),
+        resume=(scratch / RESUME).absolute(),
+    )
+    # The result is a training's last word: with it, only the publishing was interrupted.
+    if not (job.resume / RESULT).exists():
+        with _following(job.resume / METRICS, reporter):
+            run(_train_worker, job, recipe.cluster, scratch)
+    result = TrainResult.model_validate_json((job.resume / RESULT).read_text())
+    for name in (METRICS, TENSORBOARD, RESULT, LOGS):
+        _link(job.resume / name, scratch / name)
+    _link(job.checkpoints / result.checkpoint, scratch / CHECKPOINT / result.checkpoint)
+    return StageOutput(
+        rows_in=result.rows, rows_out=result.rows, facts=result.model_dump(mode="json")
+    )
+
+
 def _resources(cluster: ClusterConfig) -> dict[str, float]:
     return {"CPU": cluster.cpus_per_worker} | ({"GPU": 1.0} if cluster.use_gpu else {})
 
@@ -161,7 +182,8 @@ class _following:  # noqa: N801 # used as a context manager, like `writing`
     def __init__(self, path: Path, reporter: Reporter) -> None:
         self.path = path
         self.reporter = reporter
-        self._last_step = 0
+        self._shown = {"train": 0, "validation": 0}
+        """Last step shown of each kind of line; both kinds may come at the same step."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -189,8 +211,11 @@ class _following:  # noqa: N801 # used as a context manager, like `writing`
                     self._show(json.loads(line))
 
     def _show(self, metrics: dict[str, Any]) -> None:
-        if metrics["step"] <= self._last_step:
-            self.reporter.line(f"  workers restarted; training goes on before {metrics['step']}")
-        self._last_step = metrics["step"]
+        step = metrics["step"]
+        kind = "validation" if "validation/since_best" in metrics else "train"
+        if step <= self._shown[kind] or step < max(self._shown.values()):
+            self.reporter.line(f"  workers restarted; training goes on before {step}")
+            self._shown = dict.fromkeys(self._shown, 0)
+        self._shown[kind] = step
         self.reporter.line(f"  {metrics['line']}")
         self.reporter.fill(metrics["rows"], metrics["total_rows"])

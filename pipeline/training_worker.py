@@ -30,6 +30,7 @@ from ranking.prediction import Predictions, predict
 from ranking.progress import Progress
 from ranking.step_line import step_line
 from ranking.trainer import Trainer, TrainingHooks
+from ranking.validation import validation_line
 
 logger = logging.getLogger(__name__)
 
@@ -51,19 +52,28 @@ def train_worker(job: TrainJob) -> None:
         hooks=TrainingHooks(
             report=record.add if record else _ignore,
             save=lambda reached: checkpointer.save(
-                reached.step, sharded, reached.state_dict(), wait=False
+                reached.step,
+                sharded,
+                reached.state_dict(),
+                wait=False,
+                retain=reached.validation.best_step,
             ),
+            validated=record.add_validation if record else _ignore,
         ),
     )
     loader = _loader(recipe, job.samples)
-    summary = trainer.fit(loader, progress)
+    held_out = _loader(recipe, job.validation) if job.validation else None
+    summary = trainer.fit(loader, progress, validation=held_out)
     checkpointer.close()
     if record is not None:
         record.close()
+        best_step = summary.validation.best_step
         result = TrainResult(
-            checkpoint=step_directory(job.checkpoints, summary.steps).name,
-            rows=loader.files.num_rows * recipe.ranking.trainer.epochs,
+            checkpoint=step_directory(job.checkpoints, best_step or summary.steps).name,
+            rows=loader.rows_before(summary.position),
             steps=summary.steps,
+            best_step=best_step,
+            stopped_early=summary.stopped_early,
             rows_per_s=summary.rows_per_s,
             world_size=summary.world_size,
             data_wait_share=summary.data_wait_share,
@@ -82,6 +92,8 @@ def predict_worker(job: EvaluateJob) -> None:
     sharded = build(recipe, job.model.plan, device)
     report = load_into(job.model.checkpoint, sharded)
     assert not report.initialised, report.initialised
+    step: RankingStep = sharded.model.module
+    step.install_average()
     tasks = [task.name for task in recipe.ranking.tasks]
     path = job.predictions / f"rank-{dist.get_rank():05d}.parquet"
     with (
@@ -99,11 +111,16 @@ def build(recipe: Recipe, plan: Path, device: torch.device) -> Sharded:
     model = RankingModel(recipe.features, recipe.ranking, tables_device=torch.device("meta"))
     adam = trainer.dense_optimizer
     sharded = shard(
-        RankingStep(model, recipe.ranking),
+        RankingStep(model, recipe.ranking, embedding_l2=recipe.embedding.l2),
         optimizer=recipe.embedding.optimizer,
         sharding=recipe.embedding.sharding,
         dense_optimizer=lambda parameters: torch.optim.AdamW(
-            parameters, lr=adam.learning_rate, weight_decay=adam.weight_decay, fused=True
+            parameters,
+            lr=adam.learning_rate,
+            betas=(adam.beta1, adam.beta2),
+            eps=adam.eps,
+            weight_decay=adam.weight_decay,
+            fused=True,
         ),
         device=device,
         plan=PlanDescription.model_validate_json(plan.read_text()),
@@ -191,8 +208,19 @@ class MetricsFile:
         self.board = SummaryWriter(str(job.resume / TENSORBOARD), purge_step=first + 1)
 
     def add(self, step: int, num_steps: int, metrics: dict[str, float]) -> None:
-        """Append one step's metrics, with the line a person reads."""
-        line = step_line(step, num_steps, self.tasks, metrics)
+        """Append the metrics of a window of steps, with the line a person reads."""
+        self._append(step, num_steps, metrics, step_line(step, num_steps, self.tasks, metrics))
+
+    def add_validation(self, step: int, num_steps: int, metrics: dict[str, float]) -> None:
+        """Append the metrics of the held-out rows."""
+        self._append(step, num_steps, metrics, validation_line(step, self.tasks, metrics))
+
+    def close(self) -> None:
+        """Flush everything."""
+        self.file.close()
+        self.board.close()
+
+    def _append(self, step: int, num_steps: int, metrics: dict[str, float], line: str) -> None:
         record = {
             "step": step,
             "rows": step * self.rows_per_step,
@@ -204,8 +232,3 @@ class MetricsFile:
         self.file.flush()
         for name, value in metrics.items():
             self.board.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        """Flush everything."""
-        self.file.close()
-        self.board.close()

@@ -4,11 +4,15 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from embedding.loader import BatchStream, LoaderStats
+
+Pause = Literal["checkpoint", "validation"]
+_PAUSES: tuple[Pause, ...] = ("checkpoint", "validation")
 
 
 @dataclass(frozen=True)
@@ -17,10 +21,11 @@ class WindowTiming:
 
     steps: int
     elapsed_s: float
-    """Without checkpoints."""
+    """Without checkpoints and validations."""
     data_s: float
     """Seconds the average rank waited for data."""
     checkpoint_s: float
+    validation_s: float
     num_rows: int
     """Real rows over all ranks."""
 
@@ -40,7 +45,7 @@ class Clock:
         self._rank_wait_s = 0.0
         self._rows = 0
         self._data_s = 0.0
-        self._paused_s = 0.0
+        self._paused_s = dict.fromkeys(_PAUSES, 0.0)
 
     def see(self, stream: BatchStream) -> None:
         """Take over what the stream has handed out and how long it was waited for."""
@@ -64,25 +69,27 @@ class Clock:
         self._data_s += wait_s / world_size
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time in the block is a checkpoint, not training."""
+    def paused(self, reason: Pause) -> Iterator[None]:
+        """Time in the block is not training."""
         started = time.perf_counter()
         yield
-        self._paused_s += time.perf_counter() - started
+        self._paused_s[reason] += time.perf_counter() - started
 
     def lap(self, step: int) -> WindowTiming:
         """End the window at `step`."""
         now = time.perf_counter()
         timing = WindowTiming(
             steps=step - self._step,
-            elapsed_s=now - self._started - self._paused_s,
+            elapsed_s=now - self._started - sum(self._paused_s.values()),
             data_s=self._data_s,
-            checkpoint_s=self._paused_s,
+            checkpoint_s=self._paused_s["checkpoint"],
+            validation_s=self._paused_s["validation"],
             num_rows=self._rows,
         )
         self.total_rows += self._rows
         self.total_s += timing.elapsed_s
         self.total_data_s += self._data_s
         self._step, self._started = step, now
-        self._rows, self._data_s, self._paused_s = 0, 0.0, 0.0
+        self._rows, self._data_s = 0, 0.0
+        self._paused_s = dict.fromkeys(_PAUSES, 0.0)
         return timing

@@ -3,18 +3,21 @@
 Imports pydantic and nothing heavy, so that `braid validate` and `--help` never load torch.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Self
 
 from pydantic import (
     Field,
-    NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     model_validator,
 )
 
 from embedding.config import StrictConfig
+from ranking.classifier_config import Classifier, Dnn
+from ranking.experts_config import ExpertsConfig
+from ranking.fgcnn_config import Fgcnn
+from ranking.interest_config import InterestConfig
+from ranking.trainer_config import TrainerConfig
 
 
 class TaskConfig(StrictConfig):
@@ -25,6 +28,11 @@ class TaskConfig(StrictConfig):
     """0/1 column of the events; null where the task is not observed. Default: the task's name."""
     weight: PositiveFloat = 1.0
     """Weight of the task's loss."""
+    after: str | None = None
+    """A task that must come first: a purchase is possible `after: click`. The model then learns
+    p(task | after), and everything shown, trained and published is p(task) = p(after) p(task |
+    after), over all rows. A null label counts as 0 where the label of `after` is 0, and as not
+    observed elsewhere."""
 
     @property
     def label_name(self) -> str:
@@ -32,85 +40,19 @@ class TaskConfig(StrictConfig):
         return self.label or self.name
 
 
-class InterestConfig(StrictConfig):
-    """DIN target attention of the candidate over one history."""
-
-    history: str
-    hidden: tuple[PositiveInt, ...] = (64, 32)
-    """Widths of the attention MLP."""
-    softmax: bool = False
-    """Normalise the attention weights; the paper does not."""
-
-
-class Dnn(StrictConfig):
-    """MLP on all embeddings and dense features."""
-
-    kind: Literal["dnn"] = "dnn"
-    hidden: tuple[PositiveInt, ...] = (256, 128)
-    dropout: NonNegativeFloat = 0.0
-
-
-class DeepFm(StrictConfig):
-    """Factorisation machine and MLP on the same embeddings."""
-
-    kind: Literal["deepfm"] = "deepfm"
-    hidden: tuple[PositiveInt, ...] = (256, 128)
-    dropout: NonNegativeFloat = 0.0
-
-
-class DcnV2(StrictConfig):
-    """Cross layers beside an MLP."""
-
-    kind: Literal["dcn_v2"] = "dcn_v2"
-    num_cross_layers: PositiveInt = 3
-    rank: PositiveInt | None = None
-    """Rank of the cross weights; full by default."""
-    hidden: tuple[PositiveInt, ...] = (256, 128)
-    dropout: NonNegativeFloat = 0.0
-
-
-Classifier = Annotated[Dnn | DeepFm | DcnV2, Field(discriminator="kind")]
-
-
-class MixtureOfExpertsConfig(StrictConfig):
-    """MMoE: experts shared by the tasks, one gate and one tower a task."""
-
-    num_experts: PositiveInt = 4
-    expert_hidden: tuple[PositiveInt, ...] = (64,)
-    tower_hidden: tuple[PositiveInt, ...] = (32,)
-
-
 class ModelConfig(StrictConfig):
-    """The ranking model: embeddings -> interest -> classifier -> one tower a task."""
+    """The ranking model: embeddings -> interest -> generator -> classifier -> one tower a task."""
 
     interests: tuple[InterestConfig, ...] = ()
+    field_dim: PositiveInt | None = Field(default=None, multiple_of=4)
+    """Fields of another dim are projected to this one; None: fields keep their dims."""
+    generator: Fgcnn | None = None
+    """Adds new features to the fields, whatever the classifier."""
     classifier: Classifier = Dnn()
-    experts: MixtureOfExpertsConfig | None = None
+    compile: bool = False
+    """Fuse the steps behind lookup and histories with `torch.compile`; on CPU it needs g++."""
+    experts: ExpertsConfig | None = None
     """None: one linear head a task on the classifier's output."""
-
-
-class DenseAdam(StrictConfig):
-    """Adam (decoupled weight decay) for everything that is not a table."""
-
-    learning_rate: PositiveFloat = 1e-3
-    weight_decay: NonNegativeFloat = 0.0
-
-
-class TrainerConfig(StrictConfig):
-    """The training loop."""
-
-    epochs: PositiveInt = 1
-    batch_size_per_rank: PositiveInt = 1024
-    dense_optimizer: DenseAdam = DenseAdam()
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: matrix products under autocast; tables and optimizer states stay fp32."""
-    max_grad_norm: PositiveFloat | None = None
-    seed: NonNegativeInt = 0
-    log_every_steps: PositiveInt = 50
-    """Steps between two metric lines; the metrics cover the steps in between."""
-    checkpoint_every_steps: PositiveInt | None = 500
-    """None: one checkpoint, at the end."""
-    keep_checkpoints: PositiveInt = 2
 
 
 class RankingConfig(StrictConfig):
@@ -125,4 +67,28 @@ class RankingConfig(StrictConfig):
         names = [task.name for task in self.tasks]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"tasks must be named, unique and at least one; got {names}")
+        for task in self.tasks:
+            _check_ancestors(task, {other.name: other for other in self.tasks})
+        chosen = self.trainer.validation.task
+        if chosen is not None and chosen not in names:
+            raise ValueError(
+                f"trainer.validation.task: {chosen!r} is not among the tasks {names}; use one of "
+                "them, or null for their mean"
+            )
         return self
+
+
+def _check_ancestors(task: TaskConfig, tasks: dict[str, TaskConfig]) -> None:
+    path = [task.name]
+    while (parent := tasks[path[-1]].after) is not None:
+        if parent not in tasks:
+            raise ValueError(
+                f"task {path[-1]!r}: after={parent!r} is not among the tasks {sorted(tasks)}; add "
+                "it or use one of them"
+            )
+        path.append(parent)
+        if parent in path[:-1]:
+            raise ValueError(
+                f"task {task.name!r}: after leads in a circle ({' after '.join(path)}); leave "
+                "`after` out of the task that comes first"
+            )

@@ -1,6 +1,7 @@
-"""From one representation to one logit a task: linear heads or a mixture of experts."""
+"""From one representation to one logit a task: a linear head, towers, or experts and towers."""
 
-# Shapes: B samples, T tasks, E experts, D width in, H width out, X width of the representation.
+# Shapes: B samples, T tasks, G groups (the tasks, then the shared one), E experts of a layer, K
+# experts that one gate mixes, D width in, H width out, X width of the representation.
 
 import math
 from collections.abc import Sequence
@@ -8,7 +9,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ranking.config import MixtureOfExpertsConfig
+from ranking.experts_config import (
+    ExpertsConfig,
+    MixtureOfExpertsConfig,
+    ProgressiveExtractionConfig,
+    SharedBottom,
+)
 
 
 class StackedLinear(nn.Module):
@@ -27,6 +33,32 @@ class StackedLinear(nn.Module):
         return torch.baddbmm(self.bias_E1H, x_EBD, self.weight_EDH)
 
 
+class Towers(nn.Module):
+    """One MLP and one logit a task."""
+
+    def __init__(self, num_tasks: int, in_dim: int, hidden: Sequence[int], dropout: float) -> None:
+        super().__init__()
+        self.hidden, out_dim = _stack(num_tasks, in_dim, hidden, dropout)
+        self.output = StackedLinear(num_tasks, out_dim, 1)
+
+    def forward(self, x_TBD: Tensor) -> Tensor:
+        """One logit a task, (B, T)."""
+        return self.output(self.hidden(x_TBD)).squeeze(2).t()
+
+
+class SharedBottomTowers(nn.Module):
+    """Shared bottom: all towers read the same representation."""
+
+    def __init__(self, config: SharedBottom, in_dim: int, num_tasks: int) -> None:
+        super().__init__()
+        self.num_tasks = num_tasks
+        self.towers = Towers(num_tasks, in_dim, config.tower_hidden, config.dropout)
+
+    def forward(self, x_BX: Tensor) -> Tensor:
+        """One logit a task, (B, T)."""
+        return self.towers(x_BX.expand(self.num_tasks, -1, -1))
+
+
 class MixtureOfExperts(nn.Module):
     """MMoE (doi 10.1145/3219819.3220007): shared experts, one gate and one tower a task."""
 
@@ -35,23 +67,114 @@ class MixtureOfExperts(nn.Module):
         self.num_tasks = num_tasks
         self.num_experts = config.num_experts
         self.gates = nn.Linear(in_dim, num_tasks * config.num_experts)
-        self.experts, expert_dim = _stack(config.num_experts, in_dim, config.expert_hidden)
-        self.towers, tower_dim = _stack(num_tasks, expert_dim, config.tower_hidden)
-        self.output = StackedLinear(num_tasks, tower_dim, 1)
+        self.experts, expert_dim = _stack(
+            config.num_experts, in_dim, config.expert_hidden, config.dropout
+        )
+        self.towers = Towers(num_tasks, expert_dim, config.tower_hidden, config.dropout)
 
     def forward(self, x_BX: Tensor) -> Tensor:
         """One logit a task, (B, T)."""
-        x_EBX = x_BX.unsqueeze(0).expand(self.num_experts, -1, -1)
-        experts_EBH = self.experts(x_EBX)
+        experts_EBH = self.experts(x_BX.expand(self.num_experts, -1, -1))
         gates_BTE = self.gates(x_BX).view(-1, self.num_tasks, self.num_experts).softmax(dim=2)
         mixed_BTH = torch.bmm(gates_BTE.to(experts_EBH.dtype), experts_EBH.transpose(0, 1))
-        towers_TBH = self.towers(mixed_BTH.transpose(0, 1))
-        return self.output(towers_TBH).squeeze(2).t()
+        return self.towers(mixed_BTH.transpose(0, 1))
 
 
-def _stack(num_layers: int, in_dim: int, hidden: Sequence[int]) -> tuple[nn.Sequential, int]:
+class ProgressiveExtraction(nn.Module):
+    """PLE (doi 10.1145/3383313.3412236): extraction layers, then one tower a task.
+
+    layer 1, experts   click click | like like | shared shared     all read the representation
+             gates       click: its own and shared | like: likewise | shared: all
+    layer 2, experts   click | like | shared read what their group's gate mixed in layer 1
+             gates       click | like
+    towers             click | like
+    """
+
+    def __init__(self, config: ProgressiveExtractionConfig, in_dim: int, num_tasks: int) -> None:
+        super().__init__()
+        self.num_tasks = num_tasks
+        layers = []
+        for layer in range(config.num_layers):
+            layers.append(
+                ExtractionLayer(config, in_dim, num_tasks, is_last=layer == config.num_layers - 1)
+            )
+            in_dim = config.expert_hidden[-1]
+        self.layers = nn.ModuleList(layers)
+        self.towers = Towers(num_tasks, in_dim, config.tower_hidden, config.dropout)
+
+    def forward(self, x_BX: Tensor) -> Tensor:
+        """One logit a task, (B, T)."""
+        x_GBX = x_BX.expand(self.num_tasks + 1, -1, -1)
+        for layer in self.layers:
+            x_GBX = layer(x_GBX)
+        return self.towers(x_GBX)
+
+
+class ExtractionLayer(nn.Module):
+    """One layer of PLE; the last one has no gate for the shared group, which nobody reads."""
+
+    def __init__(
+        self, config: ProgressiveExtractionConfig, in_dim: int, num_tasks: int, *, is_last: bool
+    ) -> None:
+        super().__init__()
+        self.num_tasks = num_tasks
+        self.num_shared = config.num_shared_experts
+        self.num_own = config.num_task_experts
+        num_experts = num_tasks * self.num_own + self.num_shared
+        self.experts, _ = _stack(num_experts, in_dim, config.expert_hidden, config.dropout)
+        self.gates = StackedLinear(num_tasks, in_dim, self.num_own + self.num_shared)
+        self.shared_gate = None if is_last else nn.Linear(in_dim, num_experts)
+
+    def forward(self, x_GBX: Tensor) -> Tensor:
+        """What the gates mix: (T + 1, B, H); (T, B, H) in the last layer."""
+        tasks_TBX, shared_BX = x_GBX[: self.num_tasks], x_GBX[-1]
+        experts_EBH = self.experts(self._inputs(x_GBX))
+        own, shared = self.num_tasks * self.num_own, self.num_shared
+        own_TKBH = experts_EBH[:own].unflatten(0, (self.num_tasks, self.num_own))
+        shared_TKBH = experts_EBH[own:].expand(self.num_tasks, shared, -1, -1)
+        gates_TBK = self.gates(tasks_TBX).softmax(dim=2).to(experts_EBH.dtype)
+        mixed_TBH = torch.einsum("tbk,tkbh->tbh", gates_TBK[..., : self.num_own], own_TKBH)
+        mixed_TBH = mixed_TBH + torch.einsum(
+            "tbk,tkbh->tbh", gates_TBK[..., self.num_own :], shared_TKBH
+        )
+        if self.shared_gate is None:
+            return mixed_TBH
+        gate_BE = self.shared_gate(shared_BX).softmax(dim=1).to(experts_EBH.dtype)
+        mixed_BH = torch.einsum("be,ebh->bh", gate_BE, experts_EBH)
+        return torch.cat([mixed_TBH, mixed_BH.unsqueeze(0)])
+
+    def _inputs(self, x_GBX: Tensor) -> Tensor:
+        """What every expert reads, (E, B, X)."""
+        num_experts = self.num_tasks * self.num_own + self.num_shared
+        if x_GBX.stride(0) == 0:  # the representation itself, the same for all: not copied
+            return x_GBX[0].expand(num_experts, -1, -1)
+        own_EBX = x_GBX[: self.num_tasks].repeat_interleave(self.num_own, dim=0)
+        return torch.cat([own_EBX, x_GBX[-1:].expand(self.num_shared, -1, -1)])
+
+
+AnyHeads = nn.Linear | SharedBottomTowers | MixtureOfExperts | ProgressiveExtraction
+
+
+def build_heads(config: ExpertsConfig | None, in_dim: int, num_tasks: int) -> AnyHeads:
+    """The module that maps the classifier's output to one logit a task."""
+    match config:
+        case None:
+            return nn.Linear(in_dim, num_tasks)
+        case SharedBottom():
+            return SharedBottomTowers(config, in_dim, num_tasks)
+        case MixtureOfExpertsConfig():
+            return MixtureOfExperts(config, in_dim, num_tasks)
+        case ProgressiveExtractionConfig():
+            return ProgressiveExtraction(config, in_dim, num_tasks)
+
+
+def _stack(
+    num_layers: int, in_dim: int, hidden: Sequence[int], dropout: float
+) -> tuple[nn.Sequential, int]:
     layers: list[nn.Module] = []
     for out_dim in hidden:
         layers += [StackedLinear(num_layers, in_dim, out_dim), nn.ReLU()]
+        if dropout:
+            layers.append(nn.Dropout(dropout))
         in_dim = out_dim
     return nn.Sequential(*layers), in_dim

@@ -1,6 +1,9 @@
-"""Explicit feature interactions: cross layers and the factorisation machine."""
+"""Explicit feature interactions: cross layers, factorisation machine, products of all pairs."""
 
-# Shapes: B samples, F fields, D embedding dim, X any width, R rank of the cross weights.
+# Shapes: B samples, F fields, D embedding dim, X any width, R rank of the cross weights, P pairs of
+# fields, M half of the fields.
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +37,93 @@ def fm_second_order(fields_BFD: Tensor) -> Tensor:
 
     The identity of Rendle's factorisation machines: 2 sum_{a<b} <v_a, v_b> = |sum v|^2 - sum |v|^2.
     """
-    square_of_sum_BD = fields_BFD.sum(dim=1).square()
-    sum_of_squares_BD = fields_BFD.square().sum(dim=1)
-    return 0.5 * (square_of_sum_BD - sum_of_squares_BD).sum(dim=1, keepdim=True)
+    # In float32, as the two squares nearly cancel.
+    wide_BFD = fields_BFD.float()
+    square_of_sum_BD = wide_BFD.sum(dim=1).square()
+    sum_of_squares_BD = wide_BFD.square().sum(dim=1)
+    second_B1 = 0.5 * (square_of_sum_BD - sum_of_squares_BD).sum(dim=1, keepdim=True)
+    return second_B1.to(fields_BFD.dtype)
+
+
+class InnerProducts(nn.Module):
+    """Inner products of all pairs of fields, each pair once, without an (F, F) matrix a sample.
+
+    The fields are cut in two halves of M. Products between the halves need no packing; those
+    inside the first half (upper triangle) and inside the second (lower triangle) fill one
+    (M, M - 1) block together, and so do their gradients. An odd last field follows behind.
+    """
+
+    upper_MX: Tensor
+
+    def __init__(self, num_fields: int) -> None:
+        super().__init__()
+        self.num_fields = num_fields
+        half = num_fields // 2
+        columns_X = torch.arange(max(half - 1, 0))
+        upper_MX = (columns_X >= torch.arange(half).unsqueeze(1)).float()
+        self.register_buffer("upper_MX", upper_MX, persistent=False)
+
+    @property
+    def num_pairs(self) -> int:
+        """F (F - 1) / 2."""
+        return self.num_fields * (self.num_fields - 1) // 2
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """The fields of every product, in the order of the output."""
+        half = self.num_fields // 2
+        listed = []
+        for row in range(half):
+            for column in range(half - 1):
+                in_first = column >= row
+                listed.append((row, column + 1) if in_first else (half + column, half + row))
+            listed += [(row, half + column) for column in range(half)]
+        if self.num_fields % 2:
+            listed += [(field, self.num_fields - 1) for field in range(self.num_fields - 1)]
+        return listed
+
+    def forward(self, fields_BFD: Tensor) -> Tensor:
+        """The products, (B, P)."""
+        half = self.num_fields // 2
+        first, second = fields_BFD[:, :half], fields_BFD[:, half : 2 * half]
+        inside_first = torch.bmm(first, first.transpose(1, 2))[:, :, 1:]
+        inside_second = torch.bmm(second, second.transpose(1, 2))[:, :, : max(half - 1, 0)]
+        # 0 and 1 as factors: on CPU they are several times as fast as a selection.
+        upper_MX = self.upper_MX.to(fields_BFD.dtype)
+        inside = inside_first * upper_MX + inside_second * (1 - upper_MX)
+        across = torch.bmm(first, second.transpose(1, 2))
+        products = [torch.cat([inside, across], dim=2).flatten(1)]
+        if self.num_fields % 2:
+            before, last = fields_BFD[:, : 2 * half], fields_BFD[:, 2 * half :]
+            products.append(torch.bmm(before, last.transpose(1, 2)).squeeze(2))
+        return torch.cat(products, dim=1) if len(products) > 1 else products[0]
+
+
+class FieldPairs(nn.Module):
+    """The vectors of both fields of all pairs a < b."""
+
+    left_P: Tensor
+    right_P: Tensor
+
+    def __init__(self, num_fields: int) -> None:
+        super().__init__()
+        left_P, right_P = torch.triu_indices(num_fields, num_fields, offset=1)
+        self.num_pairs = len(left_P)
+        self.register_buffer("left_P", left_P, persistent=False)
+        self.register_buffer("right_P", right_P, persistent=False)
+
+    def forward(self, left_BFD: Tensor, right_BFD: Tensor) -> tuple[Tensor, Tensor]:
+        """(P, B, D) of field a in the first and of field b in the second.
+
+        Pairs come first: whole (B, D) blocks are copied, and layers of one weight a pair read them
+        as they are.
+        """
+        left_FBD, right_FBD = left_BFD.transpose(0, 1), right_BFD.transpose(0, 1)
+        return (
+            left_FBD.contiguous().index_select(0, self.left_P),
+            right_FBD.contiguous().index_select(0, self.right_P),
+        )
+
+
+def flat_pairs(pairs: Sequence[Tensor]) -> Tensor:
+    """Tensors (P, B, X) as one (B, P * X) side by side."""
+    return torch.cat([pair_PBX.transpose(0, 1).flatten(1) for pair_PBX in pairs], dim=1)

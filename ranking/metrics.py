@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ranking.tasks import probabilities
+
 NUM_BINS = 4096
 """Bins of the score histogram that AUC is computed from."""
 LOGIT_RANGE = 12.0
@@ -58,7 +60,7 @@ class MetricSums:
             logits_BT, labels_BT, weights_BT, reduction="none"
         )
         positives_BT = weights_BT * labels_BT
-        predicted_BT = weights_BT * logits_BT.sigmoid()
+        predicted_BT = weights_BT * probabilities(logits_BT)
         sums = (weights_BT, positives_BT, predicted_BT, cross_entropy_BT)
         for column, values_BT in enumerate(sums):
             self.sums_TX[:, column] += values_BT.sum(dim=0)

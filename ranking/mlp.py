@@ -9,7 +9,7 @@ def mlp(in_dim: int, hidden: Sequence[int], dropout: float = 0.0) -> nn.Sequenti
     """Linear, ReLU and dropout (where it is not 0) for every width in `hidden`."""
     layers: list[nn.Module] = []
     for out_dim in hidden:
-        layers += [nn.Linear(in_dim, out_dim), nn.ReLU()]
+        layers += [nn.Linear(in_dim, out_dim), nn.ReLU(inplace=True)]
         if dropout:
             layers.append(nn.Dropout(dropout))
         in_dim = out_dim

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from embedding.batch import RankingBatch
+from ranking.tasks import probabilities
 
 # Shapes: R real rows of a batch, T tasks, K keys.
 
@@ -38,7 +39,7 @@ def predict(
     for batch in batches:
         with torch.no_grad():
             _, (logits_BT, labels_BT, weights_BT) = step(batch.to(device))
-        probs_BT = logits_BT.sigmoid().cpu()
+        probs_BT = probabilities(logits_BT).cpu()
         real = batch.num_rows
         yield Predictions(
             keys_RK=batch.keys_BK[:real].cpu(),

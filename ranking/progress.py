@@ -8,6 +8,7 @@ from torch import Tensor
 
 from embedding.epochs import Position
 from ranking.metrics import MetricSums, all_reduce_sums
+from ranking.validation import ValidationState
 
 # Shapes: T tasks, X sums kept per task.
 
@@ -23,6 +24,7 @@ class Progress:
     """Metric sums since the last step line, over all ranks; None before the first step."""
     window_slots: int = 0
     """Rows since the last step line over all ranks, filling ones included."""
+    validation: ValidationState = ValidationState()
 
     def state_dict(self) -> dict[str, Any]:
         """JSON types, for a checkpoint; floats survive to the last digit."""
@@ -31,6 +33,7 @@ class Progress:
             "position": self.position.model_dump_json(),
             "window": None if self.window_TX is None else self.window_TX.tolist(),
             "window_slots": self.window_slots,
+            "validation": self.validation.model_dump_json(),
         }
 
     @classmethod
@@ -42,6 +45,7 @@ class Progress:
             position=Position.model_validate_json(state["position"]),
             window_TX=None if window is None else torch.tensor(window, dtype=torch.float64),
             window_slots=state["window_slots"],
+            validation=ValidationState.model_validate_json(state["validation"]),
         )
 
 

@@ -26,6 +26,7 @@ def step_metrics(
         "time/data_s": timing.data_s,
         "time/data_share": timing.data_s / timing.elapsed_s,
         "time/checkpoint_s": timing.checkpoint_s,
+        "time/validation_s": timing.validation_s,
         "time/unix_s": time.time(),
     }
     for task, values in zip(tasks, sums.values(), strict=True):
@@ -37,7 +38,7 @@ def step_metrics(
 
 
 def training_loss(tasks: Sequence[TaskConfig], sums: MetricSums, num_slots: int) -> float:
-    """Mean over the window of the loss that was optimised (see `ranking.losses.TaskLoss`)."""
+    """Mean over the window of the tasks' loss (`ranking.losses.TaskLoss`); no penalty in it."""
     losses = (
         task.weight * (values.logloss or 0.0) * values.weight
         for task, values in zip(tasks, sums.values(), strict=True)

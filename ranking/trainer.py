@@ -2,32 +2,36 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torch import nn
 
-from embedding.batch import RankingBatch
 from embedding.epochs import Leg, Position
 from embedding.errors import UserError
 from embedding.loader import BatchStream
-from embedding.tables import in_tables
 from ranking.clock import Clock
-from ranking.config import TaskConfig, TrainerConfig
+from ranking.config import TaskConfig
 from ranking.metrics import MetricSums
+from ranking.model import RankingStep
 from ranking.progress import Progress, Window
+from ranking.schedule import LearningRates, rate_factor
 from ranking.step_line import memory_metrics, step_line, step_metrics
-
-# Shapes: B samples, T tasks.
+from ranking.steps import Outputs, StepOptimizer, make_steps
+from ranking.trainer_config import TrainerConfig
+from ranking.validation import (
+    ValidationSource,
+    ValidationState,
+    deciding_value,
+    validate,
+    validation_line,
+    validation_metrics,
+)
 
 logger = logging.getLogger(__name__)
-
-Outputs = tuple[Tensor, Tensor, Tensor]
-"""(logits_BT, labels_BT, weights_BT) of a step."""
 
 
 class BatchSource(Protocol):
@@ -44,16 +48,6 @@ class BatchSource(Protocol):
         """The batches from `position` to the end of its epoch."""
 
 
-class StepOptimizer(Protocol):
-    """What the loop needs of an optimizer: torch's and TorchRec's keyed ones have it."""
-
-    def zero_grad(self, set_to_none: bool = ...) -> None:
-        """Forget the gradients."""
-
-    def step(self) -> object:
-        """Update the parameters."""
-
-
 @dataclass(frozen=True)
 class TrainingHooks:
     """What the loop tells its owner. Called on every rank, at the same steps."""
@@ -61,7 +55,10 @@ class TrainingHooks:
     report: Callable[[int, int, dict[str, float]], None]
     """Step, steps in all and global metrics, every `log_every_steps`."""
     save: Callable[[Progress], None]
-    """Write a checkpoint of model, optimizer and this progress."""
+    """Write a checkpoint of model, optimizer and this progress, and keep the one of
+    `progress.validation.best_step`, which may be this one."""
+    validated: Callable[[int, int, dict[str, float]], None]
+    """Step, steps in all and metrics of the held-out rows."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +73,10 @@ class TrainingSummary:
     """Training time of this call without checkpoints."""
     data_wait_share: float
     world_size: int
+    position: Position
+    """How far in the data the run got."""
+    validation: ValidationState
+    stopped_early: bool
 
     @property
     def rows_per_s(self) -> float:
@@ -100,7 +101,7 @@ class Trainer:
         device: torch.device,
         hooks: TrainingHooks,
     ) -> None:
-        """`model` maps a batch to (loss, outputs): a `RankingStep`, sharded or not.
+        """`model` is a `RankingStep`, sharded or not.
 
         Raises:
             UserError: the device cannot compute in the configured precision.
@@ -111,29 +112,46 @@ class Trainer:
         self.model = model
         self.device = device
         self.hooks = hooks
-        self._run_step = _step_function(model, optimizer, device, config.max_grad_norm)
+        self.ranking = next(m for m in model.modules() if isinstance(m, RankingStep))
+        self.steps = make_steps(model, optimizer, device, config.max_grad_norm)
+        self._rates = LearningRates(optimizer)
 
-    def fit(self, source: BatchSource, progress: Progress | None = None) -> TrainingSummary:
-        """Train from `progress` to the end of the last epoch.
+    def fit(
+        self,
+        source: BatchSource,
+        progress: Progress | None = None,
+        *,
+        validation: ValidationSource | None = None,
+    ) -> TrainingSummary:
+        """Train from `progress` to the end of the last epoch, or until validation stops it.
 
         Raises:
-            UserError: the loss is no longer a finite number.
+            UserError: the loss is no longer a finite number, or the held-out rows decide nothing.
         """
         progress = progress or Progress()
         self.model.train()
-        run = _Run(self, source, progress)
+        run = _Run(self, source, progress, validation)
         for epoch in range(progress.position.epoch, self.config.epochs):
             position = progress.position if epoch == progress.position.epoch else None
             self._epoch(source, position or Position(epoch=epoch), run)
         run.finish()
         return run.summary()
 
+    @property
+    def rate_factor(self) -> float:
+        """Factor on all learning rates in the last step."""
+        return 1.0 if self._rates.factor is None else self._rates.factor
+
     def _epoch(self, source: BatchSource, start: Position, run: "_Run") -> None:
+        if run.should_stop:
+            return
         with source.shuffled(start) as stream:
             batches = iter(stream)
             for done in range(1, stream.num_steps + 1):
                 self._seed(run.step, source.rank)
-                outputs = self._run_step(batches)
+                self._rates.set(run.rate_factor())
+                outputs = self.steps.run(batches)
+                self.ranking.update_average(run.step)
                 run.after_step(outputs, stream)
                 leg = Leg(
                     world_size=source.world_size,
@@ -141,7 +159,9 @@ class Trainer:
                     steps=done,
                 )
                 run.position = start.after(leg)
-                run.sync_if_due()
+                run.sync_if_due(is_epoch_end=done == stream.num_steps)
+                if run.should_stop:
+                    return
         run.position = Position(epoch=start.epoch + 1)
 
     def _seed(self, step: int, rank: int) -> None:
@@ -152,8 +172,16 @@ class Trainer:
 class _Run:
     """Counters, metrics and clocks of one `fit`."""
 
-    def __init__(self, trainer: Trainer, source: BatchSource, progress: Progress) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        source: BatchSource,
+        progress: Progress,
+        validation_source: ValidationSource | None,
+    ) -> None:
         self.trainer = trainer
+        self.validation_source = validation_source
+        self.validation = progress.validation
         self.world_size = source.world_size
         self.is_logging_rank = source.rank == 0
         self.step = progress.step
@@ -170,21 +198,37 @@ class _Run:
         self.window.update(*outputs)
         self.clock.see(stream)
 
-    def sync_if_due(self) -> None:
-        """Report and save at their intervals; ranks meet here."""
+    def rate_factor(self) -> float:
+        """Of the next step."""
+        schedule = self.trainer.config.schedule
+        return rate_factor(schedule, self.step, self.num_steps) * self.validation.rate_factor
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether validation has seen enough."""
+        return self.validation.should_stop(self.trainer.config.validation)
+
+    def sync_if_due(self, *, is_epoch_end: bool) -> None:
+        """Report, validate and save at their intervals; ranks meet here.
+
+        The checkpoint comes last: what was written for its step before is not written again.
+        """
         config = self.trainer.config
         if self.step % config.log_every_steps == 0:
             self._report()
+        every = config.validation.every_steps
+        if is_epoch_end if every is None else self.step % every == 0:
+            self._validate()
         every = config.checkpoint_every_steps
         if every is not None and self.step % every == 0:
             self._save()
 
     def finish(self) -> None:
-        """The last report and the last checkpoint."""
+        """The last report, validation and checkpoint."""
         if self.step > self.reported_step:
             self._report()
-        if self.saved_step != self.step:
-            self._save()
+        self._validate()
+        self._save()
 
     def summary(self) -> TrainingSummary:
         """Figures of all windows."""
@@ -195,6 +239,9 @@ class _Run:
             seconds=clock.total_s,
             data_wait_share=clock.total_data_s / clock.total_s if clock.total_s else 0.0,
             world_size=self.world_size,
+            position=self.position,
+            validation=self.validation,
+            stopped_early=self.should_stop and self.step < self.num_steps,
         )
 
     def _fold(self) -> tuple[MetricSums, int]:
@@ -210,6 +257,7 @@ class _Run:
         sums, num_slots = self._fold()
         timing = self.clock.lap(self.step)
         metrics = step_metrics(self.trainer.tasks, sums, num_slots, timing)
+        metrics["train/rate_factor"] = self.trainer.rate_factor
         metrics |= memory_metrics(self.trainer.device)
         self.window.clear()
         self.reported_step = self.step
@@ -217,10 +265,32 @@ class _Run:
             logger.info(step_line(self.step, self.num_steps, self.trainer.tasks, metrics))
         self.trainer.hooks.report(self.step, self.num_steps, metrics)
 
+    def _validate(self) -> None:
+        """Validate, and save what is the best so far: its checkpoint will be the result."""
+        if self.validation_source is None or self.validation.last_step == self.step:
+            return
+        trainer, config = self.trainer, self.trainer.config
+        with self.clock.paused("validation"), trainer.ranking.averaged():
+            trainer.steps.pause()
+            source, device = self.validation_source, trainer.device
+            values = validate(trainer.model, source, device, len(trainer.tasks))
+        value = deciding_value(config.validation, trainer.tasks, values)
+        self.validation = self.validation.after(self.step, value, config)
+        metrics = validation_metrics(trainer.tasks, values, self.validation)
+        if self.is_logging_rank:
+            logger.info(validation_line(self.step, trainer.tasks, metrics))
+        trainer.hooks.validated(self.step, self.num_steps, metrics)
+        if self.validation.best_step == self.step:
+            self._save()
+
     def _save(self) -> None:
+        if self.saved_step == self.step:
+            return
         sums, num_slots = self._fold()
-        with self.clock.paused():
-            self.trainer.hooks.save(Progress(self.step, self.position, sums.sums_TX, num_slots))
+        with self.clock.paused("checkpoint"):
+            self.trainer.hooks.save(
+                Progress(self.step, self.position, sums.sums_TX, num_slots, self.validation)
+            )
         self.saved_step = self.step
 
     def _refuse_divergence(self, sums: MetricSums) -> None:
@@ -232,33 +302,6 @@ class _Run:
                     "ranking.trainer.dense_optimizer.learning_rate and "
                     "embedding.optimizer.learning_rate, or set ranking.trainer.max_grad_norm"
                 )
-
-
-class _Clipped:
-    """Clips the dense gradients before every step of the wrapped optimizer.
-
-    Table gradients never exist as tensors (their optimizer is fused into backward), so their norm
-    is not part of it.
-    """
-
-    def __init__(self, optimizer: StepOptimizer, model: nn.Module, max_norm: float) -> None:
-        self.optimizer = optimizer
-        self.max_norm = max_norm
-        self.parameters = dense_parameters(model)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients."""
-        self.optimizer.zero_grad(set_to_none=set_to_none)
-
-    def step(self) -> None:
-        """Clip, then update."""
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
-        self.optimizer.step()
-
-
-def dense_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters outside the embedding tables."""
-    return [p for name, p in model.named_parameters() if not in_tables(name)]
 
 
 def check_precision(precision: str, device: torch.device) -> None:
@@ -287,23 +330,3 @@ def _steps_left(source: BatchSource, start: Position, config: TrainerConfig) -> 
         return 0
     later = [Position(epoch=epoch) for epoch in range(start.epoch + 1, config.epochs)]
     return sum(source.num_steps(position) for position in (start, *later))
-
-
-def _step_function(
-    model: nn.Module, optimizer: StepOptimizer, device: torch.device, max_grad_norm: float | None
-) -> Callable[[Iterator[RankingBatch]], Outputs]:
-    """One training step on the next batch; on CUDA overlapped with copies and input dist."""
-    if max_grad_norm is not None:
-        optimizer = _Clipped(optimizer, model, max_grad_norm)
-    if device.type == "cuda":
-        pipeline = TrainPipelineSparseDist(model, optimizer, device)
-        return pipeline.progress
-
-    def step(batches: Iterator[RankingBatch]) -> Outputs:
-        optimizer.zero_grad(set_to_none=True)
-        loss, outputs = model(next(batches))
-        loss.backward()
-        optimizer.step()
-        return outputs
-
-    return step

@@ -94,6 +94,7 @@ def test_one_rank(tmp_path: Path) -> None:
 
 
 def _check_one_rank(directory: Path) -> None:
+    _check_retained_step(directory / "retained")
     _check_retention_and_damage(directory / "damage")
     _check_nothing_is_dropped_silently(directory / "silent")
     _check_warm_start(directory / "warm")
@@ -105,6 +106,14 @@ def _saved(directory: Path, sharded: Sharded, step: int = 3) -> Checkpointer:
     checkpointer = Checkpointer(directory, keep=2)
     checkpointer.save(step, sharded, {"step": step})
     return checkpointer
+
+
+def _check_retained_step(directory: Path) -> None:
+    sharded = _build()
+    checkpointer = Checkpointer(directory, keep=1)
+    for step, best in ((1, 1), (2, 1), (3, 1), (4, 4), (5, 4), (6, 4)):
+        checkpointer.save(step, sharded, {}, retain=best)
+        assert sorted(steps(directory)) == sorted({best, step})
 
 
 def _check_retention_and_damage(directory: Path) -> None:

@@ -24,6 +24,21 @@ def test_open_window_takes_all_days() -> None:
     assert split.evaluation == ("2024-01-04", "2024-01-05")
 
 
+def test_validation_days_are_the_last_of_the_window_and_are_not_trained() -> None:
+    split = split_days(DAYS, "2024-01-04", WindowConfig(train_days=3, validation_days=1))
+
+    assert split.train == ("2024-01-02", "2024-01-03")
+    assert split.validation == ("2024-01-04",)
+    assert split.evaluation == ("2024-01-05",)
+
+
+def test_validation_that_leaves_no_day_to_train_on_is_refused() -> None:
+    with pytest.raises(UserError, match=r"validation_days=2 holds out all.*run a later date"):
+        split_days(DAYS, "2024-01-02", WindowConfig(validation_days=2))
+    with pytest.raises(ValueError, match=r"validation_days=2 leaves none of train_days=2"):
+        WindowConfig(train_days=2, validation_days=2)
+
+
 @pytest.mark.parametrize(
     ("day", "message"),
     [

@@ -14,7 +14,7 @@ from small_log import DAYS, Row, event, file_bytes, make_recipe, write_catalogue
 from embedding.errors import UserError
 from pipeline import ingest as ingest_module
 from pipeline.config import Recipe
-from pipeline.ingest import IngestFacts, ingest
+from pipeline.ingest import IngestFacts, check_span, ingest
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def _without_ray(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 
 def run(recipe: Recipe, span: list[str], previous: Path | None, scratch: Path) -> IngestFacts:
     scratch.mkdir()
-    return ingest(recipe, span, previous, scratch)
+    return ingest(recipe, check_span(recipe, span, previous), scratch)
 
 
 def read_events(directory: Path) -> list[Row]:
@@ -135,10 +135,10 @@ def test_facts_count_rows_labels_and_days(tmp_path: Path) -> None:
     progress: list[tuple[int, int]] = []
     (tmp_path / "out").mkdir()
 
+    recipe = make_recipe(small_root(tmp_path))
     facts = ingest(
-        make_recipe(small_root(tmp_path)),
-        DAYS[:2],
-        None,
+        recipe,
+        check_span(recipe, DAYS[:2], None),
         tmp_path / "out",
         progress=lambda done, total: progress.append((done, total)),
     )

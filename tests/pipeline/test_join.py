@@ -18,7 +18,7 @@ from embedding.errors import UserError
 from pipeline import ingest as ingest_module
 from pipeline import join as join_module
 from pipeline.config import Recipe
-from pipeline.ingest import ingest
+from pipeline.ingest import check_span, ingest
 from pipeline.join import JoinFacts, gap_ids, join
 
 
@@ -56,7 +56,7 @@ def run(recipe: Recipe, tmp_path: Path) -> tuple[list[Row], list[Row], JoinFacts
     """Ingested events, samples in the same order, and the facts."""
     for name in ("ingest", "join"):
         (tmp_path / name).mkdir()
-    ingest(recipe, DAYS[:2], None, tmp_path / "ingest")
+    ingest(recipe, check_span(recipe, DAYS[:2], None), tmp_path / "ingest")
     facts = join(recipe, tmp_path / "ingest", tmp_path / "join")
     return (
         _rows(tmp_path / "ingest" / "events"),
@@ -159,7 +159,7 @@ def test_user_that_left_the_catalogue_is_missing_and_counted(root: Path, tmp_pat
     for name in ("ingest", "join"):
         (tmp_path / name).mkdir()
     recipe = make_recipe(root)
-    ingest(recipe, DAYS[:2], None, tmp_path / "ingest")
+    ingest(recipe, check_span(recipe, DAYS[:2], None), tmp_path / "ingest")
     users = pq.read_table(root / "users.parquet")
     pq.write_table(users.slice(1), root / "users.parquet")  # user 1 is the first row
 

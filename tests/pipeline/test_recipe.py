@@ -6,7 +6,9 @@ import yaml
 
 from embedding.config import RowWise
 from embedding.errors import UserError
+from pipeline.config import EmbeddingPlaneConfig, WindowConfig
 from pipeline.recipe import apply_override, load_recipe
+from ranking.config import RankingConfig
 
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -89,6 +91,28 @@ def test_override_creates_missing_sections(tmp_path: Path) -> None:
         ("features.tables.item.ids.kind", "hash", ["features.tables.item.ids", "'hashed'"]),
         ("features.sparse.item_id.table", "items", ["table 'items' is not among"]),
         ("gate.task", "clack", ["gate.task: 'clack'", "['click']"]),
+        (
+            "ranking.trainer.validation.patience",
+            2,
+            ["ranking.trainer.validation.patience", "set window.validation_days to 1"],
+        ),
+        (
+            "ranking.trainer.schedule.plateau",
+            {"factor": 0.5},
+            ["ranking.trainer.schedule.plateau", "set window.validation_days to 1"],
+        ),
+        ("ranking.trainer.validation.task", "buy", ["'buy' is not among the tasks ['click']"]),
+        ("ranking.tasks.click.after", "view", ["after='view' is not among", "add it"]),
+        (
+            "ranking.model.experts",
+            {"kind": "moe"},
+            ["ranking.model.experts", "'shared_bottom', 'mmoe', 'ple'"],
+        ),
+        (
+            "ranking.model.interests",
+            [{"kind": "hstu", "history": "clicks", "heads": 4}],
+            ["ranking.model.interests.0.heads", "did you mean 'num_heads'"],
+        ),
         ("ranking.trainer.epochs", 0, ["ranking.trainer.epochs", "greater than 0", "got 0"]),
     ],
 )
@@ -137,3 +161,12 @@ def test_broken_yaml_names_the_line(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="line 2"):
         load_recipe(str(path))
+
+
+def test_the_example_of_the_training_guide_is_valid() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    example = yaml.safe_load(text.split("```yaml")[1].split("```")[0])
+
+    assert WindowConfig.model_validate(example["window"]).validation_days == 1
+    assert EmbeddingPlaneConfig.model_validate(example["embedding"]).l2 > 0
+    assert RankingConfig.model_validate(example["ranking"]).tasks[1].after == "click"

@@ -1,4 +1,8 @@
-"""Kill -9 of a worker and of the driver: the finished run equals the undisturbed one."""
+"""Kill -9 of a worker and of the driver: the finished run equals the undisturbed one.
+
+The run validates, averages its weights and changes its learning rates, so all of that must resume;
+what it publishes is looked at, too.
+"""
 
 import json
 import random
@@ -9,8 +13,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import psutil
+import pyarrow.parquet as pq
 import pytest
+
+from deploy.scoring import score_samples
+from pipeline.evaluate import read_predictions
 
 DATE = "2024-01-03"
 TIMEOUT_S = 300
@@ -23,12 +32,20 @@ def command(data: Path, out: Path, *, stage: str) -> list[str]:
     settings = {
         "data.root": data,
         "data.synthetic.num_days": 4,
-        "data.synthetic.events_per_day": 8000,
+        "data.synthetic.events_per_day": 6000,
         "data.synthetic.num_items": 200,
         "data.synthetic.num_users": 400,
         "ranking.trainer.batch_size_per_rank": 128,
         "ranking.trainer.log_every_steps": 5,
         "ranking.trainer.checkpoint_every_steps": STEPS_BETWEEN_CHECKPOINTS,
+        "window.validation_days": 1,
+        "ranking.trainer.validation": "{every_steps: 12, metric: logloss, patience: 6}",
+        "ranking.trainer.ema_decay": 0.95,
+        "ranking.trainer.schedule": (
+            "{warmup_steps: 20, decay: {kind: cosine, final_factor: 0.1}, plateau: {factor: 0.8}}"
+        ),
+        "embedding.l2": 1e-5,
+        "gate": "{task: click, min_auc: 0, calibration: [0, 100]}",
         # The batches around a restart take part in dropout and managed collision, too.
         "features.tables.user.ids.kind": "managed_collision",
     }
@@ -51,6 +68,14 @@ def finish(data: Path, out: Path, *, stage: str = "evaluate") -> None:
 
 def metrics(out: Path) -> object:
     return json.loads((out / DATE / "evaluate" / "metrics.json").read_text())
+
+
+def validations(out: Path) -> list[tuple[int, float]]:
+    """Step and logloss of every validation."""
+    lines = (out / DATE / "train" / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    key = "validation/click/logloss"
+    return [(record["step"], record[key]) for record in records if key in record]
 
 
 def logged_step(out: Path) -> int:
@@ -101,21 +126,57 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return root / "data", root / "prepared"
 
 
+@pytest.fixture(scope="module")
+def undisturbed(prepared: tuple[Path, Path]) -> Path:
+    """Output directory of a run that published."""
+    data, before_training = prepared
+    out = before_training.with_name("undisturbed")
+    shutil.copytree(before_training, out)
+    finish(data, out, stage="publish")
+    return out
+
+
 def test_killed_worker_and_killed_driver_change_nothing(
-    prepared: tuple[Path, Path], tmp_path: Path
+    prepared: tuple[Path, Path], undisturbed: Path, tmp_path: Path
 ) -> None:
     data, before_training = prepared
-    outs = {name: tmp_path / name for name in ("undisturbed", "worker", "driver")}
+    outs = {name: tmp_path / name for name in ("worker", "driver")}
     for out in outs.values():
         shutil.copytree(before_training, out)
     step = random.randrange(STEPS_BETWEEN_CHECKPOINTS + 5, 60)
 
-    finish(data, outs["undisturbed"])
     code = interrupt(data, outs["worker"], step, kill_a_worker)
     assert code == 0, (step, (outs["worker"] / "output.txt").read_text())
     code = interrupt(data, outs["driver"], step, kill_the_driver)
     assert code == -9
     finish(data, outs["driver"])
 
-    assert metrics(outs["worker"]) == metrics(outs["undisturbed"]), f"step {step}"
-    assert metrics(outs["driver"]) == metrics(outs["undisturbed"]), f"step {step}"
+    expected = (metrics(undisturbed), validations(undisturbed))
+    for out in outs.values():
+        assert (metrics(out), validations(out)) == expected, f"{out.name}, step {step}"
+
+
+def test_the_best_validated_weights_are_published(undisturbed: Path) -> None:
+    result = json.loads((undisturbed / DATE / "train" / "result.json").read_text())
+    losses = dict(validations(undisturbed))
+    best = min(losses, key=losses.__getitem__)
+    assert result["best_step"] == best
+    assert result["checkpoint"] == f"step-{best:08d}"
+    assert [path.name for path in (undisturbed / DATE / "train" / "checkpoint").iterdir()] == [
+        result["checkpoint"]
+    ]
+
+
+def test_a_bundle_scores_what_was_evaluated(undisturbed: Path, tmp_path: Path) -> None:
+    samples = undisturbed / "2024-01-04" / "join" / "samples" / "dt=2024-01-04"
+    bundle = undisturbed / DATE / "publish" / "bundle"
+    score_samples(
+        bundle, samples, tmp_path / "scores.parquet", batch_size=512, progress=lambda *_: None
+    )
+    scored = pq.read_table(tmp_path / "scores.parquet")
+    predicted = read_predictions(undisturbed / DATE / "evaluate" / "predictions")
+    for key in ("key:request_id", "key:item_id"):
+        assert scored[key].equals(predicted[key])
+    found, expected = (t["probability:click"].to_numpy() for t in (scored, predicted))
+    # Other batch sizes sum float32 products in another order.
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)

@@ -15,15 +15,11 @@ from embedding.config import (
     SparseFeature,
     TableConfig,
 )
-from ranking.config import (
-    DeepFm,
-    InterestConfig,
-    MixtureOfExpertsConfig,
-    ModelConfig,
-    RankingConfig,
-    TaskConfig,
-    TrainerConfig,
-)
+from ranking.classifier_config import DeepFm
+from ranking.config import ModelConfig, RankingConfig, TaskConfig
+from ranking.experts_config import MixtureOfExpertsConfig
+from ranking.interest_config import Din
+from ranking.trainer_config import TrainerConfig
 
 NUM_ROWS = 300
 SCHEMA = FeatureSchema(
@@ -53,7 +49,7 @@ def small_config(**trainer: Any) -> RankingConfig:
     return RankingConfig(
         tasks=TASKS,
         model=ModelConfig(
-            interests=(InterestConfig(history="past", hidden=(8,)),),
+            interests=(Din(history="past", hidden=(8,)),),
             classifier=DeepFm(hidden=(16,), dropout=0.2),
             experts=MixtureOfExpertsConfig(num_experts=2, expert_hidden=(8,), tower_hidden=(4,)),
         ),
@@ -61,9 +57,9 @@ def small_config(**trainer: Any) -> RankingConfig:
     )
 
 
-def write_samples(path: Path) -> None:
+def write_samples(path: Path, seed: int = 0) -> None:
     """NUM_ROWS rows in row groups of 50; `like` is missing on 30% of them."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     like = rng.integers(0, 2, NUM_ROWS).astype(object)
     like[rng.random(NUM_ROWS) < 0.3] = None
     columns: dict[str, Any] = {

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from embedding.config import (
     DenseFeature,
@@ -15,18 +15,10 @@ from embedding.config import (
     TableConfig,
 )
 from embedding.errors import UserError
-from ranking.classifiers import ClassifierInputs, InputDims, build_classifier
-from ranking.config import (
-    DcnV2,
-    DeepFm,
-    Dnn,
-    InterestConfig,
-    MixtureOfExpertsConfig,
-    ModelConfig,
-)
-from ranking.experts import MixtureOfExperts
+from ranking.config import ModelConfig
 from ranking.interactions import CrossNetwork, fm_second_order
 from ranking.interest import TargetAttention
+from ranking.interest_config import Din
 from ranking.losses import TaskLoss
 from ranking.model import Ranker
 
@@ -121,76 +113,6 @@ def test_target_attention_of_empty_histories_is_zero() -> None:
     assert out.equal(torch.zeros(3, 6))
 
 
-def _by_hand(stack: nn.Sequential, index: int, x: Tensor) -> Tensor:
-    for layer in stack:
-        x = layer(x) if isinstance(layer, nn.ReLU) else _linear(layer, index, x)
-    return x
-
-
-def _linear(layer: nn.Module, index: int, x: Tensor) -> Tensor:
-    return x @ layer.weight_EDH[index] + layer.bias_E1H[index, 0]
-
-
-def test_mixture_of_experts_equals_a_loop_over_tasks_and_experts() -> None:
-    config = MixtureOfExpertsConfig(num_experts=3, expert_hidden=(7, 5), tower_hidden=(4,))
-    block = MixtureOfExperts(config, in_dim=6, num_tasks=2)
-    x_BX = torch.randn(9, 6)
-    logits_BT = block(x_BX)
-    for b, x in enumerate(x_BX):
-        for task in range(2):
-            gate = block.gates.weight[task * 3 : task * 3 + 3] @ x
-            gate = (gate + block.gates.bias[task * 3 : task * 3 + 3]).softmax(dim=0)
-            mixed = sum(gate[e] * _by_hand(block.experts, e, x) for e in range(3))
-            logit = _linear(block.output, task, _by_hand(block.towers, task, mixed))
-            torch.testing.assert_close(logits_BT[b, task], logit[0], **CLOSE)
-
-
-def test_stacked_layers_start_in_the_range_of_a_linear_layer() -> None:
-    config = MixtureOfExpertsConfig(num_experts=50, expert_hidden=(64,))
-    weight = MixtureOfExperts(config, in_dim=16, num_tasks=1).experts[0].weight_EDH
-    assert weight.abs().max() <= 1 / math.sqrt(16)
-    assert weight.std().item() == pytest.approx(1 / math.sqrt(3 * 16), rel=0.02)  # of a uniform
-
-
-DIMS = InputDims(fields=(("a", 8), ("b", 8), ("c", 8)), num_dense=2, interest=5)
-
-
-def _inputs() -> ClassifierInputs:
-    return ClassifierInputs(torch.randn(4, 24), torch.randn(4, 2), torch.randn(4, 5))
-
-
-@pytest.mark.parametrize("config", [Dnn(hidden=(6,)), DeepFm(hidden=(6,)), DcnV2(hidden=(6,))])
-def test_classifiers_have_the_width_they_say(config: Dnn | DeepFm | DcnV2) -> None:
-    classifier = build_classifier(config, DIMS)
-    assert classifier(_inputs()).shape == (4, classifier.output_dim)
-
-
-def test_deepfm_adds_first_and_second_order_to_the_mlp() -> None:
-    classifier = build_classifier(DeepFm(hidden=(6,)), DIMS)
-    inputs = _inputs()
-    out = classifier(inputs)
-    flat = torch.cat([inputs.fields_BX, inputs.dense_BX, inputs.interests_BX], dim=1)
-    torch.testing.assert_close(out[:, :6], classifier.mlp(flat))
-    torch.testing.assert_close(out[:, 6:7], classifier.first_order(flat))
-    a, b, c = inputs.fields_BX.split(8, dim=1)
-    pairs = (a * b + a * c + b * c).sum(dim=1, keepdim=True)
-    torch.testing.assert_close(out[:, 7:], pairs, **CLOSE)
-
-
-def test_dcn_v2_puts_cross_layers_beside_the_mlp() -> None:
-    classifier = build_classifier(DcnV2(hidden=(6,), num_cross_layers=2), DIMS)
-    inputs = _inputs()
-    flat = torch.cat([inputs.fields_BX, inputs.dense_BX, inputs.interests_BX], dim=1)
-    expected = torch.cat([classifier.cross(flat), classifier.mlp(flat)], dim=1)
-    torch.testing.assert_close(classifier(inputs), expected)
-
-
-def test_deepfm_refuses_fields_of_different_dims() -> None:
-    dims = InputDims(fields=(("a", 8), ("b", 4)), num_dense=0, interest=0)
-    with pytest.raises(UserError, match=r"deepfm .*'a': 8, 'b': 4.*one embedding_dim"):
-        build_classifier(DeepFm(), dims)
-
-
 def test_loss_is_the_weighted_sum_over_rows_divided_by_the_batch_size() -> None:
     loss = TaskLoss([1.0, 3.0])
     logits_BT, labels_BT = torch.randn(5, 2), torch.randint(0, 2, (5, 2)).float()
@@ -228,6 +150,6 @@ def test_an_interest_without_a_target_is_refused() -> None:
         histories=(HistoryConfig(name="past"),),
         sequences=(SequenceFeature(name="past_item", history="past", table="item"),),
     )
-    config = ModelConfig(interests=(InterestConfig(history="past"),))
+    config = ModelConfig(interests=(Din(history="past"),))
     with pytest.raises(UserError, match=r"'past' names a target.*'past_item'"):
         Ranker(schema, config, num_tasks=1, autocast=False)

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,25 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-from embedding.config import RowWiseAdagrad, ShardingConfig
+from embedding.config import (
+    DataParallel,
+    FeatureSchema,
+    RowWise,
+    RowWiseAdagrad,
+    Sgd,
+    ShardingConfig,
+    SparseOptimizer,
+)
 from embedding.loader import SampleFiles, SampleLoader
 from embedding.shard import Sharded, shard
+from ranking.config import ModelConfig, RankingConfig, TaskConfig
+from ranking.experts_config import ProgressiveExtractionConfig
+from ranking.interest_config import Dien, Din, Hstu
 from ranking.model import RankingModel, RankingStep
+from ranking.steps import PipelinedSteps, PlainSteps
 from ranking.trainer import Trainer, TrainingHooks
+from ranking.trainer_config import CosineDecay, ScheduleConfig
+from ranking.validation import validate
 from tests.ranking.small_run import NUM_ROWS, SCHEMA, TASKS, small_config, write_samples
 
 CPU = torch.device("cpu")
@@ -34,14 +49,25 @@ def _join(rank: int, world_size: int, port: int) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
 
 
-def _sharded() -> Sharded:
-    config = small_config()
-    model = RankingModel(SCHEMA, config, tables_device=torch.device("meta"))
+def _sharded(
+    config: RankingConfig | None = None,
+    schema: FeatureSchema = SCHEMA,
+    optimizer: SparseOptimizer | None = None,
+    embedding_l2: float = 0.0,
+) -> Sharded:
+    """With Adam for the dense parameters, or, where SGD trains the tables, SGD."""
+    config = config or small_config()
+    model = RankingModel(schema, config, tables_device=torch.device("meta"))
+    dense = (
+        partial(torch.optim.Adam, lr=1e-2)
+        if optimizer is None
+        else partial(torch.optim.SGD, lr=RATES["dense"])
+    )
     sharded = shard(
-        RankingStep(model, config),
-        optimizer=RowWiseAdagrad(),
+        RankingStep(model, config, embedding_l2=embedding_l2),
+        optimizer=optimizer or RowWiseAdagrad(),
         sharding=ShardingConfig(),
-        dense_optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-2),
+        dense_optimizer=dense,
         device=CPU,
     )
     sharded.initialize(seed=0)
@@ -83,6 +109,105 @@ def test_the_pipeline_used_on_gpus_trains_what_the_plain_loop_does(tmp_path: Pat
     mp.spawn(_spawned_pipeline, (_free_port(), str(tmp_path)), nprocs=1)
 
 
+def _demanding_config() -> RankingConfig:
+    """A task after another, and all kinds of interests: whatever tracing could stumble on."""
+    return RankingConfig(
+        tasks=(TaskConfig(name="click"), TaskConfig(name="like", after="click")),
+        model=ModelConfig(
+            interests=(Din(history="past"), Dien(history="past"), Hstu(history="past")),
+            experts=ProgressiveExtractionConfig(),
+        ),
+        trainer=small_config().trainer,
+    )
+
+
+def _spawned_pauses(_: int, port: int, folder: str) -> None:
+    _join(0, 1, port)
+    files = SampleFiles([Path(folder) / "part.parquet"], SCHEMA, [task.name for task in TASKS])
+    source = SampleLoader(files, batch_size_per_rank=16)
+    with source.sequential() as stream:
+        batches = list(stream)[:7]
+    runs = []
+    for kind in (PlainSteps, partial(PipelinedSteps, device=CPU)):
+        sharded = _sharded(_demanding_config(), embedding_l2=0.1)
+        steps, values, batch_source = kind(sharded.model, sharded.optimizer), [], iter(batches)
+        for index in range(7):
+            torch.manual_seed(0)
+            steps.run(batch_source)
+            if isinstance(steps, PipelinedSteps):
+                assert len(steps._pipeline._pipelined_modules) == 2  # tracing lost nothing
+            if index in (1, 4, 6):  # in the middle, and where nothing is under way
+                steps.pause()
+                values.append(validate(sharded.model, source, CPU, 2))
+        steps.pause()
+        values.append(validate(sharded.model, source, CPU, 2))
+        runs.append((values, _state(sharded)))
+    (plain_values, plain_state), (piped_values, piped_state) = runs
+    assert piped_values == plain_values
+    assert plain_values[-1] == plain_values[-2] != plain_values[0]
+    for ours, theirs in zip(piped_state, plain_state, strict=True):
+        assert ours.equal(theirs)
+    dist.destroy_process_group()
+
+
+def test_the_pipeline_goes_on_after_validation_as_if_there_had_been_none(tmp_path: Path) -> None:
+    write_samples(tmp_path / "part.parquet")
+    mp.spawn(_spawned_pauses, (_free_port(), str(tmp_path)), nprocs=1)
+
+
+RATES = {"user": 0.1, "item": 0.4, "dense": 0.05}
+
+
+def _spawned_rates(_: int, port: int, folder: str) -> None:
+    """Fused SGD, SGD of a data-parallel table and dense SGD, against one plain SGD."""
+    _join(0, 1, port)
+    tables = (
+        SCHEMA.tables[0].model_copy(update={"sharding": DataParallel()}),
+        SCHEMA.tables[1].model_copy(update={"sharding": RowWise(), "learning_rate": RATES["item"]}),
+    )
+    schema = SCHEMA.model_copy(update={"tables": tables})
+    config = small_config(
+        epochs=1, schedule=ScheduleConfig(warmup_steps=6, decay=CosineDecay(final_factor=0.1))
+    )
+    sharded = _sharded(config, schema, Sgd(learning_rate=RATES["user"]), embedding_l2=0.5)
+    twin = RankingModel(SCHEMA, config, tables_device=CPU)
+    twin.tables.initialize(seed=0)
+    groups = {name: [p for n, p in twin.named_parameters() if _part(n) == name] for name in RATES}
+    plain = torch.optim.SGD([{"params": groups[name], "lr": RATES[name]} for name in RATES])
+    files = SampleFiles([Path(folder) / "part.parquet"], SCHEMA, [task.name for task in TASKS])
+    hooks = TrainingHooks(*(lambda *_: None,) * 3)
+    for model, optimizer in (
+        (sharded.model, sharded.optimizer),
+        (RankingStep(twin, config, embedding_l2=0.5), plain),
+    ):
+        trainer = Trainer(
+            config.trainer, TASKS, model=model, optimizer=optimizer, device=CPU, hooks=hooks
+        )
+        trainer.fit(SampleLoader(files, batch_size_per_rank=16))
+        assert trainer.rate_factor < 0.2
+    theirs = dict(twin.tables.named_parameters())
+    for piece in sharded.shards:
+        (expected,) = [
+            w for name, w in theirs.items() if _part(f"tables.{name}") == piece.table.name
+        ]
+        torch.testing.assert_close(piece.weight_RD, expected.detach(), rtol=1e-4, atol=1e-6)
+    dense = [p for n, p in twin.named_parameters() if _part(n) == "dense"]
+    for ours, expected in zip(sharded.dense_parameters.values(), dense, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+    dist.destroy_process_group()
+
+
+def _part(name: str) -> str:
+    return name.split(".")[-2] if name.startswith("tables.") else "dense"
+
+
+def test_schedule_and_penalty_reach_fused_tables_as_they_reach_a_dense_twin(
+    tmp_path: Path,
+) -> None:
+    write_samples(tmp_path / "part.parquet")
+    mp.spawn(_spawned_rates, (_free_port(), str(tmp_path)), nprocs=1)
+
+
 def _spawned_fit(rank: int, port: int, folder: str) -> None:
     _join(rank, 2, port)
     files = SampleFiles([Path(folder) / "part.parquet"], SCHEMA, [task.name for task in TASKS])
@@ -96,7 +221,9 @@ def _spawned_fit(rank: int, port: int, folder: str) -> None:
         optimizer=sharded.optimizer,
         device=CPU,
         hooks=TrainingHooks(
-            report=lambda step, _, metrics: reports.__setitem__(step, metrics), save=saved.append
+            report=lambda step, _, metrics: reports.__setitem__(step, metrics),
+            save=saved.append,
+            validated=lambda *_: None,
         ),
     )
     source = SampleLoader(files, batch_size_per_rank=16, rank=rank, world_size=2)

@@ -9,16 +9,15 @@ import pytest
 import torch
 
 from embedding.errors import UserError
-from embedding.loader import SampleFiles, SampleLoader
+from embedding.loader import SampleFiles
 from ranking import trainer as trainer_module
-from ranking.config import DeepFm, RankingConfig
-from ranking.model import RankingModel, RankingStep
+from ranking.classifier_config import DeepFm
 from ranking.prediction import predict
 from ranking.progress import Progress
-from ranking.trainer import Trainer, TrainingHooks, TrainingSummary, check_precision
+from ranking.steps import dense_parameters
+from ranking.trainer import check_precision
+from tests.ranking.harness import CPU, Harness, weights_of, without_clocks
 from tests.ranking.small_run import NUM_ROWS, SCHEMA, TASKS, small_config, write_samples
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -28,71 +27,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> SampleFiles:
     return SampleFiles([path], SCHEMA, [task.name for task in TASKS])
 
 
-class Harness:
-    """One training run with everything a checkpoint would hold kept in memory."""
-
-    def __init__(self, files: SampleFiles, config: RankingConfig) -> None:
-        self.config = config
-        self.source = SampleLoader(files, batch_size_per_rank=config.trainer.batch_size_per_rank)
-        self.model = RankingModel(SCHEMA, config, tables_device=CPU)
-        self.model.tables.initialize(seed=0)
-        self.step = RankingStep(self.model, config)
-        self.optimizer = torch.optim.Adam(self.step.parameters(), lr=1e-2)
-        self.reports: dict[int, dict[str, float]] = {}
-        self.checkpoints: dict[int, dict[str, Any]] = {}
-
-    def fit(self, progress: Progress | None = None) -> TrainingSummary:
-        trainer = Trainer(
-            self.config.trainer,
-            TASKS,
-            model=self.step,
-            optimizer=self.optimizer,
-            device=CPU,
-            hooks=TrainingHooks(
-                report=lambda step, _, metrics: self.reports.__setitem__(step, metrics),
-                save=self._save,
-            ),
-        )
-        return trainer.fit(self.source, progress)
-
-    def restore(self, checkpoint: dict[str, Any]) -> Progress:
-        self.step.load_state_dict(checkpoint["model"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        return Progress.from_state_dict(checkpoint["progress"])
-
-    def _save(self, progress: Progress) -> None:
-        self.checkpoints[progress.step] = copy_tensors(
-            {
-                "model": self.step.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "progress": progress.state_dict(),
-            }
-        )
-
-
-def copy_tensors(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {key: copy_tensors(item) for key, item in value.items()}
-    return [copy_tensors(item) for item in value] if isinstance(value, list) else value
-
-
-def _weights(harness: Harness) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in harness.step.parameters()])
-
-
-def _without_clocks(reports: dict[int, dict[str, float]]) -> dict[int, dict[str, float]]:
-    return {
-        step: {
-            key: value
-            for key, value in metrics.items()
-            if not key.startswith(("time/", "memory/")) and key != "train/rows_per_s"
-        }
-        for step, metrics in reports.items()
-    }
-
-
 STEPS = 2 * math.ceil(NUM_ROWS / 16)
 
 
@@ -100,13 +34,13 @@ def test_same_seed_same_run(files: SampleFiles) -> None:
     first, second = Harness(files, small_config()), Harness(files, small_config())
     first.fit()
     second.fit()
-    assert _weights(first).equal(_weights(second))
-    assert _without_clocks(first.reports) == _without_clocks(second.reports)
+    assert weights_of(first).equal(weights_of(second))
+    assert without_clocks(first.reports) == without_clocks(second.reports)
 
 
 def test_another_seed_another_model(files: SampleFiles) -> None:
     first, second = Harness(files, small_config()), Harness(files, small_config(seed=1))
-    assert not _weights(first).equal(_weights(second))
+    assert not weights_of(first).equal(weights_of(second))
 
 
 @pytest.mark.parametrize("step", [7, 14, 21, 28, 35])
@@ -117,9 +51,9 @@ def test_a_resumed_run_equals_the_undisturbed_one_to_the_last_digit(
     whole.fit()
     resumed = Harness(files, small_config())
     resumed.fit(resumed.restore(whole.checkpoints[step]))
-    assert _weights(resumed).equal(_weights(whole))
-    expected = {s: m for s, m in _without_clocks(whole.reports).items() if s > step}
-    assert _without_clocks(resumed.reports) == expected
+    assert weights_of(resumed).equal(weights_of(whole))
+    expected = {s: m for s, m in without_clocks(whole.reports).items() if s > step}
+    assert without_clocks(resumed.reports) == expected
     assert set(resumed.checkpoints) == {s for s in whole.checkpoints if s > step}
 
 
@@ -170,7 +104,7 @@ def test_training_equals_a_plain_loop(files: SampleFiles) -> None:
             plain.optimizer.zero_grad()
             plain.step(batch)[0].backward()
             plain.optimizer.step()
-    assert _weights(harness).equal(_weights(plain))
+    assert weights_of(harness).equal(weights_of(plain))
 
 
 def test_clipping_bounds_the_dense_gradient_norm(files: SampleFiles) -> None:
@@ -178,7 +112,7 @@ def test_clipping_bounds_the_dense_gradient_norm(files: SampleFiles) -> None:
     norms = []
 
     def record(*_: Any) -> None:
-        grads = [p.grad for p in trainer_module.dense_parameters(harness.step)]
+        grads = [p.grad for p in dense_parameters(harness.step)]
         norms.append(math.sqrt(sum(float(g.square().sum()) for g in grads if g is not None)))
 
     harness.optimizer.register_step_pre_hook(record)

@@ -1,4 +1,4 @@
-"""The DeepFM-shaped workload that the loader and training benchmarks share."""
+"""The workload that the loader and training benchmarks share: its data, and three models."""
 
 import logging
 import os
@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
+from torch.utils.flop_counter import FlopCounterMode
 
 from embedding.config import (
     DenseFeature,
@@ -20,14 +21,27 @@ from embedding.config import (
 )
 from embedding.samples import KEYS
 from embedding.shard import Sharded, shard
-from ranking.config import DeepFm, ModelConfig, RankingConfig, TaskConfig, TrainerConfig
-from ranking.model import RankingModel, RankingStep
+from embedding.tables import EmbeddedBatch
+from ranking.classifier_config import DcnV2, DeepFm, Ipnn
+from ranking.compatibility import table_widths
+from ranking.config import ModelConfig, RankingConfig, TaskConfig, TrainerConfig
+from ranking.fgcnn_config import Fgcnn
+from ranking.model import Ranker, RankingModel, RankingStep
 
 NUM_SPARSE, NUM_DENSE = 26, 13
 ROWS_PER_TABLE = 34_616  # 26 tables, 0.9 M rows in all
 ROW_GROUP_ROWS = 65_536
 BATCH_SIZE = 4096
-HIDDEN = (1024, 512, 256)
+MODELS = {
+    "deepfm": ModelConfig(classifier=DeepFm(hidden=(1024, 512, 256))),
+    "dcnv2": ModelConfig(classifier=DcnV2(num_cross_layers=3, hidden=(1024, 512))),
+    "fgcnn": ModelConfig(
+        generator=Fgcnn(
+            maps=(14, 16, 18, 20), heights=(7, 7, 7, 7), pools=(2, 2, 2, 2), new_maps=(2, 2, 2, 2)
+        ),
+        classifier=Ipnn(hidden=(1024, 512)),
+    ),
+}
 CPU = torch.device("cpu")
 
 SCHEMA = FeatureSchema(
@@ -39,11 +53,11 @@ SCHEMA = FeatureSchema(
 )
 
 
-def config(precision: str = "fp32") -> RankingConfig:
-    """One task, DeepFM, one epoch."""
+def config(model: str = "deepfm", precision: str = "fp32") -> RankingConfig:
+    """One task, one of `MODELS`, one epoch."""
     return RankingConfig(
         tasks=(TaskConfig(name="click"),),
-        model=ModelConfig(classifier=DeepFm(hidden=HIDDEN)),
+        model=MODELS[model],
         trainer=TrainerConfig(
             batch_size_per_rank=BATCH_SIZE,
             precision=precision,
@@ -53,10 +67,26 @@ def config(precision: str = "fp32") -> RankingConfig:
     )
 
 
-def gemm_flop_per_row() -> int:
-    """Multiplications and additions of the MLP's products: forward, input and weight gradient."""
-    widths = (NUM_SPARSE * 16 + NUM_DENSE, *HIDDEN)
-    return sum(3 * 2 * a * b for a, b in zip(widths[:-1], widths[1:], strict=True))
+def gemm_flop_per_row(model: str, schema: FeatureSchema = SCHEMA) -> float:
+    """Multiplications and additions of a step's products, counted as they run on a small batch.
+
+    Forward, input gradient and weight gradient of linear layers, batched products and
+    convolutions; the fields' gradient counts, as the tables need it.
+    """
+    settings = config(model)
+    ranker = Ranker(schema, settings.model, num_tasks=1, autocast=False)
+    widths = [t.embedding_dim for t in table_widths(schema, settings.model).tables]
+    size = 32
+    embedded = EmbeddedBatch(
+        fields_BD=torch.randn(size, sum(widths), requires_grad=True),
+        field_names=tuple(feature.name for feature in schema.sparse),
+        field_dims=tuple(widths),
+        sequences={},
+        lengths={},
+    )
+    with FlopCounterMode(display=False) as counter:
+        ranker(embedded, torch.randn(size, len(schema.dense))).sum().backward()
+    return counter.get_total_flops() / size
 
 
 def write_samples(path: Path, num_rows: int) -> None:
@@ -67,18 +97,26 @@ def write_samples(path: Path, num_rows: int) -> None:
             writer.write_table(_row_group(rng), row_group_size=ROW_GROUP_ROWS)
 
 
-def build(rank: int, world_size: int, port: int, precision: str = "fp32") -> Sharded:
+def build(
+    rank: int,
+    world_size: int,
+    port: int,
+    settings: RankingConfig | None = None,
+    *,
+    schema: FeatureSchema = SCHEMA,
+    optimizer: RowWiseAdagrad = RowWiseAdagrad(),  # noqa: B008 # frozen
+) -> Sharded:
     """Join a gloo group on loopback and shard the model over it."""
     for name in ("torchrec", "fbgemm_gpu", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
-    settings = config(precision)
-    model = RankingModel(SCHEMA, settings, tables_device=torch.device("meta"))
+    settings = settings or config()
+    model = RankingModel(schema, settings, tables_device=torch.device("meta"))
     sharded = shard(
         RankingStep(model, settings),
-        optimizer=RowWiseAdagrad(),
+        optimizer=optimizer,
         sharding=ShardingConfig(),
         dense_optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, fused=True),
         device=CPU,

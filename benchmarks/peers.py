@@ -1,0 +1,259 @@
+"""Training throughput and AUC beside FuxiCTR: same models, Parquet data, batch size and threads.
+
+Run: .venv/bin/python benchmarks/peers.py --fuxictr-python PYTHON --fuxictr-models DIR
+         [--quick] [--json FILE]
+
+PYTHON is the interpreter of an environment with fuxictr 2.3.10, DIR the `model_zoo` of a checkout
+of its repository (docs/peers.md says how to get both). Runs of the two sides alternate; figures are
+medians. FuxiCTR trains in fp32 with Adam on dense gradients, from rows that are already in memory;
+Braid reads Parquet while it trains, with row-wise Adagrad fused into the backward pass.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import workload
+from environment import describe
+from peers_braid import schema
+from rich.console import Console
+from rich.table import Table
+
+from embedding.samples import KEYS
+from ranking.trainer import cpu_has_bf16
+
+THREADS = 2
+NUM_TABLES = workload.NUM_SPARSE
+ROWS_PER_TABLE = [workload.ROWS_PER_TABLE] * NUM_TABLES
+NUM_LARGE_TABLES = 3
+LARGE_TABLE_ROWS = (100_000, 1_000_000, 10_000_000)
+STEPS = {"deepfm": 12, "dcnv2": 12, "fgcnn": 5}
+GEMM_SIZE = 2048
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured."""
+
+    rounds: int
+    train_rows: int
+    test_rows: int
+    with_auc: bool
+
+
+class Worker:
+    """A side in a process of its own; it idles between commands."""
+
+    def __init__(self, command: list[str], job: dict[str, Any]) -> None:
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 # closed in __exit__
+        self._process = subprocess.Popen(
+            [*command, json.dumps(job)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": str(THREADS)},
+        )
+
+    def ask(self, **command: Any) -> dict[str, float]:
+        """The answer to one command."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(command) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            code = self._process.wait()
+            self._errors.seek(0)
+            raise RuntimeError(
+                f"{self._process.args!r} ended with {code}:\n{self._errors.read()[-2000:]}"
+            )
+        answer: dict[str, float] = json.loads(line)
+        return answer
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._errors.close()
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Where the two programs and their data are."""
+
+    fuxictr_python: Path
+    fuxictr_models: Path
+    folder: Path
+
+    def fuxictr(self, model: str, rows_per_table: list[int]) -> Worker:
+        """The peer."""
+        job = self._job(model, rows_per_table) | {
+            "models": str(self.fuxictr_models),
+            "scratch": str(self.folder / "scratch"),
+        }
+        script = Path(__file__).with_name("peers_fuxictr.py")
+        return Worker([str(self.fuxictr_python), str(script)], job)
+
+    def braid(self, model: str, rows_per_table: list[int], precision: str, port: int) -> Worker:
+        """Ours."""
+        job = self._job(model, rows_per_table) | {"precision": precision, "port": port}
+        return Worker([sys.executable, str(Path(__file__).with_name("peers_braid.py"))], job)
+
+    def _job(self, model: str, rows_per_table: list[int]) -> dict[str, Any]:
+        return {
+            "model": model,
+            "rows_per_table": rows_per_table,
+            "train": str(self.folder / "train.parquet"),
+            "test": str(self.folder / "test.parquet"),
+            "batch_size": workload.BATCH_SIZE,
+            "threads": THREADS,
+        }
+
+
+def write_data(path: Path, num_rows: int, seed: int) -> None:
+    """Skewed ids; the label's log-odds add an effect of each id and products of some of them."""
+    rng = np.random.default_rng(seed)
+    truth = np.random.default_rng(7)
+    rows = workload.ROWS_PER_TABLE
+    effects = truth.normal(0, 0.35, (NUM_TABLES, rows))
+    tastes = truth.normal(0, 0.6, (6, rows, 4))
+    ids = np.minimum(rng.pareto(0.9, (NUM_TABLES, num_rows)) * 8, rows - 1).astype(np.int64)
+    log_odds = sum(effects[i][ids[i]] for i in range(NUM_TABLES)) - 1.0
+    for a, b in ((0, 1), (2, 3), (4, 5)):
+        log_odds = log_odds + (tastes[a][ids[a]] * tastes[b][ids[b]]).sum(axis=1)
+    labels = rng.random(num_rows) < 1 / (1 + np.exp(-log_odds))
+    columns: dict[str, Any] = {f"key:{key}": np.arange(num_rows) for key in KEYS}
+    columns["label:click"] = labels.astype(np.float32)
+    columns |= {f"sparse:s{i}": ids[i] for i in range(NUM_TABLES)}
+    pq.write_table(pa.table(columns), path, row_group_size=workload.ROW_GROUP_ROWS)
+
+
+def compare(sides: Sides, model: str, plan: Plan) -> dict[str, Any]:
+    """Alternating rounds of one model; the AUC of an epoch at the end."""
+    precisions = ["fp32", *(["bf16"] if cpu_has_bf16() else [])]
+    rates: dict[str, list[float]] = {name: [] for name in ("fuxictr", *precisions)}
+    gemms: dict[str, list[float]] = {name: [] for name in precisions}
+    with (
+        sides.fuxictr(model, ROWS_PER_TABLE) as theirs,
+        sides.braid(model, ROWS_PER_TABLE, "fp32", 29_801) as fp32,
+        sides.braid(model, ROWS_PER_TABLE, precisions[-1], 29_802) as bf16,
+    ):
+        workers = {"fuxictr": theirs, "fp32": fp32, precisions[-1]: bf16}
+        for worker in workers.values():
+            worker.ask(steps=2)
+        for _ in range(plan.rounds):
+            for name, worker in workers.items():
+                rates[name].append(worker.ask(steps=STEPS[model])["rows_per_s"])
+            for name in precisions:
+                gemms[name].append(gemm_gflop_per_s(name))
+        quality = {}
+        if plan.with_auc:
+            quality = {name: worker.ask(epoch=True) for name, worker in workers.items()}
+    flop = workload.gemm_flop_per_row(model, schema(ROWS_PER_TABLE))
+    peer = statistics.median(rates["fuxictr"])
+    figures: dict[str, Any] = {"fuxictr": {"rows_per_s": peer, **quality.get("fuxictr", {})}}
+    for name in precisions:
+        rate, gemm = statistics.median(rates[name]), statistics.median(gemms[name])
+        figures[name] = {
+            "rows_per_s": rate,
+            "ratio": rate / peer,
+            "share_of_gemm_limit": rate * flop / (gemm * 1e9),
+            "gemm_gflop_per_s": gemm,
+            **quality.get(name, {}),
+        }
+    return figures
+
+
+def growth(sides: Sides, plan: Plan) -> dict[str, dict[str, float]]:
+    """DeepFM with some tables grown: rows/s of both sides by rows of a large table."""
+    found = {}
+    for rows in LARGE_TABLE_ROWS:
+        tables = [rows] * NUM_LARGE_TABLES + ROWS_PER_TABLE[NUM_LARGE_TABLES:]
+        rates: dict[str, list[float]] = {"fuxictr": [], "fp32": []}
+        with (
+            sides.fuxictr("deepfm", tables) as theirs,
+            sides.braid("deepfm", tables, "fp32", 29_803) as ours,
+        ):
+            workers = {"fuxictr": theirs, "fp32": ours}
+            for worker in workers.values():
+                worker.ask(steps=1)
+            for _ in range(plan.rounds):
+                for name, worker in workers.items():
+                    steps = 3 if name == "fuxictr" and rows > 10**6 else STEPS["deepfm"]
+                    rates[name].append(worker.ask(steps=steps)["rows_per_s"])
+        medians = {name: statistics.median(values) for name, values in rates.items()}
+        found[str(rows)] = medians | {"ratio": medians["fp32"] / medians["fuxictr"]}
+    return found
+
+
+def gemm_gflop_per_s(precision: str) -> float:
+    """Rate of a large matrix product in this process."""
+    torch.set_num_threads(THREADS)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE).to(dtype) for _ in range(2))
+    _ = a @ b
+    started = time.perf_counter()
+    for _ in range(3):
+        _ = a @ b
+    return 3 * 2 * GEMM_SIZE**3 / (time.perf_counter() - started) / 1e9
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--fuxictr-python", type=Path, required=True)
+    parser.add_argument("--fuxictr-models", type=Path, required=True)
+    parser.add_argument("--quick", action="store_true", help="throughput only, under five minutes")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    args = parser.parse_args()
+    plan = Plan(2, 98_304, 1, with_auc=False) if args.quick else Plan(5, 262_144, 65_536, True)
+    with tempfile.TemporaryDirectory() as folder:
+        write_data(Path(folder) / "train.parquet", plan.train_rows, seed=1)
+        write_data(Path(folder) / "test.parquet", plan.test_rows, seed=2)
+        sides = Sides(args.fuxictr_python, args.fuxictr_models, Path(folder))
+        figures: dict[str, Any] = {model: compare(sides, model, plan) for model in STEPS}
+        if not args.quick:
+            figures["growth"] = growth(sides, plan)
+    Console().print(_table(figures))
+    if args.json:
+        args.json.write_text(json.dumps({**figures, **describe()}, indent=2))
+
+
+def _table(figures: dict[str, Any]) -> Table:
+    title = "26 tables, 0.9 M rows, D 16, batch 4096, 2 threads"
+    table = Table("model", "side", "rows/s", "ratio", "of GEMM limit", "AUC, 1 epoch", title=title)
+    for model in STEPS:
+        for side, row in figures[model].items():
+            table.add_row(
+                model,
+                side,
+                f"{row['rows_per_s']:,.0f}",
+                f"{row['ratio']:.2f}" if "ratio" in row else "",
+                f"{row['share_of_gemm_limit']:.0%}" if "ratio" in row else "",
+                f"{row['auc']:.4f}" if "auc" in row else "",
+            )
+    for rows, row in figures.get("growth", {}).items():
+        name = f"deepfm, {NUM_LARGE_TABLES} tables of {int(rows):,} rows"
+        table.add_row(name, "fuxictr", f"{row['fuxictr']:,.0f}")
+        table.add_row("", "fp32", f"{row['fp32']:,.0f}", f"{row['ratio']:.2f}")
+    return table
+
+
+if __name__ == "__main__":
+    main()

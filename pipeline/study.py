@@ -1,0 +1,304 @@
+"""A study: variants of one recipe times seeds, each trained and evaluated, compared with the first.
+
+DIR/data/<hash>/...                 ingest and join, shared by variants that read the same columns
+DIR/trials/<variant>/seed-<n>/      one artifact a trial: finished ones are not run again
+DIR/study.json, study.html
+"""
+
+import queue
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import yaml
+from rich.console import Console
+
+from embedding.errors import UserError
+from pipeline.artifacts import config_hash, read_manifest
+from pipeline.cluster import RaySession
+from pipeline.config import Recipe
+from pipeline.console import Reporter, duration
+from pipeline.days import available_days
+from pipeline.failures import user_error
+from pipeline.metrics_file import METRICS_FILE, read_metrics
+from pipeline.recipe import load_recipe
+from pipeline.run import DayRun, ensure_data, samples_config
+from pipeline.stages import StageOutput, StageSpec, execute
+from pipeline.study_statistics import StudyResult, differences, estimates, trial_metrics
+from pipeline.trial import TrialJob, TrialProcess, run_on_group
+
+STUDY_FILE = "study.json"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A name and what it changes in the recipe."""
+
+    name: str
+    overrides: tuple[str, ...]
+    """`path.to.key=value` each."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One variant with one seed."""
+
+    variant: str
+    seed: int
+    recipe: Recipe
+    spec: StageSpec
+
+    @property
+    def name(self) -> str:
+        """Path below `trials/`."""
+        return f"{self.variant}/seed-{self.seed}"
+
+
+def read_variants(path: Path) -> list[Variant]:
+    """Variants of a YAML file: a mapping from names to lists of `path.to.key=value`.
+
+        dnn: []
+        fgcnn: ["ranking.model.generator={kind: fgcnn}"]
+
+    Raises:
+        UserError: the file is missing or has another shape.
+    """
+    if not path.is_file():
+        raise UserError(f"--variants {path} does not exist; check the path")
+    try:
+        data = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"--variants {path} is not valid YAML: {error}") from error
+    if not isinstance(data, dict) or len(data) < 1:
+        raise UserError(
+            f"--variants {path} must map names to lists of path.to.key=value, the first one being "
+            "what the others are compared with"
+        )
+    variants = []
+    for name, overrides in data.items():
+        if not isinstance(overrides, list) or not all(isinstance(o, str) for o in overrides):
+            raise UserError(
+                f"--variants {path}: {name!r} must be a list of path.to.key=value strings "
+                f"([] for the recipe itself), not {overrides!r}"
+            )
+        if not str(name).replace("-", "").replace("_", "").replace("+", "").isalnum():
+            raise UserError(
+                f"--variants {path}: {name!r} names a directory; use letters, digits, -, _ and +"
+            )
+        variants.append(Variant(str(name), tuple(overrides)))
+    return variants
+
+
+class Study:
+    """Prepares the data, runs the trials that are missing, and sums up."""
+
+    def __init__(
+        self,
+        recipe: str,
+        variants: Sequence[Variant],
+        *,
+        date: str | None,
+        num_seeds: int,
+        out: Path,
+        overrides: Sequence[str] = (),
+    ) -> None:
+        """Load every variant's recipe.
+
+        Args:
+            recipe: built-in recipe or path of a YAML file.
+            variants: the first one is what the others are compared with.
+            date: day to train up to; None: the last one that leaves a day to evaluate on.
+            num_seeds: trials of each variant; the recipe's seed and the ones after it.
+            out: output directory.
+            overrides: `path.to.key=value` for all variants.
+
+        Raises:
+            UserError: a variant's recipe is not valid; all of them are checked before any work.
+        """
+        self.variants = list(variants)
+        self.out = out
+        self.recipes = {}
+        for variant in self.variants:
+            try:
+                self.recipes[variant.name] = load_recipe(recipe, [*overrides, *variant.overrides])
+            except UserError as error:
+                raise UserError(f"variant {variant.name!r}: {error}") from error
+        self.first = self.recipes[self.variants[0].name]
+        self.seeds = [self.first.ranking.trainer.seed + i for i in range(num_seeds)]
+        self.reporter = Reporter()
+        ensure_data(self.first, self.reporter)
+        self.date = date or available_days(self.first.data.root)[:-1][-1]
+
+    def run(self) -> StudyResult:
+        """Run the trials that are not there yet; those that fail are named in the result.
+
+        Raises:
+            UserError: the data cannot be prepared, or every trial failed.
+        """
+        with RaySession(self.first.cluster) as session:
+            trials = [
+                trial for variant in self.variants for trial in self._trials(variant, session)
+            ]
+            missing = [trial for trial in trials if not trial.spec.is_current]
+            self.reporter.line(
+                f"{len(trials)} trials: {len(self.variants)} variants x {len(self.seeds)} seeds, "
+                f"{len(trials) - len(missing)} of them done before"
+            )
+            failed = self._run_missing(missing, session) if missing else {}
+        if len(failed) == len(trials):
+            raise next(iter(failed.values()))
+        return self._result(trials, {name: str(error) for name, error in failed.items()})
+
+    # --- trials ----------------------------------------------------------------------------------
+
+    def _trials(self, variant: Variant, session: RaySession) -> list[Trial]:
+        """The trials of a variant; its samples are made first, unless another variant has them."""
+        recipe = self.recipes[variant.name]
+        key = config_hash({"root": str(recipe.data.root), **samples_config(recipe)})
+        day = DayRun(
+            recipe.model_copy(
+                update={"window": recipe.window.model_copy(update={"warm_start": False})}
+            ),
+            self.out / "data" / key,
+            self.date,
+            session=session,
+            reporter=self.reporter,
+            publish=_nothing_to_publish,
+        )
+        if any(not spec.is_current for name in ("ingest", "join") for spec in day.specs(name)):
+            day.execute(until="join")
+        return [self._trial(variant, recipe, seed, day) for seed in self.seeds]
+
+    def _trial(self, variant: Variant, recipe: Recipe, seed: int, day: DayRun) -> Trial:
+        trainer = recipe.ranking.trainer.model_copy(update={"seed": seed})
+        ranking = recipe.ranking.model_copy(update={"trainer": trainer})
+        seeded = recipe.model_copy(update={"ranking": ranking})
+        samples, validation, evaluation = (
+            day.samples(days)
+            for days in (day.training_days(), day.split.validation, day.split.evaluation)
+        )
+        config: dict[str, Any] = {
+            part: getattr(seeded, part).model_dump(mode="json")
+            for part in ("features", "embedding", "ranking", "evaluation")
+        }
+        config |= {
+            "num_workers": seeded.cluster.num_workers,
+            "days": day.training_days(),
+            "validation_days": day.split.validation,
+        }
+        directories = sorted({path.parents[2] for path in (*samples, *validation, *evaluation)})
+        inputs = {}
+        for directory in directories:
+            manifest = read_manifest(directory)
+            assert manifest is not None, directory
+            inputs[f"join:{directory.parent.name}"] = manifest.artifact_id
+
+        def body(scratch: Path) -> StageOutput:
+            job = TrialJob(
+                recipe=seeded,
+                samples=[path.absolute() for path in samples],
+                validation=[path.absolute() for path in validation],
+                evaluation=[path.absolute() for path in evaluation],
+                counts=day.directory("ingest").absolute(),
+                scratch=scratch.absolute(),
+            )
+            return self._dispatch(job)
+
+        directory = self.out / "trials" / variant.name / f"seed-{seed}"
+        return Trial(
+            variant.name, seed, seeded, StageSpec("trial", directory, config, inputs, body)
+        )
+
+    def _run_missing(self, trials: list[Trial], session: RaySession) -> dict[str, Exception]:
+        """Run trials side by side, as many as the cluster has room for; the errors by trial."""
+        session.start()
+        self._processes: queue.Queue[Any] = queue.Queue()
+        slots = self._slots(len(trials))
+        done, failed = 0, {}
+        silent = Reporter(Console(quiet=True))
+        with self.reporter.stage("study", unit="trials"), ThreadPoolExecutor(slots) as pool:
+            running: dict[Future[Any], Trial] = {
+                pool.submit(execute, trial.spec, silent): trial for trial in trials
+            }
+            for future in as_completed(running):
+                trial, error = running[future], future.exception()
+                done += 1
+                if error is not None:
+                    if not isinstance(error, Exception):
+                        raise error
+                    failed[trial.name] = user_error(error) or error
+                    self.reporter.line(f"[red]x[/] {trial.name}: {failed[trial.name]}")
+                else:
+                    self.reporter.line(self._line(trial, future.result().manifest.seconds))
+                self.reporter.advance(done, len(trials))
+        return failed
+
+    def _slots(self, num_trials: int) -> int:
+        """One process a slot where trials have one rank; worker groups run one after the other."""
+        cluster = self.first.cluster
+        if any(recipe.cluster.num_workers > 1 for recipe in self.recipes.values()):
+            return 1
+        resources = ray.cluster_resources()
+        room = int(resources.get("CPU", 1) / cluster.cpus_per_worker)
+        if cluster.use_gpu:
+            room = min(room, int(resources.get("GPU", 0)))
+        slots = max(1, min(room, num_trials))
+        process = ray.remote(TrialProcess).options(
+            num_cpus=cluster.cpus_per_worker,
+            num_gpus=1 if cluster.use_gpu else 0,
+            runtime_env={"env_vars": {"MALLOC_ARENA_MAX": "1"}},
+        )
+        for _ in range(slots):
+            self._processes.put(process.remote())
+        return slots
+
+    def _dispatch(self, job: TrialJob) -> StageOutput:
+        if job.recipe.cluster.num_workers > 1:
+            return run_on_group(job)
+        process = self._processes.get()
+        try:
+            output: StageOutput = ray.get(process.run.remote(job.model_dump_json()))
+        finally:
+            self._processes.put(process)
+        return output
+
+    def _line(self, trial: Trial, seconds: float) -> str:
+        task = self.first.gate.task
+        auc = read_metrics(trial.spec.directory / METRICS_FILE)[task].auc
+        shown = "-" if auc is None else f"{auc:.4f}"
+        return f"[green]+[/] {trial.name}  {duration(seconds)}  {task} auc {shown}"
+
+    # --- result ----------------------------------------------------------------------------------
+
+    def _result(self, trials: list[Trial], failed: dict[str, str]) -> StudyResult:
+        found: dict[str, dict[int, dict[str, float]]] = {v.name: {} for v in self.variants}
+        for trial in trials:
+            manifest = read_manifest(trial.spec.directory)
+            if trial.name in failed or manifest is None:
+                continue
+            metrics = trial_metrics(read_metrics(trial.spec.directory / METRICS_FILE))
+            metrics["train.rows_per_s"] = manifest.facts["rows_per_s"]
+            metrics["trial.seconds"] = manifest.seconds
+            found[trial.variant][trial.seed] = metrics
+        first, *others = self.variants
+        result = StudyResult(
+            recipe=self.first.name,
+            date=self.date,
+            seeds=tuple(self.seeds),
+            variants={name: estimates(by_seed) for name, by_seed in found.items()},
+            paired={v.name: differences(found[v.name], found[first.name]) for v in others},
+            overrides={variant.name: variant.overrides for variant in self.variants},
+            failed=failed,
+        )
+        path = self.out / STUDY_FILE
+        partial = path.with_suffix(".partial")
+        partial.write_text(result.model_dump_json(indent=2))
+        partial.replace(path)
+        return result
+
+
+def _nothing_to_publish(recipe: Recipe, train: Path, scratch: Path) -> StageOutput:
+    raise AssertionError("a study publishes no bundle")

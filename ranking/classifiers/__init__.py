@@ -1,0 +1,1 @@
+"""From fields, dense features and interests to one representation of the sample, by family."""

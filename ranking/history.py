@@ -1,0 +1,92 @@
+"""The interest a model reads from one history: its sequences, the candidate, and a block."""
+
+# Shapes: B samples, N events of all histories, D width.
+
+import torch
+from torch import Tensor, nn
+
+from embedding.config import FeatureSchema, Identity, SequenceFeature
+from embedding.errors import UserError
+from embedding.tables import EmbeddedBatch
+from ranking.dien import InterestEvolution
+from ranking.hstu import SequenceTransduction
+from ranking.interest import TargetAttention
+from ranking.interest_config import Dien, Din, Hstu, InterestConfig
+
+_MAX_GAP_ROWS = 256
+
+
+class HistoryInterest(nn.Module):
+    """All sequences of one history against the candidate's features."""
+
+    def __init__(self, schema: FeatureSchema, config: InterestConfig) -> None:
+        super().__init__()
+        sequences = [s for s in schema.sequences if s.history == config.history]
+        compared = [s for s in sequences if s.target is not None]
+        if not compared:
+            raise UserError(
+                f"ranking.model.interests: no sequence of history {config.history!r} names a "
+                "target, so there is nothing to compare the candidate with; give one of "
+                f"{[s.name for s in sequences]} a target"
+            )
+        self.history = config.history
+        self.targets = [s.target for s in compared if s.target is not None]
+        self.compared = [s.name for s in compared]
+        self.side = [s.name for s in sequences if s.target is None]
+        self.gap = config.gap if isinstance(config, Hstu) else None
+        dims = {s.name: schema.table(s.table).embedding_dim for s in sequences}
+        query_dim = sum(dims[name] for name in self.compared)
+        side_dim = sum(dims[name] for name in self.side)
+        self.block: TargetAttention | InterestEvolution | SequenceTransduction
+        match config:
+            case Din():
+                self.block = TargetAttention(
+                    query_dim, side_dim, config.hidden, softmax=config.softmax
+                )
+            case Dien():
+                self.block = InterestEvolution(query_dim, side_dim, config.hidden_dim)
+            case Hstu():
+                history = next(h for h in schema.histories if h.name == config.history)
+                self.block = SequenceTransduction(
+                    query_dim,
+                    side_dim,
+                    config,
+                    max_length=history.max_length,
+                    num_gaps=_num_gaps(schema, config, sequences),
+                )
+
+    @property
+    def output_dim(self) -> int:
+        """Width of the interest vector."""
+        return self.block.output_dim
+
+    def forward(self, embedded: EmbeddedBatch) -> Tensor:
+        """The interest vectors, (B, output_dim)."""
+        query_BD = torch.cat([embedded.field(name) for name in self.targets], dim=1)
+        keys_ND = torch.cat([embedded.sequences[name] for name in self.compared], dim=1)
+        side = [embedded.sequences[name] for name in self.side]
+        side_NS = torch.cat(side, dim=1) if side else keys_ND[:, :0]
+        inputs = (query_BD, keys_ND, side_NS, embedded.lengths[self.history])
+        if self.gap is None:
+            return self.block(*inputs)
+        return self.block(*inputs, embedded.gap_rows[self.gap])
+
+
+def _num_gaps(schema: FeatureSchema, config: Hstu, sequences: list[SequenceFeature]) -> int | None:
+    if config.gap is None:
+        return None
+    gaps = {s.name: schema.table(s.table) for s in sequences if s.source == "gap"}
+    table = gaps.get(config.gap)
+    if table is None:
+        raise UserError(
+            f"ranking.model.interests: gap {config.gap!r} is not among the sequences of history "
+            f"{config.history!r} with source gap {sorted(gaps)}; name one of them, or leave it out"
+        )
+    if not isinstance(table.ids, Identity) or table.num_embeddings > _MAX_GAP_ROWS:
+        raise UserError(
+            f"ranking.model.interests: gap {config.gap!r} uses table {table.name!r} with "
+            f"{table.ids.kind} ids and {table.num_embeddings} rows, but a bias for each pair of "
+            f"gaps needs identity ids and at most {_MAX_GAP_ROWS} rows; set ids: {{kind: "
+            "identity}} and num_embeddings: 34"
+        )
+    return table.num_embeddings

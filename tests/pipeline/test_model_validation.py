@@ -1,0 +1,144 @@
+"""Faults of the model that `braid validate` must name, without torch."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embedding.errors import UserError
+from pipeline.recipe import load_recipe
+from tests.pipeline.test_recipe import changed, write
+
+ROOT = Path(__file__).parents[2]
+MODEL = "ranking.model"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        (
+            f"{MODEL}.generator",
+            {"maps": [14, 16], "heights": [7], "pools": [2, 2], "new_maps": [3, 3]},
+            [f"{MODEL}.generator", "maps has 2, heights has 1", "the same number of entries"],
+        ),
+        (
+            f"{MODEL}.generator",
+            {"maps": [], "heights": [], "pools": [], "new_maps": []},
+            [f"{MODEL}.generator", "maps has 0", "at least one"],
+        ),
+        (
+            f"{MODEL}.generator",
+            {"pool_rounding": "floor"},
+            [f"{MODEL}.generator.pools.1", "a pool of 2 empties the 1 fields", "at most 1", "ceil"],
+        ),
+        (
+            f"{MODEL}.generator",
+            {"pooling": "ceil"},
+            [f"{MODEL}.generator.pooling", "did you mean", "pool"],
+        ),
+        (f"{MODEL}.field_dim", 10, [f"{MODEL}.field_dim", "multiple of 4", "got 10"]),
+        (
+            "features.tables.item.embedding_dim",
+            18,
+            [
+                "features.tables.0: table 'item'",
+                "embedding_dim=18 must be a multiple of 4",
+                "use 20",
+            ],
+        ),
+        (
+            f"{MODEL}.classifier",
+            {"kind": "ipn"},
+            [f"{MODEL}.classifier.kind: 'ipn' is unknown", "did you mean 'ipnn'?", "'final_mlp'"],
+        ),
+        (
+            f"{MODEL}.classifier",
+            {"kind": "final_mlp", "num_heads": 3},
+            [f"{MODEL}.classifier", "num_heads=3 must divide", "(128)", "change one of them"],
+        ),
+        (
+            f"{MODEL}.classifier",
+            {"kind": "ccpm", "maps": [4], "heights": [3, 3]},
+            [f"{MODEL}.classifier", "maps has 1, heights has 2"],
+        ),
+        (
+            f"{MODEL}.classifier",
+            {"kind": "xdeepfm", "maps": []},
+            [f"{MODEL}.classifier.maps", "at least 1 item"],
+        ),
+        (
+            f"{MODEL}.classifier",
+            {"kind": "dnn", "dropout": 1.0},
+            [f"{MODEL}.classifier.dropout", "less than 1", "got 1.0"],
+        ),
+    ],
+)
+def test_fault_of_a_model_names_place_value_and_remedy(
+    tmp_path: Path, path: str, value: Any, expected: list[str]
+) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe(write(tmp_path, changed(path, value)))
+
+    for text in expected:
+        assert text in str(caught.value)
+
+
+def recipe_of(model: dict[str, Any], item_dim: int) -> dict[str, Any]:
+    data = changed("features.tables.item.embedding_dim", item_dim)
+    data["ranking"]["model"] = model
+    return data
+
+
+@pytest.mark.parametrize("kind", ["fm", "ipnn", "autoint", "dlrm", "masknet"])
+def test_a_classifier_that_combines_fields_names_the_tables_to_change(
+    tmp_path: Path, kind: str
+) -> None:
+    model = {"classifier": {"kind": kind}}
+    with pytest.raises(UserError) as caught:
+        load_recipe(write(tmp_path, recipe_of(model, 32)))
+    for text in (
+        f"{MODEL}.classifier: {kind} combines",
+        "{'user': 16}",
+        "features.tables.<name>.embedding_dim=32",
+        f"{MODEL}.field_dim=32",
+    ):
+        assert text in str(caught.value)
+
+    load_recipe(write(tmp_path, recipe_of(model | {"field_dim": 16}, 32)))
+
+
+@pytest.mark.parametrize("kind", ["lr", "dnn", "wide_deep", "dcn_v2", "final_mlp"])
+def test_other_classifiers_take_any_dims_but_the_generator_does_not(
+    tmp_path: Path, kind: str
+) -> None:
+    model: dict[str, Any] = {"classifier": {"kind": kind}}
+    load_recipe(write(tmp_path, recipe_of(model, 32)))
+    model["generator"] = {}
+    with pytest.raises(UserError, match=r"ranking.model.generator: fgcnn combines"):
+        load_recipe(write(tmp_path, recipe_of(model, 32)))
+
+
+def test_a_single_field_cannot_be_combined(tmp_path: Path) -> None:
+    data = changed("ranking.model", {"classifier": {"kind": "fm"}})
+    data["features"]["sparse"].pop()
+    data["features"]["tables"].pop()
+    with pytest.raises(UserError, match="fm combines fields, but there is 1; add a sparse feature"):
+        load_recipe(write(tmp_path, data))
+
+
+def test_model_faults_are_found_without_torch(tmp_path: Path) -> None:
+    path = write(tmp_path, changed(f"{MODEL}.generator", {"pool_rounding": "floor"}))
+    code = (
+        "import sys\n"
+        "from deploy.app import main\n"
+        f"code = main(['validate', '--recipe', {path!r}])\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'\n"
+        "sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert f"{MODEL}.generator.pools.1" in done.stderr

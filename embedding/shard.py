@@ -114,8 +114,7 @@ def shard(
     planned_hosts = plan.ranks_per_host if plan is not None else None
     use_hosts_of(planned_hosts or ranks_per_host(sharding, world_size))
     # Tables first: their optimizer is fused into backward, so it must exist before sharding.
-    for name, weight in tables.named_parameters():
-        _optimize_in_backward(weight, schema.table(name.split(".")[-2]), optimizer)
+    declare_optimizer(tables, optimizer)
     plan = plan or plan_together(model, optimizer=optimizer, sharding=sharding, device=device)
     sharded = DistributedModelParallel(
         model,
@@ -192,6 +191,12 @@ def plan_together(
     if isinstance(outcome[0], UserError):
         raise outcome[0]
     return PlanDescription.model_validate_json(outcome[0])
+
+
+def declare_optimizer(tables: EmbeddingTables, optimizer: SparseOptimizer) -> None:
+    """Tell TorchRec, before sharding, which optimizer the tables' kernels fuse into backward."""
+    for name, weight in tables.named_parameters():
+        _optimize_in_backward(weight, tables.schema.table(name.split(".")[-2]), optimizer)
 
 
 def _optimize_in_backward(

@@ -1,7 +1,9 @@
 """From a recipe to what planning needs. Imports nothing heavy."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+from embedding.choices import KERNELS
 from embedding.cluster_shape import ClusterShape
 from embedding.config import (
     ColumnWise,
@@ -16,7 +18,9 @@ from embedding.config import (
 )
 from embedding.demand import step_settings
 from embedding.errors import UserError
-from embedding.planning import PlanRequest
+from embedding.limits import check_support
+from embedding.plan_description import PlanDescription, read_plan
+from embedding.planning import PlanRequest, plan_tables
 from embedding.traffic import read_traffic
 from pipeline.config import Recipe
 from pipeline.recipe import nearest_name
@@ -90,3 +94,62 @@ def _constraint(text: str, schema: FeatureSchema) -> tuple[str, Sharding]:
         f"--constraint {text!r}: {kind!r} is no sharding type{nearest_name(kind, _KINDS)}; types "
         f"are {', '.join(_KINDS)}, the last three with :N column shards if not 2"
     )
+
+
+@dataclass(frozen=True)
+class RequestChanges:
+    """What the command line changes of a recipe's request."""
+
+    constraints: tuple[str, ...] = ()
+    pin: Path | None = None
+    calibration: Path | None = None
+    traffic: Path | None = None
+    batch_size_per_rank: int | None = None
+    kernels: tuple[str, ...] | None = None
+    also_torchrec: bool = False
+
+
+def changed_request(recipe: Recipe, shape: ClusterShape, changes: RequestChanges) -> PlanRequest:
+    """The recipe's request with the command line's changes.
+
+    Raises:
+        UserError: A change names something that does not exist.
+    """
+    request = with_constraints(plan_request(recipe, shape), list(changes.constraints))
+    if changes.kernels is not None:
+        unknown = [kernel for kernel in changes.kernels if kernel not in KERNELS]
+        if unknown:
+            hint = nearest_name(unknown[0], KERNELS)
+            raise UserError(f"--kernel {unknown[0]!r} is unknown{hint}; use {', '.join(KERNELS)}")
+        request = replace(request, kernels=changes.kernels)
+    if changes.batch_size_per_rank is not None:
+        settings = replace(request.settings, batch_size_per_rank=changes.batch_size_per_rank)
+        request = replace(request, settings=settings)
+    if changes.traffic is not None:
+        request = replace(request, traffic=read_traffic(changes.traffic))
+    if changes.calibration is not None:
+        request = replace(request, calibration=changes.calibration)
+    if changes.pin is not None:
+        request = replace(request, pinned=read_plan(changes.pin))
+    return request
+
+
+def plan_with(recipe: Recipe, shape: ClusterShape, changes: RequestChanges) -> PlanDescription:
+    """Plan a recipe's tables on a topology as the command line asks.
+
+    Raises:
+        UserError: No plan fits, or something asked for cannot be made.
+    """
+    request = changed_request(recipe, shape, changes)
+    check_support(
+        request.schema,
+        request.settings.optimizer,
+        recipe.embedding.sharding,
+        shape.machine.device,
+    )
+    starts = {}
+    if changes.also_torchrec:
+        from pipeline.torchrec_plan import torchrec_plan_of
+
+        starts["torchrec"] = torchrec_plan_of(recipe, request)
+    return plan_tables(request, starts)

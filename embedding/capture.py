@@ -29,7 +29,7 @@ from embedding.id_map import (
     rows_of_module,
 )
 from embedding.placement import TableShard, flush_caches
-from embedding.plan import PlanDescription
+from embedding.plan_description import PlanDescription
 from embedding.shard import Sharded
 from embedding.stored import StoredTensor
 from embedding.tables import in_tables

@@ -3,6 +3,7 @@
 Imports pydantic and nothing heavy, so that `braid validate` and `--help` never load torch.
 """
 
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import (
@@ -350,3 +351,15 @@ class ShardingConfig(StrictConfig):
     """Default: what the cluster reports. Set it to test hierarchical sharding on one machine."""
     hbm_gib: PositiveFloat | None = None
     """Memory per rank the plan may use; default: what the device has."""
+    kernels: tuple[Literal["fused", "fused_uvm", "fused_uvm_caching"], ...] = (
+        "fused",
+        "fused_uvm",
+        "fused_uvm_caching",
+    )
+    """Kernels the plan may use on CUDA; the last two keep a table in host memory."""
+    plan: Path | None = None
+    """A plan file to train with (`braid plan --json`); default: plan for the cluster."""
+    calibration: Path | None = None
+    """Measured constants of this cluster (`braid bench plan --calibrate`); default: data sheet."""
+    traffic: Path | None = None
+    """Measured lookups of the tables (`braid traffic --json`); default: greatest lengths."""

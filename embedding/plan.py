@@ -1,6 +1,6 @@
-"""Sharding plans: made by TorchRec's planner, described and stored as plain data."""
+"""From plain plans to TorchRec's and back; and TorchRec's own planner, to compare with."""
 
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from torchrec.distributed.planner.stats import NoopEmbeddingStats
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError, Topology
 from torchrec.distributed.types import (
+    CacheParams,
     EmbeddingModuleShardingPlan,
     ModuleSharder,
     ParameterSharding,
@@ -24,60 +25,17 @@ from embedding.config import (
     FeatureSchema,
     Grid,
     ManagedCollision,
-    StrictConfig,
     TableColumnWise,
     TableConfig,
 )
+from embedding.cost import RESERVED_SHARE
 from embedding.errors import UserError
 from embedding.limits import ELEMENT_BYTES
 from embedding.managed_collision import set_num_buckets
-
-RESERVED_SHARE = 0.15
-"""Share of every rank's memory that the planner keeps free for the dense side."""
+from embedding.plan_description import PlanDescription, ShardPlacement, TablePlan
 
 
-class ShardPlacement(StrictConfig):
-    """One shard of a table on one rank."""
-
-    rank: int
-    row_offset: int
-    column_offset: int
-    num_rows: int
-    num_columns: int
-    weight_bytes: int
-    """float32 weights, without optimizer state."""
-
-
-class TablePlan(StrictConfig):
-    """Where one table lives."""
-
-    table: str
-    module: str
-    """Path of the collection in the model."""
-    sharding: str
-    kernel: str
-    shards: tuple[ShardPlacement, ...]
-    """For `data_parallel` the whole table, once per rank."""
-
-
-class PlanDescription(StrictConfig):
-    """A sharding plan as JSON; version 1."""
-
-    schema_version: Literal[1] = 1
-    world_size: int
-    device_type: str
-    tables: tuple[TablePlan, ...]
-
-    def weight_bytes_per_rank(self) -> list[int]:
-        """Bytes of table weights on every rank."""
-        totals = [0] * self.world_size
-        for table in self.tables:
-            for shard in table.shards:
-                totals[shard.rank] += shard.weight_bytes
-        return totals
-
-
-def make_plan(
+def torchrec_plan(
     model: nn.Module,
     sharders: list[ModuleSharder[nn.Module]],
     schema: FeatureSchema,
@@ -141,6 +99,9 @@ def describe_plan(
                     module=module,
                     sharding=entry.sharding_type,
                     kernel=entry.compute_kernel,
+                    cache_load_factor=entry.cache_params.load_factor
+                    if entry.cache_params
+                    else None,
                     shards=_placements(entry, schema.table(name), world_size),
                 )
             )
@@ -174,6 +135,11 @@ def plan_of(description: PlanDescription) -> ShardingPlan:
                 compute_kernel=table.kernel,
                 ranks=[shard.rank for shard in table.shards],
                 sharding_spec=spec,
+                cache_params=(
+                    CacheParams(load_factor=table.cache_load_factor)
+                    if table.cache_load_factor is not None
+                    else None
+                ),
             )
         )
     return ShardingPlan(plan=dict(modules))

@@ -27,6 +27,7 @@ from embedding.config import (
     SparseOptimizer,
     TableConfig,
 )
+from embedding.demand import step_settings
 from embedding.errors import UserError
 from embedding.initialization import initialize_shard
 from embedding.limits import check_support
@@ -38,11 +39,13 @@ from embedding.placement import (
     sharded_collections,
     table_shards,
 )
-from embedding.plan import PlanDescription, describe_plan, make_plan, plan_of
+from embedding.plan import plan_of
+from embedding.plan_description import PlanDescription
+from embedding.planning import PlanRequest, plan_tables
 from embedding.row_optimizer import RowOptimizer
 from embedding.sharders import make_sharders
 from embedding.tables import EmbeddingTables
-from embedding.topology import local_topology, ranks_per_host, use_hosts_of
+from embedding.topology import local_shape, ranks_per_host, use_hosts_of
 from embedding.unpooled_cpu import mend_unpooled_lookups
 
 _INSIDE_MANAGED = "._embedding_module"
@@ -107,11 +110,12 @@ def shard(
     tables = cast(EmbeddingTables, model.tables)
     schema, world_size = tables.schema, dist.get_world_size()
     check_support(schema, optimizer, sharding, device.type)
-    use_hosts_of(ranks_per_host(sharding, world_size))
+    # Hierarchical shards must find the hosts that their plan was made for.
+    planned_hosts = plan.ranks_per_host if plan is not None else None
+    use_hosts_of(planned_hosts or ranks_per_host(sharding, world_size))
     # Tables first: their optimizer is fused into backward, so it must exist before sharding.
-    for name, weight in tables.named_parameters():
-        _optimize_in_backward(weight, schema.table(name.split(".")[-2]), optimizer)
-    plan = plan or plan_together(model, sharding, device)
+    declare_optimizer(tables, optimizer)
+    plan = plan or plan_together(model, optimizer=optimizer, sharding=sharding, device=device)
     sharded = DistributedModelParallel(
         model,
         device=device,
@@ -160,6 +164,8 @@ def _refuse_other_plan(plan: PlanDescription, sharded: DistributedModelParallel)
 
 def plan_together(
     model: nn.Module,
+    *,
+    optimizer: SparseOptimizer,
     sharding: ShardingConfig,
     device: torch.device,
     batch_size_per_rank: int = 1024,
@@ -170,17 +176,27 @@ def plan_together(
     schema = cast(EmbeddingTables, model.tables).schema
     if dist.get_rank() == 0:
         try:
-            sharders = make_sharders(sharding, device.type)
-            topology = local_topology(sharding, world_size, device)
-            plan = make_plan(model, sharders, schema, topology, batch_size_per_rank)
-            described = describe_plan(plan, schema, world_size, device.type)
-            outcome = [described.model_dump_json()]
+            request = PlanRequest(
+                schema=schema,
+                shape=local_shape(sharding, world_size, device),
+                settings=step_settings(batch_size_per_rank, optimizer, sharding),
+                tables_path=next(n for n, m in model.named_modules() if m is model.tables),
+                kernels=sharding.kernels,
+                calibration=sharding.calibration,
+            )
+            outcome = [plan_tables(request).model_dump_json()]
         except UserError as error:
             outcome = [error]
     dist.broadcast_object_list(outcome, src=0)
     if isinstance(outcome[0], UserError):
         raise outcome[0]
     return PlanDescription.model_validate_json(outcome[0])
+
+
+def declare_optimizer(tables: EmbeddingTables, optimizer: SparseOptimizer) -> None:
+    """Tell TorchRec, before sharding, which optimizer the tables' kernels fuse into backward."""
+    for name, weight in tables.named_parameters():
+        _optimize_in_backward(weight, tables.schema.table(name.split(".")[-2]), optimizer)
 
 
 def _optimize_in_backward(

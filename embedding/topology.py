@@ -1,4 +1,4 @@
-"""The machine a plan is made for: ranks, hosts, and memory per rank."""
+"""The cluster at hand: ranks, hosts, and memory per rank; and TorchRec's view of a cluster."""
 
 import os
 
@@ -12,10 +12,11 @@ from torchrec.distributed.planner.types import (
     TrainerConfig,
 )
 
+from embedding.cluster_shape import ClusterShape, find_machine
 from embedding.config import ShardingConfig
 from embedding.errors import UserError
+from embedding.machines import GIB, MACHINES, Machine
 
-GIB = 1 << 30
 LOCAL_WORLD_SIZE = "LOCAL_WORLD_SIZE"
 """Environment variable from which TorchRec, at run time, learns how many ranks a host has."""
 
@@ -46,41 +47,48 @@ def use_hosts_of(num_ranks: int) -> None:
         comm._INTRA_PG = comm._CROSS_PG = None
 
 
-def local_topology(sharding: ShardingConfig, world_size: int, device: torch.device) -> Topology:
-    """The topology of the running process group, with the memory this device has."""
+def local_shape(sharding: ShardingConfig, world_size: int, device: torch.device) -> ClusterShape:
+    """The cluster of a process group of such devices, with the memory they have."""
     ranks = ranks_per_host(sharding, world_size)
-    host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks
-    device_bytes = host_bytes
-    if device.type == "cuda":
-        device_bytes = torch.cuda.get_device_properties(device).total_memory
+    machine = local_machine(device)
     if sharding.hbm_gib is not None:
-        device_bytes = int(sharding.hbm_gib * GIB)
-    return make_topology(
-        device_type=device.type,
-        world_size=world_size,
-        ranks_per_host=ranks,
-        device_bytes=device_bytes,
-        host_bytes=host_bytes,
-    )
+        limit = int(sharding.hbm_gib * GIB)
+        on_cpu = device.type == "cpu"
+        machine = machine.model_copy(
+            update={"host_bytes": limit * ranks} if on_cpu else {"hbm_bytes": limit}
+        )
+    return ClusterShape(machine=machine, num_hosts=world_size // ranks, ranks_per_host=ranks)
 
 
-def make_topology(
-    *,
-    device_type: str,
-    world_size: int,
-    ranks_per_host: int,
-    device_bytes: int,
-    host_bytes: int,
-) -> Topology:
-    """A topology of any machine; bytes are per rank. On CPU the tables live in `device_bytes`."""
-    on_cpu = device_type == "cpu"
+def local_machine(device: torch.device) -> Machine:
+    """The known machine with this device, and this device's memory; an unknown GPU is a guess."""
+    if device.type == "cpu":
+        return find_machine("cpu")
+    properties = torch.cuda.get_device_properties(device)
+    return machine_of_gpu(properties.name, properties.total_memory)
+
+
+def machine_of_gpu(name: str, total_bytes: int) -> Machine:
+    """The machine whose device calls itself `name`.
+
+    A GPU that no data sheet here covers is taken for an A100 with its own memory: memory is what
+    decides whether a plan fits, and a calibration replaces the rest.
+    """
+    known = [m for m in MACHINES if any(part in name for part in m.device_names)]
+    machine = known[0] if known else find_machine("a100-80").model_copy(update={"name": name})
+    return machine.model_copy(update={"hbm_bytes": total_bytes})
+
+
+def torchrec_topology(shape: ClusterShape) -> Topology:
+    """TorchRec's description of a cluster, with its own default bandwidths."""
+    on_cpu = shape.machine.device == "cpu"
     return TopologyFactory.create_topology(
         trainer_config=TrainerConfig(
-            world_size=world_size,
-            local_world_size=ranks_per_host,
-            hbm_cap_bytes=0 if on_cpu else device_bytes,
-            ddr_cap_bytes=device_bytes if on_cpu else host_bytes,
+            world_size=shape.world_size,
+            local_world_size=shape.ranks_per_host,
+            hbm_cap_bytes=0 if on_cpu else shape.device_bytes,
+            ddr_cap_bytes=shape.host_bytes_per_rank,
         ),
         hardware_config=HardwareConfig(),
-        kernel_config=KernelConfig(compute_device=device_type),
+        kernel_config=KernelConfig(compute_device=shape.machine.device),
     )

@@ -7,6 +7,10 @@ from pathlib import Path
 
 import ray
 
+from embedding.cluster_shape import ClusterShape
+from embedding.errors import UserError
+from embedding.machines import Machine
+from embedding.plan_description import PlanDescription
 from pipeline.config import ClusterConfig, Recipe
 from pipeline.stages import StageOutput
 
@@ -14,7 +18,7 @@ PLAN = "plan.json"
 
 
 def plan(recipe: Recipe, scratch: Path) -> StageOutput:
-    """Plan in a Ray task on a machine of the kind that trains: torchrec stays out of the driver.
+    """Plan in a Ray task on a machine of the kind that trains: it knows its device and memory.
 
     Raises:
         UserError: No plan fits the cluster, or a setting cannot run on its devices.
@@ -23,9 +27,24 @@ def plan(recipe: Recipe, scratch: Path) -> StageOutput:
     task = ray.remote(_plan_tables).options(
         num_cpus=recipe.cluster.cpus_per_worker, num_gpus=1 if recipe.cluster.use_gpu else 0
     )
-    text, rows = ray.get(task.remote(recipe, ranks_per_host))
-    (scratch / PLAN).write_text(text)
-    return StageOutput(rows_in=rows, rows_out=rows, facts={"ranks_per_host": ranks_per_host})
+    plan = PlanDescription.model_validate_json(ray.get(task.remote(recipe, ranks_per_host)))
+    return write_plan(plan, scratch)
+
+
+def write_plan(plan: PlanDescription, scratch: Path) -> StageOutput:
+    """The plan artifact."""
+    (scratch / PLAN).write_text(plan.model_dump_json(indent=2))
+    assert plan.predicted is not None
+    rows = sum(
+        max(shard.row_offset + shard.num_rows for shard in table.shards) for table in plan.tables
+    )
+    facts = {
+        "ranks_per_host": plan.ranks_per_host,
+        "predicted_step_s": plan.predicted.step_s,
+        "constants": plan.predicted.constants,
+        "binding": plan.predicted.binding,
+    }
+    return StageOutput(rows_in=rows, rows_out=rows, facts=facts)
 
 
 def hosts_ranks(cluster: ClusterConfig) -> int:
@@ -50,8 +69,44 @@ def ranks_per_host(num_workers: int, slots_per_host: int) -> int:
     )
 
 
-def _plan_tables(recipe: Recipe, ranks_per_host: int) -> tuple[str, int]:
-    """Runs in a Ray worker. Returns the plan as JSON and the number of table rows."""
-    from pipeline.planning_worker import plan_tables
+def present_shape(cluster: ClusterConfig) -> ClusterShape:
+    """The Ray cluster this process is connected to, as a topology: equal hosts of one device.
 
-    return plan_tables(recipe, ranks_per_host)
+    Raises:
+        UserError: No host of the cluster can hold a worker.
+    """
+    per_host = []
+    for node in ray.nodes():
+        resources = node["Resources"]
+        cpus = resources.get("CPU", 0) / cluster.cpus_per_worker
+        slots = int(resources.get("GPU", 0) if cluster.use_gpu else cpus)
+        if node["Alive"] and slots:
+            per_host.append(slots)
+    if not per_host:
+        device = "GPUs" if cluster.use_gpu else "CPUs"
+        raise UserError(
+            f"no host of the Ray cluster has {device} for a worker; add nodes, or name a topology"
+        )
+    options = {"num_cpus": cluster.cpus_per_worker, "num_gpus": 1 if cluster.use_gpu else 0}
+    machine = ray.get(ray.remote(_local_machine).options(**options).remote(cluster.use_gpu))
+    return ClusterShape(
+        machine=Machine.model_validate_json(machine),
+        num_hosts=len(per_host),
+        ranks_per_host=min(per_host),
+    )
+
+
+def _local_machine(use_gpu: bool) -> str:
+    """Runs in a Ray worker: the machine it is on, as JSON."""
+    import torch
+
+    from embedding.topology import local_machine
+
+    return local_machine(torch.device("cuda" if use_gpu else "cpu")).model_dump_json()
+
+
+def _plan_tables(recipe: Recipe, ranks_per_host: int) -> str:
+    """Runs in a Ray worker. Returns the plan as JSON."""
+    from pipeline.planning_worker import plan_recipe
+
+    return plan_recipe(recipe, ranks_per_host).model_dump_json()

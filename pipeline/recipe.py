@@ -36,7 +36,7 @@ def find_recipe(name_or_path: str) -> Path:
     path = RECIPES / f"{name_or_path}.yaml"
     if not path.is_file():
         raise UserError(
-            f"there is no recipe {name_or_path!r}{_nearest(name_or_path, recipe_names())}; "
+            f"there is no recipe {name_or_path!r}{nearest_name(name_or_path, recipe_names())}; "
             f"built-in recipes are {', '.join(recipe_names())}, or give the path of a .yaml file"
         )
     return path
@@ -112,7 +112,7 @@ def _index(node: list[Any], part: str, override: str) -> int:
         return int(part)
     known = [str(name) for name in names if name is not None]
     raise UserError(
-        f"--set {override!r}: the list has no entry {part!r}{_nearest(part, known)}; "
+        f"--set {override!r}: the list has no entry {part!r}{nearest_name(part, known)}; "
         f"use an index below {len(node)} or one of {known}"
     )
 
@@ -123,7 +123,7 @@ def _sentence(fault: ErrorDetails, data: Any) -> str:
         case "extra_forbidden":
             key = str(fault["loc"][-1])
             allowed = _keys_at(Recipe, fault["loc"][:-1])
-            hint = _nearest(key, allowed) or f"; allowed are {', '.join(allowed)}"
+            hint = nearest_name(key, allowed) or f"; allowed are {', '.join(allowed)}"
             return f"{where}: unknown key{hint}"
         case "missing":
             return f"{where}: required, but not there; add it"
@@ -131,7 +131,8 @@ def _sentence(fault: ErrorDetails, data: Any) -> str:
             kind = str(fault["ctx"]["tag"])
             kinds = re.findall(r"'([^']+)'", fault["ctx"]["expected_tags"])
             listed = ", ".join(repr(allowed) for allowed in kinds)
-            return f"{where}.kind: {kind!r} is unknown{_nearest(kind, kinds)}; allowed are {listed}"
+            hint = nearest_name(kind, kinds)
+            return f"{where}.kind: {kind!r} is unknown{hint}; allowed are {listed}"
         case "value_error":
             message = fault["msg"].removeprefix("Value error, ")
             return f"{where}: {message}" if where else message
@@ -189,6 +190,7 @@ def _kind(annotation: Any) -> str | None:
     return None
 
 
-def _nearest(word: str, words: Sequence[str]) -> str:
+def nearest_name(word: str, words: Sequence[str]) -> str:
+    """A hint for a misspelt name, or nothing."""
     matches = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
     return f"; did you mean {matches[0]!r}?" if matches else ""

@@ -19,7 +19,7 @@ from embedding.checkpoint import Checkpointer, load_into, step_directory
 from embedding.loader import SampleFiles, SampleLoader
 from embedding.memory import keep_freed_memory
 from embedding.notices import divert_library_notices
-from embedding.plan import PlanDescription
+from embedding.plan_description import PlanDescription
 from embedding.shard import Sharded, shard
 from embedding.warm_start import WarmStartReport
 from pipeline.config import Recipe

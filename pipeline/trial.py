@@ -14,7 +14,7 @@ from embedding.config import StrictConfig
 from pipeline.config import ClusterConfig, Recipe
 from pipeline.console import Reporter
 from pipeline.evaluate import evaluate
-from pipeline.plan import PLAN, plan
+from pipeline.plan import plan, write_plan
 from pipeline.stages import StageOutput
 from pipeline.train import METRICS, RESULT, RunWorkers, TrainInputs, Worker, run_workers, train
 
@@ -48,11 +48,9 @@ class TrialProcess:
         return _run(job, lambda scratch: self._plan(job.recipe, scratch), self._run_here)
 
     def _plan(self, recipe: Recipe, scratch: Path) -> StageOutput:
-        from pipeline.planning_worker import plan_tables
+        from pipeline.planning_worker import plan_recipe
 
-        text, rows = plan_tables(recipe, ranks_per_host=1)
-        (scratch / PLAN).write_text(text)
-        return StageOutput(rows_in=rows, rows_out=rows)
+        return write_plan(plan_recipe(recipe, ranks_per_host=1), scratch)
 
     def _run_here(
         self, worker: Worker, job: StrictConfig, cluster: ClusterConfig, scratch: Path

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from embedding.cluster_shape import ClusterShape, find_machine
 from embedding.config import (
     Adagrad,
     Adam,
@@ -17,24 +18,26 @@ from embedding.config import (
 )
 from embedding.errors import UserError
 from embedding.limits import check_optimizer, check_support
-from embedding.plan import PlanDescription, describe_plan, make_plan, plan_of
+from embedding.machines import GIB
+from embedding.plan import describe_plan, plan_of, torchrec_plan
+from embedding.plan_description import PlanDescription
 from embedding.sharders import make_sharders
-from embedding.topology import GIB, make_topology, ranks_per_host
+from embedding.topology import ranks_per_host, torchrec_topology
 from tests.embedding.toy import SHARDINGS, ToyModel, toy_schema
 
 META = torch.device("meta")
 
 
 def plan_for(schema: FeatureSchema, device_type: str, num_gib: float = 16) -> PlanDescription:
-    topology = make_topology(
-        device_type=device_type,
-        world_size=4,
-        ranks_per_host=2,
-        device_bytes=int(num_gib * GIB),
-        host_bytes=64 * GIB,
+    machine = find_machine("cpu" if device_type == "cpu" else "h100").model_copy(
+        update={
+            "hbm_bytes": 0 if device_type == "cpu" else int(num_gib * GIB),
+            "host_bytes": 2 * int(num_gib * GIB) if device_type == "cpu" else 128 * GIB,
+        }
     )
+    topology = torchrec_topology(ClusterShape(machine=machine, num_hosts=2, ranks_per_host=2))
     sharders = make_sharders(ShardingConfig(), device_type)
-    plan = make_plan(ToyModel(schema, META), sharders, schema, topology, batch_size_per_rank=64)
+    plan = torchrec_plan(ToyModel(schema, META), sharders, schema, topology, batch_size_per_rank=64)
     return describe_plan(plan, schema, 4, device_type)
 
 

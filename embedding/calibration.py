@@ -1,0 +1,167 @@
+"""`calibration.json`: the cost model's constants of one machine, measured, with their residuals.
+
+A calibration holds for the device, the processor and the library versions it was made with, and is
+refused elsewhere: constants of another machine are worse than the data sheet's.
+"""
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+from pydantic import PositiveInt, ValidationError
+
+from embedding.cluster_shape import ClusterShape
+from embedding.config import StrictConfig
+from embedding.cost_constants import CostConstants, data_sheet_constants
+from embedding.errors import UserError
+
+VERSIONED = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu")
+"""Packages whose kernels and collectives the constants describe."""
+
+
+class Residual(StrictConfig):
+    """One measured plan and what the fitted constants say of it."""
+
+    plan: str
+    measured_s: float
+    predicted_s: float
+
+    @property
+    def relative_error(self) -> float:
+        """Of the prediction, without its sign."""
+        return abs(self.predicted_s - self.measured_s) / self.measured_s
+
+
+class RanksFit(StrictConfig):
+    """Constants for one number of ranks."""
+
+    world_size: PositiveInt
+    ranks_per_host: PositiveInt
+    constants: CostConstants
+    parts: dict[str, float]
+    """Constants that micro-benchmarks measured alone, in seconds per unit."""
+    residuals: tuple[Residual, ...]
+    median_abs_error: float
+    rank_correlation: float
+    """Spearman's, of predicted and measured step times of the fitted plans."""
+
+
+class Calibration(StrictConfig):
+    """Measured constants of one kind of machine; version 1."""
+
+    schema_version: Literal[1] = 1
+    machine: str
+    """Name in `embedding.machines`."""
+    device_name: str
+    """As the system reports it: what the constants hold for."""
+    cores: int
+    versions: dict[str, str]
+    created_at: str
+    fits: tuple[RanksFit, ...]
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the packages that a calibration depends on."""
+    versions = {}
+    for package in VERSIONED:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def processor_name() -> str:
+    """The CPU's model name."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def read_calibration(path: Path) -> Calibration:
+    """A calibration file.
+
+    Raises:
+        UserError: It is missing, or of another schema version, or no calibration.
+    """
+    remedy = "write one with `braid bench plan --calibrate`"
+    if not path.is_file():
+        raise UserError(f"calibration {path} does not exist; {remedy}")
+    try:
+        return Calibration.model_validate_json(path.read_text())
+    except ValidationError as error:
+        raise UserError(
+            f"{path} is no calibration of this version ({error.errors()[0]['msg']}); {remedy}"
+        ) from error
+
+
+def check_calibration(calibration: Calibration, shape: ClusterShape, path: Path) -> None:
+    """Refuse a calibration that does not hold for this cluster and these libraries.
+
+    Raises:
+        UserError: With what differs.
+    """
+    machine = shape.machine
+    again = "calibrate again with `braid bench plan --calibrate`, or plan without it"
+    if calibration.machine != machine.name:
+        raise UserError(
+            f"calibration {path} was made on {calibration.machine!r} ({calibration.device_name}) "
+            f"and the topology is {shape.name}; {again}"
+        )
+    known = installed_versions()
+    for package, then in calibration.versions.items():
+        now = known.get(package)
+        # The CUDA and the CPU wheel of FBGEMM exclude each other: a laptop plans for GPUs.
+        if now is not None and _release(now) != _release(then):
+            raise UserError(
+                f"calibration {path} was made with {package} {then} and {now} is installed: its "
+                f"kernels may be faster or slower; {again}"
+            )
+    if machine.device == "cpu" and (calibration.device_name, calibration.cores) != (
+        processor_name(),
+        os.cpu_count(),
+    ):
+        raise UserError(
+            f"calibration {path} was made on {calibration.cores} cores of "
+            f"{calibration.device_name} and this machine has {os.cpu_count()} of "
+            f"{processor_name()}; {again}"
+        )
+
+
+def constants_for(shape: ClusterShape, path: Path | None) -> CostConstants:
+    """The constants to plan with: the calibration's for this cluster, or the data sheet's.
+
+    A cluster of another size takes the constants of the nearest calibrated one, and what that one
+    could not measure (links between hosts) from the data sheet.
+
+    Raises:
+        UserError: The calibration is stale or of another machine.
+    """
+    sheet = data_sheet_constants(shape)
+    if path is None:
+        return sheet
+    calibration = read_calibration(path)
+    check_calibration(calibration, shape, path)
+    nearest = min(calibration.fits, key=lambda fit: _distance(fit, shape))
+    seconds = dict(nearest.constants.seconds)
+    source = f"calibration of {nearest.world_size} ranks on {calibration.device_name}"
+    one_host = nearest.world_size == nearest.ranks_per_host
+    if one_host and shape.num_hosts > 1:
+        between = {k: v for k, v in sheet.seconds.items() if "inter_bytes" in k}
+        seconds |= between
+        source += ", links between hosts from the data sheet"
+    return nearest.constants.model_copy(update={"seconds": seconds, "source": source})
+
+
+def _distance(fit: RanksFit, shape: ClusterShape) -> tuple[int, int]:
+    per_host = abs(fit.ranks_per_host - shape.ranks_per_host)
+    return per_host, abs(fit.world_size - shape.world_size)
+
+
+def _release(text: str) -> str:
+    return text.split("+")[0]

@@ -1,0 +1,59 @@
+"""Statistics of the ids a recipe's features really carry; `braid traffic` measures them."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError
+
+from embedding.config import StrictConfig
+from embedding.errors import UserError
+
+
+class TableTraffic(StrictConfig):
+    """Lookups of one table."""
+
+    table: str
+    num_rows: PositiveInt
+    lookups: NonNegativeInt
+    rows_touched: NonNegativeInt
+    """Distinct rows that were looked up at least once."""
+    rows_seen_once: NonNegativeInt
+    bin_rows: tuple[float, ...]
+    """Rows of every popularity bin, hottest first."""
+    bin_shares: tuple[float, ...]
+    """Share of the lookups that go to every bin."""
+    new_rows_per_day: NonNegativeFloat | None = None
+    """Rows touched on the last day and never before; None with less than two days."""
+
+
+class Traffic(StrictConfig):
+    """What the samples of some days say; version 1."""
+
+    schema_version: Literal[1] = 1
+    rows: NonNegativeInt
+    """Samples read."""
+    rows_per_day: NonNegativeFloat
+    ids_per_sample: dict[str, float] = Field(default_factory=dict)
+    """By feature; missing ids count, as they are looked up too."""
+    tables: tuple[TableTraffic, ...] = ()
+
+    def table(self, name: str) -> TableTraffic | None:
+        """Statistics of one table, if it was measured."""
+        return next((table for table in self.tables if table.table == name), None)
+
+
+def read_traffic(path: Path) -> Traffic:
+    """A file that `braid traffic --json` wrote.
+
+    Raises:
+        UserError: It is missing or something else.
+    """
+    if not path.is_file():
+        raise UserError(f"traffic file {path} does not exist; write it with `braid traffic --json`")
+    try:
+        return Traffic.model_validate_json(path.read_text())
+    except ValidationError as error:
+        raise UserError(
+            f"{path} is no traffic file of this version ({error.error_count()} faults, first: "
+            f"{error.errors()[0]['msg']}); write it again with `braid traffic --json`"
+        ) from error

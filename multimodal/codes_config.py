@@ -105,10 +105,13 @@ class Rq(StrictConfig):
     """Codewords a level."""
     fsq: Fsq | None = None
     iterations: PositiveInt = 10
-    """Lloyd iterations; a first fit runs them at every resolution (1/16, 1/8, ... of the principal
+    """Lloyd iterations of a first fit, at every resolution (1/16, 1/8, ... of the principal
     directions)."""
     refinement_rounds: NonNegativeInt = 10
     """Rounds that re-estimate all levels together after the level-wise fit."""
+    refit_rounds: PositiveInt = 3
+    """Such rounds of a fit that starts from earlier codebooks; more follow the data closer and
+    change more codes."""
     points_per_codeword: PositiveInt = 256
     """Vectors per codeword in the training sample; a smaller set is used as a whole."""
     streaming: Streaming | None = None
@@ -148,10 +151,13 @@ class RefitPolicy(StrictConfig):
     """Age of the codebooks in days; None: only on drift."""
     max_error_ratio: Annotated[float, Field(gt=1.0)] = 1.25
     """Quantization error of new items over that of held-out items of the fit."""
-    min_utilisation: Annotated[float, Field(ge=0.0, le=1.0)] = 0.8
-    """Share of codewords in use, on the level where it is lowest."""
+    min_utilisation_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.8
+    """Codewords in use over those in use at the fit, on the level where it is lowest."""
     min_new_items: PositiveInt = 100
     """Fewer new items say nothing about the error."""
+    keep_meaning: bool = True
+    """Start from the codebooks before and keep code numbers and rows where meanings are alike.
+    False renumbers all codes at every refit: only to show what that costs."""
 
 
 class Codes(StrictConfig):

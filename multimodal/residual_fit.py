@@ -7,6 +7,7 @@ encoding, and lower the error by about 2% on clustered data.
 
 # Shapes: N items of the sample, B items of a block, D vector dim, L K-means levels, K codewords.
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from multimodal.kmeans import (
     progressive_start,
     repair,
 )
-from multimodal.residual_quantizer import CPU, ResidualCodebooks
+from multimodal.residual_quantizer import CPU, Int32Array, ResidualCodebooks
 from multimodal.vectors import FloatArray, Int64Array, blocks, check_vectors, read_rows, sample_rows
 
 # A mean of equal vectors differs from them in the last bits.
@@ -54,7 +55,13 @@ def fit_residual(
         raise UserError(str(error)) from error
     rows = training_rows(len(vectors_ND), config)
     x_ND = torch.from_numpy(read_rows(vectors_ND, rows)).to(device)
-    codebooks_LKD = _refine(x_ND, _start(x_ND, config, earlier), config.refinement_rounds)
+    if earlier is None:
+        codebooks_LKD = _refine(x_ND, _level_by_level(x_ND, config), config.refinement_rounds)
+    else:
+        # Joint rounds only: level-wise K-means would undo what they had reached before.
+        codebooks_LKD = _earlier_codebooks(x_ND, config, earlier)
+        _repair_levels(x_ND, codebooks_LKD)
+        codebooks_LKD = _refine(x_ND, codebooks_LKD, config.refit_rounds)
     if config.streaming:
         _stream(vectors_ND, codebooks_LKD, config)
     residual_ND = _repair_levels(x_ND, codebooks_LKD)
@@ -62,28 +69,54 @@ def fit_residual(
     return ResidualCodebooks(codebooks_LKD, fsq).to(CPU)
 
 
+def codebooks_in_space(
+    codes_NL: Int32Array, vectors_ND: FloatArray, config: Rq
+) -> ResidualCodebooks:
+    """Earlier codebooks in the space of a new encoder, as means of the items that had each code.
+
+    Vectors of two encoders cannot be compared, but items can: these codebooks mean what the earlier
+    ones meant, so a fit may start from them and be matched to them. The FSQ level is left out.
+
+    Args:
+        codes_NL: codes that the earlier codebooks gave to some items.
+        vectors_ND: vectors of the same items by the new encoder.
+        config: levels and codewords of the earlier codebooks.
+    """
+    residual_ND = torch.from_numpy(np.asarray(vectors_ND, np.float32))
+    codebooks = []
+    for level in range(config.num_levels):
+        codes_N = torch.from_numpy(codes_NL[:, level].astype(np.int64))
+        # A code that no item has any more means nothing: it starts at what it would add, nothing.
+        nothing_KD = residual_ND.new_zeros(config.codebook_size, residual_ND.shape[1])
+        codebooks.append(cluster_means(residual_ND, codes_N, nothing_KD))
+        residual_ND = residual_ND - codebooks[-1][codes_N]
+    return ResidualCodebooks(torch.stack(codebooks))
+
+
 def training_rows(num_items: int, config: Rq) -> Int64Array:
     """Rows that `fit_residual` trains on."""
     return sample_rows(num_items, config.points_per_codeword * config.codebook_size, config.seed)
 
 
-def _start(x_ND: Tensor, config: Rq, earlier: ResidualCodebooks | None) -> Tensor:
-    """Level-wise residual K-means."""
+def _earlier_codebooks(x_ND: Tensor, config: Rq, earlier: ResidualCodebooks) -> Tensor:
     shape = (config.num_levels, config.codebook_size, x_ND.shape[1])
-    if earlier is not None and tuple(earlier.codebooks_LKD.shape) != shape:
+    if tuple(earlier.codebooks_LKD.shape) != shape:
         raise UserError(
             f"the earlier codebooks have shape {tuple(earlier.codebooks_LKD.shape)} (levels, "
             f"codewords, dimensions) and the config asks for {shape}; fit without them"
         )
+    _check_distinct(x_ND, config, 0, x_ND)
+    return earlier.codebooks_LKD.to(x_ND, copy=True)
+
+
+def _level_by_level(x_ND: Tensor, config: Rq) -> Tensor:
+    """Residual K-means."""
     codebooks, residual_ND = [], x_ND
     for level in range(config.num_levels):
         _check_distinct(residual_ND, config, level, x_ND)
-        if earlier is None:
-            start_KD = progressive_start(
-                residual_ND, config.codebook_size, config.iterations, config.seed + level
-            )
-        else:
-            start_KD = earlier.codebooks_LKD[level].to(x_ND)
+        start_KD = progressive_start(
+            residual_ND, config.codebook_size, config.iterations, config.seed + level
+        )
         codebook_KD = lloyd(residual_ND, start_KD, config.iterations)
         codes_N = nearest_codewords(residual_ND, codebook_KD)
         residual_ND = residual_ND - codebook_KD[codes_N]

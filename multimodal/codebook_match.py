@@ -48,6 +48,13 @@ class Carry:
         """Share of new codes that go on with their meaning."""
         return float(self.carried_K.mean())
 
+    def after(self, earlier: "Carry") -> "Carry":
+        """This refit following an earlier one: from the codes before both to those after both."""
+        known_K = self.source_K >= 0
+        source_K = np.where(known_K, earlier.source_K[self.source_K], -1)
+        carried_K = self.carried_K & known_K & earlier.carried_K[self.source_K]
+        return Carry(earlier.num_before, source_K, carried_K)
+
     def rows(self, before: Tensor, start: Tensor) -> Tensor:
         """The new table (K + 1, E).
 

@@ -62,7 +62,7 @@ def refit(
         known = keep.items if keep else None
         items = take_item_codebook(item_ids_N, vectors_ND, known)
         carries["vq"] = carry_items(known, items) if known else fresh(0, items.num_codes)
-    return Refit(Codebooks(residual, items), carries, reference)
+    return Refit(Codebooks(residual, items, np.sort(item_ids_N)), carries, reference)
 
 
 def held_out_error(

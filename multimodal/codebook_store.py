@@ -13,6 +13,7 @@ from embedding.errors import UserError
 from multimodal.fsq import FsqLevel
 from multimodal.residual_quantizer import ResidualCodebooks
 from multimodal.vector_quantizer import ItemCodebook
+from multimodal.vectors import Int64Array
 
 FILE = "codebooks.safetensors"
 
@@ -24,6 +25,8 @@ class Codebooks:
     residual: ResidualCodebooks | None = None
     items: ItemCodebook | None = None
     """Of the VQ codes."""
+    fitted_ids: Int64Array | None = None
+    """Items that were fitted, ascending: all others are new to these codebooks."""
 
     @property
     def table_sizes(self) -> dict[str, int]:
@@ -76,6 +79,8 @@ class Codebooks:
         if self.items:
             tensors["items.ids_N"] = torch.from_numpy(self.items.item_ids_N)
             tensors["items.vectors_ND"] = torch.from_numpy(self.items.vectors_ND)
+        if self.fitted_ids is not None:
+            tensors["fitted_ids"] = torch.from_numpy(self.fitted_ids)
         return tensors
 
 
@@ -87,4 +92,5 @@ def _from_tensors(tensors: dict[str, Tensor]) -> Codebooks:
         residual = ResidualCodebooks(tensors["residual.codebooks_LKD"], fsq)
     if "items.ids_N" in tensors:
         items = ItemCodebook(tensors["items.ids_N"].numpy(), tensors["items.vectors_ND"].numpy())
-    return Codebooks(residual, items)
+    fitted = tensors["fitted_ids"].numpy() if "fitted_ids" in tensors else None
+    return Codebooks(residual, items, fitted)

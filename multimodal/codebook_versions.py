@@ -1,6 +1,6 @@
 """Versions of the codebooks: one directory each, visible once its manifest is there.
 
-    ROOT/v0001/{codebooks.safetensors, manifest.json}
+    ROOT/v0001/{codebooks.safetensors, carries.safetensors, manifest.json}
     ROOT/v0002/...
 
 A version is never changed. Code tables belong to one version, so a ranker names the one it uses.
@@ -11,15 +11,19 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 from pydantic import ValidationError
+from safetensors.numpy import load_file, save_file
 
 from embedding.config import StrictConfig
 from embedding.errors import UserError
 from multimodal.code_metrics import CodeMetrics, Stability
+from multimodal.codebook_match import Carry
 from multimodal.codebook_store import Codebooks
 from multimodal.codes_config import Codes
 
 MANIFEST = "manifest.json"
+CARRIES = "carries.safetensors"
 
 
 class CodebookManifest(StrictConfig):
@@ -69,8 +73,16 @@ def next_version(root: Path) -> str:
     return f"v{int(newest.version[1:]) + 1 if newest else 1:04d}"
 
 
-def publish_version(root: Path, manifest: CodebookManifest, codebooks: Codebooks) -> Path:
+def publish_version(
+    root: Path, manifest: CodebookManifest, codebooks: Codebooks, carries: dict[str, Carry]
+) -> Path:
     """Write a version aside and rename it into place.
+
+    Args:
+        root: directory of the versions.
+        manifest: fingerprint and time are filled in here.
+        codebooks: what the version consists of.
+        carries: rows of the code tables against the parent, by code column.
 
     Raises:
         UserError: the version exists.
@@ -84,6 +96,7 @@ def publish_version(root: Path, manifest: CodebookManifest, codebooks: Codebooks
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     codebooks.save(scratch)
+    _save_carries(carries, scratch / CARRIES)
     stamped = manifest.model_copy(
         update={
             "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -137,6 +150,55 @@ def load_version(root: Path, version: str, encoder: str | None = None) -> Codebo
             f"{manifest.fingerprint}: the file was changed; restore it, or fit new codebooks"
         )
     return codebooks
+
+
+def carries_between(root: Path, before: str, after: str) -> dict[str, Carry]:
+    """Rows of the code tables from one version to a later one, over all versions in between.
+
+    Raises:
+        UserError: an unknown version, or `after` does not descend from `before`.
+    """
+    found: dict[str, Carry] = {}
+    manifest = find_version(root, after)
+    find_version(root, before)
+    while manifest.version != before:
+        if manifest.parent is None:
+            raise UserError(
+                f"codebooks {after} do not descend from {before}, so no row of its code tables has "
+                "a counterpart; start the code tables anew"
+            )
+        step = _load_carries(root / manifest.version / CARRIES)
+        # A column that the later versions do not have any more is of no interest.
+        later = found or step
+        found = {
+            column: later[column].after(carry) if found else carry
+            for column, carry in step.items()
+            if column in later
+        } | {column: carry for column, carry in found.items() if column not in step}
+        manifest = find_version(root, manifest.parent)
+    return found
+
+
+def _save_carries(carries: dict[str, Carry], path: Path) -> None:
+    arrays: dict[str, np.ndarray] = {}
+    for column, carry in carries.items():
+        arrays[f"{column}.source"] = carry.source_K
+        arrays[f"{column}.carried"] = carry.carried_K
+        arrays[f"{column}.num_before"] = np.array([carry.num_before])
+    save_file(arrays, path)
+
+
+def _load_carries(path: Path) -> dict[str, Carry]:
+    arrays = load_file(path)
+    columns = {name.rpartition(".")[0] for name in arrays}
+    return {
+        column: Carry(
+            int(arrays[f"{column}.num_before"][0]),
+            arrays[f"{column}.source"],
+            arrays[f"{column}.carried"],
+        )
+        for column in sorted(columns)
+    }
 
 
 def _manifests(root: Path) -> Iterator[CodebookManifest]:

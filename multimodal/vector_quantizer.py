@@ -87,6 +87,17 @@ def take_item_codebook(
     return ItemCodebook(ids, vectors)
 
 
+def restate_items(
+    book: ItemCodebook, item_ids_B: Int64Array, vectors_BD: FloatArray
+) -> ItemCodebook:
+    """The same slots with the vectors of a new encoder; items without one leave theirs."""
+    ids = np.full(book.num_codes, FREE, np.int64)
+    vectors = np.zeros((book.num_codes, vectors_BD.shape[1]), np.float32)
+    _, now, slots = np.intersect1d(item_ids_B, book.item_ids_N, return_indices=True)
+    ids[slots], vectors[slots] = item_ids_B[now], unit_rows(vectors_BD[now])
+    return ItemCodebook(ids, vectors)
+
+
 def _slots(item_ids_B: Int64Array, earlier: ItemCodebook | None) -> Int64Array:
     if earlier is None:
         return np.arange(len(item_ids_B))

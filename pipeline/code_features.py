@@ -50,9 +50,9 @@ class ItemCodes:
         Raises:
             UserError: an item occurs twice, or a column of codes is missing.
         """
-        if "item_id" not in table.column_names or "sid_0" not in table.column_names:
+        if "item_id" not in table.column_names or not {"sid_0", "vq"} & {*table.column_names}:
             raise UserError(
-                f"a codes artifact needs the columns item_id and sid_0, and has "
+                f"a codes artifact needs the columns item_id and sid_0 or vq, and has "
                 f"{table.column_names}; run the quantize stage again"
             )
         ids = to_raw_ids(table["item_id"]).to_numpy()
@@ -67,9 +67,10 @@ class ItemCodes:
             columns["vq"] = with_missing(id_column(table["vq"]))
         entities = EntityColumns(ids, columns, {})
         levels = [level for level in range(len(names)) if f"sid_{level}" in names]
-        codes_NL = np.stack([table[f"sid_{level}"].to_numpy() for level in levels], axis=1)
+        codes = [table[f"sid_{level}"].to_numpy() for level in levels]
         prefixes = tuple(
-            np.append(code_groups(codes_NL[:, : depth + 1])[0], -1) for depth in range(len(levels))
+            np.append(code_groups(np.stack(codes[: depth + 1], axis=1))[0], -1)
+            for depth in range(len(levels))
         )
         return cls(entities, prefixes)
 

@@ -53,7 +53,7 @@ def manifest_of(codebooks: Codebooks, version: str) -> CodebookManifest:
 
 def test_a_version_is_read_back_as_it_was(tmp_path: Path, codebooks: Codebooks) -> None:
     assert next_version(tmp_path) == "v0001"
-    publish_version(tmp_path, manifest_of(codebooks, "v0001"), codebooks)
+    publish_version(tmp_path, manifest_of(codebooks, "v0001"), codebooks, {})
 
     loaded = load_version(tmp_path, "v0001", encoder="tower-1")
 
@@ -71,10 +71,10 @@ def test_a_version_is_read_back_as_it_was(tmp_path: Path, codebooks: Codebooks) 
 def test_versions_are_ordered_and_never_changed(tmp_path: Path, codebooks: Codebooks) -> None:
     for _ in range(3):
         version = next_version(tmp_path)
-        publish_version(tmp_path, manifest_of(codebooks, version), codebooks)
+        publish_version(tmp_path, manifest_of(codebooks, version), codebooks, {})
     assert [m.version for m in versions(tmp_path)] == ["v0001", "v0002", "v0003"]
     with pytest.raises(UserError, match="never changed; publish as v0004"):
-        publish_version(tmp_path, manifest_of(codebooks, "v0002"), codebooks)
+        publish_version(tmp_path, manifest_of(codebooks, "v0002"), codebooks, {})
 
 
 def test_a_half_written_version_is_invisible(tmp_path: Path, codebooks: Codebooks) -> None:
@@ -88,7 +88,7 @@ def test_a_half_written_version_is_invisible(tmp_path: Path, codebooks: Codebook
 def test_wrong_versions_and_files_are_named(tmp_path: Path, codebooks: Codebooks) -> None:
     with pytest.raises(UserError, match=r"'v0007' is not in .*\(there are: none\)"):
         find_version(tmp_path, "v0007")
-    publish_version(tmp_path, manifest_of(codebooks, "v0001"), codebooks)
+    publish_version(tmp_path, manifest_of(codebooks, "v0001"), codebooks, {})
     with pytest.raises(UserError, match=r"'v0007' is not in .*\(there are: v0001\); name one"):
         load_version(tmp_path, "v0007")
     with pytest.raises(UserError, match="fitted to vectors of encoder tower-1, not of tower-2"):

@@ -126,9 +126,15 @@ def test_a_catalogue_without_codes_or_histories_is_missing_everywhere(case: Case
     )
 
 
+def test_an_artifact_may_hold_vq_codes_only(case: Case) -> None:
+    only = ItemCodes.of(case.table.select(["item_id", "vq"]))
+    assert list(candidate_columns(only, case.candidates)) == ["vq"]
+    assert cross_columns(only, case.candidates, case.history) == {}
+
+
 def test_files_that_are_no_codes_are_refused(case: Case) -> None:
     twice = pa.concat_tables([case.table, case.table.slice(4, 1)])
     with pytest.raises(UserError, match=r"item 10\d\d has two rows of codes"):
         ItemCodes.of(twice)
-    with pytest.raises(UserError, match="needs the columns item_id and sid_0"):
-        ItemCodes.of(case.table.drop_columns("sid_0"))
+    with pytest.raises(UserError, match="needs the columns item_id and sid_0 or vq"):
+        ItemCodes.of(case.table.drop_columns(["sid_0", "vq"]))

@@ -1,0 +1,173 @@
+"""One day of a small log through the command line, and what must agree with it."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from small_log import DAYS, event, make_recipe, write_catalogue, write_day
+
+from deploy.app import main
+from pipeline.summary import Summary
+
+pytestmark = pytest.mark.integration
+
+
+@dataclass(frozen=True)
+class Day:
+    """A finished `braid run`."""
+
+    folder: Path
+
+    @property
+    def out(self) -> Path:
+        return self.folder / "runs"
+
+    @property
+    def command(self) -> list[str]:
+        return ["--recipe", str(self.folder / "small.yaml"), "--date", DAYS[0]]
+
+
+@pytest.fixture(scope="module")
+def day(tmp_path_factory: pytest.TempPathFactory) -> Day:
+    """Two days of 90 events; a managed table, a mean, an averaged ranker, one rank."""
+    day = Day(tmp_path_factory.mktemp("day"))
+    root = day.folder / "data"
+    write_catalogue(root)
+    for i in (0, 1):
+        rows = [event(i, 1 + k % 5, 60 * k, item_id=1 + k % 4, click=k % 2) for k in range(90)]
+        write_day(root, i, [rows])
+    recipe = make_recipe(root).model_dump(mode="json")
+    recipe["cluster"]["num_workers"] = 1
+    recipe["gate"] = {"task": "click", "min_auc": 0.0, "calibration": [0.01, 100.0]}
+    recipe["ranking"]["trainer"] |= {
+        "batch_size_per_rank": 16,
+        "seed": 5,
+        "epochs": 2,
+        "ema_decay": 0.9,
+    }
+    recipe["features"]["tables"][0]["ids"] = {"kind": "managed_collision"}
+    recipe["features"]["sparse"][3]["pooling"] = "mean"
+    (day.folder / "small.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["run", *day.command, "--out", str(day.out)]) == 0
+    return day
+
+
+def read_rows(path: Path) -> Any:
+    return pq.read_table(path).sort_by([("key:request_id", "ascending")])
+
+
+def test_scores_of_the_bundle_equal_the_trainers_predictions(day: Day) -> None:
+    run = day.out / DAYS[0]
+    samples, scores = day.out / DAYS[1] / "join" / "samples", day.folder / "scores.parquet"
+
+    code = main(
+        ["score", "--bundle", str(run / "publish" / "bundle"), "--samples", str(samples)]
+        + ["--output", str(scores), "--batch-size", "7"]
+    )
+
+    assert code == 0
+    predicted, scored = read_rows(run / "evaluate" / "predictions"), read_rows(scores)
+    assert scored["key:request_id"].equals(predicted["key:request_id"])
+    np.testing.assert_allclose(
+        scored["probability:click"].to_numpy(),
+        predicted["probability:click"].to_numpy(),
+        rtol=1e-6,  # float32; batches are cut differently
+    )
+    assert len(set(scored["probability:click"].to_pylist())) > 10
+
+
+def test_bundle_holds_no_pickle_and_a_damaged_file_is_named(
+    day: Day, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = day.out / DAYS[0] / "publish" / "bundle"
+    assert {path.suffix for path in bundle.rglob("*") if path.is_file()} == {
+        ".json",
+        ".safetensors",
+    }
+    copy = tmp_path / "bundle"
+    for path in bundle.rglob("*"):
+        if path.is_file():
+            target = copy / path.relative_to(bundle)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    dense = copy / "dense.safetensors"
+    dense.write_bytes(dense.read_bytes()[:-1] + b"?")
+
+    samples = day.out / DAYS[1] / "join" / "samples"
+    command = ["score", "--bundle", str(copy), "--samples", str(samples)]
+    assert main([*command, "--output", str(tmp_path / "scores.parquet")]) == 2
+
+    assert f"bundle file {dense} is missing or damaged" in capsys.readouterr().err
+    assert not (tmp_path / "scores.parquet").exists()
+
+
+def test_summary_and_report_are_there(day: Day) -> None:
+    directory = day.out / DAYS[0]
+    summary = Summary.model_validate_json((directory / "summary.json").read_text())
+
+    assert list(summary.stages) == [
+        *("ingest", "join", "plan", "train", "evaluate", "gate", "publish")
+    ]
+    assert summary.train.world_size == 1
+    assert summary.eval["click"].num_rows == 90
+    page = (directory / "report.html").read_text()
+    assert summary.run_id in page
+    assert re.findall(r"(?:src|href)=\"(?!#)", page) == [], "the page stands alone"
+
+
+def test_second_run_changes_nothing(day: Day, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in day.out.rglob("manifest.json")}
+
+    assert main(["run", *day.command, "--out", str(day.out)]) == 0
+
+    assert {path: path.stat().st_mtime_ns for path in day.out.rglob("manifest.json")} == before
+    assert "+ " not in capsys.readouterr().out
+
+
+def test_status_says_what_became_stale(day: Day, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "--out", str(day.out)]) == 0
+    assert "stale" not in capsys.readouterr().out
+    (events,) = (day.folder / "data" / "events" / f"dt={DAYS[0]}").glob("*.parquet")
+    content = events.read_bytes()
+    table = pq.read_table(events)
+    pq.write_table(pa.concat_tables([table, table.slice(0, 1)]), events)
+    try:
+        assert main(["status", "--out", str(day.out)]) == 0
+        assert "changed: events" in capsys.readouterr().out
+    finally:
+        events.write_bytes(content)
+
+
+def test_trial_of_a_study_equals_the_day_and_is_not_repeated(
+    day: Day, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = 'wide: ["ranking.model.classifier={kind: dnn, hidden: [64]}"]'
+    (day.folder / "variants.yaml").write_text(f"plain: []\n{wide}\n")
+    variants = ["--variants", str(day.folder / "variants.yaml"), "--seeds", "2"]
+    out = day.folder / "study"
+    study = ["study", *day.command, *variants, "--out", str(out)]
+
+    assert main([*study, "--json", str(day.folder / "study.json")]) == 0, capsys.readouterr()
+
+    trial = out / "trials" / "plain" / "seed-5" / "metrics.json"
+    alone = day.out / DAYS[0] / "evaluate" / "metrics.json"
+    assert trial.read_text() == alone.read_text()
+    result = json.loads((day.folder / "study.json").read_text())
+    assert list(result["variants"]) == ["plain", "wide"]
+    values = result["variants"]["plain"]["click.auc"]["values"]
+    assert values[0] == json.loads(trial.read_text())["tasks"]["click"]["auc"]
+    logloss = result["variants"]["plain"]["click.logloss"]["values"]
+    assert logloss[0] != logloss[1], "another seed"
+    assert list(result["paired"]) == ["wide"]
+    assert "wide" in (out / "study.html").read_text()
+    finished = {path: path.stat().st_mtime_ns for path in out.rglob("manifest.json")}
+    assert main(study) == 0
+    assert "4 of them done before" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("manifest.json")} == finished

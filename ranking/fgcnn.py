@@ -54,6 +54,8 @@ class FeatureGenerator(nn.Module):
                 else MapsAsFeatures(dim, maps[block + 1])
             )
 
+        self.apply(_start_without_bias)
+
     def forward(self, fields_BFD: Tensor) -> list[Tensor]:
         """The new features of every block, (B, N * D) each."""
         if self.order_F is not None:
@@ -65,6 +67,14 @@ class FeatureGenerator(nn.Module):
             maps_BCHD = block(maps_BCHD)
             features.append(recombination(maps_BCHD.permute(0, 2, 3, 1).flatten(1)))
         return features
+
+
+def _start_without_bias(module: nn.Module) -> None:
+    """Embeddings start small: beside torch's random biases, no map would show them at first."""
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        assert module.bias is not None
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
 
 
 class ConvolutionBlock(nn.Module):

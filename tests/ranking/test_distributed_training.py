@@ -23,6 +23,7 @@ from embedding.config import (
 )
 from embedding.loader import SampleFiles, SampleLoader
 from embedding.shard import Sharded, shard
+from ranking.classifier_config import DeepFm
 from ranking.config import ModelConfig, RankingConfig, TaskConfig
 from ranking.experts_config import ProgressiveExtractionConfig
 from ranking.interest_config import Dien, Din, Hstu
@@ -31,6 +32,7 @@ from ranking.steps import PipelinedSteps, PlainSteps
 from ranking.trainer import Trainer, TrainingHooks
 from ranking.trainer_config import CosineDecay, ScheduleConfig
 from ranking.validation import validate
+from tests.embedding.toy import gather_tables
 from tests.ranking.small_run import NUM_ROWS, SCHEMA, TASKS, small_config, write_samples
 
 CPU = torch.device("cpu")
@@ -255,3 +257,49 @@ def test_two_ranks_report_and_save_the_same(tmp_path: Path) -> None:
     assert clicks == 2 * NUM_ROWS
     for ours, theirs in zip(first["dense"], second["dense"], strict=True):
         assert ours.equal(theirs)
+
+
+SHARDINGS = ("data_parallel", "row_wise", "table_wise")
+
+
+def _spawned_halves(rank: int, world_size: int, port: int, folder: str) -> None:
+    """Trains on batches of 32 rows, cut in as many parts as there are ranks."""
+    _join(rank, world_size, port)
+    files = SampleFiles([Path(folder) / "part.parquet"], SCHEMA, [task.name for task in TASKS])
+    config = small_config()
+    config = config.model_copy(
+        update={"model": config.model.model_copy(update={"classifier": DeepFm(hidden=(16,))})}
+    )
+    found = {}
+    for sharding in SHARDINGS:
+        data = SCHEMA.model_dump()
+        for table in data["tables"]:
+            table["sharding"] = {"kind": sharding}
+        sharded = _sharded(config, FeatureSchema.model_validate(data))
+        with SampleLoader(files, batch_size_per_rank=32 // world_size).sequential() as stream:
+            parts = list(stream)
+        for step in range(8):
+            sharded.optimizer.zero_grad()
+            loss, _ = sharded.model(parts[step * world_size + rank])
+            loss.backward()
+            sharded.optimizer.step()
+        found[sharding] = {
+            "dense": [p.detach().clone() for p in sharded.dense_parameters.values()],
+            "tables": [table.weight for table in gather_tables(sharded).values()],
+        }
+    if rank == 0:
+        torch.save(found, Path(folder) / f"world{world_size}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_two_ranks_train_what_one_rank_trains_on_both_their_batches(tmp_path: Path) -> None:
+    write_samples(tmp_path / "part.parquet")
+    for world_size in (1, 2):
+        arguments = (world_size, _free_port(), str(tmp_path))
+        mp.spawn(_spawned_halves, arguments, nprocs=world_size)
+    one, two = (torch.load(tmp_path / f"world{world_size}.pt") for world_size in (1, 2))
+    for sharding in SHARDINGS:
+        for kind in ("dense", "tables"):
+            for ours, theirs in zip(two[sharding][kind], one[sharding][kind], strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -142,6 +142,12 @@ def _fit_phase(
     return fitted_K
 
 
+def fit_linear(counts_RK: np.ndarray, measured_R: np.ndarray) -> np.ndarray:
+    """Non-negative constants of a robust fit of relative errors, nothing known before."""
+    nothing_K = np.zeros(counts_RK.shape[1])
+    return _fit_phase(counts_RK, measured_R, nothing_K, nothing_K)
+
+
 def nonnegative_least_squares(
     design_RK: np.ndarray,
     target_R: np.ndarray,

@@ -32,7 +32,7 @@ def refusal(request: PlanRequest) -> UserError:
         "batch size fits them"
     )
     return UserError(
-        f"no sharding plan fits {request.shape.name}: {_shortage(request, model)}; {hint}"
+        f"no sharding plan fits {request.shape.name}: {shortage(request, model)}; {hint}"
     )
 
 
@@ -49,7 +49,8 @@ def _pinned_too_large(request: PlanRequest, pinned: PlanDescription, model: Cost
     )
 
 
-def _shortage(request: PlanRequest, model: CostModel) -> str:
+def shortage(request: PlanRequest, model: CostModel) -> str:
+    """What there is too little of, with tables and bytes."""
     options = {
         load.name: choices_of(load, request.shape, request.kernels) for load in model.loads.values()
     }
@@ -79,7 +80,7 @@ def _shortage(request: PlanRequest, model: CostModel) -> str:
             f"the tables need {_gib(sum(needed.values()))} on {world} ranks that have "
             f"{_gib(capacity * world)} for them, {_gib(short)} short; largest are {_names(largest)}"
         )
-    host = _host_shortage(request, model)
+    host = _hostshortage(request, model)
     if host is not None:
         return host
     return (
@@ -88,7 +89,7 @@ def _shortage(request: PlanRequest, model: CostModel) -> str:
     )
 
 
-def _host_shortage(request: PlanRequest, model: CostModel) -> str | None:
+def _hostshortage(request: PlanRequest, model: CostModel) -> str | None:
     offloaded = [
         (load.name, min(
             (model.price(load.name, c).owner_host_bytes * model.num_owners(c)

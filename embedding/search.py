@@ -238,3 +238,11 @@ def fits_somehow(model: CostModel, options: Options) -> bool:
         return True
     proposals = itertools.chain(dynamic_programming(options, model), uniform(options, model))
     return any(_place(base, options, proposal) is not None for proposal in proposals)
+
+
+def layout_of_proposal(
+    model: CostModel, options: Options, proposal: Proposal
+) -> dict[str, Placed] | None:
+    """A proposal placed without further search; None if it does not fit."""
+    layout = _place(Layout(model), options, proposal)
+    return None if layout is None else {table: layout.placement[table] for table in model.loads}

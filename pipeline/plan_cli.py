@@ -92,6 +92,128 @@ def plan_command(  # noqa: PLR0913 # every option of a command is a parameter
         console.print(f"plan {json_file}")
 
 
+def traffic_command(
+    recipe: RecipeOption,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Output directory with joined days.")],
+    date: Annotated[
+        str | None, typer.Option("--date", "-d", help="Last day to read; all days by default.")
+    ] = None,
+    json_file: JsonOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """Measure how the tables are looked up, and what that says about their size."""
+    from rich.console import Console
+
+    from embedding.table_advice import table_facts
+    from pipeline.cluster import RaySession
+    from pipeline.console import Reporter
+    from pipeline.traffic import measure_traffic, sample_files
+    from pipeline.traffic_view import advice_lines, facts_table
+
+    loaded = _load(recipe, overrides)
+    files = sample_files(out, date)
+    reporter = Reporter()
+    with RaySession(loaded.cluster) as session:
+        session.start()
+        with reporter.stage("traffic"):
+            traffic = measure_traffic(loaded.features, files, reporter.advance)
+    facts = table_facts(loaded.features.tables, traffic)
+    console = Console(highlight=False)
+    console.print(facts_table(facts))
+    for line in advice_lines(facts):
+        console.print(line)
+    if json_file is not None:
+        json_file.write_text(traffic.model_dump_json(indent=2))
+        console.print(f"traffic {json_file}")
+
+
+@bench_app.command("plan")
+def bench_plan(  # noqa: PLR0913 # every option of a command is a parameter
+    recipe: RecipeOption = "demo",
+    ranks: Annotated[
+        list[int] | None,
+        typer.Option("--ranks", min=1, help="Ranks to run on; the recipe's by default."),
+    ] = None,
+    plans: Annotated[
+        list[Path] | None, typer.Option("--plan", help="Run this plan file. May be repeated.")
+    ] = None,
+    exhaustive: Annotated[
+        bool, typer.Option("--exhaustive", help="Run every sensible plan of a small model.")
+    ] = False,
+    sampled: Annotated[
+        int, typer.Option("--sample", min=0, help="Run this many random plans as well.")
+    ] = 0,
+    skew: Annotated[
+        float | None, typer.Option("--skew", min=0, help="Zipf exponent of the ids; 0 is uniform.")
+    ] = None,
+    pooling: Annotated[
+        list[str] | None,
+        typer.Option("--pooling", help="Mean ids a sample: feature=12.5. May be repeated."),
+    ] = None,
+    batch_size_per_rank: Annotated[
+        int | None, typer.Option("--batch-size-per-rank", min=1, help="Default: the recipe's.")
+    ] = None,
+    traffic: TrafficOption = None,
+    calibration: CalibrationOption = None,
+    calibrate_to: Annotated[
+        Path | None,
+        typer.Option("--calibrate", help="Measure parts and sampled plans; write constants here."),
+    ] = None,
+    memory: Annotated[
+        bool, typer.Option("--memory/--no-memory", help="Take the peak memory of every plan.")
+    ] = True,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer plans and steps.")] = False,
+    json_file: JsonOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """Run plans for real: measured beside predicted; or calibrate the predictions."""
+    from rich.console import Console
+
+    from pipeline.cluster import RaySession
+    from pipeline.plan import gpu_name, present_shape
+    from pipeline.plan_bench import BenchEffort
+    from pipeline.plan_bench_command import (
+        BenchOptions,
+        bench,
+        bench_shape,
+        calibrate,
+        comparison_table,
+        recipe_case,
+    )
+    from pipeline.plan_request import RequestChanges
+
+    loaded = _load(recipe, overrides)
+    console = Console(highlight=False)
+    sizes = ranks or [loaded.cluster.num_workers]
+    cluster = loaded.cluster.model_copy(update={"num_workers": max(sizes)})
+    with RaySession(cluster) as session:
+        session.start()
+        present = present_shape(cluster)
+        if calibrate_to is not None:
+            name = gpu_name(cluster)
+            made = calibrate(present, sizes, cluster, name, quick=quick, report=console.print)
+            calibrate_to.write_text(made.model_dump_json(indent=2))
+            console.print(f"calibration {calibrate_to}")
+            return
+        options = BenchOptions(
+            plans=tuple(plans or ()),
+            exhaustive=exhaustive,
+            sampled=sampled,
+            exponent=skew,
+            pooling=tuple(pooling or ()),
+            changes=RequestChanges(
+                traffic=traffic, calibration=calibration, batch_size_per_rank=batch_size_per_rank
+            ),
+        )
+        shape = bench_shape(present, sizes[0])
+        case = recipe_case(loaded, shape, options)
+        effort = BenchEffort(rounds=5 if quick else 9, memory_steps=3 if memory else 0)
+        report = bench([case], shape, cluster, effort, calibration)
+    console.print(comparison_table(report))
+    if json_file is not None:
+        json_file.write_text(report.model_dump_json(indent=2))
+
+
 def _load(recipe: str, overrides: list[str] | None) -> "Recipe":
     from pipeline.recipe import load_recipe
 

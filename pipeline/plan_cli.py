@@ -127,6 +127,96 @@ def traffic_command(
         console.print(f"traffic {json_file}")
 
 
+def capacity_command(  # noqa: PLR0913 # every option of a command is a parameter
+    recipe: RecipeOption,
+    topologies: Annotated[
+        list[str],
+        typer.Option(
+            "--topology", "-t", help="A cluster, or a range that doubles: h200:1..16x8. Repeat."
+        ),
+    ],
+    batch_sizes: Annotated[
+        list[int] | None,
+        typer.Option("--batch-size-per-rank", min=1, help="Repeat. Default: the recipe's."),
+    ] = None,
+    growth: Annotated[
+        list[float] | None, typer.Option("--growth", help="Factor of all tables' rows. Repeat.")
+    ] = None,
+    dims: Annotated[
+        list[float] | None, typer.Option("--dims", help="Factor of all tables' dims. Repeat.")
+    ] = None,
+    rows_per_s: Annotated[
+        float | None, typer.Option("--rows-per-s", min=1, help="Throughput it must reach.")
+    ] = None,
+    rows_per_day: Annotated[
+        float | None, typer.Option("--rows-per-day", min=1, help="Rows of a daily retraining.")
+    ] = None,
+    window_hours: Annotated[
+        float, typer.Option("--window-hours", min=0.01, help="Time a retraining may take.")
+    ] = 4.0,
+    growth_per_day: Annotated[
+        float | None,
+        typer.Option("--growth-per-day", min=0, help="Share of rows gained a day: 0.002."),
+    ] = None,
+    traffic: TrafficOption = None,
+    calibrations: Annotated[
+        list[Path] | None, typer.Option("--calibration", help="Measured constants. Repeat.")
+    ] = None,
+    prices: Annotated[
+        list[str] | None, typer.Option("--price", help="Of a host and hour: h200=80. Repeat.")
+    ] = None,
+    dense_flops_per_row: Annotated[
+        float | None,
+        typer.Option("--dense-flops-per-row", min=0, help="Instead of counting the model's."),
+    ] = None,
+    json_file: JsonOption = None,
+    report: Annotated[Path | None, typer.Option("--report", help="Write an HTML report.")] = None,
+    overrides: SetOption = None,
+) -> None:
+    """How many of which machines the recipe needs, and what breaks first when tables grow."""
+    from rich.console import Console
+
+    from pipeline.capacity import run_capacity
+    from pipeline.capacity_report import points_table, write_capacity_report
+    from pipeline.capacity_sweep import SweepOptions, sweep_request
+    from pipeline.cluster import RaySession
+    from pipeline.console import Reporter
+
+    loaded = _load(recipe, overrides)
+    request = sweep_request(
+        loaded,
+        SweepOptions(
+            topologies=tuple(topologies),
+            batch_sizes=tuple(batch_sizes or ()),
+            growth=tuple(growth or (1.0,)),
+            dims=tuple(dims or (1.0,)),
+            rows_per_s=rows_per_s,
+            rows_per_day=rows_per_day,
+            window_hours=window_hours,
+            growth_per_day=growth_per_day,
+            traffic=traffic,
+            calibrations=tuple(calibrations or ()),
+            prices=tuple(prices or ()),
+            dense_flops_per_row=dense_flops_per_row,
+        ),
+    )
+    reporter = Reporter()
+    local = loaded.cluster.model_copy(update={"num_workers": 1, "use_gpu": False})
+    with RaySession(local) as session:
+        session.start()
+        with reporter.stage("capacity", unit="points"):
+            answer = run_capacity(request, reporter.advance)
+    console = Console(highlight=False)
+    console.print(f"[bold]{answer.answer}[/]")
+    console.print(points_table(answer))
+    if json_file is not None:
+        json_file.write_text(answer.model_dump_json(indent=2))
+    if report is not None:
+        write_capacity_report(answer, report)
+        console.print(f"report {report}")
+    raise typer.Exit(0 if answer.chosen is not None else 1)
+
+
 @bench_app.command("plan")
 def bench_plan(  # noqa: PLR0913 # every option of a command is a parameter
     recipe: RecipeOption = "demo",

@@ -4,7 +4,7 @@
 
 Bytes of a step: every looked-up row read once and every vector written (forward); every gradient
 read, every distinct row and its accumulator read and written (backward). Needs a CUDA device and
-the `fbgemm-gpu` wheel (`make ACCEL=gpu demo` installs it); without them it says so and exits with 2.
+the `fbgemm-gpu` wheel (`make ACCEL=gpu demo` installs it); without them it says so, exit code 2.
 """
 
 import argparse

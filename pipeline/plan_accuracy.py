@@ -43,6 +43,7 @@ def compare(
         comparisons.append(
             PlanComparison(
                 case=run.case,
+                name=plan.proposer or "",
                 plan=plan_label(plan),
                 measured_s=run.step_s,
                 predicted_s=predicted.step_s,

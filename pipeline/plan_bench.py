@@ -73,7 +73,10 @@ class PlanComparison(StrictConfig):
     """A plan's measurement beside its prediction."""
 
     case: str
+    name: str
+    """Who proposed the plan."""
     plan: str
+    """Every table's placement."""
     measured_s: float
     predicted_s: float
     measured_phase_s: dict[str, float]

@@ -241,7 +241,7 @@ def comparison_table(report: BenchReport) -> Table:
 def _row(entry: PlanComparison) -> tuple[str, ...]:
     peak = entry.measured_peak_bytes
     return (
-        entry.plan,
+        entry.name,
         milliseconds(entry.measured_s),
         milliseconds(entry.predicted_s),
         f"{entry.relative_error:+.0%}",

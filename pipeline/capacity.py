@@ -12,7 +12,7 @@ from itertools import product
 import ray
 
 from embedding.calibration import read_calibration
-from embedding.choices import choices_of
+from embedding.choices import FUSED, choices_of
 from embedding.cluster_shape import ClusterShape
 from embedding.config import FeatureSchema, TableConfig
 from embedding.cost import RESERVED_SHARE
@@ -133,6 +133,8 @@ def evaluate_point(request: CapacityRequest, key: PointKey) -> CapacityPoint:
         return point.model_copy(update={"refusal": str(error)})
     assert plan.predicted is not None
     growth, why = breaking_growth(planned)
+    inside, _ = breaking_growth(replace(planned, kernels=(FUSED,)))
+    offloads = any(rank.host_bytes for rank in plan.predicted.ranks)
     figures = _figures(request, key, plan.predicted)
     kinds = Counter(f"{table.sharding} {table.kernel}" for table in plan.tables)
     return point.model_copy(
@@ -143,6 +145,7 @@ def evaluate_point(request: CapacityRequest, key: PointKey) -> CapacityPoint:
             "shardings": dict(kinds),
             "breaks_at_growth": growth,
             "breaks_first": why,
+            "offloads_at_growth": 1.0 if offloads else inside,
             "days_left": _days_left(request, planned, growth),
             "search_s": time.perf_counter() - began,
         }
@@ -218,8 +221,10 @@ def _with_dims(schema: FeatureSchema, factor: float) -> FeatureSchema:
 
 
 def breaking_growth(request: PlanRequest) -> tuple[float | None, str | None]:
-    """The growth of all tables at which nothing fits any more, and what is short then."""
+    """The largest growth of all tables that fits, and what is short beyond it."""
     low, high = 1.0, 2.0
+    if not _fits(request):
+        return 1.0, shortage(request, request.model())
     while _fits(grown(request, high)):
         low, high = high, 2 * high
         if high > MAX_GROWTH:

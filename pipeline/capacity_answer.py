@@ -76,9 +76,13 @@ def _future(point: CapacityPoint) -> str:
     when = ""
     if point.days_left is not None:
         when = f", in about {point.days_left:,.0f} days at today's growth"
+    spill = ""
+    offloads = point.offloads_at_growth
+    if offloads is not None and 1 < offloads < 0.9 * point.breaks_at_growth:
+        spill = f"From {offloads:.2f} times their rows on, tables spill into host memory. "
     return (
-        f"Tables may grow to {point.breaks_at_growth:.2f} times their rows{when}; what breaks "
-        f"first then: {point.breaks_first}."
+        f"{spill}Tables may grow to {point.breaks_at_growth:.2f} times their rows{when}; then "
+        f"{point.breaks_first}."
     )
 
 

@@ -22,8 +22,8 @@ def points_table(answer: CapacityAnswer) -> Table:
     points = best_batches(answer.points)
     title = f"{len(answer.points)} points in {duration(answer.seconds)}; the best batch of each"
     view = Table(box=SIMPLE, title=title, title_justify="left")
-    view.add_column("cluster")
-    for column in ("rows x", "dims x", "batch", "rows/s", "step ms", "free", "fits until", "cost"):
+    view.add_column("cluster", no_wrap=True)
+    for column in ("rows x", "dims x", "batch", "rows/s", "ms", "free", "lasts", "cost"):
         view.add_column(column, justify="right")
     for point in points[:_TERMINAL_ROWS]:
         chosen = point == answer.chosen
@@ -66,7 +66,7 @@ def _cells(point: CapacityPoint) -> tuple[str, ...]:
 
 def _lasts(point: CapacityPoint) -> str:
     if point.days_left is not None:
-        return f"{point.days_left:,.0f} days"
+        return f"{human(point.days_left)} d"
     if point.breaks_at_growth is None:
         return "x1000"
     return f"x{point.breaks_at_growth:.2f}"

@@ -103,6 +103,8 @@ class CapacityPoint(StrictConfig):
     host_bytes: int | None = None
     """Of the fullest host: tables that do not live on its devices."""
     binding: str | None = None
+    offloads_at_growth: float | None = None
+    """Factor of these tables' rows from which device memory alone does not hold them."""
     breaks_first: str | None = None
     """What no longer fits when the tables grow."""
     breaks_at_growth: float | None = None

@@ -151,9 +151,14 @@ def state_name(state: str, value: Tensor, columns: tuple[int, int]) -> str:
 
 
 def dense_buffers(sharded: Sharded) -> dict[str, Tensor]:
-    """Buffers outside the tables, whose modules add some of their own at the first batch."""
+    """Persistent buffers outside the tables, whose modules add some at the first batch."""
     return {
-        name: buffer for name, buffer in sharded.model.module.named_buffers() if not in_tables(name)
+        f"{path}.{name}" if path else name: buffer
+        for path, module in sharded.model.module.named_modules()
+        if not in_tables(path)
+        for name, buffer in module.named_buffers(recurse=False)
+        # The constants of a configuration are built, not restored.
+        if name not in module._non_persistent_buffers_set
     }
 
 

@@ -98,8 +98,12 @@ class Restorer:
 
     def restore_buffers(self) -> None:
         """All buffers outside the tables."""
-        for name, buffer in dense_buffers(self._sharded).items():
-            self._read_whole(f"buffers/{name}", buffer)
+        for name in dense_buffers(self._sharded):
+            self.restore_buffer(name)
+
+    def restore_buffer(self, name: str) -> None:
+        """One buffer outside the tables."""
+        self._read_whole(f"buffers/{name}", dense_buffers(self._sharded)[name])
 
     def restore_rng(self) -> None:
         """This rank's generators; a rank the saved run did not have keeps its own."""

@@ -54,9 +54,10 @@ def warm_start(
             restorer.restore_dense_optimizer(name)
             carried.append(saved)
     for name, buffer in dense_buffers(sharded).items():
-        if f"buffers/{name}" in reader.names() and reader.size(f"buffers/{name}") == buffer.shape:
-            reader.read_into(f"buffers/{name}", buffer, [0] * buffer.dim())
-            carried.append(f"buffers/{name}")
+        saved = f"buffers/{name}"
+        if saved in reader.names() and reader.size(saved) == (buffer.shape or (1,)):
+            restorer.restore_buffer(name)
+            carried.append(saved)
     outcomes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(outcomes, (reader.consumed, restorer.dropped_ids))
     unread = set(reader.names()).difference(*(consumed for consumed, _ in outcomes))

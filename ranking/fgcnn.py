@@ -54,6 +54,8 @@ class FeatureGenerator(nn.Module):
                 else MapsAsFeatures(dim, maps[block + 1])
             )
 
+        self.apply(_start_without_bias)
+
     def forward(self, fields_BFD: Tensor) -> list[Tensor]:
         """The new features of every block, (B, N * D) each."""
         if self.order_F is not None:
@@ -67,6 +69,14 @@ class FeatureGenerator(nn.Module):
         return features
 
 
+def _start_without_bias(module: nn.Module) -> None:
+    """Embeddings start small: beside torch's random biases, no map would show them at first."""
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        assert module.bias is not None
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
 class ConvolutionBlock(nn.Module):
     """Convolution over the feature axis, batch norm as an option, tanh, max-pooling."""
 
@@ -74,7 +84,7 @@ class ConvolutionBlock(nn.Module):
         super().__init__()
         height = config.heights[block]
         # An even kernel reaches one field further down than up, as torch's `same` padding does.
-        self.padding = (0, 0, (height - 1) // 2, height // 2)
+        self.padding = ((height - 1) // 2, height // 2)
         self.convolution = nn.Conv2d(in_maps, config.maps[block], (height, 1))
         self.norm = nn.BatchNorm2d(config.maps[block]) if config.batch_norm else None
         self.pool = config.pools[block]
@@ -83,13 +93,15 @@ class ConvolutionBlock(nn.Module):
     def forward(self, maps_BCHD: Tensor) -> Tensor:
         """The pooled maps; the height shrinks by the pool."""
         maps_BCHD = maps_BCHD.contiguous(memory_format=torch.channels_last)
-        convolution, padding = self.convolution, self.padding
-        if padding[2] == padding[3]:
-            maps_BCHD = nn.functional.conv2d(
-                maps_BCHD, convolution.weight, convolution.bias, padding=(padding[2], 0)
-            )
-        else:
-            maps_BCHD = convolution(nn.functional.pad(maps_BCHD, padding))
+        weight = self.convolution.weight
+        # Two views, so that the weight's gradient has the strides that DDP's buckets expect.
+        weight = weight.flatten(1).unflatten(1, weight.shape[1:])
+        above, below = self.padding
+        if above != below:
+            maps_BCHD = nn.functional.pad(maps_BCHD, (0, 0, 0, below - above))
+        maps_BCHD = nn.functional.conv2d(
+            maps_BCHD, weight, self.convolution.bias, padding=(above, 0)
+        )
         if self.norm is not None:
             maps_BCHD = self.norm(maps_BCHD)
         return pool_tanh(maps_BCHD, self.pool, ceil=self.ceil)

@@ -17,6 +17,7 @@ class Fgcnn(StrictConfig):
     The lists hold one entry a block; the defaults are the paper's setting for 24 fields.
     """
 
+    kind: Literal["fgcnn"] = "fgcnn"
     maps: tuple[PositiveInt, ...] = (14, 16, 18, 20)
     """Channels of every convolution."""
     heights: tuple[PositiveInt, ...] = (7, 7, 7, 7)

@@ -1,5 +1,6 @@
 """Runs a function on every rank of a gloo process group of fresh processes."""
 
+import gc
 import os
 import tempfile
 import traceback
@@ -62,4 +63,7 @@ def _run_rank(
         partial.rename(directory / f"error-{rank}")
         raise
     finally:
+        # Pipelines and DDP hold process groups in reference cycles. Left to the interpreter's exit,
+        # a group could go while its threads still run, and the process would abort.
+        gc.collect()
         dist.destroy_process_group()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from embedding.errors import UserError
 from ranking import classifier_config as config
+from ranking.cin import compress, compress_plain
 from ranking.classifiers.build import build_classifier
 from ranking.classifiers.inputs import ClassifierInputs, InputDims
 from ranking.interactions import FieldPairs, InnerProducts
@@ -373,7 +374,7 @@ def test_xdeepfm_compresses_outer_products_column_by_column() -> None:
 
     def reference(fields: Tensor, flat: Tensor, *_: Tensor) -> Tensor:
         maps, sums = fields, []
-        for layer in model.compressions:
+        for layer in [interaction.linear for interaction in model.layers]:
             new = []
             for h in range(layer.weight.shape[0]):
                 weights = layer.weight[h].view(len(maps), F)
@@ -387,6 +388,19 @@ def test_xdeepfm_compresses_outer_products_column_by_column() -> None:
         return torch.cat([*sums, through(model.mlp, flat), linear(model.first_order, flat)])
 
     compare(model, reference)
+
+
+@pytest.mark.parametrize("rows", [5, 512, 1200])
+def test_chunked_compression_agrees_with_its_plain_twin(rows: int) -> None:
+    maps_RH, fields_RF = (torch.randn(rows, n, requires_grad=True) for n in (3, 5))
+    weight_OX = torch.randn(4, 15, requires_grad=True)
+    inputs = (maps_RH, fields_RF, weight_OX)
+    fast, plain = compress(*inputs), compress_plain(*inputs)
+    weights = torch.randn_like(plain)
+    torch.testing.assert_close(fast, plain, **CLOSE)
+    ours, twin = (torch.autograd.grad((x * weights).sum(), inputs) for x in (fast, plain))
+    for a, b in zip(ours, twin, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)  # sums over up to 1,200 rows
 
 
 def test_autoint_attends_between_fields() -> None:

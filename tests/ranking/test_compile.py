@@ -20,6 +20,7 @@ CONFIG = ModelConfig(
 COMPILED = CONFIG.model_copy(update={"compile": True})
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on CPU")
 def test_compiled_ranker_agrees_with_eager_in_logits_and_gradients() -> None:
     torch.manual_seed(0)

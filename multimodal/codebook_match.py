@@ -1,0 +1,188 @@
+"""Keeps yesterday's meaning through a refit: which new code is which old one, row by row.
+
+A refit numbers its codewords anew. `align` gives every new codeword the number of the old one it is
+matched to (optimal assignment by distance, level by level), and `Carry` tells a warm start which
+old row each row of the code table begins with.
+
+Levels are matched one by one, without looking at the levels before: the residual that level l
+encodes is x minus the *vector* of the chosen codeword, which a renumbering of level l - 1 does not
+change, so a permutation on one level leaves the codewords of all others in place. What moves the
+codewords of level l is how far those of level l - 1 moved, and then the distance says so.
+"""
+
+# Shapes: K codes of a level (row 0 of a table is the OOV row, so tables have K + 1 rows),
+# D vector dim, E embedding dim, P FSQ directions.
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from embedding.errors import UserError
+from multimodal.fsq import FsqLevel
+from multimodal.kmeans import nearest_codewords
+from multimodal.residual_quantizer import ResidualCodebooks, codeword_vectors
+from multimodal.vector_quantizer import FREE, ItemCodebook
+from multimodal.vectors import Int64Array
+
+BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
+
+
+@dataclass(frozen=True)
+class Carry:
+    """What each row of a code table starts with after a refit; plain arrays over new codes."""
+
+    num_before: int
+    """Codes of the old level; 0 where there was none to compare with."""
+    source_K: Int64Array
+    """Old code whose row is taken; -1: none, the row keeps its start value."""
+    carried_K: BoolArray
+    """The old code means the same, so optimizer state is taken along. Where it is False, `source_K`
+    is the nearest old code and the optimizer starts anew."""
+
+    @property
+    def share_carried(self) -> float:
+        """Share of new codes that go on with their meaning."""
+        return float(self.carried_K.mean())
+
+    def after(self, earlier: "Carry") -> "Carry":
+        """This refit following an earlier one: from the codes before both to those after both."""
+        known_K = self.source_K >= 0
+        source_K = np.where(known_K, earlier.source_K[self.source_K], -1)
+        carried_K = self.carried_K & known_K & earlier.carried_K[self.source_K]
+        return Carry(earlier.num_before, source_K, carried_K)
+
+    def rows(self, before: Tensor, start: Tensor) -> Tensor:
+        """The new table (K + 1, E).
+
+        Args:
+            before: the old table; row 0 is the OOV row, row c + 1 belongs to code c.
+            start: the new table as it was initialised.
+
+        Raises:
+            UserError: a table is not as large as its codebook.
+        """
+        self._check(before, start)
+        rows = start.clone()
+        if self.num_before:
+            rows[0] = before[0]
+        taken = torch.from_numpy(np.flatnonzero(self.source_K >= 0))
+        rows[taken + 1] = before[torch.from_numpy(self.source_K)[taken] + 1].to(rows)
+        return rows
+
+    def optimizer_rows(self, before: Tensor, start: Tensor) -> Tensor:
+        """Optimizer state by row, of any further dimensions: taken along by carried rows only."""
+        self._check(before, start)
+        rows = start.clone()
+        if self.num_before:
+            rows[0] = before[0]
+        taken = torch.from_numpy(np.flatnonzero(self.carried_K))
+        rows[taken + 1] = before[torch.from_numpy(self.source_K)[taken] + 1].to(rows)
+        return rows
+
+    def _check(self, before: Tensor, start: Tensor) -> None:
+        expected = (self.num_before + 1, len(self.source_K) + 1)
+        found = (len(before) if self.num_before else 1, len(start))
+        if found != expected or (self.num_before and before.shape[1:] != start.shape[1:]):
+            raise UserError(
+                f"code tables of shape {tuple(before.shape)} (before) and {tuple(start.shape)} "
+                f"(after) do not belong to these codebooks, which need {expected[0]} and "
+                f"{expected[1]} rows (one per code and the OOV row) and equal widths; set the "
+                "table's num_embeddings to the codes of its level + 1"
+            )
+
+
+def match_codewords(before_KD: Tensor, after_KD: Tensor) -> tuple[Int64Array, Int64Array]:
+    """Pairs (old, new) that minimise the summed distance; as many as the smaller side has.
+
+    Returns:
+        Old codes in ascending order, and the new code matched to each.
+    """
+    distances = torch.cdist(before_KD.double(), after_KD.double()).numpy()
+    old, new = linear_sum_assignment(distances)
+    return old, new
+
+
+def align(
+    before: ResidualCodebooks, after: ResidualCodebooks
+) -> tuple[ResidualCodebooks, list[Carry]]:
+    """Renumber the codewords of `after` like those of `before`.
+
+    A larger codebook appends its unmatched codewords; in a smaller one the matched codewords keep
+    the order of the old numbers.
+
+    Returns:
+        The renumbered codebooks, and one `Carry` a level. Levels that `before` has not start fresh.
+    """
+    if before.dim != after.dim:
+        return after, [fresh(0, size) for size in after.level_sizes]
+    codebooks_LKD = after.codebooks_LKD.clone()
+    old_words, carries = codeword_vectors(before), []
+    for level in range(len(codebooks_LKD)):
+        if level >= len(before.codebooks_LKD):
+            carries.append(fresh(0, codebooks_LKD.shape[1]))
+            continue
+        old, new = match_codewords(before.codebooks_LKD[level], after.codebooks_LKD[level])
+        rest = np.setdiff1d(np.arange(codebooks_LKD.shape[1]), new)
+        order = torch.from_numpy(np.concatenate([new, rest]))
+        codebooks_LKD[level] = after.codebooks_LKD[level][order]
+        matched_K = np.concatenate([old, np.full(len(rest), -1)])
+        carries.append(_carry(old_words[level], codebooks_LKD[level], matched_K))
+    aligned = ResidualCodebooks(codebooks_LKD, after.fsq)
+    if after.fsq and before.fsq:
+        matched_K = np.full(after.fsq.num_codes, -1)
+        if after.fsq.values_PV.shape == before.fsq.values_PV.shape:
+            aligned = ResidualCodebooks(codebooks_LKD, _align_fsq(before.fsq, after.fsq))
+            matched_K = np.arange(after.fsq.num_codes)
+        carries.append(_carry(old_words[-1], codeword_vectors(aligned)[-1], matched_K))
+    elif after.fsq:
+        carries.append(fresh(0, after.fsq.num_codes))
+    return aligned, carries
+
+
+def carry_items(before: ItemCodebook, after: ItemCodebook) -> Carry:
+    """Rows of the VQ table: an item's row stays its own; a new item's starts from the nearest."""
+    now, then = after.item_ids_N, before.item_ids_N
+    source = np.full(len(now), -1, np.int64)
+    shared = min(len(now), len(then))
+    carried = np.zeros(len(now), np.bool_)
+    carried[:shared] = (now[:shared] == then[:shared]) & (now[:shared] != FREE)
+    source[carried] = np.flatnonzero(carried)
+    new = np.flatnonzero(~carried & (now != FREE))
+    slots = np.flatnonzero(then != FREE)
+    if len(new) and len(slots) and before.vectors_ND.shape[1] == after.vectors_ND.shape[1]:
+        # Unit vectors: the nearest one is the most similar one.
+        nearest = nearest_codewords(
+            torch.from_numpy(after.vectors_ND[new]), torch.from_numpy(before.vectors_ND[slots])
+        )
+        source[new] = slots[nearest.numpy()]
+    return Carry(len(then), source, carried)
+
+
+def fresh(num_before: int, num_codes: int) -> Carry:
+    """No row is taken over."""
+    return Carry(num_before, np.full(num_codes, -1, np.int64), np.zeros(num_codes, np.bool_))
+
+
+def _carry(before_KD: Tensor, after_KD: Tensor, matched_K: Int64Array) -> Carry:
+    """Carried where the nearest old codeword is the matched one.
+
+    Where it is another one, that one's row describes the new codeword better than the row that the
+    assignment had left for it.
+    """
+    source_K = nearest_codewords(after_KD, before_KD).numpy()
+    return Carry(len(before_KD), source_K, source_K == matched_K)
+
+
+def _align_fsq(before: FsqLevel, after: FsqLevel) -> FsqLevel:
+    """Order and sign of the new directions like those of the most similar old ones."""
+    old_DP = before.weights_DP / before.weights_DP.norm(dim=0)
+    new_DP = after.weights_DP / after.weights_DP.norm(dim=0)
+    cosine_PP = old_DP.T @ new_DP
+    _, order = linear_sum_assignment(-cosine_PP.abs().double().numpy())
+    order_P = torch.from_numpy(order)
+    signs_P = cosine_PP[torch.arange(len(order_P)), order_P]
+    return after.reordered(order_P, signs_P < 0)

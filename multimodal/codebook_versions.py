@@ -1,0 +1,212 @@
+"""Versions of the codebooks: one directory each, visible once its manifest is there.
+
+    ROOT/v0001/{codebooks.safetensors, carries.safetensors, manifest.json}
+    ROOT/v0002/...
+
+A version is never changed. Code tables belong to one version, so a ranker names the one it uses.
+"""
+
+import shutil
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+from pydantic import ValidationError
+from safetensors.numpy import load_file, save_file
+
+from embedding.config import StrictConfig
+from embedding.errors import UserError
+from multimodal.code_metrics import CodeMetrics, Stability
+from multimodal.codebook_match import Carry
+from multimodal.codebook_store import Codebooks
+from multimodal.codes_config import Codes
+
+MANIFEST = "manifest.json"
+CARRIES = "carries.safetensors"
+
+
+class CodebookManifest(StrictConfig):
+    """What a version is made of; schema version 1."""
+
+    schema_version: int = 1
+    version: str
+    parent: str | None
+    """The version whose code numbers it goes on with."""
+    fingerprint: str
+    """Of the codebooks."""
+    encoder: str
+    """Identity of the encoder whose vectors they were fitted to; others have no meaning here."""
+    first_day: str
+    """Of the training window, like 2026-01-31."""
+    last_day: str
+    config: Codes
+    num_items: int
+    dim: int
+    table_sizes: dict[str, int]
+    """Codes by code column; a table has one row more."""
+    reference_mse: float | None
+    """Quantization error of items that the fit did not see: what new items are compared with."""
+    metrics: CodeMetrics | None
+    """Of the RQ codes of the items of the fit."""
+    stability: Stability | None
+    """Against the parent."""
+    share_carried: dict[str, float]
+    """By code column: share of codes that go on with a meaning of the parent."""
+    created_at: str = ""
+
+
+def versions(root: Path) -> list[CodebookManifest]:
+    """All versions, oldest first."""
+    return list(_manifests(root))
+
+
+def latest(root: Path) -> CodebookManifest | None:
+    """The newest version, or None."""
+    known = versions(root)
+    return known[-1] if known else None
+
+
+def next_version(root: Path) -> str:
+    """The name that the next version gets."""
+    newest = latest(root)
+    return f"v{int(newest.version[1:]) + 1 if newest else 1:04d}"
+
+
+def publish_version(
+    root: Path, manifest: CodebookManifest, codebooks: Codebooks, carries: dict[str, Carry]
+) -> Path:
+    """Write a version aside and rename it into place.
+
+    Args:
+        root: directory of the versions.
+        manifest: fingerprint and time are filled in here.
+        codebooks: what the version consists of.
+        carries: rows of the code tables against the parent, by code column.
+
+    Raises:
+        UserError: the version exists.
+    """
+    directory = root / manifest.version
+    if directory.exists():
+        raise UserError(
+            f"{directory} exists, and versions are never changed; publish as {next_version(root)}"
+        )
+    scratch = root / f".{manifest.version}.partial"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    codebooks.save(scratch)
+    _save_carries(carries, scratch / CARRIES)
+    stamped = manifest.model_copy(
+        update={
+            "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "fingerprint": codebooks.fingerprint,
+        }
+    )
+    (scratch / MANIFEST).write_text(stamped.model_dump_json(indent=2))
+    scratch.rename(directory)
+    return directory
+
+
+def find_version(root: Path, version: str) -> CodebookManifest:
+    """The manifest of a version.
+
+    Raises:
+        UserError: there is no such version.
+    """
+    known = versions(root)
+    for manifest in known:
+        if manifest.version == version:
+            return manifest
+    names = ", ".join(manifest.version for manifest in known) or "none"
+    raise UserError(
+        f"codebook version {version!r} is not in {root} (there are: {names}); name one of these, "
+        "or fit codebooks first"
+    )
+
+
+def load_version(root: Path, version: str, encoder: str | None = None) -> Codebooks:
+    """The codebooks of a version.
+
+    Args:
+        root: directory of the versions.
+        version: like v0001.
+        encoder: identity of the encoder whose vectors are to be encoded; None: not compared.
+
+    Raises:
+        UserError: unknown version, damaged files, or codebooks of another encoder.
+    """
+    manifest = find_version(root, version)
+    if encoder is not None and encoder != manifest.encoder:
+        raise UserError(
+            f"codebooks {version} were fitted to vectors of encoder {manifest.encoder}, not of "
+            f"{encoder}: their codes would be noise; encode items with {manifest.encoder}, or fit "
+            "new codebooks"
+        )
+    codebooks = Codebooks.load(root / version)
+    if codebooks.fingerprint != manifest.fingerprint:
+        raise UserError(
+            f"{root / version} holds codebooks {codebooks.fingerprint}, and its manifest names "
+            f"{manifest.fingerprint}: the file was changed; restore it, or fit new codebooks"
+        )
+    return codebooks
+
+
+def carries_between(root: Path, before: str, after: str) -> dict[str, Carry]:
+    """Rows of the code tables from one version to a later one, over all versions in between.
+
+    Raises:
+        UserError: an unknown version, or `after` does not descend from `before`.
+    """
+    found: dict[str, Carry] = {}
+    manifest = find_version(root, after)
+    find_version(root, before)
+    while manifest.version != before:
+        if manifest.parent is None:
+            raise UserError(
+                f"codebooks {after} do not descend from {before}, so no row of its code tables has "
+                "a counterpart; start the code tables anew"
+            )
+        step = _load_carries(root / manifest.version / CARRIES)
+        # A column that the later versions do not have any more is of no interest.
+        later = found or step
+        found = {
+            column: later[column].after(carry) if found else carry
+            for column, carry in step.items()
+            if column in later
+        } | {column: carry for column, carry in found.items() if column not in step}
+        manifest = find_version(root, manifest.parent)
+    return found
+
+
+def _save_carries(carries: dict[str, Carry], path: Path) -> None:
+    arrays: dict[str, np.ndarray] = {}
+    for column, carry in carries.items():
+        arrays[f"{column}.source"] = carry.source_K
+        arrays[f"{column}.carried"] = carry.carried_K
+        arrays[f"{column}.num_before"] = np.array([carry.num_before])
+    save_file(arrays, path)
+
+
+def _load_carries(path: Path) -> dict[str, Carry]:
+    arrays = load_file(path)
+    columns = {name.rpartition(".")[0] for name in arrays}
+    return {
+        column: Carry(
+            int(arrays[f"{column}.num_before"][0]),
+            arrays[f"{column}.source"],
+            arrays[f"{column}.carried"],
+        )
+        for column in sorted(columns)
+    }
+
+
+def _manifests(root: Path) -> Iterator[CodebookManifest]:
+    for path in sorted(root.glob(f"v*/{MANIFEST}"), key=lambda p: (len(p.parent.name), p)):
+        try:
+            yield CodebookManifest.model_validate_json(path.read_text())
+        except ValidationError as error:
+            raise UserError(
+                f"{path} is no codebook manifest ({error.error_count()} faults, first: "
+                f"{error.errors()[0]['msg']}); restore it or remove {path.parent}"
+            ) from error

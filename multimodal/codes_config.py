@@ -1,0 +1,207 @@
+"""Configuration of semantic codes (QARM): quantizers, pair mining, refits.
+
+Imports pydantic and nothing heavy, so that a recipe is checked without torch or faiss.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from embedding.config import StrictConfig
+
+MAX_FSQ_CODES = 1 << 20
+
+# --- nearest items -------------------------------------------------------------------------------
+
+
+class ExactIndex(StrictConfig):
+    """Compares a vector with all items; cost grows with the square of the catalogue."""
+
+    kind: Literal["exact"] = "exact"
+
+
+class IvfIndex(StrictConfig):
+    """Inverted lists: compares with the items of the nearest lists only."""
+
+    kind: Literal["ivf"] = "ivf"
+    num_lists: PositiveInt | None = None
+    """Default: four times the square root of the number of items."""
+    num_probes: PositiveInt = 32
+    """Lists searched per vector; more finds more of the true neighbours and takes longer."""
+
+
+class HnswIndex(StrictConfig):
+    """A navigable graph: fast look-ups, more memory and a slow build."""
+
+    kind: Literal["hnsw"] = "hnsw"
+    num_links: PositiveInt = 32
+    ef_construction: PositiveInt = 80
+    ef_search: PositiveInt = 128
+
+
+class IndexBySize(StrictConfig):
+    """Exact up to a limit, inverted lists beyond."""
+
+    kind: Literal["by_size"] = "by_size"
+    exact_up_to_items: PositiveInt = 100_000
+    num_probes: PositiveInt = 32
+    """Of the inverted lists."""
+
+
+ItemIndex = Annotated[ExactIndex | IvfIndex | HnswIndex | IndexBySize, Field(discriminator="kind")]
+
+
+# --- quantizers ----------------------------------------------------------------------------------
+
+
+class Vq(StrictConfig):
+    """The code of an item is the list of its `top_k` nearest items, by cosine.
+
+    Nothing is excluded: an item of the set lists itself first.
+    """
+
+    top_k: PositiveInt = 25
+    index: ItemIndex = IndexBySize()
+
+
+class Fsq(StrictConfig):
+    """Finite scalar quantization of what K-means left, as one code."""
+
+    num_directions: PositiveInt = 13
+    """Principal directions of the residual; at most the dimension of the vectors."""
+    values_per_direction: Annotated[int, Field(ge=2)] = 2
+
+    @property
+    def num_codes(self) -> int:
+        """Codes of the level."""
+        return self.values_per_direction**self.num_directions
+
+    @model_validator(mode="after")
+    def _check_size(self) -> Self:
+        if self.num_codes > MAX_FSQ_CODES:
+            raise ValueError(
+                f"fsq: {self.values_per_direction} values in {self.num_directions} directions are "
+                f"{self.num_codes} codes, more than {MAX_FSQ_CODES}; use fewer directions or values"
+            )
+        return self
+
+
+class Streaming(StrictConfig):
+    """Mini-batch updates over all vectors, after the fit on a sample: for sets beyond memory."""
+
+    num_passes: PositiveInt = 1
+    batch_size: PositiveInt = 65_536
+
+
+class Rq(StrictConfig):
+    """Residual K-means: one codeword index a level.
+
+    Res-KmeansFSQ is `num_levels: 2` with `fsq`.
+    """
+
+    num_levels: PositiveInt = 3
+    """K-means levels."""
+    codebook_size: Annotated[int, Field(ge=2)] = 1024
+    """Codewords a level."""
+    fsq: Fsq | None = None
+    iterations: PositiveInt = 10
+    """Lloyd iterations of a first fit, at every resolution (1/16, 1/8, ... of the principal
+    directions)."""
+    refinement_rounds: NonNegativeInt = 10
+    """Rounds that re-estimate all levels together after the level-wise fit."""
+    refit_rounds: PositiveInt = 3
+    """Such rounds of a fit that starts from earlier codebooks; more follow the data closer and
+    change more codes."""
+    points_per_codeword: PositiveInt = 256
+    """Vectors per codeword in the training sample; a smaller set is used as a whole."""
+    streaming: Streaming | None = None
+    seed: NonNegativeInt = 0
+
+    @property
+    def level_sizes(self) -> tuple[int, ...]:
+        """Codes of every level. A code table needs one row more: row 0 is the OOV row."""
+        last = (self.fsq.num_codes,) if self.fsq else ()
+        return (*(self.codebook_size,) * self.num_levels, *last)
+
+    def for_items(self, num_items: int) -> Self:
+        """This config, if a set of that size can be quantized with it.
+
+        Raises:
+            ValueError: there are fewer items than codewords.
+        """
+        if num_items < self.codebook_size:
+            raise ValueError(
+                f"rq.codebook_size={self.codebook_size} needs at least as many items, and there "
+                f"are {num_items}; set it to {suggested_codebook_size(num_items)} or less"
+            )
+        return self
+
+
+class Suffix(StrictConfig):
+    """A last code that tells items with equal codes apart, so that a full code names one item."""
+
+    num_codes: PositiveInt = 256
+    """Items that one code can tell apart; those beyond share the last number and are counted."""
+
+
+class RefitPolicy(StrictConfig):
+    """When codebooks are fitted anew."""
+
+    every_days: PositiveInt | None = 28
+    """Age of the codebooks in days; None: only on drift."""
+    max_error_ratio: Annotated[float, Field(gt=1.0)] = 1.25
+    """Quantization error of new items over that of held-out items of the fit."""
+    min_utilisation_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.8
+    """Codewords in use over those in use at the fit, on the level where it is lowest."""
+    min_new_items: PositiveInt = 100
+    """Fewer new items say nothing about the error."""
+    keep_meaning: bool = True
+    """Start from the codebooks before and keep code numbers and rows where meanings are alike.
+    False renumbers all codes at every refit: only to show what that costs."""
+
+
+class Codes(StrictConfig):
+    """Semantic codes of items."""
+
+    vq: Vq | None = Vq()
+    rq: Rq | None = Rq()
+    suffix: Suffix | None = None
+    refit: RefitPolicy = RefitPolicy()
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> Self:
+        if self.vq is None and self.rq is None:
+            raise ValueError("codes: vq and rq are both null; keep at least one of them")
+        if self.suffix is not None and self.rq is None:
+            raise ValueError("codes.suffix tells equal rq codes apart; set rq or remove suffix")
+        return self
+
+
+# --- pair mining ---------------------------------------------------------------------------------
+
+
+class Swing(StrictConfig):
+    """Item2Item pairs: Swing over the user-item graph (METHODS: w_u w_v / (alpha + overlap))."""
+
+    alpha: PositiveFloat = 1.0
+    num_neighbours: PositiveInt = 20
+    """Most similar items kept of every item."""
+    min_common_users: Annotated[int, Field(ge=2)] = 3
+    """Users that engaged with both items, at least: fewer are no stable evidence."""
+    max_items_per_user: PositiveInt = 200
+    """Longer lists are sampled, reproducibly; the users are counted."""
+    max_users_per_item: PositiveInt = 500
+    """Longer lists are sampled, reproducibly; the items are counted."""
+    seed: NonNegativeInt = 0
+
+
+class User2Item(StrictConfig):
+    """Pairs of a positive and the most similar of the user's earlier positives."""
+
+    max_history: PositiveInt = 50
+    """Latest earlier positives that are looked at."""
+
+
+def suggested_codebook_size(num_items: int) -> int:
+    """The largest power of two that leaves 16 items a codeword, and at least 2."""
+    return max(2, 1 << max(1, num_items // 16).bit_length() - 1)

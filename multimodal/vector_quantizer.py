@@ -1,0 +1,112 @@
+"""VQ codes: the codebook is the set of all aligned item vectors, frozen when it was taken.
+
+The code of an item is the list of its nearest items. Nothing is excluded, so an item of the set
+lists itself first; a later item lists the items of the set it resembles. A code is a *slot*, the
+number of a codebook item, and a code table has one row per slot behind the OOV row.
+
+Slots survive a refit: an item that is still there keeps its slot, new items take the slots of items
+that are gone, then new slots. So a slot means the same item before and after.
+"""
+
+# Shapes: N slots, B items, D vector dim, k neighbours.
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from embedding.errors import UserError
+from multimodal.codes_config import Vq
+from multimodal.neighbours import Index, build_index, nearest_items
+from multimodal.residual_quantizer import CPU, Int32Array
+from multimodal.vectors import Float32Array, FloatArray, Int64Array, check_vectors, unit_rows
+
+FREE = -1
+"""Item id of a slot that no item has, and the code where fewer than `top_k` items were found."""
+
+
+@dataclass(frozen=True)
+class ItemCodebook:
+    """Items by slot."""
+
+    item_ids_N: Int64Array
+    """`FREE` where no item has the slot."""
+    vectors_ND: Float32Array
+    """Unit vectors; zeros in free slots."""
+
+    @property
+    def num_codes(self) -> int:
+        """Slots."""
+        return len(self.item_ids_N)
+
+    def neighbours(self, config: Vq, device: torch.device = CPU) -> "ItemNeighbours":
+        """A search structure; built once, then used for many items."""
+        slots = np.flatnonzero(self.item_ids_N != FREE)
+        return ItemNeighbours(
+            slots, build_index(self.vectors_ND[slots], config.index, device), config.top_k
+        )
+
+
+@dataclass(frozen=True)
+class ItemNeighbours:
+    """Looks up VQ codes."""
+
+    slots: Int64Array
+    index: Index
+    top_k: int
+
+    def encode(self, vectors_BD: FloatArray) -> Int32Array:
+        """Slots (B, top_k) of the nearest items, the nearest first; `FREE` behind the last one."""
+        _, found = nearest_items(self.index, vectors_BD, self.top_k)
+        codes = np.full((len(found), self.top_k), FREE, np.int32)
+        codes[:, : found.shape[1]] = np.where(found < 0, FREE, self.slots[found])
+        return codes
+
+
+def take_item_codebook(
+    item_ids_B: Int64Array, vectors_BD: FloatArray, earlier: ItemCodebook | None = None
+) -> ItemCodebook:
+    """The codebook of a set of items; with `earlier`, its items keep their slots.
+
+    Raises:
+        UserError: an item occurs twice, or vectors are unusable.
+    """
+    check_vectors(vectors_BD)
+    distinct, counts = np.unique(item_ids_B, return_counts=True)
+    if len(distinct) < len(item_ids_B) or len(item_ids_B) != len(vectors_BD):
+        raise UserError(
+            f"{len(vectors_BD)} item vectors for {len(item_ids_B)} item ids, {len(distinct)} of "
+            f"them different (item {distinct[counts.argmax()]} {counts.max()} times); give every "
+            "item one vector"
+        )
+    slots_B = _slots(item_ids_B, earlier)
+    num_slots = max(int(slots_B.max()) + 1, earlier.num_codes if earlier else 0)
+    ids = np.full(num_slots, FREE, np.int64)
+    vectors = np.zeros((num_slots, vectors_BD.shape[1]), np.float32)
+    ids[slots_B], vectors[slots_B] = item_ids_B, unit_rows(vectors_BD)
+    return ItemCodebook(ids, vectors)
+
+
+def restate_items(
+    book: ItemCodebook, item_ids_B: Int64Array, vectors_BD: FloatArray
+) -> ItemCodebook:
+    """The same slots with the vectors of a new encoder; items without one leave theirs."""
+    ids = np.full(book.num_codes, FREE, np.int64)
+    vectors = np.zeros((book.num_codes, vectors_BD.shape[1]), np.float32)
+    _, now, slots = np.intersect1d(item_ids_B, book.item_ids_N, return_indices=True)
+    ids[slots], vectors[slots] = item_ids_B[now], unit_rows(vectors_BD[now])
+    return ItemCodebook(ids, vectors)
+
+
+def _slots(item_ids_B: Int64Array, earlier: ItemCodebook | None) -> Int64Array:
+    if earlier is None:
+        return np.arange(len(item_ids_B))
+    slots_B = np.full(len(item_ids_B), FREE, np.int64)
+    _, now, before = np.intersect1d(item_ids_B, earlier.item_ids_N, return_indices=True)
+    survives = item_ids_B[now] != FREE
+    slots_B[now[survives]] = before[survives]
+    new = np.flatnonzero(slots_B == FREE)
+    free = np.setdiff1d(np.arange(earlier.num_codes), slots_B)[: len(new)]
+    more = earlier.num_codes + np.arange(len(new) - len(free))
+    slots_B[new] = np.concatenate([free, more])
+    return slots_B

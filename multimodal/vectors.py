@@ -1,0 +1,87 @@
+"""Item vectors as the quantizers read them: an array in memory or a memory-mapped file.
+
+Every reader goes through blocks of rows, so memory does not grow with the number of items.
+"""
+
+# Shapes: N items, D vector dim.
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from embedding.errors import UserError
+
+FloatArray = np.ndarray[Any, np.dtype[np.floating[Any]]]
+Float32Array = np.ndarray[Any, np.dtype[np.float32]]
+Int64Array = np.ndarray[Any, np.dtype[np.int64]]
+
+ROWS_PER_BLOCK = 1 << 16
+
+
+def blocks(vectors_ND: FloatArray, rows: int = ROWS_PER_BLOCK) -> Iterator[tuple[int, FloatArray]]:
+    """First row and contents (fp32, contiguous) of consecutive blocks."""
+    for start in range(0, len(vectors_ND), rows):
+        yield start, np.ascontiguousarray(vectors_ND[start : start + rows], dtype=np.float32)
+
+
+def check_vectors(vectors_ND: FloatArray) -> None:
+    """Refuse vectors that no quantizer can learn from.
+
+    Raises:
+        UserError: no matrix of floats, no rows, values that are no numbers, or one vector only.
+    """
+    if vectors_ND.ndim != 2 or not np.issubdtype(vectors_ND.dtype, np.floating):
+        raise UserError(
+            f"item vectors must be a matrix of floats, items x dimensions, not {vectors_ND.dtype} "
+            f"of shape {vectors_ND.shape}"
+        )
+    if not vectors_ND.size:
+        raise UserError(f"there are no item vectors (shape {vectors_ND.shape}); encode items first")
+    first = np.asarray(vectors_ND[0], np.float32)
+    differs = False
+    for start, block_BD in blocks(vectors_ND):
+        check_finite(block_BD, start)
+        differs = differs or bool((block_BD != first).any())
+    if not differs and len(vectors_ND) > 1:
+        raise UserError(
+            f"all {len(vectors_ND)} item vectors are equal, so codes cannot tell items apart; the "
+            "encoder has collapsed or reads no content: check its inputs and its learning rate"
+        )
+
+
+def check_finite(block_BD: FloatArray, first_row: int) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        UserError: naming the first such row.
+    """
+    # One sum is not finite if any term is not, and takes a fraction of the time of a mask.
+    if np.isfinite(block_BD.sum(dtype=np.float64)):
+        return
+    bad = np.flatnonzero(~np.isfinite(block_BD).all(axis=1))
+    raise UserError(
+        f"item vector {first_row + int(bad[0])} holds NaN or infinity ({len(bad)} such rows in a "
+        f"block of {len(block_BD)}); encode these items again, or leave them out so that they get "
+        "no code"
+    )
+
+
+def sample_rows(num_rows: int, size: int, seed: int) -> Int64Array:
+    """`size` distinct rows in ascending order (all of them if there are no more)."""
+    if size >= num_rows:
+        return np.arange(num_rows)
+    rows = np.random.default_rng(seed).choice(num_rows, size, replace=False, shuffle=False)
+    return np.sort(rows)
+
+
+def read_rows(vectors_ND: FloatArray, rows: Int64Array) -> Float32Array:
+    """Some rows, fp32, in memory."""
+    return np.ascontiguousarray(vectors_ND[rows], dtype=np.float32)
+
+
+def unit_rows(vectors_ND: FloatArray) -> Float32Array:
+    """Rows scaled to length 1; a zero row stays zero."""
+    vectors = np.asarray(vectors_ND, np.float32)
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray(vectors / np.where(norms > 0, norms, 1), np.float32)

@@ -1,0 +1,296 @@
+"""Codes of all items of a day: with yesterday's codebooks, or with new ones that go on with them.
+
+Reads item vectors and the versions of the codebooks. Writes `codes.parquet` (item_id, sid_0, ...,
+optional sid_suffix and vq) and, on a refit, a new codebook version.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from embedding.config import StrictConfig
+from embedding.raw_ids import Int64Array
+from multimodal.code_metrics import CodeMetrics, Stability, measure_codes, stability
+from multimodal.code_tree import CodedItems, Suffixes, tell_apart
+from multimodal.codebook_refit import (
+    Drift,
+    RefitDecision,
+    age_in_days,
+    decide_refit,
+    measure_drift,
+    refit,
+)
+from multimodal.codebook_store import Codebooks
+from multimodal.codebook_versions import (
+    CodebookManifest,
+    latest,
+    load_version,
+    next_version,
+    publish_version,
+)
+from multimodal.codes_config import Codes
+from multimodal.residual_fit import codebooks_in_space
+from multimodal.residual_quantizer import CPU, Int32Array
+from multimodal.vector_quantizer import restate_items
+from multimodal.vectors import FloatArray
+from pipeline.code_features import codes_table
+
+CODES_FILE = "codes.parquet"
+
+
+@dataclass(frozen=True)
+class ItemVectors:
+    """Aligned vectors of all items of a day, in memory or memory-mapped."""
+
+    item_ids_N: Int64Array
+    vectors_ND: FloatArray
+    encoder: str
+    """Identity of the encoder."""
+    first_day: str
+    """Of the days whose items these are."""
+    last_day: str
+    earlier: pa.Table | None = None
+    """Codes of the day before: suffixes stay with their items, and codebooks for a new encoder are
+    matched through the items of both days."""
+
+
+class QuantizeFacts(StrictConfig):
+    """What the stage did; version 1."""
+
+    schema_version: int = 1
+    version: str
+    """Codebooks that the codes belong to."""
+    refit: RefitDecision
+    drift: Drift | None
+    """None on the first day and after a change of encoder."""
+    num_items: int
+    num_new_items: int
+    """Items that the codebooks were not fitted to."""
+    table_sizes: dict[str, int]
+    """Codes by column."""
+    metrics: CodeMetrics | None
+    """Of the RQ codes; None without."""
+    stability: Stability | None
+    """Codes of this day against those of the day before."""
+    num_sharing_suffix: int
+    """Items that no suffix could tell apart."""
+
+
+def quantize(
+    config: Codes,
+    items: ItemVectors,
+    root: Path,
+    scratch: Path,
+    *,
+    force_refit: bool = False,
+    device: torch.device = CPU,
+) -> QuantizeFacts:
+    """Write the codes of a day into `scratch`, and new codebooks into `root` where they are due.
+
+    Args:
+        config: the recipe's codes.
+        items: all items of the day.
+        root: directory of the codebook versions.
+        scratch: an existing directory.
+        force_refit: fit anew whatever the policy says.
+        device: for the arithmetic.
+
+    Raises:
+        UserError: unusable vectors, or damaged codebooks.
+    """
+    state = _State.read(root)
+    coded = _encode(items, state.codebooks, device) if state.fits(config, items) else None
+    drift = _drift(items, state, coded) if coded else None
+    decision = _decide(config, items, state, drift)
+    if force_refit and not decision.refit:
+        decision = RefitDecision(refit=True, reasons=("asked for",))
+    if decision.refit:
+        version = _fit_version(config, items, root, _known(items, state), device)
+        state = _State.read(root)
+        assert state.version == version
+        coded = _encode(items, state.codebooks, device)
+    assert coded
+    suffixes = _suffixes(config, items, coded)
+    neighbours_Nk = None
+    if config.vq:
+        assert state.codebooks.items
+        neighbours_Nk = state.codebooks.items.neighbours(config.vq, device).encode(items.vectors_ND)
+    table = codes_table(
+        items.item_ids_N, coded.codes_NL, suffixes.suffix_N if suffixes else None, neighbours_Nk
+    )
+    pq.write_table(table, scratch / CODES_FILE, compression="zstd")
+    return QuantizeFacts(
+        version=state.version,
+        refit=decision,
+        drift=drift,
+        num_items=len(items.item_ids_N),
+        num_new_items=int(_is_new(items, state.codebooks).sum()),
+        table_sizes=state.codebooks.table_sizes
+        | ({"sid_suffix": config.suffix.num_codes} if config.suffix else {}),
+        metrics=coded.metrics,
+        stability=_stability(items, coded),
+        num_sharing_suffix=suffixes.num_shared if suffixes else 0,
+    )
+
+
+@dataclass(frozen=True)
+class _State:
+    """The newest codebooks."""
+
+    codebooks: Codebooks
+    manifest: CodebookManifest | None
+
+    @classmethod
+    def read(cls, root: Path) -> "_State":
+        manifest = latest(root)
+        codebooks = load_version(root, manifest.version) if manifest else Codebooks()
+        return cls(codebooks, manifest)
+
+    @property
+    def version(self) -> str:
+        assert self.manifest
+        return self.manifest.version
+
+    def fits(self, config: Codes, items: ItemVectors) -> bool:
+        """True if these codebooks can code the items as the config asks."""
+        if self.manifest is None or self.manifest.encoder != items.encoder:
+            return False
+        was = self.manifest.config
+        return (was.rq, was.vq is None) == (config.rq, config.vq is None)
+
+
+@dataclass(frozen=True)
+class _Coded:
+    codes_NL: Int32Array
+    """No columns without RQ codes."""
+    metrics: CodeMetrics | None
+
+
+def _encode(items: ItemVectors, codebooks: Codebooks, device: torch.device) -> _Coded:
+    if codebooks.residual is None:
+        return _Coded(np.empty((len(items.item_ids_N), 0), np.int32), None)
+    codes_NL = codebooks.residual.encode(items.vectors_ND, device)
+    metrics = measure_codes(items.vectors_ND, codes_NL, codebooks.residual, device=device)
+    return _Coded(codes_NL, metrics)
+
+
+def _is_new(items: ItemVectors, codebooks: Codebooks) -> np.ndarray:
+    fitted = codebooks.fitted_ids if codebooks.fitted_ids is not None else np.empty(0, np.int64)
+    return ~np.isin(items.item_ids_N, fitted)
+
+
+def _drift(items: ItemVectors, state: _State, coded: _Coded) -> Drift:
+    assert state.manifest
+    fit = state.manifest.metrics
+    return measure_drift(
+        state.codebooks,
+        state.manifest.reference_mse,
+        items.vectors_ND[_is_new(items, state.codebooks)],
+        (fit, coded.metrics) if fit and coded.metrics else None,
+        age_in_days(state.manifest.last_day, items.last_day),
+    )
+
+
+def _decide(config: Codes, items: ItemVectors, state: _State, drift: Drift | None) -> RefitDecision:
+    if drift is not None:
+        return decide_refit(drift, config.refit)
+    if state.manifest is None:
+        reason = "there are no codebooks yet"
+    elif state.manifest.encoder != items.encoder:
+        reason = f"the encoder changed from {state.manifest.encoder} to {items.encoder}"
+    else:
+        reason = f"rq or vq settings differ from those of codebooks {state.version}"
+    return RefitDecision(refit=True, reasons=(reason,))
+
+
+def _known(items: ItemVectors, state: _State) -> "_State | None":
+    """What a refit goes on with: the newest codebooks, in the space of the day's encoder."""
+    if state.manifest is None or state.manifest.encoder == items.encoder:
+        return state if state.manifest else None
+    earlier = items.earlier
+    if earlier is None:
+        return None
+    rq, residual, slots = state.manifest.config.rq, None, None
+    _, now, before = np.intersect1d(
+        items.item_ids_N, earlier["item_id"].to_numpy(), return_indices=True
+    )
+    if not len(now):
+        return None
+    if rq:
+        codes_NL = _codes_of(earlier)[before]
+        residual = codebooks_in_space(codes_NL, items.vectors_ND[now], rq)
+    if state.codebooks.items:
+        slots = restate_items(state.codebooks.items, items.item_ids_N, items.vectors_ND)
+    return _State(Codebooks(residual, slots), state.manifest)
+
+
+def _fit_version(
+    config: Codes, items: ItemVectors, root: Path, known: _State | None, device: torch.device
+) -> str:
+    fitted = refit(
+        config, items.item_ids_N, items.vectors_ND, known.codebooks if known else None, device
+    )
+    after = _encode(items, fitted.codebooks, device)
+    change = None
+    if known and known.codebooks.residual and config.refit.keep_meaning:
+        before_NL = known.codebooks.residual.encode(items.vectors_ND, device)
+        levels = min(before_NL.shape[1], after.codes_NL.shape[1])
+        if levels:
+            change = stability(before_NL[:, :levels], after.codes_NL[:, :levels])
+    version = next_version(root)
+    manifest = CodebookManifest(
+        version=version,
+        parent=known.version if known and config.refit.keep_meaning else None,
+        fingerprint="",
+        encoder=items.encoder,
+        first_day=items.first_day,
+        last_day=items.last_day,
+        config=config,
+        num_items=len(items.item_ids_N),
+        dim=items.vectors_ND.shape[1],
+        table_sizes=fitted.codebooks.table_sizes,
+        reference_mse=fitted.reference_mse,
+        metrics=after.metrics,
+        stability=change,
+        share_carried={name: carry.share_carried for name, carry in fitted.carries.items()},
+    )
+    publish_version(root, manifest, fitted.codebooks, fitted.carries)
+    return version
+
+
+def _suffixes(config: Codes, items: ItemVectors, coded: _Coded) -> Suffixes | None:
+    if config.suffix is None:
+        return None
+    before, earlier = None, items.earlier
+    if earlier is not None and "sid_suffix" in earlier.column_names:
+        codes_NL = _codes_of(earlier)
+        if codes_NL.shape[1] == coded.codes_NL.shape[1]:
+            ids, suffix = (earlier[name].to_numpy() for name in ("item_id", "sid_suffix"))
+            before = CodedItems(ids, codes_NL, suffix)
+    return tell_apart(items.item_ids_N, coded.codes_NL, config.suffix.num_codes, before)
+
+
+def _stability(items: ItemVectors, coded: _Coded) -> Stability | None:
+    """Codes of the items of both days; None where there are none to compare."""
+    earlier = items.earlier
+    if earlier is None:
+        return None
+    codes_NL = _codes_of(earlier)
+    _, now, before = np.intersect1d(
+        items.item_ids_N, earlier["item_id"].to_numpy(), return_indices=True
+    )
+    if not len(now) or not codes_NL.shape[1] or codes_NL.shape[1] != coded.codes_NL.shape[1]:
+        return None
+    return stability(codes_NL[before], coded.codes_NL[now])
+
+
+def _codes_of(table: pa.Table) -> Int32Array:
+    levels: list[Int32Array] = []
+    while f"sid_{len(levels)}" in table.column_names:
+        levels.append(table[f"sid_{len(levels)}"].to_numpy())
+    none = np.empty((table.num_rows, 0), np.int32)
+    return np.stack(levels, axis=1) if levels else none

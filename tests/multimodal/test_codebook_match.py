@@ -1,0 +1,186 @@
+"""Refits: permuted codebooks are recognised, drifted ones keep codes, rows follow."""
+
+from itertools import permutations
+
+import numpy as np
+import pytest
+import torch
+from vector_sets import clustered
+
+from embedding.errors import UserError
+from multimodal.code_metrics import stability
+from multimodal.codebook_match import Carry, align, carry_items, fresh, match_codewords
+from multimodal.codebook_refit import refit
+from multimodal.codebook_store import Codebooks
+from multimodal.codes_config import Codes, Fsq, RefitPolicy, Rq, Vq
+from multimodal.residual_fit import codebooks_in_space, fit_residual
+from multimodal.residual_quantizer import ResidualCodebooks, codeword_vectors
+from multimodal.vector_quantizer import FREE, take_item_codebook
+
+RQ = Rq(num_levels=3, codebook_size=32)
+FSQ = Rq(num_levels=2, codebook_size=32, fsq=Fsq(num_directions=5))
+
+
+def permuted(books: ResidualCodebooks, seed: int) -> ResidualCodebooks:
+    generator = torch.Generator().manual_seed(seed)
+    codebooks = [
+        book[torch.randperm(len(book), generator=generator)] for book in books.codebooks_LKD
+    ]
+    fsq = books.fsq
+    if fsq:
+        directions = torch.randperm(len(fsq.values_PV), generator=generator)
+        flip = torch.rand(len(directions), generator=generator) < 0.5
+        fsq = fsq.reordered(directions, flip)
+    return ResidualCodebooks(torch.stack(codebooks), fsq)
+
+
+def test_matching_is_the_best_of_all_permutations() -> None:
+    rng = torch.Generator().manual_seed(0)
+    before, after = torch.randn(6, 3, generator=rng), torch.randn(6, 3, generator=rng)
+
+    _, new = match_codewords(before, after)
+
+    def cost(order: tuple[int, ...]) -> float:
+        return sum(float((before[i] - after[j]).norm()) for i, j in enumerate(order))
+
+    assert tuple(new.tolist()) == min(permutations(range(6)), key=cost)
+
+
+@pytest.mark.parametrize("config", [RQ, FSQ], ids=["rq", "res-kmeans-fsq"])
+def test_a_permuted_refit_is_recognised_exactly(config: Rq) -> None:
+    x = clustered(4000)
+    books = fit_residual(x, config)
+    shuffled = permuted(books, seed=3)
+    assert (shuffled.encode(x) != books.encode(x)).mean() > 0.8
+
+    aligned, carries = align(books, shuffled)
+
+    assert (aligned.encode(x) == books.encode(x)).all()
+    for level, carry in enumerate(carries):
+        assert carry.carried_K.all()
+        assert carry.source_K.tolist() == list(range(books.level_sizes[level]))
+
+
+def test_a_refit_of_drifted_items_keeps_codes_and_without_the_old_ones_it_does_not() -> None:
+    x = clustered(4000, clusters=100)
+    rng = np.random.default_rng(1)
+    # Births, deaths and a little movement.
+    moved = np.concatenate([x[400:], clustered(400, clusters=100, seed=8)])
+    moved = moved + 0.02 * rng.standard_normal(moved.shape, dtype=np.float32)
+    config = Codes(rq=RQ, vq=None)
+    before = refit(config, np.arange(4000), x).codebooks
+    assert before.residual
+
+    after = refit(config, np.arange(400, 4400), moved, before)
+    renumbered = refit(
+        config.model_copy(update={"refit": RefitPolicy(keep_meaning=False)}),
+        np.arange(400, 4400),
+        moved,
+        before,
+    )
+
+    assert after.codebooks.residual
+    assert renumbered.codebooks.residual
+    codes = before.residual.encode(x[400:])
+    kept = stability(codes, after.codebooks.residual.encode(moved[:3600]))
+    lost = stability(codes, renumbered.codebooks.residual.encode(moved[:3600]))
+    assert kept.levels[0] > 0.9
+    assert kept.full > 0.5
+    assert lost.levels[0] < 0.2
+    assert all(carry.share_carried > 0.9 for carry in after.carries.values())
+    assert all((carry.source_K == -1).all() for carry in renumbered.carries.values())
+    # Nothing is paid for it: the error is that of a fit from scratch.
+    error = after.codebooks.residual.squared_errors(moved)[-1]
+    assert error < 1.01 * renumbered.codebooks.residual.squared_errors(moved)[-1]
+
+
+@pytest.mark.parametrize("size", [24, 40])
+def test_codebooks_of_another_size_take_rows_by_meaning(size: int) -> None:
+    x = clustered(4000)
+    before = fit_residual(x, RQ)
+    after = fit_residual(x, RQ.model_copy(update={"codebook_size": size, "num_levels": 2}))
+
+    aligned, carries = align(before, after)
+
+    assert {tuple(row) for row in aligned.codebooks_LKD[0].tolist()} == {
+        tuple(row) for row in after.codebooks_LKD[0].tolist()
+    }
+    for level, carry in enumerate(carries):
+        old, new = before.codebooks_LKD[level].numpy(), aligned.codebooks_LKD[level].numpy()
+        nearest = [int(np.argmin(((old - word) ** 2).sum(1))) for word in new]
+        assert carry.source_K.tolist() == nearest
+        assert carry.carried_K.sum() <= min(size, 32)
+        assert len(set(carry.source_K[carry.carried_K])) == carry.carried_K.sum()
+
+
+def test_more_levels_than_before_start_fresh() -> None:
+    x = clustered(2000)
+    shorter = fit_residual(x, RQ.model_copy(update={"num_levels": 1}))
+    _, carries = align(shorter, fit_residual(x, FSQ))
+    assert [bool((carry.source_K == -1).all()) for carry in carries] == [False, True, True]
+
+
+def test_fsq_codes_of_another_size_start_from_the_nearest() -> None:
+    x = clustered(2000)
+    before, after = (
+        fit_residual(x, FSQ),
+        fit_residual(x, FSQ.model_copy(update={"fsq": Fsq(num_directions=4)})),
+    )
+    aligned, carries = align(before, after)
+    old, new = codeword_vectors(before)[-1].numpy(), codeword_vectors(aligned)[-1].numpy()
+    assert not carries[-1].carried_K.any()
+    chosen = ((old[carries[-1].source_K] - new) ** 2).sum(1)
+    np.testing.assert_allclose(chosen, ((new[:, None] - old) ** 2).sum(2).min(1), atol=1e-5)
+
+
+def test_rows_of_a_code_table_follow_the_codes() -> None:
+    carry = Carry(3, np.array([2, 0, 0, -1]), np.array([True, True, False, False]))
+    before, start = torch.arange(8.0).view(4, 2), torch.full((5, 2), -1.0)
+
+    assert carry.rows(before, start).tolist() == [[0, 1], [6, 7], [2, 3], [2, 3], [-1, -1]]
+    state = carry.optimizer_rows(before[:, 0], start[:, 0])
+    assert state.tolist() == [0, 6, 2, -1, -1]
+    assert torch.equal(fresh(0, 4).rows(before, start), start)
+
+
+def test_code_tables_of_another_size_are_refused() -> None:
+    carry = Carry(3, np.array([2, 0, 1]), np.ones(3, np.bool_))
+    with pytest.raises(UserError, match=r"shape \(6, 2\) .* need 4 and 4 rows"):
+        carry.rows(torch.zeros(6, 2), torch.zeros(4, 2))
+    with pytest.raises(UserError, match="num_embeddings"):
+        carry.rows(torch.zeros(4, 2), torch.zeros(4, 4))
+
+
+def test_rows_of_the_vq_table_stay_with_their_items() -> None:
+    x = clustered(8)
+    before = take_item_codebook(np.array([10, 11, 12, 13]), x[:4])
+    twin_of_11 = np.concatenate([x[[0, 3]], x[1:2] * 3, x[5:7]])
+    after = take_item_codebook(np.array([10, 13, 20, 21, 22]), twin_of_11, before)
+    assert after.item_ids_N.tolist() == [10, 20, 21, 13, 22]
+
+    carry = carry_items(before, after)
+
+    assert carry.carried_K.tolist() == [True, False, False, True, False]
+    similar = x[:4] @ x[[5, 6]].T
+    assert carry.source_K.tolist() == [0, 1, similar[:, 0].argmax(), 3, similar[:, 1].argmax()]
+    emptied = take_item_codebook(np.array([12]), x[2:3], before)
+    assert carry_items(before, emptied).source_K.tolist() == [-1, -1, 2, -1]
+    assert emptied.item_ids_N.tolist() == [FREE, FREE, 12, FREE]
+
+
+def test_codes_keep_their_meaning_through_a_new_encoder() -> None:
+    x = clustered(4000, clusters=100)
+    books = fit_residual(x, RQ)
+    codes = books.encode(x)
+    rotation, _ = np.linalg.qr(np.random.default_rng(2).standard_normal((16, 16)))
+    rotated = (x @ rotation).astype(np.float32)
+    config = Codes(rq=RQ, vq=Vq(top_k=3))
+
+    before = Codebooks(residual=codebooks_in_space(codes, rotated, RQ))
+    after = refit(config, np.arange(4000), rotated, before).codebooks
+
+    assert after.residual
+    naive = refit(config, np.arange(4000), rotated, Codebooks(residual=books)).codebooks
+    assert naive.residual
+    assert stability(codes, after.residual.encode(rotated)).levels[0] > 0.9
+    assert stability(codes, naive.residual.encode(rotated)).levels[0] < 0.3

@@ -1,0 +1,176 @@
+"""Pairs mined from ingest artifacts against loops over the raw log."""
+
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import small_log
+from small_log import DAYS, Row, event, file_bytes, make_recipe, write_catalogue, write_day
+
+from embedding.config import HistoryConfig
+from embedding.errors import UserError
+from multimodal.codes_config import Swing, User2Item
+from multimodal.triggers import IdVectors
+from pipeline import ingest as ingest_module
+from pipeline import mine_pairs as mining
+from pipeline.ingest import check_span, ingest
+from pipeline.mine_pairs import MiningPlan, PairFacts, PairSource, mine_pairs, plan_mining
+
+SWING = Swing(min_common_users=2, num_neighbours=100)
+CLICKS = HistoryConfig(name="clicks", label="click", max_length=3)
+NUM_ITEMS, NUM_USERS = 12, 30
+
+
+@pytest.fixture(autouse=True)
+def _without_ray(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    monkeypatch.setattr(ingest_module, "stream_tasks", small_log.run_here)
+    if "integration" not in request.keywords:
+        monkeypatch.setattr(mining, "stream_tasks", small_log.run_here)
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> list[Row]:
+    """Four days; ingested as two artifacts with different numbers of user buckets."""
+    rng = np.random.default_rng(0)
+    write_catalogue(tmp_path / "data", NUM_ITEMS, NUM_USERS)
+    rows = []
+    for day in range(4):
+        today = [
+            event(
+                day,
+                int(rng.integers(1, NUM_USERS + 1)),
+                second,
+                item_id=int(rng.zipf(1.3) % NUM_ITEMS + 1),
+                click=int(rng.random() < 0.6),
+            )
+            for second in range(150)
+        ]
+        write_day(tmp_path / "data", day, [today])
+        rows += today
+    previous = None
+    for i, (span, buckets) in enumerate(((DAYS[:2], 2), (DAYS[2:], 3))):
+        recipe = make_recipe(tmp_path / "data", user_buckets=buckets)
+        scratch = tmp_path / f"ingest-{i}"
+        scratch.mkdir()
+        ingest(recipe, check_span(recipe, span, previous), scratch)
+        previous = scratch
+    return rows
+
+
+def mine(tmp_path: Path, name: str, *, days: list[str], partitions: int = 2) -> PairFacts:
+    source = PairSource((tmp_path / "ingest-0", tmp_path / "ingest-1"), tuple(days), CLICKS)
+    plan = plan_mining(source, SWING, User2Item(max_history=2), vectors(), tmp_path / name)
+    changed = MiningPlan(**{**vars(plan), "num_partitions": partitions})
+    return mine_pairs(changed)
+
+
+def vectors() -> IdVectors:
+    table = np.random.default_rng(4).standard_normal((NUM_ITEMS - 2, 3)).astype(np.float32)
+    return IdVectors.of(np.arange(1, NUM_ITEMS - 1), table)  # two items have none
+
+
+def read(folder: Path) -> list[Row]:
+    return [row for path in sorted(folder.glob("*")) for row in pq.read_table(path).to_pylist()]
+
+
+def clicked_sets(rows: list[Row]) -> dict[int, set[int]]:
+    found: dict[int, set[int]] = {}
+    for row in rows:
+        if row["click"] == 1:
+            found.setdefault(row["user_id"], set()).add(row["item_id"])
+    return found
+
+
+def test_item_pairs_equal_a_loop_over_the_training_days(tmp_path: Path, log: list[Row]) -> None:
+    facts = mine(tmp_path, "pairs", days=DAYS[:3])
+
+    engaged = clicked_sets(log[:450])  # the fourth day is not trained on
+    expected: dict[tuple[int, int], float] = {}
+    for u, v in combinations(engaged, 2):
+        both = engaged[u] & engaged[v]
+        weight = (len(engaged[u]) * len(engaged[v])) ** -0.5 / (1 + len(both))
+        for i in both:
+            for j in both - {i}:
+                expected[i, j] = expected.get((i, j), 0.0) + weight
+    found = {
+        (r["item"], r["neighbour"]): r["similarity"] for r in read(tmp_path / "pairs/item2item")
+    }
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert facts.item2item_pairs == len(expected) > 50
+    assert facts.num_positives == sum(row["click"] for row in log[:450])
+    assert facts.num_users == len(engaged)
+    assert facts.examples[0][2] == pytest.approx(max(expected.values()), rel=1e-5)
+    assert (facts.first_day, facts.last_day) == (DAYS[0], DAYS[2])
+    assert not (tmp_path / "pairs/lists").exists()
+
+
+def test_user_pairs_equal_a_loop_over_histories(tmp_path: Path, log: list[Row]) -> None:
+    facts = mine(tmp_path, "pairs", days=DAYS[:3])
+
+    table = vectors()
+    unit = dict(zip(table.sorted_ids.tolist(), table.unit_ND, strict=True))
+    expected = []
+    for row in log[:450]:
+        if row["click"] != 1 or row["item_id"] not in unit:
+            continue
+        past = [
+            other["item_id"]
+            for other in log
+            if other["user_id"] == row["user_id"]
+            and other["click"] == 1
+            and other["timestamp"] < row["timestamp"]
+        ][-2:]
+        usable = [p for p in past if p in unit and p != row["item_id"]]
+        if usable:
+            best = max(usable, key=lambda p: float(unit[p] @ unit[row["item_id"]]))
+            expected.append((best, row["item_id"]))
+    found = [(r["trigger"], r["target"]) for r in read(tmp_path / "pairs/user2item")]
+    assert sorted(found) == sorted(expected)
+    assert facts.user2item_pairs == len(expected) > 50
+    positives = facts.user2item_pairs + sum(facts.user2item_without.values())
+    assert positives == facts.num_positives
+
+
+def test_pairs_do_not_depend_on_the_number_of_partitions(tmp_path: Path, log: list[Row]) -> None:
+    one = mine(tmp_path, "one", days=DAYS, partitions=1)
+    five = mine(tmp_path, "five", days=DAYS, partitions=5)
+
+    assert one == five
+
+    def pairs(name: str) -> list[tuple]:
+        return sorted(tuple(row.values()) for row in read(tmp_path / name / "item2item"))
+
+    assert [row[:2] for row in pairs("one")] == [row[:2] for row in pairs("five")]
+    scores = [[row[2] for row in pairs(name)] for name in ("one", "five")]
+    np.testing.assert_allclose(scores[0], scores[1], rtol=1e-6)
+
+
+def test_days_without_events_are_named(tmp_path: Path, log: list[Row]) -> None:
+    with pytest.raises(UserError, match="no events between 2031-01-01 and 2031-01-01"):
+        mine(tmp_path, "pairs", days=["2031-01-01"])
+
+
+@pytest.mark.integration
+def test_ray_writes_the_same_bytes(
+    tmp_path: Path, log: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=100 << 20,
+        log_to_driver=False,
+        _node_ip_address="127.0.0.2",
+    )
+    try:
+        distributed = mine(tmp_path, "ray", days=DAYS)
+    finally:
+        ray.shutdown()
+    monkeypatch.setattr(mining, "stream_tasks", small_log.run_here)
+
+    assert mine(tmp_path, "here", days=DAYS) == distributed
+    assert file_bytes(tmp_path / "here") == file_bytes(tmp_path / "ray")

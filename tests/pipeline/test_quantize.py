@@ -1,0 +1,183 @@
+"""The codes of a week: frozen codebooks, births, a refit, another encoder."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from embedding.errors import UserError
+from multimodal.codebook_versions import carries_between, find_version, load_version
+from multimodal.codes_config import Codes, RefitPolicy, Rq, Suffix, Vq
+from pipeline.code_features import ItemCodes, candidate_columns
+from pipeline.quantize import CODES_FILE, ItemVectors, QuantizeFacts, quantize
+
+CONFIG = Codes(
+    rq=Rq(num_levels=2, codebook_size=32),
+    vq=Vq(top_k=5),
+    suffix=Suffix(num_codes=64),
+    refit=RefitPolicy(every_days=7),
+)
+CENTRES = np.random.default_rng(9).standard_normal((60, 16))
+
+
+def vectors_of(item_ids: np.ndarray) -> np.ndarray:
+    """Vectors that belong to ids: every day sees the same ones."""
+    rows = []
+    for item in item_ids.tolist():
+        rng = np.random.default_rng(item)
+        rows.append(CENTRES[item % 60] + 0.4 * rng.standard_normal(16))
+    x = np.array(rows)
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+class Week:
+    """100 items are born and 100 die every day."""
+
+    def __init__(self, root: Path, config: Codes = CONFIG) -> None:
+        self.root, self.config = root, config
+        self.earlier: pa.Table | None = None
+
+    def run(self, day: int, *, encoder: str = "tower-1", force: bool = False) -> QuantizeFacts:
+        ids = np.arange(100 * day, 100 * day + 2000)
+        x = vectors_of(ids)
+        if encoder != "tower-1":
+            turn, _ = np.linalg.qr(np.random.default_rng(3).standard_normal((16, 16)))
+            x = (x @ turn).astype(np.float32)
+        items = ItemVectors(ids, x, encoder, "2026-01-01", f"2026-01-{day + 1:02d}", self.earlier)
+        scratch = self.root / f"day-{day}"
+        scratch.mkdir(parents=True)
+        versions = self.root / "codebooks"
+        facts = quantize(self.config, items, versions, scratch, force_refit=force)
+        self.earlier = pq.read_table(scratch / CODES_FILE)
+        return facts
+
+    def codes(self, item_ids: np.ndarray) -> dict[str, list]:
+        assert self.earlier is not None
+        columns = candidate_columns(ItemCodes.of(self.earlier), item_ids)
+        return {name: column.to_pylist() for name, column in columns.items()}
+
+
+def test_new_items_get_codes_from_frozen_codebooks(tmp_path: Path) -> None:
+    week = Week(tmp_path)
+    first = week.run(0)
+    kept = np.arange(100, 2000)
+    before = week.codes(kept)
+
+    second = week.run(1)
+
+    assert first.refit.reasons == ("there are no codebooks yet",)
+    assert not second.refit.refit
+    assert (first.version, second.version) == ("v0001", "v0001")
+    assert (first.num_new_items, second.num_new_items) == (0, 100)
+    assert week.codes(kept) == before
+    assert second.stability
+    assert second.stability.full == 1
+    books = load_version(tmp_path / "codebooks", "v0001")
+    born = np.arange(2000, 2100)
+    assert books.residual
+    expected = books.residual.encode(vectors_of(born))
+    found = week.codes(born)
+    assert [found["sid_0"], found["sid_1"]] == expected.T.tolist()
+    assert all(len(near) == 5 and max(near) < 2000 for near in found["vq"])
+    full = full_codes(week.earlier)
+    assert len(set(full)) == len(full)
+    assert second.num_sharing_suffix == 0
+
+
+def full_codes(table: pa.Table | None) -> list[tuple]:
+    assert table is not None
+    return list(zip(*(table[c].to_pylist() for c in ("sid_0", "sid_1", "sid_suffix")), strict=True))
+
+
+def test_a_refit_is_published_with_its_carry_over(tmp_path: Path) -> None:
+    week = Week(tmp_path)
+    week.run(0)
+
+    after = week.run(7)
+
+    assert after.version == "v0002"
+    assert "7 days old" in after.refit.reasons[0]
+    assert after.drift
+    assert after.drift.error_ratio == pytest.approx(1, abs=0.15)
+    manifest = find_version(tmp_path / "codebooks", "v0002")
+    assert manifest.parent == "v0001"
+    assert manifest.share_carried["sid_0"] > 0.9
+    assert after.stability
+    assert after.stability.levels[0] > 0.9
+    # A table whose rows spell the codes themselves goes through the refit.
+    carry = carries_between(tmp_path / "codebooks", "v0001", "v0002")["vq"]
+    old = torch.arange(2001.0)[:, None]
+    rows = carry.rows(old, torch.full((after.table_sizes["vq"] + 1, 1), -1.0))
+    books = load_version(tmp_path / "codebooks", "v0002")
+    assert books.items
+    survivors = np.flatnonzero(books.items.item_ids_N < 2000)
+    assert rows[survivors + 1, 0].tolist() == (books.items.item_ids_N[survivors] + 1).tolist()
+
+
+def test_carries_compose_over_several_versions(tmp_path: Path) -> None:
+    week = Week(tmp_path)
+    for day in range(3):
+        week.run(day, force=True)
+    root = tmp_path / "codebooks"
+
+    whole = carries_between(root, "v0001", "v0003")
+    steps = [carries_between(root, "v0001", "v0002"), carries_between(root, "v0002", "v0003")]
+
+    assert carries_between(root, "v0002", "v0002") == {}
+    for column in ("sid_0", "sid_1", "vq"):
+        sizes = [
+            find_version(root, version).table_sizes[column] + 1
+            for version in ("v0001", "v0002", "v0003")
+        ]
+        tables = [torch.randn(size, 4) for size in sizes]
+        between = steps[0][column].rows(tables[0], tables[1])
+        expected = steps[1][column].rows(between, tables[2])
+        assert torch.equal(whole[column].rows(tables[0], tables[2]), expected)
+    with pytest.raises(UserError, match="v0001 do not descend from v0002"):
+        carries_between(root, "v0002", "v0001")
+
+
+def test_a_new_encoder_goes_on_with_the_codes_of_the_items(tmp_path: Path) -> None:
+    week = Week(tmp_path)
+    week.run(0)
+    before = week.codes(np.arange(100, 2000))
+
+    after = week.run(1, encoder="tower-2")
+
+    assert after.refit.reasons == ("the encoder changed from tower-1 to tower-2",)
+    assert after.drift is None
+    assert after.stability
+    assert after.stability.levels[0] > 0.9
+    now = week.codes(np.arange(100, 2000))
+    assert np.mean(np.equal(now["sid_0"], before["sid_0"])) == after.stability.levels[0]
+    own = [near[0] for near in now["vq"]]  # an item is its own nearest one, in its own slot
+    assert own == [near[0] for near in before["vq"]]
+
+
+def test_renumbering_refits_have_no_parent(tmp_path: Path) -> None:
+    lost = CONFIG.model_copy(update={"refit": RefitPolicy(keep_meaning=False)})
+    week = Week(tmp_path, lost)
+    week.run(0)
+    after = week.run(1, force=True)
+    assert after.refit.reasons == ("asked for",)
+    assert after.stability
+    assert after.stability.levels[0] < 0.5
+    with pytest.raises(UserError, match="do not descend from v0001"):
+        carries_between(tmp_path / "codebooks", "v0001", "v0002")
+
+
+def test_changed_settings_call_for_new_codebooks(tmp_path: Path) -> None:
+    Week(tmp_path).run(0)
+    rq = Rq(num_levels=3, codebook_size=40)
+    week = Week(tmp_path, CONFIG.model_copy(update={"rq": rq, "vq": None}))
+    after = week.run(1)
+    assert "settings differ from those of codebooks v0001" in after.refit.reasons[0]
+    assert after.table_sizes == {"sid_0": 40, "sid_1": 40, "sid_2": 40, "sid_suffix": 64}
+    carries = carries_between(tmp_path / "codebooks", "v0001", "v0002")
+    assert set(carries) == {"sid_0", "sid_1", "sid_2"}
+    only_vq = Week(tmp_path, Codes(rq=None)).run(2)
+    assert only_vq.metrics is None
+    assert only_vq.table_sizes == {"vq": 2000}

@@ -24,11 +24,7 @@ def fit(topology: str, byte_s: float) -> RanksFit:
     return RanksFit(
         world_size=shape.world_size,
         ranks_per_host=shape.ranks_per_host,
-        constants=sheet.model_copy(
-            update={
-                "seconds": sheet.seconds | {"exchange_bytes": byte_s, "output_inter_bytes": 1.0}
-            }
-        ),
+        constants=sheet.model_copy(update={"seconds": sheet.seconds | measured}),
         parts={},
         residuals=(),
         median_abs_error=0.1,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from embedding.choices import FUSED, UVM, UVM_CACHING, choices_of
+from embedding.choices import FUSED, UVM, UVM_CACHING, Choice, choices_of
 from embedding.cluster_shape import ClusterShape, find_machine, parse_shape
 from embedding.config import FeatureSchema, RowWiseAdagrad, ShardingConfig
 from embedding.cost import CostModel, Placed, usage_of
@@ -192,3 +192,32 @@ def test_the_data_sheet_prices_every_count() -> None:
     for topology in ("cpu:2", "h200:2x8"):
         constants = data_sheet_constants(parse_shape(topology))
         assert (constants.vector() > 0).all()
+
+
+def test_buffers_count_on_ranks_that_get_no_unit() -> None:
+    model, options = small_model(3, "cpu:2")
+    first, second = list(options)[:2]
+    choice = next(c for c in options[first] if c.sharding == "table_wise")
+    layout = layout_of(model, {first: Placed(choice, (0,))})
+    beside = next(c for c in options[second] if c.sharding == "table_wise")
+    priced = model.price(second, beside)
+    full = layout.device_bytes_W.max()
+    assert layout.device_bytes_W[1] + priced.everyone_bytes + priced.owner_bytes < full
+    model.device_capacity = full + priced.everyone_bytes
+    assert layout.best_targets(second, beside) == (1,)
+    model.device_capacity = full + 0.9 * priced.everyone_bytes
+    assert layout.best_targets(second, beside) is None
+
+
+def test_column_shards_that_share_a_rank_fit_together() -> None:
+    model, options = small_model(3, "cpu:2")
+    table = max(options, key=lambda name: model.loads[name].dim)
+    choice = Choice("column_wise", FUSED, 4)
+    priced = model.price(table, choice)
+    layout = Layout(model)
+    model.device_capacity = priced.everyone_bytes + 2 * priced.owner_bytes
+    targets = layout.best_targets(table, choice)
+    assert targets is not None
+    assert sorted(targets) == [0, 0, 1, 1]
+    model.device_capacity -= 1
+    assert layout.best_targets(table, choice) is None

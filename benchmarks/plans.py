@@ -33,6 +33,7 @@ from embedding.prediction import describe as describe_plan
 from embedding.prediction import placement_of
 from pipeline.cluster import RaySession
 from pipeline.config import ClusterConfig
+from pipeline.console import Reporter
 from pipeline.plan import present_shape
 from pipeline.plan_accuracy import compare, median_abs_error, rank_correlation
 from pipeline.plan_bench import BenchCase, BenchEffort, PlanComparison, case_request, run_cases
@@ -68,7 +69,7 @@ def main() -> int:
         calibration = args.calibration
         if calibration is None:
             calibration = Path(folder) / "calibration.json"
-            made = calibrate(present, ranks, cluster, None, quick=args.quick, report=print)
+            made = calibrate(present, ranks, cluster, None, quick=args.quick, reporter=Reporter())
             calibration.write_text(made.model_dump_json())
         if "accuracy" in only:
             for world_size in ranks:

@@ -117,11 +117,11 @@ def _remedies(request: PlanRequest) -> Iterator[str]:
     """Single changes that make it fit, the cheapest first."""
     if request.shape.machine.device == "cuda" and not {UVM, UVM_CACHING} & set(request.kernels):
         kernels = (*request.kernels, UVM_CACHING)
-        if _fits(replace(request, kernels=kernels)):
+        if fits(replace(request, kernels=kernels)):
             yield "allow fused_uvm_caching, which keeps cold rows in host memory"
     if request.settings.optimizer.kind not in ("row_wise_adagrad", "sgd"):
         settings = replace(request.settings, optimizer=RowWiseAdagrad())
-        if _fits(replace(request, settings=settings)):
+        if fits(replace(request, settings=settings)):
             kind = request.settings.optimizer.kind
             yield (
                 f"use embedding.optimizer row_wise_adagrad instead of {kind}: 4 bytes of state a "
@@ -131,7 +131,7 @@ def _remedies(request: PlanRequest) -> Iterator[str]:
     if batch is not None:
         yield f"use ranking.trainer.batch_size_per_rank={batch}"
     forced = [table.name for table in request.schema.tables if table.sharding is not None]
-    if forced and _fits(_unforced(request)):
+    if forced and fits(_unforced(request)):
         yield f"remove the forced sharding of {_names(forced)}"
     larger = _large_enough(request)
     if larger is not None:
@@ -141,7 +141,8 @@ def _remedies(request: PlanRequest) -> Iterator[str]:
         yield f"use a smaller embedding_dim: {dims}"
 
 
-def _fits(request: PlanRequest) -> bool:
+def fits(request: PlanRequest) -> bool:
+    """Whether some plan of the request fits; no plan is searched for."""
     try:
         model = request.model()
         options = {
@@ -162,11 +163,11 @@ def _unforced(request: PlanRequest) -> PlanRequest:
 def _smaller_batch(request: PlanRequest) -> int | None:
     batch = request.settings.batch_size_per_rank
     smallest_batch = replace(request, settings=replace(request.settings, batch_size_per_rank=1))
-    if not _fits(smallest_batch):
+    if not fits(smallest_batch):
         return None
     while batch > 1:
         batch //= 2
-        if _fits(replace(request, settings=replace(request.settings, batch_size_per_rank=batch))):
+        if fits(replace(request, settings=replace(request.settings, batch_size_per_rank=batch))):
             return batch
     return None
 
@@ -180,16 +181,16 @@ def _large_enough(request: PlanRequest) -> ClusterShape | None:
         while ranks < full:
             ranks = min(2 * ranks, full)
             shape = shape.model_copy(update={"ranks_per_host": ranks})
-            if _fits(replace(request, shape=shape)):
+            if fits(replace(request, shape=shape)):
                 return shape
     low = high = shape.num_hosts
-    while not _fits(replace(request, shape=shape.with_hosts(high))):
+    while not fits(replace(request, shape=shape.with_hosts(high))):
         low, high = high, 2 * high
         if high > _MAX_HOSTS:
             return None
     while high - low > 1:
         middle = (low + high) // 2
-        if _fits(replace(request, shape=shape.with_hosts(middle))):
+        if fits(replace(request, shape=shape.with_hosts(middle))):
             high = middle
         else:
             low = middle
@@ -208,7 +209,7 @@ def _smaller_dims(request: PlanRequest) -> str | None:
         dim = largest.embedding_dim // 2 // COLUMN_MULTIPLE * COLUMN_MULTIPLE
         tables[largest.name] = largest.model_copy(update={"embedding_dim": dim})
         halved[largest.name] = dim
-        if _fits(_with_tables(request, tuple(tables.values()))):
+        if fits(_with_tables(request, tuple(tables.values()))):
             named = [f"{name} {dim}" for name, dim in list(halved.items())[:_NAMED]]
             more = f" and {len(halved) - _NAMED} more" if len(halved) > _NAMED else ""
             return ", ".join(named) + more

@@ -12,7 +12,7 @@ from itertools import product
 import ray
 
 from embedding.calibration import read_calibration
-from embedding.choices import FUSED, choices_of
+from embedding.choices import FUSED
 from embedding.cluster_shape import ClusterShape
 from embedding.config import FeatureSchema, TableConfig
 from embedding.cost import RESERVED_SHARE
@@ -20,8 +20,7 @@ from embedding.errors import UserError
 from embedding.limits import COLUMN_MULTIPLE, ELEMENT_BYTES
 from embedding.plan_description import Prediction
 from embedding.planning import PlanRequest, plan_tables
-from embedding.refusal import shortage
-from embedding.search import fits_somehow
+from embedding.refusal import fits, shortage
 from embedding.traffic import Traffic, read_traffic
 from pipeline.capacity_answer import answer_of, choose
 from pipeline.capacity_types import (
@@ -132,8 +131,12 @@ def evaluate_point(request: CapacityRequest, key: PointKey) -> CapacityPoint:
     except UserError as error:
         return point.model_copy(update={"refusal": str(error)})
     assert plan.predicted is not None
-    growth, why = breaking_growth(planned)
-    inside, _ = breaking_growth(replace(planned, kernels=(FUSED,)))
+    inside, why = breaking_growth(replace(planned, kernels=(FUSED,)))
+    growth = inside
+    if FUSED not in planned.kernels:
+        growth, why = breaking_growth(planned)
+    elif inside is not None and len(planned.kernels) > 1:
+        growth, why = breaking_growth(planned, known=inside)
     offloads = any(rank.host_bytes for rank in plan.predicted.ranks)
     figures = _figures(request, key, plan.predicted)
     kinds = Counter(f"{table.sharding} {table.kernel}" for table in plan.tables)
@@ -220,35 +223,23 @@ def _with_dims(schema: FeatureSchema, factor: float) -> FeatureSchema:
     return schema.model_copy(update={"tables": tuple(map(scaled, schema.tables))})
 
 
-def breaking_growth(request: PlanRequest) -> tuple[float | None, str | None]:
-    """The largest growth of all tables that fits, and what is short beyond it."""
-    low, high = 1.0, 2.0
-    if not _fits(request):
+def breaking_growth(request: PlanRequest, known: float = 1.0) -> tuple[float | None, str | None]:
+    """The largest growth of all tables that fits, and what is short beyond it; `known` fits."""
+    low, high = known, min(2 * known, MAX_GROWTH)
+    if not fits(request):
         return 1.0, shortage(request, request.model())
-    while _fits(grown(request, high)):
-        low, high = high, 2 * high
-        if high > MAX_GROWTH:
+    while fits(grown(request, high)):
+        if high >= MAX_GROWTH:
             return None, None
+        low, high = high, min(2 * high, MAX_GROWTH)
     while high / low > 1 + _GROWTH_PRECISION:
         middle = (low * high) ** 0.5
-        if _fits(grown(request, middle)):
+        if fits(grown(request, middle)):
             low = middle
         else:
             high = middle
     failing = grown(request, high)
     return low, shortage(failing, failing.model())
-
-
-def _fits(request: PlanRequest) -> bool:
-    try:
-        model = request.model()
-        options = {
-            name: choices_of(load, request.shape, request.kernels)
-            for name, load in model.loads.items()
-        }
-        return fits_somehow(model, options)
-    except UserError:
-        return False
 
 
 def _days_left(

@@ -5,7 +5,9 @@ The workers leave `results.jsonl` in a scratch folder; the caller writes what it
 
 import json
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +22,12 @@ from pipeline.train import run_workers
 
 RESULTS = "results.jsonl"
 PARTS = "parts.json"
+PROGRESS = "progress"
+"""A byte for every finished measurement of a plan: its memory is one, its times are another."""
+_FOLLOW_INTERVAL_S = 0.5
+
+Progress = Callable[[int, int], None]
+"""Called with what is done and the total."""
 
 
 class BenchCase(StrictConfig):
@@ -105,6 +113,7 @@ def run_cases(
     effort: BenchEffort,
     *,
     time_parts: bool = False,
+    progress: Progress | None = None,
 ) -> tuple[list[MeasuredRun], dict[str, float]]:
     """Run all plans on a worker group of an initialised Ray; measurements, and parts if asked.
 
@@ -121,10 +130,34 @@ def run_cases(
             time_parts=time_parts,
         )
         once = cluster.model_copy(update={"max_failures": 0})
-        run_workers(_bench_worker, job, once, scratch)
+        total = sum(len(case.plans) for case in cases) * (2 if effort.memory_steps else 1)
+        with _followed(scratch / PROGRESS, total, progress):
+            run_workers(_bench_worker, job, once, scratch)
         lines = (scratch / RESULTS).read_text().splitlines()
         parts = _read_parts(scratch / PARTS)
     return [MeasuredRun.model_validate_json(line) for line in lines], parts
+
+
+@contextmanager
+def _followed(path: Path, total: int, progress: Progress | None) -> Iterator[None]:
+    """Tell `progress` how far the workers are, from a thread, until the block ends."""
+    if progress is None:
+        yield
+        return
+    ended = threading.Event()
+
+    def follow() -> None:
+        while not ended.wait(_FOLLOW_INTERVAL_S):
+            if path.exists():
+                progress(path.stat().st_size, total)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _read_parts(path: Path) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """What `braid bench plan` does once its options are read: choose plans, run, compare, calibrate."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -22,12 +22,14 @@ from embedding.proposers import uniform
 from embedding.search import layout_of_proposal
 from embedding.traffic import Traffic
 from pipeline.config import ClusterConfig, Recipe
+from pipeline.console import Reporter
 from pipeline.plan_accuracy import compare, fit_ranks, measured_plans, new_calibration
 from pipeline.plan_bench import (
     BenchCase,
     BenchEffort,
     BenchReport,
     PlanComparison,
+    Progress,
     case_request,
     run_cases,
 )
@@ -133,9 +135,12 @@ def _chosen_plans(
         for number, placed in enumerate(sample_placements(model, choices, options.sampled, 0)):
             yield f"sample {number}", describe(model, placed, f"sample {number}", TABLES_PATH)
     if not options.plans:
-        yield "chosen", plan_tables(request)
+        chosen = plan_tables(request)
+        yield "chosen", chosen.model_copy(update={"proposer": "chosen"})
         for sharding, placed in _uniform_plans(model, choices):
-            yield sharding, describe(model, placed, f"uniform {sharding}", TABLES_PATH)
+            plan = describe(model, placed, f"uniform {sharding}", TABLES_PATH)
+            if plan.tables != chosen.tables:
+                yield sharding, plan
 
 
 def _uniform_plans(
@@ -154,10 +159,11 @@ def bench(
     cluster: ClusterConfig,
     effort: BenchEffort,
     calibration: Path | None,
+    progress: Progress | None = None,
 ) -> BenchReport:
     """Run the cases and compare; needs an initialised Ray."""
     group = cluster.model_copy(update={"num_workers": shape.world_size})
-    runs, _ = run_cases(cases, group, effort)
+    runs, _ = run_cases(cases, group, effort, progress=progress)
     return BenchReport(
         topology=shape.name,
         constants=constants_for(shape, calibration).source,
@@ -203,7 +209,7 @@ def calibrate(
     device_name: str | None,
     *,
     quick: bool,
-    report: Callable[[str], None],
+    reporter: Reporter,
 ) -> Calibration:
     """Measure parts and sampled plans for every number of ranks, and fit the constants.
 
@@ -216,9 +222,13 @@ def calibrate(
         cases = sampled_cases(shape, range(num_sets), per_set)
         effort = BenchEffort(rounds=5 if quick else 9)
         group = cluster.model_copy(update={"num_workers": world_size})
-        runs, parts = run_cases(cases, group, effort, time_parts=True)
+        reporter.line(f"{world_size} ranks: parts, and {num_sets * per_set} plans")
+        with reporter.stage("calibrate", unit="plans"):
+            runs, parts = run_cases(
+                cases, group, effort, time_parts=True, progress=reporter.advance
+            )
         fit = fit_ranks(measured_plans(cases, runs, shape), shape, parts)
-        report(
+        reporter.line(
             f"{world_size} ranks: {len(runs)} plans fitted, median error "
             f"{fit.median_abs_error:.1%}, rank correlation {fit.rank_correlation:.3f}"
         )

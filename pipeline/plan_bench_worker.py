@@ -18,7 +18,7 @@ from embedding.plan_description import PlanDescription
 from embedding.plan_timing import PlanRun, measure_peak_bytes, time_plans
 from embedding.synthetic_batches import synthetic_batch
 from embedding.workload import table_loads
-from pipeline.plan_bench import PARTS, RESULTS, BenchCase, BenchJob, MeasuredRun
+from pipeline.plan_bench import PARTS, PROGRESS, RESULTS, BenchCase, BenchJob, MeasuredRun
 
 TOGETHER_BYTES = 1 << 31
 """Table weights a rank holds at once; plans that take turns are all in memory."""
@@ -60,6 +60,7 @@ def _peaks(
     gathered: list[int] = [0] * dist.get_world_size()
     dist.all_gather_object(gathered, mine)
     gc.collect()
+    _advance(job, 1)
     return tuple(gathered)
 
 
@@ -91,9 +92,16 @@ def _measure(
             )
             for offset, time in enumerate(times)
         ]
+        _advance(job, len(runs))
         del runs
         gc.collect()
     return measured
+
+
+def _advance(job: BenchJob, measurements: int) -> None:
+    if dist.get_rank() == 0:
+        with (job.output / PROGRESS).open("ab") as file:
+            file.write(b"." * measurements)
 
 
 def _in_turns(

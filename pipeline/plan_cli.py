@@ -257,9 +257,9 @@ def bench_plan(  # noqa: PLR0913 # every option of a command is a parameter
     overrides: SetOption = None,
 ) -> None:
     """Run plans for real: measured beside predicted; or calibrate the predictions."""
-    from rich.console import Console
-
+    from embedding.errors import UserError
     from pipeline.cluster import RaySession
+    from pipeline.console import Reporter
     from pipeline.plan import gpu_name, present_shape
     from pipeline.plan_bench import BenchEffort
     from pipeline.plan_bench_command import (
@@ -273,17 +273,21 @@ def bench_plan(  # noqa: PLR0913 # every option of a command is a parameter
     from pipeline.plan_request import RequestChanges
 
     loaded = _load(recipe, overrides)
-    console = Console(highlight=False)
+    reporter = Reporter()
     sizes = ranks or [loaded.cluster.num_workers]
+    if len(sizes) > 1 and calibrate_to is None:
+        raise UserError(
+            "--ranks may be repeated with --calibrate only; run the bench once for each"
+        )
     cluster = loaded.cluster.model_copy(update={"num_workers": max(sizes)})
     with RaySession(cluster) as session:
         session.start()
         present = present_shape(cluster)
         if calibrate_to is not None:
             name = gpu_name(cluster)
-            made = calibrate(present, sizes, cluster, name, quick=quick, report=console.print)
+            made = calibrate(present, sizes, cluster, name, quick=quick, reporter=reporter)
             calibrate_to.write_text(made.model_dump_json(indent=2))
-            console.print(f"calibration {calibrate_to}")
+            reporter.line(f"calibration {calibrate_to}")
             return
         options = BenchOptions(
             plans=tuple(plans or ()),
@@ -298,10 +302,13 @@ def bench_plan(  # noqa: PLR0913 # every option of a command is a parameter
         shape = bench_shape(present, sizes[0])
         case = recipe_case(loaded, shape, options)
         effort = BenchEffort(rounds=5 if quick else 9, memory_steps=3 if memory else 0)
-        report = bench([case], shape, cluster, effort, calibration)
-    console.print(comparison_table(report))
+        reporter.line(f"{shape.name}: {len(case.plans)} plans of {case.name}")
+        with reporter.stage("bench", unit="plans"):
+            report = bench([case], shape, cluster, effort, calibration, reporter.advance)
+    reporter.console.print(comparison_table(report))
     if json_file is not None:
         json_file.write_text(report.model_dump_json(indent=2))
+        reporter.line(f"report {json_file}")
 
 
 def _load(recipe: str, overrides: list[str] | None) -> "Recipe":

@@ -190,6 +190,9 @@ def test_prices_decide_where_they_are_given() -> None:
     dear = point_of("h200:4", 5e6, price_per_hour=90.0, cost_per_billion_rows=5.0)
     assert choose((dear, cheap), Target(rows_per_s=1e6)) == cheap
     assert choose((dear, cheap), Target()) == cheap
+    said = answer_of((dear, cheap), cheap, Target(rows_per_s=1e6))
+    assert "h100:8 is the cheapest cluster" in said
+    assert "A billion rows cost 0.60" in said
 
 
 def test_a_cluster_without_room_is_no_recommendation_while_another_has_some() -> None:

@@ -45,8 +45,9 @@ def answer_of(points: Sequence[CapacityPoint], chosen: CapacityPoint | None, tar
     if chosen is None:
         return _no_cluster(points, target)
     needed = target.needed_rows_per_s
+    kind = "smallest" if chosen.price_per_hour is None else "cheapest"
     lead = (
-        f"{chosen.topology} is the smallest cluster that reaches {human(needed)} rows/s"
+        f"{chosen.topology} is the {kind} cluster that reaches {human(needed)} rows/s"
         if needed is not None
         else f"{chosen.topology} trains the cheapest rows"
     )

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from embedding.calibration import constants_for, read_calibration
 from embedding.cluster_shape import ClusterShape, parse_shape
 from embedding.errors import UserError
+from embedding.traffic import read_traffic
 from pipeline.capacity_types import CapacityRequest, DenseCost, Target
 from pipeline.config import Recipe
 from pipeline.recipe import nearest_name
@@ -38,7 +40,8 @@ def sweep_request(recipe: Recipe, options: SweepOptions) -> CapacityRequest:
     """A request of the recipe's tables and these options.
 
     Raises:
-        UserError: A topology or price is none, or a factor is not positive.
+        UserError: A topology or price is none, a factor is not positive, or a file is missing,
+            stale or of another machine.
     """
     shapes = tuple(shape for text in options.topologies for shape in expand(text))
     priced = _with_prices(shapes, options.prices)
@@ -50,6 +53,7 @@ def sweep_request(recipe: Recipe, options: SweepOptions) -> CapacityRequest:
             cpu_seconds_per_row=options.dense_flops_per_row / 5e10,
             precision=recipe.ranking.trainer.precision,
         )
+    _check_files(options, shapes)
     try:
         return CapacityRequest(
             recipe=recipe,
@@ -72,6 +76,21 @@ def sweep_request(recipe: Recipe, options: SweepOptions) -> CapacityRequest:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise UserError(f"capacity: {where}: {first['msg']}; got {first['input']!r}") from error
+
+
+def _check_files(options: SweepOptions, shapes: tuple[ClusterShape, ...]) -> None:
+    """Before anything is started: a file of another machine or version ends the study."""
+    if options.traffic is not None:
+        read_traffic(options.traffic)
+    by_machine = {shape.machine.name: shape for shape in shapes}
+    for path in options.calibrations:
+        machine = read_calibration(path).machine
+        if machine not in by_machine:
+            raise UserError(
+                f"calibration {path} is of {machine!r}, which no topology of the sweep has "
+                f"({', '.join(sorted(by_machine))}); leave it out"
+            )
+        constants_for(by_machine[machine], path)
 
 
 def expand(text: str) -> Iterator[ClusterShape]:

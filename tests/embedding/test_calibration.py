@@ -93,3 +93,6 @@ def test_a_missing_or_foreign_file_is_refused(tmp_path: Path) -> None:
     path.write_text('{"schema_version": 9}')
     with pytest.raises(UserError, match="no calibration of this version"):
         constants_for(parse_shape("cpu:2"), path)
+    path = written(tmp_path, calibration(fits=()))
+    with pytest.raises(UserError, match="no calibration of this version"):
+        constants_for(parse_shape("cpu:2"), path)

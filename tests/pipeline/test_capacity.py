@@ -28,6 +28,7 @@ from pipeline.capacity_types import (
 )
 from pipeline.plan_request import plan_request
 from pipeline.recipe import load_recipe
+from tests.embedding.test_calibration import calibration
 
 MIB = 1 << 20
 DENSE = DenseCost(flops_per_row=2e6, parameters=10**6, cpu_seconds_per_row=1e-4, precision="fp32")
@@ -189,6 +190,9 @@ def test_prices_decide_where_they_are_given() -> None:
     dear = point_of("h200:4", 5e6, price_per_hour=90.0, cost_per_billion_rows=5.0)
     assert choose((dear, cheap), Target(rows_per_s=1e6)) == cheap
     assert choose((dear, cheap), Target()) == cheap
+    said = answer_of((dear, cheap), cheap, Target(rows_per_s=1e6))
+    assert "h100:8 is the cheapest cluster" in said
+    assert "A billion rows cost 0.60" in said
 
 
 def test_a_cluster_without_room_is_no_recommendation_while_another_has_some() -> None:
@@ -234,12 +238,31 @@ def test_ranges_double() -> None:
         (SweepOptions(("h200:8",), prices=("h200",)), "write it as h200=80"),
         (SweepOptions(("h200:8",), prices=("h200=-1",)), "write it as h200=80"),
         (SweepOptions(("h200:8",), prices=("h20=3",)), "did you mean 'h200'"),
+        (SweepOptions(("h200:8",), calibrations=(Path("none.json"),)), "none.json does not exist"),
+        (SweepOptions(("h200:8",), traffic=Path("none.json")), "none.json does not exist"),
         (SweepOptions(("h200:8",), growth=(0.0,)), "growth.0: Input should be greater than 0"),
     ],
 )
 def test_what_cannot_be_swept_is_said(options: SweepOptions, message: str) -> None:
     with pytest.raises(UserError, match=message):
         sweep_request(load_recipe("demo"), options)
+
+
+@pytest.mark.parametrize(
+    ("machine", "versions", "message"),
+    [
+        ("cpu", {}, "is of 'cpu', which no topology of the sweep has .h200."),
+        ("h200", {"torchrec": "0.1"}, "made with torchrec 0.1"),
+    ],
+)
+def test_a_calibration_that_does_not_hold_ends_the_study(
+    tmp_path: Path, machine: str, versions: dict[str, str], message: str
+) -> None:
+    path = tmp_path / "calibration.json"
+    made = calibration(machine, versions=versions)
+    path.write_text(made.model_dump_json())
+    with pytest.raises(UserError, match=message):
+        sweep_request(load_recipe("demo"), SweepOptions(("h200:8",), calibrations=(path,)))
 
 
 def test_the_report_shows_every_cluster_and_the_chosen_one(tmp_path: Path) -> None:

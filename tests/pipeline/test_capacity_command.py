@@ -40,9 +40,3 @@ def test_a_small_sweep_is_answered(tmp_path: Path, capsys: pytest.CaptureFixture
     shown = " ".join(capsys.readouterr().out.split())
     assert answer.answer in shown
     assert answer.answer.split(".")[0] in report.read_text()
-
-    assert main([*command, "--rows-per-s", "1e15"]) == 1
-    assert "No cluster of the sweep reaches" in capsys.readouterr().out
-    missing = [*command, "--calibration", str(tmp_path / "none.json")]
-    assert main(missing) == 2
-    assert "none.json does not exist" in capsys.readouterr().err

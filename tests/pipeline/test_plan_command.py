@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from deploy.app import main
-from embedding.calibration import Calibration, installed_versions
+from embedding.calibration import installed_versions
 from embedding.plan_description import PlanDescription, read_plan
 from pipeline.recipe import load_recipe
+from tests.embedding.test_calibration import calibration
 
 Plan = Callable[..., PlanDescription]
 
@@ -148,14 +149,7 @@ def test_a_calibration_of_another_version_is_refused(
 ) -> None:
     path = tmp_path / "calibration.json"
     versions = installed_versions() | {"torchrec": "0.1"}
-    made = Calibration(
-        machine="h200",
-        device_name="NVIDIA H200",
-        cores=1,
-        versions=versions,
-        created_at="2024-01-01",
-        fits=(),
-    )
+    made = calibration("h200", device_name="NVIDIA H200", versions=versions)
     path.write_text(made.model_dump_json())
     sentence = refused(capsys, "--topology", "h200:8", "--calibration", str(path))
     assert "made with torchrec 0.1" in sentence

@@ -22,7 +22,7 @@ from pipeline.days import Split, available_days, catalogue_files, day_files, fin
 from pipeline.evaluate import evaluate
 from pipeline.gate import gate
 from pipeline.ingest import check_span, ingest
-from pipeline.join import join
+from pipeline.join import FORMAT, join
 from pipeline.plan import plan
 from pipeline.stages import StageOutput, StageRecord, StageSpec, execute
 from pipeline.synthetic import generate
@@ -354,7 +354,7 @@ def samples_config(recipe: Recipe) -> dict[str, Any]:
         part: [{key: v for key, v in feature.items() if key not in modelled} for feature in group]
         for part, group in features.items()
     }
-    return {"features": columns, "tasks": _tasks(recipe)}
+    return {"format": FORMAT, "features": columns, "tasks": _tasks(recipe)}
 
 
 def _tasks(recipe: Recipe) -> list[str]:

@@ -119,6 +119,7 @@ def test_summary_and_report_are_there(day: Day) -> None:
     assert summary.eval["click"].num_rows == 90
     page = (directory / "report.html").read_text()
     assert summary.run_id in page
+    assert re.search(r"<td>category</td><td>hashed</td><td class=\"n\">\d+", page), "ids by table"
     assert re.findall(r"(?:src|href)=\"(?!#)", page) == [], "the page stands alone"
 
 

@@ -28,7 +28,7 @@ class Command:
         self.out = out
         self.publish = publish
         self.reporter = Reporter()
-        self.session = RaySession(recipe.cluster)
+        self.session = RaySession(recipe.cluster, say=self.reporter.line)
 
     def __enter__(self) -> Self:
         ensure_data(self.recipe, self.reporter)

@@ -119,6 +119,9 @@ class ClusterConfig(StrictConfig):
     use_gpu: bool = False
     max_failures: NonNegativeInt = 2
     """Restarts of the worker group from the last checkpoint before the stage fails."""
+    autoscale_timeout_s: PositiveFloat | None = None
+    """Where an autoscaler adds nodes: ask it for those that are lacking and wait so long for them.
+    None: the cluster must be large enough when the run begins."""
 
 
 class EvaluationConfig(StrictConfig):

@@ -11,6 +11,8 @@ import pytest
 import ray
 import yaml
 
+from pipeline.recipe import load_recipe
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -21,6 +23,23 @@ def test_cluster_file_is_valid_for_the_ray_cluster_launcher() -> None:
     jsonschema.validate(config, schema)
 
     assert config["head_node_type"] in config["available_node_types"]
+
+
+def test_shared_storage_has_one_path_and_a_node_without_it_does_not_start() -> None:
+    cluster = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())
+    recipe = load_recipe("cluster")
+
+    assert recipe.data.root.is_relative_to("/mnt/braid")
+    assert recipe.cluster.autoscale_timeout_s is not None, "the head alone has no CPU"
+    (check,) = [line for line in cluster["setup_commands"] if line.startswith("mountpoint")]
+    done = subprocess.run(
+        ["bash", "-c", check.replace("/mnt/braid", "/nothing/mounted")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "fill in the mount line" in done.stderr
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
-from pydantic import PositiveInt, ValidationError
+from pydantic import Field, PositiveInt, ValidationError
 
 from embedding.cluster_shape import ClusterShape
 from embedding.config import StrictConfig
@@ -59,7 +59,7 @@ class Calibration(StrictConfig):
     cores: int
     versions: dict[str, str]
     created_at: str
-    fits: tuple[RanksFit, ...]
+    fits: tuple[RanksFit, ...] = Field(min_length=1)
 
 
 def installed_versions() -> dict[str, str]:

@@ -75,7 +75,8 @@ def find_machine(name: str) -> Machine:
     known = {machine.name: machine for machine in MACHINES}
     if name in known:
         return known[name]
-    nearest = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.4)
+    begun = [other for other in known if other.startswith(name.lower())]
+    nearest = begun or difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.4)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
     raise UserError(
         f"topology: there is no device {name!r}{hint}; known are {', '.join(known)}, or give a "

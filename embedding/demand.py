@@ -260,12 +260,15 @@ def _count_output(c: _Context, demand: Demand) -> None:
 
 
 def _put_exchange(c: _Context, demand: Demand, exchange: str, inter: str) -> None:
-    """All-to-all: the owner sends all vectors, everyone receives its own; half the time each."""
+    """All-to-all: the owner sends all vectors, everyone receives its own; half the time each.
+
+    What the owner sends to itself crosses no link, which is taken off its own side.
+    """
     others = c.world - 1
     _put(
         demand.owner,
         **{
-            exchange: 0.5 * others * c.wire_bytes,
+            exchange: 0.5 * (others - 1) * c.wire_bytes,
             inter: 0.5 * (c.world - c.local) * c.wire_bytes,
         },
     )
@@ -273,7 +276,7 @@ def _put_exchange(c: _Context, demand: Demand, exchange: str, inter: str) -> Non
     _put(
         demand.everyone,
         **{
-            exchange: 0.5 * others / c.world * received,
+            exchange: 0.5 * received,
             inter: 0.5 * c.far_share() * received,
         },
     )

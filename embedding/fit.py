@@ -82,11 +82,13 @@ def fit_constants(
             measured_R = np.array(
                 [sum(plan.phase_s.get(part, 0.0) for part in TIMED_PARTS[name]) for plan in plans]
             )
-            if not measured_R.any():
+            # A plan without exchanges may spend nothing in a phase.
+            spent_R = measured_R > 0
+            if not spent_R.any():
                 continue
             slowest_RK = np.array([_slowest(p, inside, constants_K, cores) for p in plans])
             constants_K[inside] = _fit_phase(
-                slowest_RK, measured_R, prior_K[inside], weight_K[inside]
+                slowest_RK[spent_R], measured_R[spent_R], prior_K[inside], weight_K[inside]
             )
     return _fit_step(plans, constants_K, sheet, source)
 
@@ -140,6 +142,12 @@ def _fit_phase(
         robust_R = 1 / np.maximum(errors_R, _ROBUST_ERROR) * _ROBUST_ERROR
     fitted_K: np.ndarray = x_K * unit_K
     return fitted_K
+
+
+def fit_linear(counts_RK: np.ndarray, measured_R: np.ndarray) -> np.ndarray:
+    """Non-negative constants of a robust fit of relative errors, nothing known before."""
+    nothing_K = np.zeros(counts_RK.shape[1])
+    return _fit_phase(counts_RK, measured_R, nothing_K, nothing_K)
 
 
 def nonnegative_least_squares(

@@ -50,10 +50,7 @@ class Layout:
 
     def fits(self) -> bool:
         """Whether every rank and every host has the memory."""
-        return bool(
-            (self.device_bytes_W <= self.model.device_capacity).all()
-            and (self.host_bytes_H <= self.model.host_capacity).all()
-        )
+        return self._within(self.device_bytes_W, self.host_bytes_H)
 
     def add(self, table: str, placed: Placed) -> None:
         """Place a table that is not placed."""
@@ -69,13 +66,19 @@ class Layout:
     def best_targets(self, table: str, choice: Choice) -> tuple[int, ...] | None:
         """Where the units of a choice do least harm; None if a unit fits nowhere."""
         priced = self.model.price(table, choice)
+        # Buffers are on every rank, also on those that get no unit.
+        if self.device_bytes_W.max() + priced.everyone_bytes > self.model.device_capacity:
+            return None
         match choice.domain:
             case "all":
                 return (0,) if self._fits_everywhere(priced) else None
             case "host":
-                return self._best_hosts(priced)
+                targets = self._best_hosts(priced)
             case "rank":
-                return self._best_ranks(priced)
+                targets = self._best_ranks(priced)
+        if targets is None or len(targets) == 1 or self._holds(priced, targets):
+            return targets
+        return None
 
     def cost_with(self, table: str, placed: Placed) -> float:
         """The cost if the table were added."""
@@ -89,16 +92,13 @@ class Layout:
 
     def _change(self, table: str, placed: Placed, sign: float) -> None:
         priced = self.model.price(table, placed.choice)
-        per_host = self.model.shape.ranks_per_host
         self.seconds_PW += sign * priced.everyone_s[:, None]
         self.device_bytes_W += sign * priced.everyone_bytes
         for target in placed.targets:
             owners = self.model.owners(placed.choice, target)
             self.seconds_PW[:, owners] += sign * priced.owner_s[:, None]
             self.device_bytes_W[owners] += sign * priced.owner_bytes
-            if priced.owner_host_bytes:
-                ranks = np.arange(owners.start, owners.stop)
-                np.add.at(self.host_bytes_H, ranks // per_host, sign * priced.owner_host_bytes)
+            self._add_host_bytes(self.host_bytes_H, owners, sign * priced.owner_host_bytes)
         key = self.model.group_of(table, placed.choice)
         if self.groups[key] == (0 if sign > 0 else 1):
             self.groups_s += sign * self.model.group_price(key)
@@ -109,6 +109,27 @@ class Layout:
         per_host = self.model.shape.ranks_per_host
         host = self.host_bytes_H.max() + priced.owner_host_bytes * per_host
         return bool(device <= self.model.device_capacity and host <= self.model.host_capacity)
+
+    def _holds(self, priced: Priced, targets: tuple[int, ...]) -> bool:
+        """Whether all units of a table fit at once: several may share a rank, or a host."""
+        device_W, host_H = self.device_bytes_W + priced.everyone_bytes, self.host_bytes_H.copy()
+        for target in targets:
+            owners = self.model.owners(priced.choice, target)
+            device_W[owners] += priced.owner_bytes
+            self._add_host_bytes(host_H, owners, priced.owner_host_bytes)
+        return self._within(device_W, host_H)
+
+    def _within(self, device_W: np.ndarray, host_H: np.ndarray) -> bool:
+        return bool(
+            device_W.max() <= self.model.device_capacity
+            and host_H.max() <= self.model.host_capacity
+        )
+
+    def _add_host_bytes(self, host_H: np.ndarray, owners: slice, num_bytes: float) -> None:
+        """`num_bytes` for each of the ranks, on their hosts."""
+        if num_bytes:
+            ranks = np.arange(owners.start, owners.stop)
+            np.add.at(host_H, ranks // self.model.shape.ranks_per_host, num_bytes)
 
     def _room(self, priced: Priced) -> np.ndarray:
         """Ranks on which one unit fits."""

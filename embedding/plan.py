@@ -1,5 +1,6 @@
 """From plain plans to TorchRec's and back; and TorchRec's own planner, to compare with."""
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -24,7 +25,6 @@ from embedding.config import (
     ColumnWise,
     FeatureSchema,
     Grid,
-    ManagedCollision,
     TableColumnWise,
     TableConfig,
 )
@@ -33,12 +33,13 @@ from embedding.errors import UserError
 from embedding.limits import ELEMENT_BYTES
 from embedding.managed_collision import set_num_buckets
 from embedding.plan_description import PlanDescription, ShardPlacement, TablePlan
+from embedding.workload import TableLoad
 
 
 def torchrec_plan(
     model: nn.Module,
     sharders: list[ModuleSharder[nn.Module]],
-    schema: FeatureSchema,
+    loads: Sequence[TableLoad],
     topology: Topology,
     batch_size_per_rank: int,
 ) -> ShardingPlan:
@@ -54,7 +55,7 @@ def torchrec_plan(
     planner = EmbeddingShardingPlanner(
         topology=topology,
         batch_size=batch_size_per_rank,
-        constraints={table.name: constraints(table) for table in schema.tables},
+        constraints={load.name: constraints(load) for load in loads},
         storage_reservation=FixedPercentageStorageReservation(percentage=RESERVED_SHARE),
         stats=[NoopEmbeddingStats()],
         debug=False,
@@ -68,22 +69,27 @@ def torchrec_plan(
         ) from error
 
 
-def constraints(table: TableConfig) -> ParameterConstraints:
-    """The planner's limits for one table."""
-    if isinstance(table.ids, ManagedCollision):
-        return ParameterConstraints(sharding_types=[ShardingType.ROW_WISE.value])
+def constraints(load: TableLoad) -> ParameterConstraints:
+    """The planner's limits for one table, and the mean lengths of its features."""
+    table, pooling = load.table, list(load.ids_per_sample)
+    if load.managed:
+        return ParameterConstraints(
+            sharding_types=[ShardingType.ROW_WISE.value], pooling_factors=pooling
+        )
     if table.sharding is None:
-        return ParameterConstraints()
+        return ParameterConstraints(pooling_factors=pooling)
     kinds = [
         ShardingType.GRID_SHARD.value if table.sharding.kind == "grid" else table.sharding.kind
     ]
     match table.sharding:
         case ColumnWise(num_shards=n) | TableColumnWise(num_shards=n) | Grid(num_column_shards=n):
             return ParameterConstraints(
-                sharding_types=kinds, min_partition=table.embedding_dim // n
+                sharding_types=kinds,
+                min_partition=table.embedding_dim // n,
+                pooling_factors=pooling,
             )
         case _:
-            return ParameterConstraints(sharding_types=kinds)
+            return ParameterConstraints(sharding_types=kinds, pooling_factors=pooling)
 
 
 def describe_plan(

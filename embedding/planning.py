@@ -11,6 +11,7 @@ from embedding.config import FeatureSchema
 from embedding.cost import CostModel, Placed
 from embedding.demand import StepSettings
 from embedding.errors import UserError
+from embedding.id_distribution import DEFAULT_EXPONENT
 from embedding.plan_description import PlanDescription
 from embedding.prediction import describe, placement_of
 from embedding.search import Found, search
@@ -35,6 +36,8 @@ class PlanRequest:
     traffic: Traffic | None = None
     kernels: tuple[str, ...] = (FUSED, UVM, UVM_CACHING)
     """Kernels of sharded tables that may be used on CUDA."""
+    exponent: float = DEFAULT_EXPONENT
+    """Of Zipf's law, for tables without measured traffic."""
     pinned: PlanDescription | None = None
     """Tables of this plan stay where it puts them."""
     reserved_bytes: float | None = None
@@ -42,7 +45,7 @@ class PlanRequest:
 
     def loads(self) -> list[TableLoad]:
         """Lookups of every table."""
-        return table_loads(self.schema, self.traffic)
+        return table_loads(self.schema, self.traffic, self.exponent)
 
     def model(self) -> CostModel:
         """Prices on this cluster."""

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from embedding.choices import UVM, UVM_CACHING, choices_of
+from embedding.choices import UVM, UVM_CACHING, Choice, choices_of
+from embedding.cluster_shape import ClusterShape
 from embedding.config import RowWiseAdagrad, TableConfig
 from embedding.cost import CostModel, usage_of
 from embedding.errors import UserError
@@ -11,7 +12,7 @@ from embedding.limits import COLUMN_MULTIPLE
 from embedding.plan_description import PlanDescription
 from embedding.planning import PlanRequest
 from embedding.prediction import placement_of
-from embedding.proposers import smallest, total_bytes
+from embedding.proposers import Options, total_bytes
 from embedding.search import fits_somehow
 
 GIB = 1 << 30
@@ -32,7 +33,7 @@ def refusal(request: PlanRequest) -> UserError:
         "batch size fits them"
     )
     return UserError(
-        f"no sharding plan fits {request.shape.name}: {_shortage(request, model)}; {hint}"
+        f"no sharding plan fits {request.shape.name}: {shortage(request, model)}; {hint}"
     )
 
 
@@ -49,77 +50,78 @@ def _pinned_too_large(request: PlanRequest, pinned: PlanDescription, model: Cost
     )
 
 
-def _shortage(request: PlanRequest, model: CostModel) -> str:
+def shortage(request: PlanRequest, model: CostModel) -> str:
+    """What there is too little of, with tables and bytes."""
     options = {
         load.name: choices_of(load, request.shape, request.kernels) for load in model.loads.values()
     }
-    choices = smallest(options, model)
+    return _large_piece(model, options) or _too_little(request.shape, model, options)
+
+
+def _large_piece(model: CostModel, options: Options) -> str | None:
+    """A table whose smallest shard alone fits on no rank."""
     capacity = model.device_capacity
     pieces = {
         table: min(
             model.price(table, c).owner_bytes + model.price(table, c).everyone_bytes
-            for c in options[table]
+            for c in choices
         )
-        for table in options
+        for table, choices in options.items()
     }
     too_large = [table for table, piece in pieces.items() if piece > capacity]
-    if too_large:
-        worst = max(too_large, key=lambda table: pieces[table])
-        return (
-            f"{_names(too_large)}: the smallest piece of table {worst!r} needs "
-            f"{_gib(pieces[worst])} on one rank, which has {_gib(capacity)} for tables, "
-            f"{_gib(pieces[worst] - capacity)} short"
-        )
-    needed = {table: total_bytes(model, table, choice) for table, choice in choices.items()}
-    world = request.shape.world_size
-    short = sum(needed.values()) - capacity * world
-    largest = sorted(needed, key=lambda table: -needed[table])
-    if short > 0:
-        return (
-            f"the tables need {_gib(sum(needed.values()))} on {world} ranks that have "
-            f"{_gib(capacity * world)} for them, {_gib(short)} short; largest are {_names(largest)}"
-        )
-    host = _host_shortage(request, model)
-    if host is not None:
-        return host
-    return (
-        f"the tables need {_gib(sum(needed.values()))} of {_gib(capacity * world)}, but their "
-        f"pieces do not fill the ranks evenly; largest are {_names(largest)}"
-    )
-
-
-def _host_shortage(request: PlanRequest, model: CostModel) -> str | None:
-    offloaded = [
-        (load.name, min(
-            (model.price(load.name, c).owner_host_bytes * model.num_owners(c)
-             for c in choices_of(load, request.shape, request.kernels)
-             if c.kernel in (UVM, UVM_CACHING)),
-            default=0.0,
-        ))
-        for load in model.loads.values()
-    ]  # fmt: skip
-    needed = sum(size for _, size in offloaded)
-    room = model.host_capacity * request.shape.num_hosts
-    room += model.device_capacity * request.shape.world_size
-    if needed <= room:
+    if not too_large:
         return None
-    largest = sorted(offloaded, key=lambda entry: -entry[1])
+    worst = max(too_large, key=lambda table: pieces[table])
     return (
-        f"even with tables in host memory, {_gib(needed)} do not fit {_gib(room)} of device and "
-        f"host memory, {_gib(needed - room)} short; largest are "
-        f"{_names([name for name, _ in largest])}"
+        f"{_names(too_large)}: the smallest piece of table {worst!r} needs {_gib(pieces[worst])} "
+        f"on one rank, which has {_gib(capacity)} for tables, "
+        f"{_gib(pieces[worst] - capacity)} short"
     )
+
+
+def _too_little(shape: ClusterShape, model: CostModel, options: Options) -> str:
+    """All tables against all memory; where that suffices, they only fit unevenly."""
+    needed = {
+        table: min(_all_bytes(model, table, choice) for choice in choices)
+        for table, choices in options.items()
+    }
+    uses_host = any(
+        model.price(table, choice).owner_host_bytes
+        for table, choices in options.items()
+        for choice in choices
+    )
+    room = model.device_capacity * shape.world_size
+    where = _counted(shape.world_size, "rank")
+    if uses_host:
+        room += model.host_capacity * shape.num_hosts
+        where += f" and the memory of {_counted(shape.num_hosts, 'host')}"
+    largest = _names(sorted(needed, key=lambda table: -needed[table]))
+    total = sum(needed.values())
+    if total > room:
+        return (
+            f"the tables and their buffers need {_gib(total)} of {_gib(room)} that {where} have "
+            f"for them, {_gib(total - room)} short; largest are {largest}"
+        )
+    return (
+        f"the tables and their buffers need {_gib(total)} of {_gib(room)} that {where} have for "
+        f"them, and their pieces do not fill that evenly; largest are {largest}"
+    )
+
+
+def _all_bytes(model: CostModel, table: str, choice: Choice) -> float:
+    host = model.price(table, choice).owner_host_bytes * model.num_owners(choice)
+    return total_bytes(model, table, choice) + host
 
 
 def _remedies(request: PlanRequest) -> Iterator[str]:
     """Single changes that make it fit, the cheapest first."""
     if request.shape.machine.device == "cuda" and not {UVM, UVM_CACHING} & set(request.kernels):
         kernels = (*request.kernels, UVM_CACHING)
-        if _fits(replace(request, kernels=kernels)):
+        if fits(replace(request, kernels=kernels)):
             yield "allow fused_uvm_caching, which keeps cold rows in host memory"
     if request.settings.optimizer.kind not in ("row_wise_adagrad", "sgd"):
         settings = replace(request.settings, optimizer=RowWiseAdagrad())
-        if _fits(replace(request, settings=settings)):
+        if fits(replace(request, settings=settings)):
             kind = request.settings.optimizer.kind
             yield (
                 f"use embedding.optimizer row_wise_adagrad instead of {kind}: 4 bytes of state a "
@@ -129,17 +131,18 @@ def _remedies(request: PlanRequest) -> Iterator[str]:
     if batch is not None:
         yield f"use ranking.trainer.batch_size_per_rank={batch}"
     forced = [table.name for table in request.schema.tables if table.sharding is not None]
-    if forced and _fits(_unforced(request)):
+    if forced and fits(_unforced(request)):
         yield f"remove the forced sharding of {_names(forced)}"
-    hosts = _enough_hosts(request)
-    if hosts is not None:
-        yield f"use {request.shape.with_hosts(hosts).name}"
+    larger = _large_enough(request)
+    if larger is not None:
+        yield f"use {larger.name}"
     dims = _smaller_dims(request)
     if dims is not None:
         yield f"use a smaller embedding_dim: {dims}"
 
 
-def _fits(request: PlanRequest) -> bool:
+def fits(request: PlanRequest) -> bool:
+    """Whether some plan of the request fits; no plan is searched for."""
     try:
         model = request.model()
         options = {
@@ -160,29 +163,38 @@ def _unforced(request: PlanRequest) -> PlanRequest:
 def _smaller_batch(request: PlanRequest) -> int | None:
     batch = request.settings.batch_size_per_rank
     smallest_batch = replace(request, settings=replace(request.settings, batch_size_per_rank=1))
-    if not _fits(smallest_batch):
+    if not fits(smallest_batch):
         return None
     while batch > 1:
         batch //= 2
-        if _fits(replace(request, settings=replace(request.settings, batch_size_per_rank=batch))):
+        if fits(replace(request, settings=replace(request.settings, batch_size_per_rank=batch))):
             return batch
     return None
 
 
-def _enough_hosts(request: PlanRequest) -> int | None:
-    """The smallest number of such hosts that fits; None if even very many do not."""
-    low = high = request.shape.num_hosts
-    while not _fits(replace(request, shape=request.shape.with_hosts(high))):
+def _large_enough(request: PlanRequest) -> ClusterShape | None:
+    """The smallest larger cluster of such hosts that fits: full hosts first, then more of them."""
+    shape = request.shape
+    full = shape.machine.ranks_per_host
+    if shape.num_hosts == 1 and shape.machine.device == "cuda":
+        ranks = shape.ranks_per_host
+        while ranks < full:
+            ranks = min(2 * ranks, full)
+            shape = shape.model_copy(update={"ranks_per_host": ranks})
+            if fits(replace(request, shape=shape)):
+                return shape
+    low = high = shape.num_hosts
+    while not fits(replace(request, shape=shape.with_hosts(high))):
         low, high = high, 2 * high
         if high > _MAX_HOSTS:
             return None
     while high - low > 1:
         middle = (low + high) // 2
-        if _fits(replace(request, shape=request.shape.with_hosts(middle))):
+        if fits(replace(request, shape=shape.with_hosts(middle))):
             high = middle
         else:
             low = middle
-    return high
+    return shape.with_hosts(high)
 
 
 def _smaller_dims(request: PlanRequest) -> str | None:
@@ -197,7 +209,7 @@ def _smaller_dims(request: PlanRequest) -> str | None:
         dim = largest.embedding_dim // 2 // COLUMN_MULTIPLE * COLUMN_MULTIPLE
         tables[largest.name] = largest.model_copy(update={"embedding_dim": dim})
         halved[largest.name] = dim
-        if _fits(_with_tables(request, tuple(tables.values()))):
+        if fits(_with_tables(request, tuple(tables.values()))):
             named = [f"{name} {dim}" for name, dim in list(halved.items())[:_NAMED]]
             more = f" and {len(halved) - _NAMED} more" if len(halved) > _NAMED else ""
             return ", ".join(named) + more
@@ -212,6 +224,10 @@ def _names(tables: list[str]) -> str:
     shown = ", ".join(repr(table) for table in tables[:_NAMED])
     rest = len(tables) - _NAMED
     return shown + (f" and {rest} more" if rest > 0 else "")
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number != 1 else ''}"
 
 
 def _gib(num_bytes: float) -> str:

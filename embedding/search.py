@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from embedding.choices import Choice
+from embedding.choices import UVM, UVM_CACHING, Choice
 from embedding.cost import CostModel, Placed
 from embedding.layout import Layout, layout_of
 from embedding.proposers import (
@@ -233,8 +233,29 @@ def _all_layouts(base: Layout, options: Options) -> Iterator[Layout]:
 
 def fits_somehow(model: CostModel, options: Options) -> bool:
     """Whether any placement is found that fits; much faster than the search."""
-    base = Layout(model)
+    base, options = Layout(model), _without_caches(options)
     if _place(base, options, smallest(options, model)) is not None:
         return True
     proposals = itertools.chain(dynamic_programming(options, model), uniform(options, model))
     return any(_place(base, options, proposal) is not None for proposal in proposals)
+
+
+def _without_caches(options: Options) -> dict[str, list[Choice]]:
+    """Host memory without a cache needs no more of any memory than with one."""
+    return {
+        table: [
+            choice
+            for choice in choices
+            if choice.kernel != UVM_CACHING
+            or Choice(choice.sharding, UVM, choice.column_shards) not in choices
+        ]
+        for table, choices in options.items()
+    }
+
+
+def layout_of_proposal(
+    model: CostModel, options: Options, proposal: Proposal
+) -> dict[str, Placed] | None:
+    """A proposal placed without further search; None if it does not fit."""
+    layout = _place(Layout(model), options, proposal)
+    return None if layout is None else {table: layout.placement[table] for table in model.loads}

@@ -6,6 +6,7 @@ leaves nothing half-visible and the next run finds either the whole artifact or 
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,47 +69,109 @@ def writing(directory: Path, identity: str) -> Iterator[Path]:
 
     Call `publish` inside the block to make the artifact visible. What a killed process left in the
     scratch directory is removed first, except a `resume/` folder written for the same `identity`:
-    it is the stage's own (training keeps its checkpoints there) and outlives failures.
+    it is the stage's own (training keeps its checkpoints there) and outlives failures. Work of
+    another identity is set aside (`abandoned`).
     """
-    scratch = directory.parent / f".{directory.name}.partial"
+    scratch = _beside(directory, "partial")
     resume = scratch / RESUME
+    marker = resume / "identity"
     if scratch.exists():
-        marker = resume / "identity"
-        resumable = marker.exists() and marker.read_text() == identity
-        for entry in scratch.iterdir():
-            if entry != resume or not resumable:
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        if _has_work(resume) and marker.read_text() != identity:
+            shutil.rmtree(_beside(directory, "abandoned"), ignore_errors=True)
+            scratch.rename(_beside(directory, "abandoned"))
+        else:
+            for entry in scratch.iterdir():
+                if entry != resume:
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     resume.mkdir(parents=True, exist_ok=True)
-    (resume / "identity").write_text(identity)
+    marker.write_text(identity)
     try:
         yield scratch
     except BaseException:
-        if [entry.name for entry in resume.iterdir()] == ["identity"]:
+        if scratch.exists() and not _has_work(resume):
             shutil.rmtree(scratch, ignore_errors=True)
         raise
 
 
+def abandoned(directory: Path, identity: str) -> Path | None:
+    """Where `writing` would set aside unfinished work that another identity left; None: nowhere."""
+    resume = _beside(directory, "partial") / RESUME
+    if not _has_work(resume) or (resume / "identity").read_text() == identity:
+        return None
+    return _beside(directory, "abandoned")
+
+
 def publish(scratch: Path, directory: Path, manifest: Manifest) -> Manifest:
-    """Checksum the files of `scratch`, write the manifest last, and rename to `directory`."""
-    shutil.rmtree(scratch / RESUME, ignore_errors=True)
+    """Checksum the files of `scratch`, write the manifest last, and rename to `directory`.
+
+    A process that dies on the way loses nothing: without the manifest the stage resumes, with it
+    `finish_interrupted` completes the renaming.
+    """
     checksums = {
         str(path.relative_to(scratch)): _sha256(path)
         for path in sorted(scratch.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        if path.is_file() and path.relative_to(scratch).parts[0] not in (RESUME, MANIFEST)
     }
     finished = manifest.model_copy(
         update={"checksums": checksums, "created_at": datetime.now(UTC).isoformat()}
     )
-    (scratch / MANIFEST).write_text(finished.model_dump_json(indent=2))
+    write_durably(scratch / MANIFEST, finished.model_dump_json(indent=2))
+    _reveal(scratch, directory)
+    return finished
+
+
+def finish_interrupted(directory: Path) -> None:
+    """Complete what a process that died inside `publish` had begun."""
+    scratch, outdated = _beside(directory, "partial"), _beside(directory, "outdated")
+    if (scratch / MANIFEST).exists():
+        _reveal(scratch, directory)
+    elif outdated.exists() and not directory.exists():
+        outdated.rename(directory)
+    elif (directory / RESUME).exists():
+        shutil.rmtree(directory / RESUME)
+
+
+def damaged_files(directory: Path, *, thorough: bool) -> list[str]:
+    """Files of a published artifact that are missing or, if `thorough`, have another checksum."""
+    manifest = read_manifest(directory)
+    if manifest is None:
+        return []
+    return [
+        name
+        for name, checksum in manifest.checksums.items()
+        if not (directory / name).is_file() or (thorough and _sha256(directory / name) != checksum)
+    ]
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replace a file in one move, on disk before the call returns."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def _reveal(scratch: Path, directory: Path) -> None:
+    outdated = _beside(directory, "outdated")
     if directory.exists():
-        outdated = directory.parent / f".{directory.name}.outdated"
         shutil.rmtree(outdated, ignore_errors=True)
         directory.rename(outdated)
-        scratch.rename(directory)
-        shutil.rmtree(outdated)
-    else:
-        scratch.rename(directory)
-    return finished
+    scratch.rename(directory)
+    shutil.rmtree(directory / RESUME, ignore_errors=True)
+    shutil.rmtree(outdated, ignore_errors=True)
+
+
+def _has_work(resume: Path) -> bool:
+    return resume.exists() and any(entry.name != "identity" for entry in resume.iterdir())
+
+
+def _beside(directory: Path, what: str) -> Path:
+    return directory.parent / f".{directory.name}.{what}"
 
 
 def _sha256(path: Path) -> str:

@@ -101,6 +101,31 @@ def calibration(curves: Mapping[str, Curve]) -> str:
         return _svg(figure)
 
 
+def scatter(
+    groups: Mapping[str, Sequence[tuple[float, float, str]]],
+    *,
+    front: Sequence[tuple[float, float]],
+    marked: tuple[float, float] | None,
+    x_label: str,
+    y_label: str,
+) -> str:
+    """Named points (x, y, label) on logarithmic axes; `front` is joined, `marked` is ringed."""
+    with _chart(5.2, 3.4) as (figure, axes):
+        axes.plot(*zip(*front, strict=True), color=_INK, linewidth=0.8, alpha=0.5)
+        for (name, points), color in zip(groups.items(), _cycle(len(groups)), strict=True):
+            axes.scatter([p[0] for p in points], [p[1] for p in points], color=color, label=name)
+            for x, y, label in points:
+                axes.annotate(label, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
+        if marked is not None:
+            axes.scatter(*marked, s=140, facecolors="none", edgecolors=_INK, linewidths=1.2)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.legend()
+        return _svg(figure)
+
+
 def _cycle(count: int) -> list[str]:
     return [_COLORS[index % len(_COLORS)] for index in range(count)]
 

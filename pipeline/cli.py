@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.data_cli import data_app
-from pipeline.plan_cli import bench_app, plan_command
+from pipeline.plan_cli import bench_app, capacity_command, plan_command, traffic_command
 
 if TYPE_CHECKING:
     from pipeline.command import Command
@@ -31,6 +31,8 @@ app.add_typer(models_app, name="models", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 app.command("plan")(plan_command)
+app.command("traffic")(traffic_command)
+app.command("capacity")(capacity_command)
 
 RecipeOption = Annotated[
     str, typer.Option("--recipe", "-r", help="Built-in recipe or path of a YAML file.")

@@ -12,7 +12,7 @@ from pipeline.cluster import RaySession
 from pipeline.config import Recipe
 from pipeline.console import Reporter, duration, human
 from pipeline.days import available_days, parse_day, split_days
-from pipeline.registry import promote
+from pipeline.registry import promote, promotions
 from pipeline.report import REPORT, write_report
 from pipeline.run import STAGES, DayRun, Publish, ensure_data
 from pipeline.status import RECIPE
@@ -41,7 +41,9 @@ class Command:
         """Run one stage and those before it that are not current."""
         if name not in STAGES:
             raise UserError(f"stage {name!r} does not exist; stages are {', '.join(STAGES)}")
-        self._day(date).execute(until=name)
+        run = self._day(date)
+        self._write_recipe(date)
+        run.execute(until=name)
 
     def run_day(self, date: str) -> bool:
         """Run one day and show its figures; whether the gate refused the model."""
@@ -87,22 +89,27 @@ class Command:
 
     def _run(self, date: str) -> Summary:
         day_run = self._day(date)
-        directory = self.out / date
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / RECIPE).write_text(
-            yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False)
-        )
+        directory = self._write_recipe(date)
         records = day_run.execute()
         complete = (directory / SUMMARY).exists() and (directory / REPORT).exists()
+        # A bundle rolled back on purpose stays rolled back.
+        if records[-1].name == "publish" and not promotions(self.out).ever_promoted(
+            records[-1].manifest.artifact_id
+        ):
+            promote(self.out, date)
         if complete and all(record.status == "current" for record in records):
             return Summary.model_validate_json((directory / SUMMARY).read_text())
-        # Promote what was published now; a bundle rolled back on purpose stays rolled back.
-        if records[-1].name == "publish" and records[-1].status == "ran":
-            promote(self.out, date)
         summary = summarize(directory, self.recipe.name, records)
         write_report(self.recipe, summary, directory)
         write_summary(summary, directory)
         return summary
+
+    def _write_recipe(self, date: str) -> Path:
+        directory = self.out / date
+        directory.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False)
+        (directory / RECIPE).write_text(text)
+        return directory
 
     def _refused(self, summary: Summary) -> bool:
         for reason in summary.gate["reasons"]:

@@ -1,6 +1,7 @@
 """The gate: what a model must show before it is published.
 
-Reads `evaluate/metrics.json` and production's metrics; writes `gate.json`.
+Reads `evaluate/metrics.json` and the metrics of the model it would replace, as that one was
+published with them (on the days after its own date); writes `gate.json`.
 """
 
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 from embedding.config import StrictConfig
 from pipeline.config import GateConfig, Recipe
 from pipeline.metrics_file import METRICS_FILE, read_metrics
-from pipeline.registry import production
+from pipeline.registry import PublishedModel
 from pipeline.stages import StageOutput
 from ranking.evaluation import TaskMetrics
 
@@ -23,7 +24,7 @@ class GateDecision(StrictConfig):
     reasons: tuple[str, ...]
     """One sentence per broken rule; empty when it passed."""
     compared_with: str | None
-    """Date of the production bundle it was compared with."""
+    """Date of the bundle it was compared with."""
 
 
 def decide(
@@ -53,15 +54,13 @@ def decide(
     return tuple(reasons)
 
 
-def gate(recipe: Recipe, evaluation: Path, out: Path, scratch: Path) -> StageOutput:
-    """Decide and write the decision."""
+def gate(
+    recipe: Recipe, evaluation: Path, current: PublishedModel | None, scratch: Path
+) -> StageOutput:
+    """Decide and write the decision; `current` is the model that would be replaced."""
     metrics = read_metrics(evaluation / METRICS_FILE)[recipe.gate.task]
-    current = production(out)
-    reference = (
-        None
-        if current is None
-        else read_metrics(current.evaluation / METRICS_FILE)[recipe.gate.task].auc
-    )
+    before = {} if current is None else read_metrics(current.directory / METRICS_FILE)
+    reference = before[recipe.gate.task].auc if recipe.gate.task in before else None
     reasons = decide(recipe.gate, metrics, reference)
     decision = GateDecision(
         passed=not reasons,

@@ -34,9 +34,6 @@ from pipeline.lookup import (
 )
 from pipeline.tasks import stream_tasks
 
-FORMAT = 2
-"""Of what join writes; samples of another format are joined again."""
-
 _ENTITY_KEYS: dict[Source, str] = {"items": "item_id", "users": "user_id"}
 
 

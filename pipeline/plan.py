@@ -96,6 +96,21 @@ def present_shape(cluster: ClusterConfig) -> ClusterShape:
     )
 
 
+def gpu_name(cluster: ClusterConfig) -> str | None:
+    """Name of the cluster's GPUs; None on CPU."""
+    if not cluster.use_gpu:
+        return None
+    name: str = ray.get(ray.remote(_gpu_name).options(num_gpus=1).remote())
+    return name
+
+
+def _gpu_name() -> str:
+    """Runs in a Ray worker that has a GPU."""
+    import torch
+
+    return torch.cuda.get_device_name()
+
+
 def _local_machine(use_gpu: bool) -> str:
     """Runs in a Ray worker: the machine it is on, as JSON."""
     import torch

@@ -92,6 +92,225 @@ def plan_command(  # noqa: PLR0913 # every option of a command is a parameter
         console.print(f"plan {json_file}")
 
 
+def traffic_command(
+    recipe: RecipeOption,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Output directory with joined days.")],
+    date: Annotated[
+        str | None, typer.Option("--date", "-d", help="Last day to read; all days by default.")
+    ] = None,
+    json_file: JsonOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """Measure how the tables are looked up, and what that says about their size."""
+    from rich.console import Console
+
+    from embedding.table_advice import table_facts
+    from pipeline.cluster import RaySession
+    from pipeline.console import Reporter
+    from pipeline.traffic import measure_traffic, sample_files
+    from pipeline.traffic_view import advice_lines, facts_table
+
+    loaded = _load(recipe, overrides)
+    files = sample_files(out, date)
+    reporter = Reporter()
+    with RaySession(loaded.cluster) as session:
+        session.start()
+        with reporter.stage("traffic"):
+            traffic = measure_traffic(loaded.features, files, reporter.advance)
+    facts = table_facts(loaded.features.tables, traffic)
+    console = Console(highlight=False)
+    console.print(facts_table(facts))
+    for line in advice_lines(facts):
+        console.print(line)
+    if json_file is not None:
+        json_file.write_text(traffic.model_dump_json(indent=2))
+        console.print(f"traffic {json_file}")
+
+
+def capacity_command(  # noqa: PLR0913 # every option of a command is a parameter
+    recipe: RecipeOption,
+    topologies: Annotated[
+        list[str],
+        typer.Option(
+            "--topology", "-t", help="A cluster, or a range that doubles: h200:1..16x8. Repeat."
+        ),
+    ],
+    batch_sizes: Annotated[
+        list[int] | None,
+        typer.Option("--batch-size-per-rank", min=1, help="Repeat. Default: the recipe's."),
+    ] = None,
+    growth: Annotated[
+        list[float] | None, typer.Option("--growth", help="Factor of all tables' rows. Repeat.")
+    ] = None,
+    dims: Annotated[
+        list[float] | None, typer.Option("--dims", help="Factor of all tables' dims. Repeat.")
+    ] = None,
+    rows_per_s: Annotated[
+        float | None, typer.Option("--rows-per-s", min=1, help="Throughput it must reach.")
+    ] = None,
+    rows_per_day: Annotated[
+        float | None, typer.Option("--rows-per-day", min=1, help="Rows of a daily retraining.")
+    ] = None,
+    window_hours: Annotated[
+        float, typer.Option("--window-hours", min=0.01, help="Time a retraining may take.")
+    ] = 4.0,
+    growth_per_day: Annotated[
+        float | None,
+        typer.Option("--growth-per-day", min=0, help="Share of rows gained a day: 0.002."),
+    ] = None,
+    traffic: TrafficOption = None,
+    calibrations: Annotated[
+        list[Path] | None, typer.Option("--calibration", help="Measured constants. Repeat.")
+    ] = None,
+    prices: Annotated[
+        list[str] | None, typer.Option("--price", help="Of a host and hour: h200=80. Repeat.")
+    ] = None,
+    dense_flops_per_row: Annotated[
+        float | None,
+        typer.Option("--dense-flops-per-row", min=0, help="Instead of counting the model's."),
+    ] = None,
+    json_file: JsonOption = None,
+    report: Annotated[Path | None, typer.Option("--report", help="Write an HTML report.")] = None,
+    overrides: SetOption = None,
+) -> None:
+    """How many of which machines the recipe needs, and what breaks first when tables grow."""
+    from rich.console import Console
+
+    from pipeline.capacity import run_capacity
+    from pipeline.capacity_report import points_table, write_capacity_report
+    from pipeline.capacity_sweep import SweepOptions, sweep_request
+    from pipeline.cluster import RaySession
+    from pipeline.console import Reporter
+
+    loaded = _load(recipe, overrides)
+    request = sweep_request(
+        loaded,
+        SweepOptions(
+            topologies=tuple(topologies),
+            batch_sizes=tuple(batch_sizes or ()),
+            growth=tuple(growth or (1.0,)),
+            dims=tuple(dims or (1.0,)),
+            rows_per_s=rows_per_s,
+            rows_per_day=rows_per_day,
+            window_hours=window_hours,
+            growth_per_day=growth_per_day,
+            traffic=traffic,
+            calibrations=tuple(calibrations or ()),
+            prices=tuple(prices or ()),
+            dense_flops_per_row=dense_flops_per_row,
+        ),
+    )
+    reporter = Reporter()
+    local = loaded.cluster.model_copy(update={"num_workers": 1, "use_gpu": False})
+    with RaySession(local) as session:
+        session.start()
+        with reporter.stage("capacity", unit="points"):
+            answer = run_capacity(request, reporter.advance)
+    console = Console(highlight=False)
+    console.print(f"[bold]{answer.answer}[/]")
+    console.print(points_table(answer))
+    if json_file is not None:
+        json_file.write_text(answer.model_dump_json(indent=2))
+    if report is not None:
+        write_capacity_report(answer, report)
+        console.print(f"report {report}")
+    raise typer.Exit(0 if answer.chosen is not None else 1)
+
+
+@bench_app.command("plan")
+def bench_plan(  # noqa: PLR0913 # every option of a command is a parameter
+    recipe: RecipeOption = "demo",
+    ranks: Annotated[
+        list[int] | None,
+        typer.Option("--ranks", min=1, help="Ranks to run on; the recipe's by default."),
+    ] = None,
+    plans: Annotated[
+        list[Path] | None, typer.Option("--plan", help="Run this plan file. May be repeated.")
+    ] = None,
+    exhaustive: Annotated[
+        bool, typer.Option("--exhaustive", help="Run every sensible plan of a small model.")
+    ] = False,
+    sampled: Annotated[
+        int, typer.Option("--sample", min=0, help="Run this many random plans as well.")
+    ] = 0,
+    skew: Annotated[
+        float | None, typer.Option("--skew", min=0, help="Zipf exponent of the ids; 0 is uniform.")
+    ] = None,
+    pooling: Annotated[
+        list[str] | None,
+        typer.Option("--pooling", help="Mean ids a sample: feature=12.5. May be repeated."),
+    ] = None,
+    batch_size_per_rank: Annotated[
+        int | None, typer.Option("--batch-size-per-rank", min=1, help="Default: the recipe's.")
+    ] = None,
+    traffic: TrafficOption = None,
+    calibration: CalibrationOption = None,
+    calibrate_to: Annotated[
+        Path | None,
+        typer.Option("--calibrate", help="Measure parts and sampled plans; write constants here."),
+    ] = None,
+    memory: Annotated[
+        bool, typer.Option("--memory/--no-memory", help="Take the peak memory of every plan.")
+    ] = True,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer plans and steps.")] = False,
+    json_file: JsonOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """Run plans for real: measured beside predicted; or calibrate the predictions."""
+    from embedding.errors import UserError
+    from pipeline.cluster import RaySession
+    from pipeline.console import Reporter
+    from pipeline.plan import gpu_name, present_shape
+    from pipeline.plan_bench import BenchEffort
+    from pipeline.plan_bench_command import (
+        BenchOptions,
+        bench,
+        bench_shape,
+        calibrate,
+        comparison_table,
+        recipe_case,
+    )
+    from pipeline.plan_request import RequestChanges
+
+    loaded = _load(recipe, overrides)
+    reporter = Reporter()
+    sizes = ranks or [loaded.cluster.num_workers]
+    if len(sizes) > 1 and calibrate_to is None:
+        raise UserError(
+            "--ranks may be repeated with --calibrate only; run the bench once for each"
+        )
+    cluster = loaded.cluster.model_copy(update={"num_workers": max(sizes)})
+    with RaySession(cluster) as session:
+        session.start()
+        present = present_shape(cluster)
+        if calibrate_to is not None:
+            name = gpu_name(cluster)
+            made = calibrate(present, sizes, cluster, name, quick=quick, reporter=reporter)
+            calibrate_to.write_text(made.model_dump_json(indent=2))
+            reporter.line(f"calibration {calibrate_to}")
+            return
+        options = BenchOptions(
+            plans=tuple(plans or ()),
+            exhaustive=exhaustive,
+            sampled=sampled,
+            exponent=skew,
+            pooling=tuple(pooling or ()),
+            changes=RequestChanges(
+                traffic=traffic, calibration=calibration, batch_size_per_rank=batch_size_per_rank
+            ),
+        )
+        shape = bench_shape(present, sizes[0])
+        case = recipe_case(loaded, shape, options)
+        effort = BenchEffort(rounds=5 if quick else 9, memory_steps=3 if memory else 0)
+        reporter.line(f"{shape.name}: {len(case.plans)} plans of {case.name}")
+        with reporter.stage("bench", unit="plans"):
+            report = bench([case], shape, cluster, effort, calibration, reporter.advance)
+    reporter.console.print(comparison_table(report))
+    if json_file is not None:
+        json_file.write_text(report.model_dump_json(indent=2))
+        reporter.line(f"report {json_file}")
+
+
 def _load(recipe: str, overrides: list[str] | None) -> "Recipe":
     from pipeline.recipe import load_recipe
 

@@ -108,7 +108,8 @@ def diff_table(before: PlanDescription, after: PlanDescription) -> RenderableTyp
     head = _difference(before, after)
     if not changed:
         return f"{head}No table is placed differently."
-    view = Table(box=SIMPLE, title=f"{head}{len(changed)} tables differ", title_justify="left")
+    number = "1 table differs" if len(changed) == 1 else f"{len(changed)} tables differ"
+    view = Table(box=SIMPLE, title=f"{head}{number}", title_justify="left")
     for column in ("table", "before", "after"):
         view.add_column(column)
     for name in changed:

@@ -1,72 +1,96 @@
 """Published bundles of an output directory, and which of them is in production.
 
-`DIR/production.json` holds the history of promotions, newest last; replacing that file is the
-commit point, so readers see the old bundle or the new one and nothing in between.
+DIR/<date>/publish/          the bundle of that date; a new run of the date replaces it
+DIR/models/<artifact id>/    every bundle that was ever promoted, with its metrics; never changed
+DIR/production.json          all promotions and rollbacks; replacing it is the commit point
 """
 
+import os
+import shutil
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 from embedding.config import StrictConfig
 from embedding.errors import UserError
-from pipeline.artifacts import Manifest, read_manifest
+from pipeline.artifacts import Manifest, read_manifest, write_durably
 
 PRODUCTION = "production.json"
+MODELS = "models"
 BUNDLE = "bundle"
 
 
 class Promotion(StrictConfig):
-    """One bundle put into production."""
+    """One change of what is in production."""
 
     date: str
     artifact_id: str
-    promoted_at: str
+    """Of the bundle: promoted, or, in a rollback, taken back."""
+    at: str
+    rollback: bool = False
 
 
 class Promotions(StrictConfig):
-    """All promotions, oldest first; version 1."""
+    """All changes, oldest first; version 2."""
 
-    schema_version: int = 1
+    schema_version: Literal[2] = 2
     history: tuple[Promotion, ...] = ()
+
+    @property
+    def in_force(self) -> list[Promotion]:
+        """Promotions that were not taken back; the last one is in production."""
+        stack: list[Promotion] = []
+        for change in self.history:
+            if change.rollback:
+                stack.pop()
+            else:
+                stack.append(change)
+        return stack
+
+    def ever_promoted(self, artifact_id: str) -> bool:
+        """Whether the bundle was in production at some time."""
+        return any(change.artifact_id == artifact_id for change in self.history)
 
 
 class PublishedModel(StrictConfig):
     """A published bundle."""
 
     date: str
-    bundle: Path
-    evaluation: Path
+    directory: Path
     manifest: Manifest
+
+    @property
+    def bundle(self) -> Path:
+        """What can be served."""
+        return self.directory / BUNDLE
 
 
 def published(out: Path) -> list[PublishedModel]:
-    """All published bundles, oldest date first."""
+    """The bundle of every date, oldest first."""
     models = []
     for path in sorted(out.glob("????-??-??/publish/manifest.json")):
         manifest = read_manifest(path.parent)
         assert manifest is not None
-        models.append(
-            PublishedModel(
-                date=path.parts[-3],
-                bundle=path.parent / BUNDLE,
-                evaluation=path.parents[1] / "evaluate",
-                manifest=manifest,
-            )
-        )
+        models.append(PublishedModel(date=path.parts[-3], directory=path.parent, manifest=manifest))
     return models
 
 
 def promotions(out: Path) -> Promotions:
-    """The promotions so far."""
+    """All changes so far."""
     path = out / PRODUCTION
     return Promotions.model_validate_json(path.read_text()) if path.exists() else Promotions()
 
 
 def production(out: Path) -> PublishedModel | None:
     """The model in production, or None."""
-    history = promotions(out).history
-    models = {model.date: model for model in published(out)}
-    return models.get(history[-1].date) if history else None
+    stack = promotions(out).in_force
+    return _kept(out, stack[-1]) if stack else None
+
+
+def production_before(out: Path, date: str) -> PublishedModel | None:
+    """The model in force of the latest date before `date`: what a model of `date` would replace."""
+    earlier = [change for change in promotions(out).in_force if change.date < date]
+    return _kept(out, earlier[-1]) if earlier else None
 
 
 def promote(out: Path, date: str) -> PublishedModel:
@@ -84,15 +108,16 @@ def promote(out: Path, date: str) -> PublishedModel:
         )
     model = models[date]
     past = promotions(out)
-    if past.history and past.history[-1].artifact_id == model.manifest.artifact_id:
-        return model
-    entry = Promotion(
-        date=date,
-        artifact_id=model.manifest.artifact_id,
-        promoted_at=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
-    _write(out, Promotions(history=(*past.history, entry)))
-    return model
+    identity = model.manifest.artifact_id
+    if not (past.in_force and past.in_force[-1].artifact_id == identity):
+        kept = out / MODELS / identity
+        if not kept.exists():
+            _link(model.directory, kept)
+        entry = Promotion(date=date, artifact_id=identity, at=_now())
+        _write(out, Promotions(history=(*past.history, entry)))
+    current = production(out)
+    assert current is not None
+    return current
 
 
 def rollback(out: Path) -> PublishedModel:
@@ -102,23 +127,42 @@ def rollback(out: Path) -> PublishedModel:
         UserError: There is no earlier promotion.
     """
     past = promotions(out)
-    if len(past.history) < 2:
+    stack = past.in_force
+    if len(stack) < 2:
         raise UserError(
-            f"{out} has {len(past.history)} promotion(s), so there is nothing to roll back to; "
+            f"{out} has {len(stack)} promotion(s), so there is nothing to roll back to; "
             "choose a bundle with `braid models promote`"
         )
-    _write(out, Promotions(history=past.history[:-1]))
-    model = production(out)
-    if model is None:
-        _write(out, past)
+    entry = stack[-1].model_copy(update={"rollback": True, "at": _now()})
+    _kept(out, stack[-2])
+    _write(out, Promotions(history=(*past.history, entry)))
+    current = production(out)
+    assert current is not None
+    return current
+
+
+def _kept(out: Path, change: Promotion) -> PublishedModel:
+    directory = out / MODELS / change.artifact_id
+    manifest = read_manifest(directory)
+    if manifest is None:
         raise UserError(
-            f"the bundle of {past.history[-2].date} is no longer in {out}; choose another one with "
-            "`braid models promote`"
+            f"the bundle of {change.date} ({change.artifact_id}) is no longer in {out / MODELS}; "
+            "restore it, or choose another one with `braid models promote`"
         )
-    return model
+    return PublishedModel(date=change.date, directory=directory, manifest=manifest)
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same files under a second name, visible in one move."""
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial, copy_function=os.link)
+    partial.rename(target)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _write(out: Path, value: Promotions) -> None:
-    partial = out / f"{PRODUCTION}.partial"
-    partial.write_text(value.model_dump_json(indent=2))
-    partial.replace(out / PRODUCTION)
+    write_durably(out / PRODUCTION, value.model_dump_json(indent=2))

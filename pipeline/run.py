@@ -7,6 +7,7 @@ A span chains on the latest earlier one and continues its user state, so a run o
 ingests only the days that came since.
 """
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -21,9 +22,12 @@ from pipeline.console import Reporter
 from pipeline.days import Split, available_days, catalogue_files, day_files, fingerprint, split_days
 from pipeline.evaluate import evaluate
 from pipeline.gate import gate
+from pipeline.identity import ingest_config, samples_config, training_config
 from pipeline.ingest import check_span, ingest
-from pipeline.join import FORMAT, join
+from pipeline.join import join
+from pipeline.metrics_file import METRICS_FILE
 from pipeline.plan import plan
+from pipeline.registry import production_before
 from pipeline.stages import StageOutput, StageRecord, StageSpec, execute
 from pipeline.synthetic import generate
 from pipeline.train import TrainInputs, train
@@ -97,7 +101,8 @@ class DayRun:
         """
         match name:
             case "ingest":
-                yield self._ingest(self.date)
+                for last in self._chain():
+                    yield self._ingest(last)
                 yield self._ingest(self.split.evaluation[-1])
             case "join":
                 for span in (*self.training_spans(), self._eval_span()):
@@ -126,7 +131,7 @@ class DayRun:
             (p.parts[-3] for p in earlier if self._chains(p.parts[-3], last)), default=None
         )
         recorded = read_manifest(self.directory("ingest", last))
-        if recorded is not None and recorded.config_hash == config_hash(self._ingest_config()):
+        if recorded is not None and recorded.config_hash == config_hash(ingest_config(self.recipe)):
             day = recorded.facts["previous"]
             if day is None or self._artifact_id("ingest", day) == recorded.inputs["previous"]:
                 previous = day
@@ -138,8 +143,18 @@ class DayRun:
         return (
             day < last
             and manifest is not None
-            and manifest.config_hash == config_hash(self._ingest_config())
+            and manifest.config_hash == config_hash(ingest_config(self.recipe))
         )
+
+    def _chain(self) -> list[str]:
+        """Last days of all spans whose user state this run's days continue, oldest first.
+
+        A file that came late to an old day makes that span, and so the ones after it, stale.
+        """
+        chain = [self.date]
+        while (previous := self._span(chain[0]).previous) is not None:
+            chain.insert(0, previous)
+        return chain
 
     def _eval_span(self) -> Span:
         return self._span(self.split.evaluation[-1])
@@ -175,7 +190,7 @@ class DayRun:
         return days
 
     def parent(self) -> str | None:
-        """Date of the run whose checkpoint this one starts from."""
+        """Date of the run whose checkpoint this one starts from: the latest one not refused."""
         if not self.recipe.window.warm_start:
             return None
         recorded = read_manifest(self.directory("train"))
@@ -184,7 +199,13 @@ class DayRun:
             if day is None or self._artifact_id("train", day) == recorded.inputs.get("parent"):
                 return day
         earlier = self.out.glob("????-??-??/train/manifest.json")
-        return max((p.parts[-3] for p in earlier if p.parts[-3] < self.date), default=None)
+        days = (path.parts[-3] for path in earlier)
+        return max((d for d in days if d < self.date and not self._refused(d)), default=None)
+
+    def _refused(self, day: str) -> bool:
+        """Whether the gate refused the model of a day; one bad day must not spoil the next ones."""
+        decision = read_manifest(self.directory("gate", day))
+        return decision is not None and not decision.facts["passed"]
 
     # --- stages ----------------------------------------------------------------------------------
 
@@ -210,7 +231,7 @@ class DayRun:
             )
 
         return StageSpec(
-            "ingest", self.directory("ingest", last), self._ingest_config(), inputs, body
+            "ingest", self.directory("ingest", last), ingest_config(self.recipe), inputs, body
         )
 
     def _join(self, span: Span) -> StageSpec:
@@ -232,7 +253,9 @@ class DayRun:
         config = {
             "features": self._dump("features"),
             "embedding": self._dump("embedding"),
-            "cluster": self._dump("cluster"),
+            "cluster": self.recipe.cluster.model_dump(
+                mode="json", include={"num_workers", "cpus_per_worker", "use_gpu"}
+            ),
             "batch_size_per_rank": self.recipe.ranking.trainer.batch_size_per_rank,
         }
 
@@ -240,7 +263,17 @@ class DayRun:
             self.session.start()
             return plan(self.recipe, scratch)
 
-        return StageSpec("plan", self.directory("plan"), config, {}, body)
+        sharding = self.recipe.embedding.sharding
+        files = {
+            name: fingerprint([path])
+            for name, path in (
+                ("plan", sharding.plan),
+                ("calibration", sharding.calibration),
+                ("traffic", sharding.traffic),
+            )
+            if path is not None and path.is_file()
+        }
+        return StageSpec("plan", self.directory("plan"), config, files, body)
 
     def _train(self) -> StageSpec:
         parent = self.parent()
@@ -251,8 +284,7 @@ class DayRun:
         if parent is not None:
             inputs["parent"] = self._artifact_id("train", parent)
         config = {
-            **{part: self._dump(part) for part in ("features", "embedding", "ranking")},
-            "num_workers": self.recipe.cluster.num_workers,
+            **training_config(self.recipe),
             "days": days,
             "validation_days": self.split.validation,
         }
@@ -269,7 +301,15 @@ class DayRun:
             facts = {**output.facts, "parent": parent, "days": days}
             return StageOutput(output.rows_in, output.rows_out, output.quarantined, facts)
 
-        return StageSpec("train", self.directory("train"), config, inputs, body)
+        return StageSpec(
+            "train",
+            self.directory("train"),
+            config,
+            inputs,
+            body,
+            # Checkpoints load into any plan: training goes on after the cluster has changed.
+            resume_without=frozenset({"plan"}),
+        )
 
     def _evaluate(self) -> StageSpec:
         days = self.split.evaluation
@@ -293,8 +333,12 @@ class DayRun:
         return StageSpec("evaluate", self.directory("evaluate"), config, inputs, body)
 
     def _gate(self) -> StageSpec:
-        inputs = {"evaluate": self._artifact_id("evaluate", self.date)}
-        body = partial(gate, self.recipe, self.directory("evaluate"), self.out)
+        current = production_before(self.out, self.date)
+        inputs = {
+            "evaluate": self._artifact_id("evaluate", self.date),
+            "production": "" if current is None else current.manifest.artifact_id,
+        }
+        body = partial(gate, self.recipe, self.directory("evaluate"), current)
         return StageSpec("gate", self.directory("gate"), self._dump("gate"), inputs, body)
 
     def _publish(self) -> StageSpec:
@@ -302,7 +346,13 @@ class DayRun:
             "train": self._artifact_id("train", self.date),
             "gate": self._artifact_id("gate", self.date),
         }
-        body = partial(self.publish, self.recipe, self.directory("train"))
+
+        def body(scratch: Path) -> StageOutput:
+            output = self.publish(self.recipe, self.directory("train"), scratch)
+            # What later gates compare with belongs to the bundle.
+            shutil.copyfile(self.directory("evaluate") / METRICS_FILE, scratch / METRICS_FILE)
+            return output
+
         return StageSpec("publish", self.directory("publish"), {}, inputs, body)
 
     # --- pieces ----------------------------------------------------------------------------------
@@ -321,22 +371,6 @@ class DayRun:
             )
         ]
 
-    def _ingest_config(self) -> dict[str, Any]:
-        features = self.recipe.features
-        return {
-            "data": {
-                "max_quarantined_share": self.recipe.data.max_quarantined_share,
-                "user_buckets": self.recipe.data.user_buckets,
-            },
-            "histories": [history.model_dump(mode="json") for history in features.histories],
-            "sequences": [sequence.model_dump(mode="json") for sequence in features.sequences],
-            "columns": sorted(
-                [f"{f.source}.{f.column_name}" for f in features.sparse]
-                + [f"{f.source}.{f.column_name}" for f in features.dense]
-            ),
-            "tasks": _tasks(self.recipe),
-        }
-
     def _dump(self, part: str) -> dict[str, Any]:
         dumped: dict[str, Any] = getattr(self.recipe, part).model_dump(mode="json")
         return dumped
@@ -344,18 +378,3 @@ class DayRun:
     def _artifact_id(self, stage: str, day: str) -> str:
         manifest: Manifest | None = read_manifest(self.directory(stage, day))
         return "" if manifest is None else manifest.artifact_id
-
-
-def samples_config(recipe: Recipe) -> dict[str, Any]:
-    """What samples depend on: columns and tasks, not the tables that ids are looked up in."""
-    modelled = {"table", "pooling", "target"}
-    features = recipe.features.model_dump(mode="json", exclude={"tables"})
-    columns = {
-        part: [{key: v for key, v in feature.items() if key not in modelled} for feature in group]
-        for part, group in features.items()
-    }
-    return {"format": FORMAT, "features": columns, "tasks": _tasks(recipe)}
-
-
-def _tasks(recipe: Recipe) -> list[str]:
-    return [f"{task.name}={task.label_name}" for task in recipe.ranking.tasks]

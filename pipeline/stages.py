@@ -7,7 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import Manifest, artifact_id, config_hash, publish, read_manifest, writing
+from pipeline.artifacts import (
+    Manifest,
+    abandoned,
+    artifact_id,
+    config_hash,
+    damaged_files,
+    finish_interrupted,
+    publish,
+    read_manifest,
+    writing,
+)
 from pipeline.console import Reporter, duration, human
 
 
@@ -34,6 +44,8 @@ class StageSpec:
     """Artifact ids and source fingerprints by name."""
     body: Callable[[Path], StageOutput]
     """Writes into the scratch directory it is given."""
+    resume_without: frozenset[str] = frozenset()
+    """Inputs that may differ when an interrupted stage goes on from its `resume/` folder."""
 
     @property
     def artifact_id(self) -> str:
@@ -41,10 +53,20 @@ class StageSpec:
         return artifact_id(self.name, config_hash(self.config), self.inputs)
 
     @property
+    def resume_identity(self) -> str:
+        """Identity of unfinished work that this stage can go on with."""
+        inputs = {k: v for k, v in self.inputs.items() if k not in self.resume_without}
+        return artifact_id(self.name, config_hash(self.config), inputs)
+
+    @property
     def is_current(self) -> bool:
-        """Whether the published artifact is what this stage would produce."""
+        """Whether the published artifact is what this stage would produce, no file missing."""
         manifest = read_manifest(self.directory)
-        return manifest is not None and manifest.artifact_id == self.artifact_id
+        return (
+            manifest is not None
+            and manifest.artifact_id == self.artifact_id
+            and not damaged_files(self.directory, thorough=False)
+        )
 
 
 @dataclass(frozen=True)
@@ -64,15 +86,23 @@ def failure_file(directory: Path) -> Path:
 
 def execute(spec: StageSpec, reporter: Reporter) -> StageRecord:
     """Run a stage unless its artifact is current. A failure leaves nothing half-visible."""
+    finish_interrupted(spec.directory)
+    failure = failure_file(spec.directory)
     if spec.is_current:
+        failure.unlink(missing_ok=True)
         manifest = read_manifest(spec.directory)
         assert manifest is not None
         reporter.line(f"[dim]=[/] {spec.name:<9} current ({manifest.artifact_id})")
         return StageRecord(spec.name, "current", manifest)
     started = time.monotonic()
-    failure = failure_file(spec.directory)
+    aside = abandoned(spec.directory, spec.resume_identity)
+    if aside is not None:
+        reporter.line(
+            f"[yellow]![/] {spec.name} starts anew: its settings or inputs changed since it was "
+            f"interrupted; the unfinished work lies in {aside}"
+        )
     try:
-        with reporter.stage(spec.name), writing(spec.directory, spec.artifact_id) as scratch:
+        with reporter.stage(spec.name), writing(spec.directory, spec.resume_identity) as scratch:
             output = spec.body(scratch)
             manifest = publish(
                 scratch,
@@ -91,7 +121,8 @@ def execute(spec: StageSpec, reporter: Reporter) -> StageRecord:
             )
     except BaseException as error:
         failure.parent.mkdir(parents=True, exist_ok=True)
-        failure.write_text(json.dumps({"stage": spec.name, "error": str(error)}))
+        reason = str(error) or type(error).__name__
+        failure.write_text(json.dumps({"stage": spec.name, "error": reason}))
         raise
     failure.unlink(missing_ok=True)
     rows = f"{human(manifest.rows_in)} rows -> {human(manifest.rows_out)}"

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import yaml
+from pydantic import ValidationError
 from rich.table import Table
 
 from embedding.errors import UserError
@@ -44,14 +45,19 @@ def models_table(out: Path) -> Table:
     current = production(out)
     table = Table("", "date", "published", "bundle")
     for model in published(out):
-        mark = "[green]production[/]" if current and current.date == model.date else ""
+        in_use = current and current.manifest.artifact_id == model.manifest.artifact_id
+        mark = "[green]production[/]" if in_use else ""
         table.add_row(mark, model.date, model.manifest.created_at, str(model.bundle))
     return table
 
 
 def _rows(out: Path, date: str, publish: Publish) -> list[tuple[str, ...]]:
     text = (out / date / RECIPE).read_text()
-    recipe = Recipe.model_validate(yaml.safe_load(text))
+    try:
+        recipe = Recipe.model_validate(yaml.safe_load(text))
+    except ValidationError:
+        note = "its recipe.yaml is of another version of Braid; run the date again to see more"
+        return [(date, "", "[yellow]unknown[/]", "", "", note)]
     run = DayRun(
         recipe,
         out,
@@ -62,8 +68,9 @@ def _rows(out: Path, date: str, publish: Publish) -> list[tuple[str, ...]]:
     )
     rows: list[tuple[str, ...]] = []
     for name in STAGES:
-        spec = next(run.specs(name))
-        state, note = stage_state(spec)
+        # A stage has an execution for every span of days; the one that needs work speaks for all.
+        states = [(spec, *stage_state(spec)) for spec in run.specs(name)]
+        spec, state, note = next((s for s in states if s[1] != "current"), states[0])
         manifest = read_manifest(spec.directory)
         figures = ("", "")
         if manifest is not None:
@@ -76,7 +83,8 @@ def stage_state(spec: StageSpec) -> tuple[str, str]:
     """`current`, `stale`, `failed` or `missing`, and why."""
     failure = failure_file(spec.directory)
     if failure.exists():
-        return "failed", json.loads(failure.read_text())["error"].splitlines()[0]
+        reason: str = json.loads(failure.read_text())["error"]
+        return "failed", reason.splitlines()[0]
     manifest = read_manifest(spec.directory)
     if manifest is None:
         return "missing", ""

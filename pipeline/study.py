@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 import yaml
+from ray.exceptions import RayActorError
 from rich.console import Console
 
 from embedding.errors import UserError
@@ -23,9 +24,10 @@ from pipeline.config import Recipe
 from pipeline.console import Reporter, duration
 from pipeline.days import available_days
 from pipeline.failures import user_error
+from pipeline.identity import samples_config, training_config
 from pipeline.metrics_file import METRICS_FILE, read_metrics
 from pipeline.recipe import load_recipe
-from pipeline.run import DayRun, ensure_data, samples_config
+from pipeline.run import DayRun, ensure_data
 from pipeline.stages import StageOutput, StageSpec, execute
 from pipeline.study_statistics import StudyResult, differences, estimates, trial_metrics
 from pipeline.trial import TrialJob, TrialProcess, run_on_group
@@ -130,7 +132,7 @@ class Study:
         self.seeds = [self.first.ranking.trainer.seed + i for i in range(num_seeds)]
         self.reporter = Reporter()
         ensure_data(self.first, self.reporter)
-        self.date = date or available_days(self.first.data.root)[:-1][-1]
+        self.date = date or _last_date(self.first)
 
     def run(self) -> StudyResult:
         """Run the trials that are not there yet; those that fail are named in the result.
@@ -180,11 +182,8 @@ class Study:
             day.samples(days)
             for days in (day.training_days(), day.split.validation, day.split.evaluation)
         )
-        config: dict[str, Any] = {
-            part: getattr(seeded, part).model_dump(mode="json")
-            for part in ("features", "embedding", "ranking", "evaluation")
-        }
-        config |= {
+        config = training_config(seeded) | {
+            "evaluation": seeded.evaluation.model_dump(mode="json"),
             "num_workers": seeded.cluster.num_workers,
             "days": day.training_days(),
             "validation_days": day.split.validation,
@@ -246,14 +245,18 @@ class Study:
         if cluster.use_gpu:
             room = min(room, int(resources.get("GPU", 0)))
         slots = max(1, min(room, num_trials))
+        for _ in range(slots):
+            self._processes.put(self._start_process())
+        return slots
+
+    def _start_process(self) -> Any:
+        cluster = self.first.cluster
         process = ray.remote(TrialProcess).options(
             num_cpus=cluster.cpus_per_worker,
             num_gpus=1 if cluster.use_gpu else 0,
             runtime_env={"env_vars": {"MALLOC_ARENA_MAX": "1"}},
         )
-        for _ in range(slots):
-            self._processes.put(process.remote())
-        return slots
+        return process.remote()
 
     def _dispatch(self, job: TrialJob) -> StageOutput:
         if job.recipe.cluster.num_workers > 1:
@@ -261,6 +264,9 @@ class Study:
         process = self._processes.get()
         try:
             output: StageOutput = ray.get(process.run.remote(job.model_dump_json()))
+        except RayActorError:
+            process = self._start_process()  # the next trial must not meet a dead one
+            raise
         finally:
             self._processes.put(process)
         return output
@@ -298,6 +304,16 @@ class Study:
         partial.write_text(result.model_dump_json(indent=2))
         partial.replace(path)
         return result
+
+
+def _last_date(recipe: Recipe) -> str:
+    days = available_days(recipe.data.root)
+    if len(days) < 2:
+        raise UserError(
+            f"the event log has the day {days[0]} only: a study trains on one and evaluates on the "
+            "next; deliver another day"
+        )
+    return days[-2]
 
 
 def _nothing_to_publish(recipe: Recipe, train: Path, scratch: Path) -> StageOutput:

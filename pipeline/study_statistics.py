@@ -22,7 +22,9 @@ class Estimate(StrictConfig):
     ci95: float | None
     """Half the width of Student's 95% interval of the mean; None with one seed."""
     values: tuple[float, ...]
-    """By seed, in the order of `Study.seeds`."""
+    """By seed, in the order of `seeds`."""
+    seeds: tuple[int, ...]
+    """Seeds whose trial finished."""
 
 
 class Difference(StrictConfig):
@@ -71,7 +73,9 @@ def estimates(trials: Mapping[int, Mapping[str, float]]) -> dict[str, Estimate]:
     for name in names:
         values = tuple(trial[name] for trial in trials.values())
         mean = float(np.mean(values))
-        found[name] = Estimate(mean=mean, ci95=half_width(values), values=values)
+        found[name] = Estimate(
+            mean=mean, ci95=half_width(values), values=values, seeds=tuple(trials)
+        )
     return found
 
 

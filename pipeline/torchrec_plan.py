@@ -32,7 +32,7 @@ def torchrec_plan_of(recipe: Recipe, request: PlanRequest) -> PlanDescription:
         plan = torchrec_plan(
             model,
             make_sharders(recipe.embedding.sharding, request.shape.machine.device),
-            model.tables.schema,
+            request.loads(),
             torchrec_topology(request.shape),
             request.settings.batch_size_per_rank,
         )

@@ -18,6 +18,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from embedding.config import StrictConfig
+from embedding.errors import UserError
 from pipeline.artifacts import RESUME
 from pipeline.config import ClusterConfig, Recipe
 from pipeline.console import Reporter
@@ -29,6 +30,8 @@ METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 RESULT = "result.json"
 LOGS = "logs"
+REFUSAL = "refusal.txt"
+"""What the user must change: a restarted worker group says it again at once instead of training."""
 _FOLLOW_INTERVAL_S = 0.5
 
 
@@ -146,6 +149,7 @@ def train(
     )
     # The result is a training's last word: with it, only the publishing was interrupted.
     if not (job.resume / RESULT).exists():
+        (job.resume / REFUSAL).unlink(missing_ok=True)
         with _following(job.resume / METRICS, reporter):
             run(_train_worker, job, recipe.cluster, scratch)
     result = TrainResult.model_validate_json((job.resume / RESULT).read_text())
@@ -165,7 +169,16 @@ def _train_worker(config: dict[str, str]) -> None:
     """Runs on every rank; torchrec is imported here and not in the driver."""
     from pipeline.training_worker import train_worker
 
-    train_worker(TrainJob.model_validate_json(config["job"]))
+    job = TrainJob.model_validate_json(config["job"])
+    refusal = job.resume / REFUSAL
+    if refusal.exists():
+        raise UserError(refusal.read_text())
+    try:
+        train_worker(job)
+    except UserError as error:
+        # Ray restarts the group after any error; what the user must change would only recur.
+        refusal.write_text(str(error))
+        raise
 
 
 def _link(source: Path, target: Path) -> None:

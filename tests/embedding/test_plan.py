@@ -23,6 +23,7 @@ from embedding.plan import describe_plan, plan_of, torchrec_plan
 from embedding.plan_description import PlanDescription
 from embedding.sharders import make_sharders
 from embedding.topology import ranks_per_host, torchrec_topology
+from embedding.workload import table_loads
 from tests.embedding.toy import SHARDINGS, ToyModel, toy_schema
 
 META = torch.device("meta")
@@ -37,7 +38,7 @@ def plan_for(schema: FeatureSchema, device_type: str, num_gib: float = 16) -> Pl
     )
     topology = torchrec_topology(ClusterShape(machine=machine, num_hosts=2, ranks_per_host=2))
     sharders = make_sharders(ShardingConfig(), device_type)
-    plan = torchrec_plan(ToyModel(schema, META), sharders, schema, topology, batch_size_per_rank=64)
+    plan = torchrec_plan(ToyModel(schema, META), sharders, table_loads(schema), topology, 64)
     return describe_plan(plan, schema, 4, device_type)
 
 

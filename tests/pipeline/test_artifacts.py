@@ -1,16 +1,20 @@
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import Timeout
 
 from embedding.errors import UserError
+from pipeline import artifacts
 from pipeline.artifacts import Manifest, config_hash, publish, read_manifest, writing
 from pipeline.console import Reporter
 from pipeline.failures import user_error
 from pipeline.lock import exclusive
 from pipeline.stages import StageOutput, StageSpec, execute, failure_file
+from pipeline.status import stage_state
 
 MANIFEST = Manifest(stage="s", artifact_id="i", config_hash="c")
 
@@ -96,6 +100,125 @@ def test_resume_folder_outlives_a_crash_only_for_the_same_identity(tmp_path: Pat
     assert crash("one") == ["identity"]
     assert crash("one") == ["identity", "step-1"]
     assert crash("two") == ["identity"]
+    assert (tmp_path / ".a.abandoned" / "resume" / "step-1").exists(), "set aside, not deleted"
+
+
+class Killed(BaseException):
+    """The process ends here: nothing that would run after a kill -9 may help."""
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
+    """The `call`-th use of a function of `pipeline.artifacts` ends the process."""
+    real, calls = getattr(artifacts, name), 0
+
+    def counted(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise Killed
+        return real(*args)
+
+    monkeypatch.setattr(artifacts, name, counted)
+
+
+def training(steps: list[str]) -> Callable[[Path], StageOutput]:
+    """A body that keeps its work in `resume/` and notes whether it found it there."""
+
+    def body(scratch: Path) -> StageOutput:
+        done = scratch / "resume" / "result"
+        steps.append("resumed" if done.exists() else "started")
+        done.write_text("hours of work")
+        (scratch / "model").write_text("weights")
+        return StageOutput(rows_in=1, rows_out=1)
+
+    return body
+
+
+def test_kill_while_publishing_keeps_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+    with monkeypatch.context() as patch:
+        kill_at(patch, "_sha256", 1)
+        with pytest.raises(Killed):
+            execute(spec(tmp_path / "a", training(steps)), Reporter())
+
+    execute(spec(tmp_path / "a", training(steps)), Reporter())
+
+    assert steps == ["started", "resumed"]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["manifest.json", "model"]
+
+
+@pytest.mark.parametrize("rename", [1, 2])
+def test_kill_between_the_renames_loses_no_artifact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rename: int
+) -> None:
+    execute(spec(tmp_path / "a", writes("old")), Reporter())
+    real, calls = Path.rename, 0
+
+    def counted(self: Path, target: Path) -> Path:
+        nonlocal calls
+        calls += 1
+        if calls == rename:
+            raise Killed
+        return real(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", counted)
+        patch.setattr(artifacts.shutil, "rmtree", lambda *_, **__: None)  # no clean-up after a kill
+        with pytest.raises(Killed):
+            execute(spec(tmp_path / "a", writes("new"), {"a": 2}), Reporter())
+
+    record = execute(spec(tmp_path / "a", fails, {"a": 2}), Reporter())
+
+    assert record.status == "current"
+    assert (tmp_path / "a" / "file").read_text() == "new"
+
+
+def test_missing_file_makes_an_artifact_stale(tmp_path: Path) -> None:
+    execute(spec(tmp_path / "a", writes("first")), Reporter())
+    (tmp_path / "a" / "file").unlink()
+
+    assert execute(spec(tmp_path / "a", writes("again")), Reporter()).status == "ran"
+
+
+def test_thorough_check_finds_a_changed_file(tmp_path: Path) -> None:
+    execute(spec(tmp_path / "a", writes("first")), Reporter())
+    (tmp_path / "a" / "file").write_text("other")
+
+    assert artifacts.damaged_files(tmp_path / "a", thorough=False) == []
+    assert artifacts.damaged_files(tmp_path / "a", thorough=True) == ["file"]
+
+
+def test_work_goes_on_when_only_an_input_that_does_not_matter_changed(tmp_path: Path) -> None:
+    steps: list[str] = []
+
+    def interrupted(scratch: Path) -> StageOutput:
+        training(steps)(scratch)
+        raise RuntimeError
+
+    def training_spec(body: Callable[[Path], StageOutput], plan: str) -> StageSpec:
+        inputs, ignored = {"plan": plan, "data": "d"}, frozenset({"plan"})
+        return StageSpec("s", tmp_path / "a", {}, inputs, body, resume_without=ignored)
+
+    with pytest.raises(RuntimeError):
+        execute(training_spec(interrupted, "two ranks"), Reporter())
+
+    record = execute(training_spec(training(steps), "one rank"), Reporter())
+
+    assert steps == ["started", "resumed"]
+    assert record.manifest.inputs["plan"] == "one rank"
+
+
+def test_failure_without_a_message_is_named_by_its_kind(tmp_path: Path) -> None:
+    def stopped(_: Path) -> StageOutput:
+        raise KeyboardInterrupt
+
+    failing = spec(tmp_path / "a", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        execute(failing, Reporter())
+
+    assert stage_state(failing) == ("failed", "KeyboardInterrupt")
 
 
 def test_config_hash_ignores_the_order_of_keys() -> None:

@@ -5,11 +5,14 @@ from pathlib import Path
 import pytest
 
 from embedding.errors import UserError
-from pipeline.artifacts import MANIFEST, Manifest
+from pipeline.artifacts import MANIFEST, Manifest, config_hash
 from pipeline.config import WindowConfig
 from pipeline.console import Reporter
+from pipeline.identity import training_config
+from pipeline.recipe import load_recipe
 from pipeline.run import DayRun
-from tests.pipeline.small_log import DAYS, make_recipe
+from pipeline.stages import StageSpec
+from tests.pipeline.small_log import DAYS, event, make_recipe, write_catalogue, write_day
 
 
 def _run(tmp_path: Path, trained: list[str], window: WindowConfig) -> DayRun:
@@ -55,3 +58,78 @@ def test_a_cold_start_trains_on_the_whole_window(tmp_path: Path) -> None:
     run = _run(tmp_path, DAYS[:2], WindowConfig(validation_days=1, warm_start=False))
 
     assert run.training_days() == tuple(DAYS[:2])
+
+
+def test_a_refused_model_is_nobodys_parent(tmp_path: Path) -> None:
+    run = _run(tmp_path, DAYS[:2], WindowConfig())
+    assert run.parent() == DAYS[1]
+    gate = tmp_path / "out" / DAYS[1] / "gate"
+    gate.mkdir()
+    refused = Manifest(stage="gate", artifact_id="g", config_hash="c", facts={"passed": False})
+    (gate / MANIFEST).write_text(refused.model_dump_json())
+
+    assert run.parent() is None
+    assert run.training_days() == tuple(DAYS[:3]), "its day is trained by the next model"
+
+
+def test_how_often_a_training_reports_does_not_make_it_stale() -> None:
+    recipe = load_recipe("demo")
+    busier = load_recipe("demo", ["ranking.trainer.log_every_steps=1", "cluster.max_failures=9"])
+    larger = load_recipe("demo", ["ranking.trainer.epochs=9"])
+
+    assert training_config(busier) == training_config(recipe)
+    assert training_config(larger) != training_config(recipe)
+
+
+def test_a_file_that_came_late_makes_its_span_and_the_ones_after_it_stale(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    write_catalogue(root)
+    for day in range(3):
+        write_day(root, day, [[event(day, 1, 60)]])
+
+    def run_of(day: int) -> DayRun:
+        return DayRun(
+            make_recipe(root),
+            tmp_path / "out",
+            DAYS[day],
+            session=None,
+            reporter=Reporter(),
+            publish=lambda *_: None,
+        )
+
+    def ingest_days(run: DayRun) -> list[tuple[str, bool]]:
+        found = []
+        for spec in run.specs("ingest"):
+            found.append((spec.directory.parent.name, spec.is_current))
+            write_manifest(spec)
+        return found
+
+    assert ingest_days(run_of(0)) == [(DAYS[0], False), (DAYS[1], False)]
+    assert ingest_days(run_of(1)) == [(DAYS[0], True), (DAYS[1], True), (DAYS[2], False)]
+    late = root / "events" / f"dt={DAYS[0]}" / "part-00009.parquet"
+    late.write_bytes((root / "events" / f"dt={DAYS[0]}" / "part-00000.parquet").read_bytes())
+
+    stale = [(DAYS[0], False), (DAYS[1], False), (DAYS[2], False)]
+    assert ingest_days(run_of(1)) == stale
+
+
+def write_manifest(spec: StageSpec) -> None:
+    """As if the stage had run."""
+    spec.directory.mkdir(parents=True, exist_ok=True)
+    manifest = Manifest(
+        stage=spec.name,
+        artifact_id=spec.artifact_id,
+        config_hash=config_hash(spec.config),
+        inputs=spec.inputs,
+        facts={"previous": previous_of(spec)},
+    )
+    (spec.directory / MANIFEST).write_text(manifest.model_dump_json())
+
+
+def previous_of(spec: StageSpec) -> str | None:
+    """The day whose artifact the span continues, found by its id."""
+    wanted = spec.inputs.get("previous")
+    for path in spec.directory.parents[1].glob(f"*/ingest/{MANIFEST}"):
+        if Manifest.model_validate_json(path.read_text()).artifact_id == wanted:
+            return path.parts[-3]
+    return None

@@ -1,0 +1,101 @@
+"""From the points of a sweep to the answer: which cluster, how fast, how long it lasts."""
+
+from collections.abc import Sequence
+
+from pipeline.capacity_types import CapacityPoint, Target
+from pipeline.console import duration, human
+from pipeline.plan_tables_view import size
+
+MIN_HEADROOM = 0.05
+"""A cluster whose fullest rank has less free memory is no recommendation."""
+
+
+def today(points: Sequence[CapacityPoint]) -> list[CapacityPoint]:
+    """Points of the tables as they are now, that fit."""
+    return [p for p in points if p.growth == 1 and p.dim_factor == 1 and p.refusal is None]
+
+
+def choose(points: Sequence[CapacityPoint], target: Target) -> CapacityPoint | None:
+    """The cheapest cluster that meets the target: by price an hour, else by ranks.
+
+    Without a target, the one with the cheapest rows; without prices, the most rows per rank.
+    """
+    roomy = [p for p in today(points) if (p.headroom or 0.0) >= MIN_HEADROOM] or today(points)
+    needed = target.needed_rows_per_s
+    if needed is None:
+        return min(roomy, key=_cost_of_rows, default=None)
+    enough = [p for p in roomy if (p.rows_per_s or 0.0) >= needed]
+    return min(enough, key=lambda p: (*_cost_of_cluster(p), -(p.rows_per_s or 0.0)), default=None)
+
+
+def _cost_of_rows(point: CapacityPoint) -> tuple[float, float]:
+    if point.cost_per_billion_rows is not None:
+        return 0.0, point.cost_per_billion_rows
+    return 1.0, -(point.rows_per_s or 0.0) / point.world_size
+
+
+def _cost_of_cluster(point: CapacityPoint) -> tuple[float, float]:
+    if point.price_per_hour is not None:
+        return 0.0, point.price_per_hour
+    return 1.0, float(point.world_size)
+
+
+def answer_of(points: Sequence[CapacityPoint], chosen: CapacityPoint | None, target: Target) -> str:
+    """The conclusion in a few sentences."""
+    if chosen is None:
+        return _no_cluster(points, target)
+    needed = target.needed_rows_per_s
+    kind = "smallest" if chosen.price_per_hour is None else "cheapest"
+    lead = (
+        f"{chosen.topology} is the {kind} cluster that reaches {human(needed)} rows/s"
+        if needed is not None
+        else f"{chosen.topology} trains the cheapest rows"
+    )
+    if target.rows_per_day is not None and chosen.rows_per_s:
+        hours = duration(target.rows_per_day / chosen.rows_per_s)
+        lead += f": {human(target.rows_per_day)} rows take {hours} of the {target.window_hours:g}h"
+    parts = [
+        f"{lead}.",
+        f"With {chosen.batch_size_per_rank:,} rows a rank it trains about "
+        f"{human(chosen.rows_per_s or 0)} rows/s, {1e3 * (chosen.step_s or 0):.3g} ms a step "
+        f"({1e3 * (chosen.sparse_s or 0):.3g} ms tables, {1e3 * (chosen.dense_s or 0):.3g} ms "
+        f"dense).",
+        f"The fullest rank uses {size(chosen.peak_bytes or 0)} of {size(chosen.device_bytes or 0)}"
+        f"; {chosen.headroom or 0:.0%} stay free.",
+        _future(chosen),
+    ]
+    if chosen.cost_per_billion_rows is not None:
+        parts.append(f"A billion rows cost {chosen.cost_per_billion_rows:.2f}.")
+    if "calibration" not in (chosen.constants or ""):
+        parts.append("Times come from data sheets, not from measurements: calibrate to trust them.")
+    return " ".join(parts)
+
+
+def _future(point: CapacityPoint) -> str:
+    if point.breaks_at_growth is None:
+        return "Tables a thousand times as large still fit."
+    when = ""
+    if point.days_left is not None:
+        when = f", in about {point.days_left:,.0f} days at today's growth"
+    spill = ""
+    offloads = point.offloads_at_growth
+    if offloads is not None and 1 < offloads < 0.9 * point.breaks_at_growth:
+        spill = f"From {offloads:.2f} times their rows on, tables spill into host memory. "
+    return (
+        f"{spill}Tables may grow to {point.breaks_at_growth:.2f} times their rows{when}; then "
+        f"{point.breaks_first}."
+    )
+
+
+def _no_cluster(points: Sequence[CapacityPoint], target: Target) -> str:
+    fitting = today(points)
+    if not fitting:
+        refused = next((p for p in reversed(points) if p.refusal), None)
+        why = f" {refused.topology}: {refused.refusal}." if refused else ""
+        return f"The tables fit none of these clusters.{why}"
+    fastest = max(fitting, key=lambda p: p.rows_per_s or 0.0)
+    return (
+        f"No cluster of the sweep reaches {human(target.needed_rows_per_s or 0)} rows/s: the "
+        f"fastest, {fastest.topology} with {fastest.batch_size_per_rank:,} rows a rank, trains "
+        f"{human(fastest.rows_per_s or 0)} rows/s; sweep larger clusters or batches."
+    )

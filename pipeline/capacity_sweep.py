@@ -1,0 +1,145 @@
+"""The command line's words for a capacity study, checked and turned into a request."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from embedding.calibration import constants_for, read_calibration
+from embedding.cluster_shape import ClusterShape, parse_shape
+from embedding.errors import UserError
+from embedding.traffic import read_traffic
+from pipeline.capacity_types import CapacityRequest, DenseCost, Target
+from pipeline.config import Recipe
+from pipeline.recipe import nearest_name
+
+_RANGE = re.compile(r"^(?P<name>[A-Za-z0-9_-]+):(?P<low>\d+)\.\.(?P<high>\d+)(?P<ranks>x\d+)?$")
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """As typed."""
+
+    topologies: tuple[str, ...]
+    batch_sizes: tuple[int, ...] = ()
+    growth: tuple[float, ...] = (1.0,)
+    dims: tuple[float, ...] = (1.0,)
+    rows_per_s: float | None = None
+    rows_per_day: float | None = None
+    window_hours: float = 4.0
+    growth_per_day: float | None = None
+    traffic: Path | None = None
+    calibrations: tuple[Path, ...] = ()
+    prices: tuple[str, ...] = ()
+    dense_flops_per_row: float | None = None
+
+
+def sweep_request(recipe: Recipe, options: SweepOptions) -> CapacityRequest:
+    """A request of the recipe's tables and these options.
+
+    Raises:
+        UserError: A topology or price is none, a factor is not positive, or a file is missing,
+            stale or of another machine.
+    """
+    shapes = tuple(shape for text in options.topologies for shape in expand(text))
+    priced = _with_prices(shapes, options.prices)
+    dense = None
+    if options.dense_flops_per_row is not None:
+        dense = DenseCost(
+            flops_per_row=options.dense_flops_per_row,
+            parameters=0,
+            cpu_seconds_per_row=options.dense_flops_per_row / 5e10,
+            precision=recipe.ranking.trainer.precision,
+        )
+    _check_files(options, shapes)
+    try:
+        return CapacityRequest(
+            recipe=recipe,
+            shapes=priced,
+            batch_sizes=options.batch_sizes or (recipe.ranking.trainer.batch_size_per_rank,),
+            growth=options.growth,
+            dim_factors=options.dims,
+            target=Target(
+                rows_per_s=options.rows_per_s,
+                rows_per_day=options.rows_per_day,
+                window_hours=options.window_hours,
+            ),
+            traffic=options.traffic,
+            calibrations=options.calibrations,
+            growth_per_day=options.growth_per_day,
+            kernels=recipe.embedding.sharding.kernels,
+            dense=dense,
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"capacity: {where}: {first['msg']}; got {first['input']!r}") from error
+
+
+def _check_files(options: SweepOptions, shapes: tuple[ClusterShape, ...]) -> None:
+    """Before anything is started: a file of another machine or version ends the study."""
+    if options.traffic is not None:
+        read_traffic(options.traffic)
+    by_machine = {shape.machine.name: shape for shape in shapes}
+    for path in options.calibrations:
+        machine = read_calibration(path).machine
+        if machine not in by_machine:
+            raise UserError(
+                f"calibration {path} is of {machine!r}, which no topology of the sweep has "
+                f"({', '.join(sorted(by_machine))}); leave it out"
+            )
+        constants_for(by_machine[machine], path)
+
+
+def expand(text: str) -> Iterator[ClusterShape]:
+    """`h200:1..16x8` is 1, 2, 4, 8 and 16 hosts of 8; `cpu:1..4` is 1, 2 and 4 ranks.
+
+    Raises:
+        UserError: No such topology.
+    """
+    match = _RANGE.match(text)
+    if match is None:
+        yield parse_shape(text)
+        return
+    low, high = int(match["low"]), int(match["high"])
+    if low < 1 or high < low:
+        raise UserError(f"topology {text!r}: a range goes from at least 1 upwards, as h200:1..16x8")
+    number = low
+    while number < high:
+        yield parse_shape(f"{match['name']}:{number}{match['ranks'] or ''}")
+        number *= 2
+    yield parse_shape(f"{match['name']}:{high}{match['ranks'] or ''}")
+
+
+def _with_prices(
+    shapes: tuple[ClusterShape, ...], prices: tuple[str, ...]
+) -> tuple[ClusterShape, ...]:
+    by_name: dict[str, float] = {}
+    names = sorted({shape.machine.name for shape in shapes})
+    for text in prices:
+        name, separator, value = text.partition("=")
+        try:
+            by_name[name] = float(value)
+        except ValueError:
+            separator = ""
+        if not separator or by_name.get(name, -1.0) < 0:
+            raise UserError(f"--price {text!r}: write it as h200=80, of one host and hour")
+        if name not in names:
+            raise UserError(
+                f"--price {text!r}: no topology of the sweep is of {name!r}"
+                f"{nearest_name(name, names)}; they are of {', '.join(names)}"
+            )
+    return tuple(
+        shape.model_copy(
+            update={
+                "machine": shape.machine.model_copy(
+                    update={"price_per_hour": by_name[shape.machine.name]}
+                )
+            }
+        )
+        if shape.machine.name in by_name
+        else shape
+        for shape in shapes
+    )

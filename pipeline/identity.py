@@ -1,0 +1,51 @@
+"""Which settings of a recipe an artifact depends on; changing any other leaves it current."""
+
+from typing import Any
+
+from pipeline.config import Recipe
+
+SAMPLES_FORMAT = 2
+"""Of what join writes; samples of another format are joined again."""
+
+
+def ingest_config(recipe: Recipe) -> dict[str, Any]:
+    """What validated events and histories depend on."""
+    features = recipe.features
+    return {
+        "data": {
+            "max_quarantined_share": recipe.data.max_quarantined_share,
+            "user_buckets": recipe.data.user_buckets,
+        },
+        "histories": [history.model_dump(mode="json") for history in features.histories],
+        "sequences": [sequence.model_dump(mode="json") for sequence in features.sequences],
+        "columns": sorted(
+            [f"{f.source}.{f.column_name}" for f in features.sparse]
+            + [f"{f.source}.{f.column_name}" for f in features.dense]
+        ),
+        "tasks": _tasks(recipe),
+    }
+
+
+def samples_config(recipe: Recipe) -> dict[str, Any]:
+    """What samples depend on: columns and tasks, not the tables that ids are looked up in."""
+    modelled = {"table", "pooling", "target"}
+    features = recipe.features.model_dump(mode="json", exclude={"tables"})
+    columns = {
+        part: [{key: v for key, v in feature.items() if key not in modelled} for feature in group]
+        for part, group in features.items()
+    }
+    return {"format": SAMPLES_FORMAT, "features": columns, "tasks": _tasks(recipe)}
+
+
+def training_config(recipe: Recipe) -> dict[str, Any]:
+    """What a trained model depends on: not how often its training reports and saves."""
+    reporting = {"trainer": {"log_every_steps", "checkpoint_every_steps", "keep_checkpoints"}}
+    return {
+        "features": recipe.features.model_dump(mode="json"),
+        "embedding": recipe.embedding.model_dump(mode="json"),
+        "ranking": recipe.ranking.model_dump(mode="json", exclude=reporting),
+    }
+
+
+def _tasks(recipe: Recipe) -> list[str]:
+    return [f"{task.name}={task.label_name}" for task in recipe.ranking.tasks]

@@ -1,0 +1,184 @@
+"""`braid bench plan`: runs plans on a Ray Train worker group; predictions beside measurements.
+
+The workers leave `results.jsonl` in a scratch folder; the caller writes what it wants to keep.
+"""
+
+import json
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from embedding.cluster_shape import ClusterShape
+from embedding.config import FeatureSchema, SparseOptimizer, StrictConfig
+from embedding.demand import StepSettings
+from embedding.plan_description import PlanDescription
+from embedding.planning import PlanRequest
+from embedding.traffic import Traffic
+from pipeline.config import ClusterConfig
+from pipeline.train import run_workers
+
+RESULTS = "results.jsonl"
+PARTS = "parts.json"
+PROGRESS = "progress"
+"""A byte for every finished measurement of a plan: its memory is one, its times are another."""
+_FOLLOW_INTERVAL_S = 0.5
+
+Progress = Callable[[int, int], None]
+"""Called with what is done and the total."""
+
+
+class BenchCase(StrictConfig):
+    """One table set and the plans to run of it."""
+
+    name: str
+    features: FeatureSchema
+    traffic: Traffic | None = None
+    exponent: float
+    batch_size_per_rank: int
+    optimizer: SparseOptimizer
+    plans: tuple[PlanDescription, ...]
+    """For tables at the path `tables`."""
+
+
+class BenchEffort(StrictConfig):
+    """How long to measure."""
+
+    warmup_steps: int = 3
+    rounds: int = 9
+    steps_per_round: int = 2
+    batches: int = 4
+    """Different batches that the steps take turns with."""
+    memory_steps: int = 0
+    """Steps of the run that takes the peak memory; 0: it is not taken."""
+
+
+class BenchJob(StrictConfig):
+    """All a worker needs; crosses to it as JSON."""
+
+    cases: tuple[BenchCase, ...]
+    effort: BenchEffort
+    output: Path
+    use_gpu: bool
+    time_parts: bool = False
+
+
+class MeasuredRun(StrictConfig):
+    """What one plan took."""
+
+    case: str
+    plan_index: int
+    step_s: float
+    phase_s: dict[str, float]
+    num_steps: int
+    peak_bytes: tuple[int, ...] = ()
+    """Per rank; empty if it was not taken."""
+
+
+class PlanComparison(StrictConfig):
+    """A plan's measurement beside its prediction."""
+
+    case: str
+    name: str
+    """Who proposed the plan."""
+    plan: str
+    """Every table's placement."""
+    measured_s: float
+    predicted_s: float
+    measured_phase_s: dict[str, float]
+    predicted_phase_s: dict[str, float]
+    measured_peak_bytes: int | None
+    predicted_peak_bytes: int
+
+    @property
+    def relative_error(self) -> float:
+        """Of the predicted step time, with its sign."""
+        return self.predicted_s / self.measured_s - 1
+
+
+class BenchReport(StrictConfig):
+    """What `braid bench plan --json` writes; version 1."""
+
+    schema_version: Literal[1] = 1
+    topology: str
+    constants: str
+    comparisons: tuple[PlanComparison, ...]
+
+
+def run_cases(
+    cases: Sequence[BenchCase],
+    cluster: ClusterConfig,
+    effort: BenchEffort,
+    *,
+    time_parts: bool = False,
+    progress: Progress | None = None,
+) -> tuple[list[MeasuredRun], dict[str, float]]:
+    """Run all plans on a worker group of an initialised Ray; measurements, and parts if asked.
+
+    Raises:
+        ray.train.TrainingFailedError: The group failed.
+    """
+    with tempfile.TemporaryDirectory(prefix="braid-bench-") as folder:
+        scratch = Path(folder)
+        job = BenchJob(
+            cases=tuple(cases),
+            effort=effort,
+            output=scratch,
+            use_gpu=cluster.use_gpu,
+            time_parts=time_parts,
+        )
+        once = cluster.model_copy(update={"max_failures": 0})
+        total = sum(len(case.plans) for case in cases) * (2 if effort.memory_steps else 1)
+        with _followed(scratch / PROGRESS, total, progress):
+            run_workers(_bench_worker, job, once, scratch)
+        lines = (scratch / RESULTS).read_text().splitlines()
+        parts = _read_parts(scratch / PARTS)
+    return [MeasuredRun.model_validate_json(line) for line in lines], parts
+
+
+@contextmanager
+def _followed(path: Path, total: int, progress: Progress | None) -> Iterator[None]:
+    """Tell `progress` how far the workers are, from a thread, until the block ends."""
+    if progress is None:
+        yield
+        return
+    ended = threading.Event()
+
+    def follow() -> None:
+        while not ended.wait(_FOLLOW_INTERVAL_S):
+            if path.exists():
+                progress(path.stat().st_size, total)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _read_parts(path: Path) -> dict[str, float]:
+    parts: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+    return parts
+
+
+def _bench_worker(config: dict[str, str]) -> None:
+    """Runs on every rank; torchrec is imported here and not in the driver."""
+    from pipeline.plan_bench_worker import bench_worker
+
+    bench_worker(BenchJob.model_validate_json(config["job"]))
+
+
+def case_request(case: BenchCase, shape: ClusterShape, calibration: Path | None) -> PlanRequest:
+    """The request whose model prices the case's plans."""
+    return PlanRequest(
+        schema=case.features,
+        shape=shape,
+        settings=StepSettings(case.batch_size_per_rank, case.optimizer),
+        calibration=calibration,
+        traffic=case.traffic,
+        exponent=case.exponent,
+    )

@@ -1,0 +1,260 @@
+"""What `braid bench plan` does once its options are read: choose plans, run, compare, calibrate."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+from rich.box import SIMPLE
+from rich.table import Table
+
+from embedding.calibration import Calibration, constants_for
+from embedding.choices import FUSED, SHARDING_TYPES, Choice, choices_of
+from embedding.cluster_shape import ClusterShape
+from embedding.config import RowWiseAdagrad, SparseOptimizer
+from embedding.cost import CostModel, Placed
+from embedding.errors import UserError
+from embedding.plan_description import PlanDescription, read_plan
+from embedding.plan_samples import all_sensible, sample_placements, sample_tables
+from embedding.planning import PlanRequest, plan_tables
+from embedding.prediction import describe, placement_of
+from embedding.proposers import uniform
+from embedding.search import layout_of_proposal
+from embedding.traffic import Traffic
+from pipeline.config import ClusterConfig, Recipe
+from pipeline.console import Reporter
+from pipeline.plan_accuracy import compare, fit_ranks, measured_plans, new_calibration
+from pipeline.plan_bench import (
+    BenchCase,
+    BenchEffort,
+    BenchReport,
+    PlanComparison,
+    Progress,
+    case_request,
+    run_cases,
+)
+from pipeline.plan_request import RequestChanges, changed_request
+from pipeline.plan_tables_view import milliseconds, size
+
+TABLES_PATH = "tables"
+"""Where the benchmark's model, which is nothing but tables, holds them."""
+MAX_EXHAUSTIVE = 400
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """Which plans of a recipe to run."""
+
+    plans: tuple[Path, ...] = ()
+    exhaustive: bool = False
+    sampled: int = 0
+    exponent: float | None = None
+    pooling: tuple[str, ...] = ()
+    changes: RequestChanges = RequestChanges()
+
+
+def bench_shape(present: ClusterShape, num_ranks: int) -> ClusterShape:
+    """`num_ranks` ranks of the present cluster.
+
+    Raises:
+        UserError: It has fewer, or they do not fill its hosts evenly.
+    """
+    if num_ranks <= present.ranks_per_host:
+        return present.model_copy(update={"num_hosts": 1, "ranks_per_host": num_ranks})
+    hosts, rest = divmod(num_ranks, present.ranks_per_host)
+    if rest or hosts > present.num_hosts:
+        raise UserError(
+            f"--ranks {num_ranks}: the cluster is {present.name}; use at most "
+            f"{present.ranks_per_host} ranks, or whole hosts of it"
+        )
+    return present.with_hosts(hosts)
+
+
+def recipe_case(recipe: Recipe, shape: ClusterShape, options: BenchOptions) -> BenchCase:
+    """The recipe's tables with the plans that the options name.
+
+    Raises:
+        UserError: A plan is for other tables, or the exhaustive set is too large.
+    """
+    request = _with_load(changed_request(recipe, shape, options.changes), options)
+    request = replace(request, tables_path=TABLES_PATH)
+    plans = dict(_chosen_plans(request, options))
+    return BenchCase(
+        name=recipe.name,
+        features=request.schema,
+        traffic=request.traffic,
+        exponent=request.exponent,
+        batch_size_per_rank=request.settings.batch_size_per_rank,
+        optimizer=request.settings.optimizer,
+        plans=tuple(plans.values()),
+    )
+
+
+def _with_load(request: PlanRequest, options: BenchOptions) -> PlanRequest:
+    if options.exponent is not None:
+        request = replace(request, exponent=options.exponent)
+    if not options.pooling:
+        return request
+    names = [feature.name for feature in request.schema.id_features]
+    given: dict[str, float] = {}
+    for text in options.pooling:
+        name, separator, value = text.partition("=")
+        try:
+            given[name] = float(value)
+        except ValueError:
+            separator = ""
+        if not separator or name not in names:
+            raise UserError(
+                f"--pooling {text!r}: write it as feature=12.5; features are {', '.join(names)}"
+            )
+    traffic = request.traffic or Traffic(rows=0, rows_per_day=0)
+    merged = traffic.model_copy(update={"ids_per_sample": traffic.ids_per_sample | given})
+    return replace(request, traffic=merged)
+
+
+def _chosen_plans(
+    request: PlanRequest, options: BenchOptions
+) -> Iterator[tuple[str, PlanDescription]]:
+    model = request.model()
+    loads = list(model.loads.values())
+    choices = {load.name: choices_of(load, request.shape, (FUSED,)) for load in loads}
+    for path in options.plans:
+        placed = placement_of(read_plan(path), loads, request.shape)
+        yield str(path), describe(model, placed, str(path), TABLES_PATH)
+    if options.exhaustive:
+        found = list(islice(all_sensible(model, choices), MAX_EXHAUSTIVE + 1))
+        if len(found) > MAX_EXHAUSTIVE:
+            raise UserError(
+                f"--exhaustive: {len(loads)} tables on {request.shape.name} have more than "
+                f"{MAX_EXHAUSTIVE} plans; use fewer tables or ranks, or --sample N"
+            )
+        for number, placed in enumerate(found):
+            yield f"plan {number}", describe(model, placed, f"plan {number}", TABLES_PATH)
+        return
+    if options.sampled:
+        for number, placed in enumerate(sample_placements(model, choices, options.sampled, 0)):
+            yield f"sample {number}", describe(model, placed, f"sample {number}", TABLES_PATH)
+    if not options.plans:
+        chosen = plan_tables(request)
+        yield "chosen", chosen.model_copy(update={"proposer": "chosen"})
+        for sharding, placed in _uniform_plans(model, choices):
+            plan = describe(model, placed, f"uniform {sharding}", TABLES_PATH)
+            if plan.tables != chosen.tables:
+                yield sharding, plan
+
+
+def _uniform_plans(
+    model: CostModel, choices: Mapping[str, Sequence[Choice]]
+) -> Iterator[tuple[str, dict[str, Placed]]]:
+    for proposal in uniform(choices, model):
+        placed = layout_of_proposal(model, choices, proposal)
+        if placed is not None:
+            kinds = {choice.sharding for choice in proposal.values()}
+            yield min(kinds, key=SHARDING_TYPES.index), placed
+
+
+def bench(
+    cases: Sequence[BenchCase],
+    shape: ClusterShape,
+    cluster: ClusterConfig,
+    effort: BenchEffort,
+    calibration: Path | None,
+    progress: Progress | None = None,
+) -> BenchReport:
+    """Run the cases and compare; needs an initialised Ray."""
+    group = cluster.model_copy(update={"num_workers": shape.world_size})
+    runs, _ = run_cases(cases, group, effort, progress=progress)
+    return BenchReport(
+        topology=shape.name,
+        constants=constants_for(shape, calibration).source,
+        comparisons=tuple(compare(cases, runs, shape, calibration)),
+    )
+
+
+def sampled_cases(
+    shape: ClusterShape,
+    seeds: Sequence[int],
+    plans_per_set: int,
+    optimizer: SparseOptimizer = RowWiseAdagrad(),  # noqa: B008 # frozen
+) -> list[BenchCase]:
+    """Random table sets, each with random plans; a seed always gives the same."""
+    cases = []
+    for seed in seeds:
+        tables = sample_tables(seed)
+        case = BenchCase(
+            name=f"set {seed}",
+            features=tables.schema,
+            exponent=tables.exponent,
+            batch_size_per_rank=tables.batch_size_per_rank,
+            optimizer=optimizer,
+            plans=(),
+        )
+        cases.append(with_plans(case, shape, plans_per_set, seed))
+    return cases
+
+
+def with_plans(case: BenchCase, shape: ClusterShape, count: int, seed: int) -> BenchCase:
+    """The case with random plans."""
+    model = case_request(case, shape, None).model()
+    options = {name: choices_of(load, shape, (FUSED,)) for name, load in model.loads.items()}
+    placements = sample_placements(model, options, count, seed)
+    plans = tuple(describe(model, placed, "sampled", TABLES_PATH) for placed in placements)
+    return case.model_copy(update={"plans": plans})
+
+
+def calibrate(
+    present: ClusterShape,
+    world_sizes: Sequence[int],
+    cluster: ClusterConfig,
+    device_name: str | None,
+    *,
+    quick: bool,
+    reporter: Reporter,
+) -> Calibration:
+    """Measure parts and sampled plans for every number of ranks, and fit the constants.
+
+    Seeds of the table sets are below 1000; `benchmarks/plans.py` judges with others.
+    """
+    fits = []
+    for world_size in world_sizes:
+        shape = bench_shape(present, world_size)
+        num_sets, per_set = (8, 4) if quick else (20, 6)
+        cases = sampled_cases(shape, range(num_sets), per_set)
+        effort = BenchEffort(rounds=5 if quick else 9)
+        group = cluster.model_copy(update={"num_workers": world_size})
+        reporter.line(f"{world_size} ranks: parts, and {num_sets * per_set} plans")
+        with reporter.stage("calibrate", unit="plans"):
+            runs, parts = run_cases(
+                cases, group, effort, time_parts=True, progress=reporter.advance
+            )
+        fit = fit_ranks(measured_plans(cases, runs, shape), shape, parts)
+        reporter.line(
+            f"{world_size} ranks: {len(runs)} plans fitted, median error "
+            f"{fit.median_abs_error:.1%}, rank correlation {fit.rank_correlation:.3f}"
+        )
+        fits.append(fit)
+    return new_calibration(present, device_name, fits)
+
+
+def comparison_table(report: BenchReport) -> Table:
+    """Measured beside predicted, fastest first."""
+    view = Table(
+        box=SIMPLE, title=f"{report.topology}, constants: {report.constants}", title_justify="left"
+    )
+    for column in ("plan", "step", "predicted", "error", "peak", "predicted"):
+        view.add_column(column, justify="left" if column == "plan" else "right")
+    for entry in sorted(report.comparisons, key=lambda c: c.measured_s):
+        view.add_row(*_row(entry))
+    return view
+
+
+def _row(entry: PlanComparison) -> tuple[str, ...]:
+    peak = entry.measured_peak_bytes
+    return (
+        entry.name,
+        milliseconds(entry.measured_s),
+        milliseconds(entry.predicted_s),
+        f"{entry.relative_error:+.0%}",
+        "-" if peak is None else size(peak),
+        size(entry.predicted_peak_bytes),
+    )

@@ -1,0 +1,98 @@
+"""Calibrations are used where they hold and refused elsewhere, in a sentence."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from embedding.calibration import (
+    Calibration,
+    RanksFit,
+    constants_for,
+    installed_versions,
+    processor_name,
+)
+from embedding.cluster_shape import parse_shape
+from embedding.cost_constants import data_sheet_constants
+from embedding.errors import UserError
+
+
+def fit(topology: str, byte_s: float) -> RanksFit:
+    shape = parse_shape(topology)
+    sheet = data_sheet_constants(shape)
+    measured = {"exchange_bytes": byte_s, "output_inter_bytes": 1.0}
+    return RanksFit(
+        world_size=shape.world_size,
+        ranks_per_host=shape.ranks_per_host,
+        constants=sheet.model_copy(update={"seconds": sheet.seconds | measured}),
+        parts={},
+        residuals=(),
+        median_abs_error=0.1,
+        rank_correlation=0.9,
+    )
+
+
+def calibration(machine: str = "cpu", **changes: object) -> Calibration:
+    made = Calibration(
+        machine=machine,
+        device_name=processor_name(),
+        cores=os.cpu_count() or 1,
+        versions=installed_versions(),
+        created_at="2024-01-01",
+        fits=(fit(f"{machine}:2", 2.0), fit(f"{machine}:8", 8.0)),
+    )
+    return made.model_copy(update=changes)
+
+
+def written(tmp_path: Path, made: Calibration) -> Path:
+    path = tmp_path / "calibration.json"
+    path.write_text(made.model_dump_json())
+    return path
+
+
+def test_the_nearest_number_of_ranks_is_used(tmp_path: Path) -> None:
+    path = written(tmp_path, calibration())
+    for topology, expected in (("cpu:2", 2.0), ("cpu:3", 2.0), ("cpu:8", 8.0), ("cpu:32", 8.0)):
+        assert constants_for(parse_shape(topology), path).seconds["exchange_bytes"] == expected
+    assert constants_for(parse_shape("cpu:2"), None).source == "data sheet"
+
+
+def test_links_between_hosts_come_from_the_data_sheet_if_one_host_was_measured(
+    tmp_path: Path,
+) -> None:
+    made = calibration("h200", device_name="NVIDIA H200")
+    constants = constants_for(parse_shape("h200:4x8"), written(tmp_path, made))
+    sheet = data_sheet_constants(parse_shape("h200:4x8"))
+    assert constants.seconds["exchange_bytes"] == 8.0
+    assert constants.seconds["output_inter_bytes"] == sheet.seconds["output_inter_bytes"]
+    assert "data sheet" in constants.source
+
+
+@pytest.mark.parametrize(
+    ("changes", "topology", "message"),
+    [
+        ({"versions": {"torch": "1.0"}}, "cpu:2", "made with torch 1.0"),
+        ({"device_name": "Another CPU"}, "cpu:2", "of Another CPU and this machine has"),
+        ({"cores": 1000}, "cpu:2", "1000 cores"),
+        ({}, "h100:8", "made on 'cpu'"),
+    ],
+)
+def test_a_stale_calibration_is_refused_with_what_differs(
+    tmp_path: Path, changes: dict, topology: str, message: str
+) -> None:
+    path = written(tmp_path, calibration(**changes))
+    with pytest.raises(UserError, match=message) as raised:
+        constants_for(parse_shape(topology), path)
+    assert "bench plan --calibrate" in str(raised.value)
+
+
+def test_a_missing_or_foreign_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        constants_for(parse_shape("cpu:2"), tmp_path / "none.json")
+    path = tmp_path / "other.json"
+    path.write_text('{"schema_version": 9}')
+    with pytest.raises(UserError, match="no calibration of this version"):
+        constants_for(parse_shape("cpu:2"), path)
+    path = written(tmp_path, calibration(fits=()))
+    with pytest.raises(UserError, match="no calibration of this version"):
+        constants_for(parse_shape("cpu:2"), path)

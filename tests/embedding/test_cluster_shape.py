@@ -1,0 +1,81 @@
+"""Topologies as text and files, and what is said about those that are none."""
+
+from pathlib import Path
+
+import pytest
+
+from embedding.cluster_shape import find_machine, parse_shape
+from embedding.errors import UserError
+from embedding.machines import MACHINES
+
+
+@pytest.mark.parametrize(
+    ("text", "hosts", "ranks"),
+    [
+        ("cpu:2", 1, 2),
+        ("h200:8", 1, 8),
+        ("h200:1x8", 1, 8),
+        ("h100:4x8", 4, 8),
+        ("a100-40:2x8", 2, 8),
+    ],
+)
+def test_topologies_are_hosts_times_ranks(text: str, hosts: int, ranks: int) -> None:
+    shape = parse_shape(text)
+    assert (shape.num_hosts, shape.ranks_per_host) == (hosts, ranks)
+    assert shape.world_size == hosts * ranks
+    assert parse_shape(shape.name) == shape
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("h20:8", "did you mean 'h200'"),
+        ("a100:8", "did you mean 'a100-"),
+        ("h200", "is not a device and a number of ranks"),
+        ("h200:2x", "is not a device and a number of ranks"),
+        ("cpu:0", "has no rank"),
+        ("h100:0x8", "has no rank"),
+        ("h100:16", "use h100:2x8"),
+        ("missing.yaml", "does not exist"),
+    ],
+)
+def test_what_is_no_topology_is_said_with_the_remedy(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_shape(text)
+
+
+def test_a_file_changes_a_known_machine(tmp_path: Path) -> None:
+    path = tmp_path / "ours.yaml"
+    path.write_text(
+        "base: h100\nhosts: 3\nranks: 4\ninter_host_bandwidth: 12.5e9\nprice_per_hour: 60\n"
+    )
+    shape = parse_shape(str(path))
+    assert (shape.num_hosts, shape.ranks_per_host, shape.machine.name) == (3, 4, "ours")
+    assert shape.machine.inter_host_bandwidth == 12.5e9
+    assert shape.machine.hbm_bytes == find_machine("h100").hbm_bytes
+    assert shape.price_per_hour == 180
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: h100\nhosts: 2\n", "whole numbers"),
+        ("base: h100\nranks: 2\nhbm: 3\n", "hbm"),
+        ("- 1\n", "must be a mapping"),
+        ("base: [", "not valid YAML"),
+        ("ranks: 2\n", "Field required"),
+    ],
+)
+def test_a_wrong_file_is_said(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "ours.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        parse_shape(str(path))
+
+
+def test_every_machine_names_its_source_and_is_faster_inside_than_outside() -> None:
+    for machine in MACHINES:
+        assert "data sheet" in machine.source
+        if machine.device == "cuda":
+            assert machine.hbm_bandwidth > machine.intra_host_bandwidth
+            assert machine.intra_host_bandwidth > machine.inter_host_bandwidth

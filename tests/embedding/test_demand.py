@@ -1,0 +1,82 @@
+"""Counted work against a naive loop over every id of every rank."""
+
+import numpy as np
+import pytest
+
+from embedding.choices import Choice, shards_of
+from embedding.cluster_shape import ClusterShape, find_machine
+from embedding.config import Adagrad, FeatureSchema, RowWiseAdagrad, SparseFeature, TableConfig
+from embedding.cost import CostModel, Placed, usage_of
+from embedding.cost_constants import data_sheet_constants
+from embedding.demand import COUNT_INDEX, StepSettings
+from embedding.plan_description import BYTE_KINDS
+from embedding.workload import table_loads
+
+WORLD, BATCH, ROWS, DIM, POOLING = 4, 50, 1000, 32, 3
+SHAPE = ClusterShape(machine=find_machine("cpu"), num_hosts=2, ranks_per_host=2)
+TABLE = TableConfig(name="t", num_embeddings=ROWS, embedding_dim=DIM)
+SCHEMA = FeatureSchema(
+    tables=(TABLE,), sparse=(SparseFeature(name="f", table="t", max_length=POOLING),)
+)
+CHOICES = (
+    Placed(Choice("table_wise", "fused"), (1,)),
+    Placed(Choice("row_wise", "fused"), (0,)),
+    Placed(Choice("column_wise", "fused", 2), (0, 3)),
+    Placed(Choice("table_row_wise", "fused"), (1,)),
+    Placed(Choice("grid_shard", "fused", 2), (0, 1)),
+    Placed(Choice("data_parallel", "dense"), (0,)),
+)
+
+
+def usage(placed: Placed, optimizer=RowWiseAdagrad()):  # noqa: B008
+    loads = table_loads(SCHEMA, exponent=0.0)
+    model = CostModel(loads, SHAPE, StepSettings(BATCH, optimizer), data_sheet_constants(SHAPE))
+    return usage_of(model, {"t": placed})
+
+
+@pytest.mark.parametrize("placed", CHOICES, ids=lambda p: str(p.choice))
+def test_ids_and_bytes_on_every_rank_agree_with_a_loop(placed: Placed) -> None:
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, ROWS, (WORLD, BATCH * POOLING))
+    received, looked_up = np.zeros(WORLD), np.zeros(WORLD)
+    load = table_loads(SCHEMA)[0]
+    for rank, row, _, num_rows, num_columns in shards_of(load, *placed, SHAPE):
+        own = placed.choice.sharding == "data_parallel"
+        for source in [rank] if own else range(WORLD):
+            hits = int(((ids[source] >= row) & (ids[source] < row + num_rows)).sum())
+            received[rank] += 0 if own else hits
+            looked_up[rank] += hits * num_columns * 4
+    counted = usage(placed)
+    counts = counted.counts_WK
+    # 600 ids over the ranks: what a rank gets varies by a few percent around its share.
+    np.testing.assert_allclose(counts[:, COUNT_INDEX["input_received_ids"]], received, rtol=0.15)
+    name = "replicated_lookup_bytes" if placed.choice.kernel == "dense" else "lookup_bytes"
+    np.testing.assert_allclose(counts[:, COUNT_INDEX[name]], looked_up, rtol=0.15)
+
+
+@pytest.mark.parametrize("placed", CHOICES[:3], ids=lambda p: str(p.choice))
+def test_exchanged_bytes_agree_with_a_loop(placed: Placed) -> None:
+    """Bytes that leave a rank and bytes that reach it, half of each: what a link is busy with."""
+    sent, arrived = np.zeros(WORLD), np.zeros(WORLD)
+    load = table_loads(SCHEMA)[0]
+    for rank, *_, num_columns in shards_of(load, *placed, SHAPE):
+        for other in range(WORLD):
+            if other != rank:
+                sent[rank] += BATCH * num_columns * 4
+                arrived[other] += BATCH * num_columns * 4
+    counts = usage(placed).counts_WK
+    counted = counts[:, COUNT_INDEX["exchange_bytes"]] + counts[:, COUNT_INDEX["reduce_bytes"]]
+    np.testing.assert_allclose(counted, (sent + arrived) / 2)
+
+
+@pytest.mark.parametrize("placed", CHOICES, ids=lambda p: str(p.choice))
+@pytest.mark.parametrize("optimizer", [RowWiseAdagrad(), Adagrad()])
+def test_weights_and_states_are_the_shards_bytes(placed: Placed, optimizer) -> None:
+    load = table_loads(SCHEMA)[0]
+    weights, states = np.zeros(WORLD), np.zeros(WORLD)
+    for rank, _, _, num_rows, num_columns in shards_of(load, *placed, SHAPE):
+        weights[rank] += num_rows * num_columns * 4
+        states[rank] += num_rows * 4 * (num_columns if optimizer.kind == "adagrad" else 1)
+    held = usage(placed, optimizer).bytes_WM
+    np.testing.assert_array_equal(held[:, BYTE_KINDS.index("weights")], weights)
+    np.testing.assert_array_equal(held[:, BYTE_KINDS.index("optimizer")], states)

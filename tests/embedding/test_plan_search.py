@@ -1,0 +1,223 @@
+"""The search: sums against sums from nothing, optima against brute force, and TorchRec's plan."""
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from embedding.choices import FUSED, UVM, UVM_CACHING, Choice, choices_of
+from embedding.cluster_shape import ClusterShape, find_machine, parse_shape
+from embedding.config import FeatureSchema, RowWiseAdagrad, ShardingConfig
+from embedding.cost import CostModel, Placed, usage_of
+from embedding.cost_constants import data_sheet_constants
+from embedding.demand import StepSettings
+from embedding.layout import Layout, layout_of
+from embedding.plan import describe_plan, torchrec_plan
+from embedding.plan_samples import all_sensible, sample_tables
+from embedding.planning import PlanRequest, find_plan, plan_tables
+from embedding.prediction import placement_of
+from embedding.search import all_placed, search
+from embedding.shard import declare_optimizer
+from embedding.sharders import make_sharders
+from embedding.topology import torchrec_topology
+from tests.embedding.toy import ToyModel, toy_schema
+
+ROOT = Path(__file__).parents[2]
+GIB = 1 << 30
+
+
+def request_of(schema: FeatureSchema, topology: str, batch_size: int = 512) -> PlanRequest:
+    return PlanRequest(
+        schema=schema,
+        shape=parse_shape(topology),
+        settings=StepSettings(batch_size, RowWiseAdagrad()),
+    )
+
+
+def small_model(seed: int, topology: str) -> tuple[CostModel, dict[str, list]]:
+    tables = sample_tables(seed, max_tables=5)
+    request = request_of(tables.schema, topology, tables.batch_size_per_rank)
+    model = request.model()
+    return model, {n: choices_of(load, request.shape, (FUSED,)) for n, load in model.loads.items()}
+
+
+@pytest.mark.parametrize("topology", ["cpu:2", "h100:2x4"])
+def test_sums_kept_up_to_date_equal_sums_from_nothing(topology: str) -> None:
+    model, options = small_model(3, topology)
+    rng = np.random.default_rng(0)
+    layout = Layout(model)
+    for _ in range(60):
+        table = str(rng.choice(list(options)))
+        if table in layout.placement:
+            layout.remove(table)
+        choice = options[table][int(rng.integers(len(options[table])))]
+        targets = layout.best_targets(table, choice)
+        assert targets is not None
+        expected = layout.cost_with(table, Placed(choice, targets))
+        layout.add(table, Placed(choice, targets))
+        assert layout.cost() == pytest.approx(expected)
+    usage = usage_of(model, layout.placement)
+    np.testing.assert_allclose(layout.seconds_PW, usage.seconds_PW, atol=1e-12)
+    np.testing.assert_allclose(layout.device_bytes_W, usage.device_bytes_W)
+    groups_s = sum(model.group_price(key) for key in usage.groups)
+    assert layout.cost() == pytest.approx(model.step_seconds(usage.seconds_PW, groups_s))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_few_tables_get_the_best_of_all_placements(seed: int) -> None:
+    tables = sample_tables(seed, max_tables=3, min_tables=2)
+    request = request_of(tables.schema, "cpu:2", tables.batch_size_per_rank)
+    model = request.model()
+    options = {n: choices_of(load, request.shape, (FUSED,)) for n, load in model.loads.items()}
+    ways = [
+        [(t, placed) for choice in options[t] for placed in all_placed(choice, model)]
+        for t in options
+    ]
+    best = min(layout_of(model, dict(c)).cost() for c in itertools.product(*ways))
+    found = find_plan(request, model)
+    assert found is not None
+    assert found.cost_s == pytest.approx(best)
+
+
+def test_local_search_comes_close_to_the_optimum_where_not_all_is_tried(monkeypatch) -> None:
+    ratios = []
+    for seed in range(6):
+        model, options = small_model(seed, "cpu:2")
+        best = min(layout_of(model, p).cost() for p in all_sensible(model, options))
+        monkeypatch.setattr("embedding.search.EXHAUSTIVE_LIMIT", 0)
+        found = search(model, options)
+        monkeypatch.undo()
+        assert found is not None
+        assert found.cost_s == pytest.approx(layout_of(model, found.placement).cost())
+        ratios.append(found.cost_s / best)
+    assert max(ratios) < 1.02
+
+
+@pytest.mark.parametrize("topology", ["cpu:4", "h100:2x4"])
+def test_never_worse_than_torchrecs_default_plan(topology: str) -> None:
+    for seed in range(3):
+        schema = sample_tables(seed, min_tables=6, max_tables=12).schema
+        request = request_of(schema, topology)
+        model = ToyTables(schema)
+        declare_optimizer(model.tables, RowWiseAdagrad())
+        theirs = torchrec_plan(
+            model,
+            make_sharders(ShardingConfig(), request.shape.machine.device),
+            request.loads(),
+            torchrec_topology(request.shape),
+            512,
+        )
+        shape = request.shape
+        described = describe_plan(theirs, schema, shape.world_size, shape.machine.device)
+        cost = layout_of(request.model(), placement_of(described, request.loads(), shape)).cost()
+        ours = plan_tables(request)
+        assert ours.predicted is not None
+        assert ours.predicted.step_s <= cost * (1 + 1e-9)
+
+
+class ToyTables(torch.nn.Module):
+    def __init__(self, schema: FeatureSchema) -> None:
+        super().__init__()
+        from embedding.tables import EmbeddingTables
+
+        self.tables = EmbeddingTables(schema, torch.device("meta"))
+
+
+def test_a_start_is_never_made_worse() -> None:
+    schema = sample_tables(11, min_tables=8).schema
+    request = request_of(schema, "h100:2x4")
+    start = plan_tables(request)
+    again = plan_tables(request, {"start": start})
+    assert start.predicted is not None
+    assert again.predicted is not None
+    assert again.predicted.step_s <= start.predicted.step_s * (1 + 1e-9)
+
+
+def test_a_plan_is_the_same_in_every_process() -> None:
+    code = (
+        "from embedding.plan_samples import sample_tables\n"
+        "from tests.embedding.test_plan_search import request_of\n"
+        "from embedding.planning import plan_tables\n"
+        "schema = sample_tables(5, min_tables=8).schema\n"
+        "print(plan_tables(request_of(schema, 'h100:2x4')).model_dump_json())"
+    )
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(outputs) == 1
+
+
+def test_tables_that_do_not_fit_device_memory_go_to_host_memory() -> None:
+    schema = sample_tables(2, min_tables=6).schema
+    largest = max(t.num_embeddings * t.embedding_dim * 4 for t in schema.tables)
+    machine = find_machine("h100").model_copy(update={"hbm_bytes": largest // 2})
+    shape = ClusterShape(machine=machine, ranks_per_host=1)
+    request = PlanRequest(
+        schema=schema,
+        shape=shape,
+        settings=StepSettings(64, RowWiseAdagrad()),
+        kernels=(FUSED, UVM, UVM_CACHING),
+    )
+    plan = plan_tables(request)
+    assert {table.kernel for table in plan.tables} & {UVM, UVM_CACHING}
+    assert plan.predicted is not None
+    assert plan.predicted.peak_bytes <= request.model().device_capacity
+    cached = [t for t in plan.tables if t.kernel == UVM_CACHING]
+    assert all(0 < (t.cache_load_factor or 0) < 1 for t in cached)
+
+
+def test_the_module_of_every_table_is_found_in_the_model() -> None:
+    schema = toy_schema("table_wise")
+    plan = plan_tables(request_of(schema, "cpu:2"))
+    modules = dict(ToyModel(schema, torch.device("meta")).named_modules())
+    for table in plan.tables:
+        assert any(
+            f".{table.table}." in f".{n}" for n, _ in modules[table.module].named_parameters()
+        )
+
+
+def test_the_data_sheet_prices_every_count() -> None:
+    for topology in ("cpu:2", "h200:2x8"):
+        constants = data_sheet_constants(parse_shape(topology))
+        assert (constants.vector() > 0).all()
+
+
+def test_buffers_count_on_ranks_that_get_no_unit() -> None:
+    model, options = small_model(3, "cpu:2")
+    first, second = list(options)[:2]
+    choice = next(c for c in options[first] if c.sharding == "table_wise")
+    layout = layout_of(model, {first: Placed(choice, (0,))})
+    beside = next(c for c in options[second] if c.sharding == "table_wise")
+    priced = model.price(second, beside)
+    full = layout.device_bytes_W.max()
+    assert layout.device_bytes_W[1] + priced.everyone_bytes + priced.owner_bytes < full
+    model.device_capacity = full + priced.everyone_bytes
+    assert layout.best_targets(second, beside) == (1,)
+    model.device_capacity = full + 0.9 * priced.everyone_bytes
+    assert layout.best_targets(second, beside) is None
+
+
+def test_column_shards_that_share_a_rank_fit_together() -> None:
+    model, options = small_model(3, "cpu:2")
+    table = max(options, key=lambda name: model.loads[name].dim)
+    choice = Choice("column_wise", FUSED, 4)
+    priced = model.price(table, choice)
+    layout = Layout(model)
+    model.device_capacity = priced.everyone_bytes + 2 * priced.owner_bytes
+    targets = layout.best_targets(table, choice)
+    assert targets is not None
+    assert sorted(targets) == [0, 0, 1, 1]
+    model.device_capacity -= 1
+    assert layout.best_targets(table, choice) is None

@@ -1,0 +1,294 @@
+"""Capacity: a point against its plan, growth against planning, and the choice of a cluster."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from embedding.cluster_shape import ClusterShape, find_machine, parse_shape
+from embedding.config import FeatureSchema, RowWiseAdagrad, SparseFeature, TableConfig
+from embedding.cost import RESERVED_SHARE
+from embedding.demand import StepSettings
+from embedding.errors import UserError
+from embedding.id_distribution import IdDistribution, zipf
+from embedding.planning import PlanRequest, plan_tables
+from embedding.traffic import TableTraffic, Traffic
+from pipeline.capacity import breaking_growth, dense_seconds, evaluate_point, grown
+from pipeline.capacity_answer import answer_of, choose
+from pipeline.capacity_report import best_batches, write_capacity_report
+from pipeline.capacity_sweep import SweepOptions, expand, sweep_request
+from pipeline.capacity_types import (
+    GPU_FLOPS_SHARE,
+    CapacityAnswer,
+    CapacityPoint,
+    CapacityRequest,
+    DenseCost,
+    PointKey,
+    Target,
+)
+from pipeline.plan_request import plan_request
+from pipeline.recipe import load_recipe
+from tests.embedding.test_calibration import calibration
+
+MIB = 1 << 20
+DENSE = DenseCost(flops_per_row=2e6, parameters=10**6, cpu_seconds_per_row=1e-4, precision="fp32")
+
+
+def small_gpus(hbm_bytes: int, price_per_hour: float | None = None) -> ClusterShape:
+    machine = find_machine("h100").model_copy(
+        update={
+            "hbm_bytes": hbm_bytes,
+            "host_bytes": 8 * hbm_bytes,
+            "price_per_hour": price_per_hour,
+        }
+    )
+    return ClusterShape(machine=machine, ranks_per_host=2)
+
+
+def request_of(shapes: tuple[ClusterShape, ...], **changes: object) -> CapacityRequest:
+    request = CapacityRequest(
+        recipe=load_recipe("demo"), shapes=shapes, batch_sizes=(512,), dense=DENSE
+    )
+    return request.model_copy(update=changes)
+
+
+def key_of(shape: ClusterShape, growth: float = 1.0, dim_factor: float = 1.0) -> PointKey:
+    return PointKey(shape=shape, batch_size_per_rank=512, growth=growth, dim_factor=dim_factor)
+
+
+def test_a_point_says_what_its_plan_and_the_dense_side_take() -> None:
+    shape = parse_shape("h100:8")
+    point = evaluate_point(request_of((shape,)), key_of(shape))
+    plan = plan_tables(plan_request(load_recipe("demo"), shape))
+    assert plan.predicted is not None
+    assert point.sparse_s == pytest.approx(plan.predicted.step_s)
+    flops = 2e6 * 512 / (GPU_FLOPS_SHARE * 67e12)
+    ring = 2 * 7 / 8 * 4e6 / 450e9
+    assert point.dense_s == pytest.approx(flops + max(0.0, ring - 2 / 3 * flops))
+    ahead = plan.predicted.phase_s["input_dist"] + plan.predicted.phase_s["prefetch"]
+    assert point.step_s == pytest.approx(point.sparse_s + point.dense_s - min(ahead, point.dense_s))
+    assert point.rows_per_s == pytest.approx(8 * 512 / point.step_s)
+    tables = load_recipe("demo").features.tables
+    assert point.table_bytes == sum(4 * t.num_embeddings * t.embedding_dim for t in tables)
+    free = 80 * 1024 * MIB * (1 - RESERVED_SHARE) - plan.predicted.peak_bytes
+    assert point.headroom == pytest.approx(free / (80 * 1024 * MIB))
+
+
+def test_factors_scale_rows_and_dims() -> None:
+    shape = parse_shape("h100:8")
+    request = request_of((shape,))
+    one = evaluate_point(request, key_of(shape)).table_bytes
+    assert evaluate_point(request, key_of(shape, growth=3.0)).table_bytes == pytest.approx(3 * one)
+    assert evaluate_point(request, key_of(shape, dim_factor=2.0)).table_bytes == 2 * one
+
+
+def test_what_fits_nowhere_is_a_point_with_the_reason() -> None:
+    shape = small_gpus(MIB)
+    point = evaluate_point(request_of((shape,)), key_of(shape, growth=1000.0))
+    assert point.refusal is not None
+    assert "short" in point.refusal
+    assert point.rows_per_s is None
+
+
+@pytest.mark.parametrize("kernels", [("fused",), ("fused", "fused_uvm", "fused_uvm_caching")])
+def test_tables_grow_until_planning_refuses(kernels: tuple[str, ...]) -> None:
+    shape = small_gpus(64 * MIB)
+    request = replace(plan_request(load_recipe("demo"), shape), kernels=kernels)
+    growth, why = breaking_growth(request)
+    assert growth is not None
+    assert growth > 1
+    assert why is not None
+    assert "short" in why or "evenly" in why
+    plan_tables(grown(request, growth))
+    with pytest.raises(UserError):
+        plan_tables(grown(request, 1.1 * growth))
+
+
+def test_days_left_follow_the_measured_growth() -> None:
+    shape = small_gpus(64 * MIB)
+    request = request_of((shape,), growth_per_day=0.01)
+    point = evaluate_point(request, key_of(shape))
+    assert point.breaks_at_growth is not None
+    assert point.days_left == pytest.approx((point.breaks_at_growth - 1) / 0.01)
+
+
+def test_grown_tables_are_looked_up_with_the_same_skew() -> None:
+    ids = zipf(1000, 1.2)
+    table = TableConfig(name="t", num_embeddings=1000, embedding_dim=8)
+    measured = TableTraffic(
+        table="t",
+        num_rows=1000,
+        lookups=5000,
+        rows_touched=1000,
+        rows_seen_once=10,
+        bin_rows=ids.num_rows,
+        bin_shares=ids.mass,
+    )
+    request = PlanRequest(
+        schema=FeatureSchema(tables=(table,), sparse=(SparseFeature(name="f", table="t"),)),
+        shape=parse_shape("cpu:2"),
+        settings=StepSettings(64, RowWiseAdagrad()),
+        traffic=Traffic(rows=5000, rows_per_day=5000, tables=(measured,)),
+    )
+    after = grown(request, 4.0)
+    assert after.schema.tables[0].num_embeddings == 4000
+    assert after.traffic is not None
+    spread = IdDistribution(after.traffic.tables[0].bin_rows, after.traffic.tables[0].bin_shares)
+    for rows in (1, 10, 500):
+        assert spread.share_of_hottest(4 * rows) == pytest.approx(ids.share_of_hottest(rows))
+
+
+def test_dense_side_on_cpu_is_the_measured_time() -> None:
+    assert dense_seconds(DENSE, parse_shape("cpu:1"), 100) == pytest.approx(100 * 1e-4)
+
+
+def test_between_hosts_the_ring_is_as_fast_as_all_network_cards() -> None:
+    idle = DENSE.model_copy(update={"flops_per_row": 0.0})
+    ring = 2 * 15 / 16 * 4e6
+    assert dense_seconds(idle, parse_shape("h100:2x8"), 1) == pytest.approx(ring / (8 * 50e9))
+    ring = 2 * 3 / 4 * 4e6
+    assert dense_seconds(idle, parse_shape("h100:4x1"), 1) == pytest.approx(ring / 50e9)
+
+
+def point_of(topology: str, rows_per_s: float, **changes: object) -> CapacityPoint:
+    shape = parse_shape(topology)
+    point = CapacityPoint(
+        topology=topology,
+        machine=shape.machine.name,
+        world_size=shape.world_size,
+        num_hosts=shape.num_hosts,
+        batch_size_per_rank=1024,
+        growth=1.0,
+        dim_factor=1.0,
+        table_bytes=1000,
+        constants="data sheet",
+        shardings={"row_wise fused": 1},
+        step_s=1024 * shape.world_size / rows_per_s,
+        sparse_s=0.0,
+        dense_s=0.0,
+        hidden_s=0.0,
+        rows_per_s=rows_per_s,
+        peak_bytes=30,
+        device_bytes=100,
+        headroom=0.7,
+        binding="a limit",
+        breaks_first="a table is short",
+        breaks_at_growth=3.0,
+    )
+    return point.model_copy(update=changes)
+
+
+def test_the_smallest_cluster_that_is_fast_enough_is_chosen() -> None:
+    points = (point_of("h100:1", 1e6), point_of("h100:2", 2e6), point_of("h100:8", 7e6))
+    assert choose(points, Target(rows_per_s=1.5e6)) == points[1]
+    assert choose(points, Target(rows_per_day=3600e6 * 4, window_hours=2)) == points[1]
+    assert choose(points, Target(rows_per_s=8e6)) is None
+
+
+def test_prices_decide_where_they_are_given() -> None:
+    cheap = point_of("h100:8", 5e6, price_per_hour=10.0, cost_per_billion_rows=0.6)
+    dear = point_of("h200:4", 5e6, price_per_hour=90.0, cost_per_billion_rows=5.0)
+    assert choose((dear, cheap), Target(rows_per_s=1e6)) == cheap
+    assert choose((dear, cheap), Target()) == cheap
+    said = answer_of((dear, cheap), cheap, Target(rows_per_s=1e6))
+    assert "h100:8 is the cheapest cluster" in said
+    assert "A billion rows cost 0.60" in said
+
+
+def test_a_cluster_without_room_is_no_recommendation_while_another_has_some() -> None:
+    full, roomy = point_of("h100:1", 5e6, headroom=0.01), point_of("h100:2", 5e6)
+    assert choose((full, roomy), Target(rows_per_s=1e6)) == roomy
+    assert choose((full,), Target(rows_per_s=1e6)) == full
+
+
+def test_grown_tables_are_not_todays() -> None:
+    later = point_of("h100:1", 9e6, growth=2.0)
+    assert choose((later, point_of("h100:2", 2e6)), Target(rows_per_s=1e6)) != later
+
+
+def test_the_answer_names_cluster_time_and_end() -> None:
+    point = point_of("h100:2", 2e6, days_left=200.0)
+    said = answer_of((point,), point, Target(rows_per_day=7200e6, window_hours=2))
+    for words in ("h100:2 is the smallest", "7.2G rows take 1h00m of the 2h", "70% stay free",
+                  "3.00 times", "about 200 days", "a table is short", "calibrate"):  # fmt: skip
+        assert words in said
+    said = answer_of((point,), None, Target(rows_per_s=3e6))
+    assert "No cluster of the sweep reaches 3M rows/s" in said
+    assert "h100:2" in said
+    refusal = point_of("h100:2", 2e6, refusal="too small")
+    assert "fit none" in answer_of((refusal,), None, Target())
+    assert "too small" in answer_of((refusal,), None, Target())
+
+
+def test_ranges_double() -> None:
+    assert [shape.name for shape in expand("h200:1..6x8")] == [
+        "h200:8",
+        "h200:2x8",
+        "h200:4x8",
+        "h200:6x8",
+    ]
+    assert [shape.name for shape in expand("cpu:1..4")] == ["cpu:1", "cpu:2", "cpu:4"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (SweepOptions(("h200:4..2x8",)), "a range goes from at least 1 upwards"),
+        (SweepOptions(("h20:8",)), "did you mean 'h200'"),
+        (SweepOptions(("h200:8",), prices=("h200",)), "write it as h200=80"),
+        (SweepOptions(("h200:8",), prices=("h200=-1",)), "write it as h200=80"),
+        (SweepOptions(("h200:8",), prices=("h20=3",)), "did you mean 'h200'"),
+        (SweepOptions(("h200:8",), calibrations=(Path("none.json"),)), "none.json does not exist"),
+        (SweepOptions(("h200:8",), traffic=Path("none.json")), "none.json does not exist"),
+        (SweepOptions(("h200:8",), growth=(0.0,)), "growth.0: Input should be greater than 0"),
+    ],
+)
+def test_what_cannot_be_swept_is_said(options: SweepOptions, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        sweep_request(load_recipe("demo"), options)
+
+
+@pytest.mark.parametrize(
+    ("machine", "versions", "message"),
+    [
+        ("cpu", {}, "is of 'cpu', which no topology of the sweep has .h200."),
+        ("h200", {"torchrec": "0.1"}, "made with torchrec 0.1"),
+    ],
+)
+def test_a_calibration_that_does_not_hold_ends_the_study(
+    tmp_path: Path, machine: str, versions: dict[str, str], message: str
+) -> None:
+    path = tmp_path / "calibration.json"
+    made = calibration(machine, versions=versions)
+    path.write_text(made.model_dump_json())
+    with pytest.raises(UserError, match=message):
+        sweep_request(load_recipe("demo"), SweepOptions(("h200:8",), calibrations=(path,)))
+
+
+def test_the_report_shows_every_cluster_and_the_chosen_one(tmp_path: Path) -> None:
+    slow = point_of("h100:8", 6e6, batch_size_per_rank=64)
+    fast = point_of("h100:8", 8e6)
+    refusal = point_of("l40s:1", 1.0).model_copy(
+        update={"refusal": "tables are 3 GiB short", "rows_per_s": None}
+    )
+    points = (point_of("h100:1", 1e6), slow, fast, refusal)
+    assert [p.rows_per_s for p in best_batches(points)] == [1e6, 8e6, None]
+    for chosen in (fast, None):
+        answer = CapacityAnswer(
+            recipe="demo",
+            answer=answer_of(points, chosen, Target(rows_per_s=7e6)),
+            target=Target(rows_per_s=7e6),
+            chosen=chosen,
+            dense=DENSE,
+            points=points,
+            seconds=3.0,
+        )
+        path = tmp_path / "capacity.html"
+        write_capacity_report(answer, path)
+        page = path.read_text()
+        assert page.count("<svg") == 3
+        for words in ("h100:1", "h100:8", "l40s:1", "3 GiB short", "does not fit"):
+            assert words in page
+        assert ('class="chosen"' in page) == (chosen is not None)
+        again = CapacityAnswer.model_validate_json(answer.model_dump_json())
+        assert again == answer

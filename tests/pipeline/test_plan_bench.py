@@ -1,0 +1,173 @@
+"""The bench of plans: which plans it runs, what it measures, and constants fitted to that."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from deploy.app import main
+from embedding.calibration import constants_for
+from embedding.cluster_shape import parse_shape
+from embedding.config import FeatureSchema, RowWiseAdagrad, SparseFeature, TableConfig
+from embedding.errors import UserError
+from pipeline.cluster import RaySession
+from pipeline.config import ClusterConfig
+from pipeline.plan_accuracy import (
+    compare,
+    fit_ranks,
+    measured_plans,
+    median_abs_error,
+    new_calibration,
+    rank_correlation,
+)
+from pipeline.plan_bench import BenchCase, BenchEffort, BenchReport, run_cases
+from pipeline.plan_bench_command import BenchOptions, bench_shape, recipe_case, with_plans
+from pipeline.plan_request import RequestChanges
+from pipeline.recipe import load_recipe
+from tests.pipeline.small_log import make_recipe
+
+TWO = parse_shape("cpu:2")
+ROWS, DIM, BATCH = 400_000, 32, 256
+
+
+def test_the_chosen_plan_meets_one_of_every_sharding() -> None:
+    case = recipe_case(load_recipe("demo"), TWO, BenchOptions())
+    names = [plan.proposer for plan in case.plans]
+    assert names[0] == "chosen"
+    kinds = [{table.sharding for table in plan.tables} for plan in case.plans]
+    assert {"row_wise"} in kinds
+    assert {"table_wise"} in kinds
+    placed = [plan.tables for plan in case.plans]
+    assert all(placed.count(tables) == 1 for tables in placed)
+
+
+def test_sampled_plans_are_run_beside_them() -> None:
+    few = recipe_case(load_recipe("demo"), TWO, BenchOptions())
+    more = recipe_case(load_recipe("demo"), TWO, BenchOptions(sampled=3))
+    assert len(more.plans) == len(few.plans) + 3
+
+
+def test_a_given_load_replaces_the_recipes() -> None:
+    options = BenchOptions(
+        exponent=0.5, pooling=("item_id=12.5",), changes=RequestChanges(batch_size_per_rank=64)
+    )
+    case = recipe_case(load_recipe("demo"), TWO, options)
+    assert case.exponent == 0.5
+    assert case.batch_size_per_rank == 64
+    assert case.traffic is not None
+    assert case.traffic.ids_per_sample == {"item_id": 12.5}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (BenchOptions(exhaustive=True), "--exhaustive: 10 tables on cpu:2 have more than 400"),
+        (BenchOptions(pooling=("item_id",)), "write it as feature=12.5"),
+        (BenchOptions(pooling=("colour=3",)), "features are .*item_id"),
+        (BenchOptions(plans=(Path("none.json"),)), "none.json does not exist"),
+    ],
+)
+def test_what_cannot_be_run_is_said(options: BenchOptions, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        recipe_case(load_recipe("demo"), TWO, options)
+
+
+def test_ranks_must_fill_the_clusters_hosts() -> None:
+    present = parse_shape("h100:2x8")
+    assert bench_shape(present, 4).name == "h100:4"
+    assert bench_shape(present, 16).name == "h100:2x8"
+    for ranks in (12, 32):
+        with pytest.raises(UserError, match="use at most 8 ranks, or whole hosts"):
+            bench_shape(present, ranks)
+
+
+def two_tables() -> BenchCase:
+    tables = (
+        TableConfig(name="large", num_embeddings=ROWS, embedding_dim=DIM),
+        TableConfig(name="small", num_embeddings=1000, embedding_dim=DIM),
+    )
+    sparse = (
+        SparseFeature(name="l", table="large", max_length=5),
+        SparseFeature(name="s", table="small"),
+    )
+    return BenchCase(
+        name="two",
+        features=FeatureSchema(tables=tables, sparse=sparse),
+        exponent=1.0,
+        batch_size_per_rank=BATCH,
+        optimizer=RowWiseAdagrad(),
+        plans=(),
+    )
+
+
+@pytest.mark.integration
+def test_measured_plans_fit_constants_that_predict_them(tmp_path: Path) -> None:
+    case = with_plans(two_tables(), TWO, 5, seed=0)
+    seen: list[tuple[int, int]] = []
+    effort = BenchEffort(rounds=4, memory_steps=2)
+    cluster = ClusterConfig(num_workers=2)
+    with RaySession(cluster) as session:
+        session.start()
+        runs, parts = run_cases(
+            [case],
+            cluster,
+            effort,
+            time_parts=True,
+            progress=lambda done, total: seen.append((done, total)),
+        )
+
+    assert [run.plan_index for run in runs] == list(range(5))
+    assert all(total == 10 for _, total in seen)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    for run, plan in zip(runs, case.plans, strict=True):
+        assert run.step_s > 0
+        assert run.num_steps == 8
+        assert set(run.phase_s) >= {"lookup", "backward"}
+        # Weights and one accumulator a row must be in memory; gradients and buffers come on top.
+        for peak, weights in zip(run.peak_bytes, plan.weight_bytes_per_rank(), strict=True):
+            assert peak > weights
+            assert peak < 2 * weights + (64 << 20)
+    assert all(seconds >= 0 for seconds in parts.values())
+
+    fit = fit_ranks(measured_plans([case], runs, TWO), TWO, parts)
+    path = tmp_path / "calibration.json"
+    path.write_text(new_calibration(TWO, None, [fit]).model_dump_json())
+    assert constants_for(TWO, path).source.startswith("calibration of 2 ranks")
+    after, before = compare([case], runs, TWO, path), compare([case], runs, TWO, None)
+    measured = [entry.measured_s for entry in after]
+    error = median_abs_error(measured, [entry.predicted_s for entry in after])
+    assert error == pytest.approx(fit.median_abs_error, abs=1e-6)
+    assert error < median_abs_error(measured, [entry.predicted_s for entry in before])
+
+
+@pytest.mark.integration
+def test_the_command_shows_measured_beside_predicted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = make_recipe(tmp_path).model_dump(mode="json")
+    recipe["cluster"]["num_workers"] = 1
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(recipe))
+    command = ["bench", "plan", "--recipe", str(tmp_path / "small.yaml"), "--quick", "--no-memory"]
+    path = tmp_path / "bench.json"
+    assert main([*command, "--json", str(path)]) == 0
+    report = BenchReport.model_validate_json(path.read_text())
+    assert report.topology == "cpu:1"
+    assert report.constants == "data sheet"
+    assert {entry.name for entry in report.comparisons} >= {"chosen"}
+    shown = capsys.readouterr().out
+    for entry in report.comparisons:
+        assert entry.measured_s > 0
+        assert entry.predicted_s > 0
+        assert entry.name in shown
+    assert main([*command, "--ranks", "1", "--ranks", "2"]) == 2
+    assert "--calibrate only" in capsys.readouterr().err
+
+
+def test_figures_of_accuracy() -> None:
+    assert median_abs_error([1.0, 2.0, 4.0], [1.1, 1.0, 4.0]) == pytest.approx(0.1)
+    assert rank_correlation([1.0, 2.0, 3.0], [10.0, 20.0, 30.0]) == pytest.approx(1.0)
+    assert rank_correlation([1.0, 2.0, 3.0], [3.0, 2.0, 1.0]) == pytest.approx(-1.0)
+    rng = np.random.default_rng(0)
+    noise = [float(x) for x in rng.random(200)]
+    assert abs(rank_correlation(noise, noise[::-1])) < 0.2

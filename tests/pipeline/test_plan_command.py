@@ -1,0 +1,156 @@
+"""`braid plan` through the command line: plans of a laptop's and of a GPU cluster's ranks."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from deploy.app import main
+from embedding.calibration import installed_versions
+from embedding.plan_description import PlanDescription, read_plan
+from pipeline.recipe import load_recipe
+from tests.embedding.test_calibration import calibration
+
+Plan = Callable[..., PlanDescription]
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    """Runs `braid plan` of the demo recipe and reads the file it writes."""
+
+    def run(topology: str, *options: str, name: str = "plan.json") -> PlanDescription:
+        path = tmp_path / name
+        given = ["plan", "--recipe", "demo", "--topology", topology, "--json", str(path), *options]
+        assert main(given) == 0
+        return read_plan(path)
+
+    return run
+
+
+def refused(capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    """The one sentence `braid plan` of the demo recipe refuses with."""
+    code = main(["plan", "--recipe", "demo", *options])
+    said = capsys.readouterr().err
+    assert code == 2, said
+    (sentence,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    return sentence
+
+
+@pytest.mark.parametrize(("topology", "world_size"), [("h200:1x8", 8), ("cpu:2", 2)])
+def test_every_table_of_the_recipe_is_placed_and_shown(
+    plan: Plan, capsys: pytest.CaptureFixture[str], topology: str, world_size: int
+) -> None:
+    made = plan(topology)
+    shown = capsys.readouterr().out
+    tables = {table.name: table for table in load_recipe("demo").features.tables}
+    assert {table.table for table in made.tables} == set(tables)
+    assert made.world_size == world_size
+    for entry in made.tables:
+        config = tables[entry.table]
+        copies = world_size if entry.sharding == "data_parallel" else 1
+        weights = 4 * config.num_embeddings * config.embedding_dim * copies
+        assert sum(shard.weight_bytes for shard in entry.shards) == weights
+        assert entry.table in shown
+        assert entry.sharding in shown
+    assert made.predicted is not None
+    assert len(made.predicted.ranks) == world_size
+    assert made.predicted.binding in " ".join(shown.split())
+
+
+def test_the_file_is_the_same_every_time_and_needs_no_torch(plan: Plan, tmp_path: Path) -> None:
+    plan("h200:1x8", name="here.json")
+    code = (
+        "import sys; from deploy.app import main; code = main(sys.argv[1:])\n"
+        "assert 'torch' not in sys.modules and 'ray' not in sys.modules\n"
+        "sys.exit(code)"
+    )
+    there = tmp_path / "there.json"
+    given = ("plan", "--recipe", "demo", "--topology", "h200:1x8", "--json", str(there))
+    subprocess.run([sys.executable, "-c", code, *given], cwd=ROOT, check=True, capture_output=True)
+    assert there.read_bytes() == (tmp_path / "here.json").read_bytes()
+
+
+def test_constraints_are_kept(plan: Plan) -> None:
+    made = plan("h200:1x8", "--constraint", "item=row_wise", "--constraint", "user=column_wise:4")
+    item, user = made.table("item"), made.table("user")
+    assert item is not None
+    assert user is not None
+    assert item.sharding == "row_wise"
+    assert user.sharding == "column_wise"
+    assert sorted(shard.column_offset for shard in user.shards) == [0, 4, 8, 12]
+
+
+def test_a_pinned_plan_stays_and_the_difference_is_named(
+    plan: Plan, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    forced = plan("cpu:2", "--constraint", "item=row_wise", name="forced.json")
+    capsys.readouterr()
+    path = str(tmp_path / "forced.json")
+
+    pinned = plan("cpu:2", "--pin", path, "--diff", path)
+    assert "No table is placed differently" in " ".join(capsys.readouterr().out.split())
+    assert pinned.tables == forced.tables
+
+    free = plan("cpu:2", "--constraint", "item=table_wise", "--diff", path)
+    shown = capsys.readouterr().out
+    changed = [t.table for t in free.tables if t != forced.table(t.table)]
+    assert "item" in changed
+    assert f"{len(changed)} table" in " ".join(shown.split())
+    assert "row_wise fused on 0-1" in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "messages"),
+    [
+        (("--topology", "h20:8"), ["did you mean 'h200'"]),
+        (("--topology", "h200:0"), ["has no rank", "at least one"]),
+        (("--topology", "h200:9"), ["a h200 host has 8 ranks", "h200:2x8"]),
+        (("--topology", "cpu:2", "--constraint", "itm=row_wise"), ["did you mean 'item'"]),
+        (("--topology", "cpu:2", "--constraint", "item=row_wize"), ["did you mean 'row_wise'"]),
+        (("--topology", "cpu:2", "--constraint", "item"), ["write it as table=row_wise"]),
+        (("--topology", "cpu:2", "--kernel", "fuzed"), ["did you mean 'fused'"]),
+        (("--topology", "cpu:2", "--pin", "none.json"), ["none.json does not exist"]),
+        (("--topology", "cpu:2", "--traffic", "none.json"), ["braid traffic"]),
+        (
+            ("--topology", "h200:8", "--set", "features.tables.item.num_embeddings=3000000000000"),
+            ["no sharding plan fits h200:8", "'item'", "GiB short", "use h200:"],
+        ),
+        (
+            ("--topology", "v100:1", "--kernel", "fused", "--set",
+             "features.tables.item.num_embeddings=1000000000"),
+            ["'item'", "GiB short", "fused_uvm_caching"],
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_planned_is_one_sentence_with_the_remedy(
+    capsys: pytest.CaptureFixture[str], options: tuple[str, ...], messages: list[str]
+) -> None:
+    sentence = refused(capsys, *options)
+    for message in messages:
+        assert message in sentence
+
+
+def test_a_plan_of_other_tables_or_ranks_is_refused(
+    plan: Plan, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    plan("cpu:2")
+    pin = ("--pin", str(tmp_path / "plan.json"))
+    assert "is for 2 ranks" in refused(capsys, "--topology", "cpu:4", *pin)
+    larger = ("--set", "features.tables.item.num_embeddings=9001")
+    assert "does not tile" in refused(capsys, "--topology", "cpu:2", *pin, *larger)
+
+
+def test_a_calibration_of_another_version_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "calibration.json"
+    versions = installed_versions() | {"torchrec": "0.1"}
+    made = calibration("h200", device_name="NVIDIA H200", versions=versions)
+    path.write_text(made.model_dump_json())
+    sentence = refused(capsys, "--topology", "h200:8", "--calibration", str(path))
+    assert "made with torchrec 0.1" in sentence
+    assert "braid bench plan --calibrate" in sentence

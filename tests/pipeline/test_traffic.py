@@ -1,0 +1,189 @@
+"""Measured lookups against plain counting, and the advice they give."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from embedding import samples
+from embedding.config import (
+    FeatureSchema,
+    HistoryConfig,
+    Identity,
+    SequenceFeature,
+    SparseFeature,
+    TableConfig,
+)
+from embedding.errors import UserError
+from embedding.id_distribution import IdDistribution
+from embedding.table_advice import table_facts
+from embedding.traffic import TableTraffic, Traffic, read_traffic
+from pipeline import traffic as traffic_module
+from pipeline.traffic import measure_traffic, sample_files
+
+ROWS = 50
+SCHEMA = FeatureSchema(
+    tables=(
+        TableConfig(name="item", num_embeddings=ROWS, embedding_dim=8, ids=Identity()),
+        TableConfig(name="gap", num_embeddings=ROWS, embedding_dim=8, ids=Identity()),
+    ),
+    sparse=(SparseFeature(name="item_id", table="item"),),
+    histories=(HistoryConfig(name="clicks", max_length=3),),
+    sequences=(
+        SequenceFeature(name="past", history="clicks", table="item"),
+        SequenceFeature(name="ago", history="clicks", table="gap"),
+    ),
+)
+
+
+def write_days(out: Path) -> dict[str, list[tuple[int, list[int], list[int]]]]:
+    """Two joined days; (item, past items, gaps) of every row."""
+    rng = np.random.default_rng(0)
+    days = {}
+    for day in ("2024-01-01", "2024-01-02"):
+        high = 20 if day.endswith("1") else 30
+        rows = [
+            (
+                int(rng.integers(1, high)),
+                [int(i) for i in rng.integers(1, high, rng.integers(0, 4))],
+                [],
+            )
+            for _ in range(40)
+        ]
+        rows = [(item, past, [1 + i % 5 for i in past]) for item, past, _ in rows]
+        days[day] = rows
+        folder = out / day / "join" / "samples" / f"dt={day}"
+        folder.mkdir(parents=True)
+        table = pa.table(
+            {
+                samples.sparse_column("item_id"): pa.array([r[0] for r in rows], pa.int64()),
+                samples.sequence_column("past"): pa.array([r[1] for r in rows], LISTS),
+                samples.sequence_column("ago"): pa.array([r[2] for r in rows], LISTS),
+            }
+        )
+        pq.write_table(table.slice(0, 15), folder / "part-00000.parquet")
+        pq.write_table(table.slice(15), folder / "part-00001.parquet")
+    return days
+
+
+LISTS = pa.list_(pa.int64())
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_here(run: Any, tasks: Any, shared: Any, rows: Any) -> Any:
+        return (run(task, shared) for task in reversed(list(tasks)))
+
+    monkeypatch.setattr(traffic_module, "stream_tasks", run_here)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_lookups_are_counted_as_a_loop_counts_them(tmp_path: Path) -> None:
+    days = write_days(tmp_path)
+    measured = measure_traffic(SCHEMA, sample_files(tmp_path, None))
+    first, last = days["2024-01-01"], days["2024-01-02"]
+    everything = first + last
+    assert measured.rows == len(everything)
+    assert measured.rows_per_day == len(everything) / 2
+    assert measured.ids_per_sample["item_id"] == 1
+    past = sum(len(row[1]) for row in everything)
+    assert measured.ids_per_sample["past"] == pytest.approx(past / len(everything))
+
+    item = measured.table("item")
+    assert item is not None
+    lookups = Counter(i for row in everything for i in (row[0], *row[1]))
+    assert item.lookups == sum(lookups.values())
+    assert item.rows_touched == len(lookups)
+    assert item.rows_seen_once == sum(count == 1 for count in lookups.values())
+    before = {i for row in first for i in (row[0], *row[1])}
+    now = {i for row in last for i in (row[0], *row[1])}
+    assert item.new_rows_per_day == len(now - before) > 0
+    ordered = sorted(lookups.values(), reverse=True)
+    ids = IdDistribution(item.bin_rows, item.bin_shares)
+    assert ids.share_of_hottest(3) == pytest.approx(sum(ordered[:3]) / item.lookups, abs=0.01)
+
+    gap = measured.table("gap")
+    assert gap is not None
+    assert gap.lookups == sum(len(row[2]) for row in everything)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_one_day_says_nothing_of_growth(tmp_path: Path) -> None:
+    write_days(tmp_path)
+    measured = measure_traffic(SCHEMA, sample_files(tmp_path, "2024-01-01"))
+    assert measured.rows == 40
+    assert all(table.new_rows_per_day is None for table in measured.tables)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_samples_of_another_recipe_are_refused(tmp_path: Path) -> None:
+    write_days(tmp_path)
+    sparse = (*SCHEMA.sparse, SparseFeature(name="colour", table="item"))
+    other = SCHEMA.model_copy(update={"sparse": sparse})
+    with pytest.raises(UserError, match="lacks the columns .*colour.*join it again"):
+        measure_traffic(other, sample_files(tmp_path, None))
+
+
+def test_no_samples_and_no_traffic_file_are_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no joined samples.*braid stage join"):
+        sample_files(tmp_path, None)
+    with pytest.raises(UserError, match="does not exist"):
+        read_traffic(tmp_path / "none.json")
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(UserError, match="is no traffic file of this version"):
+        read_traffic(tmp_path / "other.json")
+
+
+def advice_for(counts: np.ndarray, **changes: object) -> str:
+    """Advice for a table of 1,000 rows and 16 dims whose touched rows have these lookups."""
+    table = TableConfig(name="t", num_embeddings=1000, embedding_dim=16)
+    table = table.model_copy(update=changes)
+    ordered = np.sort(counts)[::-1]
+    measured = TableTraffic(
+        table="t",
+        num_rows=table.num_embeddings,
+        lookups=int(counts.sum()),
+        rows_touched=len(counts),
+        rows_seen_once=int((counts == 1).sum()),
+        bin_rows=(1.0,) * len(ordered),
+        bin_shares=tuple(ordered / ordered.sum()),
+    )
+    (facts,) = table_facts((table,), Traffic(rows=1, rows_per_day=1, tables=(measured,)))
+    return " | ".join(facts.advice)
+
+
+def test_advice_fits_the_traffic() -> None:
+    plenty = np.full(600, 100)
+    assert advice_for(plenty) == ""
+    assert "80% of its rows were never looked up: num_embeddings=300" in advice_for(plenty[:200])
+    # 950 of 1,000 rows in use are what about 2,996 hashed ids leave.
+    assert "share a row" in advice_for(np.full(950, 100))
+    assert advice_for(np.full(950, 100), ids=Identity()) == ""
+    assert "at most 8 of its 16 dims: embedding_dim=8" in advice_for(plenty[:8])
+    rare = np.concatenate([np.ones(400), np.full(200, 3)]).astype(int)
+    assert "67% of its rows in use were seen once" in advice_for(rare)
+    assert "try embedding_dim=8" in advice_for(rare)
+    skewed = np.concatenate([np.full(10, 100_000), np.full(590, 2)])
+    assert "a cache of 1% of its rows answers up to 100%" in advice_for(skewed)
+
+
+def test_hit_rates_are_those_of_the_hottest_rows() -> None:
+    counts = np.arange(1, 501)
+    table = TableConfig(name="t", num_embeddings=1000, embedding_dim=16)
+    measured = TableTraffic(
+        table="t",
+        num_rows=1000,
+        lookups=int(counts.sum()),
+        rows_touched=500,
+        rows_seen_once=1,
+        bin_rows=(1.0,) * 500,
+        bin_shares=tuple(counts[::-1] / counts.sum()),
+    )
+    (facts,) = table_facts((table,), Traffic(rows=1, rows_per_day=1, tables=(measured,)))
+    for share, hit in facts.hit_rates.items():
+        hottest = counts[::-1][: round(1000 * share)]
+        assert hit == pytest.approx(hottest.sum() / counts.sum())

@@ -14,6 +14,7 @@ from pipeline.config import Recipe
 from pipeline.console import duration, human
 from pipeline.summary import Summary, TrainSummary
 from pipeline.table_ids import table_ids
+from pipeline.warm_start_view import redrawn_rows, warm_start_line
 
 REPORT = "report.html"
 MIB = 1 << 20
@@ -35,6 +36,7 @@ def write_report(recipe: Recipe, summary: Summary, directory: Path) -> Path:
         calibration=_calibration(summary),
         stages=_stages(summary),
         recipe_yaml=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=100),
+        **_warm_start(directory / "train"),
         **_data(directory / "ingest"),
         **_ids(recipe, directory / "join"),
         **_plan(directory / "plan"),
@@ -109,6 +111,14 @@ def _quality_row(task: str, name: str, metrics: Any, oracle: Any) -> dict[str, A
         "ne": figure(metrics.ne),
         "calibration": figure(metrics.calibration),
     }
+
+
+def _warm_start(train: Path) -> dict[str, Any]:
+    facts = _require(train).facts
+    report, parent = facts["warm_start"], facts["parent"]
+    if report is None or parent is None:
+        return {"warm_start": "started from drawn values", "redrawn": []}
+    return {"warm_start": warm_start_line(report, parent), "redrawn": redrawn_rows(report)}
 
 
 def _training_charts(train: Path, recipe: Recipe, best_step: int | None) -> list[dict[str, str]]:

@@ -1,15 +1,20 @@
-# Two commands: `make demo` and `make test`. ACCEL=gpu installs the CUDA kernels instead.
-ACCEL ?= cpu
-PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+# Two commands: `make demo` and `make test`. ACCEL=gpu installs the CUDA kernels instead, and the
+# demo trains on one GPU; without ACCEL the environment stays what it is.
 VENV := .venv
+ifndef ACCEL
+ACCEL := $(if $(wildcard $(VENV)/.installed-gpu),gpu,cpu)
+endif
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 DEMO_DATE := 2024-01-07
+DEMO_CLUSTER_cpu :=
+DEMO_CLUSTER_gpu := --set cluster.use_gpu=true --set cluster.num_workers=1
 
 .PHONY: demo test lint clean pins
 
 demo: $(VENV)/.installed-$(ACCEL)  ## The whole daily pipeline on the synthetic marketplace.
-	$(BIN)/braid run --recipe demo --date $(DEMO_DATE) --out runs/demo
+	$(BIN)/braid run --recipe demo --date $(DEMO_DATE) --out runs/demo $(DEMO_CLUSTER_$(ACCEL))
 
 test: lint  ## Lint, types, tests, and the commands the README shows.
 	$(BIN)/python -m pytest -m "not gpu"

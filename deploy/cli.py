@@ -14,7 +14,12 @@ def score(
     output: Annotated[Path, typer.Option("--output", help="Parquet file to write.")],
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Rows at a time.")] = 8192,
 ) -> None:
-    """Score Parquet samples with a bundle: their keys and one probability a task."""
+    """Score Parquet samples with a bundle: their keys and one probability a task.
+
+    Keys are raw ids, int64: integers from 0 on are themselves, a string is its 63-bit hash.
+
+    To join scores back, hash your own column: embedding.raw_ids.to_raw_ids(table["item_id"]).
+    """
     from rich.console import Console
 
     from deploy.scoring import score_samples

@@ -33,13 +33,19 @@ class StrictConfig(BaseModel):
 
 
 class Hashed(StrictConfig):
-    """Row = 1 + hash(raw id) mod (num_embeddings - 1); row 0 is the OOV row. Ids may collide."""
+    """Row = 1 + hash(raw id) mod (num_embeddings - 1); row 0 is the OOV row.
+
+    Ids may collide; the report says how many do, by table.
+    """
 
     kind: Literal["hashed"] = "hashed"
 
 
 class Identity(StrictConfig):
-    """Row = raw id + 1; ids outside [0, num_embeddings - 1) go to the OOV row and are counted."""
+    """Row = raw id + 1; ids outside [0, num_embeddings - 1) go to the OOV row.
+
+    The report counts them, by table.
+    """
 
     kind: Literal["identity"] = "identity"
 

@@ -45,11 +45,11 @@ def rows_of_features(raw_FR: Tensor, tables: Sequence[TableConfig]) -> Tensor:
     return rows_FR
 
 
-def num_out_of_range(raw_ids: Tensor, table: TableConfig) -> int:
-    """Ids that an `Identity` table sends to the OOV row because it has no row for them."""
+def out_of_range(raw_ids: Tensor, table: TableConfig) -> Tensor:
+    """True for ids that an `Identity` table sends to the OOV row: it has no row for them."""
     if not isinstance(table.ids, Identity):
-        return 0
-    return int((raw_ids >= table.num_embeddings - 1).sum())
+        return torch.zeros_like(raw_ids, dtype=torch.bool)
+    return raw_ids >= table.num_embeddings - 1
 
 
 def collision_rate(unique_raw_ids: Tensor, table: TableConfig) -> float:
@@ -62,6 +62,14 @@ def collision_rate(unique_raw_ids: Tensor, table: TableConfig) -> float:
         return 0.0
     _, counts = rows_of(known, table).unique(return_counts=True)
     return float(counts[counts > 1].sum()) / known.numel()
+
+
+def expected_collision_rate(num_ids: int, table: TableConfig) -> float:
+    """What `collision_rate` comes to for so many distinct ids, by the uniformity of the hash."""
+    if num_ids <= 1 or not isinstance(table.ids, Hashed):
+        return 0.0
+    rows = table.num_embeddings - 1
+    return float(1 - (1 - 1 / rows) ** (num_ids - 1))
 
 
 def mix64(ids: Tensor, salt: int, out: Tensor) -> Tensor:

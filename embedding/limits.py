@@ -35,16 +35,16 @@ def check_optimizer(optimizer: SparseOptimizer, device_type: str) -> None:
     """Refuse sparse optimizers, and settings of them, that the fused kernels lack."""
     if optimizer.kind == "adam" and device_type == "cpu":
         raise UserError(
-            "the sparse optimizer 'adam' has a fused kernel for CUDA only, and the tables are on "
-            "CPU; use 'row_wise_adagrad' or 'adagrad', or train on GPUs"
+            "embedding.optimizer: 'adam' has a fused kernel for CUDA only, and the tables are on "
+            "CPU; use 'row_wise_adagrad' or 'adagrad', or train on GPUs (cluster.use_gpu)"
         )
     if optimizer.weight_decay == 0:
         return
     if device_type == "cpu" or optimizer.kind in ("adagrad", "sgd"):
         raise UserError(
-            f"the sparse optimizer {optimizer.kind!r} has weight_decay={optimizer.weight_decay:g}, "
+            f"embedding.optimizer: {optimizer.kind!r} has weight_decay={optimizer.weight_decay:g}, "
             f"which its fused kernel ignores on {device_type}; set it to 0, or use "
-            "'row_wise_adagrad' or 'adam' on GPUs"
+            "'row_wise_adagrad' or 'adam' on GPUs (cluster.use_gpu)"
         )
 
 
@@ -52,35 +52,41 @@ def check_communication(sharding: ShardingConfig, device_type: str) -> None:
     """Refuse precisions that the CPU backend would silently replace."""
     if sharding.communication == "bf16" and device_type == "cpu":
         raise UserError(
-            "communication: bf16 is not supported by gloo on CPU; use fp16 or fp32 there, "
-            "bf16 on GPUs"
+            "embedding.sharding.communication: bf16 is not supported by gloo on CPU; use fp16 or "
+            "fp32 there, bf16 on GPUs (cluster.use_gpu)"
         )
 
 
 def check_table(table: TableConfig, *, in_sequence: bool) -> None:
     """Refuse a forced sharding type that the table's collection or width does not allow."""
+    where = f"features.tables.{table.name}.sharding"
     match table.sharding:
         case None:
             return
         case ColumnWise(num_shards=n) | TableColumnWise(num_shards=n) | Grid(num_column_shards=n):
             if table.embedding_dim % (n * COLUMN_MULTIPLE):
                 raise UserError(
-                    f"table {table.name!r}: {n} column shards of embedding_dim="
-                    f"{table.embedding_dim} are not multiples of {COLUMN_MULTIPLE} columns wide; "
-                    f"use at most {table.embedding_dim // COLUMN_MULTIPLE} shards that divide it"
+                    f"{where}: {n} column shards of {table.embedding_dim} columns are not "
+                    f"multiples of {COLUMN_MULTIPLE} columns wide; use one of {_shards(table)}"
                 )
         case _:
             pass
     if isinstance(table.ids, ManagedCollision) and not isinstance(table.sharding, RowWise):
         raise UserError(
-            f"table {table.name!r}: managed collision works with row_wise sharding only, not "
+            f"{where}: managed collision works with row_wise sharding only, not "
             f"{table.sharding.kind}; use row_wise or leave the sharding out"
         )
     if in_sequence and not isinstance(
         table.sharding, TableWise | RowWise | ColumnWise | DataParallel
     ):
         raise UserError(
-            f"table {table.name!r}: {table.sharding.kind} works for pooled tables only, and this "
+            f"{where}: {table.sharding.kind} works for pooled tables only, and this "
             "one is looked up without pooling (a sequence uses it); use row_wise, table_wise, "
             "column_wise or data_parallel"
         )
+
+
+def _shards(table: TableConfig) -> str:
+    """Numbers of column shards that the width allows."""
+    units = table.embedding_dim // COLUMN_MULTIPLE
+    return ", ".join(str(n) for n in range(1, units + 1) if units % n == 0)

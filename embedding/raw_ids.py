@@ -1,7 +1,9 @@
 """Raw ids: any categorical Arrow column as int64, the same on every machine and in every process.
 
-Integers stay what they are; strings become 63-bit hashes, so that no dictionary has to be built,
-shipped or kept. 63 bits keep the chance of one collision among 100 million strings below 0.1%.
+Integers from 0 on stay what they are; strings become 63-bit hashes, so that no dictionary has to be
+built, shipped or kept. 63 bits keep the chance of one collision among 100 million strings below
+0.1%. Negative integers, and unsigned ones from 2**63 on, lose their top bit: below zero lies only
+`MISSING_ID`. A null is missing, -1 in the data is an id like any other.
 """
 
 from typing import Any
@@ -54,7 +56,7 @@ def is_id_list_type(kind: pa.DataType) -> bool:
 
 
 def to_raw_ids(column: pa.ChunkedArray | pa.Array) -> pa.Array:
-    """A categorical column as int64, a list of them as list<int64>; nulls stay null.
+    """A categorical column as int64 >= 0, a list of them as list<int64>; nulls stay null.
 
     Raises:
         TypeError: the column is neither.
@@ -70,11 +72,9 @@ def to_raw_ids(column: pa.ChunkedArray | pa.Array) -> pa.Array:
         array = array.cast(array.type.value_type)
     if _is_string(array.type) or pa.types.is_dictionary(array.type):
         return pa.array(hash_strings(array), mask=_null_mask(array))
-    if pa.types.is_uint64(array.type):
-        # No safe cast exists above 2**63; dropping the top bit keeps such ids distinct enough.
-        kept = array.fill_null(0).to_numpy(zero_copy_only=False) & _MASK_63
-        return pa.array(kept.view(np.int64), mask=_null_mask(array))
-    return array.cast(pa.int64())
+    # Bit for bit: a 64-bit hash has one raw id, whether it was stored signed or unsigned.
+    signed = array.view(pa.int64()) if pa.types.is_uint64(array.type) else array.cast(pa.int64())
+    return pc.bit_wise_and(signed, pa.scalar(int(_MASK_63), pa.int64()))
 
 
 def ids_or_missing(column: pa.Array) -> Int64Array:

@@ -3,6 +3,8 @@
 import logging
 import math
 import os
+import time
+from collections.abc import Callable
 from typing import Self
 
 from embedding.errors import UserError
@@ -11,6 +13,10 @@ from pipeline.config import ClusterConfig
 OBJECT_STORE_BYTES = 1 << 30
 # Ray replaces 127.0.0.1 by the address of a network card; the rest of 127.0.0.0/8 it leaves alone.
 LOOPBACK = "127.0.0.2"
+POLL_S = 15.0
+"""Between two looks at a cluster that grows."""
+
+logger = logging.getLogger(__name__)
 
 
 class RaySession:
@@ -21,8 +27,12 @@ class RaySession:
     as the training group asks for even where the machine has fewer.
     """
 
-    def __init__(self, cluster: ClusterConfig) -> None:
+    def __init__(
+        self, cluster: ClusterConfig, *, say: Callable[[str], None] = logger.warning
+    ) -> None:
         self.cluster = cluster
+        self.say = say
+        """Shows a line while the cluster grows."""
         self._started = False
 
     def __enter__(self) -> Self:
@@ -38,7 +48,8 @@ class RaySession:
         """Start or connect, once.
 
         Raises:
-            UserError: The cluster has too few CPUs or GPUs for `cluster.num_workers`.
+            UserError: The cluster has too few CPUs or GPUs for `cluster.num_workers`, and no
+                autoscaler added them in time.
         """
         if self._started:
             return
@@ -62,22 +73,60 @@ class RaySession:
             )
         self._started = True
         _quiet_ray()
-        _check_resources(ray.cluster_resources(), self.cluster)
+        lacking = lacking_resources(ray.cluster_resources(), self.cluster)
+        if lacking is not None and self.cluster.autoscale_timeout_s is not None:
+            lacking = self._grow(lacking, self.cluster.autoscale_timeout_s)
+        if lacking is not None:
+            raise UserError(f"{lacking}; {_remedy(self.cluster)}")
+
+    def _grow(self, lacking: str | None, timeout_s: float) -> str | None:
+        """Ask the autoscaler for the training group's nodes; what is lacking in the end."""
+        import ray
+        from ray.autoscaler.sdk import request_resources
+
+        worker = {"CPU": self.cluster.cpus_per_worker} | (
+            {"GPU": 1} if self.cluster.use_gpu else {}
+        )
+        started = time.monotonic()
+        request_resources(bundles=[worker] * self.cluster.num_workers)
+        try:
+            while lacking is not None and (waited_s := time.monotonic() - started) < timeout_s:
+                self.say(f"  {lacking}; waiting for nodes ({waited_s:.0f} of {timeout_s:.0f} s)")
+                time.sleep(min(POLL_S, timeout_s - waited_s))
+                lacking = lacking_resources(ray.cluster_resources(), self.cluster)
+        finally:
+            # A request stays until the next one: without this, idle nodes would never go away.
+            request_resources(bundles=[])
+        return lacking
 
 
-def _check_resources(resources: dict[str, float], cluster: ClusterConfig) -> None:
+def lacking_resources(resources: dict[str, float], cluster: ClusterConfig) -> str | None:
+    """What the training group needs and the cluster does not have; None: nothing."""
+    cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
     needed = cluster.num_workers * cluster.cpus_per_worker
-    if resources.get("CPU", 0) < needed:
-        raise UserError(
+    if cpus < needed:
+        return (
             f"cluster.num_workers={cluster.num_workers} x cpus_per_worker="
-            f"{cluster.cpus_per_worker} needs {needed:g} CPUs and the cluster has "
-            f"{resources.get('CPU', 0):g}; lower one of them or add nodes"
+            f"{cluster.cpus_per_worker:g} needs {needed:g} CPUs and the cluster has {cpus:g}"
         )
-    if cluster.use_gpu and resources.get("GPU", 0) < cluster.num_workers:
-        raise UserError(
+    if cluster.use_gpu and gpus < cluster.num_workers:
+        return (
             f"cluster.num_workers={cluster.num_workers} with use_gpu needs as many GPUs and the "
-            f"cluster has {resources.get('GPU', 0):g}; lower num_workers or add nodes"
+            f"cluster has {gpus:g}"
         )
+    return None
+
+
+def _remedy(cluster: ClusterConfig) -> str:
+    if cluster.autoscale_timeout_s is None:
+        return (
+            "lower num_workers, or add nodes; where an autoscaler adds them, set "
+            "cluster.autoscale_timeout_s"
+        )
+    return (
+        f"no node came within cluster.autoscale_timeout_s={cluster.autoscale_timeout_s:g}: see "
+        "`ray status` for the reason, lower num_workers, or wait longer"
+    )
 
 
 def _quiet_ray() -> None:

@@ -11,7 +11,7 @@ from embedding.errors import UserError
 from pipeline.cluster import RaySession
 from pipeline.config import Recipe
 from pipeline.console import Reporter, duration, human
-from pipeline.days import available_days, parse_day
+from pipeline.days import available_days, parse_day, split_days
 from pipeline.registry import promote, promotions
 from pipeline.report import REPORT, write_report
 from pipeline.run import STAGES, DayRun, Publish, ensure_data
@@ -28,7 +28,7 @@ class Command:
         self.out = out
         self.publish = publish
         self.reporter = Reporter()
-        self.session = RaySession(recipe.cluster)
+        self.session = RaySession(recipe.cluster, say=self.reporter.line)
 
     def __enter__(self) -> Self:
         ensure_data(self.recipe, self.reporter)
@@ -54,7 +54,11 @@ class Command:
         return self._refused(summary)
 
     def run_days(self, first: str, last: str) -> bool:
-        """Run every day of the log from `first` to `last`; whether any gate refused."""
+        """Run every day of the log from `first` to `last`; whether any gate refused.
+
+        Raises:
+            UserError: There is no such day, or one of them cannot be split; none is run then.
+        """
         parse_day(first, "--from")
         parse_day(last, "--to")
         available = available_days(self.recipe.data.root)
@@ -64,6 +68,8 @@ class Command:
                 f"--from {first} --to {last}: the event log has no such day (it has "
                 f"{available[0]} .. {available[-1]})"
             )
+        for day in days:
+            split_days(available, day, self.recipe.window)
         summaries = []
         for day in days:
             self.reporter.line(f"[bold]{day}[/]")

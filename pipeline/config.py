@@ -12,6 +12,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
@@ -22,7 +23,8 @@ from embedding.config import (
     SparseOptimizer,
     StrictConfig,
 )
-from ranking.compatibility import check_model
+from embedding.limits import check_support
+from ranking.compatibility import check_model, table_widths
 from ranking.config import RankingConfig
 
 
@@ -117,6 +119,9 @@ class ClusterConfig(StrictConfig):
     use_gpu: bool = False
     max_failures: NonNegativeInt = 2
     """Restarts of the worker group from the last checkpoint before the stage fails."""
+    autoscale_timeout_s: PositiveFloat | None = None
+    """Where an autoscaler adds nodes: ask it for those that are lacking and wait so long for them.
+    None: the cluster must be large enough when the run begins."""
 
 
 class EvaluationConfig(StrictConfig):
@@ -140,6 +145,17 @@ class GateConfig(StrictConfig):
     calibration: tuple[float, float] = (0.5, 2.0)
     """Allowed range of sum of predictions / sum of labels."""
 
+    @field_validator("calibration")
+    @classmethod
+    def _check_calibration(cls, allowed: tuple[float, float]) -> tuple[float, float]:
+        low, high = allowed
+        if not 0 <= low < high:
+            raise ValueError(
+                f"[{low:g}, {high:g}] allows no model; write it as [low, high] with "
+                "0 <= low < high, for example [0.8, 1.25]"
+            )
+        return allowed
+
 
 class Recipe(StrictConfig):
     """A complete daily pipeline."""
@@ -158,6 +174,12 @@ class Recipe(StrictConfig):
     @model_validator(mode="after")
     def _check_model(self) -> Self:
         check_model(self.features, self.ranking.model)
+        check_support(
+            table_widths(self.features, self.ranking.model),
+            self.embedding.optimizer,
+            self.embedding.sharding,
+            "cuda" if self.cluster.use_gpu else "cpu",
+        )
         return self
 
     @model_validator(mode="after")

@@ -6,15 +6,17 @@ ROOT/<receipt>.json                            what made it, and from what
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
 
 from embedding.errors import UserError
 from pipeline.days import PARTITION
@@ -23,6 +25,8 @@ TIMESTAMP = pa.timestamp("ms", tz="UTC")
 ROW_GROUP_ROWS = 131_072
 
 Receipt = dict[str, Any]
+
+logger = logging.getLogger(__name__)
 
 
 def is_written(root: Path, name: str, receipt: Receipt) -> bool:
@@ -51,8 +55,34 @@ def is_written(root: Path, name: str, receipt: Receipt) -> bool:
 
 
 @contextmanager
-def writing_dataset(root: Path, name: str, receipt: Receipt) -> Iterator[Path]:
-    """A scratch directory that becomes `root` when the block ends, and vanishes when it raises."""
+def writing_dataset(root: Path, name: str, receipt: Receipt) -> Iterator[Path | None]:
+    """A scratch directory that becomes `root` when the block ends, and vanishes when it raises.
+
+    One process at a time: another one waits, and gets None if the dataset is there by then.
+    """
+    root.parent.mkdir(parents=True, exist_ok=True)
+    path = root.parent / f".{root.name}.lock"
+    with _waiting_for(FileLock(path), root):
+        try:
+            if is_written(root, name, receipt):
+                yield None
+            else:
+                with _writing_alone(root, name, receipt) as scratch:
+                    yield scratch
+        finally:
+            path.unlink(missing_ok=True)  # while it is held: who waits for this file tries anew
+
+
+def _waiting_for(lock: FileLock, root: Path) -> AbstractContextManager[object]:
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        logger.warning("another process writes %s; waiting for it", root)
+        return lock.acquire()
+
+
+@contextmanager
+def _writing_alone(root: Path, name: str, receipt: Receipt) -> Iterator[Path]:
     scratch = root.parent / f".{root.name}.partial"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)

@@ -4,6 +4,9 @@ from typing import Any
 
 from pipeline.config import Recipe
 
+SAMPLES_FORMAT = 2
+"""Of what join writes; samples of another format are joined again."""
+
 
 def ingest_config(recipe: Recipe) -> dict[str, Any]:
     """What validated events and histories depend on."""
@@ -31,7 +34,7 @@ def samples_config(recipe: Recipe) -> dict[str, Any]:
         part: [{key: v for key, v in feature.items() if key not in modelled} for feature in group]
         for part, group in features.items()
     }
-    return {"features": columns, "tasks": _tasks(recipe)}
+    return {"format": SAMPLES_FORMAT, "features": columns, "tasks": _tasks(recipe)}
 
 
 def training_config(recipe: Recipe) -> dict[str, Any]:

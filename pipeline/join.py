@@ -1,7 +1,9 @@
 """Join: ingest's events with the columns of their users, items and history items, as samples.
 
 Reads the event files of an ingest artifact, items.parquet and users.parquet. Writes
-samples/dt=YYYY-MM-DD/bucket-NNNN.parquet with the columns of `embedding.samples`, and nothing else.
+
+    samples/dt=YYYY-MM-DD/bucket-NNNN.parquet  the columns of `embedding.samples`, and nothing else
+    ids.arrow                                  the ids that features look up (`pipeline.id_use`)
 """
 
 from collections.abc import Callable
@@ -10,15 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embedding import samples
-from embedding.config import SequenceFeature, Source, SparseFeature, StrictConfig
+from embedding.config import FeatureSchema, SequenceFeature, Source, SparseFeature, StrictConfig
 from embedding.errors import UserError
 from embedding.raw_ids import Int64Array, ids_or_missing
 from pipeline.buckets import ROWS_PER_GROUP, history_column
 from pipeline.columns import EventColumns, source_columns
 from pipeline.config import Recipe
+from pipeline.id_use import FILE, IdFacts, IdUse, merge_uses, read_uses, use_of, write_uses
 from pipeline.lookup import (
     EntityColumns,
     IdLists,
@@ -42,6 +46,8 @@ class JoinFacts(StrictConfig):
     """Rows whose user has no row in users.parquet."""
     mean_sequence_length: dict[str, float]
     """By history."""
+    ids: dict[str, IdFacts]
+    """By sparse and sequence feature."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +65,13 @@ class JoinPlan:
 class FileFacts:
     """What became of one event file."""
 
+    file: str
     day: str
     rows: int
     unknown_users: int
     history_events: dict[str, int]
+    ids: dict[str, IdFacts]
+    """By feature; the ids themselves lie in a file beside the samples until they are merged."""
 
 
 def join(
@@ -82,15 +91,24 @@ def join(
     Raises:
         UserError: a sequence reads a list column, or a file is damaged.
     """
+    (scratch / "ids").mkdir()
     files = sorted((ingest_dir / "events").glob("dt=*/*.parquet"))
     for folder in {file.parent.name for file in files}:
         (scratch / "samples" / folder).mkdir(parents=True)
     file_rows = [pq.read_metadata(file).num_rows for file in files]
     done: list[FileFacts] = []
+    features = [feature.name for feature in recipe.features.id_features]
+    uses: dict[str, IdUse] = {name: merge_uses([]) for name in features}
     for facts in stream_tasks(join_file, files, plan_join(recipe, scratch), file_rows):
+        path = _ids_path(scratch, facts)
+        for name, use in read_uses(path, facts.ids).items():
+            uses[name] = merge_uses([uses[name], use])
+        path.unlink()
         done.append(facts)
         if progress:
             progress(sum(f.rows for f in done), sum(file_rows))
+    (scratch / "ids").rmdir()
+    write_uses(uses, scratch / FILE)
     days = sorted({facts.day for facts in done})
     rows = sum(facts.rows for facts in done)
     return JoinFacts(
@@ -101,6 +119,7 @@ def join(
             h.name: sum(f.history_events[h.name] for f in done) / max(rows, 1)
             for h in recipe.features.histories
         },
+        ids={name: use.facts for name, use in uses.items()},
     )
 
 
@@ -134,6 +153,7 @@ def join_file(path: Path, plan: JoinPlan) -> FileFacts:
     folder = path.parent.name
     output = plan.scratch / "samples" / folder / path.name
     rows = unknown = 0
+    uses: dict[str, IdUse] = {}
     history_events = dict.fromkeys((h.name for h in plan.recipe.features.histories), 0)
     writer = None
     with pq.ParquetFile(path) as file:
@@ -142,6 +162,8 @@ def join_file(path: Path, plan: JoinPlan) -> FileFacts:
             writer = writer or pq.ParquetWriter(output, table.schema, compression="zstd")
             writer.write_table(table, row_group_size=ROWS_PER_GROUP)
             rows += events.num_rows
+            for name, use in _uses(table, plan.recipe.features).items():
+                uses[name] = merge_uses([uses[name], use]) if name in uses else use
             users = plan.entities["users"].positions(ids_or_missing(events["user_id"]))
             unknown += int((users < 0).sum())
             for name in history_events:
@@ -149,7 +171,31 @@ def join_file(path: Path, plan: JoinPlan) -> FileFacts:
                 history_events[name] += len(past.flatten())
     if writer is not None:
         writer.close()
-    return FileFacts(folder.removeprefix("dt="), rows, unknown, history_events)
+    facts = FileFacts(
+        file=path.name,
+        day=folder.removeprefix("dt="),
+        rows=rows,
+        unknown_users=unknown,
+        history_events=history_events,
+        ids={name: use.facts for name, use in uses.items()},
+    )
+    write_uses(uses, _ids_path(plan.scratch, facts))
+    return facts
+
+
+def _ids_path(scratch: Path, facts: FileFacts) -> Path:
+    return scratch / "ids" / f"{facts.day}-{facts.file}.arrow"
+
+
+def _uses(table: pa.Table, features: FeatureSchema) -> dict[str, IdUse]:
+    columns = {f.name: table[samples.sparse_column(f.name)] for f in features.sparse}
+    columns |= {f.name: table[samples.sequence_column(f.name)] for f in features.sequences}
+    return {
+        name: use_of(
+            (pc.list_flatten(column) if pa.types.is_list(column.type) else column).to_numpy()
+        )
+        for name, column in columns.items()
+    }
 
 
 def join_events(events: pa.RecordBatch, plan: JoinPlan) -> pa.Table:

@@ -4,7 +4,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -20,31 +20,34 @@ def exclusive(out: Path, command: str) -> Iterator[None]:
     Raises:
         UserError: Another run holds it, or the directory cannot be written.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out / ".lock")
-        owner = out / ".owner.json"
-        with lock.acquire(timeout=0):
-            owner.write_text(
-                json.dumps(
-                    {
-                        "pid": os.getpid(),
-                        "host": socket.gethostname(),
-                        "command": command,
-                        "since": datetime.now().isoformat(timespec="seconds"),
-                    }
-                )
-            )
-            try:
-                yield
-            finally:
-                owner.unlink(missing_ok=True)
-    except Timeout as error:
-        raise UserError(
-            f"--out {out} is in use by {_describe(owner)}; wait for it or choose another --out"
-        ) from error
-    except PermissionError as error:
-        raise UserError(f"--out {out} cannot be written: {error}; choose another --out") from error
+    owner = out / ".owner.json"
+    with ExitStack() as held:
+        # Only what happens here: errors of the command itself pass as they are.
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            held.enter_context(FileLock(out / ".lock").acquire(timeout=0))
+            held.callback(owner.unlink, missing_ok=True)
+            owner.write_text(_account(command))
+        except Timeout as error:
+            raise UserError(
+                f"--out {out} is in use by {_describe(owner)}; wait for it or choose another --out"
+            ) from error
+        except PermissionError as error:
+            raise UserError(
+                f"--out {out} cannot be written: {error}; choose another --out"
+            ) from error
+        yield
+
+
+def _account(command: str) -> str:
+    return json.dumps(
+        {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "command": command,
+            "since": datetime.now().isoformat(timespec="seconds"),
+        }
+    )
 
 
 def _describe(owner: Path) -> str:

@@ -13,6 +13,8 @@ from pipeline.artifacts import Manifest, read_manifest
 from pipeline.config import Recipe
 from pipeline.console import duration, human
 from pipeline.summary import Summary, TrainSummary
+from pipeline.table_ids import table_ids
+from pipeline.warm_start_view import redrawn_rows, warm_start_line
 
 REPORT = "report.html"
 MIB = 1 << 20
@@ -34,7 +36,9 @@ def write_report(recipe: Recipe, summary: Summary, directory: Path) -> Path:
         calibration=_calibration(summary),
         stages=_stages(summary),
         recipe_yaml=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=100),
+        **_warm_start(directory / "train"),
         **_data(directory / "ingest"),
+        **_ids(recipe, directory / "join"),
         **_plan(directory / "plan"),
     )
     partial = directory / f"{REPORT}.partial"
@@ -107,6 +111,14 @@ def _quality_row(task: str, name: str, metrics: Any, oracle: Any) -> dict[str, A
         "ne": figure(metrics.ne),
         "calibration": figure(metrics.calibration),
     }
+
+
+def _warm_start(train: Path) -> dict[str, Any]:
+    facts = _require(train).facts
+    report, parent = facts["warm_start"], facts["parent"]
+    if report is None or parent is None:
+        return {"warm_start": "started from drawn values", "redrawn": []}
+    return {"warm_start": warm_start_line(report, parent), "redrawn": redrawn_rows(report)}
 
 
 def _training_charts(train: Path, recipe: Recipe, best_step: int | None) -> list[dict[str, str]]:
@@ -184,6 +196,26 @@ def _data(ingest: Path) -> dict[str, Any]:
         "labels": labels,
         "quarantined": manifest.quarantined,
     }
+
+
+def _ids(recipe: Recipe, join: Path) -> dict[str, Any]:
+    manifest = _require(join)
+    days = list(manifest.facts["rows_per_day"])
+    found = table_ids(recipe.features, join, manifest)
+    rows = [
+        {
+            "table": ids.table,
+            "scheme": ids.scheme,
+            "lookups": human(ids.lookups),
+            "missing": f"{ids.missing_share:.1%}",
+            "distinct": ("~" if ids.sampled else "") + human(ids.distinct),
+            "colliding": "-" if ids.collision_rate is None else f"{ids.collision_rate:.1%}",
+            "outside": "-" if ids.out_of_range is None else human(ids.out_of_range),
+            "is_bad": bool(ids.out_of_range),
+        }
+        for ids in found
+    ]
+    return {"table_ids": rows, "ids_days": f"{days[0]} .. {days[-1]}"}
 
 
 def _plan(directory: Path) -> dict[str, Any]:

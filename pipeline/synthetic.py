@@ -95,6 +95,8 @@ def generate(config: SyntheticConfig, root: Path, *, progress: Progress | None =
     market = Marketplace(config)
     rows = _RowCount(market.num_items_ever + config.num_days * config.events_per_day, progress)
     with writing_dataset(root, RECEIPT, receipt) as scratch:
+        if scratch is None:  # another run has just generated it
+            return
         _write_users(market, scratch)
         _write_items(market, scratch, rows)
         for day in range(config.num_days):

@@ -24,6 +24,7 @@ from pipeline.config import ClusterConfig, Recipe
 from pipeline.console import Reporter
 from pipeline.plan import PLAN
 from pipeline.stages import StageOutput
+from pipeline.warm_start_view import warm_start_line
 
 CHECKPOINT = "checkpoint"
 METRICS = "metrics.jsonl"
@@ -156,6 +157,8 @@ def train(
     for name in (METRICS, TENSORBOARD, RESULT, LOGS):
         _link(job.resume / name, scratch / name)
     _link(job.checkpoints / result.checkpoint, scratch / CHECKPOINT / result.checkpoint)
+    if inputs.parent is not None and result.warm_start is not None:
+        reporter.line(f"  {warm_start_line(result.warm_start, inputs.parent.parent.name)}")
     return StageOutput(
         rows_in=result.rows, rows_out=result.rows, facts=result.model_dump(mode="json")
     )

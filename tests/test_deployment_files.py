@@ -1,11 +1,17 @@
 """Files for clusters, checked against the schemas of the tools that read them."""
 
 import json
+import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import jsonschema
+import pytest
 import ray
 import yaml
+
+from pipeline.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 
@@ -17,3 +23,72 @@ def test_cluster_file_is_valid_for_the_ray_cluster_launcher() -> None:
     jsonschema.validate(config, schema)
 
     assert config["head_node_type"] in config["available_node_types"]
+
+
+def test_shared_storage_has_one_path_and_a_node_without_it_does_not_start() -> None:
+    cluster = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())
+    recipe = load_recipe("cluster")
+
+    assert recipe.data.root.is_relative_to("/mnt/braid")
+    assert recipe.cluster.autoscale_timeout_s is not None, "the head alone has no CPU"
+    (check,) = [line for line in cluster["setup_commands"] if line.startswith("mountpoint")]
+    done = subprocess.run(
+        ["bash", "-c", check.replace("/mnt/braid", "/nothing/mounted")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "fill in the mount line" in done.stderr
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """What make looks at, without an environment."""
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "requirements", tmp_path / "requirements")
+    return tmp_path
+
+
+def planned(clone: Path, *arguments: str) -> str:
+    """The commands that make would run."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("ACCEL", "MAKEFLAGS")}
+    return subprocess.run(
+        ["make", "--dry-run", *arguments],
+        cwd=clone,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+
+
+def install(clone: Path, accelerator: str) -> None:
+    (clone / ".venv").mkdir()
+    for stamp in (accelerator, "dev"):
+        (clone / ".venv" / f".installed-{stamp}").touch()
+
+
+def test_demo_on_a_gpu_machine_trains_on_the_gpu(clone: Path) -> None:
+    commands = planned(clone, "ACCEL=gpu", "demo")
+
+    assert "requirements/gpu.txt" in commands
+    (run,) = [line for line in commands.splitlines() if "braid run" in line]
+    assert "--set cluster.use_gpu=true --set cluster.num_workers=1" in run
+    assert "use_gpu" not in planned(clone, "demo")
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", "gpu"])
+def test_tests_run_in_the_environment_that_is_there(clone: Path, accelerator: str) -> None:
+    install(clone, accelerator)
+
+    assert "pip" not in planned(clone, "test")
+    assert ("use_gpu=true" in planned(clone, "demo")) == (accelerator == "gpu")
+
+
+def test_another_accelerator_means_a_fresh_environment(clone: Path) -> None:
+    install(clone, "gpu")
+
+    assert "requirements/cpu.txt" in planned(clone, "ACCEL=cpu", "test")
+    assert "requirements/cpu.txt" not in planned(clone, "test")

@@ -66,8 +66,17 @@ def finished_import(out: Path, receipt: Receipt) -> ImportSummary | None:
 
 @contextmanager
 def importing(out: Path, receipt: Receipt) -> Iterator[Path]:
-    """Scratch directory that becomes `out`; write the summary with `write_summary`."""
+    """Scratch directory that becomes `out`; write the summary with `write_summary`.
+
+    Raises:
+        UserError: Another process finished the same import in the meantime.
+    """
     with writing_dataset(out, RECEIPT, receipt) as scratch:
+        if scratch is None:
+            raise UserError(
+                f"{out} was written by another import while this one waited for it; run the same "
+                "command again to see its summary"
+            )
         yield scratch
 
 

@@ -9,8 +9,9 @@ from embedding.hashing import (
     MANAGED_ID_RANGE,
     MANAGED_MISSING_ID,
     collision_rate,
+    expected_collision_rate,
     name_salt,
-    num_out_of_range,
+    out_of_range,
     rows_of,
     rows_of_features,
 )
@@ -58,7 +59,8 @@ def test_identity_sends_ids_without_a_row_to_the_oov_row_and_counts_them() -> No
     ids = torch.tensor([0, 8, 9, 10, MISSING_ID])
     config = table(10, ids=Identity())
     assert rows_of(ids, config).tolist() == [1, 9, OOV_ROW, OOV_ROW, OOV_ROW]
-    assert num_out_of_range(ids, config) == 2
+    assert out_of_range(ids, config).tolist() == [False, False, True, True, False]
+    assert not out_of_range(ids, table(10)).any(), "a hashed table has a row for every id"
 
 
 def test_rows_do_not_depend_on_shape_chunk_or_stacking() -> None:
@@ -89,3 +91,12 @@ def test_collision_rate_is_the_share_of_ids_that_share_a_row() -> None:
     expected = sum(rows.count(row) > 1 for row in rows) / 500
     assert collision_rate(ids, table(300)) == expected
     assert collision_rate(torch.tensor([MISSING_ID]), table(300)) == 0
+
+
+def test_expected_collision_rate_is_what_many_ids_come_to() -> None:
+    rows = table(30_001)
+    ids = torch.arange(20_000)
+    assert abs(collision_rate(ids, rows) - expected_collision_rate(20_000, rows)) < 0.01
+    assert expected_collision_rate(1, table(2)) == 0
+    assert expected_collision_rate(2, table(2)) == 1
+    assert expected_collision_rate(20_000, table(300, ids=Identity())) == 0

@@ -36,7 +36,7 @@ def test_storage_of_strings_does_not_change_their_ids() -> None:
 
 
 def test_integers_and_booleans_stay_what_they_are() -> None:
-    assert to_raw_ids(pa.array([3, None, -7], pa.int16())).to_pylist() == [3, None, -7]
+    assert to_raw_ids(pa.array([3, None, 7], pa.int16())).to_pylist() == [3, None, 7]
     assert to_raw_ids(pa.array([True, False])).to_pylist() == [1, 0]
     assert to_raw_ids(pa.array([5, 2**63 + 9], pa.uint64())).to_pylist() == [5, 9]
     assert to_raw_ids(pa.array([4, 4]).dictionary_encode()).to_pylist() == [4, 4]
@@ -51,6 +51,28 @@ def test_lists_keep_nulls_and_empty_lists_even_when_sliced() -> None:
     assert to_raw_ids(pa.array([[1, 2], [3]], pa.large_list(pa.int8()))).to_pylist() == [
         [1, 2],
         [3],
+    ]
+
+
+@given(st.lists(st.one_of(st.none(), st.integers(-(2**63), 2**63 - 1))))
+def test_no_integer_is_mistaken_for_a_missing_id(values: list[int | None]) -> None:
+    expected = [None if value is None else value % 2**63 for value in values]
+
+    assert to_raw_ids(pa.array(values, pa.int64())).to_pylist() == expected
+    assert to_raw_ids(pa.array([values], pa.list_(pa.int64()))).to_pylist() == [expected]
+    unsigned = [None if value is None else value % 2**64 for value in values]
+    assert to_raw_ids(pa.array(unsigned, pa.uint64())).to_pylist() == expected
+
+
+def test_negative_integers_of_any_width_are_ids_of_their_own() -> None:
+    assert to_raw_ids(pa.array([-7, None, -1], pa.int16())).to_pylist() == [
+        2**63 - 7,
+        None,
+        2**63 - 1,
+    ]
+    assert to_raw_ids(pa.array([-7, -7], pa.int8()).dictionary_encode()).to_pylist() == [
+        2**63 - 7,
+        2**63 - 7,
     ]
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import Timeout
 
 from embedding.errors import UserError
 from pipeline import artifacts
@@ -244,6 +245,24 @@ def test_directory_in_use_is_refused_with_its_owner(tmp_path: Path) -> None:
         holder.kill()
         holder.wait()
     with exclusive(tmp_path, "after a killed owner"):
+        pass
+
+
+def test_only_the_directory_itself_is_blamed_on_the_directory(tmp_path: Path) -> None:
+    with pytest.raises(PermissionError, match="elsewhere"), exclusive(tmp_path, "braid run"):
+        raise PermissionError("elsewhere")
+    with pytest.raises(Timeout), exclusive(tmp_path, "braid run"):
+        raise Timeout("another lock")
+    assert not (tmp_path / ".owner.json").exists()
+
+    class Unwritable(type(tmp_path)):  # type: ignore[misc] # root may write anywhere
+        def mkdir(self, **_: object) -> None:
+            raise PermissionError("read-only")
+
+    with (
+        pytest.raises(UserError, match="cannot be written: read-only"),
+        exclusive(Unwritable(tmp_path), "braid run"),
+    ):
         pass
 
 

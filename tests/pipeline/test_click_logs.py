@@ -14,6 +14,8 @@ from embedding.errors import UserError
 from pipeline.adapters.avazu import import_avazu
 from pipeline.adapters.criteo import CATEGORIES, INTEGERS, import_criteo
 from pipeline.adapters.frappe import CONTEXT, import_frappe
+from pipeline.ingest import check_span
+from pipeline.recipe import load_recipe
 
 
 def read_events(root: Path) -> pd.DataFrame:
@@ -164,6 +166,18 @@ def test_avazu_rows_go_to_the_day_of_their_hour(tmp_path: Path, name: str) -> No
     items = pq.read_table(tmp_path / "out/items.parquet")
     assert items["item_id"].to_pylist() == [99, 15704, 15706]
     assert (summary.events, summary.items, summary.last_day) == (4, 3, "2014-10-22")
+
+
+def test_avazu_recipe_reads_the_imported_log(tmp_path: Path) -> None:
+    write_avazu(tmp_path / "src" / "train.csv", AVAZU_ROWS)
+    import_avazu(tmp_path / "src", tmp_path / "out")
+    recipe = load_recipe("avazu", [f"data.root={tmp_path / 'out'}"])
+
+    checked = check_span(recipe, ["2014-10-21", "2014-10-22"], None)
+
+    assert checked.num_rows == 4
+    read = {feature.column_name for feature in recipe.features.sparse}
+    assert read == {*AVAZU.split(","), "weekday"} - {"id", "click"}, "all columns of the log"
 
 
 def test_avazu_faults_are_named(tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 """Join against a loop over events, one value at a time."""
 
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import small_log
@@ -18,6 +20,7 @@ from embedding.errors import UserError
 from pipeline import ingest as ingest_module
 from pipeline import join as join_module
 from pipeline.config import Recipe
+from pipeline.id_use import FILE, read_uses
 from pipeline.ingest import check_span, ingest
 from pipeline.join import JoinFacts, gap_ids, join
 
@@ -139,6 +142,40 @@ def test_facts_count_rows_and_history_lengths(root: Path, tmp_path: Path) -> Non
         lengths = [len(row[f"history:{name}:item_id"]) for row in events]
         assert facts.mean_sequence_length[name] == pytest.approx(np.mean(lengths))
     assert facts.unknown_users == 0
+
+
+def test_ids_of_every_feature_are_counted(root: Path, tmp_path: Path) -> None:
+    _, samples, facts = run(make_recipe(root), tmp_path)
+
+    names = [name for name in samples[0] if name.startswith(("sparse:", "sequence:"))]
+    assert set(facts.ids) == {name.split(":")[1] for name in names}
+    found = read_uses(tmp_path / "join" / FILE, facts.ids)
+    for name in names:
+        values = [
+            v for row in samples for v in (row[name] if type(row[name]) is list else [row[name]])
+        ]
+        counts = Counter(values)
+        missing = counts.pop(-1, 0)
+        use = found[name.split(":")[1]]
+        assert dict(zip(use.ids.tolist(), use.id_lookups.tolist(), strict=True)) == counts
+        assert (use.missing, use.lookups) == (missing, counts.total())
+    assert not (tmp_path / "join" / "ids").exists()
+
+
+def test_signed_hashes_are_ids_from_the_log_to_the_samples(root: Path, tmp_path: Path) -> None:
+    for path in (root / "events").rglob("*.parquet"):
+        table = pq.ParquetFile(path).read()
+        users = pc.negate(table["user_id"])
+        pq.write_table(table.set_column(1, "user_id", users), path)
+    users = pq.read_table(root / "users.parquet")
+    negative = users.set_column(0, "user_id", pc.negate(users["user_id"]))
+    pq.write_table(negative, root / "users.parquet")
+
+    _, samples, facts = run(make_recipe(root), tmp_path)
+
+    assert facts.unknown_users == 0
+    assert {row["sparse:user_id"] for row in samples} == {2**63 - user for user in (1, 2, 3)}
+    assert facts.ids["user_id"].missing == 0
 
 
 def test_column_types_follow_the_sample_contract(root: Path, tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
 import io
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +125,40 @@ def test_an_interrupted_generation_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         generate(SMALL, tmp_path / "x", progress=interrupt)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_first_runs_share_one_generation(tmp_path: Path) -> None:
+    root = tmp_path / "x"
+    code = (
+        "import sys; from pathlib import Path; from pipeline.config import SyntheticConfig\n"
+        "from pipeline.synthetic import generate\n"
+        f"config = SyntheticConfig.model_validate_json({SMALL.model_dump_json()!r})\n"
+        "def pause(done, total):\n"
+        "    if done == total: print('written', flush=True); sys.stdin.readline()\n"
+        f"generate(config, Path({str(root)!r}), progress=pause)"
+    )
+    first = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert first.stdin is not None
+    assert first.stdout is not None
+    try:
+        assert first.stdout.readline() == "written\n"
+        second = threading.Thread(target=generate, args=(SMALL, root))
+        second.start()
+        second.join(0.5)
+        assert second.is_alive(), "it waits"
+        assert len(list((tmp_path / ".x.partial" / "events").iterdir())) == SMALL.num_days
+        first.stdin.write("\n")
+        first.stdin.flush()
+        assert first.wait(30) == 0
+        second.join(30)
+        assert not second.is_alive()
+    finally:
+        first.kill()
+        first.wait()
+    assert len(read_events(root)) == 3 * SMALL.events_per_day
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
 @pytest.mark.parametrize(

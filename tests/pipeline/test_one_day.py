@@ -119,6 +119,7 @@ def test_summary_and_report_are_there(day: Day) -> None:
     assert summary.eval["click"].num_rows == 90
     page = (directory / "report.html").read_text()
     assert summary.run_id in page
+    assert re.search(r"<td>category</td><td>hashed</td><td class=\"n\">\d+", page), "ids by table"
     assert re.findall(r"(?:src|href)=\"(?!#)", page) == [], "the page stands alone"
 
 
@@ -171,3 +172,32 @@ def test_trial_of_a_study_equals_the_day_and_is_not_repeated(
     assert main(study) == 0
     assert "4 of them done before" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in out.rglob("manifest.json")} == finished
+
+
+def test_new_feature_is_said_to_widen_what_reads_it(
+    day: Day, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [event(2, 1 + k % 5, 60 * k, item_id=1 + k % 4, click=k % 2) for k in range(90)]
+    write_day(day.folder / "data", 2, [rows])
+    recipe = yaml.safe_load((day.folder / "small.yaml").read_text())
+    recipe["features"]["tables"].append({"name": "rating", "num_embeddings": 9})
+    recipe["features"]["sparse"].append({"name": "rating", "table": "rating", "column": "stars"})
+    path = day.folder / "wider.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    command = ["--recipe", str(path), "--date", DAYS[1], "--out", str(day.out)]
+
+    assert main(["run", *command]) == 0
+
+    facts = json.loads((day.out / DAYS[1] / "train" / "manifest.json").read_text())["facts"]
+    initialised, carried = facts["warm_start"]["initialised"], facts["warm_start"]["carried"]
+    assert initialised["tables/rating"] == "not in the checkpoint"
+    others = [why for name, why in initialised.items() if name != "tables/rating"]
+    assert others, "layers that read all features"
+    assert all(why.startswith("shape changed") for why in others)
+    expected = f"carried {len(carried)}, redrawn {len(initialised)} (tables/rating, dense/"
+    line = f"warm start from {DAYS[0]}: {expected}"
+    assert line in capsys.readouterr().out
+    page = (day.out / DAYS[1] / "report.html").read_text()
+    assert line in page
+    assert "shape changed from" in page
+    assert "started from drawn values" in (day.out / DAYS[0] / "report.html").read_text()

@@ -113,6 +113,19 @@ def test_override_creates_missing_sections(tmp_path: Path) -> None:
             [{"kind": "hstu", "history": "clicks", "heads": 4}],
             ["ranking.model.interests.0.heads", "did you mean 'num_heads'"],
         ),
+        ("embedding.optimizer", {"kind": "adam"}, ["embedding.optimizer: 'adam'", "CUDA only"]),
+        (
+            "embedding.sharding.communication",
+            "bf16",
+            ["embedding.sharding.communication: bf16 is not supported", "use fp16 or fp32"],
+        ),
+        (
+            "features.tables.user.sharding",
+            {"kind": "column_wise", "num_shards": 8},
+            ["features.tables.user.sharding: 8 column shards of 16 columns", "one of 1, 2, 4"],
+        ),
+        ("gate.calibration", [2, 1], ["gate.calibration: [2, 1] allows no model", "[low, high]"]),
+        ("gate.calibration", [-1, 1], ["gate.calibration: [-1, 1]"]),
         ("ranking.trainer.epochs", 0, ["ranking.trainer.epochs", "greater than 0", "got 0"]),
     ],
 )
@@ -124,6 +137,33 @@ def test_fault_names_place_value_and_remedy(
 
     for text in expected:
         assert text in str(caught.value)
+
+
+def test_sharding_is_checked_for_sequences_and_for_the_width_with_the_generators_columns(
+    tmp_path: Path,
+) -> None:
+    data = changed("features.tables.user.sharding", {"kind": "grid", "num_column_shards": 4})
+    load_recipe(write(tmp_path, data))
+    data["features"]["histories"] = [{"name": "seen"}]
+    data["features"]["sequences"] = [
+        {"name": "past", "history": "seen", "table": "user", "source": "events", "column": "x"}
+    ]
+    with pytest.raises(UserError, match=r"features\.tables\.user\.sharding: grid works for pooled"):
+        load_recipe(write(tmp_path, data))
+
+    # 16 columns of the classifier and 16 of the generator.
+    data = changed("features.tables.user.sharding", {"kind": "column_wise", "num_shards": 8})
+    data["ranking"]["model"] = {
+        "generator": {"kind": "fgcnn", "maps": [2], "heights": [2], "pools": [2], "new_maps": [1]}
+    }
+    load_recipe(write(tmp_path, data))
+
+
+def test_what_needs_gpus_is_valid_where_the_recipe_uses_them(tmp_path: Path) -> None:
+    data = changed("embedding.optimizer", {"kind": "adam", "weight_decay": 0.1})
+    data["embedding"]["sharding"] = {"communication": "bf16"}
+
+    assert load_recipe(write(tmp_path, data), ["cluster.use_gpu=true"]).cluster.use_gpu
 
 
 def test_every_fault_is_reported_at_once(tmp_path: Path) -> None:

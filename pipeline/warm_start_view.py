@@ -1,0 +1,28 @@
+"""What a warm start took over and what starts anew, as a person reads it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+_SHOWN = 6
+"""Names in a line; the report has all of them."""
+
+
+def warm_start_line(facts: Mapping[str, Any], parent: str) -> str:
+    """One line from a `WarmStartReport`: how much came from the run of `parent`."""
+    redrawn = list(facts["initialised"])
+    line = f"warm start from {parent}: carried {len(facts['carried'])}, redrawn {len(redrawn)}"
+    if not redrawn:
+        return line
+    more = len(redrawn) - _SHOWN
+    names = ", ".join(redrawn[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    return f"{line} ({names})"
+
+
+def redrawn_rows(facts: Mapping[str, Any]) -> list[dict[str, str]]:
+    """What starts anew and why, for the report; and managed ids that found no room."""
+    rows = [{"name": name, "why": why} for name, why in facts["initialised"].items()]
+    dropped = {table: number for table, number in facts["dropped_ids"].items() if number}
+    return rows + [
+        {"name": f"tables/{table}", "why": f"{number} ids of the earlier run found no room"}
+        for table, number in dropped.items()
+    ]

@@ -11,6 +11,8 @@ from torch import Tensor
 # 2048 x 1024 scores are 8 MiB: they stay in cache between the product and the argmax.
 _ROWS_PER_BLOCK = {"cpu": 2048, "cuda": 1 << 17}
 _REPAIR_ROUNDS = 64
+_COARSE_POINTS = 64
+"""Vectors per codeword of the coarse resolutions."""
 
 
 def nearest_codewords(x_ND: Tensor, codebook_KD: Tensor) -> Tensor:
@@ -106,21 +108,22 @@ def progressive_start(x_ND: Tensor, num_codewords: int, iterations: int, seed: i
     """A codebook grown from few principal directions to all: a better optimum than from scratch.
 
     K-means finds the coarse structure in the leading 1/16 of the directions, and every doubling
-    starts from what the one before found.
+    starts from what the one before found. A part of the vectors is enough for these starts.
     """
     dim = x_ND.shape[1]
     directions_DD = principal_directions(x_ND)
-    rotated_ND = x_ND @ directions_DD
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.randperm(len(x_ND), generator=generator)[:num_codewords].to(x_ND.device)
-    codebook = rotated_ND[rows]
+    order_N = torch.randperm(len(x_ND), generator=generator).to(x_ND.device)
+    rotated_ND = x_ND[order_N[: _COARSE_POINTS * num_codewords]] @ directions_DD
+    codebook_KD = rotated_ND[:num_codewords].clone()
     for part in (16, 8, 4, 2):
         width = dim // part
         if width:
             leading = rotated_ND[:, :width].contiguous()
-            codebook[:, :width] = lloyd(leading, codebook[:, :width].contiguous(), iterations)
-            codebook[:, width:] = 0
-    return codebook @ directions_DD.T
+            start = codebook_KD[:, :width].contiguous()
+            codebook_KD[:, :width] = lloyd(leading, start, iterations)
+            codebook_KD[:, width:] = 0
+    return codebook_KD @ directions_DD.T
 
 
 def principal_directions(x_ND: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Every classifier alone and with FGCNN on Frappe, seed by seed, with GBDT as a reference.
 
 Run: .venv/bin/python benchmarks/classifiers.py --data data/frappe --out runs/classifiers
-         [--seeds 3] [--only ipnn,dnn] [--quick] [--json FILE]
+         [--seeds 3] [--only ipnn,dnn] [--precision fp32|bf16] [--quick] [--json FILE]
 
 `braid data import frappe` makes the data. The split is random, 7:2:1: trained on the first part,
 stopped by AUC on the second, compared on the third. Trials are kept in --out: a second run goes on
@@ -51,7 +51,7 @@ SETTINGS = {
     "masknet": MLP,
     "final_mlp": "first_hidden: [400], second_hidden: [400], dropout: 0.5",
 }
-GENERATOR = "{maps: [8, 8], heights: [7, 7], pools: [2, 2], new_maps: [2, 2], batch_norm: true}"
+GENERATOR = "{maps: [8, 8], heights: [7, 7], pools: [2, 2], new_maps: [2, 2]}"
 LIFTED = ("fm", "dnn", "deepfm", "ipnn", "dcn_v2")
 METRICS = ("use.auc", "use.logloss")
 
@@ -130,6 +130,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/classifiers"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", help="kinds, separated by commas; default: all")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--quick", action="store_true", help="ipnn only, one seed, two epochs")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
@@ -138,7 +139,11 @@ def main() -> None:
     if unknown:
         raise UserError(f"--only: {unknown} are no classifiers; they are {list(SETTINGS)}")
     seeds = 1 if args.quick else args.seeds
-    overrides = [f"data.root={args.data}", "cluster.num_workers=1"]
+    overrides = [
+        f"data.root={args.data}",
+        "cluster.num_workers=1",
+        f"ranking.trainer.precision={args.precision}",
+    ]
     if args.quick:
         overrides.append("ranking.trainer.epochs=2")
     study = Study(

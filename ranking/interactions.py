@@ -4,6 +4,7 @@
 # fields, M half of the fields.
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +24,52 @@ class CrossNetwork(nn.Module):
             else nn.Sequential(nn.Linear(dim, rank, bias=False), nn.Linear(rank, dim))
             for _ in range(num_layers)
         )
+        self.is_full = rank is None
 
     def forward(self, x_BX: Tensor) -> Tensor:
         """Crossed features, (B, X)."""
+        if self.is_full and not torch.compiler.is_compiling():
+            weights = [layer.weight.to(x_BX.dtype) for layer in self.layers]
+            biases = [layer.bias.to(x_BX.dtype) for layer in self.layers]
+            crossed_BX: Tensor = _CrossLayers.apply(x_BX, *weights, *biases)
+            return crossed_BX
         crossed_BX = x_BX
         for layer in self.layers:
             crossed_BX = torch.addcmul(crossed_BX, x_BX, layer(crossed_BX))
         return crossed_BX
+
+
+class _CrossLayers(torch.autograd.Function):
+    """All full layers with few passes over memory: gradients add up inside the products."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BX: Tensor, *weights_and_biases: Tensor) -> Tensor:
+        half = len(weights_and_biases) // 2
+        weights, biases = weights_and_biases[:half], weights_and_biases[half:]
+        crossed, mapped = [x_BX], []
+        for weight_XX, bias_X in zip(weights, biases, strict=True):
+            mapped.append(nn.functional.linear(crossed[-1], weight_XX, bias_X))
+            crossed.append(torch.addcmul(crossed[-1], x_BX, mapped[-1]))
+        ctx.save_for_backward(*weights, *crossed[:-1], *mapped)
+        return crossed[-1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        half = len(ctx.saved_tensors) // 3
+        weights, crossed = ctx.saved_tensors[:half], ctx.saved_tensors[half : 2 * half]
+        mapped, x_BX = ctx.saved_tensors[2 * half :], crossed[0]
+        (grad_BX,) = grads
+        grad_x_BX = torch.zeros_like(grad_BX)
+        grad_weights, grad_biases = [], []
+        for weight_XX, crossed_BX, mapped_BX in reversed(
+            list(zip(weights, crossed, mapped, strict=True))
+        ):
+            grad_mapped_BX = grad_BX * x_BX
+            grad_x_BX.addcmul_(grad_BX, mapped_BX)
+            grad_weights.append(grad_mapped_BX.t() @ crossed_BX)
+            grad_biases.append(grad_mapped_BX.sum(dim=0))
+            grad_BX = torch.addmm(grad_BX, grad_mapped_BX, weight_XX)
+        return (grad_x_BX.add_(grad_BX), *reversed(grad_weights), *reversed(grad_biases))
 
 
 def fm_second_order(fields_BFD: Tensor) -> Tensor:

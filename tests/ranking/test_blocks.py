@@ -33,8 +33,8 @@ def _seed() -> None:
 
 @pytest.mark.parametrize("rank", [None, 3])
 def test_cross_network_follows_its_formula(rank: int | None) -> None:
-    network = CrossNetwork(dim=7, num_layers=2, rank=rank)
-    x0_B7 = torch.randn(5, 7)
+    network = CrossNetwork(dim=7, num_layers=3, rank=rank)
+    x0_B7 = torch.randn(5, 7, requires_grad=True)
     expected = []
     for x0 in x0_B7:
         x = x0
@@ -45,7 +45,16 @@ def test_cross_network_follows_its_formula(rank: int | None) -> None:
                 mapped = layer[1].weight @ (layer[0].weight @ x) + layer[1].bias
             x = x0 * mapped + x
         expected.append(x)
-    torch.testing.assert_close(network(x0_B7), torch.stack(expected), **CLOSE)
+    crossed_B7 = network(x0_B7)
+    torch.testing.assert_close(crossed_B7, torch.stack(expected), **CLOSE)
+
+    weight_B7 = torch.randn(5, 7)
+    reads = [x0_B7, *network.parameters()]
+    grads = torch.autograd.grad((crossed_B7 * weight_B7).sum(), reads)
+    for grad, of_loop in zip(
+        grads, torch.autograd.grad((torch.stack(expected) * weight_B7).sum(), reads), strict=True
+    ):
+        torch.testing.assert_close(grad, of_loop, **CLOSE)
 
 
 def test_fm_is_the_sum_over_all_pairs() -> None:

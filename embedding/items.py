@@ -8,7 +8,7 @@
 Item 4 has no content: it shares place 0, whose row is `NO_CONTENT` in every batch.
 """
 
-# Shapes: B samples, N events of all histories, U distinct items of a batch, R rows of a chunk.
+# Shapes: B samples, N events of all histories, U distinct items of a batch, D content dim.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -94,6 +94,16 @@ class ItemRows:
     def _parts(self) -> list[Tensor]:
         events = [part for h in self.histories.values() for part in (h.items_N, h.lengths_B)]
         return [self.rows_U, self.candidate_B, *events]
+
+
+@dataclass(frozen=True)
+class ContentVectors:
+    """The content of a batch's items, whoever made it: encoder, service or bank."""
+
+    vectors_UD: Tensor
+    """One vector a distinct item, in the order of `items.rows_U`; zeros where there is none. In
+    training it requires gradient."""
+    items: ItemRows
 
 
 class ItemIndex:

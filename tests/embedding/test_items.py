@@ -33,7 +33,9 @@ def _samples(path: Path) -> list[tuple[int, list[int], list[int]]]:
     candidates = rng.choice(known, NUM_ROWS)
     lists = [[rng.choice(known, rng.integers(0, 6)).tolist() for _ in candidates] for _ in "ab"]
     keys = {f"key:{k}": np.arange(NUM_ROWS) for k in ("request_id", "user_id", "timestamp")}
-    columns = {name: pa.array(part, pa.list_(pa.int64())) for name, part in zip("ab", lists)}
+    columns = {
+        name: pa.array(part, pa.list_(pa.int64())) for name, part in zip("ab", lists, strict=True)
+    }
     table = pa.table(
         {
             **keys,

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from embedding.batch import RankingBatch
+from embedding.errors import UserError
 from embedding.items import ContentVectors, ItemRows
 from multimodal.content_bank import ContentBank
 from multimodal.content_config import ContentConfig, Service
@@ -169,10 +170,20 @@ class TrainedContent:
         self.step, is_fresh = tensors["step"].tolist()
         self._is_fresh = bool(is_fresh)
 
-    def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
-        """Start from the encoder of another run, whose items may be others."""
-        self.placement.load(tensors)
+    def warm_start(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        """Start from the encoder of another run, whose items may be others.
+
+        Returns:
+            What keeps its start values, and why.
+        """
         self._is_fresh = False
+        if not tensors:
+            return {"encoder": "not in the checkpoint"}
+        try:
+            self.placement.load(tensors)
+        except UserError as error:
+            return {"encoder": str(error)}
+        return {"bank": "encoded anew with the weights that were carried"}
 
     def close(self) -> None:
         """End what the placement holds outside this process."""

@@ -16,9 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from embedding.config import FeatureSchema
-from embedding.errors import UserError
-
 NO_CONTENT = -1
 """Row of an item whose content is not known; always the first of a batch's rows."""
 
@@ -134,25 +131,3 @@ class ItemSource:
     index: ItemIndex
     histories: dict[str, str]
     """Sequence feature that holds the item ids, by history."""
-
-
-def item_sequences(schema: FeatureSchema) -> dict[str, str]:
-    """The sequence of past item ids of every history.
-
-    Raises:
-        UserError: a history has none, so that its items are not known.
-    """
-    found = {
-        sequence.history: sequence.name
-        for sequence in reversed(schema.sequences)
-        if sequence.source == "items" and sequence.column_name == "item_id"
-    }
-    lacking = [history.name for history in schema.histories if history.name not in found]
-    if lacking:
-        raise UserError(
-            f"content.in_history: no sequence of history {lacking[0]!r} reads item_id, so its "
-            "items are not in the samples; add {name: past_item, history: "
-            f"{lacking[0]}, table: ..., source: items, column: item_id}} to features.sequences, or "
-            "set content.in_history to false"
-        )
-    return found

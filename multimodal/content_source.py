@@ -29,6 +29,8 @@ from multimodal.content_config import ContentConfig, Service
 from multimodal.gradient_items import own_rows
 from multimodal.rank_group import RankGroup
 
+_BANK = "bank/"
+
 
 class EncoderPlacement(Protocol):
     """Where the encoder runs. Every rank makes the same calls with the same rows."""
@@ -70,14 +72,14 @@ class TrainedContent:
         config: ContentConfig,
         placement: EncoderPlacement,
         *,
-        num_rows: int,
+        item_ids: Tensor,
         device: torch.device,
         ranks: RankGroup,
     ) -> None:
-        """`num_rows`: of the content store."""
+        """`item_ids`: int64 raw id of every row of the content store, on the CPU."""
         self.config = config
         self.placement = placement
-        self.bank = ContentBank(num_rows, config.dim, device)
+        self.bank = ContentBank(item_ids, config.dim, device)
         self.step = 0
         """Number of the next training step."""
         self._ranks = ranks
@@ -137,7 +139,7 @@ class TrainedContent:
     def refresh(self) -> None:
         """Encode every item of the store with the present weights."""
         if not self._is_fresh:
-            self.bank.fill(self.placement.encode_all(len(self.bank.written_R)), self.step)
+            self.bank.fill(self.placement.encode_all(self.bank.num_rows), self.step)
             self._is_fresh = True
 
     def read(self, items: ItemRows) -> ContentVectors:
@@ -157,21 +159,18 @@ class TrainedContent:
         state = self.placement.state()
         if self._ranks.rank != 0:
             return {}
-        bank = {f"bank/{name}": value for name, value in self.bank.state().items()}
+        bank = {f"{_BANK}{name}": value for name, value in self.bank.state().items()}
         return state | bank | {"step": torch.tensor([self.step, int(self._is_fresh)])}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from a checkpoint of this run."""
         self.placement.load(tensors)
-        prefix = "bank/"
-        self.bank.load(
-            {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-        )
+        self.bank.load(_bank_of(tensors))
         self.step, is_fresh = tensors["step"].tolist()
         self._is_fresh = bool(is_fresh)
 
     def warm_start(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-        """Start from the encoder of another run, whose items may be others.
+        """Start from the encoder of another run.
 
         Returns:
             What keeps its start values, and why.
@@ -179,11 +178,17 @@ class TrainedContent:
         self._is_fresh = False
         if not tensors:
             return {"encoder": "not in the checkpoint"}
+        learned = {n: t for n, t in tensors.items() if n != "step" and not n.startswith(_BANK)}
         try:
-            self.placement.load(tensors)
+            self.placement.load(learned)
         except UserError as error:
             return {"encoder": str(error)}
-        return {"bank": "encoded anew with the weights that were carried"}
+        bank = _bank_of(tensors)
+        if not tensors["step"][1] or not self.bank.fits(bank):
+            return {"bank": "encoded anew with the weights that were carried"}
+        self.bank.fill(bank["vectors"], self.step)
+        self._is_fresh = True
+        return {}
 
     def close(self) -> None:
         """End what the placement holds outside this process."""
@@ -215,6 +220,10 @@ class TrainedContent:
             waiting = batch
         if waiting is not None:
             yield waiting
+
+
+def _bank_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n.removeprefix(_BANK): t for n, t in tensors.items() if n.startswith(_BANK)}
 
 
 class _Meter:

@@ -23,7 +23,9 @@ from embedding.config import (
     SparseOptimizer,
     StrictConfig,
 )
+from embedding.item_columns import candidate_field, item_sequences
 from embedding.limits import check_support
+from multimodal.content_config import ContentConfig
 from ranking.compatibility import check_model, table_widths
 from ranking.config import RankingConfig
 
@@ -181,6 +183,8 @@ class Recipe(StrictConfig):
     data: DataConfig
     window: WindowConfig = WindowConfig()
     features: FeatureSchema
+    content: ContentConfig | None = None
+    """Text and image of items, trained by the ranking loss; null switches all of it off."""
     embedding: EmbeddingPlaneConfig = EmbeddingPlaneConfig()
     ranking: RankingConfig
     cluster: ClusterConfig = ClusterConfig()
@@ -208,6 +212,10 @@ class Recipe(StrictConfig):
                     f"histories {histories}"
                 )
         _check_validation(self.window, self.ranking)
+        if self.content is not None and self.content.in_history:
+            item_sequences(self.features)
+        if self.content is not None and self.content.cic is not None:
+            candidate_field(self.features)
         if self.evaluation.held_out_items is not None and self.window.warm_start:
             raise ValueError(
                 "evaluation.held_out_items keeps items from training, and a warm start would bring "

@@ -5,10 +5,13 @@ Which items is a matter of their id and the seed, so all days, stages and machin
 
 # Shapes: N events of all histories.
 
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from embedding.errors import UserError
 from embedding.raw_ids import Int64Array, mix64
 from pipeline.buckets import history_column
 from pipeline.columns import EventColumns
@@ -42,3 +45,17 @@ def forget_held_out(
             lists = pa.ListArray.from_arrays(offsets, kept)
             events = events.set_column(events.schema.get_field_index(name), name, lists)
     return events
+
+
+def require_held_out(files: list[Path]) -> list[Path]:
+    """The sample files of held-out items.
+
+    Raises:
+        UserError: there are none.
+    """
+    if not files:
+        raise UserError(
+            "evaluation.held_out_items: no event of the evaluated days shows a held-out item; "
+            "raise share, set days to all, or evaluate more days (window.eval_days)"
+        )
+    return files

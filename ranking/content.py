@@ -61,6 +61,10 @@ class ContentSource(Protocol):
         """Vectors without gradient, for validation and prediction."""
         ...
 
+    def metrics(self) -> dict[str, float]:
+        """Figures `content/...` of the steps since the last call."""
+        ...
+
 
 class ContentPort(nn.Module):
     """Lets a model ask its source. Holds no table: a leaf for the tracing of TorchRec's pipelines.

@@ -265,6 +265,8 @@ class _Run:
         metrics = step_metrics(self.trainer.tasks, sums, num_slots, timing)
         metrics["train/rate_factor"] = self.trainer.rate_factor
         metrics |= memory_metrics(self.trainer.device)
+        if self.trainer.content is not None:
+            metrics |= self.trainer.content.metrics()
         self.window.clear()
         self.reported_step = self.step
         if self.is_logging_rank:
@@ -295,7 +297,10 @@ class _Run:
         if self.saved_step == self.step:
             return
         sums, num_slots = self._fold()
+        content = self.trainer.content
         with self.clock.paused("checkpoint"):
+            if content is not None and self.step == self.num_steps:
+                content.refresh()  # a result holds vectors of all items, as its weights make them
             self.trainer.hooks.save(
                 Progress(self.step, self.position, sums.sums_TX, num_slots, self.validation)
             )

@@ -8,10 +8,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from embedding.config import FeatureSchema, HistoryConfig, SequenceFeature, TableConfig
+from embedding.config import (
+    FeatureSchema,
+    HistoryConfig,
+    SequenceFeature,
+    SparseFeature,
+    TableConfig,
+)
 from embedding.epochs import Position
 from embedding.errors import UserError
-from embedding.items import NO_CONTENT, ItemIndex, ItemRows, ItemSource, item_sequences
+from embedding.item_columns import candidate_field, item_sequences
+from embedding.items import NO_CONTENT, ItemIndex, ItemRows, ItemSource
 from embedding.loader import SampleFiles, SampleLoader
 
 NUM_ROWS = 53
@@ -103,3 +110,10 @@ def test_a_history_without_item_ids_is_refused() -> None:
     schema = SCHEMA.model_copy(update={"sequences": SCHEMA.sequences[:1]})
     with pytest.raises(UserError, match="no sequence of history 'liked' reads item_id"):
         item_sequences(schema)
+
+
+def test_the_field_of_the_candidate_reads_its_id() -> None:
+    with pytest.raises(UserError, match="no sparse feature reads item_id"):
+        candidate_field(SCHEMA)
+    sparse = (SparseFeature(name="shown", table="item", source="items", column="item_id"),)
+    assert candidate_field(SCHEMA.model_copy(update={"sparse": sparse})) == "shown"

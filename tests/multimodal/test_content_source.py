@@ -39,7 +39,9 @@ def _content(config: ContentConfig) -> tuple[TrainedContent, ContentLearner]:
     ranks = RankGroup()
     placement = InlineEncoder(learner, ranks)
     return (
-        TrainedContent(config, placement, num_rows=NUM_ITEMS, device=CPU, ranks=ranks),
+        TrainedContent(
+            config, placement, item_ids=torch.arange(NUM_ITEMS) * 10, device=CPU, ranks=ranks
+        ),
         learner,
     )
 

@@ -41,6 +41,10 @@ class Command:
         """Run one stage and those before it that are not current."""
         if name not in STAGES:
             raise UserError(f"stage {name!r} does not exist; stages are {', '.join(STAGES)}")
+        if name == "content" and self.recipe.content is None:
+            raise UserError(
+                "stage content reads items' text and images, and content is null; set it"
+            )
         run = self._day(date)
         self._write_recipe(date)
         run.execute(until=name)

@@ -24,6 +24,7 @@ from embedding.config import (
     StrictConfig,
 )
 from embedding.limits import check_support
+from multimodal.content_config import ContentConfig
 from ranking.compatibility import check_model, table_widths
 from ranking.config import RankingConfig
 
@@ -165,6 +166,8 @@ class Recipe(StrictConfig):
     data: DataConfig
     window: WindowConfig = WindowConfig()
     features: FeatureSchema
+    content: ContentConfig | None = None
+    """Text and image of items, trained by the ranking loss; null switches all of it off."""
     embedding: EmbeddingPlaneConfig = EmbeddingPlaneConfig()
     ranking: RankingConfig
     cluster: ClusterConfig = ClusterConfig()

@@ -31,6 +31,7 @@ class CicLoss(nn.Module):
     queue_ids_MD: Tensor
     queue_rows_M: Tensor
     queue_end: Tensor
+    """Items that ever entered."""
 
     def __init__(self, config: Cic, content_dim: int, id_dim: int) -> None:
         super().__init__()
@@ -88,12 +89,9 @@ class CicLoss(nn.Module):
         return _mean(to_ids_U.logsumexp(1) + to_content_U.logsumexp(1) - 2 * own_U1.squeeze(1)) / 2
 
     def _queue(self, content_UD: Tensor, ids_UD: Tensor, rows_U: Tensor) -> Tensor:
-        negative_UK = torch.randint(
-            0,
-            self.config.queue_size,
-            (len(rows_U), self.config.num_negatives),
-            device=rows_U.device,
-        )
+        drawn_UK = torch.rand(len(rows_U), self.config.num_negatives, device=rows_U.device)
+        num_filled = self.queue_end.clamp(max=self.config.queue_size)
+        negative_UK = (drawn_UK * num_filled).long()
         found_UK = self.queue_rows_M[negative_UK]
         is_none_UK = (found_UK == NO_ITEM) | (found_UK == rows_U.unsqueeze(1))
         own_U1 = (content_UD * ids_UD).sum(dim=1, keepdim=True) / self.config.temperature
@@ -116,7 +114,7 @@ class CicLoss(nn.Module):
         self.queue_content_MD = self.queue_content_MD.index_copy(0, at_U, content_UD)
         self.queue_ids_MD = self.queue_ids_MD.index_copy(0, at_U, ids_UD)
         self.queue_rows_M = self.queue_rows_M.index_copy(0, at_U, rows_U)
-        self.queue_end = (self.queue_end + len(rows_U)) % size
+        self.queue_end = self.queue_end + len(rows_U)
 
 
 def _first_of_each(rows_B: Tensor) -> Tensor:

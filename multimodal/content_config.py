@@ -153,8 +153,8 @@ class Cic(StrictConfig):
     num_negatives: PositiveInt = 16
     """Per item, drawn without its own."""
     negatives: Literal["uniform", "in_batch", "queue"] = "uniform"
-    """`uniform`: drawn from the step's items; `in_batch`: all of the step's other items; `queue`:
-    drawn from the latest `queue_size` items."""
+    """`uniform`: drawn from the step's candidates; `in_batch`: all of the step's other candidates;
+    `queue`: drawn from the latest `queue_size` candidates."""
     queue_size: PositiveInt = 4096
 
 

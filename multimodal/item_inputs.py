@@ -29,6 +29,7 @@ NO_FILE = "no file"
 TOO_LARGE = "too many pixels"
 DAMAGED = "damaged"
 
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
 _WORD = re.compile(r"\w+")
 _FIRST_TINY_WORD = 1  # 0 is padding
 _PLAIN_MEAN_STD = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -82,14 +83,12 @@ class TextPreparer:
         directory = model_directory(tower)
         self._tokenizer: Any = None
         if directory is not None:
-            try:
-                self._tokenizer = AutoTokenizer.from_pretrained(directory)
-            except (OSError, ValueError, KeyError) as error:
+            if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
                 raise UserError(
-                    f"tower model {tower.model!r}: {directory} has no usable tokenizer "
-                    f"({str(error).splitlines()[0]}); add the files that save_pretrained of the "
-                    "tokenizer writes"
-                ) from error
+                    f"tower model {tower.model!r}: {directory} has no tokenizer; add the files "
+                    f"that its save_pretrained writes (one of {', '.join(_TOKENIZER_FILES)})"
+                )
+            self._tokenizer = AutoTokenizer.from_pretrained(directory)
 
     def __call__(self, values: Sequence[str | None]) -> PreparedInputs:
         """Token ids and mask of the texts that are not blank."""

@@ -159,7 +159,8 @@ def _read_digests(checked: CheckedContent) -> pd.DataFrame:
         key=lambda digests: digests.row_group,
     )
     frames = [_frame(digests) for digests in found]
-    empty = pd.DataFrame({"item_id": [], "row_group": [], "row": []}, dtype=np.int64)
+    columns = ["item_id", "row_group", "row", *checked.catalogue.columns]
+    empty = pd.DataFrame({name: np.empty(0, np.int64) for name in columns})
     return pd.concat(frames, ignore_index=True) if frames else empty
 
 

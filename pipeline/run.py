@@ -380,13 +380,12 @@ class DayRun:
 
     def samples(self, days: tuple[str, ...], part: str = SAMPLES) -> list[Path]:
         """Sample files of these days, from whichever spans hold them."""
-        wanted = set(days)
         spans = [*self.training_spans(), self._eval_span()]
         return [
             path
             for span in spans
             for day in span.days
-            if day in wanted
+            if day in days
             for path in sorted(
                 (self.directory("join", span.days[-1]) / part / f"dt={day}").glob("*.parquet")
             )

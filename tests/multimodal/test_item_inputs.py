@@ -155,5 +155,5 @@ def test_a_pretrained_tokenizer_closes_a_text_that_it_cuts(tmp_path: Path) -> No
 
 def test_a_model_without_tokenizer_is_refused(tmp_path: Path) -> None:
     path = save_text_model(tmp_path)
-    with pytest.raises(UserError, match="no usable tokenizer"):
+    with pytest.raises(UserError, match="has no tokenizer; add"):
         TextPreparer(TextTower(model=path, max_tokens=4))

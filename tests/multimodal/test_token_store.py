@@ -39,9 +39,9 @@ def reader_of(tmp_path: Path, parts: list[PartTokens], precision: str = "float32
     store = TokenStore(tmp_path / "text-f", "f", precision)
     names = [store.append(p) for p in parts]
     entries = store.entries().to_pandas().sort_values("item_id")
-    places = Places(
-        np.array([names.index(n) for n in entries["part"]]), entries["row"], entries["length"]
-    )
+    part_N = np.array([names.index(name) for name in entries["part"]])
+    row_N = entries["row"].to_numpy()
+    places = Places(np.where(row_N == NO_ROW, NO_ROW, part_N), row_N, entries["length"])
     stored = StoredModality(
         store="text-f", fingerprint="f", precision=precision, hidden_size=WIDTH, parts=tuple(names)
     )
@@ -92,12 +92,12 @@ def test_values_are_those_rounded_once_when_they_were_stored(
 def test_entries_accumulate_and_survive_reopening(tmp_path: Path) -> None:
     store_at(tmp_path).append(part(1, [2, 1], ["damaged", None, None]))
     store_at(tmp_path).append(part(5, [1]))
-    entries = store_at(tmp_path).entries().to_pandas().sort_values("item_id")
-    assert entries["item_id"].tolist() == [1, 2, 3, 5]
-    assert entries["digest"].tolist() == [7, 14, 21, 35]
-    assert entries["row"].tolist() == [NO_ROW, 0, 1, 0]
-    assert entries["length"].tolist() == [0, 2, 1, 1]
-    assert entries["fault"].tolist() == ["damaged", None, None, None]
+    entries = store_at(tmp_path).entries().sort_by("item_id").to_pydict()
+    assert entries["item_id"] == [1, 2, 3, 5]
+    assert entries["digest"] == [7, 14, 21, 35]
+    assert entries["row"] == [NO_ROW, 0, 1, 0]
+    assert entries["length"] == [0, 2, 1, 1]
+    assert entries["fault"] == ["damaged", None, None, None]
 
 
 def test_an_empty_store_has_no_entries(tmp_path: Path) -> None:

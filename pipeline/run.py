@@ -20,19 +20,20 @@ from pipeline.artifacts import Manifest, config_hash, read_manifest
 from pipeline.cluster import RaySession
 from pipeline.config import Recipe
 from pipeline.console import Reporter
-from pipeline.content import content_stage
+from pipeline.content import STORES, content_stage
+from pipeline.content_paths import ContentPaths
 from pipeline.days import Split, available_days, catalogue_files, day_files, fingerprint, split_days
 from pipeline.evaluate import evaluate
 from pipeline.gate import gate
+from pipeline.held_out import require_held_out
 from pipeline.identity import ingest_config, samples_config, training_config
 from pipeline.ingest import check_span, ingest
-from pipeline.join import join
+from pipeline.join import HELD_OUT, SAMPLES, join
 from pipeline.metrics_file import METRICS_FILE
 from pipeline.plan import plan, plan_inputs
 from pipeline.registry import production_before
 from pipeline.stages import StageOutput, StageRecord, StageSpec, execute
-from pipeline.synthetic import generate
-from pipeline.train import TrainInputs, train
+from pipeline.train import TrainedModel, TrainInputs, train
 
 STAGES = ("ingest", "content", "join", "plan", "train", "evaluate", "gate", "publish")
 
@@ -43,13 +44,6 @@ class Publish(Protocol):
     def __call__(self, recipe: Recipe, train: Path, scratch: Path) -> StageOutput:
         """Write the bundle into `scratch`."""
         ...
-
-
-def ensure_data(recipe: Recipe, reporter: Reporter) -> None:
-    """Generate the synthetic marketplace where the recipe asks for it and it is not there."""
-    if recipe.data.synthetic is not None:
-        with reporter.stage("generate", unit="events"):
-            generate(recipe.data.synthetic, recipe.data.root, progress=reporter.advance)
 
 
 @dataclass(frozen=True)
@@ -301,6 +295,7 @@ class DayRun:
                 validation=self.samples(self.split.validation),
                 plan=self.directory("plan"),
                 parent=None if parent is None else self.directory("train", parent),
+                content=self.content_paths(),
             )
             output = train(self.recipe, sources, scratch, self.reporter)
             facts = {**output.facts, "parent": parent, "days": days}
@@ -317,20 +312,22 @@ class DayRun:
         )
 
     def _evaluate(self) -> StageSpec:
-        days = self.split.evaluation
+        days = self.evaluation_days()
         inputs = {
             "train": self._artifact_id("train", self.date),
             "join": self._artifact_id("join", days[-1]),
             "ingest": self._artifact_id("ingest", self.date),
         }
+        if days != self.split.evaluation:
+            for span in self.training_spans():
+                inputs[f"join:{span.days[-1]}"] = self._artifact_id("join", span.days[-1])
         config = {"evaluation": self._dump("evaluation"), "days": days}
 
         def body(scratch: Path) -> StageOutput:
             self.session.start()
             return evaluate(
-                self.recipe,
-                self.directory("train"),
-                samples=self.samples(days),
+                TrainedModel.of(self.recipe, self.directory("train"), self.content_paths()),
+                samples=self.evaluation_samples(),
                 counts=self.directory("ingest"),
                 scratch=scratch,
             )
@@ -362,17 +359,35 @@ class DayRun:
 
     # --- pieces ----------------------------------------------------------------------------------
 
-    def samples(self, days: tuple[str, ...]) -> list[Path]:
+    def evaluation_days(self) -> tuple[str, ...]:
+        """Days whose rows are evaluated."""
+        held_out = self.recipe.evaluation.held_out_items
+        if held_out is None or held_out.days == "evaluation":
+            return self.split.evaluation
+        return (*self.training_days(), *self.split.validation, *self.split.evaluation)
+
+    def evaluation_samples(self) -> list[Path]:
+        """Files of what is evaluated: held-out items, where there are, else all."""
+        if self.recipe.evaluation.held_out_items is None:
+            return self.samples(self.split.evaluation)
+        return require_held_out(self.samples(self.evaluation_days(), HELD_OUT))
+
+    def content_paths(self) -> ContentPaths | None:
+        """Where the run's item content lies, if its recipe has any."""
+        if self.recipe.content is None:
+            return None
+        return ContentPaths(index=self.directory("content"), stores=self.out / STORES)
+
+    def samples(self, days: tuple[str, ...], part: str = SAMPLES) -> list[Path]:
         """Sample files of these days, from whichever spans hold them."""
-        wanted = set(days)
         spans = [*self.training_spans(), self._eval_span()]
         return [
             path
             for span in spans
             for day in span.days
-            if day in wanted
+            if day in days
             for path in sorted(
-                (self.directory("join", span.days[-1]) / "samples" / f"dt={day}").glob("*.parquet")
+                (self.directory("join", span.days[-1]) / part / f"dt={day}").glob("*.parquet")
             )
         ]
 

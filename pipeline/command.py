@@ -8,15 +8,16 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from embedding.errors import UserError
-from pipeline.cluster import RaySession
+from pipeline.cluster import RaySession, actors_of
 from pipeline.config import Recipe
 from pipeline.console import Reporter, duration, human
 from pipeline.days import available_days, parse_day, split_days
 from pipeline.registry import promote, promotions
 from pipeline.report import REPORT, write_report
-from pipeline.run import STAGES, DayRun, Publish, ensure_data
+from pipeline.run import STAGES, DayRun, Publish
 from pipeline.status import RECIPE
 from pipeline.summary import SUMMARY, Summary, summarize, write_summary
+from pipeline.synthetic import ensure_data
 from ranking.evaluation import SliceMetrics
 
 
@@ -28,7 +29,7 @@ class Command:
         self.out = out
         self.publish = publish
         self.reporter = Reporter()
-        self.session = RaySession(recipe.cluster, say=self.reporter.line)
+        self.session = RaySession(recipe.cluster, actors=actors_of(recipe), say=self.reporter.line)
 
     def __enter__(self) -> Self:
         ensure_data(self.recipe, self.reporter)
@@ -41,6 +42,10 @@ class Command:
         """Run one stage and those before it that are not current."""
         if name not in STAGES:
             raise UserError(f"stage {name!r} does not exist; stages are {', '.join(STAGES)}")
+        if name == "content" and self.recipe.content is None:
+            raise UserError(
+                "stage content reads items' text and images, and content is null; set it"
+            )
         run = self._day(date)
         self._write_recipe(date)
         run.execute(until=name)

@@ -12,6 +12,7 @@ from pipeline import charts
 from pipeline.artifacts import Manifest, read_manifest
 from pipeline.config import Recipe
 from pipeline.console import duration, human
+from pipeline.content_view import content_charts
 from pipeline.summary import Summary, TrainSummary
 from pipeline.table_ids import table_ids
 from pipeline.warm_start_view import redrawn_rows, warm_start_line
@@ -133,7 +134,7 @@ def _training_charts(train: Path, recipe: Recipe, best_step: int | None) -> list
             ("Normalized entropy on held-out days", "validation", "ne", None),
             ("AUC on held-out days", "validation", "auc", None),
         ]
-    return [
+    shown = [
         {
             "title": title,
             "svg": charts.lines(
@@ -146,6 +147,7 @@ def _training_charts(train: Path, recipe: Recipe, best_step: int | None) -> list
         }
         for title, rows, metric, reference in found
     ]
+    return shown + content_charts(lines)
 
 
 def _curves(lines: list[dict[str, Any]], keys: Mapping[str, str]) -> dict[str, charts.Curve]:

@@ -1,6 +1,7 @@
 """One day of the pipeline: which artifacts it needs, in which order, from which inputs.
 
     DIR/<last day of a span>/ingest, join      shared by all runs that need those days
+    DIR/<date>/content                         tokens of items, where the recipe has content
     DIR/<date>/plan, train, evaluate, gate, publish, summary.json, report.html
 
 A span chains on the latest earlier one and continues its user state, so a run of a later day
@@ -19,20 +20,22 @@ from pipeline.artifacts import Manifest, config_hash, read_manifest
 from pipeline.cluster import RaySession
 from pipeline.config import Recipe
 from pipeline.console import Reporter
+from pipeline.content import STORES, content_stage
+from pipeline.content_paths import ContentPaths
 from pipeline.days import Split, available_days, catalogue_files, day_files, fingerprint, split_days
 from pipeline.evaluate import evaluate
 from pipeline.gate import gate
+from pipeline.held_out import require_held_out
 from pipeline.identity import ingest_config, samples_config, training_config
 from pipeline.ingest import check_span, ingest
-from pipeline.join import join
+from pipeline.join import HELD_OUT, SAMPLES, join
 from pipeline.metrics_file import METRICS_FILE
-from pipeline.plan import plan
+from pipeline.plan import plan, plan_inputs
 from pipeline.registry import production_before
 from pipeline.stages import StageOutput, StageRecord, StageSpec, execute
-from pipeline.synthetic import generate
-from pipeline.train import TrainInputs, train
+from pipeline.train import TrainedModel, TrainInputs, train
 
-STAGES = ("ingest", "join", "plan", "train", "evaluate", "gate", "publish")
+STAGES = ("ingest", "content", "join", "plan", "train", "evaluate", "gate", "publish")
 
 
 class Publish(Protocol):
@@ -41,13 +44,6 @@ class Publish(Protocol):
     def __call__(self, recipe: Recipe, train: Path, scratch: Path) -> StageOutput:
         """Write the bundle into `scratch`."""
         ...
-
-
-def ensure_data(recipe: Recipe, reporter: Reporter) -> None:
-    """Generate the synthetic marketplace where the recipe asks for it and it is not there."""
-    if recipe.data.synthetic is not None:
-        with reporter.stage("generate", unit="events"):
-            generate(recipe.data.synthetic, recipe.data.root, progress=reporter.advance)
 
 
 @dataclass(frozen=True)
@@ -104,19 +100,20 @@ class DayRun:
                 for last in self._chain():
                     yield self._ingest(last)
                 yield self._ingest(self.split.evaluation[-1])
+            case "content":
+                yield from self._content()
             case "join":
                 for span in (*self.training_spans(), self._eval_span()):
                     yield self._join(span)
-            case "plan":
-                yield self._plan()
-            case "train":
-                yield self._train()
-            case "evaluate":
-                yield self._evaluate()
-            case "gate":
-                yield self._gate()
             case _:
-                yield self._publish()
+                single = {
+                    "plan": self._plan,
+                    "train": self._train,
+                    "evaluate": self._evaluate,
+                    "gate": self._gate,
+                    "publish": self._publish,
+                }
+                yield single[name]()
 
     def directory(self, stage: str, day: str | None = None) -> Path:
         """Where a stage of a day publishes."""
@@ -234,6 +231,16 @@ class DayRun:
             "ingest", self.directory("ingest", last), ingest_config(self.recipe), inputs, body
         )
 
+    def _content(self) -> Iterator[StageSpec]:
+        if self.recipe.content is not None:
+            yield content_stage(
+                self.recipe,
+                self.directory("content"),
+                self._catalogue,
+                self.session,
+                self.reporter,
+            )
+
     def _join(self, span: Span) -> StageSpec:
         last = span.days[-1]
         inputs = {"ingest": self._artifact_id("ingest", last), "catalogue": self._catalogue}
@@ -263,22 +270,14 @@ class DayRun:
             self.session.start()
             return plan(self.recipe, scratch)
 
-        sharding = self.recipe.embedding.sharding
-        files = {
-            name: fingerprint([path])
-            for name, path in (
-                ("plan", sharding.plan),
-                ("calibration", sharding.calibration),
-                ("traffic", sharding.traffic),
-            )
-            if path is not None and path.is_file()
-        }
-        return StageSpec("plan", self.directory("plan"), config, files, body)
+        return StageSpec("plan", self.directory("plan"), config, plan_inputs(self.recipe), body)
 
     def _train(self) -> StageSpec:
         parent = self.parent()
         days = self.training_days()
         inputs = {"plan": self._artifact_id("plan", self.date)}
+        if self.recipe.content is not None:
+            inputs["content"] = self._artifact_id("content", self.date)
         for span in self.training_spans():
             inputs[f"join:{span.days[-1]}"] = self._artifact_id("join", span.days[-1])
         if parent is not None:
@@ -296,6 +295,7 @@ class DayRun:
                 validation=self.samples(self.split.validation),
                 plan=self.directory("plan"),
                 parent=None if parent is None else self.directory("train", parent),
+                content=self.content_paths(),
             )
             output = train(self.recipe, sources, scratch, self.reporter)
             facts = {**output.facts, "parent": parent, "days": days}
@@ -312,20 +312,22 @@ class DayRun:
         )
 
     def _evaluate(self) -> StageSpec:
-        days = self.split.evaluation
+        days = self.evaluation_days()
         inputs = {
             "train": self._artifact_id("train", self.date),
             "join": self._artifact_id("join", days[-1]),
             "ingest": self._artifact_id("ingest", self.date),
         }
+        if days != self.split.evaluation:
+            for span in self.training_spans():
+                inputs[f"join:{span.days[-1]}"] = self._artifact_id("join", span.days[-1])
         config = {"evaluation": self._dump("evaluation"), "days": days}
 
         def body(scratch: Path) -> StageOutput:
             self.session.start()
             return evaluate(
-                self.recipe,
-                self.directory("train"),
-                samples=self.samples(days),
+                TrainedModel.of(self.recipe, self.directory("train"), self.content_paths()),
+                samples=self.evaluation_samples(),
                 counts=self.directory("ingest"),
                 scratch=scratch,
             )
@@ -357,17 +359,35 @@ class DayRun:
 
     # --- pieces ----------------------------------------------------------------------------------
 
-    def samples(self, days: tuple[str, ...]) -> list[Path]:
+    def evaluation_days(self) -> tuple[str, ...]:
+        """Days whose rows are evaluated."""
+        held_out = self.recipe.evaluation.held_out_items
+        if held_out is None or held_out.days == "evaluation":
+            return self.split.evaluation
+        return (*self.training_days(), *self.split.validation, *self.split.evaluation)
+
+    def evaluation_samples(self) -> list[Path]:
+        """Files of what is evaluated: held-out items, where there are, else all."""
+        if self.recipe.evaluation.held_out_items is None:
+            return self.samples(self.split.evaluation)
+        return require_held_out(self.samples(self.evaluation_days(), HELD_OUT))
+
+    def content_paths(self) -> ContentPaths | None:
+        """Where the run's item content lies, if its recipe has any."""
+        if self.recipe.content is None:
+            return None
+        return ContentPaths(index=self.directory("content"), stores=self.out / STORES)
+
+    def samples(self, days: tuple[str, ...], part: str = SAMPLES) -> list[Path]:
         """Sample files of these days, from whichever spans hold them."""
-        wanted = set(days)
         spans = [*self.training_spans(), self._eval_span()]
         return [
             path
             for span in spans
             for day in span.days
-            if day in wanted
+            if day in days
             for path in sorted(
-                (self.directory("join", span.days[-1]) / "samples" / f"dt={day}").glob("*.parquet")
+                (self.directory("join", span.days[-1]) / part / f"dt={day}").glob("*.parquet")
             )
         ]
 

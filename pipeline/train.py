@@ -12,7 +12,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -22,6 +22,7 @@ from embedding.errors import UserError
 from pipeline.artifacts import RESUME
 from pipeline.config import ClusterConfig, Recipe
 from pipeline.console import Reporter
+from pipeline.content_paths import ContentPaths
 from pipeline.plan import PLAN
 from pipeline.stages import StageOutput
 from pipeline.warm_start_view import warm_start_line
@@ -46,6 +47,8 @@ class TrainInputs(StrictConfig):
     """Directory of the plan artifact."""
     parent: Path | None
     """Directory of the train artifact to start from."""
+    content: ContentPaths | None = None
+    """Where the recipe has content."""
 
 
 class TrainedModel(StrictConfig):
@@ -54,6 +57,18 @@ class TrainedModel(StrictConfig):
     recipe: Recipe
     plan: Path
     checkpoint: Path
+    content: ContentPaths | None = None
+    """Where the recipe has content."""
+
+    @classmethod
+    def of(cls, recipe: Recipe, directory: Path, content: ContentPaths | None) -> Self:
+        """The model of a train artifact, whose plan lies beside it."""
+        return cls(
+            recipe=recipe,
+            plan=(directory.parent / "plan" / PLAN).absolute(),
+            checkpoint=(directory / CHECKPOINT).absolute(),
+            content=None if content is None else content.absolute(),
+        )
 
 
 class TrainJob(StrictConfig):
@@ -67,6 +82,8 @@ class TrainJob(StrictConfig):
     parent_checkpoint: Path | None
     resume: Path
     """Where everything lies while the training runs."""
+    content: ContentPaths | None = None
+    """Where the recipe has content."""
 
     @property
     def checkpoints(self) -> Path:
@@ -90,6 +107,8 @@ class TrainResult(StrictConfig):
     data_wait_share: float
     warm_start: dict[str, Any] | None
     """What came from the parent and what did not (`embedding.restore.WarmStartReport`)."""
+    content: dict[str, float] | None = None
+    """Of the last window of steps: cost, age of the bank, norms of gradients; None without."""
 
 
 Worker = Callable[[dict[str, str]], None]
@@ -147,6 +166,7 @@ def train(
             None if inputs.parent is None else (inputs.parent / CHECKPOINT).absolute()
         ),
         resume=(scratch / RESUME).absolute(),
+        content=None if inputs.content is None else inputs.content.absolute(),
     )
     # The result is a training's last word: with it, only the publishing was interrupted.
     if not (job.resume / RESULT).exists():

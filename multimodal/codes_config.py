@@ -3,7 +3,8 @@
 Imports pydantic and nothing heavy, so that a recipe is checked without torch or faiss.
 """
 
-from typing import Annotated, Literal, Self
+from datetime import date
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -62,6 +63,9 @@ class Vq(StrictConfig):
 
     top_k: PositiveInt = 25
     index: ItemIndex = IndexBySize()
+    max_items: PositiveInt = 10_000
+    """Items that the set can hold: the rows of the code table. Slots of items that are gone are
+    used again at a refit."""
 
 
 class Fsq(StrictConfig):
@@ -158,15 +162,59 @@ class RefitPolicy(StrictConfig):
     keep_meaning: bool = True
     """Start from the codebooks before and keep code numbers and rows where meanings are alike.
     False renumbers all codes at every refit: only to show what that costs."""
+    force_on: tuple[date, ...] = ()
+    """Dates of runs that fit anew whatever the rest of the policy says."""
+
+
+# --- item vectors and features -------------------------------------------------------------------
+
+
+class ColumnVectors(StrictConfig):
+    """Vectors of a model of yours, delivered with the catalogue."""
+
+    kind: Literal["column"] = "column"
+    column: str = "vector"
+    """List of floats in items.parquet, of one length; null: the item gets no codes."""
+    encoder: str = "1"
+    """Name of the model that made them. Change it when the model changes: all vectors move then,
+    and codebooks of the earlier ones are restated through the items of both."""
+
+
+CodeFamily = Literal["candidate", "history", "shared", "user"]
+
+
+class CodeFeatures(StrictConfig):
+    """Which features of the ranker follow from the codes (`multimodal.code_schema`)."""
+
+    families: tuple[CodeFamily, ...] | None = None
+    """`candidate`: codes of the candidate; `history`: code sequences of each history, and its VQ
+    codes pooled; `shared`: history items with the candidate's first code, first two codes (pooled
+    ids, counts); `user`: an id of user and code prefix. Default: all that the codes allow."""
+    histories: tuple[str, ...] | None = None
+    """Histories that the families `history` and `shared` read; default: all of the recipe."""
+    embedding_dim: PositiveInt = 16
+    """Of all code tables; a multiple of 4."""
+    max_prefix: Literal[1, 2] = 2
+    """Longest code prefix of the families `shared` and `user`."""
+    user_rows: Annotated[int, Field(ge=2)] = 65_537
+    """Rows of each hashed table of users and code prefixes."""
+    item_table: str | None = None
+    """Table of the shared items' ids; default: that of the sparse feature that reads `item_id`."""
 
 
 class Codes(StrictConfig):
-    """Semantic codes of items."""
+    """Semantic codes of items, and the features that follow from them."""
 
+    vectors: ColumnVectors = ColumnVectors()
+    """What is quantized."""
     vq: Vq | None = Vq()
     rq: Rq | None = Rq()
     suffix: Suffix | None = None
     refit: RefitPolicy = RefitPolicy()
+    version: str | None = None
+    """Codebooks to use, like v0003, whatever the refit policy says; default: those of the run
+    before, or a refit."""
+    features: CodeFeatures = CodeFeatures()
 
     @model_validator(mode="after")
     def _check_parts(self) -> Self:
@@ -174,7 +222,25 @@ class Codes(StrictConfig):
             raise ValueError("codes: vq and rq are both null; keep at least one of them")
         if self.suffix is not None and self.rq is None:
             raise ValueError("codes.suffix tells equal rq codes apart; set rq or remove suffix")
+        crosses = {"shared", "user"} & {*(self.features.families or ())}
+        if crosses and self.rq is None:
+            raise ValueError(
+                f"codes.features.families: {sorted(crosses)} read prefixes of rq codes, and rq is "
+                "null; set rq or remove them"
+            )
         return self
+
+    @property
+    def families(self) -> tuple[CodeFamily, ...]:
+        """Families of features that are derived."""
+        if self.features.families is not None:
+            return self.features.families
+        return ("candidate", "history", "shared", "user") if self.rq else ("candidate", "history")
+
+    @property
+    def quantized(self) -> dict[str, Any]:
+        """The settings that codes depend on, as JSON."""
+        return self.model_dump(mode="json", exclude={"features": True, "refit": {"force_on"}})
 
 
 # --- pair mining ---------------------------------------------------------------------------------

@@ -41,6 +41,8 @@ class Command:
         """Run one stage and those before it that are not current."""
         if name not in STAGES:
             raise UserError(f"stage {name!r} does not exist; stages are {', '.join(STAGES)}")
+        if name == "quantize" and self.recipe.codes is None:
+            raise UserError("stage quantize makes codes of items, and codes is null; set it")
         run = self._day(date)
         self._write_recipe(date)
         run.execute(until=name)

@@ -1,6 +1,7 @@
 """One day of the pipeline: which artifacts it needs, in which order, from which inputs.
 
     DIR/<last day of a span>/ingest, join      shared by all runs that need those days
+    DIR/<date>/quantize                        codes of items, where the recipe has codes
     DIR/<date>/plan, train, evaluate, gate, publish, summary.json, report.html
 
 A span chains on the latest earlier one and continues its user state, so a run of a later day
@@ -27,12 +28,13 @@ from pipeline.ingest import check_span, ingest
 from pipeline.join import join
 from pipeline.metrics_file import METRICS_FILE
 from pipeline.plan import plan
+from pipeline.quantize_stage import CodesOfDay
 from pipeline.registry import production_before
 from pipeline.stages import StageOutput, StageRecord, StageSpec, execute
 from pipeline.synthetic import generate
 from pipeline.train import TrainInputs, train
 
-STAGES = ("ingest", "join", "plan", "train", "evaluate", "gate", "publish")
+STAGES = ("ingest", "quantize", "join", "plan", "train", "evaluate", "gate", "publish")
 
 
 class Publish(Protocol):
@@ -82,6 +84,11 @@ class DayRun:
         self.days = available_days(root)
         self.split: Split = split_days(self.days, date, recipe.window)
         self._catalogue = fingerprint(catalogue_files(root))
+        self.codes = (
+            None
+            if recipe.codes is None
+            else CodesOfDay(recipe, out, date, self.days[0], self._catalogue, reporter)
+        )
 
     def execute(self, until: str = STAGES[-1]) -> list[StageRecord]:
         """Run all stages up to `until`; a gate that refuses ends the run before `publish`."""
@@ -104,6 +111,8 @@ class DayRun:
                 for last in self._chain():
                     yield self._ingest(last)
                 yield self._ingest(self.split.evaluation[-1])
+            case "quantize":
+                yield from self._quantize()
             case "join":
                 for span in (*self.training_spans(), self._eval_span()):
                     yield self._join(span)
@@ -234,14 +243,22 @@ class DayRun:
             "ingest", self.directory("ingest", last), ingest_config(self.recipe), inputs, body
         )
 
+    def _quantize(self) -> Iterator[StageSpec]:
+        if self.codes is not None:
+            yield self.codes.spec()
+
     def _join(self, span: Span) -> StageSpec:
         last = span.days[-1]
         inputs = {"ingest": self._artifact_id("ingest", last), "catalogue": self._catalogue}
+        codes = None
+        if self.codes is not None:
+            codes = self.codes.file
+            inputs["codes"] = self.codes.fingerprint
 
         def body(scratch: Path) -> StageOutput:
             self.session.start()
             joined = join(
-                self.recipe, self.directory("ingest", last), scratch, self.reporter.advance
+                self.recipe, self.directory("ingest", last), scratch, self.reporter.advance, codes
             )
             return StageOutput(joined.rows, joined.rows, facts=joined.model_dump(mode="json"))
 

@@ -70,6 +70,8 @@ def _rows(out: Path, date: str, publish: Publish) -> list[tuple[str, ...]]:
     for name in STAGES:
         # A stage has an execution for every span of days; the one that needs work speaks for all.
         states = [(spec, *stage_state(spec)) for spec in run.specs(name)]
+        if not states:  # nothing to do with this recipe
+            continue
         spec, state, note = next((s for s in states if s[1] != "current"), states[0])
         manifest = read_manifest(spec.directory)
         figures = ("", "")

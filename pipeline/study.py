@@ -27,7 +27,7 @@ from pipeline.failures import user_error
 from pipeline.identity import samples_config, training_config
 from pipeline.metrics_file import METRICS_FILE, read_metrics
 from pipeline.recipe import load_recipe
-from pipeline.run import DayRun, ensure_data
+from pipeline.run import STAGES, DayRun, ensure_data
 from pipeline.stages import StageOutput, StageSpec, execute
 from pipeline.study_statistics import StudyResult, differences, estimates, trial_metrics
 from pipeline.trial import TrialJob, TrialProcess, run_on_group
@@ -159,7 +159,8 @@ class Study:
     def _trials(self, variant: Variant, session: RaySession) -> list[Trial]:
         """The trials of a variant; its samples are made first, unless another variant has them."""
         recipe = self.recipes[variant.name]
-        key = config_hash({"root": str(recipe.data.root), **samples_config(recipe)})
+        codes = {} if recipe.codes is None else {"codes": recipe.codes.quantized}
+        key = config_hash({"root": str(recipe.data.root), **samples_config(recipe), **codes})
         day = DayRun(
             recipe.model_copy(
                 update={"window": recipe.window.model_copy(update={"warm_start": False})}
@@ -170,7 +171,8 @@ class Study:
             reporter=self.reporter,
             publish=_nothing_to_publish,
         )
-        if any(not spec.is_current for name in ("ingest", "join") for spec in day.specs(name)):
+        stages = STAGES[: STAGES.index("join") + 1]
+        if any(not spec.is_current for name in stages for spec in day.specs(name)):
             day.execute(until="join")
         return [self._trial(variant, recipe, seed, day) for seed in self.seeds]
 

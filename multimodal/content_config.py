@@ -1,0 +1,248 @@
+"""Configuration of item content trained by the ranking loss (EM3): towers, fusion, placement.
+
+Imports pydantic and nothing heavy, so that a recipe is checked without torch or transformers.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from embedding.config import StrictConfig
+
+TINY = "tiny"
+"""Model name of the randomly initialised small towers."""
+
+# --- towers --------------------------------------------------------------------------------------
+
+
+class Lora(StrictConfig):
+    """Low-rank updates of a tower's trainable layers."""
+
+    rank: PositiveInt = 8
+    alpha: PositiveFloat = 16.0
+    """The update is scaled by alpha / rank."""
+    target_modules: tuple[str, ...] | None = None
+    """Names (or dotted ends of names) of the linear layers to adapt; None: the query and value
+    projections, whatever the architecture calls them."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _check_targets(self) -> Self:
+        if self.target_modules == ():
+            raise ValueError("target_modules is empty; name linear layers, or leave it out")
+        return self
+
+
+Precision = Literal["float16", "bfloat16", "float32"]
+
+
+class TextTower(StrictConfig):
+    """A text encoder and how much of it trains."""
+
+    model: str = TINY
+    """`tiny` (random, built in code), a directory, `package:NAME/DIR` (a directory in an installed
+    Python package), or a model hub id."""
+    revision: str | None = None
+    """Commit of a hub model."""
+    column: str = "text"
+    """Of items.parquet."""
+    max_tokens: Annotated[int, Field(ge=2, le=4096)] = 32
+    """Longer texts are cut, and counted."""
+    trainable_layers: PositiveInt = 1
+    """Top layers that run in the training step and carry LoRA; those below run once per item."""
+    lora: Lora | None = Lora()
+    """None: nothing in the tower trains, and all its layers run once per item."""
+    precision: Precision = "float16"
+    """Of the stored tokens. Training sees the stored values, so it is exact given them."""
+
+    @property
+    def layers_in_step(self) -> int:
+        """Top layers that run in the training step."""
+        return 0 if self.lora is None else self.trainable_layers
+
+
+class ImageTower(StrictConfig):
+    """A vision encoder and how much of it trains."""
+
+    model: str = TINY
+    """`tiny` (random, built in code), a directory, `package:NAME/DIR` (a directory in an installed
+    Python package), or a model hub id."""
+    revision: str | None = None
+    """Commit of a hub model."""
+    column: str = "image"
+    """Of items.parquet."""
+    image_size: Annotated[int, Field(ge=8, le=2048)] = 32
+    """Images are resized to a square of so many pixels; a multiple of the model's patch size."""
+    trainable_layers: PositiveInt = 1
+    """Top layers that run in the training step and carry LoRA; those below run once per item."""
+    lora: Lora | None = Lora()
+    """None: nothing in the tower trains, and all its layers run once per item."""
+    precision: Precision = "float16"
+    """Of the stored tokens. Training sees the stored values, so it is exact given them."""
+
+    @property
+    def layers_in_step(self) -> int:
+        """Top layers that run in the training step."""
+        return 0 if self.lora is None else self.trainable_layers
+
+
+# --- fusion --------------------------------------------------------------------------------------
+
+
+class FqFormer(StrictConfig):
+    """Learned queries attend, together with the tokens of all modalities, to one another."""
+
+    kind: Literal["fq_former"] = "fq_former"
+    num_layers: PositiveInt = 1
+    num_heads: PositiveInt = 4
+    num_queries: PositiveInt = 2
+    feed_forward: bool = False
+    modality_embedding: bool = False
+    """Add a learned vector to the tokens of each modality."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+
+
+class MeanFusion(StrictConfig):
+    """Projected tokens averaged per modality, then over the modalities that are there."""
+
+    kind: Literal["mean"] = "mean"
+
+
+class ConcatFusion(StrictConfig):
+    """Tokens averaged per modality, side by side; an absent modality is a learned vector."""
+
+    kind: Literal["concat"] = "concat"
+
+
+Fusion = Annotated[FqFormer | MeanFusion | ConcatFusion, Field(discriminator="kind")]
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+class Gradient(StrictConfig):
+    """Which items of a step are encoded with gradient; the others are read from the bank."""
+
+    items: Literal["targets", "targets+sample", "all"] = "targets+sample"
+    """The candidates; those and a sample of the history items; or all."""
+    sample_share: float = Field(default=0.1, gt=0, le=1)
+    """Share of the history items, drawn anew every step."""
+    max_items_per_step: PositiveInt | None = 512
+    """Bound on encoded items per rank: candidates first, then the sample; those beyond are read
+    from the bank. None: no bound."""
+    micro_batch_items: PositiveInt | None = None
+    """Encode so many items at a time and recompute them in backward (activation checkpointing), so
+    that memory does not grow with the number of items. None: all at once."""
+
+
+class Cic(StrictConfig):
+    """Content-ID-contrastive loss between an item's content vector and its ID embedding."""
+
+    weight: PositiveFloat = 1e-3
+    temperature: PositiveFloat = 0.1
+    num_negatives: PositiveInt = 16
+    """Per item, drawn without its own."""
+    negatives: Literal["uniform", "in_batch", "queue"] = "uniform"
+    """`uniform`: drawn from the step's items; `in_batch`: all of the step's other items; `queue`:
+    drawn from the latest `queue_size` items."""
+    queue_size: PositiveInt = 4096
+
+
+class ContentOptimizer(StrictConfig):
+    """AdamW of everything in the content encoder."""
+
+    learning_rate: PositiveFloat = 1e-3
+    """Of fusion, projections and heads."""
+    lora_learning_rate: PositiveFloat = 1e-3
+    weight_decay: NonNegativeFloat = 0.0
+
+
+# --- placement -----------------------------------------------------------------------------------
+
+
+class Inline(StrictConfig):
+    """The encoder is data-parallel on the training ranks."""
+
+    kind: Literal["inline"] = "inline"
+
+
+class Service(StrictConfig):
+    """Ray actors own the encoder; ranks send items, receive vectors and return gradients."""
+
+    kind: Literal["service"] = "service"
+    num_actors: PositiveInt = 1
+    staleness: Literal[0, 1] = 0
+    """0: vectors of step t+1 come from the weights after step t. 1: from those before it, computed
+    while the ranks work on step t."""
+    timeout_s: PositiveFloat = 60.0
+    """Of every wait between ranks and actors."""
+    cpus_per_actor: NonNegativeFloat = 1
+    gpus_per_actor: NonNegativeFloat = 0
+
+
+Placement = Annotated[Inline | Service, Field(discriminator="kind")]
+
+
+class TokenStage(StrictConfig):
+    """The stage that runs the frozen lower layers, once per item."""
+
+    items_per_batch: PositiveInt = 64
+    """Decoded and encoded at a time by an actor: bounds its memory."""
+    num_actors: PositiveInt = 1
+    cpus_per_actor: NonNegativeFloat = 1
+    gpus_per_actor: NonNegativeFloat = 0
+
+
+class ContentConfig(StrictConfig):
+    """Text and image of items as content vectors that the ranking loss trains."""
+
+    text: TextTower | None = None
+    image: ImageTower | None = None
+    dim: PositiveInt = 64
+    """Of the content vector."""
+    fusion: Fusion = FqFormer()
+    frozen: bool = False
+    """Train nothing of the encoder but its last linear layer: an ablation."""
+    in_history: bool = True
+    """Attend from the candidate's content over that of the history."""
+    gradient: Gradient = Gradient()
+    cic: Cic | None = Cic()
+    optimizer: ContentOptimizer = ContentOptimizer()
+    placement: Placement = Inline()
+    tokens: TokenStage = TokenStage()
+    seed: NonNegativeInt = 0
+    """Of the encoder's initial weights."""
+
+    @property
+    def towers(self) -> dict[str, TextTower | ImageTower]:
+        """Those that are set, by modality."""
+        pairs = (("text", self.text), ("image", self.image))
+        return {name: tower for name, tower in pairs if tower is not None}
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> Self:
+        if not self.towers:
+            raise ValueError("content: text and image are both null; set at least one of them")
+        if isinstance(self.fusion, FqFormer) and self.dim % self.fusion.num_heads:
+            raise ValueError(
+                f"content.dim={self.dim} must be a multiple of fusion.num_heads="
+                f"{self.fusion.num_heads}; use {self.dim + -self.dim % self.fusion.num_heads}"
+            )
+        trained = [name for name, tower in self.towers.items() if tower.lora is not None]
+        if self.frozen and trained:
+            raise ValueError(
+                f"content.frozen trains no tower, but {', '.join(trained)} has lora; set "
+                f"content.{trained[0]}.lora=null"
+            )
+        if self.text and self.image and self.text.column == self.image.column:
+            raise ValueError(
+                f"content: text and image both read the column {self.text.column!r}; name two"
+            )
+        return self

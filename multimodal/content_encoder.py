@@ -1,0 +1,127 @@
+"""Content encoder: lower-layer tokens -> upper layers with LoRA -> fusion -> content vectors.
+
+Trained by the ranking loss. Everything else in it is frozen, and what trains is small: LoRA,
+projections, fusion and the last linear layer.
+
+Shapes: U unique items, L token positions, H width of a tower, D content dim.
+"""
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from embedding.errors import UserError
+from multimodal.content_config import ContentConfig
+from multimodal.fusion import build_fusion
+from multimodal.token_batch import ModalityTokens, TokenBatch
+from multimodal.towers import UpperTower, load_tower, merge_lora
+
+
+class ContentEncoder(nn.Module):
+    """Content vectors of items, from their stored tokens.
+
+    Args:
+        config: the recipe's.
+        towers: upper part of each modality that the config sets.
+    """
+
+    def __init__(self, config: ContentConfig, towers: Mapping[str, UpperTower]) -> None:
+        super().__init__()
+        self.micro_batch_items = config.gradient.micro_batch_items
+        # Of the config's order: the modalities' own must not matter.
+        self.towers = nn.ModuleDict({name: towers[name] for name in config.towers})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            widths = {name: towers[name].hidden_size for name in config.towers}
+            self.fusion = build_fusion(config.fusion, widths, config.dim)
+            assert isinstance(self.fusion.width, int)
+            self.output = nn.Linear(self.fusion.width, config.dim)
+        if config.frozen:
+            self.fusion.requires_grad_(False)
+
+    def forward(self, batch: TokenBatch) -> Tensor:
+        """Content vectors (U, D), with gradient.
+
+        Raises:
+            UserError: the tokens are not those of these towers.
+        """
+        if not batch.num_items:
+            return self.output.weight.new_zeros(0, self.output.out_features)
+        size = self.micro_batch_items
+        if size is None or batch.num_items <= size or not torch.is_grad_enabled():
+            return self._encode(batch)
+        # Memory holds the activations of one piece, not of all: backward computes them again.
+        pieces = [
+            checkpoint(self._encode, piece, use_reentrant=False) for piece in batch.split(size)
+        ]
+        return torch.cat(pieces)
+
+    def _encode(self, batch: TokenBatch) -> Tensor:
+        tokens = {name: self._upper(name, batch.modalities[name]) for name in self.towers}
+        vectors_UD: Tensor = self.output(self.fusion(tokens))
+        return vectors_UD
+
+    def _upper(self, name: str, part: ModalityTokens) -> ModalityTokens:
+        tower = self.towers[name]
+        assert isinstance(tower, UpperTower)
+        if part.tokens_ULH.shape[-1] != tower.hidden_size:
+            raise UserError(
+                f"{name} tokens have {part.tokens_ULH.shape[-1]} columns, but the {name} tower has "
+                f"hidden size {tower.hidden_size}: they come from another model; run the content "
+                "stage of this recipe"
+            )
+        # Zeros where there is no token: even a NaN there must not reach a gradient.
+        readable_ULH = part.tokens_ULH.to(self.output.weight.dtype).masked_fill(
+            ~part.mask_UL.unsqueeze(-1), 0.0
+        )
+        final_ULH = tower(readable_ULH, part.mask_UL)
+        return ModalityTokens(final_ULH, part.mask_UL)
+
+
+def load_content_encoder(config: ContentConfig) -> ContentEncoder:
+    """The encoder before training: pretrained upper layers, LoRA and fusion as initialised.
+
+    Equal wherever it is built. The lower layers are read and dropped.
+
+    Raises:
+        UserError: a tower cannot be loaded or adapted.
+    """
+    towers = {
+        name: load_tower(tower, seed=config.seed).upper for name, tower in config.towers.items()
+    }
+    return ContentEncoder(config, towers)
+
+
+def trained_state(encoder: nn.Module) -> dict[str, Tensor]:
+    """What training changes, by name: the pretrained weights come from their own files."""
+    return {name: p.detach() for name, p in encoder.named_parameters() if p.requires_grad}
+
+
+def load_trained_state(encoder: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Put a `trained_state` into an encoder of the same config, in place.
+
+    Raises:
+        UserError: it is another encoder's.
+    """
+    own = trained_state(encoder)
+    shapes = {name: tuple(value.shape) for name, value in own.items()}
+    theirs = {name: tuple(value.shape) for name, value in state.items()}
+    if shapes != theirs:
+        wrong = sorted(n for n in shapes.keys() | theirs.keys() if shapes.get(n) != theirs.get(n))
+        raise UserError(
+            f"the checkpoint's content encoder is not this recipe's: {', '.join(wrong[:4])} differ "
+            f"({len(wrong)} in all); restore the content settings it was trained with"
+        )
+    with torch.no_grad():
+        for name, value in own.items():
+            value.copy_(state[name])
+
+
+def merged(encoder: ContentEncoder) -> ContentEncoder:
+    """A copy for inference, with LoRA folded into the weights: the same vectors, no adapters."""
+    plain = copy.deepcopy(encoder).requires_grad_(False).eval()
+    merge_lora(plain)
+    return plain

@@ -8,6 +8,7 @@ Derived features have `source: codes` and columns that `pipeline.code_columns` m
     clicks:shared_1                 items of the history with the candidate's first code
     clicks:shared_1_count           how many
     user_code_1                     id of the user and the candidate's first code
+    vector_0, ...                   elements of the candidate's vector
 
 Imports pydantic and nothing heavy, so that a recipe is checked without torch.
 """
@@ -35,7 +36,9 @@ def features_with_codes(own: FeatureSchema, codes: Codes | None) -> FeatureSchem
     tables = _tables(codes)
     _refuse_taken("table", [t.name for t in own.tables], [t.name for t in tables])
     sparse = _candidate(codes)
-    dense: list[DenseFeature] = []
+    dense = [
+        DenseFeature(name=f"vector_{i}", source="codes") for i in range(codes.features.vector_dims)
+    ]
     sequences: list[SequenceFeature] = []
     for history in _histories(own, codes):
         sequences += _sequences(history, codes)

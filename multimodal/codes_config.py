@@ -6,9 +6,17 @@ Imports pydantic and nothing heavy, so that a recipe is checked without torch or
 from datetime import date
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from embedding.config import StrictConfig
+from multimodal.content_config import ContentConfig
 
 MAX_FSQ_CODES = 1 << 20
 
@@ -166,7 +174,32 @@ class RefitPolicy(StrictConfig):
     """Dates of runs that fit anew whatever the rest of the policy says."""
 
 
-# --- item vectors and features -------------------------------------------------------------------
+# --- pair mining ---------------------------------------------------------------------------------
+
+
+class Swing(StrictConfig):
+    """Item2Item pairs: Swing over the user-item graph (METHODS: w_u w_v / (alpha + overlap))."""
+
+    alpha: PositiveFloat = 1.0
+    num_neighbours: PositiveInt = 20
+    """Most similar items kept of every item."""
+    min_common_users: Annotated[int, Field(ge=2)] = 3
+    """Users that engaged with both items, at least: fewer are no stable evidence."""
+    max_items_per_user: PositiveInt = 200
+    """Longer lists are sampled, reproducibly; the users are counted."""
+    max_users_per_item: PositiveInt = 500
+    """Longer lists are sampled, reproducibly; the items are counted."""
+    seed: NonNegativeInt = 0
+
+
+class User2Item(StrictConfig):
+    """Pairs of a positive and the most similar of the user's earlier positives."""
+
+    max_history: PositiveInt = 50
+    """Latest earlier positives that are looked at."""
+
+
+# --- item vectors --------------------------------------------------------------------------------
 
 
 class ColumnVectors(StrictConfig):
@@ -179,6 +212,55 @@ class ColumnVectors(StrictConfig):
     """Name of the model that made them. Change it when the model changes: all vectors move then,
     and codebooks of the earlier ones are restated through the items of both."""
 
+
+class TowerVectors(StrictConfig):
+    """Mean tokens of frozen towers, standardised by dimension: content as it is, not aligned."""
+
+    kind: Literal["towers"] = "towers"
+    content: ContentConfig | None = None
+    """Towers; default: those of the recipe's `content`."""
+
+
+class AlignedVectors(StrictConfig):
+    """Vectors of the content encoder, trained on pairs of items that users hold for alike."""
+
+    kind: Literal["aligned"] = "aligned"
+    content: ContentConfig | None = None
+    """The encoder; default: the recipe's `content`. Its weights are its own: the ranker's content
+    encoder is another copy."""
+    history: str | None = None
+    """Positives are the events that enter this history; default: the first one of the recipe."""
+    swing: Swing = Swing()
+    user2item: User2Item | None = User2Item()
+    """None: Item2Item pairs only."""
+    num_steps: PositiveInt = 300
+    """Of the first alignment."""
+    warm_steps: PositiveInt = 100
+    """Of one that goes on from an earlier one."""
+    batch_size: Annotated[int, Field(ge=2)] = 1024
+    """Pairs of a step, over all ranks."""
+    items_per_chunk: PositiveInt | None = 256
+    """Items whose activations a rank holds at a time; the result does not depend on it."""
+    temperature: PositiveFloat = 0.07
+    learn_temperature: bool = False
+    popularity_correction: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
+    """1: negatives weigh as if all items were drawn equally often; 0: as often as they are."""
+    learning_rate: PositiveFloat = 1e-3
+    """Of fusion and projection."""
+    lora_learning_rate: PositiveFloat = 2e-4
+    weight_decay: NonNegativeFloat = 1e-4
+    realign_every_days: PositiveInt | None = None
+    """Train on from the last alignment when it is so old: all vectors move, so codebooks are fitted
+    anew then. None: the first alignment stays."""
+    seed: NonNegativeInt = 0
+
+
+ItemVectorSource = Annotated[
+    ColumnVectors | TowerVectors | AlignedVectors, Field(discriminator="kind")
+]
+
+
+# --- features -----------------------------------------------------------------------------------
 
 CodeFamily = Literal["candidate", "history", "shared", "user"]
 
@@ -194,6 +276,9 @@ class CodeFeatures(StrictConfig):
     """Histories that the families `history` and `shared` read; default: all of the recipe."""
     embedding_dim: PositiveInt = 16
     """Of all code tables; a multiple of 4."""
+    vector_dims: NonNegativeInt = 0
+    """So many first elements of the item vector as dense features: content behind a stop-gradient,
+    which codes are compared with."""
     max_prefix: Literal[1, 2] = 2
     """Longest code prefix of the families `shared` and `user`."""
     user_rows: Annotated[int, Field(ge=2)] = 65_537
@@ -240,32 +325,8 @@ class Codes(StrictConfig):
     @property
     def quantized(self) -> dict[str, Any]:
         """The settings that codes depend on, as JSON."""
-        return self.model_dump(mode="json", exclude={"features": True, "refit": {"force_on"}})
-
-
-# --- pair mining ---------------------------------------------------------------------------------
-
-
-class Swing(StrictConfig):
-    """Item2Item pairs: Swing over the user-item graph (METHODS: w_u w_v / (alpha + overlap))."""
-
-    alpha: PositiveFloat = 1.0
-    num_neighbours: PositiveInt = 20
-    """Most similar items kept of every item."""
-    min_common_users: Annotated[int, Field(ge=2)] = 3
-    """Users that engaged with both items, at least: fewer are no stable evidence."""
-    max_items_per_user: PositiveInt = 200
-    """Longer lists are sampled, reproducibly; the users are counted."""
-    max_users_per_item: PositiveInt = 500
-    """Longer lists are sampled, reproducibly; the items are counted."""
-    seed: NonNegativeInt = 0
-
-
-class User2Item(StrictConfig):
-    """Pairs of a positive and the most similar of the user's earlier positives."""
-
-    max_history: PositiveInt = 50
-    """Latest earlier positives that are looked at."""
+        settings = self.model_dump(mode="json", exclude={"features": True, "refit": {"force_on"}})
+        return {**settings, "vector_dims": self.features.vector_dims}
 
 
 def suggested_codebook_size(num_items: int) -> int:

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -59,13 +58,13 @@ def read_column_vectors(root: Path, source: ColumnVectors) -> CatalogueVectors:
     vectors = known[source.column].combine_chunks()
     lengths = np.asarray(pc.list_value_length(vectors), np.int64)
     dim = int(np.bincount(lengths).argmax())
-    _refuse(
-        known, np.asarray(lengths != dim), path, f"does not have {dim} elements like most others"
-    )
+    others = np.flatnonzero(lengths - dim)
+    _refuse(known, others, path, f"does not have {dim} elements like most others")
     flat = vectors.flatten()
     values = np.array(flat.cast(pa.float32(), safe=False).fill_null(np.nan), np.float32)
     vectors_ND = values.reshape(len(ids), dim)
-    _refuse(known, ~np.isfinite(vectors_ND).all(axis=1), path, "holds NaN, null or infinity")
+    broken = np.flatnonzero(~np.isfinite(vectors_ND).all(axis=1))
+    _refuse(known, broken, path, "holds NaN, null or infinity")
     return CatalogueVectors(
         ids,
         vectors_ND,
@@ -81,8 +80,7 @@ def _is_vector(kind: pa.DataType) -> bool:
     return bool(is_list and pa.types.is_floating(kind.value_type))
 
 
-def _refuse(known: pa.Table, wrong: np.ndarray[Any, Any], path: Path, fault: str) -> None:
-    rows = np.flatnonzero(wrong)
+def _refuse(known: pa.Table, rows: Int64Array, path: Path, fault: str) -> None:
     if len(rows):
         item = known["item_id"][int(rows[0])].as_py()
         raise UserError(

@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from embedding.config import StrictConfig
 from embedding.errors import UserError
 from embedding.raw_ids import Int64Array
 from multimodal.code_metrics import CodeMetrics, Stability, measure_codes, stability
@@ -36,12 +35,11 @@ from multimodal.codebook_versions import (
 )
 from multimodal.codes_config import Codes
 from multimodal.residual_fit import codebooks_in_space
-from multimodal.residual_quantizer import CPU, Int32Array
+from multimodal.residual_quantizer import CPU
 from multimodal.vector_quantizer import restate_items
-from multimodal.vectors import FloatArray
-from pipeline.code_features import codes_table
-
-CODES_FILE = "codes.parquet"
+from multimodal.vectors import Float32Array, FloatArray, Int32Array
+from pipeline.code_features import CODES_FILE, codes_table
+from pipeline.quantize_facts import QuantizeFacts
 
 
 @dataclass(frozen=True)
@@ -74,30 +72,6 @@ class ItemVectors:
             vectors_ND=self.vectors_ND[self.seen_N],
             seen_N=None,
         )
-
-
-class QuantizeFacts(StrictConfig):
-    """What the stage did; version 1."""
-
-    schema_version: int = 1
-    version: str
-    """Codebooks that the codes belong to."""
-    refit: RefitDecision
-    drift: Drift | None
-    """None on the first day and after a change of encoder."""
-    num_items: int
-    num_unseen_items: int
-    """Of these: items that no codebook may be fitted to yet."""
-    num_new_items: int
-    """The other items that the codebooks were not fitted to."""
-    table_sizes: dict[str, int]
-    """Codes by column."""
-    metrics: CodeMetrics | None
-    """Of the RQ codes; None without."""
-    stability: Stability | None
-    """Codes of this day against those of the day before."""
-    num_sharing_suffix: int
-    """Items that no suffix could tell apart."""
 
 
 def quantize(
@@ -144,7 +118,11 @@ def quantize(
         _check_room(config, state.codebooks.items.num_codes)
         neighbours_Nk = state.codebooks.items.neighbours(config.vq, device).encode(items.vectors_ND)
     table = codes_table(
-        items.item_ids_N, coded.codes_NL, suffixes.suffix_N if suffixes else None, neighbours_Nk
+        items.item_ids_N,
+        coded.codes_NL,
+        suffixes.suffix_N if suffixes else None,
+        neighbours_Nk,
+        _dense(config, items),
     )
     pq.write_table(table, scratch / CODES_FILE, compression="zstd")
     return QuantizeFacts(
@@ -252,6 +230,17 @@ def _check_room(config: Codes, num_items: int) -> None:
             f"codes.vq.max_items={config.vq.max_items} is less than the {num_items} items that the "
             f"vq codes are made of; set it to {num_items} or more (twice that leaves room to grow)"
         )
+
+
+def _dense(config: Codes, items: ItemVectors) -> Float32Array | None:
+    """Elements of the vectors that enter as dense features."""
+    wanted, dim = config.features.vector_dims, items.vectors_ND.shape[1]
+    if wanted > dim:
+        raise UserError(
+            f"codes.features.vector_dims={wanted} is more than the {dim} elements of the item "
+            f"vectors; set it to {dim} or less"
+        )
+    return np.asarray(items.vectors_ND[:, :wanted], np.float32) if wanted else None
 
 
 def _known(items: ItemVectors, state: _State) -> "_State | None":

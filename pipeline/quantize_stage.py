@@ -12,10 +12,13 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from pipeline.artifacts import read_manifest
+from pipeline.code_carry import CodebookChange
+from pipeline.code_features import CODES_FILE
 from pipeline.config import Recipe
 from pipeline.console import Reporter
 from pipeline.item_vectors import read_column_vectors
-from pipeline.quantize import CODES_FILE, ItemVectors, QuantizeFacts, quantize
+from pipeline.quantize import ItemVectors, quantize
+from pipeline.quantize_facts import QuantizeFacts
 from pipeline.stages import StageOutput, StageSpec
 
 STAGE = "quantize"
@@ -50,6 +53,14 @@ class CodesOfDay:
         """Of the codes: equal for equal codes, whichever run wrote them."""
         manifest = read_manifest(self.directory)
         return "" if manifest is None else manifest.checksums[CODES_FILE]
+
+    def change_since(self, parent: str | None) -> CodebookChange | None:
+        """What a training must do to the code tables of the run that it starts from."""
+        before = None if parent is None else codes_version(self._directory(parent))
+        after = codes_version(self.directory)
+        if before is None or after is None or before == after:
+            return None
+        return CodebookChange(root=(self.out / CODEBOOKS).absolute(), before=before, after=after)
 
     def spec(self) -> StageSpec:
         """The execution of the stage; ingest must have run."""

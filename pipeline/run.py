@@ -313,6 +313,7 @@ class DayRun:
                 validation=self.samples(self.split.validation),
                 plan=self.directory("plan"),
                 parent=None if parent is None else self.directory("train", parent),
+                codebooks=None if self.codes is None else self.codes.change_since(parent),
             )
             output = train(self.recipe, sources, scratch, self.reporter)
             facts = {**output.facts, "parent": parent, "days": days}

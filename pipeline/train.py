@@ -20,6 +20,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from embedding.config import StrictConfig
 from embedding.errors import UserError
 from pipeline.artifacts import RESUME
+from pipeline.code_carry import CodebookChange
 from pipeline.config import ClusterConfig, Recipe
 from pipeline.console import Reporter
 from pipeline.plan import PLAN
@@ -46,6 +47,8 @@ class TrainInputs(StrictConfig):
     """Directory of the plan artifact."""
     parent: Path | None
     """Directory of the train artifact to start from."""
+    codebooks: CodebookChange | None = None
+    """Where the parent's code tables belong to other codebooks than the samples."""
 
 
 class TrainedModel(StrictConfig):
@@ -65,6 +68,7 @@ class TrainJob(StrictConfig):
     """Held-out samples; empty: no validation."""
     plan: Path
     parent_checkpoint: Path | None
+    codebooks: CodebookChange | None = None
     resume: Path
     """Where everything lies while the training runs."""
 
@@ -146,6 +150,7 @@ def train(
         parent_checkpoint=(
             None if inputs.parent is None else (inputs.parent / CHECKPOINT).absolute()
         ),
+        codebooks=inputs.codebooks,
         resume=(scratch / RESUME).absolute(),
     )
     # The result is a training's last word: with it, only the publishing was interrupted.

@@ -121,6 +121,19 @@ def test_samples_of_a_day_have_the_codebooks_of_the_run_that_trains_on_them(days
     assert max(max(near) for near in vq.values()) == NUM_OLD + 10 - 2  # all seen items but one
 
 
+def test_code_tables_go_on_through_the_refit(days: Days) -> None:
+    report = days.facts(1, "train")["warm_start"]
+
+    assert report["initialised"] == {}
+    rows = report["rows"]
+    assert set(rows) == {"sid_0", "sid_1", "vq"}
+    assert sum(rows["sid_0"].values()) == 5
+    # 39 items and the OOV row; the ten that came start from the nearest item.
+    assert rows["vq"] == {"carried": NUM_OLD, "sourced": 10, "redrawn": 0}
+    page = (days.out / DAYS[1] / "report.html").read_text()
+    assert "rows of 3 code tables" in page
+
+
 def test_summary_and_second_run(days: Days, capsys: pytest.CaptureFixture[str]) -> None:
     summary = Summary.model_validate_json((days.out / DAYS[1] / "summary.json").read_text())
     assert list(summary.stages)[:3] == ["ingest", "quantize", "join"]

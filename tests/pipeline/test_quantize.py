@@ -11,8 +11,9 @@ import torch
 from embedding.errors import UserError
 from multimodal.codebook_versions import carries_between, find_version, load_version
 from multimodal.codes_config import Codes, RefitPolicy, Rq, Suffix, Vq
-from pipeline.code_features import ItemCodes, candidate_columns
-from pipeline.quantize import CODES_FILE, ItemVectors, QuantizeFacts, quantize
+from pipeline.code_features import CODES_FILE, ItemCodes, candidate_columns
+from pipeline.quantize import ItemVectors, quantize
+from pipeline.quantize_facts import QuantizeFacts
 
 CONFIG = Codes(
     rq=Rq(num_levels=2, codebook_size=32),

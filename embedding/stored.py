@@ -8,7 +8,7 @@ import functools
 import operator
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -177,7 +177,7 @@ class CheckpointReader:
 
 
 class _Into:
-    """The part of a LoadPlanner that `FileSystemReader.read_data` uses."""
+    """The part of a LoadPlanner that `FileSystemReader.read_data` uses for tensors."""
 
     def __init__(self, target: Tensor) -> None:
         self._target = target
@@ -190,9 +190,6 @@ class _Into:
 
     def commit_tensor(self, item: ReadItem, tensor: Tensor) -> None:
         """The tensor was written in place."""
-
-    def load_bytes(self, item: ReadItem, value: Any) -> None:
-        raise NotImplementedError("checkpoints hold tensors only")
 
 
 def _row_blocks(offset: tuple[int, ...], piece: Tensor) -> Iterator[tuple[tuple[int, ...], Tensor]]:

@@ -121,21 +121,77 @@ class InnerProducts(nn.Module):
             listed += [(field, self.num_fields - 1) for field in range(self.num_fields - 1)]
         return listed
 
-    def forward(self, fields_BFD: Tensor) -> Tensor:
-        """The products, (B, P)."""
+    def forward(self, fields_BFD: Tensor, beside: Sequence[Tensor] = ()) -> Tensor:
+        """The products with `beside` behind them, (B, P + their columns); all of one dtype."""
         half = self.num_fields // 2
-        first, second = fields_BFD[:, :half], fields_BFD[:, half : 2 * half]
-        inside_first = torch.bmm(first, first.transpose(1, 2))[:, :, 1:]
-        inside_second = torch.bmm(second, second.transpose(1, 2))[:, :, : max(half - 1, 0)]
-        # 0 and 1 as factors: on CPU they are several times as fast as a selection.
-        upper_MX = self.upper_MX.to(fields_BFD.dtype)
-        inside = inside_first * upper_MX + inside_second * (1 - upper_MX)
-        across = torch.bmm(first, second.transpose(1, 2))
-        products = [torch.cat([inside, across], dim=2).flatten(1)]
+        halves_BFD = fields_BFD[:, : 2 * half]
         if self.num_fields % 2:
-            before, last = fields_BFD[:, : 2 * half], fields_BFD[:, 2 * half :]
-            products.append(torch.bmm(before, last.transpose(1, 2)).squeeze(2))
-        return torch.cat(products, dim=1) if len(products) > 1 else products[0]
+            last_BDX = fields_BFD[:, 2 * half :].transpose(1, 2)
+            beside = [torch.bmm(halves_BFD, last_BDX).squeeze(2), *beside]
+        upper_MX = self.upper_MX.to(fields_BFD.dtype)
+        if not half:
+            return torch.cat(list(beside), dim=1)
+        if torch.compiler.is_compiling():
+            return torch.cat([packed_products(halves_BFD, upper_MX), *beside], dim=1)
+        products_BX: Tensor = _PackedProducts.apply(halves_BFD, upper_MX, *beside)
+        return products_BX
+
+
+def packed_products(fields_BFD: Tensor, upper_MX: Tensor) -> Tensor:
+    """What `_PackedProducts` computes of the fields, in torch's own operators."""
+    first, second = fields_BFD.chunk(2, dim=1)
+    inside_first = torch.bmm(first, first.transpose(1, 2))[:, :, 1:]
+    inside_second = torch.bmm(second, second.transpose(1, 2))[:, :, :-1]
+    inside = inside_first * upper_MX + inside_second * (1 - upper_MX)
+    across = torch.bmm(first, second.transpose(1, 2))
+    return torch.cat([inside, across], dim=2).flatten(1)
+
+
+class _PackedProducts(torch.autograd.Function):
+    """Products written where the layer behind reads them, gradients where the next product does.
+
+    0 and 1 as factors: on CPU they are several times as fast as a selection.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, fields_BFD: Tensor, upper_MX: Tensor, *beside: Tensor) -> Tensor:
+        first, second = fields_BFD.chunk(2, dim=1)
+        half = first.shape[1]
+        ctx.widths = [half * (2 * half - 1), *(part.shape[1] for part in beside)]
+        ctx.save_for_backward(fields_BFD, upper_MX)
+        flat_BX = fields_BFD.new_empty(len(fields_BFD), sum(ctx.widths))
+        packed_BP, *rest = flat_BX.split(ctx.widths, dim=1)
+        inside, across = _inside_and_across(packed_BP, half)
+        torch.mul(torch.bmm(first, first.transpose(1, 2))[:, :, 1:], upper_MX, out=inside)
+        inside.addcmul_(torch.bmm(second, second.transpose(1, 2))[:, :, :-1], 1 - upper_MX)
+        across.copy_(torch.bmm(first, second.transpose(1, 2)))
+        for target, part in zip(rest, beside, strict=True):
+            target.copy_(part)
+        return flat_BX
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        fields_BFD, upper_MX = ctx.saved_tensors
+        first, second = fields_BFD.chunk(2, dim=1)
+        half = first.shape[1]
+        packed_BP, *rest = grads[0].split(ctx.widths, dim=1)
+        inside, across = _inside_and_across(packed_BP, half)
+        across = across.contiguous()
+        square = across.new_zeros(len(across), half, half)
+        torch.mul(inside, upper_MX, out=square[:, :, 1:])
+        grad_first = torch.bmm(square + square.transpose(1, 2), first)
+        square[:, :, half - 1 :] = 0
+        torch.mul(inside, 1 - upper_MX, out=square[:, :, :-1])
+        grad_second = torch.bmm(square + square.transpose(1, 2), second)
+        grad_first = grad_first.baddbmm_(across, second)
+        grad_second = grad_second.baddbmm_(across.transpose(1, 2), first)
+        return (torch.cat([grad_first, grad_second], dim=1), None, *rest)
+
+
+def _inside_and_across(packed_BP: Tensor, half: int) -> tuple[Tensor, Tensor]:
+    """Views of the products inside the halves (B, M, M - 1) and between them (B, M, M)."""
+    block = packed_BP.unflatten(1, (half, 2 * half - 1))
+    return block[:, :, : half - 1], block[:, :, half - 1 :]
 
 
 class FieldPairs(nn.Module):

@@ -69,15 +69,19 @@ class ClassifierInputs:
     interests_BX: Tensor
 
     def flat(self, *before: Tensor) -> Tensor:
-        """`before` and everything side by side, as wide as `InputDims.flat` says.
+        """`before` and everything side by side, as wide as `InputDims.flat` says."""
+        return torch.cat([*before, *self.parts(sum(part.shape[1] for part in before))], dim=1)
+
+    def parts(self, before: int = 0) -> list[Tensor]:
+        """Everything in pieces, to stand behind `before` more columns.
 
         Zero columns fill it up to a multiple of 16: fp32 products with an odd width take a fifth
         longer on CPU.
         """
-        parts = [*before, self.fields_BX, self.dense_BX, self.interests_BX]
-        filling = -sum(part.shape[1] for part in parts) % _COLUMN_MULTIPLE
+        parts = [self.fields_BX, self.dense_BX, self.interests_BX]
+        filling = -(before + sum(part.shape[1] for part in parts)) % _COLUMN_MULTIPLE
         parts.append(self.fields_BX.new_zeros(self.fields_BX.shape[0], filling))
-        return torch.cat([part for part in parts if part.shape[1]], dim=1)
+        return [part for part in parts if part.shape[1]]
 
     def stacked(self, dim: int) -> Tensor:
         """The fields as (B, F, D), a view; all have the dim `dim`."""

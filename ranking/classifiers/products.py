@@ -26,7 +26,8 @@ class IpnnClassifier(nn.Module):
 
     def forward(self, inputs: ClassifierInputs) -> Tensor:
         """The representation, (B, output_dim)."""
-        return self.mlp(inputs.flat(self.products(inputs.stacked(self.dim))))
+        beside = inputs.parts(self.products.num_pairs)
+        return self.mlp(self.products(inputs.stacked(self.dim), beside))
 
 
 class OpnnClassifier(nn.Module):

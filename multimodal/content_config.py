@@ -80,6 +80,9 @@ class ImageTower(StrictConfig):
     """Of items.parquet."""
     image_size: Annotated[int, Field(ge=8, le=2048)] = 32
     """Images are resized to a square of so many pixels; a multiple of the model's patch size."""
+    max_pixels: PositiveInt = 100_000_000
+    """Larger images are refused before they are decoded, and counted: a small file can claim to be
+    huge."""
     trainable_layers: PositiveInt = 1
     """Top layers that run in the training step and carry LoRA; those below run once per item."""
     lora: Lora | None = Lora()
@@ -150,8 +153,8 @@ class Cic(StrictConfig):
     num_negatives: PositiveInt = 16
     """Per item, drawn without its own."""
     negatives: Literal["uniform", "in_batch", "queue"] = "uniform"
-    """`uniform`: drawn from the step's items; `in_batch`: all of the step's other items; `queue`:
-    drawn from the latest `queue_size` items."""
+    """`uniform`: drawn from the step's candidates; `in_batch`: all of the step's other candidates;
+    `queue`: drawn from the latest `queue_size` candidates."""
     queue_size: PositiveInt = 4096
 
 
@@ -194,7 +197,9 @@ class TokenStage(StrictConfig):
     """The stage that runs the frozen lower layers, once per item."""
 
     items_per_batch: PositiveInt = 64
-    """Decoded and encoded at a time by an actor: bounds its memory."""
+    """Read, decoded and encoded at a time by an actor: bounds its memory."""
+    items_per_part: PositiveInt = 2048
+    """Items of a file of the store; an actor holds the tokens of one part."""
     num_actors: PositiveInt = 1
     cpus_per_actor: NonNegativeFloat = 1
     gpus_per_actor: NonNegativeFloat = 0

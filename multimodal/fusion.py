@@ -99,7 +99,9 @@ class FqLayer(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.query = nn.Linear(dim, dim)
-        self.key_value = nn.Linear(dim, 2 * dim)
+        # Softmax cancels a bias of keys, and that of values adds to the output's: such a weight
+        # would drift on rounding noise.
+        self.key_value = nn.Linear(dim, 2 * dim, bias=False)
         self.output = nn.Linear(dim, dim)
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(dim)

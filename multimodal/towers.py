@@ -23,7 +23,8 @@ from transformers.masking_utils import create_bidirectional_mask
 
 from embedding.errors import UserError
 from multimodal.content_config import ImageTower, Lora, TextTower
-from multimodal.tower_models import Tower, load_model
+from multimodal.tower_files import Tower
+from multimodal.tower_models import load_model
 
 _LAYERS = ("encoder.layer", "encoder.layers", "layers", "layer", "transformer.layer")
 """Where architectures keep their transformer layers."""

@@ -12,9 +12,10 @@ from pipeline.cluster import RaySession
 from pipeline.config import Recipe
 from pipeline.console import Reporter, duration, human
 from pipeline.days import available_days, parse_day, split_days
+from pipeline.publication import Publish
 from pipeline.registry import promote, promotions
 from pipeline.report import REPORT, write_report
-from pipeline.run import STAGES, DayRun, Publish, ensure_data
+from pipeline.run import STAGES, DayRun, ensure_data
 from pipeline.status import RECIPE
 from pipeline.summary import SUMMARY, Summary, summarize, write_summary
 from ranking.evaluation import SliceMetrics
@@ -41,8 +42,12 @@ class Command:
         """Run one stage and those before it that are not current."""
         if name not in STAGES:
             raise UserError(f"stage {name!r} does not exist; stages are {', '.join(STAGES)}")
-        if name == "quantize" and self.recipe.codes is None:
-            raise UserError("stage quantize makes codes of items, and codes is null; set it")
+        if name in ("align", "quantize") and self.recipe.codes is None:
+            raise UserError(f"stage {name} makes codes of items, and codes is null; set it")
+        if name == "content" and self.recipe.content is None:
+            raise UserError(
+                "stage content reads items' text and images, and content is null; set it"
+            )
         run = self._day(date)
         self._write_recipe(date)
         run.execute(until=name)

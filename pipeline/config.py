@@ -27,7 +27,8 @@ from embedding.config import (
 )
 from embedding.limits import check_support
 from multimodal.code_schema import features_with_codes, without_codes
-from multimodal.codes_config import Codes
+from multimodal.codes_config import AlignedVectors, Codes, ColumnVectors
+from multimodal.content_config import ContentConfig
 from ranking.compatibility import check_model, table_widths
 from ranking.config import RankingConfig
 
@@ -170,6 +171,8 @@ class Recipe(StrictConfig):
     window: WindowConfig = WindowConfig()
     features: FeatureSchema
     """In a loaded recipe with those that follow from `codes`, which are not written out again."""
+    content: ContentConfig | None = None
+    """Text and image of items, trained by the ranking loss; null switches all of it off."""
     codes: Codes | None = None
     """Semantic codes of items; null switches all of it off."""
     embedding: EmbeddingPlaneConfig = EmbeddingPlaneConfig()
@@ -193,6 +196,26 @@ class Recipe(StrictConfig):
     @field_serializer("features", mode="wrap")
     def _own_features(self, features: FeatureSchema, handler: SerializerFunctionWrapHandler) -> Any:
         return handler(without_codes(features))
+
+    @model_validator(mode="after")
+    def _check_vectors(self) -> Self:
+        if self.codes is None or isinstance(self.codes.vectors, ColumnVectors):
+            return self
+        vectors = self.codes.vectors
+        if vectors.content is None and self.content is None:
+            raise ValueError(
+                f"codes.vectors: vectors of kind {vectors.kind!r} are made of towers, and there "
+                "are none; set codes.vectors.content (or content), or choose kind column"
+            )
+        known = [history.name for history in self.features.histories]
+        if isinstance(vectors, AlignedVectors):
+            wanted = vectors.history or next(iter(known), None)
+            if wanted not in known:
+                raise ValueError(
+                    f"codes.vectors.history: pairs come from the events of a history, and "
+                    f"{wanted!r} is not among {known}; name one, add one, or choose kind towers"
+                )
+        return self
 
     @model_validator(mode="after")
     def _check_model(self) -> Self:

@@ -3,6 +3,8 @@
 from typing import Any
 
 from multimodal.code_schema import without_codes
+from multimodal.content_config import ContentConfig
+from multimodal.tower_files import TOKENS_FORMAT, input_settings
 from pipeline.config import Recipe
 
 SAMPLES_FORMAT = 2
@@ -38,13 +40,35 @@ def samples_config(recipe: Recipe) -> dict[str, Any]:
     return {"format": SAMPLES_FORMAT, "features": columns, "tasks": _tasks(recipe)}
 
 
+def content_config(content: ContentConfig) -> dict[str, Any]:
+    """What stored tokens of items depend on: how deep towers are cut, not what trains above."""
+    return {
+        "format": TOKENS_FORMAT,
+        "towers": {
+            name: {
+                "model": tower.model,
+                "revision": tower.revision,
+                "column": tower.column,
+                "layers_in_step": tower.layers_in_step,
+                "inputs": input_settings(tower),
+                "precision": tower.precision,
+            }
+            for name, tower in content.towers.items()
+        },
+    }
+
+
 def training_config(recipe: Recipe) -> dict[str, Any]:
     """What a trained model depends on: not how often its training reports and saves."""
     reporting = {"trainer": {"log_every_steps", "checkpoint_every_steps", "keep_checkpoints"}}
+    content = {}
+    if recipe.content is not None:
+        content = {"content": recipe.content.model_dump(mode="json", exclude={"tokens"})}
     return {
         "features": recipe.features.model_dump(mode="json"),
         "embedding": recipe.embedding.model_dump(mode="json"),
         "ranking": recipe.ranking.model_dump(mode="json", exclude=reporting),
+        **content,
     }
 
 

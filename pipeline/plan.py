@@ -12,6 +12,7 @@ from embedding.errors import UserError
 from embedding.machines import Machine
 from embedding.plan_description import PlanDescription
 from pipeline.config import ClusterConfig, Recipe
+from pipeline.days import fingerprint
 from pipeline.stages import StageOutput
 
 PLAN = "plan.json"
@@ -29,6 +30,21 @@ def plan(recipe: Recipe, scratch: Path) -> StageOutput:
     )
     plan = PlanDescription.model_validate_json(ray.get(task.remote(recipe, ranks_per_host)))
     return write_plan(plan, scratch)
+
+
+def plan_inputs(recipe: Recipe) -> dict[str, str]:
+    """Fingerprints of the files that the recipe's plan is made from."""
+    sharding = recipe.embedding.sharding
+    files = {
+        "plan": sharding.plan,
+        "calibration": sharding.calibration,
+        "traffic": sharding.traffic,
+    }
+    return {
+        name: fingerprint([path])
+        for name, path in files.items()
+        if path is not None and path.is_file()
+    }
 
 
 def write_plan(plan: PlanDescription, scratch: Path) -> StageOutput:

@@ -4,6 +4,7 @@ Reads items.parquet, the events of every item up to the date, and the codes of t
 Writes `codes.parquet`; new codebooks go to OUT/codebooks, which all runs share.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date as calendar_date
 from pathlib import Path
@@ -11,11 +12,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
+from multimodal.codes_config import ColumnVectors
+from pipeline.align_stage import AlignmentOfDay
 from pipeline.artifacts import read_manifest
+from pipeline.cluster import RaySession
 from pipeline.code_carry import CodebookChange
 from pipeline.code_features import CODES_FILE
 from pipeline.config import Recipe
 from pipeline.console import Reporter
+from pipeline.days import Split
 from pipeline.item_vectors import read_column_vectors
 from pipeline.quantize import ItemVectors, quantize
 from pipeline.quantize_facts import QuantizeFacts
@@ -34,8 +39,8 @@ class CodesOfDay:
     date: str
     first_day: str
     """Of the event log."""
-    catalogue: str
-    """Fingerprint of the files of items and users."""
+    alignment: AlignmentOfDay | None
+    """Makes the vectors; None: they are a column of the catalogue."""
     reporter: Reporter
 
     @property
@@ -62,13 +67,27 @@ class CodesOfDay:
             return None
         return CodebookChange(root=(self.out / CODEBOOKS).absolute(), before=before, after=after)
 
-    def spec(self) -> StageSpec:
-        """The execution of the stage; ingest must have run."""
+    def specs(self, name: str, catalogue: str, ingests: tuple[Path, ...]) -> Iterator[StageSpec]:
+        """The execution of `align`, where vectors are made, or of `quantize`.
+
+        Args:
+            name: of the stage; those before it must have run.
+            catalogue: fingerprint of the files of items and users.
+            ingests: ingest artifacts that hold the training days, oldest first.
+        """
+        if name == STAGE:
+            yield self._spec(catalogue)
+        elif self.alignment is not None:
+            yield self.alignment.spec(catalogue, ingests)
+
+    def _spec(self, catalogue: str) -> StageSpec:
         codes = self.recipe.codes
         assert codes is not None
         previous = self._previous()
         forced = calendar_date.fromisoformat(self.date) in codes.refit.force_on
-        inputs = {"catalogue": self.catalogue, "ingest": self._artifact_id("ingest", self.date)}
+        inputs = {"catalogue": catalogue, "ingest": self._artifact_id("ingest", self.date)}
+        if self.alignment is not None:
+            inputs["align"] = self._artifact_id("align", self.date)
         if previous is not None:
             inputs["previous"] = self._artifact_id(STAGE, previous)
         return StageSpec(
@@ -82,7 +101,11 @@ class CodesOfDay:
     def _write(self, scratch: Path, previous: str | None, *, force_refit: bool) -> StageOutput:
         codes = self.recipe.codes
         assert codes is not None
-        found = read_column_vectors(self.recipe.data.root, codes.vectors)
+        if self.alignment is not None:
+            found = self.alignment.vectors()
+        else:
+            assert isinstance(codes.vectors, ColumnVectors)
+            found = read_column_vectors(self.recipe.data.root, codes.vectors)
         counts = pq.read_table(self.out / self.date / "ingest" / "item_counts.parquet")
         earlier, before = None, None
         if previous is not None:
@@ -127,6 +150,18 @@ class CodesOfDay:
     def _artifact_id(self, stage: str, day: str) -> str:
         manifest = read_manifest(self.out / day / stage)
         return "" if manifest is None else manifest.artifact_id
+
+
+def codes_of_day(
+    recipe: Recipe, out: Path, split: Split, session: RaySession, reporter: Reporter
+) -> CodesOfDay | None:
+    """The codes of a run; None for a recipe without."""
+    if recipe.codes is None:
+        return None
+    date, alignment = split.known[-1], None
+    if not isinstance(recipe.codes.vectors, ColumnVectors):
+        alignment = AlignmentOfDay(recipe, out, date, split.train, session, reporter)
+    return CodesOfDay(recipe, out, date, split.known[0], alignment, reporter)
 
 
 def codes_version(directory: Path) -> str | None:

@@ -1,7 +1,8 @@
 """One day of the pipeline: which artifacts it needs, in which order, from which inputs.
 
     DIR/<last day of a span>/ingest, join      shared by all runs that need those days
-    DIR/<date>/quantize                        codes of items, where the recipe has codes
+    DIR/<date>/content                         tokens of items, where the recipe has content
+    DIR/<date>/align, quantize                 vectors and codes of items, where it has codes
     DIR/<date>/plan, train, evaluate, gate, publish, summary.json, report.html
 
 A span chains on the latest earlier one and continues its user state, so a run of a later day
@@ -13,13 +14,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from embedding.errors import UserError
 from pipeline.artifacts import Manifest, config_hash, read_manifest
 from pipeline.cluster import RaySession
 from pipeline.config import Recipe
 from pipeline.console import Reporter
+from pipeline.content import content_stage
 from pipeline.days import Split, available_days, catalogue_files, day_files, fingerprint, split_days
 from pipeline.evaluate import evaluate
 from pipeline.gate import gate
@@ -27,22 +29,18 @@ from pipeline.identity import ingest_config, samples_config, training_config
 from pipeline.ingest import check_span, ingest
 from pipeline.join import join
 from pipeline.metrics_file import METRICS_FILE
-from pipeline.plan import plan
-from pipeline.quantize_stage import CodesOfDay
+from pipeline.plan import plan, plan_inputs
+from pipeline.publication import Publish
+from pipeline.quantize_stage import codes_of_day
 from pipeline.registry import production_before
 from pipeline.stages import StageOutput, StageRecord, StageSpec, execute
 from pipeline.synthetic import generate
 from pipeline.train import TrainInputs, train
 
-STAGES = ("ingest", "quantize", "join", "plan", "train", "evaluate", "gate", "publish")
-
-
-class Publish(Protocol):
-    """Writes a servable bundle of a finished training into a directory."""
-
-    def __call__(self, recipe: Recipe, train: Path, scratch: Path) -> StageOutput:
-        """Write the bundle into `scratch`."""
-        ...
+STAGES = (
+    *("ingest", "content", "align", "quantize", "join", "plan", "train", "evaluate", "gate"),
+    "publish",
+)
 
 
 def ensure_data(recipe: Recipe, reporter: Reporter) -> None:
@@ -84,11 +82,7 @@ class DayRun:
         self.days = available_days(root)
         self.split: Split = split_days(self.days, date, recipe.window)
         self._catalogue = fingerprint(catalogue_files(root))
-        self.codes = (
-            None
-            if recipe.codes is None
-            else CodesOfDay(recipe, out, date, self.days[0], self._catalogue, reporter)
-        )
+        self.codes = codes_of_day(recipe, out, self.split, session, reporter)
 
     def execute(self, until: str = STAGES[-1]) -> list[StageRecord]:
         """Run all stages up to `until`; a gate that refuses ends the run before `publish`."""
@@ -111,21 +105,22 @@ class DayRun:
                 for last in self._chain():
                     yield self._ingest(last)
                 yield self._ingest(self.split.evaluation[-1])
-            case "quantize":
-                yield from self._quantize()
+            case "content":
+                yield from self._content()
+            case "align" | "quantize":
+                yield from self._codes(name)
             case "join":
                 for span in (*self.training_spans(), self._eval_span()):
                     yield self._join(span)
-            case "plan":
-                yield self._plan()
-            case "train":
-                yield self._train()
-            case "evaluate":
-                yield self._evaluate()
-            case "gate":
-                yield self._gate()
             case _:
-                yield self._publish()
+                single = {
+                    "plan": self._plan,
+                    "train": self._train,
+                    "evaluate": self._evaluate,
+                    "gate": self._gate,
+                    "publish": self._publish,
+                }
+                yield single[name]()
 
     def directory(self, stage: str, day: str | None = None) -> Path:
         """Where a stage of a day publishes."""
@@ -243,9 +238,20 @@ class DayRun:
             "ingest", self.directory("ingest", last), ingest_config(self.recipe), inputs, body
         )
 
-    def _quantize(self) -> Iterator[StageSpec]:
+    def _content(self) -> Iterator[StageSpec]:
+        if self.recipe.content is not None:
+            yield content_stage(
+                self.recipe,
+                self.directory("content"),
+                self._catalogue,
+                self.session,
+                self.reporter,
+            )
+
+    def _codes(self, name: str) -> Iterator[StageSpec]:
         if self.codes is not None:
-            yield self.codes.spec()
+            ingests = tuple(self.directory("ingest", last) for last in self._chain())
+            yield from self.codes.specs(name, self._catalogue, ingests)
 
     def _join(self, span: Span) -> StageSpec:
         last = span.days[-1]
@@ -280,22 +286,14 @@ class DayRun:
             self.session.start()
             return plan(self.recipe, scratch)
 
-        sharding = self.recipe.embedding.sharding
-        files = {
-            name: fingerprint([path])
-            for name, path in (
-                ("plan", sharding.plan),
-                ("calibration", sharding.calibration),
-                ("traffic", sharding.traffic),
-            )
-            if path is not None and path.is_file()
-        }
-        return StageSpec("plan", self.directory("plan"), config, files, body)
+        return StageSpec("plan", self.directory("plan"), config, plan_inputs(self.recipe), body)
 
     def _train(self) -> StageSpec:
         parent = self.parent()
         days = self.training_days()
         inputs = {"plan": self._artifact_id("plan", self.date)}
+        if self.recipe.content is not None:
+            inputs["content"] = self._artifact_id("content", self.date)
         for span in self.training_spans():
             inputs[f"join:{span.days[-1]}"] = self._artifact_id("join", span.days[-1])
         if parent is not None:

@@ -9,7 +9,7 @@ from transformers import AutoModel, GPT2Config, ModernBertConfig, ViTConfig
 
 from embedding.errors import UserError
 from multimodal.content_config import ImageTower, Lora, TextTower
-from multimodal.tower_models import model_directory, tower_fingerprint
+from multimodal.tower_files import model_directory, tower_fingerprint
 from multimodal.towers import load_tower
 from tests.multimodal.small_models import IMAGE_SIZE, save_image_model, save_text_model
 

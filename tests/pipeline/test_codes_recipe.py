@@ -16,7 +16,12 @@ from pipeline.recipe import load_recipe
 from pipeline.study import Variant, read_variants
 from tests.pipeline.small_log import make_recipe
 
-CODES = {"rq": {"num_levels": 2, "codebook_size": 8}, "vq": {"max_items": 40}}
+COLUMN = {"kind": "column"}
+CODES = {
+    "vectors": COLUMN,
+    "rq": {"num_levels": 2, "codebook_size": 8},
+    "vq": {"max_items": 40},
+}
 
 
 class Holder(StrictConfig):
@@ -74,7 +79,9 @@ def test_overrides_reach_the_codes_and_the_recipes_own_features(tmp_path: Path) 
     rows = {table.name: table.num_embeddings for table in recipe.features.tables}
     assert (rows["sid_0"], rows["item"], rows["vq"]) == (17, 7, 41)
     assert [f.name for f in recipe.features.sparse][-3:] == ["sid_0", "sid_1", "vq"]
-    switched_on = load_recipe(write(tmp_path, small(tmp_path, None)), ["codes={vq: null}"])
+    switched_on = load_recipe(
+        write(tmp_path, small(tmp_path, None)), ["codes={vq: null, vectors: {kind: column}}"]
+    )
     assert "vq" not in [table.name for table in switched_on.features.tables]
 
 

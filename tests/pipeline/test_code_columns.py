@@ -19,6 +19,7 @@ from pipeline.join import join
 CODES = {
     **{"rq": {"num_levels": 2, "codebook_size": 4}, "vq": {"max_items": 9, "top_k": 2}},
     **{"suffix": {"num_codes": 3}, "features": {"histories": ["clicks"]}},
+    "vectors": {"kind": "column"},
 }
 SID = {1: (0, 1, 2), 3: (0, 1, 0), 4: (0, 3, 1), 5: (2, 3, 0)}  # item 2 has no codes
 NEAR = {1: [0, 1], 3: [1, 0], 4: [2, 3], 5: [3, 2]}

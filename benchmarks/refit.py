@@ -36,12 +36,13 @@ from pipeline.recipe import load_recipe
 from pipeline.synthetic import generate
 
 DIM = 32
-FIRST_RUN = 1
-"""Index of the first day that is run: one day of history lies before it."""
+FIRST_RUN = 2
+"""Index of the first day that is run: the first model trains on three days."""
+BIRTHS_PER_DAY = 0.15
+"""Of the living items: enough new ones a day to tell models apart."""
 CODES = (
-    "{vectors: {kind: column}, rq: {num_levels: 3, codebook_size: 32}, "
-    "vq: {top_k: 10, max_items: 8000}, "
-    "features: {families: [candidate, history, shared]}}"
+    "{vectors: {kind: column}, rq: {num_levels: 3, codebook_size: 16}, "
+    "vq: {top_k: 10, max_items: 8000}}"
 )
 
 
@@ -140,7 +141,11 @@ def main() -> None:
     config = load_recipe("demo").data.synthetic
     assert config is not None
     config = config.model_copy(
-        update={"num_days": 8, "events_per_day": 10_000 if args.quick else 20_000}
+        update={
+            "num_days": 9,
+            "events_per_day": 10_000 if args.quick else 20_000,
+            "births_per_day": BIRTHS_PER_DAY,
+        }
     )
     make_data(work / "data", config)
     overrides = [f"data.root={work / 'data'}", "data.synthetic=null", "cluster.num_workers=1"]

@@ -24,6 +24,7 @@ import pyarrow as pa
 from embedding.config import MISSING_ID
 from embedding.errors import UserError
 from embedding.raw_ids import Int64Array, mix64, to_raw_ids
+from embedding.samples import CODEBOOKS
 from multimodal.code_tree import code_groups
 from multimodal.vectors import Float32Array, Int32Array
 from pipeline.contract import open_parquet
@@ -48,6 +49,8 @@ class ItemCodes:
     """Number of the first code, the first two, ... by row: equal for equal prefixes; -1 unknown."""
     vectors_ND: Float32Array | None = None
     """Elements that enter as dense features; NaN in the last row."""
+    codebooks: str = ""
+    """Whose codes these are."""
 
     @classmethod
     def of(cls, table: pa.Table) -> "ItemCodes":
@@ -82,7 +85,8 @@ class ItemCodes:
         if VECTOR in table.column_names:
             known = np.stack(table[VECTOR].to_numpy()) if table.num_rows else np.empty((0, 0))
             vectors_ND = np.pad(known.astype(np.float32), ((0, 1), (0, 0)), constant_values=np.nan)
-        return cls(entities, prefixes, vectors_ND)
+        codebooks = (table.schema.metadata or {}).get(CODEBOOKS, b"").decode()
+        return cls(entities, prefixes, vectors_ND, codebooks)
 
     @classmethod
     def load(cls, path: Path) -> "ItemCodes":

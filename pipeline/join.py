@@ -230,9 +230,10 @@ def join_events(events: pa.RecordBatch, plan: JoinPlan) -> pa.Table:
         data[samples.dense_column(dense.name)] = pa.array(transform_dense(values, dense))
     for sequence in own.sequences:
         data[samples.sequence_column(sequence.name)] = _sequence(sequence, events, plan)
-    if plan.codes is not None:
-        data |= code_columns(plan.recipe.features, plan.codes, events)
-    return pa.table(data)
+    if plan.codes is None:
+        return pa.table(data)
+    data |= code_columns(plan.recipe.features, plan.codes, events)
+    return pa.table(data).replace_schema_metadata({samples.CODEBOOKS: plan.codes.codebooks})
 
 
 def _sparse(

@@ -14,6 +14,7 @@ import torch
 
 from embedding.errors import UserError
 from embedding.raw_ids import Int64Array
+from embedding.samples import CODEBOOKS
 from multimodal.code_metrics import CodeMetrics, Stability, measure_codes, stability
 from multimodal.code_tree import CodedItems, Suffixes, tell_apart
 from multimodal.codebook_match import BoolArray
@@ -124,9 +125,12 @@ def quantize(
         neighbours_Nk,
         _dense(config, items),
     )
+    codebooks = f"{state.version}-{state.codebooks.fingerprint}"
+    table = table.replace_schema_metadata({CODEBOOKS: codebooks})
     pq.write_table(table, scratch / CODES_FILE, compression="zstd")
     return QuantizeFacts(
         version=state.version,
+        codebooks=codebooks,
         refit=decision,
         drift=drift,
         num_items=len(items.item_ids_N),

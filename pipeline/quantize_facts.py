@@ -11,6 +11,8 @@ class QuantizeFacts(StrictConfig):
     schema_version: int = 1
     version: str
     """Codebooks that the codes belong to."""
+    codebooks: str
+    """Version and fingerprint: equal for equal codebooks only."""
     refit: RefitDecision
     drift: Drift | None
     """None on the first day and after a change of encoder."""

@@ -59,6 +59,12 @@ class CodesOfDay:
         manifest = read_manifest(self.directory)
         return "" if manifest is None else manifest.checksums[CODES_FILE]
 
+    @property
+    def codebooks(self) -> str | None:
+        """Whose codes these are; None before the stage ran."""
+        manifest = read_manifest(self.directory)
+        return None if manifest is None else str(manifest.facts["codebooks"])
+
     def change_since(self, parent: str | None) -> CodebookChange | None:
         """What a training must do to the code tables of the run that it starts from."""
         before = None if parent is None else codes_version(self._directory(parent))

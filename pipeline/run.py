@@ -315,6 +315,7 @@ class DayRun:
             )
             output = train(self.recipe, sources, scratch, self.reporter)
             facts = {**output.facts, "parent": parent, "days": days}
+            facts["codebooks"] = None if self.codes is None else self.codes.codebooks
             return StageOutput(output.rows_in, output.rows_out, output.quarantined, facts)
 
         return StageSpec(

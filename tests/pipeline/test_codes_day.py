@@ -134,6 +134,29 @@ def test_code_tables_go_on_through_the_refit(days: Days) -> None:
     assert "rows of 3 code tables" in page
 
 
+def test_a_bundle_scores_samples_of_its_own_codebooks_only(
+    days: Days, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = days.out / DAYS[2] / "join" / "samples"
+    scores = days.folder / "scores.parquet"
+
+    def score(day: int) -> int:
+        bundle = days.out / DAYS[day] / "publish" / "bundle"
+        paths = ["--bundle", str(bundle), "--samples", str(samples), "--output", str(scores)]
+        return main(["score", *paths])
+
+    assert score(1) == 0
+    predicted = pq.read_table(days.out / DAYS[1] / "evaluate" / "predictions")
+    by_id = [("key:request_id", "ascending"), ("key:user_id", "ascending")]
+    np.testing.assert_allclose(
+        pq.read_table(scores).sort_by(by_id)["probability:click"].to_numpy(),
+        predicted.sort_by(by_id)["probability:click"].to_numpy(),
+        rtol=1e-5,
+    )
+    assert score(0) == 2
+    assert re.search("codes of codebooks v0002-.* was trained with v0001-", capsys.readouterr().err)
+
+
 def test_summary_and_second_run(days: Days, capsys: pytest.CaptureFixture[str]) -> None:
     summary = Summary.model_validate_json((days.out / DAYS[1] / "summary.json").read_text())
     assert list(summary.stages)[:3] == ["ingest", "quantize", "join"]

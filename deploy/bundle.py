@@ -55,15 +55,20 @@ class Bundle(StrictConfig):
     tables: dict[str, BundledTable]
     files: dict[str, str]
     """SHA-256 by path relative to the bundle."""
+    codebooks: str | None = None
+    """Codebooks that its code tables belong to; None without codes."""
 
 
-def write_bundle(recipe: Recipe, checkpoint: Path, directory: Path) -> Bundle:
+def write_bundle(
+    recipe: Recipe, checkpoint: Path, directory: Path, codebooks: str | None = None
+) -> Bundle:
     """Write the bundle of one checkpoint; memory is bounded by one block of rows.
 
     Args:
         recipe: what the checkpoint was trained with.
         checkpoint: one step's directory.
         directory: an empty or missing directory.
+        codebooks: of the samples it was trained on.
     """
     for folder in ("tables", "ids"):
         (directory / folder).mkdir(parents=True)
@@ -86,6 +91,7 @@ def write_bundle(recipe: Recipe, checkpoint: Path, directory: Path) -> Bundle:
             str(path.relative_to(directory)): _sha256(path)
             for path in sorted(directory.rglob("*.safetensors"))
         },
+        codebooks=codebooks,
     )
     (directory / BUNDLE_FILE).write_text(bundle.model_dump_json(indent=2))
     return bundle

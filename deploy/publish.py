@@ -7,6 +7,7 @@ from pathlib import Path
 
 from deploy.bundle import write_bundle
 from embedding.checkpoint import latest_step, step_directory
+from pipeline.artifacts import read_manifest
 from pipeline.config import Recipe
 from pipeline.registry import BUNDLE
 from pipeline.stages import StageOutput
@@ -18,7 +19,14 @@ def publish(recipe: Recipe, train: Path, scratch: Path) -> StageOutput:
     checkpoints = train / CHECKPOINT
     step = latest_step(checkpoints)
     assert step is not None, checkpoints
-    bundle = write_bundle(recipe, step_directory(checkpoints, step), scratch / BUNDLE)
+    manifest = read_manifest(train)
+    assert manifest is not None
+    bundle = write_bundle(
+        recipe,
+        step_directory(checkpoints, step),
+        scratch / BUNDLE,
+        codebooks=manifest.facts.get("codebooks"),
+    )
     rows = sum(table.num_rows for table in bundle.tables.values())
     num_bytes = sum(path.stat().st_size for path in (scratch / BUNDLE).rglob("*.safetensors"))
     return StageOutput(rows_in=rows, rows_out=rows, facts={"bytes": num_bytes})

@@ -38,6 +38,7 @@ def score_samples(
             f"--samples {samples} holds no Parquet file; give a join artifact's samples/ directory"
         )
     predictor = Predictor(bundle)
+    _check_codebooks(predictor.bundle.codebooks, paths)
     # Labels are not read: what is scored tonight has none yet.
     files = SampleFiles(paths, predictor.schema, tasks=(), items=predictor.item_source)
     stream = SampleLoader(files, batch_size_per_rank=batch_size).sequential()
@@ -54,6 +55,20 @@ def score_samples(
             progress(done, files.num_rows)
     partial.replace(output)
     return done
+
+
+def _check_codebooks(trained: str | None, paths: list[Path]) -> None:
+    """Code 17 of other codebooks means something else, and no score would show it."""
+    if trained is None:
+        return
+    for path in paths:
+        found = (pq.read_schema(path).metadata or {}).get(columns.CODEBOOKS, b"").decode()
+        if found != trained:
+            raise UserError(
+                f"{path} holds codes of codebooks {found or 'that it does not name'}, and the "
+                f"bundle was trained with {trained}; join these days with the run that published "
+                "the bundle, or score with the bundle of the run that joined them"
+            )
 
 
 def _schema(tasks: list[str]) -> pa.Schema:

@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from embedding.capture import (
 )
 from embedding.errors import UserError
 from embedding.restore import restore_all
+from embedding.row_carry import RowCarry
 from embedding.shard import Sharded
 from embedding.stored import CheckpointReader, StoredTensor, StoredTensorPlanner
 from embedding.warm_start import WarmStartReport, warm_start
@@ -176,17 +177,25 @@ class Checkpointer:
             )
 
 
-def load_into(directory: Path, sharded: Sharded) -> WarmStartReport:
+def load_into(
+    directory: Path, sharded: Sharded, carries: Mapping[str, RowCarry] | None = None
+) -> WarmStartReport:
     """Warm start from the newest checkpoint of another run; says what was taken over.
 
+    Args:
+        directory: checkpoints of that run.
+        sharded: the model; tables hold their start values.
+        carries: tables whose rows have changed their meaning since.
+
     Raises:
-        UserError: if the directory has no complete checkpoint.
+        UserError: if the directory has no complete checkpoint, or a table another size than its
+            codebooks.
     """
     step = latest_step(directory)
     if step is None:
         raise UserError(f"no complete checkpoint in {directory}; give the folder of a finished run")
     source = step_directory(directory, step)
-    return warm_start(CheckpointReader(source), read_manifest(source), sharded)
+    return warm_start(CheckpointReader(source), read_manifest(source), sharded, carries)
 
 
 def latest_step(directory: Path) -> int | None:

@@ -194,7 +194,8 @@ class TableConfig(StrictConfig):
         return self
 
 
-Source = Literal["events", "items", "users"]
+Source = Literal["events", "items", "users", "codes"]
+"""`codes` features are derived from a recipe's semantic codes and not written by hand."""
 
 
 class SparseFeature(StrictConfig):
@@ -253,9 +254,9 @@ class SequenceFeature(StrictConfig):
     name: str
     history: str
     table: str
-    source: Literal["events", "items", "gap"] = "items"
+    source: Literal["events", "items", "gap", "codes"] = "items"
     """`events`: a column of the past event; `items`: a column of its item (`item_id` included);
-    `gap`: floor(log2(1 + seconds)) between the past event and the sample."""
+    `gap`: floor(log2(1 + seconds)) between the past event and the sample; `codes`: derived."""
     column: str | None = None
     """Column of the source; default: the feature's name. Unused for `gap`."""
     target: str | None = None

@@ -32,8 +32,9 @@ from embedding.id_map import (
 )
 from embedding.managed_collision import reset_states
 from embedding.placement import TableShard, flush_caches
+from embedding.row_carry import RowCarry
 from embedding.shard import Sharded
-from embedding.stored import CheckpointReader
+from embedding.stored import BLOCK_BYTES, CheckpointReader
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +51,13 @@ class Restorer:
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self.dropped_ids: dict[str, int] = {}
 
-    def restore_table(self, name: str) -> None:
-        """Weights, optimizer states and, under managed collision, the id map of one table."""
+    def restore_table(self, name: str, carry: RowCarry | None = None) -> None:
+        """Weights, optimizer states and, under managed collision, the id map of one table.
+
+        Args:
+            name: the table.
+            carry: where its rows have changed their meaning; not under managed collision.
+        """
         shards = [shard for shard in self._sharded.shards if shard.table.name == name]
         flush_caches(shards, forget=False)  # a kernel's other tables keep what is cached
         module = managed_modules(self._sharded.model).get(name)
@@ -67,10 +73,12 @@ class Restorer:
         if module is not None:
             set_pending(module, *self._pending(name))
         for shard in shards:
-            if insertion is None:
-                self._copy_rows(shard)
-            else:
+            if insertion is not None:
                 self._move_rows(shard, insertion)
+            elif carry is not None:
+                self._carry_rows(shard, carry)
+            else:
+                self._copy_rows(shard)
             self._set_step(shard)
         flush_caches(shards, forget=True)
 
@@ -139,13 +147,31 @@ class Restorer:
             if value.dim() == 2:
                 self._reader.read_into(f"tables/{name}/{state}", value[:rows], _origin(shard))
             else:
-                value[:rows] = self._row_wise(shard, state, rows)
+                value[:rows] = self._row_wise(shard, state, shard.row_offset, rows)
+
+    def _carry_rows(self, shard: TableShard, carry: RowCarry) -> None:
+        name, (num_rows, width) = shard.table.name, shard.weight_RD.shape
+        per_block = max(1, BLOCK_BYTES // (width * shard.weight_RD.element_size()))
+        for piece in carry.pieces(shard.row_offset, num_rows, per_block):
+            block = torch.empty(piece.num_saved, width, dtype=shard.weight_RD.dtype)
+            place = [piece.first_saved, shard.column_offset]
+            self._reader.read_into(f"tables/{name}/weight", block, place)
+            device = shard.weight_RD.device
+            shard.weight_RD[piece.rows.to(device)] = block[piece.sources].to(device)
+            rows, sources = piece.rows[piece.carried].to(device), piece.sources[piece.carried]
+            for state, value in shard.states.items():
+                if value.dim() == 2:
+                    saved = torch.empty(piece.num_saved, width, dtype=value.dtype)
+                    self._reader.read_into(f"tables/{name}/{state}", saved, place)
+                else:
+                    saved = self._row_wise(shard, state, piece.first_saved, piece.num_saved)
+                value[rows] = saved[sources].to(value)
 
     def _rows_to_copy(self, shard: TableShard) -> int:
         saved = self._manifest.tables[shard.table.name].num_rows
         return max(0, min(shard.weight_RD.shape[0], saved - shard.row_offset))
 
-    def _row_wise(self, shard: TableShard, state: str, rows: int) -> Tensor:
+    def _row_wise(self, shard: TableShard, state: str, first_row: int, rows: int) -> Tensor:
         """Row-wise accumulators of the shard's columns from those of the saved column blocks.
 
         An accumulator sums mean squares over a block's columns, so the one of merged blocks is
@@ -157,7 +183,7 @@ class Restorer:
         for name, (start, stop) in blocks:
             overlap = min(last, stop) - max(first, start)
             part = torch.empty(rows)
-            self._reader.read_into(name, part, [shard.row_offset])
+            self._reader.read_into(name, part, [first_row])
             if (start, stop) == (first, last):
                 return part
             if overlap > 0:

@@ -14,6 +14,9 @@ keep features, labels and keys apart, so that a feature may be called `user_id`.
 """
 
 KEYS = ("request_id", "user_id", "item_id", "timestamp")
+CODEBOOKS = b"codebooks"
+"""Key of the file's metadata that names the codebooks of its codes: only models that were trained
+with the same ones can read them."""
 
 
 def key_column(name: str) -> str:

@@ -1,5 +1,6 @@
 """Starts a run from another run's checkpoint: what fits is carried over, the rest is named."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -7,6 +8,7 @@ import torch.distributed as dist
 from embedding.capture import COMPANION, CheckpointManifest, dense_buffers
 from embedding.config import StrictConfig
 from embedding.restore import Restorer, sum_dropped
+from embedding.row_carry import CarriedRows, RowCarry
 from embedding.shard import Sharded
 from embedding.stored import CheckpointReader
 
@@ -23,22 +25,41 @@ class WarmStartReport(StrictConfig):
     """Saved tensors that this model has no place for."""
     dropped_ids: dict[str, int]
     """Managed-collision ids that found no room, by table, summed over ranks."""
+    rows: dict[str, CarriedRows] = {}
+    """Tables whose rows have changed their meaning since they were saved."""
 
 
 def warm_start(
-    reader: CheckpointReader, manifest: CheckpointManifest, sharded: Sharded
+    reader: CheckpointReader,
+    manifest: CheckpointManifest,
+    sharded: Sharded,
+    carries: Mapping[str, RowCarry] | None = None,
 ) -> WarmStartReport:
     """Take over what fits from another run: tables with their optimizer state, dense parameters.
 
     Managed-collision and identity tables may have grown; new tables and parameters keep their
     start values. A hashed table whose size changed is not carried: its ids hash to other rows.
+
+    Args:
+        reader: of the checkpoint.
+        manifest: of the checkpoint.
+        sharded: the model; tables hold their start values.
+        carries: tables whose rows have changed their meaning.
+
+    Raises:
+        UserError: such a table has another size than its codebooks.
     """
     restorer = Restorer(reader, manifest, sharded)
-    carried, initialised = [], {}
+    carried, initialised, rows = [], {}, {}
     for table in sharded.schema.tables:
         reason = _why_not_carried(manifest, sharded, table.name)
         if reason is None:
-            restorer.restore_table(table.name)
+            carry = (carries or {}).get(table.name)
+            if carry is not None:
+                saved_rows = manifest.tables[table.name].num_rows
+                carry.check(table.name, saved_rows, table.num_embeddings)
+                rows[table.name] = carry.counts
+            restorer.restore_table(table.name, carry)
             carried.append(f"tables/{table.name}")
         else:
             initialised[f"tables/{table.name}"] = reason
@@ -71,6 +92,7 @@ def warm_start(
         initialised=initialised,
         ignored=tuple(sorted(name for name in unread if not name.startswith("rng/"))),
         dropped_ids=sum_dropped([dropped for _, dropped in outcomes]),
+        rows=rows,
     )
 
 

@@ -7,8 +7,8 @@ import torch
 
 from embedding.config import StrictConfig
 from multimodal.code_tree import code_groups
-from multimodal.residual_quantizer import CPU, Int32Array, ResidualCodebooks
-from multimodal.vectors import FloatArray, Int64Array, blocks, sample_rows, unit_rows
+from multimodal.residual_quantizer import CPU, ResidualCodebooks
+from multimodal.vectors import FloatArray, Int32Array, Int64Array, blocks, sample_rows, unit_rows
 
 
 class LevelMetrics(StrictConfig):

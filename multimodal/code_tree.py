@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from embedding.errors import UserError
-from multimodal.residual_quantizer import Int32Array
-from multimodal.vectors import Int64Array
+from multimodal.vectors import Int32Array, Int64Array
 
 
 @dataclass(frozen=True)

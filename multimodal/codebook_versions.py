@@ -152,6 +152,19 @@ def load_version(root: Path, version: str, encoder: str | None = None) -> Codebo
     return codebooks
 
 
+def descends(root: Path, before: str, after: str) -> bool:
+    """Whether `after` goes on with the code numbers of `before`, over any versions in between.
+
+    Raises:
+        UserError: an unknown version.
+    """
+    find_version(root, before)
+    version: str | None = after
+    while version is not None and version != before:
+        version = find_version(root, version).parent
+    return version == before
+
+
 def carries_between(root: Path, before: str, after: str) -> dict[str, Carry]:
     """Rows of the code tables from one version to a later one, over all versions in between.
 

@@ -3,11 +3,20 @@
 Imports pydantic and nothing heavy, so that a recipe is checked without torch or faiss.
 """
 
-from typing import Annotated, Literal, Self
+from datetime import date
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from embedding.config import StrictConfig
+from multimodal.content_config import ContentConfig
 
 MAX_FSQ_CODES = 1 << 20
 
@@ -62,6 +71,9 @@ class Vq(StrictConfig):
 
     top_k: PositiveInt = 25
     index: ItemIndex = IndexBySize()
+    max_items: PositiveInt = 10_000
+    """Items that the set can hold: the rows of the code table. Slots of items that are gone are
+    used again at a refit."""
 
 
 class Fsq(StrictConfig):
@@ -158,23 +170,8 @@ class RefitPolicy(StrictConfig):
     keep_meaning: bool = True
     """Start from the codebooks before and keep code numbers and rows where meanings are alike.
     False renumbers all codes at every refit: only to show what that costs."""
-
-
-class Codes(StrictConfig):
-    """Semantic codes of items."""
-
-    vq: Vq | None = Vq()
-    rq: Rq | None = Rq()
-    suffix: Suffix | None = None
-    refit: RefitPolicy = RefitPolicy()
-
-    @model_validator(mode="after")
-    def _check_parts(self) -> Self:
-        if self.vq is None and self.rq is None:
-            raise ValueError("codes: vq and rq are both null; keep at least one of them")
-        if self.suffix is not None and self.rq is None:
-            raise ValueError("codes.suffix tells equal rq codes apart; set rq or remove suffix")
-        return self
+    force_on: tuple[date, ...] = ()
+    """Dates of runs that fit anew whatever the rest of the policy says."""
 
 
 # --- pair mining ---------------------------------------------------------------------------------
@@ -200,6 +197,136 @@ class User2Item(StrictConfig):
 
     max_history: PositiveInt = 50
     """Latest earlier positives that are looked at."""
+
+
+# --- item vectors --------------------------------------------------------------------------------
+
+
+class ColumnVectors(StrictConfig):
+    """Vectors of a model of yours, delivered with the catalogue."""
+
+    kind: Literal["column"] = "column"
+    column: str = "vector"
+    """List of floats in items.parquet, of one length; null: the item gets no codes."""
+    encoder: str = "1"
+    """Name of the model that made them. Change it when the model changes: all vectors move then,
+    and codebooks of the earlier ones are restated through the items of both."""
+
+
+class TowerVectors(StrictConfig):
+    """Mean tokens of frozen towers, standardised by dimension: content as it is, not aligned."""
+
+    kind: Literal["towers"] = "towers"
+    content: ContentConfig | None = None
+    """Towers; default: those of the recipe's `content`."""
+
+
+class AlignedVectors(StrictConfig):
+    """Vectors of the content encoder, trained on pairs of items that users hold for alike."""
+
+    kind: Literal["aligned"] = "aligned"
+    content: ContentConfig | None = None
+    """The encoder; default: the recipe's `content`. Its weights are its own: the ranker's content
+    encoder is another copy."""
+    history: str | None = None
+    """Positives are the events that enter this history; default: the first one of the recipe."""
+    swing: Swing = Swing()
+    user2item: User2Item | None = User2Item()
+    """None: Item2Item pairs only."""
+    num_steps: PositiveInt = 300
+    """Of the first alignment."""
+    warm_steps: PositiveInt = 100
+    """Of one that goes on from an earlier one."""
+    batch_size: Annotated[int, Field(ge=2)] = 1024
+    """Pairs of a step, over all ranks."""
+    items_per_chunk: PositiveInt | None = 256
+    """Items whose activations a rank holds at a time; the result does not depend on it."""
+    temperature: PositiveFloat = 0.07
+    learn_temperature: bool = False
+    popularity_correction: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
+    """1: negatives weigh as if all items were drawn equally often; 0: as often as they are."""
+    learning_rate: PositiveFloat = 1e-3
+    """Of fusion and projection."""
+    lora_learning_rate: PositiveFloat = 2e-4
+    weight_decay: NonNegativeFloat = 1e-4
+    realign_every_days: PositiveInt | None = None
+    """Train on from the last alignment when it is so old: all vectors move, so codebooks are fitted
+    anew then. None: the first alignment stays."""
+    seed: NonNegativeInt = 0
+
+
+ItemVectorSource = Annotated[
+    ColumnVectors | TowerVectors | AlignedVectors, Field(discriminator="kind")
+]
+
+
+# --- features -----------------------------------------------------------------------------------
+
+CodeFamily = Literal["candidate", "history", "shared", "user"]
+
+
+class CodeFeatures(StrictConfig):
+    """Which features of the ranker follow from the codes (`multimodal.code_schema`)."""
+
+    families: tuple[CodeFamily, ...] | None = None
+    """`candidate`: codes of the candidate; `history`: code sequences of each history, and its VQ
+    codes pooled; `shared`: history items with the candidate's first code, first two codes (pooled
+    ids, counts); `user`: an id of user and code prefix. Default: all that the codes allow."""
+    histories: tuple[str, ...] | None = None
+    """Histories that the families `history` and `shared` read; default: all of the recipe."""
+    embedding_dim: PositiveInt = 16
+    """Of all code tables; a multiple of 4."""
+    vector_dims: NonNegativeInt = 0
+    """So many first elements of the item vector as dense features: content behind a stop-gradient,
+    which codes are compared with."""
+    max_prefix: Literal[1, 2] = 2
+    """Longest code prefix of the families `shared` and `user`."""
+    user_rows: Annotated[int, Field(ge=2)] = 65_537
+    """Rows of each hashed table of users and code prefixes."""
+    item_table: str | None = None
+    """Table of the shared items' ids; default: that of the sparse feature that reads `item_id`."""
+
+
+class Codes(StrictConfig):
+    """Semantic codes of items, and the features that follow from them."""
+
+    vectors: ItemVectorSource = AlignedVectors()
+    """What is quantized."""
+    vq: Vq | None = Vq()
+    rq: Rq | None = Rq()
+    suffix: Suffix | None = None
+    refit: RefitPolicy = RefitPolicy()
+    version: str | None = None
+    """Codebooks to use, like v0003, whatever the refit policy says; default: those of the run
+    before, or a refit."""
+    features: CodeFeatures = CodeFeatures()
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> Self:
+        if self.vq is None and self.rq is None:
+            raise ValueError("codes: vq and rq are both null; keep at least one of them")
+        if self.suffix is not None and self.rq is None:
+            raise ValueError("codes.suffix tells equal rq codes apart; set rq or remove suffix")
+        crosses = {"shared", "user"} & {*(self.features.families or ())}
+        if crosses and self.rq is None:
+            raise ValueError(
+                f"codes.features.families: {sorted(crosses)} read prefixes of rq codes, and rq is "
+                "null; set rq or remove them"
+            )
+        return self
+
+    @property
+    def families(self) -> tuple[CodeFamily, ...]:
+        """Families of features that are derived."""
+        if self.features.families is not None:
+            return self.features.families
+        return ("candidate", "history", "shared", "user") if self.rq else ("candidate", "history")
+
+    @property
+    def quantized(self) -> dict[str, Any]:
+        """The settings that codes depend on, as JSON."""
+        settings = self.model_dump(mode="json", exclude={"features": True, "refit": {"force_on"}})
+        return {**settings, "vector_dims": self.features.vector_dims}
 
 
 def suggested_codebook_size(num_items: int) -> int:

@@ -59,9 +59,14 @@ class ContentEncoder(nn.Module):
         ]
         return torch.cat(pieces)
 
-    def _encode(self, batch: TokenBatch) -> Tensor:
+    def fused(self, batch: TokenBatch) -> Tensor:
+        """What the last linear layer reads (U, width of the fusion)."""
         tokens = {name: self._upper(name, batch.modalities[name]) for name in self.towers}
-        vectors_UD: Tensor = self.output(self.fusion(tokens))
+        fused_UH: Tensor = self.fusion(tokens)
+        return fused_UH
+
+    def _encode(self, batch: TokenBatch) -> Tensor:
+        vectors_UD: Tensor = self.output(self.fused(batch))
         return vectors_UD
 
     def _upper(self, name: str, part: ModalityTokens) -> ModalityTokens:

@@ -22,8 +22,16 @@ from multimodal.kmeans import (
     progressive_start,
     repair,
 )
-from multimodal.residual_quantizer import CPU, Int32Array, ResidualCodebooks
-from multimodal.vectors import FloatArray, Int64Array, blocks, check_vectors, read_rows, sample_rows
+from multimodal.residual_quantizer import CPU, ResidualCodebooks
+from multimodal.vectors import (
+    FloatArray,
+    Int32Array,
+    Int64Array,
+    blocks,
+    check_vectors,
+    read_rows,
+    sample_rows,
+)
 
 # A mean of equal vectors differs from them in the last bits.
 _ROUNDING = 1e-6

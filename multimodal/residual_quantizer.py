@@ -18,9 +18,8 @@ from torch import Tensor
 from embedding.errors import UserError
 from multimodal.fsq import FsqLevel
 from multimodal.kmeans import nearest_codewords
-from multimodal.vectors import Float32Array, FloatArray, blocks, check_finite
+from multimodal.vectors import Float32Array, FloatArray, Int32Array, blocks, check_finite
 
-Int32Array = np.ndarray[Any, np.dtype[np.int32]]
 Float64Array = np.ndarray[Any, np.dtype[np.float64]]
 
 CPU = torch.device("cpu")

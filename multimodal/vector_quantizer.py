@@ -18,8 +18,15 @@ import torch
 from embedding.errors import UserError
 from multimodal.codes_config import Vq
 from multimodal.neighbours import Index, build_index, nearest_items
-from multimodal.residual_quantizer import CPU, Int32Array
-from multimodal.vectors import Float32Array, FloatArray, Int64Array, check_vectors, unit_rows
+from multimodal.residual_quantizer import CPU
+from multimodal.vectors import (
+    Float32Array,
+    FloatArray,
+    Int32Array,
+    Int64Array,
+    check_vectors,
+    unit_rows,
+)
 
 FREE = -1
 """Item id of a slot that no item has, and the code where fewer than `top_k` items were found."""

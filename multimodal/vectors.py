@@ -14,6 +14,7 @@ from embedding.errors import UserError
 
 FloatArray = np.ndarray[Any, np.dtype[np.floating[Any]]]
 Float32Array = np.ndarray[Any, np.dtype[np.float32]]
+Int32Array = np.ndarray[Any, np.dtype[np.int32]]
 Int64Array = np.ndarray[Any, np.dtype[np.int64]]
 
 ROWS_PER_BLOCK = 1 << 16

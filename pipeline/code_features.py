@@ -24,11 +24,16 @@ import pyarrow as pa
 from embedding.config import MISSING_ID
 from embedding.errors import UserError
 from embedding.raw_ids import Int64Array, mix64, to_raw_ids
+from embedding.samples import CODEBOOKS
 from multimodal.code_tree import code_groups
-from multimodal.residual_quantizer import Int32Array
+from multimodal.vectors import Float32Array, Int32Array
 from pipeline.contract import open_parquet
 from pipeline.lookup import EntityColumns, IdLists, id_column, with_missing
 
+CODES_FILE = "codes.parquet"
+"""Of a codes artifact."""
+VECTOR = "vector"
+"""Its column with the elements of item vectors that are features."""
 MAX_DEPTH = 2
 """Longest code prefix of the cross features: the first code, and the first two."""
 _MASK_63 = np.uint64(0x7FFF_FFFF_FFFF_FFFF)
@@ -42,6 +47,10 @@ class ItemCodes:
     """`sid_0`, `sid_1`, ..., `sid_suffix` and `vq` by row."""
     prefixes: tuple[Int64Array, ...]
     """Number of the first code, the first two, ... by row: equal for equal prefixes; -1 unknown."""
+    vectors_ND: Float32Array | None = None
+    """Elements that enter as dense features; NaN in the last row."""
+    codebooks: str = ""
+    """Whose codes these are."""
 
     @classmethod
     def of(cls, table: pa.Table) -> "ItemCodes":
@@ -72,7 +81,12 @@ class ItemCodes:
             np.append(code_groups(np.stack(codes[: depth + 1], axis=1))[0], -1)
             for depth in range(len(levels))
         )
-        return cls(entities, prefixes)
+        vectors_ND = None
+        if VECTOR in table.column_names:
+            known = np.stack(table[VECTOR].to_numpy()) if table.num_rows else np.empty((0, 0))
+            vectors_ND = np.pad(known.astype(np.float32), ((0, 1), (0, 0)), constant_values=np.nan)
+        codebooks = (table.schema.metadata or {}).get(CODEBOOKS, b"").decode()
+        return cls(entities, prefixes, vectors_ND, codebooks)
 
     @classmethod
     def load(cls, path: Path) -> "ItemCodes":
@@ -102,6 +116,7 @@ def codes_table(
     codes_NL: Int32Array,
     suffix_N: Int32Array | None = None,
     neighbours_Nk: Int32Array | None = None,
+    vectors_ND: Float32Array | None = None,
 ) -> pa.Table:
     """What a codes artifact holds: one row an item; unused neighbours (-1) are left out."""
     data: dict[str, pa.Array] = {"item_id": pa.array(item_ids_N)}
@@ -112,6 +127,9 @@ def codes_table(
         used = neighbours_Nk >= 0
         offsets = np.concatenate([[0], np.cumsum(used.sum(axis=1))]).astype(np.int32)
         data["vq"] = pa.ListArray.from_arrays(pa.array(offsets), pa.array(neighbours_Nk[used]))
+    if vectors_ND is not None:
+        flat = pa.array(np.ascontiguousarray(vectors_ND).ravel())
+        data[VECTOR] = pa.FixedSizeListArray.from_arrays(flat, vectors_ND.shape[1])
     return pa.table(data)
 
 
@@ -121,6 +139,9 @@ def candidate_columns(codes: ItemCodes, item_ids_B: Int64Array) -> dict[str, pa.
     found = {name: pa.array(column[rows]) for name, column in codes.levels.items()}
     if codes.neighbours is not None:
         found["vq"] = codes.neighbours.take(rows, None)
+    if codes.vectors_ND is not None:
+        own_BD = codes.vectors_ND[rows]
+        found |= {f"{VECTOR}_{i}": pa.array(column) for i, column in enumerate(own_BD.T)}
     return found
 
 

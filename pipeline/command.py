@@ -12,9 +12,10 @@ from pipeline.cluster import RaySession, actors_of
 from pipeline.config import Recipe
 from pipeline.console import Reporter, duration, human
 from pipeline.days import available_days, parse_day, split_days
+from pipeline.publication import Publish
 from pipeline.registry import promote, promotions
 from pipeline.report import REPORT, write_report
-from pipeline.run import STAGES, DayRun, Publish
+from pipeline.run import STAGES, DayRun
 from pipeline.status import RECIPE
 from pipeline.summary import SUMMARY, Summary, summarize, write_summary
 from pipeline.synthetic import ensure_data
@@ -42,6 +43,8 @@ class Command:
         """Run one stage and those before it that are not current."""
         if name not in STAGES:
             raise UserError(f"stage {name!r} does not exist; stages are {', '.join(STAGES)}")
+        if name in ("align", "quantize") and self.recipe.codes is None:
+            raise UserError(f"stage {name} makes codes of items, and codes is null; set it")
         if name == "content" and self.recipe.content is None:
             raise UserError(
                 "stage content reads items' text and images, and content is null; set it"

@@ -4,7 +4,7 @@ Imports pydantic and nothing heavy, so that `braid validate` and `--help` never 
 """
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import (
     Field,
@@ -12,6 +12,8 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    SerializerFunctionWrapHandler,
+    field_serializer,
     field_validator,
     model_validator,
 )
@@ -25,6 +27,8 @@ from embedding.config import (
 )
 from embedding.item_columns import candidate_field, item_sequences
 from embedding.limits import check_support
+from multimodal.code_schema import features_with_codes, without_codes
+from multimodal.codes_config import AlignedVectors, Codes, ColumnVectors
 from multimodal.content_config import ContentConfig
 from ranking.compatibility import check_model, table_widths
 from ranking.config import RankingConfig
@@ -183,13 +187,52 @@ class Recipe(StrictConfig):
     data: DataConfig
     window: WindowConfig = WindowConfig()
     features: FeatureSchema
+    """In a loaded recipe with those that follow from `codes`, which are not written out again."""
     content: ContentConfig | None = None
     """Text and image of items, trained by the ranking loss; null switches all of it off."""
+    codes: Codes | None = None
+    """Semantic codes of items; null switches all of it off."""
     embedding: EmbeddingPlaneConfig = EmbeddingPlaneConfig()
     ranking: RankingConfig
     cluster: ClusterConfig = ClusterConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     gate: GateConfig
+
+    @model_validator(mode="after")
+    def _derive_features(self) -> Self:
+        own = without_codes(self.features)
+        derived = features_with_codes(own, self.codes)
+        if self.features not in (own, derived):
+            raise ValueError(
+                "features: `source: codes` is for features that follow from the section codes; "
+                "remove those that are written by hand, and set codes.features instead"
+            )
+        self.__dict__["features"] = derived  # the model is frozen for everybody else
+        return self
+
+    @field_serializer("features", mode="wrap")
+    def _own_features(self, features: FeatureSchema, handler: SerializerFunctionWrapHandler) -> Any:
+        return handler(without_codes(features))
+
+    @model_validator(mode="after")
+    def _check_vectors(self) -> Self:
+        if self.codes is None or isinstance(self.codes.vectors, ColumnVectors):
+            return self
+        vectors = self.codes.vectors
+        if vectors.content is None and self.content is None:
+            raise ValueError(
+                f"codes.vectors: vectors of kind {vectors.kind!r} are made of towers, and there "
+                "are none; set codes.vectors.content (or content), or choose kind column"
+            )
+        known = [history.name for history in self.features.histories]
+        if isinstance(vectors, AlignedVectors):
+            wanted = vectors.history or next(iter(known), None)
+            if wanted not in known:
+                raise ValueError(
+                    f"codes.vectors.history: pairs come from the events of a history, and "
+                    f"{wanted!r} is not among {known}; name one, add one, or choose kind towers"
+                )
+        return self
 
     @model_validator(mode="after")
     def _check_model(self) -> Self:

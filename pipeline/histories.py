@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from embedding.raw_ids import Int64Array
 
@@ -95,3 +96,10 @@ def _counts_before(flags: BoolArray) -> Int64Array:
     counts = np.zeros(len(flags) + 1, np.int64)
     np.cumsum(flags, out=counts[1:])
     return counts
+
+
+def normal_lists(lists: pa.ListArray) -> pa.ListArray:
+    """The same lists with offsets that start at 0 (batches of a file are slices)."""
+    offsets = np.zeros(len(lists) + 1, np.int32)
+    np.cumsum(lists.value_lengths().to_numpy(), out=offsets[1:])
+    return pa.ListArray.from_arrays(pa.array(offsets), lists.flatten())

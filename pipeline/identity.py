@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from multimodal.code_schema import without_codes
 from multimodal.content_config import ContentConfig
 from multimodal.tower_files import TOKENS_FORMAT, input_settings
 from pipeline.config import Recipe
@@ -12,7 +13,7 @@ SAMPLES_FORMAT = 2
 
 def ingest_config(recipe: Recipe) -> dict[str, Any]:
     """What validated events and histories depend on."""
-    features = recipe.features
+    features = without_codes(recipe.features)
     return {
         "data": {
             "max_quarantined_share": recipe.data.max_quarantined_share,

@@ -20,10 +20,14 @@ from embedding import samples
 from embedding.config import FeatureSchema, SequenceFeature, Source, SparseFeature, StrictConfig
 from embedding.errors import UserError
 from embedding.raw_ids import Int64Array, ids_or_missing
+from multimodal.code_schema import without_codes
 from pipeline.buckets import ROWS_PER_GROUP, history_column
+from pipeline.code_columns import code_columns
+from pipeline.code_features import ItemCodes
 from pipeline.columns import EventColumns, source_columns
 from pipeline.config import Recipe
 from pipeline.held_out import forget_held_out, is_held_out
+from pipeline.histories import normal_lists
 from pipeline.id_use import FILE, IdFacts, IdUse, merge_uses, read_uses, use_of, write_uses
 from pipeline.lookup import (
     EntityColumns,
@@ -65,6 +69,8 @@ class JoinPlan:
     columns: EventColumns
     entities: dict[Source, EntityColumns]
     """`items` and `users`."""
+    codes: ItemCodes | None
+    """Where features follow from codes."""
     scratch: Path
 
 
@@ -87,6 +93,7 @@ def join(
     ingest_dir: Path,
     scratch: Path,
     progress: Callable[[int, int], None] | None = None,
+    codes: Path | None = None,
 ) -> JoinFacts:
     """Write the samples of all days of `ingest_dir` into `scratch`; needs an initialised Ray.
 
@@ -95,6 +102,7 @@ def join(
         ingest_dir: an ingest artifact made with the same recipe.
         scratch: an empty directory.
         progress: called with rows done and rows in total.
+        codes: the file with the codes of items; needed where features follow from codes.
 
     Raises:
         UserError: a sequence reads a list column, or a file is damaged.
@@ -109,7 +117,7 @@ def join(
     done: list[FileFacts] = []
     features = [feature.name for feature in recipe.features.id_features]
     uses: dict[str, IdUse] = {name: merge_uses([]) for name in features}
-    for facts in stream_tasks(join_file, files, plan_join(recipe, scratch), file_rows):
+    for facts in stream_tasks(join_file, files, plan_join(recipe, scratch, codes), file_rows):
         path = _ids_path(scratch, facts)
         for name, use in read_uses(path, facts.ids).items():
             uses[name] = merge_uses([uses[name], use])
@@ -134,8 +142,8 @@ def join(
     )
 
 
-def plan_join(recipe: Recipe, scratch: Path) -> JoinPlan:
-    """Load the feature columns of items and users.
+def plan_join(recipe: Recipe, scratch: Path, codes: Path | None = None) -> JoinPlan:
+    """Load the feature columns of items and users, and the codes of items.
 
     Raises:
         UserError: a file is damaged, or a sequence reads a list column.
@@ -156,7 +164,8 @@ def plan_join(recipe: Recipe, scratch: Path) -> JoinPlan:
                 f"{sequence.column_name!r} of items.parquet, but a sequence holds one id an event; "
                 "choose a single-valued column"
             )
-    return JoinPlan(recipe, EventColumns.of(recipe), entities, scratch)
+    item_codes = None if codes is None else ItemCodes.load(codes)
+    return JoinPlan(recipe, EventColumns.of(recipe), entities, item_codes, scratch)
 
 
 def join_file(path: Path, plan: JoinPlan) -> FileFacts:
@@ -231,7 +240,7 @@ def _uses(table: pa.Table, features: FeatureSchema) -> dict[str, IdUse]:
 
 def join_events(events: pa.RecordBatch, plan: JoinPlan) -> pa.Table:
     """Samples of some ingested events, in their order."""
-    features = plan.recipe.features
+    own = without_codes(plan.recipe.features)
     rows = {
         source: plan.entities[source].positions(ids_or_missing(events[key]))
         for source, key in _ENTITY_KEYS.items()
@@ -242,17 +251,20 @@ def join_events(events: pa.RecordBatch, plan: JoinPlan) -> pa.Table:
     for task_name, column in plan.columns.oracles.items():
         if column in events.schema.names:
             data[samples.oracle_column(task_name)] = events[column]
-    for feature in features.sparse:
+    for feature in own.sparse:
         data[samples.sparse_column(feature.name)] = _sparse(feature, events, rows, plan)
-    for dense in features.dense:
+    for dense in own.dense:
         if dense.source == "events":
             values = floats(events[dense.column_name])
         else:
             values = plan.entities[dense.source].dense[dense.column_name][rows[dense.source]]
         data[samples.dense_column(dense.name)] = pa.array(transform_dense(values, dense))
-    for sequence in features.sequences:
+    for sequence in own.sequences:
         data[samples.sequence_column(sequence.name)] = _sequence(sequence, events, plan)
-    return pa.table(data)
+    if plan.codes is None:
+        return pa.table(data)
+    data |= code_columns(plan.recipe.features, plan.codes, events)
+    return pa.table(data).replace_schema_metadata({samples.CODEBOOKS: plan.codes.codebooks})
 
 
 def _sparse(
@@ -271,13 +283,13 @@ def _sparse(
 
 
 def _sequence(feature: SequenceFeature, events: pa.RecordBatch, plan: JoinPlan) -> pa.ListArray:
-    past_items = _normal_lists(events[history_column(feature.history, "item_id")])
+    past_items = normal_lists(events[history_column(feature.history, "item_id")])
     name = feature.column_name
     match feature.source:
         case "events":
-            return _normal_lists(events[history_column(feature.history, name)])
+            return normal_lists(events[history_column(feature.history, name)])
         case "gap":
-            times = _normal_lists(events[history_column(feature.history, "timestamp")])
+            times = normal_lists(events[history_column(feature.history, "timestamp")])
             lengths = np.diff(times.offsets.to_numpy())
             own = np.repeat(events["timestamp"].to_numpy(), lengths)
             values = gap_ids(own - times.values.to_numpy())
@@ -295,10 +307,3 @@ def gap_ids(gap_ms: Int64Array) -> Int64Array:
     """floor(log2(1 + seconds)) of gaps in milliseconds; exact at powers of two."""
     _, exponent = np.frexp(1 + gap_ms / 1000)  # x = mantissa * 2**exponent, mantissa in [0.5, 1)
     return exponent.astype(np.int64) - 1
-
-
-def _normal_lists(lists: pa.ListArray) -> pa.ListArray:
-    """The same lists with offsets that start at 0 (batches of a file are slices)."""
-    offsets = np.zeros(len(lists) + 1, np.int32)
-    np.cumsum(lists.value_lengths().to_numpy(), out=offsets[1:])
-    return pa.ListArray.from_arrays(pa.array(offsets), lists.flatten())

@@ -241,7 +241,7 @@ def _positives(bucket: int, plan: MiningPlan) -> pa.Table:
             for other in range(bucket % step, num_buckets, step):
                 file = path / "events" / f"dt={day}" / bucket_file(other)
                 if file.exists():
-                    tables.append(_read_positives(file, names, label))
+                    tables.append(read_positives(file, names, label))
     if not tables:
         empty = pa.array([], pa.int64())
         return pa.table({"user_id": empty, "item_id": empty, past: pa.array([], _LISTS[2].type)})
@@ -250,7 +250,8 @@ def _positives(bucket: int, plan: MiningPlan) -> pa.Table:
     return events.filter(pa.array(mine)).combine_chunks()
 
 
-def _read_positives(path: Path, names: Sequence[str], label: str | None) -> pa.Table:
+def read_positives(path: Path, names: Sequence[str], label: str | None) -> pa.Table:
+    """Some columns of the positives of one event file."""
     with open_parquet(path) as file:
         events = file.read(list(names), use_threads=False)
     if label is None:

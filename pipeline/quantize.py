@@ -4,7 +4,7 @@ Reads item vectors and the versions of the codebooks. Writes `codes.parquet` (it
 optional sid_suffix and vq) and, on a refit, a new codebook version.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from embedding.config import StrictConfig
+from embedding.errors import UserError
 from embedding.raw_ids import Int64Array
+from embedding.samples import CODEBOOKS
 from multimodal.code_metrics import CodeMetrics, Stability, measure_codes, stability
 from multimodal.code_tree import CodedItems, Suffixes, tell_apart
+from multimodal.codebook_match import BoolArray
 from multimodal.codebook_refit import (
     Drift,
     RefitDecision,
@@ -27,19 +29,18 @@ from multimodal.codebook_refit import (
 from multimodal.codebook_store import Codebooks
 from multimodal.codebook_versions import (
     CodebookManifest,
-    latest,
+    find_version,
     load_version,
     next_version,
     publish_version,
 )
 from multimodal.codes_config import Codes
 from multimodal.residual_fit import codebooks_in_space
-from multimodal.residual_quantizer import CPU, Int32Array
+from multimodal.residual_quantizer import CPU
 from multimodal.vector_quantizer import restate_items
-from multimodal.vectors import FloatArray
-from pipeline.code_features import codes_table
-
-CODES_FILE = "codes.parquet"
+from multimodal.vectors import Float32Array, FloatArray, Int32Array
+from pipeline.code_features import CODES_FILE, codes_table
+from pipeline.quantize_facts import QuantizeFacts
 
 
 @dataclass(frozen=True)
@@ -56,28 +57,22 @@ class ItemVectors:
     earlier: pa.Table | None = None
     """Codes of the day before: suffixes stay with their items, and codebooks for a new encoder are
     matched through the items of both days."""
+    version: str | None = None
+    """Codebooks of the day before; None on the first day."""
+    seen_N: BoolArray | None = None
+    """Items that codebooks may be fitted to; the others only get codes. None: all of them."""
 
-
-class QuantizeFacts(StrictConfig):
-    """What the stage did; version 1."""
-
-    schema_version: int = 1
-    version: str
-    """Codebooks that the codes belong to."""
-    refit: RefitDecision
-    drift: Drift | None
-    """None on the first day and after a change of encoder."""
-    num_items: int
-    num_new_items: int
-    """Items that the codebooks were not fitted to."""
-    table_sizes: dict[str, int]
-    """Codes by column."""
-    metrics: CodeMetrics | None
-    """Of the RQ codes; None without."""
-    stability: Stability | None
-    """Codes of this day against those of the day before."""
-    num_sharing_suffix: int
-    """Items that no suffix could tell apart."""
+    @property
+    def seen(self) -> "ItemVectors":
+        """The items that codebooks may be fitted to."""
+        if self.seen_N is None or self.seen_N.all():
+            return self
+        return replace(
+            self,
+            item_ids_N=self.item_ids_N[self.seen_N],
+            vectors_ND=self.vectors_ND[self.seen_N],
+            seen_N=None,
+        )
 
 
 def quantize(
@@ -100,35 +95,47 @@ def quantize(
         device: for the arithmetic.
 
     Raises:
-        UserError: unusable vectors, or damaged codebooks.
+        UserError: unusable vectors, unknown or damaged codebooks, or codebooks that belong to other
+            settings.
     """
-    state = _State.read(root)
+    _check_room(config, len(items.seen.item_ids_N))
+    state = _State.read(root, config.version or items.version)
     coded = _encode(items, state.codebooks, device) if state.fits(config, items) else None
-    drift = _drift(items, state, coded) if coded else None
+    drift = _drift(items.seen, state, coded) if coded else None
     decision = _decide(config, items, state, drift)
     if force_refit and not decision.refit:
         decision = RefitDecision(refit=True, reasons=("asked for",))
+    if config.version:
+        decision = _keep_version(config.version, decision, fits=coded is not None)
     if decision.refit:
-        version = _fit_version(config, items, root, _known(items, state), device)
-        state = _State.read(root)
-        assert state.version == version
+        version = _fit_version(config, items.seen, root, _known(items, state), device)
+        state = _State.read(root, version)
         coded = _encode(items, state.codebooks, device)
     assert coded
     suffixes = _suffixes(config, items, coded)
     neighbours_Nk = None
     if config.vq:
         assert state.codebooks.items
+        _check_room(config, state.codebooks.items.num_codes)
         neighbours_Nk = state.codebooks.items.neighbours(config.vq, device).encode(items.vectors_ND)
     table = codes_table(
-        items.item_ids_N, coded.codes_NL, suffixes.suffix_N if suffixes else None, neighbours_Nk
+        items.item_ids_N,
+        coded.codes_NL,
+        suffixes.suffix_N if suffixes else None,
+        neighbours_Nk,
+        _dense(config, items),
     )
+    codebooks = f"{state.version}-{state.codebooks.fingerprint}"
+    table = table.replace_schema_metadata({CODEBOOKS: codebooks})
     pq.write_table(table, scratch / CODES_FILE, compression="zstd")
     return QuantizeFacts(
         version=state.version,
+        codebooks=codebooks,
         refit=decision,
         drift=drift,
         num_items=len(items.item_ids_N),
-        num_new_items=int(_is_new(items, state.codebooks).sum()),
+        num_unseen_items=len(items.item_ids_N) - len(items.seen.item_ids_N),
+        num_new_items=int(_is_new(items.seen, state.codebooks).sum()),
         table_sizes=state.codebooks.table_sizes
         | ({"sid_suffix": config.suffix.num_codes} if config.suffix else {}),
         metrics=coded.metrics,
@@ -139,16 +146,16 @@ def quantize(
 
 @dataclass(frozen=True)
 class _State:
-    """The newest codebooks."""
+    """The codebooks in use."""
 
     codebooks: Codebooks
     manifest: CodebookManifest | None
 
     @classmethod
-    def read(cls, root: Path) -> "_State":
-        manifest = latest(root)
-        codebooks = load_version(root, manifest.version) if manifest else Codebooks()
-        return cls(codebooks, manifest)
+    def read(cls, root: Path, version: str | None) -> "_State":
+        if version is None:
+            return cls(Codebooks(), None)
+        return cls(load_version(root, version), find_version(root, version))
 
     @property
     def version(self) -> str:
@@ -168,13 +175,16 @@ class _Coded:
     codes_NL: Int32Array
     """No columns without RQ codes."""
     metrics: CodeMetrics | None
+    """Of the items that a fit may use."""
 
 
 def _encode(items: ItemVectors, codebooks: Codebooks, device: torch.device) -> _Coded:
     if codebooks.residual is None:
         return _Coded(np.empty((len(items.item_ids_N), 0), np.int32), None)
     codes_NL = codebooks.residual.encode(items.vectors_ND, device)
-    metrics = measure_codes(items.vectors_ND, codes_NL, codebooks.residual, device=device)
+    seen = items.seen
+    of_seen = codes_NL if seen is items else codes_NL[items.seen_N]
+    metrics = measure_codes(seen.vectors_ND, of_seen, codebooks.residual, device=device)
     return _Coded(codes_NL, metrics)
 
 
@@ -205,6 +215,36 @@ def _decide(config: Codes, items: ItemVectors, state: _State, drift: Drift | Non
     else:
         reason = f"rq or vq settings differ from those of codebooks {state.version}"
     return RefitDecision(refit=True, reasons=(reason,))
+
+
+def _keep_version(version: str, decision: RefitDecision, *, fits: bool) -> RefitDecision:
+    """No refit: the recipe names its codebooks."""
+    if not fits:
+        raise UserError(
+            f"codes.version={version} cannot code the items: {'; '.join(decision.reasons)}; name "
+            "codebooks that belong to these settings and vectors, or leave codes.version out"
+        )
+    why = "".join(f"; otherwise: {reason}" for reason in decision.reasons)
+    return RefitDecision(refit=False, reasons=(f"codes.version={version}{why}",))
+
+
+def _check_room(config: Codes, num_items: int) -> None:
+    if config.vq and num_items > config.vq.max_items:
+        raise UserError(
+            f"codes.vq.max_items={config.vq.max_items} is less than the {num_items} items that the "
+            f"vq codes are made of; set it to {num_items} or more (twice that leaves room to grow)"
+        )
+
+
+def _dense(config: Codes, items: ItemVectors) -> Float32Array | None:
+    """Elements of the vectors that enter as dense features."""
+    wanted, dim = config.features.vector_dims, items.vectors_ND.shape[1]
+    if wanted > dim:
+        raise UserError(
+            f"codes.features.vector_dims={wanted} is more than the {dim} elements of the item "
+            f"vectors; set it to {dim} or less"
+        )
+    return np.asarray(items.vectors_ND[:, :wanted], np.float32) if wanted else None
 
 
 def _known(items: ItemVectors, state: _State) -> "_State | None":

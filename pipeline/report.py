@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pipeline import charts
 from pipeline.artifacts import Manifest, read_manifest
+from pipeline.code_report import code_section
 from pipeline.config import Recipe
 from pipeline.console import duration, human
 from pipeline.content_view import content_charts
@@ -37,6 +38,7 @@ def write_report(recipe: Recipe, summary: Summary, directory: Path) -> Path:
         calibration=_calibration(summary),
         stages=_stages(summary),
         recipe_yaml=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=100),
+        codes=code_section(recipe.data.root, directory) if recipe.codes else None,
         **_warm_start(directory / "train"),
         **_data(directory / "ingest"),
         **_ids(recipe, directory / "join"),

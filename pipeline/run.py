@@ -2,6 +2,7 @@
 
     DIR/<last day of a span>/ingest, join      shared by all runs that need those days
     DIR/<date>/content                         tokens of items, where the recipe has content
+    DIR/<date>/align, quantize                 vectors and codes of items, where it has codes
     DIR/<date>/plan, train, evaluate, gate, publish, summary.json, report.html
 
 A span chains on the latest earlier one and continues its user state, so a run of a later day
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from embedding.errors import UserError
 from pipeline.artifacts import Manifest, config_hash, read_manifest
@@ -31,19 +32,16 @@ from pipeline.ingest import check_span, ingest
 from pipeline.join import HELD_OUT, SAMPLES, join
 from pipeline.metrics_file import METRICS_FILE
 from pipeline.plan import plan, plan_inputs
+from pipeline.publication import Publish
+from pipeline.quantize_stage import codes_of_day
 from pipeline.registry import production_before
 from pipeline.stages import StageOutput, StageRecord, StageSpec, execute
 from pipeline.train import TrainedModel, TrainInputs, train
 
-STAGES = ("ingest", "content", "join", "plan", "train", "evaluate", "gate", "publish")
-
-
-class Publish(Protocol):
-    """Writes a servable bundle of a finished training into a directory."""
-
-    def __call__(self, recipe: Recipe, train: Path, scratch: Path) -> StageOutput:
-        """Write the bundle into `scratch`."""
-        ...
+STAGES = (
+    *("ingest", "content", "align", "quantize", "join", "plan", "train", "evaluate", "gate"),
+    "publish",
+)
 
 
 @dataclass(frozen=True)
@@ -78,6 +76,7 @@ class DayRun:
         self.days = available_days(root)
         self.split: Split = split_days(self.days, date, recipe.window)
         self._catalogue = fingerprint(catalogue_files(root))
+        self.codes = codes_of_day(recipe, out, self.split, session, reporter)
 
     def execute(self, until: str = STAGES[-1]) -> list[StageRecord]:
         """Run all stages up to `until`; a gate that refuses ends the run before `publish`."""
@@ -102,6 +101,8 @@ class DayRun:
                 yield self._ingest(self.split.evaluation[-1])
             case "content":
                 yield from self._content()
+            case "align" | "quantize":
+                yield from self._codes(name)
             case "join":
                 for span in (*self.training_spans(), self._eval_span()):
                     yield self._join(span)
@@ -241,14 +242,23 @@ class DayRun:
                 self.reporter,
             )
 
+    def _codes(self, name: str) -> Iterator[StageSpec]:
+        if self.codes is not None:
+            ingests = tuple(self.directory("ingest", last) for last in self._chain())
+            yield from self.codes.specs(name, self._catalogue, ingests)
+
     def _join(self, span: Span) -> StageSpec:
         last = span.days[-1]
         inputs = {"ingest": self._artifact_id("ingest", last), "catalogue": self._catalogue}
+        codes = None
+        if self.codes is not None:
+            codes = self.codes.file
+            inputs["codes"] = self.codes.fingerprint
 
         def body(scratch: Path) -> StageOutput:
             self.session.start()
             joined = join(
-                self.recipe, self.directory("ingest", last), scratch, self.reporter.advance
+                self.recipe, self.directory("ingest", last), scratch, self.reporter.advance, codes
             )
             return StageOutput(joined.rows, joined.rows, facts=joined.model_dump(mode="json"))
 
@@ -296,9 +306,11 @@ class DayRun:
                 plan=self.directory("plan"),
                 parent=None if parent is None else self.directory("train", parent),
                 content=self.content_paths(),
+                codebooks=None if self.codes is None else self.codes.change_since(parent),
             )
             output = train(self.recipe, sources, scratch, self.reporter)
             facts = {**output.facts, "parent": parent, "days": days}
+            facts["codebooks"] = None if self.codes is None else self.codes.codebooks
             return StageOutput(output.rows_in, output.rows_out, output.quarantined, facts)
 
         return StageSpec(

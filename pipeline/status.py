@@ -12,8 +12,9 @@ from pipeline.artifacts import read_manifest
 from pipeline.cluster import RaySession
 from pipeline.config import Recipe
 from pipeline.console import Reporter, duration, human
+from pipeline.publication import Publish
 from pipeline.registry import production, published
-from pipeline.run import STAGES, DayRun, Publish
+from pipeline.run import STAGES, DayRun
 from pipeline.stages import StageSpec, failure_file
 
 RECIPE = "recipe.yaml"

@@ -27,7 +27,7 @@ from pipeline.failures import user_error
 from pipeline.identity import content_config, samples_config, training_config
 from pipeline.metrics_file import METRICS_FILE, read_metrics
 from pipeline.recipe import load_recipe
-from pipeline.run import DayRun
+from pipeline.run import STAGES, DayRun
 from pipeline.stages import StageOutput, StageSpec, execute
 from pipeline.study_statistics import StudyResult, differences, estimates, trial_metrics
 from pipeline.synthetic import ensure_data
@@ -162,7 +162,10 @@ class Study:
         """The trials of a variant; its samples are made first, unless another variant has them."""
         recipe = self.recipes[variant.name]
         content = {} if recipe.content is None else {"content": content_config(recipe.content)}
-        key = config_hash({"root": str(recipe.data.root), **samples_config(recipe), **content})
+        codes = {} if recipe.codes is None else {"codes": recipe.codes.quantized}
+        key = config_hash(
+            {"root": str(recipe.data.root), **samples_config(recipe), **content, **codes}
+        )
         day = DayRun(
             recipe.model_copy(
                 update={"window": recipe.window.model_copy(update={"warm_start": False})}
@@ -173,7 +176,7 @@ class Study:
             reporter=self.reporter,
             publish=_nothing_to_publish,
         )
-        stages = ("ingest", "content", "join")
+        stages = STAGES[: STAGES.index("join") + 1]
         if any(not spec.is_current for name in stages for spec in day.specs(name)):
             day.execute(until="join")
         return [self._trial(variant, recipe, seed, day) for seed in self.seeds]

@@ -20,6 +20,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from embedding.config import StrictConfig
 from embedding.errors import UserError
 from pipeline.artifacts import RESUME
+from pipeline.code_carry import CodebookChange
 from pipeline.config import ClusterConfig, Recipe
 from pipeline.console import Reporter
 from pipeline.content_paths import ContentPaths
@@ -49,6 +50,8 @@ class TrainInputs(StrictConfig):
     """Directory of the train artifact to start from."""
     content: ContentPaths | None = None
     """Where the recipe has content."""
+    codebooks: CodebookChange | None = None
+    """Where the parent's code tables belong to other codebooks than the samples."""
 
 
 class TrainedModel(StrictConfig):
@@ -80,6 +83,7 @@ class TrainJob(StrictConfig):
     """Held-out samples; empty: no validation."""
     plan: Path
     parent_checkpoint: Path | None
+    codebooks: CodebookChange | None = None
     resume: Path
     """Where everything lies while the training runs."""
     content: ContentPaths | None = None
@@ -165,6 +169,7 @@ def train(
         parent_checkpoint=(
             None if inputs.parent is None else (inputs.parent / CHECKPOINT).absolute()
         ),
+        codebooks=inputs.codebooks,
         resume=(scratch / RESUME).absolute(),
         content=None if inputs.content is None else inputs.content.absolute(),
     )

@@ -24,6 +24,7 @@ from embedding.notices import divert_library_notices
 from embedding.plan_description import PlanDescription
 from embedding.shard import Sharded, shard
 from embedding.warm_start import WarmStartReport
+from pipeline.code_carry import row_carries
 from pipeline.config import Recipe
 from pipeline.content_training import RankContent, rank_content
 from pipeline.evaluate import EvaluateJob
@@ -163,7 +164,8 @@ def _restore(
         return Progress.from_state_dict(progress), None
     if job.parent_checkpoint is None:
         return Progress(), None
-    return Progress(), load_into(job.parent_checkpoint, sharded)
+    carries = row_carries(job.codebooks, job.recipe.features) if job.codebooks else None
+    return Progress(), load_into(job.parent_checkpoint, sharded, carries)
 
 
 def _prepare_process(recipe: Recipe, logs: Path) -> torch.device:

@@ -11,11 +11,20 @@ def warm_start_line(facts: Mapping[str, Any], parent: str) -> str:
     """One line from a `WarmStartReport`: how much came from the run of `parent`."""
     redrawn = list(facts["initialised"])
     line = f"warm start from {parent}: carried {len(facts['carried'])}, redrawn {len(redrawn)}"
-    if not redrawn:
+    if redrawn:
+        more = len(redrawn) - _SHOWN
+        names = ", ".join(redrawn[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+        line += f" ({names})"
+    tables = facts.get("rows", {})
+    if not tables:
         return line
-    more = len(redrawn) - _SHOWN
-    names = ", ".join(redrawn[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
-    return f"{line} ({names})"
+    carried, sourced, new = (
+        sum(rows[kind] for rows in tables.values()) for kind in ("carried", "sourced", "redrawn")
+    )
+    return (
+        f"{line}; rows of {len(tables)} code tables: {carried} go on, {sourced} start from the "
+        f"most similar row, {new} anew"
+    )
 
 
 def redrawn_rows(facts: Mapping[str, Any]) -> list[dict[str, str]]:

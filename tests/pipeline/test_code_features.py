@@ -60,6 +60,18 @@ def test_candidate_gets_its_codes_and_neighbours(case: Case) -> None:
     assert columns["vq"].to_pylist() == [case.near.get(i, [MISSING_ID]) for i in items]
 
 
+def test_elements_of_vectors_are_dense_columns(case: Case) -> None:
+    vectors = np.random.default_rng(1).standard_normal((NUM_ITEMS, 2)).astype(np.float32)
+    ids, none = np.arange(1000, 1000 + NUM_ITEMS), np.empty((NUM_ITEMS, 0), np.int32)
+    near = np.zeros((NUM_ITEMS, 1), np.int32)
+    codes = ItemCodes.of(codes_table(ids, none, None, near, vectors).take(np.arange(29, -1, -1)))
+    columns = candidate_columns(codes, case.candidates)
+    for row, item in enumerate(case.candidates.tolist()):
+        found = np.array([columns[f"vector_{i}"][row].as_py() for i in (0, 1)], np.float32)
+        expected = vectors[item - 1000] if item < 1030 else np.full(2, np.nan, np.float32)
+        np.testing.assert_array_equal(found, expected)
+
+
 def test_history_gets_code_sequences(case: Case) -> None:
     columns = history_columns(case.codes, case.history, neighbours_per_item=2)
 

@@ -11,8 +11,9 @@ import torch
 from embedding.errors import UserError
 from multimodal.codebook_versions import carries_between, find_version, load_version
 from multimodal.codes_config import Codes, RefitPolicy, Rq, Suffix, Vq
-from pipeline.code_features import ItemCodes, candidate_columns
-from pipeline.quantize import CODES_FILE, ItemVectors, QuantizeFacts, quantize
+from pipeline.code_features import CODES_FILE, ItemCodes, candidate_columns
+from pipeline.quantize import ItemVectors, quantize
+from pipeline.quantize_facts import QuantizeFacts
 
 CONFIG = Codes(
     rq=Rq(num_levels=2, codebook_size=32),
@@ -39,6 +40,7 @@ class Week:
     def __init__(self, root: Path, config: Codes = CONFIG) -> None:
         self.root, self.config = root, config
         self.earlier: pa.Table | None = None
+        self.version: str | None = None
 
     def run(self, day: int, *, encoder: str = "tower-1", force: bool = False) -> QuantizeFacts:
         ids = np.arange(100 * day, 100 * day + 2000)
@@ -46,11 +48,13 @@ class Week:
         if encoder != "tower-1":
             turn, _ = np.linalg.qr(np.random.default_rng(3).standard_normal((16, 16)))
             x = (x @ turn).astype(np.float32)
-        items = ItemVectors(ids, x, encoder, "2026-01-01", f"2026-01-{day + 1:02d}", self.earlier)
+        last_day = f"2026-01-{day + 1:02d}"
+        items = ItemVectors(ids, x, encoder, "2026-01-01", last_day, self.earlier, self.version)
         scratch = self.root / f"day-{day}"
         scratch.mkdir(parents=True)
         versions = self.root / "codebooks"
         facts = quantize(self.config, items, versions, scratch, force_refit=force)
+        self.version = facts.version
         self.earlier = pq.read_table(scratch / CODES_FILE)
         return facts
 
@@ -173,6 +177,7 @@ def test_changed_settings_call_for_new_codebooks(tmp_path: Path) -> None:
     Week(tmp_path).run(0)
     rq = Rq(num_levels=3, codebook_size=40)
     week = Week(tmp_path, CONFIG.model_copy(update={"rq": rq, "vq": None}))
+    week.version = "v0001"
     after = week.run(1)
     assert "settings differ from those of codebooks v0001" in after.refit.reasons[0]
     assert after.table_sizes == {"sid_0": 40, "sid_1": 40, "sid_2": 40, "sid_suffix": 64}
@@ -181,3 +186,50 @@ def test_changed_settings_call_for_new_codebooks(tmp_path: Path) -> None:
     only_vq = Week(tmp_path, Codes(rq=None)).run(2)
     assert only_vq.metrics is None
     assert only_vq.table_sizes == {"vq": 2000}
+
+
+def test_only_seen_items_are_fitted_and_all_get_codes(tmp_path: Path) -> None:
+    ids = np.arange(2000)
+    x, seen = vectors_of(ids), ids < 1500
+    root, scratch = tmp_path / "codebooks", tmp_path / "day"
+    scratch.mkdir()
+    items = ItemVectors(ids, x, "tower-1", "2026-01-01", "2026-01-02", seen_N=seen)
+
+    facts = quantize(CONFIG, items, root, scratch)
+
+    assert (facts.num_items, facts.num_unseen_items, facts.num_new_items) == (2000, 500, 0)
+    books = load_version(root, "v0001")
+    assert books.fitted_ids is not None
+    assert books.fitted_ids.tolist() == ids[seen].tolist()
+    assert facts.table_sizes["vq"] == 1500
+    assert books.residual
+    codes = pq.read_table(scratch / CODES_FILE)
+    expected = books.residual.encode(x)
+    assert [codes["sid_0"].to_pylist(), codes["sid_1"].to_pylist()] == expected.T.tolist()
+
+
+def test_a_recipe_may_name_its_codebooks(tmp_path: Path) -> None:
+    week = Week(tmp_path)
+    week.run(0)
+    week.run(1, force=True)
+    week.config = CONFIG.model_copy(update={"version": "v0001"})
+
+    pinned = week.run(20)
+
+    assert pinned.version == "v0001"
+    assert not pinned.refit.refit
+    assert (
+        "codes.version=v0001; otherwise: the codebooks are 20 days old" in pinned.refit.reasons[0]
+    )
+    with pytest.raises(UserError, match="codes.version=v0001 cannot code the items: the encoder"):
+        week.run(21, encoder="tower-2")
+    week.config = CONFIG.model_copy(update={"version": "v0009"})
+    with pytest.raises(UserError, match="codebook version 'v0009' is not in .*v0001, v0002"):
+        week.run(22)
+
+
+def test_more_items_than_the_vq_table_has_rows_are_refused_before_a_fit(tmp_path: Path) -> None:
+    week = Week(tmp_path, CONFIG.model_copy(update={"vq": Vq(max_items=1999)}))
+    with pytest.raises(UserError, match="max_items=1999 is less than the 2000 items"):
+        week.run(0)
+    assert not (tmp_path / "codebooks").exists()

@@ -21,6 +21,17 @@ def test_line_counts_and_names_what_is_redrawn() -> None:
     assert warm_start_line(facts(), "2024-01-06").endswith("carried 3, redrawn 0")
 
 
+def test_line_counts_the_rows_of_code_tables() -> None:
+    rows = {
+        "sid_0": {"carried": 7, "sourced": 2, "redrawn": 0},
+        "vq": {"carried": 40, "sourced": 5, "redrawn": 3},
+    }
+    line = warm_start_line({**facts(), "rows": rows}, "d")
+    assert line.endswith(
+        "redrawn 0; rows of 2 code tables: 47 go on, 7 start from the most similar row, 3 anew"
+    )
+
+
 def test_line_stays_short_and_the_rows_have_everything() -> None:
     report = facts(**{f"dense/{i}": f"shape changed from {i}" for i in range(9)})
 

@@ -1,0 +1,210 @@
+"""The report's section on codes: figures of the day, and a browser from codes to items."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+from PIL import Image
+
+from embedding.raw_ids import Int64Array, to_raw_ids
+from multimodal.code_tree import CodeTree
+from multimodal.vectors import Int32Array
+from pipeline.artifacts import read_manifest
+from pipeline.code_features import CODES_FILE
+from pipeline.quantize_facts import QuantizeFacts
+
+NUM_FIRST_CODES = 6
+NUM_PREFIXES = 3
+NUM_ITEMS = 8
+_TITLE_WORDS = 7
+_POSTER_PIXELS = 72
+
+
+def code_section(root: Path, directory: Path) -> dict[str, Any] | None:
+    """What the report says about codes; None for a run without them.
+
+    Args:
+        root: data root with the catalogue.
+        directory: of the run.
+    """
+    manifest = read_manifest(directory / "quantize")
+    trained = read_manifest(directory / "train")
+    if manifest is None:
+        return None
+    facts = QuantizeFacts.model_validate(
+        {name: manifest.facts[name] for name in QuantizeFacts.model_fields}
+    )
+    rows = (trained.facts["warm_start"] or {}).get("rows", {}) if trained else {}
+    return {
+        "tiles": _tiles(facts, manifest.facts["num_without_vector"]),
+        "decision": _decision(facts),
+        "levels": _levels(facts),
+        "tables": [{"name": name, **counts} for name, counts in rows.items()],
+        "max_items": NUM_ITEMS,
+        "browser": browse(directory / "quantize" / CODES_FILE, root / "items.parquet", root),
+    }
+
+
+def _tiles(facts: QuantizeFacts, num_without: int) -> list[dict[str, str]]:
+    unseen = f", {facts.num_unseen_items} not seen yet" if facts.num_unseen_items else ""
+    without = f", {num_without} without a vector" if num_without else ""
+    tiles = [
+        {
+            "label": "Codebooks",
+            "value": facts.version,
+            "note": "refit" if facts.refit.refit else "",
+        },
+        {"label": "Items", "value": f"{facts.num_items:,}", "note": f"coded{unseen}{without}"},
+    ]
+    if facts.metrics:
+        shared = f"at most {facts.metrics.largest_collision} items a code"
+        tiles += [
+            {
+                "label": "Collisions",
+                "value": f"{facts.metrics.collision_rate:.1%}",
+                "note": f"of items share their full code, {shared}",
+            },
+            {
+                "label": "Self-retrieval",
+                "value": f"{facts.metrics.hit_rate_10:.1%}",
+                "note": f"HR@10 of what a code stands for; HR@1 {facts.metrics.hit_rate_1:.1%}",
+            },
+        ]
+    if facts.stability:
+        tiles.append(
+            {
+                "label": "Stability",
+                "value": f"{facts.stability.full:.1%}",
+                "note": "of items keep their full code since the run before",
+            }
+        )
+    return tiles
+
+
+def _decision(facts: QuantizeFacts) -> str:
+    said = "Fitted anew: " if facts.refit.refit else "Not fitted anew"
+    said += "; ".join(facts.refit.reasons)
+    drift = facts.drift
+    if drift is None:
+        return f"{said}."
+    parts = [f"age {drift.age_days} days", f"{drift.num_new_items} items since the fit"]
+    if drift.error_ratio is not None:
+        parts.append(f"their error is {drift.error_ratio:.2f} times that of the fit")
+    if drift.utilisation_ratio is not None:
+        parts.append(f"{drift.utilisation_ratio:.0%} of the codewords of the fit are in use")
+    return f"{said}. Drift: {', '.join(parts)}."
+
+
+def _levels(facts: QuantizeFacts) -> list[dict[str, str]]:
+    if facts.metrics is None:
+        return []
+    whole = facts.metrics.mean_squared_length
+    return [
+        {
+            "level": f"sid_{level}",
+            "codes": f"{metrics.num_codes:,}",
+            "utilisation": f"{metrics.utilisation:.1%}",
+            "perplexity": f"{metrics.perplexity:,.1f}",
+            "mse": f"{metrics.mse:.4g}",
+            "left": f"{metrics.mse / whole:.1%}" if whole else "-",
+            "stable": f"{facts.stability.levels[level]:.1%}" if facts.stability else "-",
+        }
+        for level, metrics in enumerate(facts.metrics.levels)
+    ]
+
+
+# --- browser -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ShownItem:
+    """One item of a code."""
+
+    title: str
+    poster: str | None
+    """A data URI."""
+
+
+@dataclass(frozen=True)
+class ShownCode:
+    """A code prefix and some of its items."""
+
+    prefix: str
+    num_items: int
+    shown: list[ShownItem]
+
+
+def browse(codes: Path, items: Path, root: Path) -> list[ShownCode]:
+    """The most frequent first codes, their most frequent second codes, and items of each.
+
+    Args:
+        codes: a codes artifact's file.
+        items: items.parquet.
+        root: what image paths are relative to.
+    """
+    table = pq.read_table(codes)
+    levels = [name for name in ("sid_0", "sid_1") if name in table.column_names]
+    if not levels:
+        return []
+    codes_NL: Int32Array = np.stack([table[name].to_numpy() for name in levels], axis=1)
+    tree = CodeTree.of(codes_NL)
+    prefixes: list[tuple[int, ...]] = []
+    for first in list(tree.children())[:NUM_FIRST_CODES]:
+        seconds = list(tree.children((first,)))[:NUM_PREFIXES]
+        prefixes += [(first, second) for second in seconds] or [(first,)]
+    members = {prefix: tree.items(prefix) for prefix in prefixes}
+    ids = table["item_id"].to_numpy()
+    wanted = np.unique(np.concatenate([ids[rows[:NUM_ITEMS]] for rows in members.values()]))
+    shown = _items(items, wanted, root)
+    return [
+        ShownCode(
+            "-".join(map(str, prefix)),
+            len(rows),
+            [shown[item] for item in ids[rows[:NUM_ITEMS]].tolist()],
+        )
+        for prefix, rows in members.items()
+    ]
+
+
+def _items(path: Path, wanted: Int64Array, root: Path) -> dict[int, ShownItem]:
+    """Titles and posters of some items; reads the row groups they lie in."""
+    dataset = ds.dataset(path)
+    names = [name for name in ("title", "text", "image") if name in dataset.schema.names]
+    raw_ids = to_raw_ids(pq.read_table(path, columns=["item_id"])["item_id"]).to_numpy()
+    rows = np.flatnonzero(np.isin(raw_ids, wanted))
+    found = dataset.take(pa.array(rows), columns=["item_id", *names])
+    return {
+        int(raw_id): ShownItem(_title(row), _poster(row.get("image"), root))
+        for raw_id, row in zip(raw_ids[rows], found.to_pylist(), strict=True)
+    }
+
+
+def _title(row: Mapping[str, Any]) -> str:
+    words: Sequence[str] = str(row.get("title") or row.get("text") or "").split()
+    if not words:
+        return f"item {row['item_id']}"
+    return " ".join(words[:_TITLE_WORDS]) + ("..." if len(words) > _TITLE_WORDS else "")
+
+
+def _poster(image: bytes | str | None, root: Path) -> str | None:
+    """A small JPEG as a data URI; None where there is no readable image."""
+    if image is None:
+        return None
+    try:
+        source = root / image if isinstance(image, str) else io.BytesIO(image)
+        with Image.open(source) as opened:
+            opened.draft("RGB", (_POSTER_PIXELS, _POSTER_PIXELS))
+            small = opened.convert("RGB")
+            small.thumbnail((_POSTER_PIXELS, _POSTER_PIXELS))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None  # counted where content is encoded; here only the picture is left out
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=70)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,0 +1,191 @@
+"""The quantize stage: the codes of all items for the run of one date.
+
+Reads items.parquet, the events of every item up to the date, and the codes of the run before.
+Writes `codes.parquet`; new codebooks go to OUT/codebooks, which all runs share.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import date as calendar_date
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from multimodal.codes_config import ColumnVectors
+from pipeline.align_stage import AlignmentOfDay
+from pipeline.artifacts import read_manifest
+from pipeline.cluster import RaySession
+from pipeline.code_carry import CodebookChange
+from pipeline.code_features import CODES_FILE
+from pipeline.config import Recipe
+from pipeline.console import Reporter
+from pipeline.days import Split
+from pipeline.item_vectors import read_column_vectors
+from pipeline.quantize import ItemVectors, quantize
+from pipeline.quantize_facts import QuantizeFacts
+from pipeline.stages import StageOutput, StageSpec
+
+STAGE = "quantize"
+CODEBOOKS = "codebooks"
+
+
+@dataclass(frozen=True)
+class CodesOfDay:
+    """The codes of one run; its recipe has `codes`."""
+
+    recipe: Recipe
+    out: Path
+    date: str
+    first_day: str
+    """Of the event log."""
+    alignment: AlignmentOfDay | None
+    """Makes the vectors; None: they are a column of the catalogue."""
+    reporter: Reporter
+
+    @property
+    def directory(self) -> Path:
+        """Where the stage publishes."""
+        return self._directory(self.date)
+
+    @property
+    def file(self) -> Path:
+        """The codes."""
+        return self.directory / CODES_FILE
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the codes: equal for equal codes, whichever run wrote them."""
+        manifest = read_manifest(self.directory)
+        return "" if manifest is None else manifest.checksums[CODES_FILE]
+
+    @property
+    def codebooks(self) -> str | None:
+        """Whose codes these are; None before the stage ran."""
+        manifest = read_manifest(self.directory)
+        return None if manifest is None else str(manifest.facts["codebooks"])
+
+    def change_since(self, parent: str | None) -> CodebookChange | None:
+        """What a training must do to the code tables of the run that it starts from."""
+        before = None if parent is None else codes_version(self._directory(parent))
+        after = codes_version(self.directory)
+        if before is None or after is None or before == after:
+            return None
+        return CodebookChange(root=(self.out / CODEBOOKS).absolute(), before=before, after=after)
+
+    def specs(self, name: str, catalogue: str, ingests: tuple[Path, ...]) -> Iterator[StageSpec]:
+        """The execution of `align`, where vectors are made, or of `quantize`.
+
+        Args:
+            name: of the stage; those before it must have run.
+            catalogue: fingerprint of the files of items and users.
+            ingests: ingest artifacts that hold the training days, oldest first.
+        """
+        if name == STAGE:
+            yield self._spec(catalogue)
+        elif self.alignment is not None:
+            yield self.alignment.spec(catalogue, ingests)
+
+    def _spec(self, catalogue: str) -> StageSpec:
+        codes = self.recipe.codes
+        assert codes is not None
+        previous = self._previous()
+        forced = calendar_date.fromisoformat(self.date) in codes.refit.force_on
+        inputs = {"catalogue": catalogue, "ingest": self._artifact_id("ingest", self.date)}
+        if self.alignment is not None:
+            inputs["align"] = self._artifact_id("align", self.date)
+        if previous is not None:
+            inputs["previous"] = self._artifact_id(STAGE, previous)
+        return StageSpec(
+            STAGE,
+            self.directory,
+            {"codes": codes.quantized, "forced": forced},
+            inputs,
+            lambda scratch: self._write(scratch, previous, force_refit=forced),
+        )
+
+    def _write(self, scratch: Path, previous: str | None, *, force_refit: bool) -> StageOutput:
+        codes = self.recipe.codes
+        assert codes is not None
+        if self.alignment is not None:
+            found = self.alignment.vectors()
+        else:
+            assert isinstance(codes.vectors, ColumnVectors)
+            found = read_column_vectors(self.recipe.data.root, codes.vectors)
+        counts = pq.read_table(self.out / self.date / "ingest" / "item_counts.parquet")
+        earlier, before = None, None
+        if previous is not None:
+            earlier = pq.read_table(self._directory(previous) / CODES_FILE)
+            before = codes_version(self._directory(previous))
+        items = ItemVectors(
+            found.item_ids_N,
+            found.vectors_ND,
+            found.encoder,
+            self.first_day,
+            self.date,
+            earlier,
+            before,
+            np.isin(found.item_ids_N, counts["item_id"].to_numpy()),
+        )
+        facts = quantize(codes, items, self.out / CODEBOOKS, scratch, force_refit=force_refit)
+        self.reporter.line(f"  {decision_line(facts, before)}")
+        return StageOutput(
+            rows_in=facts.num_items + found.num_without,
+            rows_out=facts.num_items,
+            facts={
+                **facts.model_dump(mode="json"),
+                "previous": previous,
+                "num_without_vector": found.num_without,
+            },
+        )
+
+    def _previous(self) -> str | None:
+        """Date of the run whose codes these go on with: the latest earlier one."""
+        recorded = read_manifest(self.directory)
+        if recorded is not None:
+            day: str | None = recorded.facts["previous"]
+            if day is None or self._artifact_id(STAGE, day) == recorded.inputs["previous"]:
+                return day
+        earlier = self.out.glob(f"????-??-??/{STAGE}/manifest.json")
+        days = (path.parts[-3] for path in earlier)
+        return max((d for d in days if d < self.date), default=None)
+
+    def _directory(self, day: str) -> Path:
+        return self.out / day / STAGE
+
+    def _artifact_id(self, stage: str, day: str) -> str:
+        manifest = read_manifest(self.out / day / stage)
+        return "" if manifest is None else manifest.artifact_id
+
+
+def codes_of_day(
+    recipe: Recipe, out: Path, split: Split, session: RaySession, reporter: Reporter
+) -> CodesOfDay | None:
+    """The codes of a run; None for a recipe without."""
+    if recipe.codes is None:
+        return None
+    date, alignment = split.known[-1], None
+    if not isinstance(recipe.codes.vectors, ColumnVectors):
+        alignment = AlignmentOfDay(recipe, out, date, split.train, session, reporter)
+    return CodesOfDay(recipe, out, date, split.known[0], alignment, reporter)
+
+
+def codes_version(directory: Path) -> str | None:
+    """Codebook version of a quantize artifact; None where there is none."""
+    manifest = read_manifest(directory)
+    return None if manifest is None else str(manifest.facts["version"])
+
+
+def decision_line(facts: QuantizeFacts, before: str | None) -> str:
+    """One line: which codebooks code the items, and why."""
+    metrics = facts.metrics
+    line = f"codebooks {facts.version}"
+    if facts.refit.refit:
+        line += f", fitted anew ({'; '.join(facts.refit.reasons)})"
+    elif before is not None:
+        line += ", unchanged"
+    if metrics is not None:
+        line += f": collisions {metrics.collision_rate:.1%}"
+    if facts.stability is not None:
+        line += f", stability {facts.stability.full:.1%}"
+    return line

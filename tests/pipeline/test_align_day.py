@@ -1,0 +1,132 @@
+"""Alignment through the command line: trained once, kept, taken further, and its vectors coded."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from small_log import DAYS, event, make_recipe, write_catalogue, write_day
+
+from deploy.app import main
+
+pytestmark = pytest.mark.integration
+
+NUM_ITEMS, NO_TEXT, EDITED = 40, 7, 11
+CODES = {
+    "vectors": {
+        "kind": "aligned",
+        "content": {
+            **{"text": {"model": "tiny", "max_tokens": 8}, "dim": 8, "fusion": {"kind": "concat"}},
+            "cic": None,
+        },
+        **{"num_steps": 12, "warm_steps": 4, "batch_size": 64, "items_per_chunk": 16},
+        "swing": {"min_common_users": 2},
+    },
+    "rq": {"num_levels": 2, "codebook_size": 4},
+    "vq": {"top_k": 3, "max_items": 80},
+}
+
+
+@dataclass(frozen=True)
+class Days:
+    """Three days up to their codes; a text changes before the second, the third trains."""
+
+    folder: Path
+
+    def facts(self, day: int, stage: str) -> dict[str, Any]:
+        path = self.folder / "runs" / DAYS[day] / stage / "manifest.json"
+        return json.loads(path.read_text())["facts"]
+
+    def vectors(self, day: int) -> dict[int, np.ndarray]:
+        folder = self.folder / "runs" / DAYS[day] / "align"
+        ids, x = np.load(folder / "item_ids.npy"), np.load(folder / "vectors.npy")
+        return dict(zip(ids.tolist(), x, strict=True))
+
+    def run(self, day: int, *overrides: str) -> int:
+        sets = [part for override in overrides for part in ("--set", override)]
+        recipe = ["--recipe", str(self.folder / "coded.yaml"), "--date", DAYS[day]]
+        return main(["stage", "quantize", *recipe, "--out", str(self.folder / "runs"), *sets])
+
+
+def write_texts(root: Path, *, edited: bool) -> None:
+    items = pq.read_table(root / "items.parquet").select(["item_id", "category", "tags", "weight"])
+    texts = [f"kind {i % 5} word {i % 3} item {i}" for i in range(1, NUM_ITEMS + 1)]
+    texts[NO_TEXT - 1] = None
+    if edited:
+        texts[EDITED - 1] = "something else"
+    pq.write_table(items.append_column("text", pa.array(texts)), root / "items.parquet")
+
+
+@pytest.fixture(scope="module")
+def days(tmp_path_factory: pytest.TempPathFactory) -> Days:
+    days = Days(tmp_path_factory.mktemp("align"))
+    root = days.folder / "data"
+    write_catalogue(root, num_items=NUM_ITEMS, num_users=9)
+    write_texts(root, edited=False)
+    for i in range(4):
+        # Users like items of one kind, so these are watched together.
+        rows = [
+            event(i, 1 + k % 9, 60 * k + 1, item_id=1 + (5 * (k * k + i) + k % 9) % NUM_ITEMS)
+            for k in range(180)
+        ]
+        write_day(root, i, [rows])
+    recipe = make_recipe(root).model_dump(mode="json")
+    recipe["codes"] = CODES
+    recipe["cluster"]["num_workers"] = 2
+    (days.folder / "coded.yaml").write_text(yaml.safe_dump(recipe))
+    assert days.run(0) == 0
+    write_texts(root, edited=True)
+    assert days.run(1) == 0
+    assert days.run(2, "codes.vectors.realign_every_days=1") == 0
+    return days
+
+
+def test_the_first_day_trains_on_its_pairs_and_encodes_all(days: Days) -> None:
+    facts = days.facts(0, "align")
+    assert facts["trained_on"] == DAYS[0]
+    assert facts["training"]["steps"] == 12
+    assert facts["training"]["last_loss"] < facts["training"]["first_loss"]
+    assert facts["pairs"]["user2item_pairs"] > 0
+    assert facts["pairs"]["last_day"] == DAYS[0]
+    counts = (facts["num_items"], facts["num_without_content"], facts["num_encoded"])
+    assert counts == (NUM_ITEMS - 1, 1, NUM_ITEMS - 1)
+    found = days.vectors(0)
+    assert set(found) == {*range(1, NUM_ITEMS + 1)} - {NO_TEXT}
+    np.testing.assert_allclose([np.linalg.norm(x) for x in found.values()], 1, rtol=1e-5)
+
+
+def test_items_keep_their_vectors_until_their_content_changes(days: Days) -> None:
+    facts = days.facts(1, "align")
+    assert (facts["trained_on"], facts["training"]) == (DAYS[0], None)
+    assert facts["encoder"] == days.facts(0, "align")["encoder"]
+    assert facts["num_encoded"] == 1
+    before, after = days.vectors(0), days.vectors(1)
+    changed = [item for item in before if not np.array_equal(before[item], after[item])]
+    assert changed == [EDITED]
+    assert days.facts(1, "quantize")["version"] == "v0001"
+
+
+def test_a_new_encoder_moves_all_vectors_and_codes_go_on(days: Days) -> None:
+    facts = days.facts(2, "align")
+    assert facts["trained_on"] == DAYS[2]
+    assert facts["training"]["steps"] == 4
+    assert facts["pairs"]["item2item_pairs"] > 0
+    assert facts["encoder"] != days.facts(1, "align")["encoder"]
+    assert facts["num_encoded"] == NUM_ITEMS - 1
+    quantized = days.facts(2, "quantize")
+    assert quantized["version"] == "v0002"
+    assert quantized["refit"]["reasons"][0].startswith("the encoder changed from aligned:")
+    assert quantized["stability"]["levels"][0] > 0.5
+
+
+def test_pairs_that_are_not_there_are_named(days: Days, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    nothing = ["codes.vectors.swing.min_common_users=99", "codes.vectors.user2item=null"]
+    assert days.run(0, *nothing) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "give no pair of items to align (item2item pairs need 99 common users)" in said

@@ -1,0 +1,123 @@
+"""A recipe with codes: its features follow from one section, written out and read again."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from deploy.bundle import Bundle
+from embedding.config import StrictConfig
+from embedding.errors import UserError
+from pipeline.config import Recipe
+from pipeline.identity import ingest_config, samples_config, training_config
+from pipeline.recipe import load_recipe
+from pipeline.study import Variant, read_variants
+from tests.pipeline.small_log import make_recipe
+
+COLUMN = {"kind": "column"}
+CODES = {
+    "vectors": COLUMN,
+    "rq": {"num_levels": 2, "codebook_size": 8},
+    "vq": {"max_items": 40},
+}
+
+
+class Holder(StrictConfig):
+    """A job that carries a recipe to another process."""
+
+    recipe: Recipe
+
+
+def small(tmp_path: Path, codes: Any = CODES) -> dict[str, Any]:
+    data = make_recipe(tmp_path / "data").model_dump(mode="json")
+    return {**data, "codes": codes}
+
+
+def write(tmp_path: Path, data: Any) -> str:
+    path = tmp_path / "coded.yaml"
+    path.write_text(yaml.safe_dump(data))
+    return str(path)
+
+
+def test_a_resolved_recipe_reads_back_the_same(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, small(tmp_path)))
+    names = [feature.name for feature in recipe.features.sparse]
+    assert names[-4:] == ["clicks_shared_2", "seen_vq", "seen_shared_1", "seen_shared_2"]
+
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+    assert "sid_0" not in text
+    again = load_recipe(write(tmp_path, yaml.safe_load(text)))
+    assert again == recipe
+    for holder in (Holder(recipe=recipe), Bundle(recipe=recipe, tables={}, files={})):
+        assert type(holder).model_validate_json(holder.model_dump_json()).recipe == recipe
+        assert type(holder)(**dict(holder)).recipe == recipe  # validated as an instance again
+
+
+def test_null_switches_everything_off(tmp_path: Path) -> None:
+    plain = make_recipe(tmp_path / "data")
+    coded = write(tmp_path, small(tmp_path))
+
+    off = load_recipe(coded, ["codes=null"])
+
+    assert off == plain
+    on = load_recipe(coded)
+    assert ingest_config(on) == ingest_config(plain)
+    assert samples_config(on) != samples_config(plain)
+    assert training_config(on) != training_config(plain)
+
+
+def test_overrides_reach_the_codes_and_the_recipes_own_features(tmp_path: Path) -> None:
+    overrides = [
+        "codes.rq.codebook_size=16",
+        "codes.features.families=[candidate]",
+        "features.tables.item.num_embeddings=7",
+    ]
+    recipe = load_recipe(write(tmp_path, small(tmp_path)), overrides)
+    rows = {table.name: table.num_embeddings for table in recipe.features.tables}
+    assert (rows["sid_0"], rows["item"], rows["vq"]) == (17, 7, 41)
+    assert [f.name for f in recipe.features.sparse][-3:] == ["sid_0", "sid_1", "vq"]
+    switched_on = load_recipe(
+        write(tmp_path, small(tmp_path, None)), ["codes={vq: null, vectors: {kind: column}}"]
+    )
+    assert "vq" not in [table.name for table in switched_on.features.tables]
+
+
+def test_variants_of_a_study_change_the_codes(tmp_path: Path) -> None:
+    variants = tmp_path / "variants.yaml"
+    variants.write_text("ids: [codes=null]\nvq: [codes.rq=null]\nrq: [codes.vq=null]\nboth: []\n")
+    found = read_variants(variants)
+    assert found[0] == Variant("ids", ("codes=null",))
+    path = write(tmp_path, small(tmp_path))
+    tables = {
+        v.name: {t.name for t in load_recipe(path, v.overrides).features.tables} for v in found
+    }
+    assert tables["both"] - tables["ids"] == {"sid_0", "sid_1", "vq", "user_code_1", "user_code_2"}
+    assert tables["vq"] - tables["ids"] == {"vq"}
+    assert tables["both"] - tables["rq"] == {"vq"}
+
+
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [
+        ({"rq": {"codebooksize": 8}}, r"codes.rq.codebooksize: unknown key; did you mean"),
+        ({"vectors": {"kind": "file"}}, r"codes.vectors"),
+        (
+            {"features": {"histories": ["bought"]}},
+            r"codes.features.histories: \['bought'\] are not",
+        ),
+        ({"rq": None, "vq": None}, r"codes: vq and rq are both null"),
+    ],
+)
+def test_faults_are_named_with_their_place(tmp_path: Path, codes: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_recipe(write(tmp_path, small(tmp_path, codes)))
+
+
+def test_code_features_are_not_written_by_hand(tmp_path: Path) -> None:
+    data = small(tmp_path, None)
+    data["features"]["sparse"].append({"name": "sid_0", "table": "item", "source": "codes"})
+    with pytest.raises(ValidationError, match="follow from the section codes; remove those"):
+        Recipe.model_validate(data)

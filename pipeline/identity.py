@@ -60,6 +60,18 @@ def content_config(content: ContentConfig) -> dict[str, Any]:
     }
 
 
+def plan_config(recipe: Recipe) -> dict[str, Any]:
+    """What a sharding plan depends on."""
+    return {
+        "features": recipe.features.model_dump(mode="json"),
+        "embedding": recipe.embedding.model_dump(mode="json"),
+        "cluster": recipe.cluster.model_dump(
+            mode="json", include={"num_workers", "cpus_per_worker", "use_gpu"}
+        ),
+        "batch_size_per_rank": recipe.ranking.trainer.batch_size_per_rank,
+    }
+
+
 def training_config(recipe: Recipe) -> dict[str, Any]:
     """What a trained model depends on: not how often its training reports and saves."""
     reporting = {"trainer": {"log_every_steps", "checkpoint_every_steps", "keep_checkpoints"}}

@@ -27,7 +27,7 @@ from pipeline.days import Split, available_days, catalogue_files, day_files, fin
 from pipeline.evaluate import evaluate
 from pipeline.gate import gate
 from pipeline.held_out import require_held_out
-from pipeline.identity import ingest_config, samples_config, training_config
+from pipeline.identity import ingest_config, plan_config, samples_config, training_config
 from pipeline.ingest import check_span, ingest
 from pipeline.join import HELD_OUT, SAMPLES, join
 from pipeline.metrics_file import METRICS_FILE
@@ -234,13 +234,8 @@ class DayRun:
 
     def _content(self) -> Iterator[StageSpec]:
         if self.recipe.content is not None:
-            yield content_stage(
-                self.recipe,
-                self.directory("content"),
-                self._catalogue,
-                self.session,
-                self.reporter,
-            )
+            at = self.directory("content")
+            yield content_stage(self.recipe, at, self._catalogue, self.session, self.reporter)
 
     def _codes(self, name: str) -> Iterator[StageSpec]:
         if self.codes is not None:
@@ -267,20 +262,13 @@ class DayRun:
         )
 
     def _plan(self) -> StageSpec:
-        config = {
-            "features": self._dump("features"),
-            "embedding": self._dump("embedding"),
-            "cluster": self.recipe.cluster.model_dump(
-                mode="json", include={"num_workers", "cpus_per_worker", "use_gpu"}
-            ),
-            "batch_size_per_rank": self.recipe.ranking.trainer.batch_size_per_rank,
-        }
-
         def body(scratch: Path) -> StageOutput:
             self.session.start()
             return plan(self.recipe, scratch)
 
-        return StageSpec("plan", self.directory("plan"), config, plan_inputs(self.recipe), body)
+        return StageSpec(
+            "plan", self.directory("plan"), plan_config(self.recipe), plan_inputs(self.recipe), body
+        )
 
     def _train(self) -> StageSpec:
         parent = self.parent()

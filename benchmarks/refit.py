@@ -41,7 +41,7 @@ FIRST_RUN = 2
 BIRTHS_PER_DAY = 0.15
 """Of the living items: enough new ones a day to tell models apart."""
 CODES = (
-    "{vectors: {kind: column}, rq: {num_levels: 3, codebook_size: 16}, "
+    "{vectors: {kind: column}, rq: {num_levels: 3, codebook_size: 32}, "
     "vq: {top_k: 10, max_items: 8000}}"
 )
 

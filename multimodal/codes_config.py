@@ -271,7 +271,9 @@ class CodeFeatures(StrictConfig):
     families: tuple[CodeFamily, ...] | None = None
     """`candidate`: codes of the candidate; `history`: code sequences of each history, and its VQ
     codes pooled; `shared`: history items with the candidate's first code, first two codes (pooled
-    ids, counts); `user`: an id of user and code prefix. Default: all that the codes allow."""
+    ids, counts); `user`: an id of user and code prefix. Default: the first three, as far as codes
+    allow them: ids of users and codes are many and rare, and a second epoch over little data learns
+    them by heart."""
     histories: tuple[str, ...] | None = None
     """Histories that the families `history` and `shared` read; default: all of the recipe."""
     embedding_dim: PositiveInt = 16
@@ -320,7 +322,7 @@ class Codes(StrictConfig):
         """Families of features that are derived."""
         if self.features.families is not None:
             return self.features.families
-        return ("candidate", "history", "shared", "user") if self.rq else ("candidate", "history")
+        return ("candidate", "history", "shared") if self.rq else ("candidate", "history")
 
     @property
     def quantized(self) -> dict[str, Any]:

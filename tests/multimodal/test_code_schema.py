@@ -23,7 +23,11 @@ CODES = Codes.model_validate(
     {
         "rq": {"num_levels": 2, "codebook_size": 16},
         "vq": {"top_k": 3, "max_items": 50},
-        "features": {"histories": ["clicks"], "embedding_dim": 8},
+        "features": {
+            "families": ["candidate", "history", "shared", "user"],
+            "histories": ["clicks"],
+            "embedding_dim": 8,
+        },
     }
 )
 

@@ -20,6 +20,7 @@ CODES = Codes.model_validate(
         "rq": {"num_levels": 2, "codebook_size": 8},
         "vq": {"top_k": 2, "max_items": 90},
         "suffix": {"num_codes": 4},
+        "features": {"families": ["candidate", "history", "shared", "user"]},
     }
 )
 OWN = FeatureSchema.model_validate(

@@ -16,9 +16,10 @@ from pipeline.config import Recipe
 from pipeline.ingest import check_span, ingest
 from pipeline.join import join
 
+FAMILIES = ["candidate", "history", "shared", "user"]
 CODES = {
     **{"rq": {"num_levels": 2, "codebook_size": 4}, "vq": {"max_items": 9, "top_k": 2}},
-    **{"suffix": {"num_codes": 3}, "features": {"histories": ["clicks"]}},
+    **{"suffix": {"num_codes": 3}, "features": {"families": FAMILIES, "histories": ["clicks"]}},
     "vectors": {"kind": "column"},
 }
 SID = {1: (0, 1, 2), 3: (0, 1, 0), 4: (0, 3, 1), 5: (2, 3, 0)}  # item 2 has no codes

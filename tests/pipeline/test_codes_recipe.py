@@ -94,7 +94,7 @@ def test_variants_of_a_study_change_the_codes(tmp_path: Path) -> None:
     tables = {
         v.name: {t.name for t in load_recipe(path, v.overrides).features.tables} for v in found
     }
-    assert tables["both"] - tables["ids"] == {"sid_0", "sid_1", "vq", "user_code_1", "user_code_2"}
+    assert tables["both"] - tables["ids"] == {"sid_0", "sid_1", "vq"}
     assert tables["vq"] - tables["ids"] == {"vq"}
     assert tables["both"] - tables["rq"] == {"vq"}
 

@@ -204,6 +204,7 @@ def usage_of(model: CostModel, placement: dict[str, Placed]) -> Usage:
     shape = model.shape
     world = shape.world_size
     counts_WK, bytes_WM = np.zeros((world, NUM_COUNTS)), np.zeros((world, len(BYTE_KINDS)))
+    bytes_WM[:, BYTE_KINDS.index("process")] = model.constants.process_bytes
     host_bytes_W = np.zeros(world)
     groups: dict[GroupKey, None] = {}
     for table, (choice, targets) in placement.items():

@@ -3,7 +3,7 @@
 import os
 
 import numpy as np
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from embedding.cluster_shape import ClusterShape
 from embedding.config import StrictConfig
@@ -37,6 +37,8 @@ class CostConstants(StrictConfig):
     """Per byte of the looked-up fields of one rank's batch: their concatenation, and back."""
     cores_per_host: int | None = None
     """On CPU: more ranks than cores take turns."""
+    process_bytes: int = Field(default=0, ge=0)
+    """Memory of every rank that the first step brings in, whatever the tables."""
 
     @model_validator(mode="after")
     def _check_names(self) -> "CostConstants":

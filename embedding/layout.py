@@ -22,7 +22,7 @@ class Layout:
         self.model = model
         world, hosts = model.shape.world_size, model.shape.num_hosts
         self.seconds_PW = np.zeros((len(PHASES), world))
-        self.device_bytes_W = np.zeros(world)
+        self.device_bytes_W = np.full(world, float(model.constants.process_bytes))
         self.host_bytes_H = np.zeros(hosts)
         self.groups: Counter[GroupKey] = Counter()
         self.groups_s = 0.0

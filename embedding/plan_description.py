@@ -15,8 +15,9 @@ PHASES = ("input_dist", "prefetch", "lookup", "output_dist", "backward")
 """Parts of a step that the cost model times: ids to their owners, rows from host memory into the
 device's cache, the lookup, vectors back, and their gradients with the rows' update."""
 
-BYTE_KINDS = ("weights", "optimizer", "gradient", "cache", "input", "output")
-"""What a rank's memory holds of the tables. `gradient`: the dense one of data-parallel tables."""
+BYTE_KINDS = ("weights", "optimizer", "gradient", "cache", "input", "output", "process")
+"""What a rank's memory holds of the tables. `gradient`: the dense one of data-parallel tables.
+`process`: code and buffers that the first step brings in, whatever the tables; calibrated."""
 
 
 class ShardPlacement(StrictConfig):

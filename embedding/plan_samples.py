@@ -12,7 +12,7 @@ from embedding.cost import CostModel, Placed
 from embedding.layout import Layout
 from embedding.limits import ELEMENT_BYTES
 from embedding.proposers import Options
-from embedding.search import all_placed
+from embedding.search import all_placed, canonical
 
 MAX_REPLICATED_BYTES = 16 << 20
 """Data-parallel tables beyond this are never sensible: their dense gradient costs too much."""
@@ -102,24 +102,7 @@ def all_sensible(model: CostModel, options: Options) -> Iterator[dict[str, Place
     ]
     seen: set[tuple[tuple[Choice, tuple[int, ...]], ...]] = set()
     for combination in itertools.product(*ways):
-        form = _canonical(combination)
+        form = canonical(combination)
         if form not in seen:
             seen.add(form)
             yield dict(zip(tables, combination, strict=True))
-
-
-def _canonical(combination: tuple[Placed, ...]) -> tuple[tuple[Choice, tuple[int, ...]], ...]:
-    """Ranks renamed in the order in which they appear: mirror images look the same.
-
-    Column shards are alike, so a table's own ranks are sorted first.
-    """
-    names: dict[tuple[str, int], int] = {}
-    form: list[tuple[Choice, tuple[int, ...]]] = []
-    for choice, targets in combination:
-        if choice.domain == "all":
-            form.append((choice, (0,)))
-            continue
-        for target in sorted(targets):
-            names.setdefault((choice.domain, target), len(names))
-        form.append((choice, tuple(sorted(names[choice.domain, t] for t in targets))))
-    return tuple(form)

@@ -66,18 +66,44 @@ def plan_tables(
         UserError: No plan fits, or a forced or pinned placement cannot be made; with the remedy.
     """
     model = request.model()
-    found = find_plan(request, model, starts)
+    found = _found(request, model, starts)
+    return describe(model, found.placement, found.proposer, request.tables_path)
+
+
+def shortlist_plans(request: PlanRequest, count: int) -> list[PlanDescription]:
+    """The `count` cheapest different plans that the search met, the cheapest first.
+
+    Raises:
+        UserError: As `plan_tables`.
+    """
+    model = request.model()
+    return [
+        describe(model, placement, f"shortlist {number}", request.tables_path)
+        for number, placement in enumerate(_found(request, model, keep=count).shortlist, start=1)
+    ]
+
+
+def _found(
+    request: PlanRequest,
+    model: CostModel,
+    starts: Mapping[str, PlanDescription] | None = None,
+    *,
+    keep: int = 1,
+) -> Found:
+    found = find_plan(request, model, starts, keep=keep)
     if found is None:
         from embedding.refusal import refusal
 
         raise refusal(request)
-    return describe(model, found.placement, found.proposer, request.tables_path)
+    return found
 
 
 def find_plan(
     request: PlanRequest,
     model: CostModel,
     starts: Mapping[str, PlanDescription] | None = None,
+    *,
+    keep: int = 1,
 ) -> Found | None:
     """The search behind `plan_tables`; None if nothing fits."""
     loads = list(model.loads.values())
@@ -87,14 +113,16 @@ def find_plan(
     }
     # Tables in device memory are never slower, so host memory comes in only where it is needed.
     inside = _options(request, loads, pinned, (FUSED,))
-    found = search(model, inside, pinned=pinned, starts=begun) if FUSED in request.kernels else None
+    found = None
+    if FUSED in request.kernels:
+        found = search(model, inside, pinned=pinned, starts=begun, keep=keep)
     if found is not None and not _is_tight(model, found):
         return found
     options = _options(request, loads, pinned, request.kernels)
     if options == inside:
         return found
     begun |= {found.proposer: found.placement} if found is not None else {}
-    offloaded = search(model, options, pinned=pinned, starts=begun)
+    offloaded = search(model, options, pinned=pinned, starts=begun, keep=keep)
     if found is None or offloaded is None:
         return found or offloaded
     both = found.search_s + offloaded.search_s

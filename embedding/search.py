@@ -6,7 +6,7 @@ Deterministic: nothing is drawn at random, and ties go to the first in the schem
 import itertools
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from embedding.choices import UVM, UVM_CACHING, Choice
@@ -41,6 +41,8 @@ class Found:
     search_s: float
     costs_by_proposer: dict[str, float]
     """The best of every proposer before local search; infinite where none fits."""
+    shortlist: tuple[dict[str, Placed], ...]
+    """The cheapest distinct placements that were met, `placement` first."""
 
 
 def search(
@@ -49,6 +51,7 @@ def search(
     *,
     pinned: Mapping[str, Placed] | None = None,
     starts: Mapping[str, Mapping[str, Placed]] | None = None,
+    keep: int = 1,
 ) -> Found | None:
     """The cheapest placement of all tables that fits, or None.
 
@@ -57,6 +60,7 @@ def search(
         options: allowed choices of every table that is not pinned.
         pinned: tables that stay where they are.
         starts: whole placements to begin from as well, by name.
+        keep: length of the shortlist, if so many different placements are met.
     """
     began = time.perf_counter()
     base = layout_of(model, pinned or {})
@@ -83,14 +87,47 @@ def search(
     improved = [
         (_improve(layout, options), order, name) for _, order, name, layout in candidates[:_REFINED]
     ]
-    best, _, name = min(improved, key=lambda entry: (entry[0].cost(), entry[1]))
+    improved.sort(key=lambda entry: (entry[0].cost(), entry[1]))
+    best, _, name = improved[0]
+    met = [*(layout for layout, _, _ in improved), *(entry[3] for entry in candidates)]
     return Found(
         placement={table: best.placement[table] for table in model.loads},
         cost_s=best.cost(),
         proposer=name if options else "pinned",
         search_s=time.perf_counter() - began,
         costs_by_proposer=costs,
+        shortlist=tuple(_cheapest_distinct(met, keep)),
     )
+
+
+def _cheapest_distinct(met: Sequence[Layout], keep: int) -> Iterator[dict[str, Placed]]:
+    """The first of `met`, then the cheapest ones that no renaming of ranks makes equal."""
+    seen: set[tuple[tuple[Choice, tuple[int, ...]], ...]] = set()
+    for layout in (met[0], *sorted(met[1:], key=Layout.cost)):
+        placement = {table: layout.placement[table] for table in layout.model.loads}
+        form = canonical(placement.values())
+        if form not in seen:
+            seen.add(form)
+            yield placement
+        if len(seen) == keep:
+            return
+
+
+def canonical(combination: Iterable[Placed]) -> tuple[tuple[Choice, tuple[int, ...]], ...]:
+    """Ranks renamed in the order in which they appear: mirror images look the same.
+
+    Column shards are alike, so a table's own ranks are sorted first.
+    """
+    names: dict[tuple[str, int], int] = {}
+    form: list[tuple[Choice, tuple[int, ...]]] = []
+    for choice, targets in combination:
+        if choice.domain == "all":
+            form.append((choice, (0,)))
+            continue
+        for target in sorted(targets):
+            names.setdefault((choice.domain, target), len(names))
+        form.append((choice, tuple(sorted(names[choice.domain, t] for t in targets))))
+    return tuple(form)
 
 
 def _proposed(

@@ -110,7 +110,10 @@ def measured_plans(
 
 
 def fit_ranks(
-    plans: Sequence[MeasuredPlan], shape: ClusterShape, parts: dict[str, float]
+    plans: Sequence[MeasuredPlan],
+    shape: ClusterShape,
+    parts: dict[str, float],
+    process_bytes: int = 0,
 ) -> RanksFit:
     """Constants for one number of ranks, with their residuals."""
     result = fit_constants(
@@ -123,7 +126,7 @@ def fit_ranks(
     return RanksFit(
         world_size=shape.world_size,
         ranks_per_host=shape.ranks_per_host,
-        constants=result.constants,
+        constants=result.constants.model_copy(update={"process_bytes": process_bytes}),
         parts=parts,
         residuals=tuple(
             Residual(plan=plan.name, measured_s=plan.step_s, predicted_s=predicted)

@@ -1,5 +1,6 @@
 """What `braid bench plan` does once its options are read: choose plans, run, compare, calibrate."""
 
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -16,7 +17,7 @@ from embedding.cost import CostModel, Placed
 from embedding.errors import UserError
 from embedding.plan_description import PlanDescription, read_plan
 from embedding.plan_samples import all_sensible, sample_placements, sample_tables
-from embedding.planning import PlanRequest, plan_tables
+from embedding.planning import PlanRequest, plan_tables, shortlist_plans
 from embedding.prediction import describe, placement_of
 from embedding.proposers import uniform
 from embedding.search import layout_of_proposal
@@ -39,6 +40,9 @@ from pipeline.plan_tables_view import milliseconds, size
 TABLES_PATH = "tables"
 """Where the benchmark's model, which is nothing but tables, holds them."""
 MAX_EXHAUSTIVE = 400
+FINALISTS = 4
+FINAL_ROUNDS = 25
+_PROCESS_SEEDS = range(900, 903)
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class BenchOptions:
     plans: tuple[Path, ...] = ()
     exhaustive: bool = False
     sampled: int = 0
+    shortlist: int = 0
     exponent: float | None = None
     pooling: tuple[str, ...] = ()
     changes: RequestChanges = RequestChanges()
@@ -122,25 +127,40 @@ def _chosen_plans(
         placed = placement_of(read_plan(path), loads, request.shape)
         yield str(path), describe(model, placed, str(path), TABLES_PATH)
     if options.exhaustive:
-        found = list(islice(all_sensible(model, choices), MAX_EXHAUSTIVE + 1))
-        if len(found) > MAX_EXHAUSTIVE:
-            raise UserError(
-                f"--exhaustive: {len(loads)} tables on {request.shape.name} have more than "
-                f"{MAX_EXHAUSTIVE} plans; use fewer tables or ranks, or --sample N"
-            )
-        for number, placed in enumerate(found):
-            yield f"plan {number}", describe(model, placed, f"plan {number}", TABLES_PATH)
-        return
-    if options.sampled:
-        for number, placed in enumerate(sample_placements(model, choices, options.sampled, 0)):
-            yield f"sample {number}", describe(model, placed, f"sample {number}", TABLES_PATH)
-    if not options.plans:
-        chosen = plan_tables(request)
-        yield "chosen", chosen.model_copy(update={"proposer": "chosen"})
-        for sharding, placed in _uniform_plans(model, choices):
-            plan = describe(model, placed, f"uniform {sharding}", TABLES_PATH)
-            if plan.tables != chosen.tables:
-                yield sharding, plan
+        yield from _all_plans(request, model, choices)
+    elif options.shortlist:
+        for plan in shortlist_plans(request, options.shortlist):
+            yield plan.proposer or "", plan
+    else:
+        if options.sampled:
+            for number, placed in enumerate(sample_placements(model, choices, options.sampled, 0)):
+                yield f"sample {number}", describe(model, placed, f"sample {number}", TABLES_PATH)
+        if not options.plans:
+            yield from _chosen_and_uniform(request, model, choices)
+
+
+def _all_plans(
+    request: PlanRequest, model: CostModel, choices: Mapping[str, Sequence[Choice]]
+) -> Iterator[tuple[str, PlanDescription]]:
+    found = list(islice(all_sensible(model, choices), MAX_EXHAUSTIVE + 1))
+    if len(found) > MAX_EXHAUSTIVE:
+        raise UserError(
+            f"--exhaustive: {len(choices)} tables on {request.shape.name} have more than "
+            f"{MAX_EXHAUSTIVE} plans; use fewer tables or ranks, or --sample N"
+        )
+    for number, placed in enumerate(found):
+        yield f"plan {number}", describe(model, placed, f"plan {number}", TABLES_PATH)
+
+
+def _chosen_and_uniform(
+    request: PlanRequest, model: CostModel, choices: Mapping[str, Sequence[Choice]]
+) -> Iterator[tuple[str, PlanDescription]]:
+    chosen = plan_tables(request)
+    yield "chosen", chosen.model_copy(update={"proposer": "chosen"})
+    for sharding, placed in _uniform_plans(model, choices):
+        plan = describe(model, placed, f"uniform {sharding}", TABLES_PATH)
+        if plan.tables != chosen.tables:
+            yield sharding, plan
 
 
 def _uniform_plans(
@@ -154,21 +174,36 @@ def _uniform_plans(
 
 
 def bench(
-    cases: Sequence[BenchCase],
+    case: BenchCase,
     shape: ClusterShape,
     cluster: ClusterConfig,
     effort: BenchEffort,
     calibration: Path | None,
     progress: Progress | None = None,
 ) -> BenchReport:
-    """Run the cases and compare; needs an initialised Ray."""
+    """Run the plans and compare; needs an initialised Ray."""
     group = cluster.model_copy(update={"num_workers": shape.world_size})
-    runs, _ = run_cases(cases, group, effort, progress=progress)
+    runs, _ = run_cases([case], group, effort, progress=progress)
     return BenchReport(
         topology=shape.name,
         constants=constants_for(shape, calibration).source,
-        comparisons=tuple(compare(cases, runs, shape, calibration)),
+        comparisons=tuple(compare([case], runs, shape, calibration)),
     )
+
+
+def fastest_plan(
+    case: BenchCase, report: BenchReport, cluster: ClusterConfig, *, quick: bool = False
+) -> PlanDescription:
+    """The fastest of a case's measured plans.
+
+    The fastest of many noisy medians was lucky: the first few meet again, longer.
+    """
+    order = sorted(range(len(case.plans)), key=lambda i: report.comparisons[i].measured_s)
+    finalists = tuple(case.plans[i] for i in order[:FINALISTS])
+    group = cluster.model_copy(update={"num_workers": finalists[0].world_size})
+    again = case.model_copy(update={"plans": finalists})
+    runs, _ = run_cases([again], group, BenchEffort(rounds=9 if quick else FINAL_ROUNDS))
+    return finalists[min(runs, key=lambda run: run.step_s).plan_index]
 
 
 def sampled_cases(
@@ -227,13 +262,26 @@ def calibrate(
             runs, parts = run_cases(
                 cases, group, effort, time_parts=True, progress=reporter.advance
             )
-        fit = fit_ranks(measured_plans(cases, runs, shape), shape, parts)
+        fit = fit_ranks(
+            measured_plans(cases, runs, shape), shape, parts, process_bytes(shape, group)
+        )
         reporter.line(
             f"{world_size} ranks: {len(runs)} plans fitted, median error "
             f"{fit.median_abs_error:.1%}, rank correlation {fit.rank_correlation:.3f}"
         )
         fits.append(fit)
     return new_calibration(present, device_name, fits)
+
+
+def process_bytes(shape: ClusterShape, group: ClusterConfig) -> int:
+    """Memory of a rank beyond what the tables explain: the median of a few fresh worker groups."""
+    found = []
+    for case in sampled_cases(shape, _PROCESS_SEEDS, 1):
+        runs, _ = run_cases([case], group, BenchEffort(rounds=1, memory_steps=4))
+        (entry,) = compare([case], runs, shape, None)
+        assert entry.measured_peak_bytes is not None
+        found.append(max(entry.measured_peak_bytes - entry.predicted_peak_bytes, 0))
+    return int(statistics.median(found))
 
 
 def comparison_table(report: BenchReport) -> Table:

@@ -233,6 +233,13 @@ def bench_plan(  # noqa: PLR0913 # every option of a command is a parameter
     sampled: Annotated[
         int, typer.Option("--sample", min=0, help="Run this many random plans as well.")
     ] = 0,
+    shortlist: Annotated[
+        int, typer.Option("--shortlist", min=0, help="Run the N plans predicted fastest instead.")
+    ] = 0,
+    best: Annotated[
+        Path | None,
+        typer.Option("--best", help="Write the fastest measured plan here, to train with it."),
+    ] = None,
     skew: Annotated[
         float | None, typer.Option("--skew", min=0, help="Zipf exponent of the ids; 0 is uniform.")
     ] = None,
@@ -268,6 +275,7 @@ def bench_plan(  # noqa: PLR0913 # every option of a command is a parameter
         bench_shape,
         calibrate,
         comparison_table,
+        fastest_plan,
         recipe_case,
     )
     from pipeline.plan_request import RequestChanges
@@ -293,6 +301,7 @@ def bench_plan(  # noqa: PLR0913 # every option of a command is a parameter
             plans=tuple(plans or ()),
             exhaustive=exhaustive,
             sampled=sampled,
+            shortlist=shortlist,
             exponent=skew,
             pooling=tuple(pooling or ()),
             changes=RequestChanges(
@@ -304,8 +313,15 @@ def bench_plan(  # noqa: PLR0913 # every option of a command is a parameter
         effort = BenchEffort(rounds=5 if quick else 9, memory_steps=3 if memory else 0)
         reporter.line(f"{shape.name}: {len(case.plans)} plans of {case.name}")
         with reporter.stage("bench", unit="plans"):
-            report = bench([case], shape, cluster, effort, calibration, reporter.advance)
+            report = bench(case, shape, cluster, effort, calibration, reporter.advance)
+        fastest = fastest_plan(case, report, cluster, quick=quick) if best is not None else None
     reporter.console.print(comparison_table(report))
+    if best is not None and fastest is not None:
+        best.write_text(fastest.model_dump_json(indent=2))
+        reporter.line(
+            f"fastest: {fastest.proposer}, written to {best}; train with it by "
+            f"--set embedding.sharding.plan={best}"
+        )
     if json_file is not None:
         json_file.write_text(report.model_dump_json(indent=2))
         reporter.line(f"report {json_file}")

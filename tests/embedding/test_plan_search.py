@@ -18,7 +18,7 @@ from embedding.demand import StepSettings
 from embedding.layout import Layout, layout_of
 from embedding.plan import describe_plan, torchrec_plan
 from embedding.plan_samples import all_sensible, sample_tables
-from embedding.planning import PlanRequest, find_plan, plan_tables
+from embedding.planning import PlanRequest, find_plan, plan_tables, shortlist_plans
 from embedding.prediction import placement_of
 from embedding.search import all_placed, search
 from embedding.shard import declare_optimizer
@@ -81,6 +81,32 @@ def test_few_tables_get_the_best_of_all_placements(seed: int) -> None:
     found = find_plan(request, model)
     assert found is not None
     assert found.cost_s == pytest.approx(best)
+
+
+def test_the_shortlist_is_the_cheapest_placements_once_up_to_renamed_ranks() -> None:
+    tables = sample_tables(1, max_tables=3, min_tables=2)
+    request = request_of(tables.schema, "cpu:2", tables.batch_size_per_rank)
+    model = request.model()
+    options = {n: choices_of(load, request.shape, (FUSED,)) for n, load in model.loads.items()}
+    ways = [[placed for c in options[t] for placed in all_placed(c, model)] for t in options]
+    costs: dict[frozenset, float] = {}
+    for combination in itertools.product(*ways):
+        # Two ranks have two names: a placement and its mirror image are one.
+        images = frozenset(
+            tuple(
+                (c, tuple(sorted(t ^ swap if c.domain == "rank" else t for t in targets)))
+                for c, targets in combination
+            )
+            for swap in (0, 1)
+        )
+        costs[images] = layout_of(model, dict(zip(options, combination, strict=True))).cost()
+
+    plans = shortlist_plans(request, 6)
+
+    assert [plan.proposer for plan in plans] == [f"shortlist {n}" for n in range(1, 7)]
+    predicted = [plan.predicted.step_s for plan in plans if plan.predicted is not None]
+    assert predicted == pytest.approx(sorted(costs.values())[:6])
+    assert plans[0].tables == plan_tables(request).tables
 
 
 def test_local_search_comes_close_to_the_optimum_where_not_all_is_tried(monkeypatch) -> None:

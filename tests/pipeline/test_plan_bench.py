@@ -11,6 +11,7 @@ from embedding.calibration import constants_for
 from embedding.cluster_shape import parse_shape
 from embedding.config import FeatureSchema, RowWiseAdagrad, SparseFeature, TableConfig
 from embedding.errors import UserError
+from embedding.plan_description import read_plan
 from pipeline.cluster import RaySession
 from pipeline.config import ClusterConfig
 from pipeline.plan_accuracy import (
@@ -160,6 +161,10 @@ def test_the_command_shows_measured_beside_predicted(
         assert entry.measured_s > 0
         assert entry.predicted_s > 0
         assert entry.name in shown
+    assert main([*command, "--shortlist", "2", "--best", str(tmp_path / "best.json")]) == 0
+    best = read_plan(tmp_path / "best.json")
+    assert best.proposer in ("shortlist 1", "shortlist 2")
+    assert best.proposer in capsys.readouterr().out
     assert main([*command, "--ranks", "1", "--ranks", "2"]) == 2
     assert "--calibrate only" in capsys.readouterr().err
 

@@ -4,6 +4,7 @@ bundle.json                                recipe, tables, and the SHA-256 of ev
 dense.safetensors                          every parameter and buffer that is not a table's
 tables/<table>-<first row>.safetensors     `weight`: a block of rows a file
 ids/<table>.safetensors                    managed collision only: sorted `ids`, their `rows`
+content.safetensors                        where the model reads content: `item_ids`, `vectors`
 """
 
 import hashlib
@@ -16,7 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from embedding.checkpoint import read_dense, read_id_map, read_manifest, read_tables
+from embedding.checkpoint import (
+    read_companion,
+    read_dense,
+    read_id_map,
+    read_manifest,
+    read_tables,
+)
 from embedding.config import ManagedCollision, StrictConfig
 from embedding.errors import UserError
 from embedding.id_map import NO_ID
@@ -25,6 +32,7 @@ from ranking.averaging import published_weights
 
 BUNDLE_FILE = "bundle.json"
 DENSE_FILE = "dense.safetensors"
+CONTENT_FILE = "content.safetensors"
 MODEL_PREFIX = "model."
 
 
@@ -70,6 +78,8 @@ def write_bundle(
         if name.startswith(MODEL_PREFIX)
     }
     save_file(dense, directory / DENSE_FILE)
+    if recipe.content is not None:
+        save_file(_content(checkpoint), directory / CONTENT_FILE)
     tables = {
         name: _write_table(recipe, checkpoint, name, blocks, directory)
         for name, blocks in read_tables(checkpoint)
@@ -158,6 +168,14 @@ def _id_map(checkpoint: Path, name: str) -> dict[str, Tensor]:
     rows = (ids != NO_ID).nonzero().squeeze(1)
     order = ids[rows].argsort()
     return {"ids": ids[rows][order].contiguous(), "rows": rows[order].to(torch.int64).contiguous()}
+
+
+def _content(checkpoint: Path) -> dict[str, Tensor]:
+    """Vectors of all items: serving needs no tower."""
+    (state,) = read_companion(checkpoint, "step").values()
+    assert state[1], f"the content bank of {checkpoint} is older than its weights"
+    bank = read_companion(checkpoint, "bank/")
+    return {name: bank[name].contiguous() for name in ("item_ids", "vectors")}
 
 
 def _sha256(path: Path) -> str:

@@ -1,17 +1,20 @@
 """A bundle in one process: rows in, probabilities out, equal to what the trainer predicts."""
 
-# Shapes: B samples, T tasks, N jagged values.
+# Shapes: B samples, T tasks, N jagged values, R items with content, U items of a batch, D dim.
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from deploy.bundle import DENSE_FILE, Bundle, load_tensors, read_bundle
+from deploy.bundle import CONTENT_FILE, DENSE_FILE, Bundle, load_tensors, read_bundle
 from embedding.batch import RankingBatch
 from embedding.config import FeatureSchema, Hashed, ManagedCollision
 from embedding.id_map import owner_of
+from embedding.items import ContentVectors, ItemRows, ItemSource
+from pipeline.content_items import content_shape, item_source
 from ranking.model import RankingModel
 from ranking.tasks import probabilities
 
@@ -34,9 +37,13 @@ class Predictor:
             for table in self.schema.tables
             if isinstance(table.ids, ManagedCollision)
         }
+        self.content = None if recipe.content is None else ItemContent(directory)
         # Ids are mapped before the model sees them, so managed tables are plain ones here.
         self.model = RankingModel(
-            plain_schema(self.schema), recipe.ranking, tables_device=torch.device("cpu")
+            plain_schema(self.schema),
+            recipe.ranking,
+            tables_device=torch.device("cpu"),
+            content=None if recipe.content is None else content_shape(recipe.content, self.schema),
         )
         self._load_dense(directory)
         self._load_tables(directory)
@@ -44,20 +51,32 @@ class Predictor:
 
     @torch.no_grad()
     def predict(self, batch: RankingBatch) -> Tensor:
-        """Probabilities (B, T) in the order of `tasks`; filling rows included."""
-        return probabilities(self.model(self._mapped(batch)))
+        """Probabilities (B, T) in the order of `tasks`; filling rows included.
+
+        Args:
+            batch: says which items it shows, if the model reads content (`item_source`).
+        """
+        content = None
+        if self.content is not None:
+            assert batch.content is not None
+            content = self.content.of(batch.content)
+        return probabilities(self.model(self._mapped(batch), content))
+
+    @property
+    def item_source(self) -> ItemSource | None:
+        """What a loader needs to name the items of batches; None if the model reads no content."""
+        recipe = self.bundle.recipe
+        if self.content is None or recipe.content is None:
+            return None
+        return item_source(recipe.content, self.schema, self.content.item_ids_R)
 
     def _mapped(self, batch: RankingBatch) -> RankingBatch:
         if not self._id_maps:
             return batch
-        return RankingBatch(
-            dense_BF=batch.dense_BF,
+        return replace(
+            batch,
             pooled=self._mapped_ids(batch.pooled),
             unpooled=self._mapped_ids(batch.unpooled),
-            labels_BT=batch.labels_BT,
-            weights_BT=batch.weights_BT,
-            keys_BK=batch.keys_BK,
-            num_rows=batch.num_rows,
         )
 
     def _mapped_ids(self, sparse: KeyedJaggedTensor) -> KeyedJaggedTensor:
@@ -88,6 +107,21 @@ class Predictor:
                 weight_RD[row : row + len(block)] = block
                 row += len(block)
             assert row == len(weight_RD), (name, row, len(weight_RD))
+
+
+class ItemContent:
+    """Content vectors of all items, as training left them; an item it did not know has zeros."""
+
+    def __init__(self, directory: Path) -> None:
+        stored = load_tensors(directory / CONTENT_FILE)
+        self.item_ids_R = stored["item_ids"]
+        self.vectors_RD = stored["vectors"]
+
+    def of(self, items: ItemRows) -> ContentVectors:
+        """Those of a batch's items."""
+        known_UD = self.vectors_RD.index_select(0, items.rows_U[1:])
+        nothing_1D = known_UD.new_zeros(1, known_UD.shape[1])
+        return ContentVectors(torch.cat([nothing_1D, known_UD]), items)
 
 
 class IdMap:

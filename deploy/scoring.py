@@ -40,7 +40,7 @@ def score_samples(
     predictor = Predictor(bundle)
     _check_codebooks(predictor.bundle.codebooks, paths)
     # Labels are not read: what is scored tonight has none yet.
-    files = SampleFiles(paths, predictor.schema, tasks=())
+    files = SampleFiles(paths, predictor.schema, tasks=(), items=predictor.item_source)
     stream = SampleLoader(files, batch_size_per_rank=batch_size).sequential()
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.partial")

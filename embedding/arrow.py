@@ -27,6 +27,7 @@ from embedding.batch import RankingBatch
 from embedding.config import FeatureSchema, SequenceFeature, SparseFeature, TableConfig
 from embedding.errors import UserError
 from embedding.hashing import rows_of
+from embedding.items import ItemRows, ItemSource
 
 # Shapes: R rows of a chunk, B rows of a batch, F features, T tasks, K keys, N jagged values.
 
@@ -109,6 +110,32 @@ Ids = SingleIds | JaggedIds
 
 
 @dataclass(frozen=True)
+class ItemIds:
+    """Rows of the content store behind samples: of the candidates, and of every history."""
+
+    candidate_R: Tensor
+    histories: JaggedIds
+
+    def cut(self, start: int, stop: int) -> "ItemIds":
+        """Rows [start, stop)."""
+        return ItemIds(self.candidate_R[start:stop], self.histories.cut(start, stop))
+
+    def to_item_rows(self) -> ItemRows:
+        """All rows, each distinct item once."""
+        events = zip(self.histories.values, self.histories.offsets, strict=True)
+        parts = [(values[int(o[0]) : int(o[-1])], o.diff()) for values, o in events]
+        return ItemRows.of(self.candidate_R, dict(zip(self.histories.names, parts, strict=True)))
+
+    @staticmethod
+    def concat(parts: "Sequence[ItemIds]") -> "ItemIds":
+        """The rows of all parts, in order."""
+        return ItemIds(
+            torch.cat([part.candidate_R for part in parts]),
+            JaggedIds.concat([part.histories for part in parts]),
+        )
+
+
+@dataclass(frozen=True)
 class Rows:
     """Rows in training order: a chunk, or a part of one."""
 
@@ -118,6 +145,8 @@ class Rows:
     labels_RT: Tensor
     weights_RT: Tensor
     keys_RK: Tensor
+    items: ItemIds | None = None
+    """None where the model reads no content."""
 
     @property
     def num_rows(self) -> int:
@@ -133,6 +162,7 @@ class Rows:
             self.labels_RT[start:stop],
             self.weights_RT[start:stop],
             self.keys_RK[start:stop],
+            None if self.items is None else self.items.cut(start, stop),
         )
 
     def to_batch(self, batch_size: int, num_real_rows: int | None = None) -> RankingBatch:
@@ -159,6 +189,7 @@ class Rows:
             weights_BT=weights_BT,
             keys_BK=rows.keys_RK,
             num_rows=num_real_rows,
+            content=None if rows.items is None else rows.items.to_item_rows(),
         )
 
 
@@ -173,6 +204,7 @@ def concat_rows(parts: Sequence[Rows]) -> Rows:
         torch.cat([part.labels_RT for part in parts]),
         torch.cat([part.weights_RT for part in parts]),
         torch.cat([part.keys_RK for part in parts]),
+        _concat_items([part.items for part in parts]),
     )
 
 
@@ -180,7 +212,12 @@ class SampleColumns:
     """Which columns of a sample table become which part of a batch."""
 
     def __init__(
-        self, schema: FeatureSchema, tasks: Sequence[str], *, list_columns: frozenset[str]
+        self,
+        schema: FeatureSchema,
+        tasks: Sequence[str],
+        *,
+        list_columns: frozenset[str],
+        items: ItemSource | None = None,
     ) -> None:
         """`list_columns` are the sparse columns that hold lists; `tasks` gives the label order."""
         self.pooled = [_IdSource.of(f, schema) for f in schema.pooled_features]
@@ -190,6 +227,7 @@ class SampleColumns:
         self.labels = [samples.label_column(task) for task in tasks]
         self.keys = [samples.key_column(key) for key in samples.KEYS]
         self.list_columns = list_columns
+        self.items = items
         # Features side by side: OpenMP inside each would wait for cores that training holds.
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="hash")
 
@@ -214,6 +252,7 @@ class SampleColumns:
             labels_RT=labels_RT.nan_to_num_(nan=0.0),
             weights_RT=weights_RT.to(torch.float32),
             keys_RK=torch.stack([_int64(table, name) for name in self.keys], dim=1)[order],
+            items=None if self.items is None else _item_ids(table, self.items, order),
         )
 
     def _ids(self, table: pa.Table, sources: "Sequence[_IdSource]", order: Tensor) -> Ids:
@@ -271,6 +310,23 @@ def _concat_ids(parts: Sequence[Ids]) -> Ids:
     if isinstance(parts[0], SingleIds):
         return SingleIds.concat([part for part in parts if isinstance(part, SingleIds)])
     return JaggedIds.concat([part for part in parts if isinstance(part, JaggedIds)])
+
+
+def _item_ids(table: pa.Table, source: ItemSource, order: Tensor) -> ItemIds:
+    candidate_R = source.index.rows_of(_int64(table, samples.key_column("item_id")))
+    values, offsets = [], []
+    for sequence in source.histories.values():
+        raw_N, raw_offsets = _int64_lists(table, samples.sequence_column(sequence))
+        rows_N, taken_offsets = _take_segments(source.index.rows_of(raw_N), raw_offsets, order)
+        values.append(rows_N)
+        offsets.append(taken_offsets)
+    histories = JaggedIds(tuple(source.histories), tuple(values), tuple(offsets))
+    return ItemIds(candidate_R[order], histories)
+
+
+def _concat_items(parts: Sequence[ItemIds | None]) -> ItemIds | None:
+    known = [part for part in parts if part is not None]
+    return ItemIds.concat(known) if known else None
 
 
 def _take_segments(values_N: Tensor, offsets: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:

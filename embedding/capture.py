@@ -7,6 +7,7 @@ managed/<table>/ids | <metadata>          (rows,), id of every row and what evic
 managed/<table>/pending/ids | <metadata>  (P,), ids seen since the last eviction
 dense/<parameter>, buffers/<buffer>       as in the model
 dense_optimizer/<parameter>/<state>       as in the optimizer
+companion/<name>                          as whatever trains beside the model calls it
 rng/<rank>/torch | python | numpy | cuda  generator states
 """
 
@@ -33,6 +34,9 @@ from embedding.plan_description import PlanDescription
 from embedding.shard import Sharded
 from embedding.stored import StoredTensor
 from embedding.tables import in_tables
+
+COMPANION = "companion/"
+"""Prefix of the tensors of what trains beside the model."""
 
 
 class StoredTable(StrictConfig):
@@ -141,6 +145,9 @@ def capture(sharded: Sharded, ranks: Sequence[RankFacts], rank: int) -> dict[str
             for key, value in state.items():
                 if torch.is_tensor(value):
                     tensors[f"dense_optimizer/{name}/{key}"] = StoredTensor.whole(value)
+    if sharded.companion is not None:
+        beside = sharded.companion.tensors()  # on every rank: they may meet in it
+        tensors |= {f"{COMPANION}{name}": StoredTensor.whole(v) for name, v in beside.items()}
     # An empty tensor has no block to write; the manifest and the model know it is empty.
     return {name: tensor for name, tensor in tensors.items() if not tensor.empty}
 

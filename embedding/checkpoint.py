@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from embedding.capture import (
+    COMPANION,
     CheckpointManifest,
     StoredFile,
     capture,
@@ -245,6 +246,13 @@ def read_dense(directory: Path) -> dict[str, Tensor]:
     reader = CheckpointReader(directory)
     names = reader.names("dense/") + reader.names("buffers/")
     return {name.split("/", 1)[1]: reader.read(name) for name in names}
+
+
+def read_companion(directory: Path, prefix: str) -> dict[str, Tensor]:
+    """Tensors of what trained beside the model whose names start with `prefix`, without it."""
+    reader = CheckpointReader(directory)
+    start = COMPANION + prefix
+    return {name.removeprefix(start): reader.read(name) for name in reader.names(start)}
 
 
 def read_id_map(directory: Path, table: str) -> Tensor:

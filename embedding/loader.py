@@ -1,14 +1,11 @@
 """Parquet sample files -> `RankingBatch`es of one rank, decoded ahead in background threads."""
 
-import queue
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,9 +17,8 @@ from embedding.batch import RankingBatch
 from embedding.config import FeatureSchema
 from embedding.epochs import EpochPlan, Position, Segment, num_rows, num_steps, split
 from embedding.errors import UserError
-
-T = TypeVar("T")
-_POLL_S = 0.1  # how often a blocked thread looks whether it should stop
+from embedding.items import ItemSource
+from embedding.prefetch import Prefetched
 
 
 @dataclass(frozen=True)
@@ -49,8 +45,15 @@ class LoaderStats:
 class SampleFiles:
     """The row groups of a list of sample files, their schemas checked."""
 
-    def __init__(self, paths: Sequence[Path], schema: FeatureSchema, tasks: Sequence[str]) -> None:
-        """Read the footers of `paths`.
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        schema: FeatureSchema,
+        tasks: Sequence[str],
+        *,
+        items: ItemSource | None = None,
+    ) -> None:
+        """Read the footers of `paths`; with `items`, batches say which items they show.
 
         Raises:
             UserError: a file is not readable, lacks a column or has one of a wrong type.
@@ -64,7 +67,8 @@ class SampleFiles:
                 f"columns {mixed} hold lists in some of the {len(paths)} sample files and single "
                 "ids in others; run the join stage again for all of them"
             )
-        self.columns = SampleColumns(schema, tasks, list_columns=frozenset().union(*lists))
+        lists_somewhere = frozenset().union(*lists)
+        self.columns = SampleColumns(schema, tasks, list_columns=lists_somewhere, items=items)
         for path, footer in zip(paths, footers, strict=True):
             _check_types(path, footer.schema.to_arrow_schema(), self.columns)
         self.row_groups = [
@@ -171,84 +175,6 @@ class SampleLoader:
         return BatchStream(
             self.files, plan, _Share(share, spare, steps), batch_size=self.batch_size_per_rank
         )
-
-
-class Prefetched(Generic[T]):
-    """An iterator that is run ahead in a thread, at most `depth` items.
-
-    An exception of the source is raised by the consumer's `next`. Close it, or use it in a `with`
-    block: the thread ends within a fraction of a second.
-    """
-
-    def __init__(self, source: Callable[[], Iterator[T]], depth: int) -> None:
-        self.wait_s = 0.0
-        self.work_s = 0.0
-        self._queue: queue.Queue[T | _End] = queue.Queue(maxsize=depth)
-        self._stop = threading.Event()
-        self._ended = False
-        self._thread = threading.Thread(target=self._run, args=(source,), daemon=True)
-        self._thread.start()
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> T:
-        if self._ended:
-            raise StopIteration
-        started = time.perf_counter()
-        item = self._get()
-        self.wait_s += time.perf_counter() - started
-        if isinstance(item, _End):
-            self.close()
-            if item.error is not None:
-                raise item.error
-            raise StopIteration
-        return item
-
-    def stop(self) -> None:
-        """Ask the thread to end."""
-        self._ended = True
-        self._stop.set()
-
-    def close(self) -> None:
-        """Stop the thread and wait for it."""
-        self.stop()
-        self._thread.join()
-
-    def _run(self, source: Callable[[], Iterator[T]]) -> None:
-        error: BaseException | None = None
-        try:
-            started = time.perf_counter()
-            for item in source():
-                self.work_s += time.perf_counter() - started
-                if not self._put(item):
-                    break
-                started = time.perf_counter()
-        except BaseException as caught:  # noqa: BLE001 - handed to the consumer, who raises it
-            error = caught
-        self._put(_End(error))
-
-    def _get(self) -> "T | _End":
-        while True:
-            try:
-                return self._queue.get(timeout=_POLL_S)
-            except queue.Empty:
-                if self._stop.is_set():  # closed by another thread: nothing more will come
-                    return _End(None)
-
-    def _put(self, item: "T | _End") -> bool:
-        while not self._stop.is_set():
-            try:
-                self._queue.put(item, timeout=_POLL_S)
-            except queue.Full:
-                continue
-            return True
-        return False
-
-
-@dataclass(frozen=True)
-class _End:
-    error: BaseException | None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from embedding.capture import CheckpointManifest, dense_buffers, set_rng_states, state_name
+from embedding.capture import (
+    COMPANION,
+    CheckpointManifest,
+    dense_buffers,
+    set_rng_states,
+    state_name,
+)
 from embedding.config import ManagedCollision
 from embedding.errors import UserError
 from embedding.id_map import (
@@ -112,6 +118,11 @@ class Restorer:
     def restore_buffer(self, name: str) -> None:
         """One buffer outside the tables."""
         self._read_whole(f"buffers/{name}", dense_buffers(self._sharded)[name])
+
+    def companion_tensors(self) -> dict[str, Tensor]:
+        """All that was saved of what trains beside the model."""
+        names = self._reader.names(COMPANION)
+        return {name.removeprefix(COMPANION): self._reader.read(name) for name in names}
 
     def restore_rng(self) -> None:
         """This rank's generators; a rank the saved run did not have keeps its own."""
@@ -311,6 +322,8 @@ def restore_all(
                 restorer.restore_dense_optimizer(name)
             restorer.restore_dense_groups()
             restorer.restore_buffers()
+            if sharded.companion is not None:
+                sharded.companion.load(restorer.companion_tensors())
             restorer.restore_rng()
         except (KeyError, ValueError) as error:
             problems.append(f"missing or of another shape: {error}")

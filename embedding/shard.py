@@ -1,13 +1,13 @@
 """The golden order: meta -> optimizer in backward -> plan -> DistributedModelParallel -> dense."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.optim.apply_optimizer_in_backward import (
     _apply_optimizer_in_backward as optimizer_in_backward,
 )
@@ -51,6 +51,29 @@ from embedding.unpooled_cpu import mend_unpooled_lookups
 _INSIDE_MANAGED = "._embedding_module"
 """Where a managed-collision module, which is what a plan names, keeps its collection."""
 
+
+class Companion(Protocol):
+    """Training state beside the model, equal on all ranks, that shares its checkpoints.
+
+    All ranks make the same calls.
+    """
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds, on rank 0; the other ranks may give nothing."""
+        ...
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on exactly; a scalar comes back as one element."""
+
+    def warm_start(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        """Take over what fits from another run.
+
+        Returns:
+            What does not come from it, by the first part of the tensors' names, and why.
+        """
+        ...
+
+
 DenseOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -71,6 +94,8 @@ class Sharded:
     """Everything that is not a table."""
     dense_optimizer: torch.optim.Optimizer | None
     """The optimizer of `dense_parameters`; None if there are none."""
+    companion: Companion | None = None
+    """What trains beside the model, if anything does."""
 
     def initialize(self, seed: int) -> None:
         """Draw the tables' start values: the same for every plan and world size."""

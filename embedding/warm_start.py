@@ -5,7 +5,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from embedding.capture import CheckpointManifest, dense_buffers
+from embedding.capture import COMPANION, CheckpointManifest, dense_buffers
 from embedding.config import StrictConfig
 from embedding.restore import Restorer, sum_dropped
 from embedding.row_carry import CarriedRows, RowCarry
@@ -79,6 +79,11 @@ def warm_start(
         if saved in reader.names() and reader.size(saved) == (buffer.shape or (1,)):
             restorer.restore_buffer(name)
             carried.append(saved)
+    if sharded.companion is not None:
+        beside = restorer.companion_tensors()
+        kept = sharded.companion.warm_start(beside)
+        initialised |= {f"{COMPANION}{name}": reason for name, reason in kept.items()}
+        carried += [f"{COMPANION}{n}" for n in beside if n.split("/")[0] not in kept]
     outcomes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(outcomes, (reader.consumed, restorer.dropped_ids))
     unread = set(reader.names()).difference(*(consumed for consumed, _ in outcomes))

@@ -197,12 +197,12 @@ class TokenStage(StrictConfig):
     """The stage that runs the frozen lower layers, once per item."""
 
     items_per_batch: PositiveInt = 64
-    """Read, decoded and encoded at a time by an actor: bounds its memory."""
+    """Read, decoded and encoded at a time by a worker: bounds its memory."""
     items_per_part: PositiveInt = 2048
-    """Items of a file of the store; an actor holds the tokens of one part."""
-    num_actors: PositiveInt = 1
-    cpus_per_actor: NonNegativeFloat = 1
-    gpus_per_actor: NonNegativeFloat = 0
+    """Items of a file of the store; a worker holds the tokens of one part."""
+    num_workers: PositiveInt = 1
+    cpus_per_worker: NonNegativeFloat = 1
+    gpus_per_worker: NonNegativeFloat = 0
 
 
 class ContentConfig(StrictConfig):

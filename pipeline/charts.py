@@ -126,6 +126,22 @@ def scatter(
         return _svg(figure)
 
 
+def cloud(groups: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+    """Points of named groups on a plane whose axes mean nothing."""
+    with _chart(3.6, 3.6) as (figure, axes):
+        for (name, points), color in zip(groups.items(), _cycle(len(groups)), strict=True):
+            x, y = ([point[axis] for point in points] for axis in (0, 1))
+            axes.scatter(x, y, color=color, label=name, s=7, linewidths=0, alpha=0.8)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.set_aspect("equal")
+        if len(groups) > 1:
+            axes.legend(
+                fontsize=7, markerscale=2, loc="upper left", bbox_to_anchor=(0, -0.02), ncols=3
+            )
+        return _svg(figure)
+
+
 def _cycle(count: int) -> list[str]:
     return [_COLORS[index % len(_COLORS)] for index in range(count)]
 

@@ -4,17 +4,21 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Self
 
 from embedding.errors import UserError
-from pipeline.config import ClusterConfig
+from multimodal.content_config import Service
+from pipeline.config import ClusterConfig, Recipe
 
 OBJECT_STORE_BYTES = 1 << 30
 # Ray replaces 127.0.0.1 by the address of a network card; the rest of 127.0.0.0/8 it leaves alone.
 LOOPBACK = "127.0.0.2"
 POLL_S = 15.0
 """Between two looks at a cluster that grows."""
+
+Bundle = dict[str, float]
+"""CPUs and GPUs of one actor."""
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +32,15 @@ class RaySession:
     """
 
     def __init__(
-        self, cluster: ClusterConfig, *, say: Callable[[str], None] = logger.warning
+        self,
+        cluster: ClusterConfig,
+        *,
+        actors: Sequence[Bundle] = (),
+        say: Callable[[str], None] = logger.warning,
     ) -> None:
+        """`actors`: what runs beside the ranks needs (`actors_of`)."""
         self.cluster = cluster
+        self.actors = list(actors)
         self.say = say
         """Shows a line while the cluster grows."""
         self._started = False
@@ -61,10 +71,11 @@ class RaySession:
         if "RAY_ADDRESS" in os.environ:
             ray.init(logging_level=logging.WARNING, log_to_driver=False)
         else:
-            needed = math.ceil(self.cluster.num_workers * self.cluster.cpus_per_worker)
+            needed = self.cluster.num_workers * self.cluster.cpus_per_worker
+            needed += sum(actor["CPU"] for actor in self.actors)
             ray.init(
                 address="local",
-                num_cpus=max(os.cpu_count() or 1, needed),
+                num_cpus=max(os.cpu_count() or 1, math.ceil(needed)),
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
                 logging_level=logging.WARNING,
@@ -73,7 +84,7 @@ class RaySession:
             )
         self._started = True
         _quiet_ray()
-        lacking = lacking_resources(ray.cluster_resources(), self.cluster)
+        lacking = lacking_resources(ray.cluster_resources(), self.cluster, self.actors)
         if lacking is not None and self.cluster.autoscale_timeout_s is not None:
             lacking = self._grow(lacking, self.cluster.autoscale_timeout_s)
         if lacking is not None:
@@ -88,31 +99,46 @@ class RaySession:
             {"GPU": 1} if self.cluster.use_gpu else {}
         )
         started = time.monotonic()
-        request_resources(bundles=[worker] * self.cluster.num_workers)
+        request_resources(bundles=[worker] * self.cluster.num_workers + self.actors)
         try:
             while lacking is not None and (waited_s := time.monotonic() - started) < timeout_s:
                 self.say(f"  {lacking}; waiting for nodes ({waited_s:.0f} of {timeout_s:.0f} s)")
                 time.sleep(min(POLL_S, timeout_s - waited_s))
-                lacking = lacking_resources(ray.cluster_resources(), self.cluster)
+                lacking = lacking_resources(ray.cluster_resources(), self.cluster, self.actors)
         finally:
             # A request stays until the next one: without this, idle nodes would never go away.
             request_resources(bundles=[])
         return lacking
 
 
-def lacking_resources(resources: dict[str, float], cluster: ClusterConfig) -> str | None:
+def actors_of(recipe: Recipe) -> list[Bundle]:
+    """What the actors that train beside the ranks ask for, one entry each."""
+    if recipe.content is None or not isinstance(recipe.content.placement, Service):
+        return []
+    service = recipe.content.placement
+    return [{"CPU": service.cpus_per_actor, "GPU": service.gpus_per_actor}] * service.num_actors
+
+
+def lacking_resources(
+    resources: dict[str, float], cluster: ClusterConfig, actors: Sequence[Bundle] = ()
+) -> str | None:
     """What the training group needs and the cluster does not have; None: nothing."""
     cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
+    beside_cpus, beside_gpus = (sum(a[kind] for a in actors) for kind in ("CPU", "GPU"))
     needed = cluster.num_workers * cluster.cpus_per_worker
-    if cpus < needed:
+    if cpus < needed + beside_cpus:
+        beside = f", and the content service {beside_cpus:g} more," if beside_cpus else ""
         return (
             f"cluster.num_workers={cluster.num_workers} x cpus_per_worker="
-            f"{cluster.cpus_per_worker:g} needs {needed:g} CPUs and the cluster has {cpus:g}"
+            f"{cluster.cpus_per_worker:g} needs {needed:g} CPUs{beside} and the cluster has "
+            f"{cpus:g}"
         )
-    if cluster.use_gpu and gpus < cluster.num_workers:
+    ranks_gpus = cluster.num_workers if cluster.use_gpu else 0
+    if gpus < ranks_gpus + beside_gpus:
+        beside = f", and the content service {beside_gpus:g} more," if beside_gpus else ""
         return (
-            f"cluster.num_workers={cluster.num_workers} with use_gpu needs as many GPUs and the "
-            f"cluster has {gpus:g}"
+            f"cluster.num_workers={cluster.num_workers} with use_gpu={str(cluster.use_gpu).lower()}"
+            f" needs {ranks_gpus} GPUs{beside} and the cluster has {gpus:g}"
         )
     return None
 

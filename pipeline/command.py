@@ -8,16 +8,18 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from embedding.errors import UserError
-from pipeline.cluster import RaySession
+from pipeline.cluster import RaySession, actors_of
 from pipeline.config import Recipe
 from pipeline.console import Reporter, duration, human
 from pipeline.days import available_days, parse_day, split_days
 from pipeline.publication import Publish
 from pipeline.registry import promote, promotions
 from pipeline.report import REPORT, write_report
-from pipeline.run import STAGES, DayRun, ensure_data
+from pipeline.run import DayRun
+from pipeline.stages import STAGES
 from pipeline.status import RECIPE
 from pipeline.summary import SUMMARY, Summary, summarize, write_summary
+from pipeline.synthetic import ensure_data
 from ranking.evaluation import SliceMetrics
 
 
@@ -29,7 +31,7 @@ class Command:
         self.out = out
         self.publish = publish
         self.reporter = Reporter()
-        self.session = RaySession(recipe.cluster, say=self.reporter.line)
+        self.session = RaySession(recipe.cluster, actors=actors_of(recipe), say=self.reporter.line)
 
     def __enter__(self) -> Self:
         ensure_data(self.recipe, self.reporter)

@@ -25,6 +25,7 @@ from embedding.config import (
     SparseOptimizer,
     StrictConfig,
 )
+from embedding.item_columns import candidate_field, item_sequences
 from embedding.limits import check_support
 from multimodal.code_schema import features_with_codes, without_codes
 from multimodal.codes_config import AlignedVectors, Codes, ColumnVectors
@@ -129,6 +130,20 @@ class ClusterConfig(StrictConfig):
     None: the cluster must be large enough when the run begins."""
 
 
+class HeldOutItems(StrictConfig):
+    """Items kept from training: their rows are not trained on, and histories lack their events.
+
+    The model is evaluated on their rows alone, so sampled negatives are held-out items, too.
+    """
+
+    share: float = Field(default=0.2, gt=0, lt=1)
+    """Of all items, drawn by id."""
+    seed: NonNegativeInt = 0
+    days: Literal["evaluation", "all"] = "evaluation"
+    """Evaluate on their rows of the evaluation days, or of the training days as well: more rows,
+    but the model may know what the user did later."""
+
+
 class EvaluationConfig(StrictConfig):
     """Groups and slices of the metrics. Popularity counts events up to the run's date."""
 
@@ -138,6 +153,8 @@ class EvaluationConfig(StrictConfig):
     """Items with 1 .. this many events are `rare`; items with none are `cold`."""
     popular_share: float = Field(default=0.1, gt=0, le=1)
     """The most frequent items, as a share of all seen ones, are `popular`."""
+    held_out_items: HeldOutItems | None = None
+    """Evaluate on items that were kept from training instead of on all."""
 
 
 class GateConfig(StrictConfig):
@@ -238,6 +255,15 @@ class Recipe(StrictConfig):
                     f"histories {histories}"
                 )
         _check_validation(self.window, self.ranking)
+        if self.content is not None and self.content.in_history:
+            item_sequences(self.features)
+        if self.content is not None and self.content.cic is not None:
+            candidate_field(self.features)
+        if self.evaluation.held_out_items is not None and self.window.warm_start:
+            raise ValueError(
+                "evaluation.held_out_items keeps items from training, and a warm start would bring "
+                "weights that may have seen them; set window.warm_start to false"
+            )
         labels = [task.label_name for task in self.ranking.tasks]
         for history in self.features.histories:
             if history.label is not None and history.label not in labels:

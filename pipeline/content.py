@@ -36,7 +36,7 @@ from pipeline.content_tasks import (
     check_columns,
     digest_row_group,
 )
-from pipeline.content_workers import encode_on_actors
+from pipeline.content_workers import encode_on_workers
 from pipeline.days import fingerprint
 from pipeline.identity import content_config
 from pipeline.stages import StageOutput, StageSpec
@@ -127,7 +127,7 @@ def content(
     total = sum(len(task.rows_N) for todo in tasks.values() for task in todo)
     done = 0
     for name, job in jobs.items():
-        for count in encode_on_actors(tasks[name], job.settings, checked.config.tokens):
+        for count in encode_on_workers(tasks[name], job.settings, checked.config.tokens):
             done += count
             if progress is not None:
                 progress(done, total)
@@ -196,13 +196,13 @@ class _TowerJob:
         )
 
     def tasks(self, catalogue: pd.DataFrame) -> list[EncodeTask]:
-        """Items whose content is not stored yet, in pieces that keep all actors busy."""
+        """Items whose content is not stored yet, in pieces that keep all workers busy."""
         known = self._join(catalogue)
         new = catalogue[known["part"].isna().to_numpy()]
         tasks = []
         for group, rows in new.groupby("row_group"):
             # Every task reads its row group from the start: no more of them than help.
-            pieces = min(self.stage.num_actors, math.ceil(len(rows) / self.stage.items_per_part))
+            pieces = min(self.stage.num_workers, math.ceil(len(rows) / self.stage.items_per_part))
             for piece in np.array_split(np.arange(len(rows)), pieces):
                 part = rows.iloc[piece]
                 tasks.append(

@@ -135,7 +135,7 @@ class EncodeTask:
 
 @dataclass(frozen=True)
 class EncoderSettings:
-    """What an actor needs, whatever its tasks."""
+    """What a worker needs, whatever its tasks."""
 
     catalogue: Catalogue
     tower: Tower
@@ -147,7 +147,7 @@ class EncoderSettings:
 
 
 class EncodeItems:
-    """Writes the lower-layer tokens of new items into the store. Built once per actor."""
+    """Writes the lower-layer tokens of new items into the store. Built once per process."""
 
     def __init__(self, settings: EncoderSettings) -> None:
         self.settings = settings

@@ -18,9 +18,8 @@ from embedding import samples as columns
 from embedding.config import StrictConfig
 from pipeline.config import EvaluationConfig, Recipe
 from pipeline.metrics_file import METRICS_FILE, ORACLE_FILE, write_metrics
-from pipeline.plan import PLAN
 from pipeline.stages import StageOutput
-from pipeline.train import CHECKPOINT, RunWorkers, TrainedModel, run_workers
+from pipeline.train import RunWorkers, TrainedModel, run_workers
 from ranking.evaluation import TaskMetrics, evaluate_predictions
 
 PREDICTIONS = "predictions"
@@ -37,32 +36,26 @@ class EvaluateJob(StrictConfig):
 
 
 def evaluate(
-    recipe: Recipe,
-    trained: Path,
+    model: TrainedModel,
     *,
     samples: list[Path],
     counts: Path,
     scratch: Path,
     run: RunWorkers = run_workers,
 ) -> StageOutput:
-    """Predict `samples` with the model in `trained` and compute its metrics.
+    """Predict `samples` with a trained model and compute its metrics.
 
     Args:
-        recipe: gives tasks, slices and the worker group.
-        trained: directory of the train artifact.
+        model: its recipe gives tasks, slices and the worker group.
         samples: sample files of the evaluation days.
         counts: directory of the ingest artifact that ends at the run's date.
         scratch: where to write.
         run: runs the predicting worker on every rank.
     """
-    predictions = scratch / PREDICTIONS
+    recipe, predictions = model.recipe, scratch / PREDICTIONS
     predictions.mkdir()
     job = EvaluateJob(
-        model=TrainedModel(
-            recipe=recipe,
-            plan=(trained.parent / "plan" / PLAN).absolute(),
-            checkpoint=(trained / CHECKPOINT).absolute(),
-        ),
+        model=model,
         samples=[path.absolute() for path in samples],
         predictions=predictions.absolute(),
     )

@@ -37,7 +37,9 @@ def samples_config(recipe: Recipe) -> dict[str, Any]:
         part: [{key: v for key, v in feature.items() if key not in modelled} for feature in group]
         for part, group in features.items()
     }
-    return {"format": SAMPLES_FORMAT, "features": columns, "tasks": _tasks(recipe)}
+    held_out = recipe.evaluation.held_out_items
+    kept = {} if held_out is None else {"held_out": held_out.model_dump(include={"share", "seed"})}
+    return {"format": SAMPLES_FORMAT, "features": columns, "tasks": _tasks(recipe), **kept}
 
 
 def content_config(content: ContentConfig) -> dict[str, Any]:

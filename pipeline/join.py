@@ -3,6 +3,7 @@
 Reads the event files of an ingest artifact, items.parquet and users.parquet. Writes
 
     samples/dt=YYYY-MM-DD/bucket-NNNN.parquet  the columns of `embedding.samples`, and nothing else
+    held_out/dt=YYYY-MM-DD/...                 the same, of items kept from training, if there are
     ids.arrow                                  the ids that features look up (`pipeline.id_use`)
 """
 
@@ -25,6 +26,7 @@ from pipeline.code_columns import code_columns
 from pipeline.code_features import ItemCodes
 from pipeline.columns import EventColumns, source_columns
 from pipeline.config import Recipe
+from pipeline.held_out import forget_held_out, is_held_out
 from pipeline.histories import normal_lists
 from pipeline.id_use import FILE, IdFacts, IdUse, merge_uses, read_uses, use_of, write_uses
 from pipeline.lookup import (
@@ -38,6 +40,9 @@ from pipeline.lookup import (
 )
 from pipeline.tasks import stream_tasks
 
+SAMPLES = "samples"
+HELD_OUT = "held_out"
+
 _ENTITY_KEYS: dict[Source, str] = {"items": "item_id", "users": "user_id"}
 
 
@@ -46,6 +51,8 @@ class JoinFacts(StrictConfig):
 
     rows: int
     rows_per_day: dict[str, int]
+    rows_held_out: int = 0
+    """Of items kept from training; part of `rows`."""
     unknown_users: int
     """Rows whose user has no row in users.parquet."""
     mean_sequence_length: dict[str, float]
@@ -74,6 +81,7 @@ class FileFacts:
     file: str
     day: str
     rows: int
+    rows_held_out: int
     unknown_users: int
     history_events: dict[str, int]
     ids: dict[str, IdFacts]
@@ -102,7 +110,9 @@ def join(
     (scratch / "ids").mkdir()
     files = sorted((ingest_dir / "events").glob("dt=*/*.parquet"))
     for folder in {file.parent.name for file in files}:
-        (scratch / "samples" / folder).mkdir(parents=True)
+        for part in (SAMPLES, HELD_OUT):
+            if part == SAMPLES or recipe.evaluation.held_out_items is not None:
+                (scratch / part / folder).mkdir(parents=True)
     file_rows = [pq.read_metadata(file).num_rows for file in files]
     done: list[FileFacts] = []
     features = [feature.name for feature in recipe.features.id_features]
@@ -122,6 +132,7 @@ def join(
     return JoinFacts(
         rows=rows,
         rows_per_day={day: sum(f.rows for f in done if f.day == day) for day in days},
+        rows_held_out=sum(facts.rows_held_out for facts in done),
         unknown_users=sum(facts.unknown_users for facts in done),
         mean_sequence_length={
             h.name: sum(f.history_events[h.name] for f in done) / max(rows, 1)
@@ -160,16 +171,20 @@ def plan_join(recipe: Recipe, scratch: Path, codes: Path | None = None) -> JoinP
 def join_file(path: Path, plan: JoinPlan) -> FileFacts:
     """Write the samples of one event file, row group by row group."""
     folder = path.parent.name
-    output = plan.scratch / "samples" / folder / path.name
-    rows = unknown = 0
+    rows = held_out = unknown = 0
     uses: dict[str, IdUse] = {}
     history_events = dict.fromkeys((h.name for h in plan.recipe.features.histories), 0)
-    writer = None
+    writers: dict[str, pq.ParquetWriter] = {}
     with pq.ParquetFile(path) as file:
         for events in file.iter_batches(ROWS_PER_GROUP, use_threads=False):
+            events = _without_held_out(events, plan)
             table = join_events(events, plan)
-            writer = writer or pq.ParquetWriter(output, table.schema, compression="zstd")
-            writer.write_table(table, row_group_size=ROWS_PER_GROUP)
+            for part, own in _parts(table, plan).items():
+                if part not in writers:
+                    output = plan.scratch / part / folder / path.name
+                    writers[part] = pq.ParquetWriter(output, own.schema, compression="zstd")
+                writers[part].write_table(own, row_group_size=ROWS_PER_GROUP)
+                held_out += own.num_rows if part == HELD_OUT else 0
             rows += events.num_rows
             for name, use in _uses(table, plan.recipe.features).items():
                 uses[name] = merge_uses([uses[name], use]) if name in uses else use
@@ -178,18 +193,34 @@ def join_file(path: Path, plan: JoinPlan) -> FileFacts:
             for name in history_events:
                 past = events[history_column(name, "item_id")]
                 history_events[name] += len(past.flatten())
-    if writer is not None:
+    for writer in writers.values():
         writer.close()
     facts = FileFacts(
         file=path.name,
         day=folder.removeprefix("dt="),
         rows=rows,
+        rows_held_out=held_out,
         unknown_users=unknown,
         history_events=history_events,
         ids={name: use.facts for name, use in uses.items()},
     )
     write_uses(uses, _ids_path(plan.scratch, facts))
     return facts
+
+
+def _without_held_out(events: pa.RecordBatch, plan: JoinPlan) -> pa.RecordBatch:
+    held_out = plan.recipe.evaluation.held_out_items
+    return events if held_out is None else forget_held_out(events, plan.columns, held_out)
+
+
+def _parts(table: pa.Table, plan: JoinPlan) -> dict[str, pa.Table]:
+    """The rows to train on, and those of held-out items; a part without rows is left out."""
+    held_out = plan.recipe.evaluation.held_out_items
+    if held_out is None:
+        return {SAMPLES: table}
+    mask = is_held_out(table[samples.key_column("item_id")].to_numpy(), held_out)
+    parts = {SAMPLES: table.filter(pa.array(~mask)), HELD_OUT: table.filter(pa.array(mask))}
+    return {name: part for name, part in parts.items() if part.num_rows}
 
 
 def _ids_path(scratch: Path, facts: FileFacts) -> Path:

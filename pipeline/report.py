@@ -13,6 +13,7 @@ from pipeline.artifacts import Manifest, read_manifest
 from pipeline.code_report import code_section
 from pipeline.config import Recipe
 from pipeline.console import duration, human
+from pipeline.content_view import content_charts
 from pipeline.summary import Summary, TrainSummary
 from pipeline.table_ids import table_ids
 from pipeline.warm_start_view import redrawn_rows, warm_start_line
@@ -135,7 +136,7 @@ def _training_charts(train: Path, recipe: Recipe, best_step: int | None) -> list
             ("Normalized entropy on held-out days", "validation", "ne", None),
             ("AUC on held-out days", "validation", "auc", None),
         ]
-    return [
+    shown = [
         {
             "title": title,
             "svg": charts.lines(
@@ -148,6 +149,7 @@ def _training_charts(train: Path, recipe: Recipe, best_step: int | None) -> list
         }
         for title, rows, metric, reference in found
     ]
+    return shown + content_charts(lines)
 
 
 def _curves(lines: list[dict[str, Any]], keys: Mapping[str, str]) -> dict[str, charts.Curve]:

@@ -11,7 +11,6 @@ ingests only the days that came since.
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,42 +20,30 @@ from pipeline.artifacts import Manifest, config_hash, read_manifest
 from pipeline.cluster import RaySession
 from pipeline.config import Recipe
 from pipeline.console import Reporter
-from pipeline.content import content_stage
-from pipeline.days import Split, available_days, catalogue_files, day_files, fingerprint, split_days
+from pipeline.content import STORES, content_stage
+from pipeline.content_paths import ContentPaths
+from pipeline.days import (
+    Span,
+    Split,
+    available_days,
+    catalogue_files,
+    day_files,
+    fingerprint,
+    split_days,
+)
 from pipeline.evaluate import evaluate
 from pipeline.gate import gate
+from pipeline.held_out import require_held_out
 from pipeline.identity import ingest_config, samples_config, training_config
 from pipeline.ingest import check_span, ingest
-from pipeline.join import join
+from pipeline.join import HELD_OUT, SAMPLES, join
 from pipeline.metrics_file import METRICS_FILE
 from pipeline.plan import plan, plan_inputs
 from pipeline.publication import Publish
 from pipeline.quantize_stage import codes_of_day
 from pipeline.registry import production_before
-from pipeline.stages import StageOutput, StageRecord, StageSpec, execute
-from pipeline.synthetic import generate
-from pipeline.train import TrainInputs, train
-
-STAGES = (
-    *("ingest", "content", "align", "quantize", "join", "plan", "train", "evaluate", "gate"),
-    "publish",
-)
-
-
-def ensure_data(recipe: Recipe, reporter: Reporter) -> None:
-    """Generate the synthetic marketplace where the recipe asks for it and it is not there."""
-    if recipe.data.synthetic is not None:
-        with reporter.stage("generate", unit="events"):
-            generate(recipe.data.synthetic, recipe.data.root, progress=reporter.advance)
-
-
-@dataclass(frozen=True)
-class Span:
-    """Days that one ingest artifact covers; its directory is named after the last one."""
-
-    days: tuple[str, ...]
-    previous: str | None
-    """Last day of the span whose user state this one continues."""
+from pipeline.stages import STAGES, StageOutput, StageRecord, StageSpec, execute
+from pipeline.train import TrainedModel, TrainInputs, train
 
 
 class DayRun:
@@ -240,13 +227,8 @@ class DayRun:
 
     def _content(self) -> Iterator[StageSpec]:
         if self.recipe.content is not None:
-            yield content_stage(
-                self.recipe,
-                self.directory("content"),
-                self._catalogue,
-                self.session,
-                self.reporter,
-            )
+            out = self.directory("content")
+            yield content_stage(self.recipe, out, self._catalogue, self.session, self.reporter)
 
     def _codes(self, name: str) -> Iterator[StageSpec]:
         if self.codes is not None:
@@ -256,9 +238,8 @@ class DayRun:
     def _join(self, span: Span) -> StageSpec:
         last = span.days[-1]
         inputs = {"ingest": self._artifact_id("ingest", last), "catalogue": self._catalogue}
-        codes = None
+        codes = None if self.codes is None else self.codes.file
         if self.codes is not None:
-            codes = self.codes.file
             inputs["codes"] = self.codes.fingerprint
 
         def body(scratch: Path) -> StageOutput:
@@ -312,6 +293,7 @@ class DayRun:
                 plan=self.directory("plan"),
                 parent=None if parent is None else self.directory("train", parent),
                 codebooks=None if self.codes is None else self.codes.change_since(parent),
+                content=self.content_paths(),
             )
             output = train(self.recipe, sources, scratch, self.reporter)
             facts = {**output.facts, "parent": parent, "days": days}
@@ -329,20 +311,22 @@ class DayRun:
         )
 
     def _evaluate(self) -> StageSpec:
-        days = self.split.evaluation
+        days = self.evaluation_days()
         inputs = {
             "train": self._artifact_id("train", self.date),
             "join": self._artifact_id("join", days[-1]),
             "ingest": self._artifact_id("ingest", self.date),
         }
+        if days != self.split.evaluation:
+            for span in self.training_spans():
+                inputs[f"join:{span.days[-1]}"] = self._artifact_id("join", span.days[-1])
         config = {"evaluation": self._dump("evaluation"), "days": days}
 
         def body(scratch: Path) -> StageOutput:
             self.session.start()
             return evaluate(
-                self.recipe,
-                self.directory("train"),
-                samples=self.samples(days),
+                TrainedModel.of(self.recipe, self.directory("train"), self.content_paths()),
+                samples=self.evaluation_samples(),
                 counts=self.directory("ingest"),
                 scratch=scratch,
             )
@@ -374,17 +358,35 @@ class DayRun:
 
     # --- pieces ----------------------------------------------------------------------------------
 
-    def samples(self, days: tuple[str, ...]) -> list[Path]:
+    def evaluation_days(self) -> tuple[str, ...]:
+        """Days whose rows are evaluated."""
+        held_out = self.recipe.evaluation.held_out_items
+        if held_out is None or held_out.days == "evaluation":
+            return self.split.evaluation
+        return (*self.training_days(), *self.split.validation, *self.split.evaluation)
+
+    def evaluation_samples(self) -> list[Path]:
+        """Files of what is evaluated: held-out items, where there are, else all."""
+        if self.recipe.evaluation.held_out_items is None:
+            return self.samples(self.split.evaluation)
+        return require_held_out(self.samples(self.evaluation_days(), HELD_OUT))
+
+    def content_paths(self) -> ContentPaths | None:
+        """Where the run's item content lies, if its recipe has any."""
+        if self.recipe.content is None:
+            return None
+        return ContentPaths(index=self.directory("content"), stores=self.out / STORES)
+
+    def samples(self, days: tuple[str, ...], part: str = SAMPLES) -> list[Path]:
         """Sample files of these days, from whichever spans hold them."""
-        wanted = set(days)
         spans = [*self.training_spans(), self._eval_span()]
         return [
             path
             for span in spans
             for day in span.days
-            if day in wanted
+            if day in days
             for path in sorted(
-                (self.directory("join", span.days[-1]) / "samples" / f"dt={day}").glob("*.parquet")
+                (self.directory("join", span.days[-1]) / part / f"dt={day}").glob("*.parquet")
             )
         ]
 

@@ -19,17 +19,18 @@ from rich.console import Console
 
 from embedding.errors import UserError
 from pipeline.artifacts import config_hash, read_manifest
-from pipeline.cluster import RaySession
+from pipeline.cluster import RaySession, actors_of
 from pipeline.config import Recipe
 from pipeline.console import Reporter, duration
 from pipeline.days import available_days
 from pipeline.failures import user_error
-from pipeline.identity import samples_config, training_config
+from pipeline.identity import content_config, samples_config, training_config
 from pipeline.metrics_file import METRICS_FILE, read_metrics
 from pipeline.recipe import load_recipe
-from pipeline.run import STAGES, DayRun, ensure_data
-from pipeline.stages import StageOutput, StageSpec, execute
+from pipeline.run import DayRun
+from pipeline.stages import STAGES, StageOutput, StageSpec, execute
 from pipeline.study_statistics import StudyResult, differences, estimates, trial_metrics
+from pipeline.synthetic import ensure_data
 from pipeline.trial import TrialJob, TrialProcess, run_on_group
 
 STUDY_FILE = "study.json"
@@ -140,7 +141,8 @@ class Study:
         Raises:
             UserError: the data cannot be prepared, or every trial failed.
         """
-        with RaySession(self.first.cluster) as session:
+        actors = [bundle for r in self.recipes.values() for bundle in actors_of(r)]
+        with RaySession(self.first.cluster, actors=actors) as session:
             trials = [
                 trial for variant in self.variants for trial in self._trials(variant, session)
             ]
@@ -159,8 +161,10 @@ class Study:
     def _trials(self, variant: Variant, session: RaySession) -> list[Trial]:
         """The trials of a variant; its samples are made first, unless another variant has them."""
         recipe = self.recipes[variant.name]
-        codes = {} if recipe.codes is None else {"codes": recipe.codes.quantized}
-        key = config_hash({"root": str(recipe.data.root), **samples_config(recipe), **codes})
+        content = {} if recipe.content is None else {"content": content_config(recipe.content)}
+        if recipe.codes is not None:
+            content["codes"] = recipe.codes.quantized
+        key = config_hash({"root": str(recipe.data.root), **samples_config(recipe), **content})
         day = DayRun(
             recipe.model_copy(
                 update={"window": recipe.window.model_copy(update={"warm_start": False})}
@@ -179,11 +183,12 @@ class Study:
     def _trial(self, variant: Variant, recipe: Recipe, seed: int, day: DayRun) -> Trial:
         trainer = recipe.ranking.trainer.model_copy(update={"seed": seed})
         ranking = recipe.ranking.model_copy(update={"trainer": trainer})
-        seeded = recipe.model_copy(update={"ranking": ranking})
-        samples, validation, evaluation = (
-            day.samples(days)
-            for days in (day.training_days(), day.split.validation, day.split.evaluation)
-        )
+        content = recipe.content
+        if content is not None:
+            content = content.model_copy(update={"seed": seed})
+        seeded = recipe.model_copy(update={"ranking": ranking, "content": content})
+        samples, validation = map(day.samples, (day.training_days(), day.split.validation))
+        evaluation = day.evaluation_samples()
         config = training_config(seeded) | {
             "evaluation": seeded.evaluation.model_dump(mode="json"),
             "num_workers": seeded.cluster.num_workers,
@@ -196,6 +201,11 @@ class Study:
             manifest = read_manifest(directory)
             assert manifest is not None, directory
             inputs[f"join:{directory.parent.name}"] = manifest.artifact_id
+        paths = day.content_paths()
+        if paths is not None:
+            stored = read_manifest(paths.index)
+            assert stored is not None, paths.index
+            inputs["content"] = stored.artifact_id
 
         def body(scratch: Path) -> StageOutput:
             job = TrialJob(
@@ -205,6 +215,7 @@ class Study:
                 evaluation=[path.absolute() for path in evaluation],
                 counts=day.directory("ingest").absolute(),
                 scratch=scratch.absolute(),
+                content=None if paths is None else paths.absolute(),
             )
             return self._dispatch(job)
 

@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from embedding.errors import UserError
-from pipeline.config import SyntheticConfig
+from pipeline.config import Recipe, SyntheticConfig
+from pipeline.console import Reporter
 from pipeline.counter_random import FloatArray, Int64Array
 from pipeline.dataset import TIMESTAMP, DayWriter, Receipt, is_written, writing_dataset
 from pipeline.days import parse_day
@@ -273,3 +274,10 @@ def _chunks(count: int, size: int) -> Iterator[Int64Array]:
 
 
 _EPOCH = parse_day("1970-01-01", "epoch")
+
+
+def ensure_data(recipe: Recipe, reporter: Reporter) -> None:
+    """Generate the synthetic marketplace where the recipe asks for it and it is not there."""
+    if recipe.data.synthetic is not None:
+        with reporter.stage("generate", unit="events"):
+            generate(recipe.data.synthetic, recipe.data.root, progress=reporter.advance)

@@ -12,7 +12,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -23,6 +23,7 @@ from pipeline.artifacts import RESUME
 from pipeline.code_carry import CodebookChange
 from pipeline.config import ClusterConfig, Recipe
 from pipeline.console import Reporter
+from pipeline.content_paths import ContentPaths
 from pipeline.plan import PLAN
 from pipeline.stages import StageOutput
 from pipeline.warm_start_view import warm_start_line
@@ -49,6 +50,8 @@ class TrainInputs(StrictConfig):
     """Directory of the train artifact to start from."""
     codebooks: CodebookChange | None = None
     """Where the parent's code tables belong to other codebooks than the samples."""
+    content: ContentPaths | None = None
+    """Where the recipe has content."""
 
 
 class TrainedModel(StrictConfig):
@@ -57,6 +60,18 @@ class TrainedModel(StrictConfig):
     recipe: Recipe
     plan: Path
     checkpoint: Path
+    content: ContentPaths | None = None
+    """Where the recipe has content."""
+
+    @classmethod
+    def of(cls, recipe: Recipe, directory: Path, content: ContentPaths | None) -> Self:
+        """The model of a train artifact, whose plan lies beside it."""
+        return cls(
+            recipe=recipe,
+            plan=(directory.parent / "plan" / PLAN).absolute(),
+            checkpoint=(directory / CHECKPOINT).absolute(),
+            content=None if content is None else content.absolute(),
+        )
 
 
 class TrainJob(StrictConfig):
@@ -71,6 +86,8 @@ class TrainJob(StrictConfig):
     codebooks: CodebookChange | None = None
     resume: Path
     """Where everything lies while the training runs."""
+    content: ContentPaths | None = None
+    """Where the recipe has content."""
 
     @property
     def checkpoints(self) -> Path:
@@ -94,6 +111,8 @@ class TrainResult(StrictConfig):
     data_wait_share: float
     warm_start: dict[str, Any] | None
     """What came from the parent and what did not (`embedding.restore.WarmStartReport`)."""
+    content: dict[str, float] | None = None
+    """Of the last window of steps: cost, age of the bank, norms of gradients; None without."""
 
 
 Worker = Callable[[dict[str, str]], None]
@@ -152,6 +171,7 @@ def train(
         ),
         codebooks=inputs.codebooks,
         resume=(scratch / RESUME).absolute(),
+        content=None if inputs.content is None else inputs.content.absolute(),
     )
     # The result is a training's last word: with it, only the publishing was interrupted.
     if not (job.resume / RESULT).exists():

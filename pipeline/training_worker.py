@@ -5,6 +5,7 @@ Ray Train has set up the process group; a restarted group finds its last checkpo
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from embedding import samples as columns
+from embedding.capture import COMPANION
 from embedding.checkpoint import Checkpointer, load_into, step_directory
 from embedding.loader import SampleFiles, SampleLoader
 from embedding.memory import keep_freed_memory
@@ -24,6 +26,7 @@ from embedding.shard import Sharded, shard
 from embedding.warm_start import WarmStartReport
 from pipeline.code_carry import row_carries
 from pipeline.config import Recipe
+from pipeline.content_training import RankContent, rank_content
 from pipeline.evaluate import EvaluateJob
 from pipeline.train import LOGS, METRICS, RESULT, TENSORBOARD, TrainJob, TrainResult
 from ranking.model import RankingModel, RankingStep
@@ -40,7 +43,8 @@ def train_worker(job: TrainJob) -> None:
     """Train on this rank from the last checkpoint, the parent's, or the start."""
     recipe = job.recipe
     device = _prepare_process(recipe, job.resume / LOGS)
-    sharded = build(recipe, job.plan, device)
+    content = rank_content(recipe, job.content, device)
+    sharded = build(recipe, job.plan, device, content)
     checkpointer = Checkpointer(job.checkpoints, keep=recipe.ranking.trainer.keep_checkpoints)
     progress, carried = _restore(job, sharded, checkpointer)
     record = MetricsFile(job, progress.step) if dist.get_rank() == 0 else None
@@ -62,10 +66,12 @@ def train_worker(job: TrainJob) -> None:
             validated=record.add_validation if record else _ignore,
         ),
     )
-    loader = _loader(recipe, job.samples)
-    held_out = _loader(recipe, job.validation) if job.validation else None
+    loader = _loader(recipe, job.samples, content)
+    held_out = _loader(recipe, job.validation, content) if job.validation else None
     summary = trainer.fit(loader, progress, validation=held_out)
     checkpointer.close()
+    if content is not None:
+        content.source.close()
     if record is not None:
         record.close()
         best_step = summary.validation.best_step
@@ -79,6 +85,7 @@ def train_worker(job: TrainJob) -> None:
             world_size=summary.world_size,
             data_wait_share=summary.data_wait_share,
             warm_start=None if carried is None else carried.model_dump(mode="json"),
+            content=record.content,
         )
         partial = job.resume / f"{RESULT}.partial"
         partial.write_text(result.model_dump_json(indent=2))
@@ -90,29 +97,45 @@ def predict_worker(job: EvaluateJob) -> None:
     """Predict this rank's consecutive share of the samples into `rank-N.parquet`."""
     recipe = job.model.recipe
     device = _prepare_process(recipe, job.predictions.parent / LOGS)
-    sharded = build(recipe, job.model.plan, device)
+    content = rank_content(recipe, job.model.content, device, predicts=True)
+    sharded = build(recipe, job.model.plan, device, content)
     report = load_into(job.model.checkpoint, sharded)
-    assert not report.initialised, report.initialised
+    # The bank is no weight: it holds what the encoder gives.
+    assert set(report.initialised) <= {f"{COMPANION}bank"}, report.initialised
+    if content is not None:
+        content.source.refresh()
     step: RankingStep = sharded.model.module
     step.install_average()
     tasks = [task.name for task in recipe.ranking.tasks]
     path = job.predictions / f"rank-{dist.get_rank():05d}.parquet"
     with (
         pq.ParquetWriter(path, prediction_schema(tasks)) as writer,
-        _loader(recipe, job.samples).sequential() as stream,
+        _loader(recipe, job.samples, content).sequential() as stream,
     ):
         for predictions in predict(sharded.model, stream, device):
             writer.write_batch(prediction_batch(predictions, tasks))
     dist.barrier()
 
 
-def build(recipe: Recipe, plan: Path, device: torch.device) -> Sharded:
+def build(
+    recipe: Recipe, plan: Path, device: torch.device, content: RankContent | None = None
+) -> Sharded:
     """The recipe's model, sharded by the plan, with start values drawn from the seed."""
     trainer = recipe.ranking.trainer
-    model = RankingModel(recipe.features, recipe.ranking, tables_device=torch.device("meta"))
+    model = RankingModel(
+        recipe.features,
+        recipe.ranking,
+        tables_device=torch.device("meta"),
+        content=None if content is None else content.shape,
+    )
     adam = trainer.dense_optimizer
     sharded = shard(
-        RankingStep(model, recipe.ranking, embedding_l2=recipe.embedding.l2),
+        RankingStep(
+            model,
+            recipe.ranking,
+            embedding_l2=recipe.embedding.l2,
+            content=None if content is None else content.part,
+        ),
         optimizer=recipe.embedding.optimizer,
         sharding=recipe.embedding.sharding,
         dense_optimizer=lambda parameters: torch.optim.AdamW(
@@ -127,7 +150,7 @@ def build(recipe: Recipe, plan: Path, device: torch.device) -> Sharded:
         plan=PlanDescription.model_validate_json(plan.read_text()),
     )
     sharded.initialize(trainer.seed)
-    return sharded
+    return sharded if content is None else replace(sharded, companion=content.source)
 
 
 def _restore(
@@ -157,10 +180,15 @@ def _prepare_process(recipe: Recipe, logs: Path) -> torch.device:
     return torch.device("cpu")
 
 
-def _loader(recipe: Recipe, paths: list[Path]) -> SampleLoader:
+def _loader(recipe: Recipe, paths: list[Path], content: RankContent | None) -> SampleLoader:
     trainer = recipe.ranking.trainer
     return SampleLoader(
-        SampleFiles(paths, recipe.features, [task.name for task in recipe.ranking.tasks]),
+        SampleFiles(
+            paths,
+            recipe.features,
+            [task.name for task in recipe.ranking.tasks],
+            items=None if content is None else content.items,
+        ),
         batch_size_per_rank=trainer.batch_size_per_rank,
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -207,10 +235,14 @@ class MetricsFile:
         kept = [line for line in kept if line.endswith("\n") and json.loads(line)["step"] <= first]
         path.write_text("".join(kept))
         self.file = path.open("a")
+        self.content: dict[str, float] | None = None
+        """Figures of the last window, where the model reads content."""
         self.board = SummaryWriter(str(job.resume / TENSORBOARD), purge_step=first + 1)
 
     def add(self, step: int, num_steps: int, metrics: dict[str, float]) -> None:
         """Append the metrics of a window of steps, with the line a person reads."""
+        found = {name: value for name, value in metrics.items() if name.startswith("content/")}
+        self.content = found or None
         self._append(step, num_steps, metrics, step_line(step, num_steps, self.tasks, metrics))
 
     def add_validation(self, step: int, num_steps: int, metrics: dict[str, float]) -> None:

@@ -13,10 +13,20 @@ from rich.console import Console
 from embedding.config import StrictConfig
 from pipeline.config import ClusterConfig, Recipe
 from pipeline.console import Reporter
+from pipeline.content_paths import ContentPaths
 from pipeline.evaluate import evaluate
 from pipeline.plan import plan, write_plan
 from pipeline.stages import StageOutput
-from pipeline.train import METRICS, RESULT, RunWorkers, TrainInputs, Worker, run_workers, train
+from pipeline.train import (
+    METRICS,
+    RESULT,
+    RunWorkers,
+    TrainedModel,
+    TrainInputs,
+    Worker,
+    run_workers,
+    train,
+)
 
 
 class TrialJob(StrictConfig):
@@ -32,6 +42,8 @@ class TrialJob(StrictConfig):
     counts: Path
     """Ingest artifact with the event counts that slices need."""
     scratch: Path
+    content: ContentPaths | None = None
+    """Where the recipe has content."""
 
 
 def run_on_group(job: TrialJob) -> StageOutput:
@@ -72,11 +84,16 @@ def _run(job: TrialJob, make_plan: Callable[[Path], StageOutput], run: RunWorker
         folder.mkdir(parents=True)
     plan_dir, train_dir, evaluate_dir = folders
     make_plan(plan_dir)
-    inputs = TrainInputs(samples=job.samples, validation=job.validation, plan=plan_dir, parent=None)
+    inputs = TrainInputs(
+        samples=job.samples,
+        validation=job.validation,
+        plan=plan_dir,
+        parent=None,
+        content=job.content,
+    )
     trained = train(job.recipe, inputs, train_dir, Reporter(Console(quiet=True)), run)
     evaluate(
-        job.recipe,
-        train_dir,
+        TrainedModel.of(job.recipe, train_dir, job.content),
         samples=job.evaluation,
         counts=job.counts,
         scratch=evaluate_dir,

@@ -12,12 +12,21 @@ from torch import Tensor, nn
 from embedding.batch import RankingBatch
 from embedding.config import FeatureSchema
 from embedding.errors import UserError
+from embedding.items import ContentVectors
 from embedding.tables import EmbeddedBatch, EmbeddingTables
 from ranking.averaging import DenseAverage
+from ranking.classifier_config import READ_ANY_DIMS
 from ranking.classifiers.build import build_classifier
 from ranking.classifiers.inputs import ClassifierInputs, InputDims
 from ranking.compatibility import check_model, table_widths
 from ranking.config import ModelConfig, RankingConfig
+from ranking.content import (
+    ContentInterest,
+    ContentPart,
+    ContentPort,
+    ContentShape,
+    ContentSource,
+)
 from ranking.experts import build_heads
 from ranking.fields import FieldGenerator
 from ranking.history import HistoryInterest
@@ -33,9 +42,16 @@ class RankingModel(nn.Module):
     """Multi-task click model: sharded tables and a dense ranker."""
 
     def __init__(
-        self, schema: FeatureSchema, config: RankingConfig, *, tables_device: torch.device
+        self,
+        schema: FeatureSchema,
+        config: RankingConfig,
+        *,
+        tables_device: torch.device,
+        content: ContentShape | None = None,
     ) -> None:
         """Build the tables on `tables_device` (`meta` before sharding) and the ranker on the CPU.
+
+        With `content`, the ranker reads content vectors of items, too.
 
         Raises:
             UserError: the model does not fit the schema.
@@ -51,23 +67,32 @@ class RankingModel(nn.Module):
                 config.model,
                 num_tasks=len(config.tasks),
                 autocast=config.trainer.precision == "bf16",
+                content=content,
             )
 
-    def forward(self, batch: RankingBatch) -> Tensor:
+    def forward(self, batch: RankingBatch, content: ContentVectors | None = None) -> Tensor:
         """Logits of the tasks' probabilities over all rows (`ranking.tasks`); (B, T), float32."""
-        return self.rank(self.tables(batch), batch)
+        return self.rank(self.tables(batch), batch, content)
 
-    def rank(self, embedded: EmbeddedBatch, batch: RankingBatch) -> Tensor:
+    def rank(
+        self, embedded: EmbeddedBatch, batch: RankingBatch, content: ContentVectors | None = None
+    ) -> Tensor:
         """The same from what the tables gave."""
-        return self.chain(self.ranker(embedded, batch.dense_BF))
+        return self.chain(self.ranker(embedded, batch.dense_BF, content))
 
 
 class RankingStep(nn.Module):
     """The model with its loss: the module that is sharded and trained."""
 
     def __init__(
-        self, model: RankingModel, config: RankingConfig, *, embedding_l2: float = 0.0
+        self,
+        model: RankingModel,
+        config: RankingConfig,
+        *,
+        embedding_l2: float = 0.0,
+        content: ContentPart | None = None,
     ) -> None:
+        """`content` is there exactly if the model was built to read it."""
         super().__init__()
         self.model = model
         self.labels = EntireSpaceLabels(config.tasks)
@@ -75,6 +100,8 @@ class RankingStep(nn.Module):
         self.penalty = LookupPenalty(model.tables.schema, embedding_l2) if embedding_l2 else None
         decay = config.trainer.ema_decay
         self.average = None if decay is None else DenseAverage(model.ranker, decay)
+        self.content = None if content is None else ContentPort(content.source)
+        self.content_penalty = None if content is None else content.penalty
 
     @property
     def tables(self) -> EmbeddingTables:
@@ -84,12 +111,20 @@ class RankingStep(nn.Module):
     def forward(self, batch: RankingBatch) -> StepOutput:
         """The loss, and what metrics need."""
         embedded = self.model.tables(batch)
-        logits_BT = self.model.rank(embedded, batch)
+        content = None if self.content is None else self.content(batch)
+        logits_BT = self.model.rank(embedded, batch, content)
         labels_BT, weights_BT = self.labels(batch.labels_BT, batch.weights_BT)
         loss = self.loss(logits_BT, labels_BT, weights_BT)
         if self.penalty is not None:
             loss = loss + self.penalty(embedded, batch)
+        if self.content_penalty is not None:
+            loss = loss + self.content_penalty(content, embedded)
         return loss, (logits_BT.detach(), labels_BT, weights_BT)
+
+    @property
+    def content_source(self) -> ContentSource | None:
+        """Who makes the content vectors, if the model reads any."""
+        return None if self.content is None else self.content.source
 
     def update_average(self, step: int) -> None:
         """Add the weights after step `step` = 0, 1, ... to their average."""
@@ -110,18 +145,27 @@ class Ranker(nn.Module):
     """The dense side. Holds no table, so TorchRec's pipelines do not trace into it."""
 
     def __init__(
-        self, schema: FeatureSchema, config: ModelConfig, *, num_tasks: int, autocast: bool
+        self,
+        schema: FeatureSchema,
+        config: ModelConfig,
+        *,
+        num_tasks: int,
+        autocast: bool,
+        content: ContentShape | None = None,
     ) -> None:
         super().__init__()
         self.autocast = autocast
         interests = [HistoryInterest(schema, interest) for interest in config.interests]
         self.interests = nn.ModuleList(interests)
         self.fields = FieldGenerator(schema, config)
-        dims = InputDims(
-            fields=self.fields.output_fields,
-            num_dense=len(schema.dense),
-            interest=sum(interest.output_dim for interest in interests),
-        )
+        fields, width = self.fields.output_fields, sum(i.output_dim for i in interests)
+        self.content: ContentInterest | None = None
+        if content is not None:
+            # Where fields are multiplied with one another, content must be among them.
+            multiplied = not isinstance(config.classifier, READ_ANY_DIMS)
+            self.content = ContentInterest(content, fields[0][1] if multiplied else None)
+            fields, width = fields + self.content.output_fields, width + self.content.output_dim
+        dims = InputDims(fields=fields, num_dense=len(schema.dense), interest=width)
         self.classifier = build_classifier(config.classifier, dims)
         self.heads = build_heads(config.experts, self.classifier.output_dim, num_tasks)
 
@@ -131,13 +175,20 @@ class Ranker(nn.Module):
             # Histories are jagged, and every new length would be compiled again: they stay eager.
             self.combine = torch.compile(self._combine)
 
-    def forward(self, embedded: EmbeddedBatch, dense_BF: Tensor) -> Tensor:
+    def forward(
+        self, embedded: EmbeddedBatch, dense_BF: Tensor, content: ContentVectors | None = None
+    ) -> Tensor:
         """Logits of p(task | its parent); (B, T), float32."""
         with torch.autocast(dense_BF.device.type, torch.bfloat16, enabled=self.autocast):
             own, generator_BFD = self.fields.split(embedded)
             interests = [interest(own) for interest in self.interests]
+            more_BX = dense_BF[:, :0]
+            if self.content is not None:
+                assert content is not None
+                content_BX, more_BX = self.content(content)
+                interests.append(content_BX)
             interests_BX = torch.cat(interests, dim=1) if interests else dense_BF[:, :0]
-            logits_BT = self.combine(own.fields_BD, generator_BFD, dense_BF, interests_BX)
+            logits_BT = self.combine(own.fields_BD, generator_BFD, dense_BF, interests_BX, more_BX)
         return logits_BT.float()
 
     def _combine(
@@ -146,14 +197,18 @@ class Ranker(nn.Module):
         generator_BFD: Tensor | None,
         dense_BX: Tensor,
         interests_BX: Tensor,
+        more_BX: Tensor,
     ) -> Tensor:
-        """Logits (B, T): everything behind lookup and interests."""
+        """Logits (B, T): everything behind lookup and interests. `more_BX` are further fields."""
         # Cast once, before anything is copied: concatenation would widen bf16 to float32 again.
         dtype = torch.bfloat16 if self.autocast else torch.float32
         if generator_BFD is not None:
             generator_BFD = generator_BFD.to(dtype)
+        fields_BX = self.fields(fields_BX.to(dtype), generator_BFD)
+        if more_BX.shape[1]:
+            fields_BX = torch.cat([fields_BX, more_BX.to(dtype)], dim=1)
         inputs = ClassifierInputs(
-            fields_BX=self.fields(fields_BX.to(dtype), generator_BFD),
+            fields_BX=fields_BX,
             dense_BX=dense_BX.to(dtype),
             interests_BX=interests_BX.to(dtype),
         )

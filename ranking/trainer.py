@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from embedding.batch import RankingBatch
 from embedding.epochs import Leg, Position
 from embedding.errors import UserError
 from embedding.loader import BatchStream
@@ -113,6 +114,7 @@ class Trainer:
         self.device = device
         self.hooks = hooks
         self.ranking = next(m for m in model.modules() if isinstance(m, RankingStep))
+        self.content = self.ranking.content_source
         self.steps = make_steps(model, optimizer, device, config.max_grad_norm)
         self._rates = LearningRates(optimizer)
 
@@ -146,11 +148,15 @@ class Trainer:
         if run.should_stop:
             return
         with source.shuffled(start) as stream:
-            batches = iter(stream)
+            batches: Iterator[RankingBatch] = iter(stream)
+            if self.content is not None:
+                batches = self.content.ahead(batches)
             for done in range(1, stream.num_steps + 1):
                 self._seed(run.step, source.rank)
                 self._rates.set(run.rate_factor())
                 outputs = self.steps.run(batches)
+                if self.content is not None:
+                    self.content.learn(self.rate_factor)
                 self.ranking.update_average(run.step)
                 run.after_step(outputs, stream)
                 leg = Leg(
@@ -259,6 +265,8 @@ class _Run:
         metrics = step_metrics(self.trainer.tasks, sums, num_slots, timing)
         metrics["train/rate_factor"] = self.trainer.rate_factor
         metrics |= memory_metrics(self.trainer.device)
+        if self.trainer.content is not None:
+            metrics |= self.trainer.content.metrics()
         self.window.clear()
         self.reported_step = self.step
         if self.is_logging_rank:
@@ -272,6 +280,8 @@ class _Run:
         trainer, config = self.trainer, self.trainer.config
         with self.clock.paused("validation"), trainer.ranking.averaged():
             trainer.steps.pause()
+            if trainer.content is not None:
+                trainer.content.refresh()
             source, device = self.validation_source, trainer.device
             values = validate(trainer.model, source, device, len(trainer.tasks))
         value = deciding_value(config.validation, trainer.tasks, values)
@@ -287,7 +297,10 @@ class _Run:
         if self.saved_step == self.step:
             return
         sums, num_slots = self._fold()
+        content = self.trainer.content
         with self.clock.paused("checkpoint"):
+            if content is not None and self.step == self.num_steps:
+                content.refresh()  # a result holds vectors of all items, as its weights make them
             self.trainer.hooks.save(
                 Progress(self.step, self.position, sums.sums_TX, num_slots, self.validation)
             )

@@ -1,6 +1,8 @@
 """Resume, retention, damage, warm start, growth and export of checkpoints, in two spawns."""
 
+import dataclasses
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -98,6 +100,7 @@ def _check_one_rank(directory: Path) -> None:
     _check_retention_and_damage(directory / "damage")
     _check_nothing_is_dropped_silently(directory / "silent")
     _check_warm_start(directory / "warm")
+    _check_companion(directory / "companion")
     _check_growth(directory / "growth")
     _check_export(directory / "export")
 
@@ -197,6 +200,42 @@ def _check_warm_start(directory: Path) -> None:
         assert torch.equal(state, expected)
     with pytest.raises(UserError, match="no complete checkpoint"):
         load_into(directory / "nowhere", today)
+
+
+class _Beside:
+    """Trains nothing, but is saved: a matrix and a counter."""
+
+    def __init__(self, start: float) -> None:
+        self.state = {"encoder/weight": torch.full((3, 2), start), "step": torch.tensor(start)}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return self.state
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        assert tensors["step"].shape == (1,)
+        self.state = dict(tensors)
+
+    def warm_start(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+        self.state["encoder/weight"] = tensors["encoder/weight"]
+        return {"step": "starts anew"}
+
+
+def _check_companion(directory: Path) -> None:
+    saved = dataclasses.replace(_build(), companion=_Beside(4.0))
+    checkpointer = _saved(directory, saved)
+    resumed = dataclasses.replace(_build(seed=8), companion=_Beside(0.0))
+    checkpointer.load(3, resumed)
+    assert resumed.companion is not None
+    assert resumed.companion.tensors()["encoder/weight"].equal(torch.full((3, 2), 4.0))
+    assert resumed.companion.tensors()["step"] == 4
+    with pytest.raises(UserError, match="saved but not needed: companion/encoder/weight"):
+        checkpointer.load(3, _build(seed=8))
+    started = dataclasses.replace(_build(seed=8), companion=_Beside(0.0))
+    report = load_into(directory, started)
+    assert "companion/encoder/weight" in report.carried
+    assert report.initialised == {"companion/step": "starts anew"}
+    assert started.companion is not None
+    assert started.companion.tensors()["encoder/weight"].equal(torch.full((3, 2), 4.0))
 
 
 def _check_growth(directory: Path) -> None:

@@ -26,7 +26,8 @@ from embedding.config import (
 from embedding.epochs import Leg, Position
 from embedding.errors import UserError
 from embedding.hashing import rows_of
-from embedding.loader import Prefetched, SampleFiles, SampleLoader
+from embedding.loader import SampleFiles, SampleLoader
+from embedding.prefetch import Prefetched
 
 TASKS = ("click", "like")
 SCHEMA = FeatureSchema(

@@ -69,7 +69,7 @@ def _serial(monkeypatch: pytest.MonkeyPatch) -> None:
             assert encode
             yield from encode(task)
 
-    monkeypatch.setattr(stage, "encode_on_actors", encode_here)
+    monkeypatch.setattr(stage, "encode_on_workers", encode_here)
 
 
 def run_stage(tmp_path: Path, day: str, **changes: Any) -> tuple[ContentFacts, ContentReader]:
@@ -259,7 +259,7 @@ def test_a_recipe_without_content_has_no_such_stage(tmp_path: Path) -> None:
 
 
 @pytest.mark.integration
-def test_ray_actors_store_what_this_process_would(
+def test_ray_workers_store_what_this_process_would(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import ray

@@ -11,7 +11,7 @@ from pipeline.data_cli import data_app
 from pipeline.recipe import load_recipe, recipe_names
 from pipeline.synthetic import RECEIPT, generate
 
-BUILT_IN = ["avazu", "cluster", "criteo", "demo", "frappe", "movielens"]
+BUILT_IN = ["avazu", "cluster", "criteo", "demo", "frappe", "movielens", "movielens_content"]
 
 
 def test_synth_writes_what_a_recipe_of_the_same_sizes_expects(tmp_path: Path) -> None:

@@ -7,10 +7,6 @@ what it publishes is looked at, too.
 import json
 import random
 import shutil
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,54 +16,37 @@ import pytest
 
 from deploy.scoring import score_samples
 from pipeline.evaluate import read_predictions
+from tests.pipeline.interrupted import DATE, Run, metrics, processes
 
-DATE = "2024-01-03"
-TIMEOUT_S = 300
 STEPS_BETWEEN_CHECKPOINTS = 10
 
 pytestmark = pytest.mark.integration
 
 
-def command(data: Path, out: Path, *, stage: str) -> list[str]:
-    settings = {
-        "data.root": data,
-        "data.synthetic.num_days": 4,
-        "data.synthetic.events_per_day": 6000,
-        "data.synthetic.num_items": 200,
-        "data.synthetic.num_users": 400,
-        "ranking.trainer.batch_size_per_rank": 128,
-        "ranking.trainer.log_every_steps": 5,
-        "ranking.trainer.checkpoint_every_steps": STEPS_BETWEEN_CHECKPOINTS,
-        "window.validation_days": 1,
-        "ranking.trainer.validation": "{every_steps: 12, metric: logloss, patience: 6}",
-        "ranking.trainer.ema_decay": 0.95,
-        "ranking.trainer.schedule": (
-            "{warmup_steps: 20, decay: {kind: cosine, final_factor: 0.1}, plateau: {factor: 0.8}}"
-        ),
-        "embedding.l2": 1e-5,
-        "gate": "{task: click, min_auc: 0, calibration: [0, 100]}",
-        # The batches around a restart take part in dropout and managed collision, too.
-        "features.tables.user.ids.kind": "managed_collision",
-    }
-    overrides = [f"--set={key}={value}" for key, value in settings.items()]
-    code = "import sys; from deploy.app import main; sys.exit(main())"
-    run = [sys.executable, "-c", code, "stage", stage, "--recipe", "demo", "--date", DATE]
-    return [*run, "--out", str(out), *overrides]
-
-
-def finish(data: Path, out: Path, *, stage: str = "evaluate") -> None:
-    done = subprocess.run(
-        command(data, out, stage=stage),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
+def run_on(data: Path) -> Run:
+    return Run(
+        {
+            "data.root": data,
+            "data.synthetic.num_days": 4,
+            "data.synthetic.events_per_day": 6000,
+            "data.synthetic.num_items": 200,
+            "data.synthetic.num_users": 400,
+            "ranking.trainer.batch_size_per_rank": 128,
+            "ranking.trainer.log_every_steps": 5,
+            "ranking.trainer.checkpoint_every_steps": STEPS_BETWEEN_CHECKPOINTS,
+            "window.validation_days": 1,
+            "ranking.trainer.validation": "{every_steps: 12, metric: logloss, patience: 6}",
+            "ranking.trainer.ema_decay": 0.95,
+            "ranking.trainer.schedule": (
+                "{warmup_steps: 20, decay: {kind: cosine, final_factor: 0.1}, "
+                "plateau: {factor: 0.8}}"
+            ),
+            "embedding.l2": 1e-5,
+            "gate": "{task: click, min_auc: 0, calibration: [0, 100]}",
+            # The batches around a restart take part in dropout and managed collision, too.
+            "features.tables.user.ids.kind": "managed_collision",
+        }
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def metrics(out: Path) -> object:
-    return json.loads((out / DATE / "evaluate" / "metrics.json").read_text())
 
 
 def validations(out: Path) -> list[tuple[int, float]]:
@@ -78,38 +57,8 @@ def validations(out: Path) -> list[tuple[int, float]]:
     return [(record["step"], record[key]) for record in records if key in record]
 
 
-def logged_step(out: Path) -> int:
-    path = out / DATE / ".train.partial" / "resume" / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return json.loads(lines[-1])["step"] if lines else 0
-
-
-def interrupt(data: Path, out: Path, step: int, kill: Callable[[psutil.Process], None]) -> int:
-    """Start the run, `kill` something when it has logged `step`, and wait for its end."""
-    log = out / "output.txt"
-    with log.open("w") as output:
-        driver = subprocess.Popen(
-            command(data, out, stage="evaluate"), stdout=output, stderr=subprocess.STDOUT
-        )
-    try:
-        started = time.monotonic()
-        while logged_step(out) < step:
-            assert driver.poll() is None, log.read_text()
-            assert time.monotonic() - started < TIMEOUT_S
-            time.sleep(0.02)
-        kill(psutil.Process(driver.pid))
-        return driver.wait(TIMEOUT_S)
-    finally:
-        driver.kill()
-        driver.wait()
-
-
 def kill_a_worker(driver: psutil.Process) -> None:
-    workers = [
-        child
-        for child in driver.children(recursive=True)
-        if any("RayTrainWorker" in part for part in child.cmdline())
-    ]
+    workers = processes(driver, "RayTrainWorker")
     assert len(workers) == 2
     random.choice(workers).kill()
 
@@ -122,7 +71,7 @@ def kill_the_driver(driver: psutil.Process) -> None:
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Data, and an output directory where everything before training has run."""
     root = tmp_path_factory.mktemp("recovery")
-    finish(root / "data", root / "prepared", stage="plan")
+    run_on(root / "data").finish(root / "prepared", stage="plan")
     return root / "data", root / "prepared"
 
 
@@ -132,7 +81,7 @@ def undisturbed(prepared: tuple[Path, Path]) -> Path:
     data, before_training = prepared
     out = before_training.with_name("undisturbed")
     shutil.copytree(before_training, out)
-    finish(data, out, stage="publish")
+    run_on(data).finish(out, stage="publish")
     return out
 
 
@@ -145,11 +94,11 @@ def test_killed_worker_and_killed_driver_change_nothing(
         shutil.copytree(before_training, out)
     step = random.randrange(STEPS_BETWEEN_CHECKPOINTS + 5, 60)
 
-    code = interrupt(data, outs["worker"], step, kill_a_worker)
+    code = run_on(data).interrupt(outs["worker"], step, kill_a_worker)
     assert code == 0, (step, (outs["worker"] / "output.txt").read_text())
-    code = interrupt(data, outs["driver"], step, kill_the_driver)
+    code = run_on(data).interrupt(outs["driver"], step, kill_the_driver)
     assert code == -9
-    finish(data, outs["driver"])
+    run_on(data).finish(outs["driver"])
 
     expected = (metrics(undisturbed), validations(undisturbed))
     for out in outs.values():

@@ -1,0 +1,43 @@
+"""Which features of a schema hold item ids. Imports nothing heavy, for checks without torch."""
+
+from embedding.config import FeatureSchema
+from embedding.errors import UserError
+
+_ITEM_ID = "item_id"
+
+
+def item_sequences(schema: FeatureSchema) -> dict[str, str]:
+    """The sequence of past item ids of every history.
+
+    Raises:
+        UserError: a history has none, so that its items are not known.
+    """
+    found = {
+        sequence.history: sequence.name
+        for sequence in reversed(schema.sequences)
+        if sequence.source == "items" and sequence.column_name == _ITEM_ID
+    }
+    lacking = [history.name for history in schema.histories if history.name not in found]
+    if lacking:
+        raise UserError(
+            f"content.in_history: no sequence of history {lacking[0]!r} reads item_id, so its "
+            "items are not in the samples; add {name: past_item, history: "
+            f"{lacking[0]}, table: ..., source: items, column: item_id}} to features.sequences, or "
+            "set content.in_history to false"
+        )
+    return found
+
+
+def candidate_field(schema: FeatureSchema) -> str:
+    """The sparse feature that looks up the candidate's id.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = [f.name for f in schema.sparse if f.column_name == _ITEM_ID and f.source != "users"]
+    if not found:
+        raise UserError(
+            "content.cic compares an item's content with the embedding of its id, and no sparse "
+            "feature reads item_id; add one to features.sparse, or set content.cic to null"
+        )
+    return found[0]

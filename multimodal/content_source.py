@@ -1,0 +1,253 @@
+"""Content vectors for the ranker's steps: deduplicated, from encoder and bank, learning back.
+
+    rank 0 wants rows 3 5 | rank 1 wants 5 8         distinct over all ranks: 3 5 8
+    placement encodes them, each once          -->   the bank of every rank holds them
+    vectors of a batch = the bank's            -->   gradient of rows 3 5 8, summed over ranks
+                                                     goes back to the placement
+
+So a step costs what its distinct items with gradient cost, whatever the number of ranks, samples
+and events, and every rank reads the same vectors as one process with all the rows would.
+"""
+
+# Shapes: U distinct items of this rank's batch, G items encoded in a step by all ranks together,
+# R rows of the store, D content dim.
+
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from embedding.batch import RankingBatch
+from embedding.errors import UserError
+from embedding.items import ContentVectors, ItemRows
+from multimodal.content_bank import ContentBank
+from multimodal.content_config import ContentConfig, Service
+from multimodal.gradient_items import own_rows
+from multimodal.rank_group import RankGroup
+
+_BANK = "bank/"
+
+
+class EncoderPlacement(Protocol):
+    """Where the encoder runs. Every rank makes the same calls with the same rows."""
+
+    def request(self, step: int, rows_G: Tensor) -> None:
+        """Begin to encode the rows of a step."""
+
+    def vectors(self, step: int) -> Tensor:
+        """What was requested, (G, D), without gradient; equal on all ranks."""
+        ...
+
+    def learn(self, step: int, gradient_GD: Tensor, rate_factor: float) -> None:
+        """Update from this rank's gradient of a step's vectors; the ranks' are averaged."""
+
+    def encode_all(self, num_rows: int) -> Tensor:
+        """Vectors of all rows with the present weights, (R, D); equal on all ranks."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything training changes; on rank 0, elsewhere it may be empty."""
+        ...
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from a `state`."""
+
+    def gradient_norms(self) -> dict[str, float]:
+        """Norm of the last step's gradient by part of the encoder; on rank 0."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what lives outside this process."""
+
+
+class TrainedContent:
+    """The `ranking.content.ContentSource` of a training or predicting rank."""
+
+    def __init__(
+        self,
+        config: ContentConfig,
+        placement: EncoderPlacement,
+        *,
+        item_ids: Tensor,
+        device: torch.device,
+        ranks: RankGroup,
+    ) -> None:
+        """`item_ids`: int64 raw id of every row of the content store, on the CPU."""
+        self.config = config
+        self.placement = placement
+        self.bank = ContentBank(item_ids, config.dim, device)
+        self.step = 0
+        """Number of the next training step."""
+        self._ranks = ranks
+        placed = config.placement
+        self._is_ahead = isinstance(placed, Service) and placed.staleness == 1
+        self._upcoming: deque[ItemRows] = deque()
+        self._requested: dict[int, Tensor] = {}
+        self._current: tuple[Tensor, ContentVectors] | None = None
+        self._is_fresh = False
+        self._meter = _Meter()
+
+    def ahead(self, batches: Iterator[RankingBatch]) -> Iterator[RankingBatch]:
+        """The same batches; with staleness 1 one more is taken from the loader than handed out."""
+        self._upcoming.clear()
+        return self._announced(batches) if self._is_ahead else batches
+
+    def train(self, items: ItemRows) -> ContentVectors:
+        """Vectors for a training step; of those encoded in it, the gradient counts."""
+        started = time.perf_counter()
+        if not self._is_fresh and self.step == 0:
+            self.refresh()
+        if self._upcoming:
+            self._upcoming.popleft()  # this step's
+        if self.step not in self._requested:
+            self._request(self.step, items)
+        rows_G = self._requested.pop(self.step)
+        computed_at = self.step - 1 if self._is_ahead else self.step
+        self.bank.write(rows_G, self.placement.vectors(self.step), max(computed_at, 0))
+        if self._upcoming:
+            self._request(self.step + 1, self._upcoming[0])
+        content = self._from_bank(items)
+        content.vectors_UD.requires_grad_()
+        self._current = (rows_G, content)
+        self._meter.read(self.bank.ages(items.rows_U[1:], self.step), len(rows_G))
+        self._meter.seconds += time.perf_counter() - started
+        return content
+
+    def learn(self, rate_factor: float) -> None:
+        """Update the encoder from the gradient of the vectors that `train` gave last."""
+        started = time.perf_counter()
+        assert self._current is not None
+        rows_G, content = self._current
+        gradient_UD = content.vectors_UD.grad
+        assert gradient_UD is not None, "the loss does not depend on content"
+        gradient_GD = gradient_UD.new_zeros(len(rows_G), gradient_UD.shape[1])
+        if len(rows_G):
+            rows_U = content.items.rows_U
+            places_U = torch.searchsorted(rows_G, rows_U).clamp_(max=len(rows_G) - 1)
+            is_encoded_U = rows_G[places_U] == rows_U
+            gradient_GD[places_U[is_encoded_U]] = gradient_UD[is_encoded_U]
+        self.placement.learn(self.step, gradient_GD, rate_factor)
+        self._current, self._is_fresh = None, False
+        self.step += 1
+        self._meter.steps += 1
+        self._meter.seconds += time.perf_counter() - started
+
+    def refresh(self) -> None:
+        """Encode every item of the store with the present weights."""
+        if not self._is_fresh:
+            self.bank.fill(self.placement.encode_all(self.bank.num_rows), self.step)
+            self._is_fresh = True
+
+    def read(self, items: ItemRows) -> ContentVectors:
+        """Vectors as of the last `refresh`."""
+        return self._from_bank(items)
+
+    def metrics(self) -> dict[str, float]:
+        """Figures since the last call, of this rank."""
+        norms = self.placement.gradient_norms() if self._ranks.rank == 0 else {}
+        meter, self._meter = self._meter, _Meter()
+        return meter.values() | {
+            f"content/gradient_norm_{part}": norm for part, norm in norms.items()
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds; on rank 0, the others give nothing."""
+        state = self.placement.state()
+        if self._ranks.rank != 0:
+            return {}
+        bank = {f"{_BANK}{name}": value for name, value in self.bank.state().items()}
+        return state | bank | {"step": torch.tensor([self.step, int(self._is_fresh)])}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from a checkpoint of this run."""
+        self.placement.load(tensors)
+        self.bank.load(_bank_of(tensors))
+        self.step, is_fresh = tensors["step"].tolist()
+        self._is_fresh = bool(is_fresh)
+
+    def warm_start(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        """Start from the encoder of another run.
+
+        Returns:
+            What keeps its start values, and why.
+        """
+        self._is_fresh = False
+        if not tensors:
+            return {"encoder": "not in the checkpoint"}
+        learned = {n: t for n, t in tensors.items() if n != "step" and not n.startswith(_BANK)}
+        try:
+            self.placement.load(learned)
+        except UserError as error:
+            return {"encoder": str(error)}
+        bank = _bank_of(tensors)
+        if not tensors["step"][1] or not self.bank.fits(bank):
+            return {"bank": "encoded anew with the weights that were carried"}
+        self.bank.fill(bank["vectors"], self.step)
+        self._is_fresh = True
+        return {}
+
+    def close(self) -> None:
+        """End what the placement holds outside this process."""
+        self.placement.close()
+
+    def _request(self, step: int, items: ItemRows) -> None:
+        generator = torch.Generator()
+        mixed = np.random.SeedSequence([self.config.seed, step, self._ranks.rank]).generate_state(1)
+        generator.manual_seed(int(mixed[0]))
+        policy = self.config.gradient
+        rows = own_rows(items, policy, generator)
+        rows_G = self._ranks.distinct(rows, policy.max_items_per_step)
+        self._requested[step] = rows_G
+        self.placement.request(step, rows_G)
+
+    def _from_bank(self, items: ItemRows) -> ContentVectors:
+        known_UD = self.bank.read(items.rows_U[1:])
+        nothing_1D = known_UD.new_zeros(1, known_UD.shape[1])
+        return ContentVectors(torch.cat([nothing_1D, known_UD]), items)
+
+    def _announced(self, batches: Iterator[RankingBatch]) -> Iterator[RankingBatch]:
+        """Each batch when the next one is known, too."""
+        waiting: RankingBatch | None = None
+        for batch in batches:
+            assert batch.content is not None
+            self._upcoming.append(batch.content)
+            if waiting is not None:
+                yield waiting
+            waiting = batch
+        if waiting is not None:
+            yield waiting
+
+
+def _bank_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n.removeprefix(_BANK): t for n, t in tensors.items() if n.startswith(_BANK)}
+
+
+class _Meter:
+    """Sums of one window of steps."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.seconds = 0.0
+        self.encoded = 0
+        self.num_read = 0
+        self.age_sum: Tensor | float = 0.0
+
+    def read(self, ages_U: Tensor, num_encoded: int) -> None:
+        """Count the vectors of a step; nothing here waits for the device."""
+        self.encoded += num_encoded
+        self.num_read += len(ages_U)
+        self.age_sum = self.age_sum + ages_U.sum()
+
+    def values(self) -> dict[str, float]:
+        """Means over the steps."""
+        steps, num_read = max(self.steps, 1), max(self.num_read, 1)
+        return {
+            "content/seconds_per_step": self.seconds / steps,
+            "content/encoded_items": self.encoded / steps,
+            "content/distinct_items_per_rank": self.num_read / steps,
+            "content/bank_age_steps": float(self.age_sum) / num_read,
+        }

@@ -1,0 +1,161 @@
+"""A Ray actor that owns a replica of the content encoder, and trains it for the ranks.
+
+    ranks --- encode(t, rows) ------> every actor: its share of the step's items, once for all ranks
+          <-- vectors --------------
+          --- contribute(t, grad) --> waits until all ranks have
+    rank 0 -- finish(t) ------------> gradient of the parameters from the actor's share
+           -- update(t, gradients) -> adds those of all actors up, and steps
+
+Methods are coroutines: one that waits for other ranks lets their calls in. No wait lasts longer
+than the timeout, and its error says who waited for what.
+"""
+
+# Shapes: U rows of this actor's share, D content dim, P elements of all trained parameters.
+
+import asyncio
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from multimodal.content_config import ContentConfig, Service
+from multimodal.content_encoder import load_content_encoder
+from multimodal.content_learner import ContentLearner
+from multimodal.stored_content import ContentReader
+from pipeline.content_paths import ContentPaths
+
+Floats = npt.NDArray[np.float32]
+Rows = npt.NDArray[np.int64]
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+class ContentActor:
+    """One actor of the service."""
+
+    def __init__(self, config: str, paths: str, *, actor: int, num_ranks: int) -> None:
+        """`config` and `paths` are the JSON of `ContentConfig` and `ContentPaths`."""
+        self.config = ContentConfig.model_validate_json(config)
+        service = self.config.placement
+        assert isinstance(service, Service)
+        self.service = service
+        self.actor = actor
+        self.num_ranks = num_ranks
+        where = ContentPaths.model_validate_json(paths)
+        torch.set_num_threads(max(math.floor(service.cpus_per_actor), 1))
+        self.learner = ContentLearner(
+            self.config,
+            load_content_encoder(self.config),
+            ContentReader(where.index, where.stores).read,
+            torch.device("cuda" if service.gpus_per_actor else "cpu"),
+        )
+        self._num_updates = 0
+        self._encodings: dict[int, _Encoding] = {}
+        self._changed = asyncio.Condition()
+
+    async def ready(self) -> None:
+        """Once the towers are loaded."""
+
+    async def encode(self, step: int, rank: int, rows_U: Rows) -> Floats:
+        """Vectors (U, D) of this actor's share of a step's items."""
+        needed = step - self.service.staleness
+        await self._until(
+            lambda: self._num_updates >= needed,
+            lambda: f"encode items of step {step}, the update of step {self._num_updates}",
+        )
+        if step not in self._encodings:
+            vectors_UD = self.learner.start(
+                step, torch.tensor(rows_U), keep_graph=self.service.staleness == 0
+            )
+            self._encodings[step] = _Encoding(torch.tensor(rows_U), vectors_UD.cpu().numpy())
+        return self._encodings[step].vectors_UD
+
+    async def contribute(self, step: int, rank: int, gradient_UD: Floats) -> None:
+        """Take one rank's gradient of a step's vectors."""
+        self._encodings[step].gradients[rank] = gradient_UD
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def finish(self, step: int) -> Floats:
+        """Gradient (P,) of the parameters through this actor's share, once all ranks contributed.
+
+        The ranks' gradients are averaged, and added in the order of ranks whoever came first.
+        """
+        encoding = self._encodings[step]
+
+        def lacking() -> str:
+            ranks = sorted(set(range(self.num_ranks)) - set(encoding.gradients))
+            return f"finish step {step}, the gradients of ranks {ranks}"
+
+        await self._until(lambda: len(encoding.gradients) == self.num_ranks, lacking)
+        total_UD = torch.zeros(encoding.vectors_UD.shape)
+        for rank in range(self.num_ranks):
+            total_UD += torch.tensor(encoding.gradients[rank])
+        del self._encodings[step]
+        self.learner.finish(step, encoding.rows_U, total_UD / self.num_ranks)
+        gradient_P: Floats = self.learner.gradient().cpu().numpy()
+        return gradient_P
+
+    async def update(self, step: int, rate_factor: float, *gradients_P: Floats) -> None:
+        """Step with the sum of all actors' gradients."""
+        total_P = torch.zeros(gradients_P[0].shape)
+        for gradient_P in gradients_P:
+            total_P += torch.tensor(gradient_P)
+        self.learner.update(total_P.to(self.learner.device), rate_factor)
+        self._num_updates = step + 1
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def encode_now(self, step: int, rows_U: Rows) -> Floats:
+        """Vectors (U, D) of any rows, with the weights before a step."""
+        await self._after(step)
+        vectors_UD: Floats = self.learner.encode(torch.tensor(rows_U)).cpu().numpy()
+        return vectors_UD
+
+    async def state(self, step: int) -> Arrays:
+        """Weights and optimizer before a step."""
+        await self._after(step)
+        return {name: tensor.cpu().numpy().copy() for name, tensor in self.learner.state().items()}
+
+    async def load(self, step: int, state: Arrays) -> None:
+        """Go on at a step with this state."""
+        self.learner.load({name: torch.tensor(array) for name, array in state.items()})
+        self._num_updates = step
+        self._encodings.clear()
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def gradient_norms(self, step: int) -> dict[str, float]:
+        """Of the last update before a step."""
+        await self._after(step)
+        return self.learner.gradient_norms()
+
+    async def _after(self, step: int) -> None:
+        await self._until(
+            lambda: self._num_updates >= step,
+            lambda: f"read weights before step {step}, the update of step {self._num_updates}",
+        )
+
+    async def _until(self, condition: Callable[[], bool], what: Callable[[], str]) -> None:
+        try:
+            async with self._changed:
+                await asyncio.wait_for(self._changed.wait_for(condition), self.service.timeout_s)
+        except TimeoutError as error:
+            purpose, awaited = what().split(", ", 1)
+            raise TimeoutError(
+                f"actor {self.actor} of the content service waited "
+                f"{self.service.timeout_s:g} s to {purpose} for {awaited}; a rank or actor hangs "
+                "or died: see its log, or raise content.placement.timeout_s"
+            ) from error
+
+
+class _Encoding:
+    """A step between its encoding and its update."""
+
+    def __init__(self, rows_U: torch.Tensor, vectors_UD: Floats) -> None:
+        self.rows_U = rows_U
+        self.vectors_UD = vectors_UD
+        self.gradients: dict[int, Floats] = {}
+        """By rank."""

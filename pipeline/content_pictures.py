@@ -1,0 +1,177 @@
+"""What the report shows of content itself: nearest neighbours as picture strips, and maps.
+
+Everything is shown before and after training, for content vectors and for ID embeddings.
+
+Shapes: N items shown on the maps, D columns of a vector.
+"""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from PIL import Image
+
+from embedding.raw_ids import Int64Array, is_id_type, to_raw_ids
+from multimodal.content_config import ContentConfig
+from multimodal.content_report import (
+    likeness,
+    nearest_neighbours,
+    spread_items,
+    two_dimensional_map,
+)
+from multimodal.item_inputs import decode_image
+from multimodal.vectors import FloatArray
+from pipeline import charts
+from pipeline.content_tasks import Catalogue
+
+NUM_STRIPS = 5
+NUM_NEIGHBOURS = 6
+MAX_KINDS = 64
+"""A column with more distinct values is no kind of item."""
+
+_ITEMS_PER_KIND = 3
+"""A column with fewer items a value tells items apart instead of sorting them."""
+_LEGEND_KINDS = 5
+_OTHER = "other"
+_PICTURE_SIZE = 64
+_TITLE_LENGTH = 40
+_ROWS_AT_A_TIME = 256
+
+
+@dataclass(frozen=True)
+class VectorSet:
+    """Vectors of the same items at one moment."""
+
+    title: str
+    """Such as `content, after training`."""
+    vectors_ND: FloatArray
+
+
+def content_pictures(
+    config: ContentConfig, root: Path, item_ids_N: Int64Array, sets: Sequence[VectorSet]
+) -> dict[str, Any]:
+    """Strips and maps for the report's template.
+
+    Args:
+        config: names the text and image columns.
+        root: the data root.
+        item_ids_N: raw ids of the items whose vectors are given.
+        sets: the same items at several moments; strips are those of items that the last set tells
+            apart best.
+    """
+    catalogue = Catalogue(root, {name: tower.column for name, tower in config.towers.items()})
+    kinds = item_kinds(catalogue, item_ids_N)
+    asked = spread_items(sets[-1].vectors_ND, NUM_STRIPS)
+    found = {s.title: nearest_neighbours(s.vectors_ND, asked, NUM_NEIGHBOURS) for s in sets}
+    shown = np.unique(np.concatenate([asked, *(f.neighbours_AK.ravel() for f in found.values())]))
+    cards = item_cards(catalogue, item_ids_N[shown])
+    strips = [
+        {
+            "item": cards[int(item_ids_N[row])],
+            "sets": [
+                {
+                    "title": title,
+                    "items": [cards[int(item_ids_N[other])] for other in near.neighbours_AK[at]],
+                }
+                for title, near in found.items()
+            ],
+        }
+        for at, row in enumerate(asked)
+    ]
+    maps = [
+        {
+            "title": s.title,
+            "svg": charts.cloud(_groups(two_dimensional_map(s.vectors_ND), kinds.names_N)),
+            "likeness": likeness(s.vectors_ND, pd.factorize(np.array(kinds.names_N, object))[0]),
+        }
+        for s in sets
+    ]
+    return {"strips": strips, "maps": maps, "kind": kinds.column}
+
+
+# --- kinds of items ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ItemKinds:
+    """A categorical column of the catalogue, to colour items by."""
+
+    column: str | None
+    """None: the catalogue has no such column."""
+    names_N: list[str | None]
+
+
+def item_kinds(catalogue: Catalogue, item_ids_N: Int64Array) -> ItemKinds:
+    """The first column of items.parquet that sorts items into a few kinds."""
+    schema: pa.Schema = pq.read_schema(catalogue.path)
+    content = {"item_id", *catalogue.columns.values()}
+    for field in schema:
+        if field.name in content or not is_id_type(field.type):
+            continue
+        table = pq.read_table(catalogue.path, columns=["item_id", field.name])
+        most = min(MAX_KINDS, len(table) // _ITEMS_PER_KIND)
+        if 2 <= pc.count_distinct(table[field.name]).as_py() <= most:
+            ids = to_raw_ids(table["item_id"]).to_numpy()
+            values = pd.Series(table[field.name].to_pandas().to_numpy(object), index=ids)
+            found = values.reindex(item_ids_N).tolist()
+            return ItemKinds(field.name, [None if pd.isna(v) else str(v) for v in found])
+    return ItemKinds(None, [None] * len(item_ids_N))
+
+
+def _groups(
+    places_N2: FloatArray, names_N: Sequence[str | None]
+) -> Mapping[str, list[tuple[float, float]]]:
+    """Places of the most frequent kinds, and of the rest."""
+    frequent = pd.Series([n for n in names_N if n is not None], dtype=object).value_counts()
+    kept = list(frequent.index[:_LEGEND_KINDS])
+    groups: dict[str, list[tuple[float, float]]] = {name: [] for name in [_OTHER, *kept]}
+    for (x, y), name in zip(places_N2.tolist(), names_N, strict=True):
+        groups[name if name is not None and name in kept else _OTHER].append((x, y))
+    return {name: points for name, points in groups.items() if points}
+
+
+# --- cards ---------------------------------------------------------------------------------------
+
+
+def item_cards(catalogue: Catalogue, item_ids: Int64Array) -> dict[int, dict[str, str | None]]:
+    """Title and picture (a data URI) of a few items, by raw id."""
+    schema: pa.Schema = pq.read_schema(catalogue.path)
+    title = "title" if "title" in schema.names else catalogue.columns.get("text")
+    image = catalogue.columns.get("image")
+    columns = [name for name in dict.fromkeys((title, image)) if name is not None]
+    cards: dict[int, dict[str, str | None]] = {
+        int(item): {"title": f"item {item}", "picture": None} for item in item_ids
+    }
+    wanted = pa.array(item_ids)
+    for group in range(pq.ParquetFile(catalogue.path).num_row_groups):
+        for table in catalogue.batches(group, columns, _ROWS_AT_A_TIME):
+            for row in table.filter(pc.is_in(table["item_id"], wanted)).to_pylist():
+                card = cards[row["item_id"]]
+                if title is not None and row[title]:
+                    card["title"] = _shortened(str(row[title]))
+                if image is not None and row[image]:
+                    card["picture"] = picture_uri(row[image], catalogue.root)
+    return cards
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _TITLE_LENGTH else f"{text[: _TITLE_LENGTH - 3].rstrip()}..."
+
+
+def picture_uri(value: bytes | str, root: Path) -> str | None:
+    """A thumbnail that a page can hold; None for an image that cannot be used."""
+    source = root / value if isinstance(value, str) else io.BytesIO(value)
+    pixels = decode_image(source, _PICTURE_SIZE, max_pixels=100_000_000)
+    if isinstance(pixels, str):
+        return None
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=70)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

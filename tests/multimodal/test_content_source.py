@@ -1,0 +1,222 @@
+"""Content in training steps against an encoder that sees every occurrence, without any bank."""
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from embedding.items import ItemHistory, ItemRows
+from multimodal.content_config import ContentConfig, Gradient
+from multimodal.content_encoder import ContentEncoder, load_content_encoder, trained_state
+from multimodal.content_learner import ContentLearner
+from multimodal.content_source import TrainedContent
+from multimodal.gradient_items import own_rows
+from multimodal.inline_encoder import InlineEncoder
+from multimodal.rank_group import RankGroup
+from multimodal.token_batch import ModalityTokens, TokenBatch
+from tests.multimodal.small_models import random_tokens, tiny_config
+
+CPU = torch.device("cpu")
+NUM_ITEMS, DIM, NUM_SAMPLES = 12, 8, 5
+TOKENS = random_tokens(NUM_ITEMS)
+
+
+def read_tokens(rows_U: Tensor) -> TokenBatch:
+    return TokenBatch(
+        {
+            name: ModalityTokens(part.tokens_ULH[rows_U], part.mask_UL[rows_U])
+            for name, part in TOKENS.modalities.items()
+        }
+    )
+
+
+def _content(config: ContentConfig) -> tuple[TrainedContent, ContentLearner]:
+    learner = ContentLearner(config, load_content_encoder(config), read_tokens, CPU)
+    ranks = RankGroup()
+    placement = InlineEncoder(learner, ranks)
+    return (
+        TrainedContent(
+            config, placement, item_ids=torch.arange(NUM_ITEMS) * 10, device=CPU, ranks=ranks
+        ),
+        learner,
+    )
+
+
+def _config(items: str, **changes: object) -> ContentConfig:
+    settings = {"max_items_per_step": None, **changes}
+    return tiny_config(gradient={"items": items, **settings}, cic=None)
+
+
+def _batches(num_steps: int, num_items: int = NUM_ITEMS) -> Iterator[tuple[ItemRows, Tensor]]:
+    """Items of a step, and a weight for every read vector: candidates first, then events."""
+    random = torch.Generator().manual_seed(5)
+    for _ in range(num_steps):
+        candidates = torch.randint(-1, num_items, (NUM_SAMPLES,), generator=random)
+        lengths = torch.randint(0, 4, (NUM_SAMPLES,), generator=random)
+        events = torch.randint(-1, num_items, (int(lengths.sum()),), generator=random)
+        items = ItemRows.of(candidates, {"past": (events, lengths)})
+        weights = torch.randn(NUM_SAMPLES + len(events), DIM, generator=random)
+        yield items, weights
+
+
+def _read_rows(items: ItemRows) -> Tensor:
+    """Store rows of all occurrences."""
+    history: ItemHistory = items.histories["past"]
+    return items.rows_U[torch.cat([items.candidate_B, history.items_N])]
+
+
+def _loss(vectors: Tensor, weights: Tensor) -> Tensor:
+    return (weights * vectors).square().sum()
+
+
+class Plain:
+    """The same encoder, run for every occurrence in the step's graph."""
+
+    def __init__(self, config: ContentConfig) -> None:
+        self.encoder: ContentEncoder = load_content_encoder(config)
+        rates = config.optimizer
+        groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        for name, parameter in self.encoder.named_parameters():
+            if parameter.requires_grad:
+                groups["lora_" in name].append(parameter)
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": groups[True], "lr": rates.lora_learning_rate},
+                {"params": groups[False], "lr": rates.learning_rate},
+            ],
+            weight_decay=rates.weight_decay,
+        )
+
+    def vectors(self, rows: Tensor) -> Tensor:
+        found = self.encoder(read_tokens(rows.clamp(min=0)))
+        return torch.where(rows.unsqueeze(1) >= 0, found, 0.0)
+
+    def step(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+
+@pytest.mark.parametrize("micro_batch", [None, 3])
+def test_deduplicated_training_equals_encoding_every_occurrence(micro_batch: int | None) -> None:
+    config = _config("all", micro_batch_items=micro_batch)
+    config = config.model_copy(
+        update={
+            "optimizer": config.optimizer.model_copy(
+                update={"lora_learning_rate": 4e-3, "weight_decay": 0.01}
+            )
+        }
+    )
+    content, learner = _content(config)
+    plain = Plain(config)
+    start = {name: value.clone() for name, value in learner.encoder.state_dict().items()}
+    for items, weights in _batches(6):
+        given = content.train(items)
+        assert not given.vectors_UD[0].any()
+        history = items.histories["past"]
+        ours = _loss(given.vectors_UD[torch.cat([items.candidate_B, history.items_N])], weights)
+        ours.backward()
+        content.learn(1.0)
+        theirs = _loss(plain.vectors(_read_rows(items)), weights)
+        plain.step(theirs)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        for name, parameter in plain.encoder.named_parameters():
+            if parameter.grad is not None:
+                found = learner.encoder.get_parameter(name).grad
+                torch.testing.assert_close(found, parameter.grad, rtol=1e-5, atol=1e-5)
+    trained = trained_state(plain.encoder)
+    for name, value in learner.encoder.state_dict().items():
+        if name in trained:
+            torch.testing.assert_close(value, trained[name], rtol=1e-5, atol=1e-5)
+        else:
+            assert value.equal(start[name])
+    norms = learner.gradient_norms()
+    assert set(norms) == {"tower", "fusion", "heads"}
+    assert all(norm > 0 for norm in norms.values())
+
+
+def test_history_items_are_read_as_of_their_last_encoding() -> None:
+    content, learner = _content(_config("targets"))
+    encoders: list[nn.Module] = [copy.deepcopy(learner.encoder)]
+    last = torch.zeros(NUM_ITEMS, dtype=torch.int64)  # step of the last encoding
+    ages = []
+    for step, (items, weights) in enumerate(_batches(5)):
+        candidates = items.rows_U[items.candidate_B]
+        last[candidates[candidates >= 0]] = step
+        given = content.train(items)
+        for place, row in enumerate(items.rows_U.tolist()[1:], start=1):
+            with torch.no_grad():
+                expected = encoders[last[row]](read_tokens(torch.tensor([row])))[0]
+            torch.testing.assert_close(given.vectors_UD[place].detach(), expected)
+            ages.append(step - int(last[row]))
+        read = torch.cat([items.candidate_B, items.histories["past"].items_N])
+        _loss(given.vectors_UD[read], weights).backward()
+        content.learn(1.0)
+        encoders.append(copy.deepcopy(learner.encoder))
+    metrics = content.metrics()
+    assert metrics["content/bank_age_steps"] == pytest.approx(sum(ages) / len(ages))
+    assert metrics["content/distinct_items_per_rank"] == pytest.approx(len(ages) / 5)
+    assert content.metrics()["content/encoded_items"] == 0
+
+
+def test_evaluation_reads_every_item_with_the_present_weights() -> None:
+    content, learner = _content(_config("targets"))
+    for items, weights in _batches(3, num_items=4):
+        given = content.train(items)
+        _loss(given.vectors_UD[items.candidate_B], weights[:NUM_SAMPLES]).backward()
+        content.learn(1.0)
+    content.refresh()
+    items = ItemRows.of(torch.arange(-1, NUM_ITEMS), {})
+    with torch.no_grad():
+        expected = learner.encoder.eval()(TOKENS)
+    found = content.read(items).vectors_UD
+    assert not found.requires_grad
+    torch.testing.assert_close(found, torch.cat([torch.zeros(1, DIM), expected]))
+
+
+def test_a_restored_run_goes_on_as_if_it_had_not_stopped() -> None:
+    config = _config("targets+sample", sample_share=0.5, max_items_per_step=4)
+    content, learner = _content(config)
+    other, other_learner = _content(config)
+    for step, (items, weights) in enumerate(_batches(8)):
+        if step == 4:
+            saved = {
+                name: t.detach().reshape(t.shape or (1,)).clone()
+                for name, t in content.tensors().items()
+            }
+            other.load(saved)
+        for each in (content, other)[: 1 if step < 4 else 2]:
+            given = each.train(items)
+            read = torch.cat([items.candidate_B, items.histories["past"].items_N])
+            _loss(given.vectors_UD[read], weights).backward()
+            each.learn(0.5)
+    for name, value in learner.encoder.state_dict().items():
+        assert value.equal(other_learner.encoder.state_dict()[name])
+    assert content.bank.vectors_RD.equal(other.bank.vectors_RD)
+
+
+def test_policies_choose_candidates_before_others_and_keep_the_bound() -> None:
+    candidates = torch.tensor([3, 3, 9, -1, 11])
+    events = torch.arange(20, 60)
+    items = ItemRows.of(candidates, {"past": (torch.cat([events, candidates]), torch.tensor([45]))})
+    own, others = {3, 9, 11}, set(events.tolist())
+
+    def rows(generator_seed: int = 0, **policy: object) -> set[int]:
+        random = torch.Generator().manual_seed(generator_seed)
+        found = own_rows(items, Gradient.model_validate(policy), random)
+        assert found.equal(torch.unique(found))
+        return set(found.tolist())
+
+    assert rows(items="targets") == own
+    assert rows(items="all") == own | others
+    sampled = rows(items="targets+sample", sample_share=0.25)
+    assert own < sampled < own | others
+    assert len(sampled) == len(own) + 10
+    assert rows(1, items="targets+sample", sample_share=0.25) != sampled
+    bounded = rows(items="all", max_items_per_step=7)
+    assert own < bounded
+    assert len(bounded) == 7
+    assert len(rows(items="all", max_items_per_step=2)) == 2
+    assert rows(items="targets+sample", max_items_per_step=2) < own

@@ -1,0 +1,71 @@
+"""A run of the pipeline in a process of its own, which tests interrupt and let finish."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+DATE = "2024-01-03"
+TIMEOUT_S = 300
+
+
+@dataclass(frozen=True)
+class Run:
+    """The demo recipe with other settings; `data.root` is one of them."""
+
+    settings: Mapping[str, object]
+
+    def command(self, out: Path, stage: str) -> list[str]:
+        overrides = [f"--set={key}={value}" for key, value in self.settings.items()]
+        code = "import sys; from deploy.app import main; sys.exit(main())"
+        run = [sys.executable, "-c", code, "stage", stage, "--recipe", "demo", "--date", DATE]
+        return [*run, "--out", str(out), *overrides]
+
+    def finish(self, out: Path, *, stage: str = "evaluate") -> None:
+        done = subprocess.run(
+            self.command(out, stage), capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def interrupt(self, out: Path, step: int, kill: Callable[[psutil.Process], None]) -> int:
+        """Start, `kill` something when `step` has been logged, and wait for the end."""
+        log = out / "output.txt"
+        with log.open("w") as output:
+            driver = subprocess.Popen(
+                self.command(out, "evaluate"), stdout=output, stderr=subprocess.STDOUT
+            )
+        try:
+            started = time.monotonic()
+            while _logged_step(out) < step:
+                assert driver.poll() is None, log.read_text()
+                assert time.monotonic() - started < TIMEOUT_S
+                time.sleep(0.02)
+            kill(psutil.Process(driver.pid))
+            return driver.wait(TIMEOUT_S)
+        finally:
+            driver.kill()
+            driver.wait()
+
+
+def processes(driver: psutil.Process, name: str) -> list[psutil.Process]:
+    """Those below the driver whose command line has `name` in it."""
+    return [
+        child
+        for child in driver.children(recursive=True)
+        if any(name in part for part in child.cmdline())
+    ]
+
+
+def metrics(out: Path) -> object:
+    return json.loads((out / DATE / "evaluate" / "metrics.json").read_text())
+
+
+def _logged_step(out: Path) -> int:
+    path = out / DATE / ".train.partial" / "resume" / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0

@@ -1,0 +1,92 @@
+"""The actor of the content service, called without Ray: who waits for whom, and for how long."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.content_actor import ContentActor
+from pipeline.content_paths import ContentPaths
+from tests.pipeline.content_steps import recipe, write_inputs
+
+ROWS = np.array([1, 4, 7])
+
+
+def _actor(folder: Path, **placement: Any) -> ContentActor:
+    if not (folder / "index").exists():
+        write_inputs(folder)
+    config = recipe(placement={"kind": "service", "timeout_s": 0.3, **placement}).content
+    assert config is not None
+    paths = ContentPaths(index=folder / "index", stores=folder / "stores")
+    return ContentActor(config.model_dump_json(), paths.model_dump_json(), actor=1, num_ranks=2)
+
+
+async def _update(actor: ContentActor, step: int, gradient_UD: np.ndarray) -> None:
+    for rank in (1, 0):
+        await actor.contribute(step, rank, gradient_UD)
+    await actor.update(step, 1.0, await actor.finish(step))
+
+
+def test_ranks_get_equal_vectors_and_their_gradients_are_averaged(tmp_path: Path) -> None:
+    async def steps(actor: ContentActor, gradients: list[np.ndarray]) -> np.ndarray:
+        vectors = [await actor.encode(0, rank, ROWS) for rank in (0, 1)]
+        assert np.array_equal(*vectors)
+        for rank, gradient_UD in enumerate(gradients):
+            await actor.contribute(0, rank, gradient_UD)
+        gradient_P = await actor.finish(0)
+        await actor.update(0, 1.0, gradient_P)
+        assert not np.array_equal(await actor.encode(1, 0, ROWS), vectors[0])
+        return gradient_P
+
+    random = np.random.default_rng(0)
+    first, second = random.standard_normal((2, 3, 8)).astype(np.float32)
+    mean = (first + second) / 2
+    apart = asyncio.run(steps(_actor(tmp_path), [first, second]))
+    together = asyncio.run(steps(_actor(tmp_path), [mean, mean]))
+    np.testing.assert_allclose(apart, together, rtol=1e-4, atol=1e-6)
+
+
+def test_items_wait_for_the_update_before_and_a_stale_service_for_the_one_before_that(
+    tmp_path: Path,
+) -> None:
+    async def ahead(actor: ContentActor) -> tuple[np.ndarray, np.ndarray]:
+        before = await actor.encode(0, 0, ROWS)
+        asked = asyncio.create_task(actor.encode(1, 0, ROWS))
+        await asyncio.sleep(0)
+        await _update(actor, 0, np.ones((3, 8), np.float32))
+        return before, await asked
+
+    before, after = asyncio.run(ahead(_actor(tmp_path)))
+    assert not np.array_equal(before, after)
+    before, after = asyncio.run(ahead(_actor(tmp_path, staleness=1)))
+    assert np.array_equal(before, after)
+
+
+def test_a_wait_that_is_too_long_says_who_waited_for_what(tmp_path: Path) -> None:
+    async def one_rank_only(actor: ContentActor) -> None:
+        await actor.encode(0, 1, ROWS)
+        await actor.contribute(0, 1, np.zeros((3, 8), np.float32))
+        with pytest.raises(TimeoutError, match=r"actor 1 .* finish step 0 for the gradients of"):
+            await actor.finish(0)
+        with pytest.raises(TimeoutError, match="encode items of step 1 for the update of step 0"):
+            await actor.encode(1, 0, ROWS)
+
+    asyncio.run(one_rank_only(_actor(tmp_path)))
+
+
+def test_an_actor_goes_on_from_the_state_of_another(tmp_path: Path) -> None:
+    async def run() -> None:
+        first, second = _actor(tmp_path), _actor(tmp_path)
+        gradient_UD = np.ones((3, 8), np.float32)
+        await first.encode(0, 0, ROWS)
+        await _update(first, 0, gradient_UD)
+        await second.load(1, await first.state(1))
+        for actor in (first, second):
+            await actor.encode(1, 0, ROWS)
+            await _update(actor, 1, gradient_UD)
+        found = [await actor.encode_now(2, ROWS) for actor in (first, second)]
+        assert np.array_equal(*found)
+
+    asyncio.run(run())

@@ -1,0 +1,72 @@
+"""Wherever the content encoder runs, the same data trains the same weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from embedding.config import StrictConfig
+from pipeline.cluster import RaySession
+from pipeline.config import ClusterConfig
+from pipeline.train import run_workers
+from tests.pipeline.content_steps import (
+    NUM_STEPS,
+    difference,
+    train_cases,
+    train_cases_of_job,
+    write_inputs,
+)
+
+pytestmark = pytest.mark.integration
+
+TOLERANCE = 1e-5
+SERVICE = {"kind": "service", "timeout_s": 30, "cpus_per_actor": 0}
+ON_RANKS: dict[str, dict[str, Any]] = {
+    "inline": {},
+    "one_actor": {"placement": {**SERVICE, "num_actors": 1}},
+    "two_actors": {"placement": {**SERVICE, "num_actors": 2}},
+    "stale": {"placement": {**SERVICE, "staleness": 1}},
+}
+
+
+class _Cases(StrictConfig):
+    folder: str
+    cases: str
+
+
+def _on_one_process(folder: Path) -> None:
+    store = dist.HashStore()  # type: ignore[attr-defined] # public, but not in __all__
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        train_cases({"folder": str(folder), "cases": json.dumps({"one_process": {}})})
+    finally:
+        dist.destroy_process_group()
+
+
+def test_every_placement_trains_what_one_process_trains(tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    _on_one_process(tmp_path)
+    cluster = ClusterConfig(num_workers=2, max_failures=0)
+    with RaySession(cluster) as session:
+        session.start()
+        job = _Cases(folder=str(tmp_path), cases=json.dumps(ON_RANKS))
+        run_workers(train_cases_of_job, job, cluster, tmp_path)
+    found = {name: torch.load(tmp_path / f"{name}.pt") for name in ("one_process", *ON_RANKS)}
+
+    expected = found["one_process"]
+    assert expected["losses"][-1] < expected["losses"][0]
+    for name in ("inline", "one_actor", "two_actors"):
+        assert found[name]["losses"] == pytest.approx(expected["losses"], abs=TOLERANCE), name
+        for part in ("tables", "dense", "beside"):
+            assert difference(found[name][part], expected[part]) < TOLERANCE, (name, part)
+    # One step behind, from the second step on: each vector was computed one step ago.
+    stale = found["stale"]
+    assert stale["losses"][0] == pytest.approx(expected["losses"][0], abs=TOLERANCE)
+    assert stale["losses"][5] != pytest.approx(expected["losses"][5], abs=TOLERANCE)
+    assert stale["losses"] == pytest.approx(expected["losses"], abs=0.05)
+    assert stale["metrics"]["content/bank_age_steps"] == 1
+    assert expected["metrics"]["content/bank_age_steps"] == 0
+    assert len(expected["losses"]) == NUM_STEPS

@@ -1,0 +1,109 @@
+"""Kill -9 of a content actor and of a rank: the finished run equals the undisturbed one."""
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+from deploy.scoring import score_samples
+from pipeline.evaluate import read_predictions
+from tests.pipeline.interrupted import DATE, Run, metrics, processes
+
+pytestmark = pytest.mark.integration
+
+STEPS_BETWEEN_CHECKPOINTS = 10
+
+
+def run_on(data: Path) -> Run:
+    return Run(
+        {
+            "data.root": data,
+            "data.synthetic.num_days": 4,
+            "data.synthetic.events_per_day": 3000,
+            "data.synthetic.num_items": 100,
+            "data.synthetic.num_users": 200,
+            "ranking.trainer.batch_size_per_rank": 128,
+            "ranking.trainer.log_every_steps": 5,
+            "ranking.trainer.checkpoint_every_steps": STEPS_BETWEEN_CHECKPOINTS,
+            "gate": "{task: click, min_auc: 0, calibration: [0, 100]}",
+            "content": (
+                "{text: {max_tokens: 8}, image: {image_size: 16}, dim: 16, "
+                "gradient: {max_items_per_step: 40}, fusion: {kind: fq_former, dropout: 0.1}, "
+                "placement: {kind: service, num_actors: 2, timeout_s: 60, cpus_per_actor: 0.5}}"
+            ),
+        }
+    )
+
+
+def kill_one_of(name: str, count: int) -> Callable[[psutil.Process], None]:
+    def kill(driver: psutil.Process) -> None:
+        found = processes(driver, name)
+        assert len(found) == count, [process.cmdline() for process in found]
+        random.choice(found).kill()
+
+    return kill
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Data, and an output directory where everything before training has run."""
+    root = tmp_path_factory.mktemp("content-recovery")
+    run_on(root / "data").finish(root / "prepared", stage="plan")
+    return root / "data", root / "prepared"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(prepared: tuple[Path, Path]) -> Path:
+    """Output directory of a run that published."""
+    data, before_training = prepared
+    out = before_training.with_name("undisturbed")
+    shutil.copytree(before_training, out)
+    run_on(data).finish(out, stage="publish")
+    return out
+
+
+@pytest.mark.parametrize(("name", "count"), [("ContentActor", 2), ("RayTrainWorker", 2)])
+def test_a_killed_actor_or_rank_changes_nothing(
+    prepared: tuple[Path, Path], undisturbed: Path, tmp_path: Path, name: str, count: int
+) -> None:
+    data, before_training = prepared
+    out = tmp_path / "out"
+    shutil.copytree(before_training, out)
+    step = random.randrange(STEPS_BETWEEN_CHECKPOINTS + 5, 40)
+    code = run_on(data).interrupt(out, step, kill_one_of(name, count))
+    text = (out / "output.txt").read_text()
+    assert code == 0, (step, text)
+    assert "workers restarted" in text
+    assert metrics(out) == metrics(undisturbed), step
+
+
+def test_training_reports_gradients_age_and_cost_of_content(undisturbed: Path) -> None:
+    result = json.loads((undisturbed / DATE / "train" / "result.json").read_text())
+    found = result["content"]
+    for part in ("tower", "fusion", "heads"):
+        assert found[f"content/gradient_norm_{part}"] > 0
+    assert 0 < found["content/encoded_items"] <= 80
+    assert found["content/encoded_items"] < 2 * found["content/distinct_items_per_rank"]
+    assert found["content/bank_age_steps"] > 0
+    assert found["content/seconds_per_step"] > 0
+
+
+def test_a_bundle_scores_what_was_evaluated(undisturbed: Path, tmp_path: Path) -> None:
+    samples = undisturbed / "2024-01-04" / "join" / "samples" / "dt=2024-01-04"
+    bundle = undisturbed / DATE / "publish" / "bundle"
+    score_samples(
+        bundle, samples, tmp_path / "scores.parquet", batch_size=512, progress=lambda *_: None
+    )
+    scored = pq.read_table(tmp_path / "scores.parquet")
+    predicted = read_predictions(undisturbed / DATE / "evaluate" / "predictions")
+    for key in ("key:request_id", "key:item_id"):
+        assert scored[key].equals(predicted[key])
+    found, expected = (t["probability:click"].to_numpy() for t in (scored, predicted))
+    # Other batch sizes sum float32 products in another order.
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)

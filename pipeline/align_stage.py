@@ -198,7 +198,8 @@ class AlignmentOfDay:
         histories = self.recipe.features.histories
         wanted = self.source.history or histories[0].name
         history = next(h for h in histories if h.name == wanted)
-        return PairSource(ingests, self.training_days, history)
+        held_out = self.recipe.evaluation.held_out_items
+        return PairSource(ingests, self.training_days, history, held_out)
 
     def _is_due(self, earlier: Path | None) -> bool:
         if earlier is None:
@@ -217,7 +218,9 @@ class AlignmentOfDay:
 
     def _settings(self) -> dict[str, Any]:
         """What makes vectors comparable with those of the run before."""
+        held_out = self.recipe.evaluation.held_out_items
         return {
+            "held_out": None if held_out is None else held_out.model_dump(mode="json"),
             "vectors": self.source.model_dump(
                 mode="json", exclude={"content", "realign_every_days", "items_per_chunk"}
             ),

@@ -15,7 +15,8 @@ from pipeline.days import available_days, parse_day, split_days
 from pipeline.publication import Publish
 from pipeline.registry import promote, promotions
 from pipeline.report import REPORT, write_report
-from pipeline.run import STAGES, DayRun
+from pipeline.run import DayRun
+from pipeline.stages import STAGES
 from pipeline.status import RECIPE
 from pipeline.summary import SUMMARY, Summary, summarize, write_summary
 from pipeline.synthetic import ensure_data

@@ -112,3 +112,12 @@ def day_files(root: Path, days: Sequence[str]) -> list[Path]:
 def catalogue_files(root: Path) -> list[Path]:
     """`items.parquet` and `users.parquet`, where they exist."""
     return [path for path in (root / "items.parquet", root / "users.parquet") if path.exists()]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Days that one ingest artifact covers; its directory is named after the last one."""
+
+    days: tuple[str, ...]
+    previous: str | None
+    """Last day of the span whose user state this one continues."""

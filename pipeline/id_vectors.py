@@ -10,7 +10,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.linalg import svds
 
 from multimodal.triggers import IdVectors
-from pipeline.mine_pairs import PairSource, read_positives
+from pipeline.mine_pairs import PairSource, read_positives, without_held_out
 
 MAX_DIM = 32
 
@@ -27,6 +27,7 @@ def id_vectors(source: PairSource, seed: int = 0) -> IdVectors | None:
         return None
     names = ["user_id", "item_id", *([source.history.label] if source.history.label else [])]
     events = pa.concat_tables([read_positives(f, names, source.history.label) for f in files])
+    events = without_held_out(events, source.held_out)
     users, user_rows = np.unique(events["user_id"].to_numpy(), return_inverse=True)
     items, item_rows = np.unique(events["item_id"].to_numpy(), return_inverse=True)
     dim = min(MAX_DIM, len(users) - 1, len(items) - 1)

@@ -31,7 +31,9 @@ from multimodal.codes_config import Swing, User2Item
 from multimodal.swing import UserLists, join_lists, swing_pairs, user_lists
 from multimodal.triggers import IdVectors, TriggerPairs, trigger_pairs
 from pipeline.buckets import bucket_file, history_column
+from pipeline.config import HeldOutItems
 from pipeline.contract import open_parquet
+from pipeline.held_out import is_held_out
 from pipeline.ingest import STATE_FILE, IngestState
 from pipeline.partition import read_bucket, user_buckets
 from pipeline.tasks import stream_tasks
@@ -76,6 +78,8 @@ class PairSource:
     """Days of the training period; events of others are not read."""
     history: HistoryConfig
     """Positives are the events that enter it; its lists hold the earlier positives."""
+    held_out: HeldOutItems | None = None
+    """Items kept from training: no pair holds them."""
 
 
 @dataclass(frozen=True)
@@ -245,7 +249,7 @@ def _positives(bucket: int, plan: MiningPlan) -> pa.Table:
     if not tables:
         empty = pa.array([], pa.int64())
         return pa.table({"user_id": empty, "item_id": empty, past: pa.array([], _LISTS[2].type)})
-    events = pa.concat_tables(tables)
+    events = without_held_out(pa.concat_tables(tables), plan.source.held_out)
     mine = user_buckets(events["user_id"].to_numpy(), plan.num_buckets) == bucket
     return events.filter(pa.array(mine)).combine_chunks()
 
@@ -257,6 +261,13 @@ def read_positives(path: Path, names: Sequence[str], label: str | None) -> pa.Ta
     if label is None:
         return events
     return events.filter(pc.fill_null(pc.equal(events[label], 1), False)).drop_columns(label)
+
+
+def without_held_out(events: pa.Table, held_out: HeldOutItems | None) -> pa.Table:
+    """The events of the other items."""
+    if held_out is None:
+        return events
+    return events.filter(pa.array(~is_held_out(events["item_id"].to_numpy(), held_out)))
 
 
 def _triggers(events: pa.Table, vectors: IdVectors, plan: MiningPlan) -> TriggerPairs:

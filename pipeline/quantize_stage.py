@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date as calendar_date
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -21,6 +22,7 @@ from pipeline.code_features import CODES_FILE
 from pipeline.config import Recipe
 from pipeline.console import Reporter
 from pipeline.days import Split
+from pipeline.held_out import is_held_out
 from pipeline.item_vectors import read_column_vectors
 from pipeline.quantize import ItemVectors, quantize
 from pipeline.quantize_facts import QuantizeFacts
@@ -99,10 +101,15 @@ class CodesOfDay:
         return StageSpec(
             STAGE,
             self.directory,
-            {"codes": codes.quantized, "forced": forced},
+            {"codes": codes.quantized, "forced": forced, "held_out": self._held_out},
             inputs,
             lambda scratch: self._write(scratch, previous, force_refit=forced),
         )
+
+    @property
+    def _held_out(self) -> dict[str, Any] | None:
+        config = self.recipe.evaluation.held_out_items
+        return None if config is None else config.model_dump(mode="json")
 
     def _write(self, scratch: Path, previous: str | None, *, force_refit: bool) -> StageOutput:
         codes = self.recipe.codes
@@ -117,6 +124,10 @@ class CodesOfDay:
         if previous is not None:
             earlier = pq.read_table(self._directory(previous) / CODES_FILE)
             before = codes_version(self._directory(previous))
+        seen_N = np.isin(found.item_ids_N, counts["item_id"].to_numpy())
+        held_out = self.recipe.evaluation.held_out_items
+        if held_out is not None:
+            seen_N &= ~is_held_out(found.item_ids_N, held_out)
         items = ItemVectors(
             found.item_ids_N,
             found.vectors_ND,
@@ -125,7 +136,7 @@ class CodesOfDay:
             self.date,
             earlier,
             before,
-            np.isin(found.item_ids_N, counts["item_id"].to_numpy()),
+            seen_N,
         )
         facts = quantize(codes, items, self.out / CODEBOOKS, scratch, force_refit=force_refit)
         self.reporter.line(f"  {decision_line(facts, before)}")

@@ -11,7 +11,6 @@ ingests only the days that came since.
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,15 @@ from pipeline.config import Recipe
 from pipeline.console import Reporter
 from pipeline.content import STORES, content_stage
 from pipeline.content_paths import ContentPaths
-from pipeline.days import Split, available_days, catalogue_files, day_files, fingerprint, split_days
+from pipeline.days import (
+    Span,
+    Split,
+    available_days,
+    catalogue_files,
+    day_files,
+    fingerprint,
+    split_days,
+)
 from pipeline.evaluate import evaluate
 from pipeline.gate import gate
 from pipeline.held_out import require_held_out
@@ -35,22 +42,8 @@ from pipeline.plan import plan, plan_inputs
 from pipeline.publication import Publish
 from pipeline.quantize_stage import codes_of_day
 from pipeline.registry import production_before
-from pipeline.stages import StageOutput, StageRecord, StageSpec, execute
+from pipeline.stages import STAGES, StageOutput, StageRecord, StageSpec, execute
 from pipeline.train import TrainedModel, TrainInputs, train
-
-STAGES = (
-    *("ingest", "content", "align", "quantize", "join", "plan", "train", "evaluate", "gate"),
-    "publish",
-)
-
-
-@dataclass(frozen=True)
-class Span:
-    """Days that one ingest artifact covers; its directory is named after the last one."""
-
-    days: tuple[str, ...]
-    previous: str | None
-    """Last day of the span whose user state this one continues."""
 
 
 class DayRun:
@@ -245,9 +238,8 @@ class DayRun:
     def _join(self, span: Span) -> StageSpec:
         last = span.days[-1]
         inputs = {"ingest": self._artifact_id("ingest", last), "catalogue": self._catalogue}
-        codes = None
+        codes = None if self.codes is None else self.codes.file
         if self.codes is not None:
-            codes = self.codes.file
             inputs["codes"] = self.codes.fingerprint
 
         def body(scratch: Path) -> StageOutput:

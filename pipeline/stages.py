@@ -20,6 +20,12 @@ from pipeline.artifacts import (
 )
 from pipeline.console import Reporter, duration, human
 
+STAGES = (
+    *("ingest", "content", "align", "quantize", "join", "plan", "train", "evaluate", "gate"),
+    "publish",
+)
+"""Of a run, in their order."""
+
 
 @dataclass(frozen=True)
 class StageOutput:

@@ -14,8 +14,8 @@ from pipeline.config import Recipe
 from pipeline.console import Reporter, duration, human
 from pipeline.publication import Publish
 from pipeline.registry import production, published
-from pipeline.run import STAGES, DayRun
-from pipeline.stages import StageSpec, failure_file
+from pipeline.run import DayRun
+from pipeline.stages import STAGES, StageSpec, failure_file
 
 RECIPE = "recipe.yaml"
 _STYLE = {"current": "green", "stale": "yellow", "failed": "red", "missing": "dim"}

@@ -27,8 +27,8 @@ from pipeline.failures import user_error
 from pipeline.identity import content_config, samples_config, training_config
 from pipeline.metrics_file import METRICS_FILE, read_metrics
 from pipeline.recipe import load_recipe
-from pipeline.run import STAGES, DayRun
-from pipeline.stages import StageOutput, StageSpec, execute
+from pipeline.run import DayRun
+from pipeline.stages import STAGES, StageOutput, StageSpec, execute
 from pipeline.study_statistics import StudyResult, differences, estimates, trial_metrics
 from pipeline.synthetic import ensure_data
 from pipeline.trial import TrialJob, TrialProcess, run_on_group

@@ -7,6 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedding.config import HistoryConfig
+from pipeline.config import HeldOutItems
+from pipeline.held_out import is_held_out
 from pipeline.id_vectors import MAX_DIM, id_vectors
 from pipeline.mine_pairs import PairSource
 
@@ -39,6 +41,18 @@ def test_items_of_the_same_users_lie_together(tmp_path: Path) -> None:
     assert found.unit_ND.shape == (80, MAX_DIM)
     nearest = (found.unit_ND @ found.unit_ND.T - 2 * np.eye(80)).argmax(1)
     assert (nearest % 4 == np.arange(80) % 4).mean() > 0.9
+
+
+def test_held_out_items_have_none(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    users, items = rng.integers(0, 50, 900), rng.integers(0, 40, 900)
+    write(tmp_path, "2026-01-01", users, items, np.ones(900))
+    held_out = HeldOutItems(share=0.5)
+    found = id_vectors(PairSource((tmp_path,), ("2026-01-01",), HISTORY, held_out))
+    assert found is not None
+    expected = np.arange(40)[~is_held_out(np.arange(40), held_out)]
+    assert found.sorted_ids.tolist() == expected.tolist()
+    assert 5 < len(expected) < 35
 
 
 def test_too_little_behaviour_makes_no_vectors(tmp_path: Path) -> None:

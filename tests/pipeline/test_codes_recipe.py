@@ -16,6 +16,7 @@ from pipeline.recipe import load_recipe
 from pipeline.study import Variant, read_variants
 from tests.pipeline.small_log import make_recipe
 
+ROOT = Path(__file__).parents[2]
 COLUMN = {"kind": "column"}
 CODES = {
     "vectors": COLUMN,
@@ -97,6 +98,25 @@ def test_variants_of_a_study_change_the_codes(tmp_path: Path) -> None:
     assert tables["both"] - tables["ids"] == {"sid_0", "sid_1", "vq"}
     assert tables["vq"] - tables["ids"] == {"vq"}
     assert tables["both"] - tables["rq"] == {"vq"}
+
+
+def test_variants_of_the_benchmark_fit_the_recipe_they_are_for() -> None:
+    text = "{text: {lora: null}, fusion: {kind: concat}, dim: 64}"
+    codes = f"codes={{vectors: {{kind: aligned, content: {text}}}, vq: {{max_items: 4000}}}}"
+    recipes = {
+        variant.name: load_recipe("movielens_content", [codes, *variant.overrides])
+        for variant in read_variants(ROOT / "benchmarks" / "codes_variants.yaml")
+    }
+    kinds = {n: r.codes.vectors.kind if r.codes else None for n, r in recipes.items()}
+    assert kinds.pop("ids") is None
+    assert kinds.pop("vq+rq+crosses-unaligned") == "towers"
+    assert set(kinds.values()) == {"aligned"}
+    assert [name for name, r in recipes.items() if r.content] == ["vq+rq+crosses+content"]
+    dense = {
+        name: len(r.features.dense) - len(recipes["ids"].features.dense)
+        for name, r in recipes.items()
+    }
+    assert (dense["dense"], dense["vq"], dense["vq+rq"], dense["vq+rq+crosses"]) == (64, 0, 0, 2)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,6 @@ from multimodal.content_config import ContentConfig
 from multimodal.stored_content import Places, StoredContent, StoredModality, write_index
 from multimodal.token_store import NO_ROW, TokenStore
 from multimodal.tower_files import Tower, is_on_hub, model_files, tower_fingerprint
-from multimodal.towers import load_tower
 from pipeline.cluster import RaySession
 from pipeline.config import Recipe
 from pipeline.console import Reporter
@@ -94,6 +93,8 @@ def check_content(config: ContentConfig, root: Path) -> CheckedContent:
         UserError: a column is not there or has a wrong type, or a tower cannot be loaded or
             adapted.
     """
+    from multimodal.towers import load_tower  # transformers: seconds, for content only
+
     catalogue = Catalogue(root, {name: tower.column for name, tower in config.towers.items()})
     group_rows = check_columns(catalogue, config.towers)
     fingerprints = {name: tower_fingerprint(name, tower) for name, tower in config.towers.items()}

@@ -58,18 +58,20 @@ class VectorSet:
 def content_pictures(
     config: ContentConfig, root: Path, item_ids_N: Int64Array, sets: Sequence[VectorSet]
 ) -> dict[str, Any]:
-    """Strips and maps for the report's template.
+    """Strips and maps for the report's template; nothing of fewer than two items.
 
     Args:
         config: names the text and image columns.
         root: the data root.
         item_ids_N: raw ids of the items whose vectors are given.
-        sets: the same items at several moments; strips are those of items that the last set tells
+        sets: the same items at several moments; strips are those of items that the first set tells
             apart best.
     """
+    if len(item_ids_N) < 2:
+        return {"strips": [], "maps": [], "kind": None}
     catalogue = Catalogue(root, {name: tower.column for name, tower in config.towers.items()})
     kinds = item_kinds(catalogue, item_ids_N)
-    asked = spread_items(sets[-1].vectors_ND, NUM_STRIPS)
+    asked = spread_items(sets[0].vectors_ND, NUM_STRIPS)
     found = {s.title: nearest_neighbours(s.vectors_ND, asked, NUM_NEIGHBOURS) for s in sets}
     shown = np.unique(np.concatenate([asked, *(f.neighbours_AK.ravel() for f in found.values())]))
     cards = item_cards(catalogue, item_ids_N[shown])

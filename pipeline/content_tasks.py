@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -21,11 +21,12 @@ from torch import Tensor
 from embedding.errors import UserError
 from embedding.raw_ids import Int64Array, to_raw_ids
 from multimodal.content_config import TextTower
-from multimodal.item_inputs import PreparedInputs, build_preparer
 from multimodal.token_store import PartTokens, TokenStore
 from multimodal.tower_files import Tower
-from multimodal.towers import load_tower
 from pipeline.contract import open_parquet
+
+if TYPE_CHECKING:
+    from multimodal.item_inputs import PreparedInputs
 
 DIGEST_ROWS = 1024
 """Rows read at a time: images of so many items are in memory."""
@@ -150,6 +151,10 @@ class EncodeItems:
     """Writes the lower-layer tokens of new items into the store. Built once per process."""
 
     def __init__(self, settings: EncoderSettings) -> None:
+        # Transformers takes seconds to import, and the driver never encodes.
+        from multimodal.item_inputs import build_preparer
+        from multimodal.towers import load_tower
+
         self.settings = settings
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.lower = load_tower(settings.tower).lower.to(self.device)
@@ -225,7 +230,7 @@ class _Piece:
 class _Encoded:
     item_ids_N: Int64Array
     digests_N: Int64Array
-    prepared: PreparedInputs
+    prepared: "PreparedInputs"
     tokens_MLH: Tensor
     lengths_M: Tensor
 

@@ -8,13 +8,17 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from embedding.checkpoint import latest_step, step_directory
 from pipeline import charts
 from pipeline.artifacts import Manifest, read_manifest
 from pipeline.config import Recipe
 from pipeline.console import duration, human
+from pipeline.content import STORES
+from pipeline.content_paths import ContentPaths
 from pipeline.content_view import content_charts
 from pipeline.summary import Summary, TrainSummary
 from pipeline.table_ids import table_ids
+from pipeline.train import CHECKPOINT
 from pipeline.warm_start_view import redrawn_rows, warm_start_line
 
 REPORT = "report.html"
@@ -37,6 +41,7 @@ def write_report(recipe: Recipe, summary: Summary, directory: Path) -> Path:
         calibration=_calibration(summary),
         stages=_stages(summary),
         recipe_yaml=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=100),
+        content=_content(recipe, directory),
         **_warm_start(directory / "train"),
         **_data(directory / "ingest"),
         **_ids(recipe, directory / "join"),
@@ -120,6 +125,23 @@ def _warm_start(train: Path) -> dict[str, Any]:
     if report is None or parent is None:
         return {"warm_start": "started from drawn values", "redrawn": []}
     return {"warm_start": warm_start_line(report, parent), "redrawn": redrawn_rows(report)}
+
+
+def _content(recipe: Recipe, directory: Path) -> dict[str, Any] | None:
+    if recipe.content is None:
+        return None
+    # They load towers: pages without content do without.
+    from pipeline.content_moments import vector_sets
+    from pipeline.content_pictures import content_pictures
+
+    manifest = _require(directory / "content")
+    checkpoints = directory / "train" / CHECKPOINT
+    step = latest_step(checkpoints)
+    assert step is not None, checkpoints
+    paths = ContentPaths(index=directory / "content", stores=directory.parent / STORES)
+    item_ids_N, sets = vector_sets(recipe, paths, step_directory(checkpoints, step))
+    pictures = content_pictures(recipe.content, recipe.data.root, item_ids_N, sets)
+    return {"facts": manifest.facts, **pictures}
 
 
 def _training_charts(train: Path, recipe: Recipe, best_step: int | None) -> list[dict[str, str]]:

@@ -128,7 +128,7 @@ def test_only_new_and_changed_items_are_computed(tmp_path: Path) -> None:
 def test_nothing_is_computed_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_items(tmp_path / "data", items(1, 5))
     run_stage(tmp_path, "d1")
-    monkeypatch.setattr(content_tasks, "load_tower", None)
+    monkeypatch.setattr(content_tasks, "EncodeItems", None)
     facts, _ = run_stage(tmp_path, "d2", tokens={"items_per_batch": 1})
     assert [found.num_computed for found in facts.modalities.values()] == [0, 0]
 

@@ -53,7 +53,7 @@ def by_kind() -> np.ndarray:
 
 def shown(root: Path) -> dict[str, Any]:
     random = np.random.default_rng(1).normal(size=(NUM_ITEMS, 8)).astype(np.float32)
-    sets = [VectorSet("before", random), VectorSet("after", by_kind())]
+    sets = [VectorSet("after", by_kind()), VectorSet("before", random)]
     config = ContentConfig.model_validate({"text": {}, "image": {}})
     return content_pictures(config, root, np.arange(NUM_ITEMS), sets)
 
@@ -65,7 +65,7 @@ def number(card: dict[str, str]) -> int:
 def test_strips_show_neighbours_with_titles_and_pictures(root: Path) -> None:
     for strip in shown(root)["strips"]:
         kind = number(strip["item"]) % 4
-        before, after = strip["sets"]
+        after, before = strip["sets"]
         assert [len(part["items"]) for part in strip["sets"]] == [NUM_NEIGHBOURS] * 2
         assert {number(card) % 4 for card in after["items"]} == {kind}
         assert {number(card) % 4 for card in before["items"]} != {kind}
@@ -81,7 +81,7 @@ def test_strips_show_neighbours_with_titles_and_pictures(root: Path) -> None:
 def test_maps_are_coloured_by_the_catalogues_kinds(root: Path) -> None:
     page = shown(root)
     assert page["kind"] == "kind"
-    before, after = page["maps"]
+    after, before = page["maps"]
     # Of ten neighbours nine can be of the item's kind: there are ten items of each.
     assert after["likeness"] == pytest.approx(0.9)
     assert before["likeness"] < 0.5

@@ -133,12 +133,14 @@ def lacking_resources(
             f"{cluster.cpus_per_worker:g} needs {needed:g} CPUs{beside} and the cluster has "
             f"{cpus:g}"
         )
-    ranks_gpus = cluster.num_workers if cluster.use_gpu else 0
-    if gpus < ranks_gpus + beside_gpus:
-        beside = f", and the content service {beside_gpus:g} more," if beside_gpus else ""
+    if gpus < (cluster.num_workers if cluster.use_gpu else 0) + beside_gpus:
+        service = f"the content service needs {beside_gpus:g} GPUs"
+        if not cluster.use_gpu:
+            return f"{service} and the cluster has {gpus:g}"
+        beside = f", {service} more," if beside_gpus else ""
         return (
-            f"cluster.num_workers={cluster.num_workers} with use_gpu={str(cluster.use_gpu).lower()}"
-            f" needs {ranks_gpus} GPUs{beside} and the cluster has {gpus:g}"
+            f"cluster.num_workers={cluster.num_workers} with use_gpu needs as many GPUs{beside} "
+            f"and the cluster has {gpus:g}"
         )
     return None
 

@@ -35,7 +35,7 @@ def run_on(data: Path) -> Run:
             "content": (
                 "{text: {max_tokens: 8}, image: {image_size: 16}, dim: 16, "
                 "gradient: {max_items_per_step: 40}, fusion: {kind: fq_former, dropout: 0.1}, "
-                "placement: {kind: service, num_actors: 2, timeout_s: 60, cpus_per_actor: 0.5}}"
+                "placement: {kind: service, num_actors: 2, timeout_s: 120, cpus_per_actor: 0.5}}"
             ),
         }
     )

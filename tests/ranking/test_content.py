@@ -1,7 +1,6 @@
 """Content in the ranker: attention against a loop, and gradients to every vector that is read."""
 
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from embedding.batch import RankingBatch
-from embedding.items import ContentVectors, ItemHistory, ItemIndex, ItemRows, ItemSource
+from embedding.items import ItemHistory, ItemIndex, ItemSource
 from embedding.loader import SampleFiles, SampleLoader
 from ranking import classifier_config as classifiers
 from ranking.config import ModelConfig, RankingConfig
@@ -22,13 +21,11 @@ from ranking.content import (
 from ranking.fgcnn_config import Fgcnn
 from ranking.model import RankingModel, RankingStep
 from ranking.trainer import Trainer, TrainingHooks
+from tests.ranking.content_vectors import DIM, STORE, Likeness, StoredVectors
 from tests.ranking.small_run import SCHEMA, TASKS, small_config, write_samples
 
 CPU = torch.device("cpu")
-DIM = 6
 SHAPE = ContentShape(DIM, ("past",))
-STORE = torch.arange(0, 1000, 2)
-"""Raw ids of the items with content: every other one."""
 
 
 def _attend_by_loop(query: Tensor, keys: Tensor, values: Tensor, history: ItemHistory) -> Tensor:
@@ -58,46 +55,6 @@ def test_attention_equals_a_loop_over_events(num_items: int) -> None:
     gradients = [torch.autograd.grad((out * weights).sum(), inputs) for out in (found, expected)]
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs)
-
-
-class StoredVectors:
-    """A source that learns its vectors by plain SGD, and writes down what it was asked."""
-
-    def __init__(self) -> None:
-        self.vectors = torch.randn(len(STORE), DIM, generator=torch.Generator().manual_seed(0))
-        self.calls: list[str] = []
-        self.last: ContentVectors | None = None
-
-    def ahead(self, batches: Iterator[RankingBatch]) -> Iterator[RankingBatch]:
-        self.calls.append("ahead")
-        return batches
-
-    def train(self, items: ItemRows) -> ContentVectors:
-        self.calls.append("train")
-        self.last = ContentVectors(self._vectors(items).requires_grad_(), items)
-        return self.last
-
-    def learn(self, rate_factor: float) -> None:
-        self.calls.append("learn")
-        assert self.last is not None
-        gradient_UD = self.last.vectors_UD.grad
-        assert gradient_UD is not None
-        self.vectors[self.last.items.rows_U[1:]] -= 0.5 * rate_factor * gradient_UD[1:]
-
-    def refresh(self) -> None:
-        self.calls.append("refresh")
-
-    def read(self, items: ItemRows) -> ContentVectors:
-        self.calls.append("read")
-        return ContentVectors(self._vectors(items), items)
-
-    def metrics(self) -> dict[str, float]:
-        return {"content/figure": 1.0}
-
-    def _vectors(self, items: ItemRows) -> Tensor:
-        vectors_UD = self.vectors[items.rows_U].clone()
-        vectors_UD[0] = 0
-        return vectors_UD
 
 
 @pytest.fixture(scope="module")
@@ -194,13 +151,6 @@ def test_a_model_without_content_has_no_part_for_it(files: SampleFiles) -> None:
     assert RankingStep(plain, config).content_source is None
 
 
-class _Likeness(torch.nn.Module):
-    """Sum over candidates of <content, id> times their store row."""
-
-    def forward(self, content_BD: Tensor, ids_BX: Tensor, rows_B: Tensor) -> Tensor:
-        return (content_BD * ids_BX[:, :DIM] * rows_B.unsqueeze(1)).sum()
-
-
 def test_the_penalty_sees_candidates_and_their_id_embeddings(files: SampleFiles) -> None:
     config = small_config()
     model = RankingModel(SCHEMA, config, tables_device=CPU, content=SHAPE)
@@ -208,7 +158,7 @@ def test_the_penalty_sees_candidates_and_their_id_embeddings(files: SampleFiles)
     model.eval()
     source = StoredVectors()
     batch = _first_batch(files)
-    part = ContentPart(source, ContentPenalty(_Likeness(), "item_id"))
+    part = ContentPart(source, ContentPenalty(Likeness(), "item_id"))
     losses = [
         RankingStep(model, config, content=content).eval()(batch)[0]
         for content in (ContentPart(source), part)

@@ -5,11 +5,9 @@ Reads sample files, `plan.json` and the parent's checkpoint; writes `checkpoint/
 crashes of workers and of the driver.
 """
 
-import json
 import logging
 import os
 import shutil
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
@@ -24,6 +22,7 @@ from pipeline.code_carry import CodebookChange
 from pipeline.config import ClusterConfig, Recipe
 from pipeline.console import Reporter
 from pipeline.content_paths import ContentPaths
+from pipeline.follow import MetricsFollower
 from pipeline.plan import PLAN
 from pipeline.stages import StageOutput
 from pipeline.warm_start_view import warm_start_line
@@ -35,7 +34,6 @@ RESULT = "result.json"
 LOGS = "logs"
 REFUSAL = "refusal.txt"
 """What the user must change: a restarted worker group says it again at once instead of training."""
-_FOLLOW_INTERVAL_S = 0.5
 
 
 class TrainInputs(StrictConfig):
@@ -176,7 +174,7 @@ def train(
     # The result is a training's last word: with it, only the publishing was interrupted.
     if not (job.resume / RESULT).exists():
         (job.resume / REFUSAL).unlink(missing_ok=True)
-        with _following(job.resume / METRICS, reporter):
+        with MetricsFollower(job.resume / METRICS, reporter):
             run(_train_worker, job, recipe.cluster, scratch)
     result = TrainResult.model_validate_json((job.resume / RESULT).read_text())
     for name in (METRICS, TENSORBOARD, RESULT, LOGS):
@@ -215,48 +213,3 @@ def _link(source: Path, target: Path) -> None:
         shutil.copytree(source, target, copy_function=os.link)
     else:
         os.link(source, target)
-
-
-class _following:  # noqa: N801 # used as a context manager, like `writing`
-    """Show the step lines that rank 0 writes, from a thread, until the block ends."""
-
-    def __init__(self, path: Path, reporter: Reporter) -> None:
-        self.path = path
-        self.reporter = reporter
-        self._shown = {"train": 0, "validation": 0}
-        """Last step shown of each kind of line; both kinds may come at the same step."""
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._follow, daemon=True)
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _follow(self) -> None:
-        position = 0
-        ended = False
-        while not ended:
-            ended = self._stop.wait(_FOLLOW_INTERVAL_S)
-            if not self.path.exists():
-                continue
-            with self.path.open() as file:
-                # After a restart the file is cut back to the checkpoint's step.
-                if position > self.path.stat().st_size:
-                    position = 0
-                file.seek(position)
-                while (line := file.readline()).endswith("\n"):
-                    position = file.tell()
-                    self._show(json.loads(line))
-
-    def _show(self, metrics: dict[str, Any]) -> None:
-        step = metrics["step"]
-        kind = "validation" if "validation/since_best" in metrics else "train"
-        if step <= self._shown[kind] or step < max(self._shown.values()):
-            self.reporter.line(f"  workers restarted; training goes on before {step}")
-            self._shown = dict.fromkeys(self._shown, 0)
-        self._shown[kind] = step
-        self.reporter.line(f"  {metrics['line']}")
-        self.reporter.fill(metrics["rows"], metrics["total_rows"])

@@ -233,8 +233,10 @@ class MetricsFile:
         path = job.resume / METRICS
         kept = path.read_text().splitlines(keepends=True) if path.exists() else []
         kept = [line for line in kept if line.endswith("\n") and json.loads(line)["step"] <= first]
-        path.write_text("".join(kept))
-        self.file = path.open("a")
+        # A new file under the old name: who follows it sees that the ranks started again.
+        started = path.with_suffix(".started")
+        started.write_text("".join(kept))
+        self.file = started.replace(path).open("a")
         self.content: dict[str, float] | None = None
         """Figures of the last window, where the model reads content."""
         self.board = SummaryWriter(str(job.resume / TENSORBOARD), purge_step=first + 1)

@@ -38,11 +38,14 @@ from pipeline.plan import present_shape
 from pipeline.plan_accuracy import compare, median_abs_error, rank_correlation
 from pipeline.plan_bench import BenchCase, BenchEffort, PlanComparison, case_request, run_cases
 from pipeline.plan_bench_command import (
+    FINAL_GROUPS,
+    FINALISTS,
     bench,
     bench_shape,
     calibrate,
     fastest_plan,
     sampled_cases,
+    step_s_of_groups,
     with_plans,
 )
 
@@ -51,7 +54,7 @@ EXHAUSTIVE_SEEDS = range(2000, 2100)
 MEMORY_SEEDS = range(3000, 3006)
 MOST_PLANS = 60
 NEAR_BEST = 1.05
-SHORTLIST = 8
+SHORTLIST = 16
 PATH = "tables"
 
 
@@ -205,12 +208,10 @@ def exhaustive(
         chosen = fastest_plan(short, report, cluster)
         theirs = torchrec_plan_of(case, shape)
         runs, _ = run_cases([case], group, BenchEffort(rounds=5))
-        fastest = sorted(runs, key=lambda run: run.step_s)[:4]
-        # The fastest of many noisy medians was lucky: the finalists meet again, longer.
+        fastest = sorted(runs, key=lambda run: run.step_s)[:FINALISTS]
         finalists = [case.plans[run.plan_index] for run in fastest]
         again = case.model_copy(update={"plans": (chosen, predicted, theirs, *finalists)})
-        runs, _ = run_cases([again], group, BenchEffort(rounds=35))
-        times = [run.step_s for run in sorted(runs, key=lambda run: run.plan_index)]
+        times = step_s_of_groups(again, cluster, BenchEffort(rounds=15), FINAL_GROUPS)
         best = min(*times[:2], *times[3:])
         rows.append((case.name, len(case.plans), best, *(time / best for time in times[:3])))
         print(

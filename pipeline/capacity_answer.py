@@ -1,6 +1,6 @@
 """From the points of a sweep to the answer: which cluster, how fast, how long it lasts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from pipeline.capacity_types import CapacityPoint, Target
 from pipeline.console import duration, human
@@ -63,6 +63,7 @@ def answer_of(points: Sequence[CapacityPoint], chosen: CapacityPoint | None, tar
         f"The fullest rank uses {size(chosen.peak_bytes or 0)} of {size(chosen.device_bytes or 0)}"
         f"; {chosen.headroom or 0:.0%} stay free.",
         _future(chosen),
+        *_passed_over(points, chosen, target),
     ]
     if chosen.cost_per_billion_rows is not None:
         parts.append(f"A billion rows cost {chosen.cost_per_billion_rows:.2f}.")
@@ -84,6 +85,23 @@ def _future(point: CapacityPoint) -> str:
     return (
         f"{spill}Tables may grow to {point.breaks_at_growth:.2f} times their rows{when}; then "
         f"{point.breaks_first}."
+    )
+
+
+def _passed_over(
+    points: Sequence[CapacityPoint], chosen: CapacityPoint, target: Target
+) -> Iterator[str]:
+    """The cheapest cluster that reaches the target too but lacks memory, where it costs less."""
+    if target.needed_rows_per_s is None:
+        return
+    full = [p for p in today(points) if (p.headroom or 0.0) < MIN_HEADROOM]
+    tempting = choose(full, target)
+    if tempting is None or _cost_of_cluster(tempting) >= _cost_of_cluster(chosen):
+        return
+    yield (
+        f"{tempting.topology} costs less and would train {human(tempting.rows_per_s or 0)} rows/s, "
+        f"but {tempting.headroom or 0:.0%} of its fullest rank's memory would stay free; "
+        f"{MIN_HEADROOM:.0%} are asked for."
     )
 
 

@@ -1,24 +1,14 @@
 """Rows of the code tables when a ranker starts from one that was trained with other codebooks."""
 
-from pathlib import Path
-
 import numpy as np
 import torch
 
-from embedding.config import FeatureSchema, StrictConfig
+from embedding.config import FeatureSchema
 from embedding.errors import UserError
 from embedding.row_carry import RowCarry, redrawn
 from multimodal.codebook_match import Carry
 from multimodal.codebook_versions import carries_between, descends
-
-
-class CodebookChange(StrictConfig):
-    """Codebooks of the parent's code tables, and of this run's samples."""
-
-    root: Path
-    """Of all versions."""
-    before: str
-    after: str
+from pipeline.train import CodebookChange
 
 
 def row_carries(change: CodebookChange, schema: FeatureSchema) -> dict[str, RowCarry]:

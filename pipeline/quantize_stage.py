@@ -17,7 +17,6 @@ from multimodal.codes_config import ColumnVectors
 from pipeline.align_stage import AlignmentOfDay
 from pipeline.artifacts import read_manifest
 from pipeline.cluster import RaySession
-from pipeline.code_carry import CodebookChange
 from pipeline.code_features import CODES_FILE
 from pipeline.config import Recipe
 from pipeline.console import Reporter
@@ -27,6 +26,7 @@ from pipeline.item_vectors import read_column_vectors
 from pipeline.quantize import ItemVectors, quantize
 from pipeline.quantize_facts import QuantizeFacts
 from pipeline.stages import StageOutput, StageSpec
+from pipeline.train import CodebookChange
 
 STAGE = "quantize"
 CODEBOOKS = "codebooks"

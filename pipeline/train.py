@@ -18,7 +18,6 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from embedding.config import StrictConfig
 from embedding.errors import UserError
 from pipeline.artifacts import RESUME
-from pipeline.code_carry import CodebookChange
 from pipeline.config import ClusterConfig, Recipe
 from pipeline.console import Reporter
 from pipeline.content_paths import ContentPaths
@@ -34,6 +33,15 @@ RESULT = "result.json"
 LOGS = "logs"
 REFUSAL = "refusal.txt"
 """What the user must change: a restarted worker group says it again at once instead of training."""
+
+
+class CodebookChange(StrictConfig):
+    """Codebooks of the parent's code tables, and of this run's samples."""
+
+    root: Path
+    """Of all versions."""
+    before: str
+    after: str
 
 
 class TrainInputs(StrictConfig):

@@ -7,6 +7,7 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,9 +25,8 @@ from embedding.notices import divert_library_notices
 from embedding.plan_description import PlanDescription
 from embedding.shard import Sharded, shard
 from embedding.warm_start import WarmStartReport
-from pipeline.code_carry import row_carries
 from pipeline.config import Recipe
-from pipeline.content_training import RankContent, rank_content
+from pipeline.content_paths import ContentPaths
 from pipeline.evaluate import EvaluateJob
 from pipeline.train import LOGS, METRICS, RESULT, TENSORBOARD, TrainJob, TrainResult
 from ranking.model import RankingModel, RankingStep
@@ -36,6 +36,9 @@ from ranking.step_line import step_line
 from ranking.trainer import Trainer, TrainingHooks
 from ranking.validation import validation_line
 
+if TYPE_CHECKING:
+    from pipeline.content_training import RankContent
+
 logger = logging.getLogger(__name__)
 
 
@@ -43,7 +46,7 @@ def train_worker(job: TrainJob) -> None:
     """Train on this rank from the last checkpoint, the parent's, or the start."""
     recipe = job.recipe
     device = _prepare_process(recipe, job.resume / LOGS)
-    content = rank_content(recipe, job.content, device)
+    content = _rank_content(recipe, job.content, device)
     sharded = build(recipe, job.plan, device, content)
     checkpointer = Checkpointer(job.checkpoints, keep=recipe.ranking.trainer.keep_checkpoints)
     progress, carried = _restore(job, sharded, checkpointer)
@@ -97,7 +100,7 @@ def predict_worker(job: EvaluateJob) -> None:
     """Predict this rank's consecutive share of the samples into `rank-N.parquet`."""
     recipe = job.model.recipe
     device = _prepare_process(recipe, job.predictions.parent / LOGS)
-    content = rank_content(recipe, job.model.content, device, predicts=True)
+    content = _rank_content(recipe, job.model.content, device, predicts=True)
     sharded = build(recipe, job.model.plan, device, content)
     report = load_into(job.model.checkpoint, sharded)
     # The bank is no weight: it holds what the encoder gives.
@@ -118,7 +121,7 @@ def predict_worker(job: EvaluateJob) -> None:
 
 
 def build(
-    recipe: Recipe, plan: Path, device: torch.device, content: RankContent | None = None
+    recipe: Recipe, plan: Path, device: torch.device, content: "RankContent | None" = None
 ) -> Sharded:
     """The recipe's model, sharded by the plan, with start values drawn from the seed."""
     trainer = recipe.ranking.trainer
@@ -164,8 +167,22 @@ def _restore(
         return Progress.from_state_dict(progress), None
     if job.parent_checkpoint is None:
         return Progress(), None
-    carries = row_carries(job.codebooks, job.recipe.features) if job.codebooks else None
+    carries = None
+    if job.codebooks is not None:
+        from pipeline.code_carry import row_carries  # scipy: for a changed codebook only
+
+        carries = row_carries(job.codebooks, job.recipe.features)
     return Progress(), load_into(job.parent_checkpoint, sharded, carries)
+
+
+def _rank_content(
+    recipe: Recipe, paths: ContentPaths | None, device: torch.device, *, predicts: bool = False
+) -> "RankContent | None":
+    if recipe.content is None:
+        return None
+    from pipeline.content_training import rank_content  # transformers: seconds, for content only
+
+    return rank_content(recipe, paths, device, predicts=predicts)
 
 
 def _prepare_process(recipe: Recipe, logs: Path) -> torch.device:
@@ -180,7 +197,7 @@ def _prepare_process(recipe: Recipe, logs: Path) -> torch.device:
     return torch.device("cpu")
 
 
-def _loader(recipe: Recipe, paths: list[Path], content: RankContent | None) -> SampleLoader:
+def _loader(recipe: Recipe, paths: list[Path], content: "RankContent | None") -> SampleLoader:
     trainer = recipe.ranking.trainer
     return SampleLoader(
         SampleFiles(

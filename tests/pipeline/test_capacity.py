@@ -199,6 +199,9 @@ def test_a_cluster_without_room_is_no_recommendation_while_another_has_some() ->
     full, roomy = point_of("h100:1", 5e6, headroom=0.01), point_of("h100:2", 5e6)
     assert choose((full, roomy), Target(rows_per_s=1e6)) == roomy
     assert choose((full,), Target(rows_per_s=1e6)) == full
+    said = answer_of((full, roomy), roomy, Target(rows_per_s=1e6))
+    assert "h100:1 costs less" in said and "1% of its fullest" in said, said
+    assert "costs less" not in answer_of((roomy,), roomy, Target(rows_per_s=1e6))
 
 
 def test_grown_tables_are_not_todays() -> None:

@@ -12,8 +12,9 @@ from embedding.row_carry import CarriedRows, RowCarry
 from multimodal.code_schema import features_with_codes
 from multimodal.codebook_versions import carries_between, descends
 from multimodal.codes_config import Codes
-from pipeline.code_carry import CodebookChange, row_carries
+from pipeline.code_carry import row_carries
 from pipeline.quantize import ItemVectors, quantize
+from pipeline.train import CodebookChange
 
 CODES = Codes.model_validate(
     {

@@ -48,7 +48,8 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     Args:
         name_or_path: A built-in recipe's name, or a YAML file.
         overrides: `a.b.c=value` each; values are YAML; list entries are addressed by their
-            `name` or index, as in `features.tables.item.embedding_dim=32`.
+            `name` or index, as in `features.tables.item.embedding_dim=32`; `a.b+=value` adds an
+            entry to a list.
 
     Raises:
         UserError: Anything wrong, every fault with its YAML path, value and remedy.
@@ -70,14 +71,18 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:
-    """Set one `a.b.c=value` in place.
+    """Set one `a.b.c=value`, or add an entry by `a.b+=value`, in place.
 
     Raises:
         UserError: No `=`, or the path goes through something that is not there.
     """
     path, separator, text = override.partition("=")
+    adds = path.endswith("+")
+    path = path.removesuffix("+")
     if not separator or not path:
-        raise UserError(f"--set {override!r}: write it as path.to.key=value")
+        raise UserError(
+            f"--set {override!r}: write it as path.to.key=value, or path.to.list+=value"
+        )
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -86,6 +91,11 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     node: Any = data
     for part in parents:
         node = _child(node, part, override)
+    if adds:
+        entries = _child(node, last, override) or []
+        if not isinstance(entries, list):
+            raise UserError(f"--set {override!r}: {path} is no list; += adds an entry to one")
+        value = [*entries, value]
     if isinstance(node, list):
         node[_index(node, last, override)] = value
     elif isinstance(node, dict):

@@ -57,6 +57,25 @@ def test_override_reaches_list_entries_by_name_and_index(tmp_path: Path) -> None
     assert [table.embedding_dim for table in recipe.features.tables] == [32, 8]
 
 
+def test_override_adds_entries_to_a_list(tmp_path: Path) -> None:
+    path = write(tmp_path, SMALL)
+    names = [table.name for table in load_recipe(path).features.tables]
+
+    recipe = load_recipe(
+        path,
+        [
+            "features.tables+={name: brand, num_embeddings: 9, embedding_dim: 8}",
+            "features.sparse+={name: brand, table: brand, source: items}",
+            "features.tables.brand.embedding_dim=16",
+            "features.dense+={name: price}",
+        ],
+    )
+
+    assert [table.name for table in recipe.features.tables] == [*names, "brand"]
+    assert recipe.features.table("brand").embedding_dim == 16
+    assert "price" in [feature.name for feature in recipe.features.dense]
+
+
 def test_override_creates_missing_sections(tmp_path: Path) -> None:
     recipe = load_recipe(
         write(tmp_path, SMALL), ["ranking.trainer.dense_optimizer.learning_rate=1e-2"]
@@ -188,6 +207,8 @@ def test_unknown_recipe_suggests_the_nearest(tmp_path: Path) -> None:
         ("gate.task", "path.to.key=value"),
         ("features.tables.itm.embedding_dim=8", "did you mean 'item'"),
         ("name.first=x", "nothing lies below|is a value"),
+        ("name+=x", "name is no list"),
+        ("+=x", "path.to.key=value"),
     ],
 )
 def test_bad_override_says_how_to_write_it(tmp_path: Path, override: str, message: str) -> None:

@@ -1,7 +1,8 @@
 """Every classifier alone and with FGCNN on Frappe, seed by seed, with GBDT as a reference.
 
 Run: .venv/bin/python benchmarks/classifiers.py --data data/frappe --out runs/classifiers
-         [--seeds 3] [--only ipnn,dnn] [--precision fp32|bf16] [--quick] [--json FILE]
+         [--seeds 3] [--only ipnn,dnn] [--precision fp32|bf16] [--trials-per-gpu N] [--quick]
+         [--json FILE]
 
 `braid data import frappe` makes the data. The split is random, 7:2:1: trained on the first part,
 stopped by AUC on the second, compared on the third. Trials are kept in --out: a second run goes on
@@ -131,6 +132,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", help="kinds, separated by commas; default: all")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--trials-per-gpu", type=int, help="train on GPUs; default: on CPUs")
     parser.add_argument("--quick", action="store_true", help="ipnn only, one seed, two epochs")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
@@ -146,8 +148,16 @@ def main() -> None:
     ]
     if args.quick:
         overrides.append("ranking.trainer.epochs=2")
+    if args.trials_per_gpu:
+        overrides.append("cluster.use_gpu=true")
     study = Study(
-        "frappe", variants(kinds), date=DATE, num_seeds=seeds, out=args.out, overrides=overrides
+        "frappe",
+        variants(kinds),
+        date=DATE,
+        num_seeds=seeds,
+        out=args.out,
+        overrides=overrides,
+        trials_per_gpu=args.trials_per_gpu or 1,
     )
     result = study.run()
     figures: dict[str, Any] = {"gbdt": gbdt(args.out, study.seeds), "failed": result.failed}

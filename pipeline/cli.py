@@ -107,6 +107,9 @@ def study(  # noqa: PLR0913 # a command's parameters are its options
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the result here.")
     ] = None,
+    trials_per_gpu: Annotated[
+        int, typer.Option(min=1, help="Trials that share a GPU; a small model does not fill one.")
+    ] = 1,
     overrides: SetOption = None,
 ) -> None:
     """Compare variants of a recipe over seeds: mean, 95% interval, paired differences."""
@@ -116,7 +119,15 @@ def study(  # noqa: PLR0913 # a command's parameters are its options
 
     chosen = read_variants(variants)
     with exclusive(out, f"braid study --recipe {recipe}"):
-        work = Study(recipe, chosen, date=date, num_seeds=seeds, out=out, overrides=overrides or ())
+        work = Study(
+            recipe,
+            chosen,
+            date=date,
+            num_seeds=seeds,
+            out=out,
+            overrides=overrides or (),
+            trials_per_gpu=trials_per_gpu,
+        )
         result = work.run()
         metrics = shown_metrics(work.first, result, metric or ())
         report = write_study_report(result, metrics, out)

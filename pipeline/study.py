@@ -6,7 +6,7 @@ DIR/study.json, study.html
 """
 
 import queue
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from rich.console import Console
 from embedding.errors import UserError
 from pipeline.artifacts import config_hash, read_manifest
 from pipeline.cluster import RaySession, actors_of
-from pipeline.config import Recipe
+from pipeline.config import ClusterConfig, Recipe
 from pipeline.console import Reporter, duration
 from pipeline.days import available_days
 from pipeline.failures import user_error
@@ -107,6 +107,7 @@ class Study:
         num_seeds: int,
         out: Path,
         overrides: Sequence[str] = (),
+        trials_per_gpu: int = 1,
     ) -> None:
         """Load every variant's recipe.
 
@@ -117,12 +118,14 @@ class Study:
             num_seeds: trials of each variant; the recipe's seed and the ones after it.
             out: output directory.
             overrides: `path.to.key=value` for all variants.
+            trials_per_gpu: trials of one rank that share a GPU: a small model does not fill one.
 
         Raises:
             UserError: a variant's recipe is not valid; all of them are checked before any work.
         """
         self.variants = list(variants)
         self.out = out
+        self.trials_per_gpu = trials_per_gpu
         self.recipes = {}
         for variant in self.variants:
             try:
@@ -254,11 +257,7 @@ class Study:
         cluster = self.first.cluster
         if any(recipe.cluster.num_workers > 1 for recipe in self.recipes.values()):
             return 1
-        resources = ray.cluster_resources()
-        room = int(resources.get("CPU", 1) / cluster.cpus_per_worker)
-        if cluster.use_gpu:
-            room = min(room, int(resources.get("GPU", 0)))
-        slots = max(1, min(room, num_trials))
+        slots = trial_slots(ray.cluster_resources(), cluster, num_trials, self.trials_per_gpu)
         for _ in range(slots):
             self._processes.put(self._start_process())
         return slots
@@ -267,7 +266,7 @@ class Study:
         cluster = self.first.cluster
         process = ray.remote(TrialProcess).options(
             num_cpus=cluster.cpus_per_worker,
-            num_gpus=1 if cluster.use_gpu else 0,
+            num_gpus=1 / self.trials_per_gpu if cluster.use_gpu else 0,
             runtime_env={"env_vars": {"MALLOC_ARENA_MAX": "1"}},
         )
         return process.remote()
@@ -318,6 +317,16 @@ class Study:
         partial.write_text(result.model_dump_json(indent=2))
         partial.replace(path)
         return result
+
+
+def trial_slots(
+    resources: Mapping[str, float], cluster: ClusterConfig, num_trials: int, trials_per_gpu: int
+) -> int:
+    """Trials of one rank that run side by side."""
+    room = int(resources.get("CPU", 1) / cluster.cpus_per_worker)
+    if cluster.use_gpu:
+        room = min(room, int(resources.get("GPU", 0)) * trials_per_gpu)
+    return max(1, min(room, num_trials))
 
 
 def _last_date(recipe: Recipe) -> str:

@@ -1,11 +1,13 @@
 """A study's statistics by hand, and the variants file."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from embedding.errors import UserError
-from pipeline.study import read_variants
+from pipeline.config import ClusterConfig
+from pipeline.study import read_variants, trial_slots
 from pipeline.study_statistics import differences, estimates
 
 
@@ -52,3 +54,22 @@ def test_variants_of_another_shape_are_refused(tmp_path: Path, text: str, messag
 
     with pytest.raises(UserError, match=message):
         read_variants(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "trials", "per_gpu", "expected"),
+    [
+        ({}, 99, 1, 16),
+        ({"cpus_per_worker": 4}, 99, 1, 4),
+        ({"use_gpu": True}, 99, 1, 2),
+        ({"use_gpu": True}, 99, 3, 6),
+        ({"use_gpu": True, "cpus_per_worker": 4}, 99, 3, 4),
+        ({"use_gpu": True}, 5, 3, 5),
+        ({"cpus_per_worker": 32}, 99, 1, 1),
+    ],
+)
+def test_trials_side_by_side_are_bound_by_cpus_gpus_and_their_number(
+    changes: dict[str, Any], trials: int, per_gpu: int, expected: int
+) -> None:
+    cluster = ClusterConfig(num_workers=1, **changes)
+    assert trial_slots({"CPU": 16.0, "GPU": 2.0}, cluster, trials, per_gpu) == expected

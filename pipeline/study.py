@@ -98,7 +98,7 @@ def read_variants(path: Path) -> list[Variant]:
 class Study:
     """Prepares the data, runs the trials that are missing, and sums up."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 # options of the command
         self,
         recipe: str,
         variants: Sequence[Variant],
@@ -232,24 +232,33 @@ class Study:
         """Run trials side by side, as many as the cluster has room for; the errors by trial."""
         session.start()
         self._processes: queue.Queue[Any] = queue.Queue()
+        self._started: list[Any] = []
         slots = self._slots(len(trials))
         done, failed = 0, {}
         silent = Reporter(Console(quiet=True))
-        with self.reporter.stage("study", unit="trials"), ThreadPoolExecutor(slots) as pool:
-            running: dict[Future[Any], Trial] = {
-                pool.submit(execute, trial.spec, silent): trial for trial in trials
-            }
-            for future in as_completed(running):
-                trial, error = running[future], future.exception()
-                done += 1
-                if error is not None:
-                    if not isinstance(error, Exception):
-                        raise error
-                    failed[trial.name] = user_error(error) or error
-                    self.reporter.line(f"[red]x[/] {trial.name}: {failed[trial.name]}")
-                else:
-                    self.reporter.line(self._line(trial, future.result().manifest.seconds))
-                self.reporter.advance(done, len(trials))
+        pool = ThreadPoolExecutor(slots)
+        try:
+            with self.reporter.stage("study", unit="trials"):
+                running: dict[Future[Any], Trial] = {
+                    pool.submit(execute, trial.spec, silent): trial for trial in trials
+                }
+                for future in as_completed(running):
+                    trial, error = running[future], future.exception()
+                    done += 1
+                    if error is not None:
+                        if not isinstance(error, Exception):
+                            raise error
+                        failed[trial.name] = user_error(error) or error
+                        self.reporter.line(f"[red]x[/] {trial.name}: {failed[trial.name]}")
+                    else:
+                        seconds = future.result().manifest.seconds
+                        self.reporter.line(self._line(trial, seconds))
+                    self.reporter.advance(done, len(trials))
+        finally:
+            # Whoever interrupts a study does not wait for the trials that are running.
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in self._started:
+                ray.kill(process)
         return failed
 
     def _slots(self, num_trials: int) -> int:
@@ -269,7 +278,8 @@ class Study:
             num_gpus=1 / self.trials_per_gpu if cluster.use_gpu else 0,
             runtime_env={"env_vars": {"MALLOC_ARENA_MAX": "1"}},
         )
-        return process.remote()
+        self._started.append(process.remote())
+        return self._started[-1]
 
     def _dispatch(self, job: TrialJob) -> StageOutput:
         if job.recipe.cluster.num_workers > 1:

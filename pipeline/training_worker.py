@@ -193,6 +193,7 @@ def _loader(recipe: Recipe, paths: list[Path], content: RankContent | None) -> S
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         seed=trainer.seed,
+        pin_memory=recipe.cluster.use_gpu,
     )
 
 

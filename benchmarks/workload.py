@@ -107,19 +107,35 @@ def build(
     optimizer: RowWiseAdagrad = RowWiseAdagrad(),  # noqa: B008 # frozen
 ) -> Sharded:
     """Join a gloo group on loopback and shard the model over it."""
+    join_group(rank, world_size, port, CPU)
+    return build_sharded(settings or config(), CPU, schema=schema, optimizer=optimizer)
+
+
+def join_group(rank: int, world_size: int, port: int, device: torch.device) -> None:
+    """A process group on loopback, with NCCL for what lies on GPUs."""
     for name in ("torchrec", "fbgemm_gpu", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
-    settings = settings or config()
+    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=rank, world_size=world_size)
+
+
+def build_sharded(
+    settings: RankingConfig,
+    device: torch.device,
+    *,
+    schema: FeatureSchema = SCHEMA,
+    optimizer: RowWiseAdagrad = RowWiseAdagrad(),  # noqa: B008 # frozen
+) -> Sharded:
+    """The model, sharded over the process group."""
     model = RankingModel(schema, settings, tables_device=torch.device("meta"))
     sharded = shard(
         RankingStep(model, settings),
         optimizer=optimizer,
         sharding=ShardingConfig(),
         dense_optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, fused=True),
-        device=CPU,
+        device=device,
     )
     sharded.initialize(seed=0)
     return sharded

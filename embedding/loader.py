@@ -132,7 +132,9 @@ class SampleLoader:
         rank: int = 0,
         world_size: int = 1,
         seed: int = 0,
+        pin_memory: bool = False,
     ) -> None:
+        """`pin_memory`: batches lie in page-locked memory, from which copies to a GPU overlap."""
         if files.num_rows == 0:
             raise UserError(
                 f"the {len(files.row_groups)} row groups of the sample files hold no row; check "
@@ -143,6 +145,7 @@ class SampleLoader:
         self.rank = rank
         self.world_size = world_size
         self.seed = seed
+        self.pin_memory = pin_memory
 
     def num_steps(self, position: Position) -> int:
         """Steps from `position` to the end of its epoch."""
@@ -173,7 +176,11 @@ class SampleLoader:
         # A rank without rows of its own still steps with the others: on one row of weight 0.
         spare = tuple(Segment(s.chunk, s.start, s.start + 1) for s in (*share, *segments)[:1])
         return BatchStream(
-            self.files, plan, _Share(share, spare, steps), batch_size=self.batch_size_per_rank
+            self.files,
+            plan,
+            _Share(share, spare, steps),
+            batch_size=self.batch_size_per_rank,
+            pin_memory=self.pin_memory,
         )
 
 
@@ -200,15 +207,17 @@ class BatchStream:
         share: "_Share",
         *,
         batch_size: int,
+        pin_memory: bool = False,
     ) -> None:
         self.num_steps = share.num_steps
         self.batch_size = batch_size
+        self._pin_memory = pin_memory
         self._files = files
         self._plan = plan
         self._share = share
         self._rows = 0
         self._decoded = Prefetched(self._decode, depth=1)
-        self._batches = Prefetched(self._cut_batches, depth=8)
+        self._batches = Prefetched(self._finished_batches, depth=8)
 
     @property
     def stats(self) -> LoaderStats:
@@ -243,6 +252,10 @@ class BatchStream:
 
     def _decode(self) -> Iterator[Decoded]:
         return (self._files.decode(self._plan, segment) for segment in self._share.segments)
+
+    def _finished_batches(self) -> Iterator[RankingBatch]:
+        batches = self._cut_batches()
+        return (batch.pin_memory() for batch in batches) if self._pin_memory else batches
 
     def _cut_batches(self) -> Iterator[RankingBatch]:
         made = 0

@@ -210,6 +210,7 @@ def _loader(recipe: Recipe, paths: list[Path], content: "RankContent | None") ->
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         seed=trainer.seed,
+        pin_memory=recipe.cluster.use_gpu,
     )
 
 

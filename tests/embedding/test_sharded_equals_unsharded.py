@@ -3,20 +3,11 @@
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 
-from embedding.config import Adagrad, FeatureSchema, RowWiseAdagrad, Sgd, ShardingConfig
-from embedding.initialization import initialize_shard
+from embedding.config import Adagrad, RowWiseAdagrad, Sgd, ShardingConfig
 from tests.distributed import run_distributed
-from tests.embedding.toy import (
-    SHARDINGS,
-    gather_tables,
-    loss_of,
-    toy_batch,
-    toy_schema,
-    toy_sharded,
-    train,
-)
+from tests.embedding.reference import Reference
+from tests.embedding.toy import SHARDINGS, gather_tables, toy_batch, toy_schema, toy_sharded, train
 
 pytestmark = pytest.mark.integration
 
@@ -57,13 +48,7 @@ def _check(sharding: str, optimizer) -> None:
     ranks_per_host = 1 if sharding == "grid" else WORLD_SIZE
     sharded = toy_sharded(schema, optimizer, ShardingConfig(ranks_per_host=ranks_per_host))
     assert {t.sharding for t in sharded.plan.tables} >= {PLAN_NAMES.get(sharding, sharding)}
-    spans = {
-        table.table: sorted(
-            {(s.column_offset, s.column_offset + s.num_columns) for s in table.shards}
-        )
-        for table in sharded.plan.tables
-    }
-    reference = Reference(schema, optimizer, spans)
+    reference = Reference(schema, optimizer, sharded.plan)
     rank = dist.get_rank()
     batch = toy_batch(schema, 99 + rank)
     torch.testing.assert_close(
@@ -92,70 +77,3 @@ def _check(sharding: str, optimizer) -> None:
 
 
 PLAN_NAMES = {"grid": "grid_shard"}
-
-
-class Reference:
-    """The toy model in plain PyTorch on the global batch, one process, its own optimizer.
-
-    The loss is the mean over ranks of each rank's loss. Row-wise Adagrad keeps one accumulator per
-    row of every column block, as column shards do.
-    """
-
-    def __init__(self, schema: FeatureSchema, optimizer, spans: dict[str, list[tuple[int, int]]]):
-        self.schema, self.optimizer, self.spans = schema, optimizer, spans
-        self.weights = {}
-        for table in schema.tables:
-            weight = torch.empty(table.num_embeddings, table.embedding_dim)
-            initialize_shard(weight, table, seed=7)
-            self.weights[table.name] = weight.requires_grad_()
-        self.states = {name: torch.zeros_like(w) for name, w in self.weights.items()}
-        self.linear = nn.Linear(56 + 8, 1)
-        with torch.no_grad():
-            self.linear.weight.copy_(torch.linspace(-1, 1, 64).view(1, 64))
-            self.linear.bias.zero_()
-        self.adam = torch.optim.Adam(self.linear.parameters(), lr=0.01)
-
-    def logits(self, seed: int) -> Tensor:
-        batch = toy_batch(self.schema, seed)
-        inputs = {**batch.pooled.to_dict(), **batch.unpooled.to_dict()}
-
-        def pool(feature: str, table: str, mode: str = "sum") -> Tensor:
-            offsets = inputs[feature].offsets()[:-1].long()
-            return nn.functional.embedding_bag(
-                inputs[feature].values(), self.weights[table], offsets, mode=mode
-            )
-
-        fields = [
-            pool("genres", "genre", "mean"),
-            pool("item_id", "item"),
-            pool("user_id", "user"),
-            pool("friend", "user"),
-            pool("city", "city"),
-            pool("click_items", "item"),
-        ]
-        return self.linear(torch.cat(fields, dim=1))
-
-    def step(self, seeds: list[int]) -> None:
-        self.adam.zero_grad()
-        loss = sum(loss_of(self.logits(s), toy_batch(self.schema, s)) for s in seeds) / len(seeds)
-        loss.backward()
-        self.adam.step()
-        for name, weight in self.weights.items():
-            lr = self.schema.table(name).learning_rate or self.optimizer.learning_rate
-            with torch.no_grad():
-                weight -= lr * self._direction(name, weight.grad)
-            weight.grad = None
-
-    def _direction(self, name: str, grad: Tensor) -> Tensor:
-        match self.optimizer:
-            case Sgd():
-                return grad
-            case Adagrad(eps=eps):
-                self.states[name] += grad.square()
-                return grad / (self.states[name].sqrt() + eps)
-            case RowWiseAdagrad(eps=eps):
-                for start, stop in self.spans[name]:
-                    block = grad[:, start:stop].square().mean(dim=1, keepdim=True)
-                    self.states[name][:, start:stop] += block
-                return grad / (self.states[name].sqrt() + eps)
-        raise AssertionError(self.optimizer)

@@ -28,6 +28,8 @@ from embedding.config import (
     TableWise,
 )
 from embedding.hashing import rows_of
+from embedding.placement import flush_caches
+from embedding.plan_description import PlanDescription
 from embedding.shard import Sharded, shard
 from embedding.tables import EmbeddingTables
 
@@ -158,6 +160,8 @@ def toy_sharded(
     sharding: ShardingConfig | None = None,
     seed: int | None = 7,
     model: type[ToyModel] = ToyModel,
+    device: torch.device = CPU,
+    plan: PlanDescription | None = None,
 ) -> Sharded:
     """The toy model sharded over the running process group, with start values of `seed`."""
     torch.manual_seed(0)
@@ -166,11 +170,16 @@ def toy_sharded(
         optimizer=optimizer,
         sharding=sharding or ShardingConfig(),
         dense_optimizer=lambda params: torch.optim.Adam(params, lr=0.01),
-        device=CPU,
+        device=device,
+        plan=plan,
     )
     if seed is not None:
         sharded.initialize(seed)
     return sharded
+
+
+def device_of(sharded: Sharded) -> torch.device:
+    return next(iter(sharded.dense_parameters.values())).device
 
 
 def train(sharded: Sharded, steps: range, num_ids: int = 200) -> list[float]:
@@ -178,6 +187,7 @@ def train(sharded: Sharded, steps: range, num_ids: int = 200) -> list[float]:
     losses = []
     for step in steps:
         batch = toy_batch(sharded.schema, 1000 * step + dist.get_rank(), num_ids)
+        batch = batch.to(device_of(sharded))
         sharded.optimizer.zero_grad()
         loss = loss_of(sharded.model(batch), batch)
         loss.backward()
@@ -197,13 +207,14 @@ class WholeTable:
 
 def gather_tables(sharded: Sharded) -> dict[str, WholeTable]:
     """Every table on every rank, assembled from all shards; checks that they tile it."""
+    flush_caches(sharded.shards, forget=False)
     local = [
         (
             s.table.name,
             s.rows,
             s.columns,
-            s.weight_RD.clone(),
-            {k: v.clone() for k, v in s.states.items()},
+            s.weight_RD.to("cpu", copy=True),
+            {k: v.to("cpu", copy=True) for k, v in s.states.items()},
         )
         for s in sharded.shards
     ]

@@ -1,0 +1,65 @@
+"""Content encoder and quantizer on a GPU against the CPU."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from multimodal.codes_config import Rq
+from multimodal.content_encoder import load_content_encoder
+from multimodal.residual_fit import fit_residual
+from tests.multimodal.small_models import random_tokens, tiny_config, without
+from tests.multimodal.vector_sets import clustered
+
+pytestmark = pytest.mark.gpu
+
+CONFIG = Rq(num_levels=3, codebook_size=32)
+CLOSE = {"rtol": 1e-3, "atol": 1e-5}  # float32 through towers, fusion and back
+FUSIONS: list[dict[str, object]] = [
+    {"kind": "fq_former", "modality_embedding": True},
+    {"kind": "fq_former", "num_layers": 2, "feed_forward": True},
+    {"kind": "mean"},
+    {"kind": "concat"},
+]
+
+
+@pytest.mark.parametrize("fusion", FUSIONS, ids=lambda fusion: "-".join(map(str, fusion.values())))
+def test_vectors_and_gradients_are_those_of_the_cpu(cuda, fusion: dict[str, object]) -> None:
+    here = load_content_encoder(tiny_config(fusion=fusion))
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in here.named_parameters():
+            if "lora_B" in name:  # starts at 0: without this, lora_A would have no gradient
+                parameter.normal_(std=0.2)
+    there = copy.deepcopy(here).to(cuda)
+    batch = without(random_tokens(8), "image", [1, 7])
+    weights_UD = torch.randn(8, 8)
+
+    expected = here(batch)
+    (expected * weights_UD).sum().backward()
+    found = there(batch.to(cuda))
+    (found * weights_UD.to(cuda)).sum().backward()
+
+    torch.testing.assert_close(found.cpu(), expected, **CLOSE)
+    trained = 0
+    for (name, ours), theirs in zip(there.named_parameters(), here.parameters(), strict=True):
+        if theirs.grad is None:
+            assert ours.grad is None, name
+            continue
+        trained += bool(theirs.grad.any())
+        torch.testing.assert_close(ours.grad.cpu(), theirs.grad, **CLOSE, msg=name)
+    assert trained
+
+
+def test_codes_of_the_gpu_are_those_of_the_cpu(cuda) -> None:
+    x: np.ndarray = clustered(6000)
+    books = fit_residual(x, CONFIG)
+
+    codes = books.encode(x, cuda)
+    fitted = fit_residual(x, CONFIG, device=cuda)
+
+    # Sums in another order decide a tie the other way once in a while.
+    assert (codes == books.encode(x)).mean() > 0.999
+    assert fitted.codebooks_LKD.device.type == "cpu"
+    assert fitted.squared_errors(x)[-1] < 1.02 * books.squared_errors(x)[-1]

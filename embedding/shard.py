@@ -160,16 +160,26 @@ def shard(
         if name not in replicated
     }
     dense = KeyedOptimizerWrapper(dense_parameters, dense_optimizer) if dense_parameters else None
+    shards = table_shards(sharded, schema, optimizer, rows._optimizer if rows else None)
+    for kernel in {id(s.tbe): s.tbe for s in shards if s.tbe}.values():
+        kernel.register_forward_hook(_take_back_step)
     return Sharded(
         model=sharded,
         optimizer=_combine(sharded.fused_optimizer, rows, dense),
         plan=plan,
         schema=schema,
         optimizer_kind=optimizer.kind,
-        shards=table_shards(sharded, schema, optimizer, rows._optimizer if rows else None),
+        shards=shards,
         dense_parameters=dense_parameters,
         dense_optimizer=dense._optimizer if dense else None,
     )
+
+
+def _take_back_step(kernel: Any, _inputs: object, _output: object) -> None:
+    """Fbgemm counts a forward as a step, by which Adam corrects its bias; evaluation is none."""
+    if not kernel.training:
+        kernel.iter_cpu.sub_(1)
+        kernel.iter.sub_(1)
 
 
 def _refuse_other_plan(plan: PlanDescription, sharded: DistributedModelParallel) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-import ray.train.torch
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
@@ -23,6 +22,7 @@ from multimodal.pair_sampler import PairSampler
 from multimodal.standardised import StandardisedLinear, load_state, standardise, state_of
 from multimodal.stored_content import ContentReader
 from pipeline.align import ENCODER, PART, RESULT, AlignJob, AlignmentResult
+from pipeline.devices import own_device
 
 _ITEMS_PER_CHUNK = 256
 _MAX_STANDARDISED = 50_000
@@ -35,7 +35,7 @@ def align_worker(config: dict[str, str]) -> None:
     """Runs on every rank with `{"job": JSON of an AlignJob}`."""
     keep_freed_memory()
     job = AlignJob.model_validate_json(config["job"])
-    device = ray.train.torch.get_device() if torch.cuda.is_available() else torch.device("cpu")
+    device = own_device()
     reader = ContentReader(job.index, job.stores)
     encoder = load_content_encoder(job.content)
     if job.state is not None:

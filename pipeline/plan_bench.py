@@ -61,7 +61,6 @@ class BenchJob(StrictConfig):
     cases: tuple[BenchCase, ...]
     effort: BenchEffort
     output: Path
-    use_gpu: bool
     time_parts: bool = False
 
 
@@ -126,7 +125,6 @@ def run_cases(
             cases=tuple(cases),
             effort=effort,
             output=scratch,
-            use_gpu=cluster.use_gpu,
             time_parts=time_parts,
         )
         once = cluster.model_copy(update={"max_failures": 0})

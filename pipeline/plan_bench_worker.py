@@ -5,7 +5,6 @@ import json
 from collections.abc import Iterator
 from functools import partial
 
-import ray.train.torch
 import torch
 import torch.distributed as dist
 
@@ -18,6 +17,7 @@ from embedding.plan_description import PlanDescription
 from embedding.plan_timing import PlanRun, measure_peak_bytes, time_plans
 from embedding.synthetic_batches import synthetic_batch
 from embedding.workload import table_loads
+from pipeline.devices import own_device
 from pipeline.plan_bench import PARTS, PROGRESS, RESULTS, BenchCase, BenchJob, MeasuredRun
 
 TOGETHER_BYTES = 1 << 31
@@ -27,9 +27,8 @@ TOGETHER_BYTES = 1 << 31
 def bench_worker(job: BenchJob) -> None:
     """Measure all plans; rank 0 writes a line for each."""
     divert_library_notices(job.output / "logs" / f"notices-rank-{dist.get_rank():05d}.log")
-    device = torch.device("cpu")
-    if job.use_gpu:
-        device = ray.train.torch.get_device()
+    device = own_device()
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(1)

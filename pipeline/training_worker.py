@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray.train.torch
 import torch
 import torch.distributed as dist
 from torch.utils.tensorboard.writer import SummaryWriter
@@ -27,6 +26,7 @@ from embedding.shard import Sharded, shard
 from embedding.warm_start import WarmStartReport
 from pipeline.config import Recipe
 from pipeline.content_paths import ContentPaths
+from pipeline.devices import own_device
 from pipeline.evaluate import EvaluateJob
 from pipeline.train import LOGS, METRICS, RESULT, TENSORBOARD, TrainJob, TrainResult
 from ranking.model import RankingModel, RankingStep
@@ -190,7 +190,7 @@ def _prepare_process(recipe: Recipe, logs: Path) -> torch.device:
     keep_freed_memory()
     divert_library_notices(logs / f"notices-rank-{dist.get_rank():05d}.log")
     if recipe.cluster.use_gpu:
-        device: torch.device = ray.train.torch.get_device()
+        device = own_device()
         torch.cuda.set_device(device)
         return device
     torch.set_num_threads(max(int(recipe.cluster.cpus_per_worker), 1))

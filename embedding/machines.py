@@ -131,8 +131,8 @@ MACHINES: tuple[Machine, ...] = (
         flops_fp32=91.6 * TB,
         flops_bf16=362 * TB,
         device_names=("L40S",),
-        source="NVIDIA L40S data sheet: 48 GB with ECC at 864 GB/s, PCIe 4.0 x16, no NVLink; the host "
-        "(1 TB, 100 Gb/s network per GPU) is an assumption, as the sheet fixes none",
+        source="NVIDIA L40S data sheet: 48 GB with ECC at 864 GB/s, PCIe 4.0 x16, no NVLink; the "
+        "host (1 TB, 100 Gb/s network per GPU) is an assumption, as the sheet fixes none",
     ),
     Machine(
         name="v100",
@@ -149,7 +149,7 @@ MACHINES: tuple[Machine, ...] = (
         flops_bf16=15.7 * TB,
         device_names=("V100",),
         source="NVIDIA V100 Tensor Core GPU data sheet (SXM2 32 GB) and DGX-1 data sheet: "
-        "900 GB/s, NVLink 300 GB/s both ways, 4 x 100 Gb/s network and two sockets of four channels "
+        "900 GB/s, NVLink 300 GB/s both ways, 4 x 100 Gb/s network, two sockets of four channels "
         "DDR4-2133 a host; no bf16 units",
     ),
     Machine(

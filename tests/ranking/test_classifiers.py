@@ -186,7 +186,8 @@ def test_dcn_v2_puts_cross_layers_beside_the_mlp(rank: int | None) -> None:
 
 @pytest.mark.parametrize("form", ["parallel", "serial"])
 def test_masknet_multiplies_with_masks_of_the_sample(form: str) -> None:
-    settings = config.MaskNet(form=form, num_blocks=2, block_dim=6, hidden=(4,))
+    hidden_widths = {"hidden": (4,)} if form == "parallel" else {}
+    settings = config.MaskNet(form=form, num_blocks=2, block_dim=6, **hidden_widths)
     model = build_classifier(settings, DIMS)
     model.scale_FD.data.normal_()
     model.shift_FD.data.normal_()

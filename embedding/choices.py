@@ -143,6 +143,16 @@ def _forced(load: TableLoad, forced: Sharding, shape: ClusterShape) -> list[tupl
             f"table {load.name!r}: {forced.kind} works for pooled tables only, and a sequence uses "
             "this one; use row_wise, table_wise, column_wise or data_parallel"
         )
+    per_host = shape.ranks_per_host
+    by_kind = {ROW_WISE: shape.world_size, TABLE_ROW_WISE: per_host, GRID: per_host}
+    num_shards = by_kind.get(kind, 1)
+    if not _no_empty_shard(load.num_rows, num_shards):
+        # TBE kernels fail on a shard without rows, with an error about devices.
+        raise UserError(
+            f"table {load.name!r}: {forced.kind} cuts its {load.num_rows} rows into {num_shards} "
+            f"blocks of {-(-load.num_rows // num_shards)}, and the last ones are empty; use "
+            "table_wise or leave the sharding out, or change num_embeddings"
+        )
     return [(kind, n)]
 
 

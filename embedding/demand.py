@@ -160,6 +160,15 @@ class _Context:
         """Optimizer state of one row of a shard."""
         return state_bytes_per_row(self.settings.optimizer, self.width)
 
+    @property
+    def states_on_host(self) -> bool:
+        """Optimizer state of tables in host memory stays with them and is never cached.
+
+        Except a row-wise accumulator: FBGEMM keeps it in device memory (`construct_split_state`).
+        """
+        elsewhere = self.choice.kernel in (UVM, UVM_CACHING, KEY_VALUE)
+        return elsewhere and self.settings.optimizer.kind != "row_wise_adagrad"
+
     def far_share(self) -> float:
         """Share of the ranks that sit on other hosts."""
         return (self.world - self.local) / self.world
@@ -284,14 +293,17 @@ def _put_exchange(c: _Context, demand: Demand, exchange: str, inter: str) -> Non
 
 def _count_update(c: _Context, demand: Demand) -> None:
     touched = c.unique * (c.row_bytes + c.state_bytes_per_row)
-    host = 2 * touched if c.choice.kernel == UVM else 0.0
+    # Read and written where they are: rows without a cache, states also beside cached rows.
+    host = c.row_bytes if c.choice.kernel == UVM else 0.0
+    if c.states_on_host:
+        host += c.state_bytes_per_row
     _put(
         demand.owner,
         update_ids=c.owned_ids,
         update_bytes=c.owned_ids * c.row_bytes,
         update_unique_rows=c.unique,
         update_unique_bytes=touched,
-        update_host_bytes=host,
+        update_host_bytes=2 * c.unique * host,
     )
 
 
@@ -306,8 +318,7 @@ def _count_bytes(c: _Context, demand: Demand) -> None:
             # Cached rows, and their places: 4 bytes a row, 16 bytes a slot.
             factor = c.choice.load_factor or 0.0
             cache = factor * weights + rows * (4 + 16 * factor)
-    # A row-wise accumulator stays in device memory, whole rows of state go with their table.
-    states_here = states if device or c.settings.optimizer.kind == "row_wise_adagrad" else 0.0
+    states_here = 0.0 if c.states_on_host else states
     demand.owner_host_bytes += states - states_here
     if c.choice.kernel == KEY_VALUE:
         demand.owner_host_bytes = 0.0

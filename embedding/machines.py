@@ -24,7 +24,8 @@ class Machine(StrictConfig):
     ranks_per_host: PositiveInt
     """Ranks of a full host."""
     hbm_bytes: NonNegativeInt
-    """Device memory of one rank; 0 on CPU, where tables live in host memory."""
+    """Device memory of one rank, as its driver counts it (an `80 GB` GPU has nearly 80 GiB, ECC
+    takes a sixteenth of GDDR6); 0 on CPU, where tables live in host memory."""
     hbm_bandwidth: PositiveFloat
     """Of one rank's device memory; on CPU of one host's memory."""
     host_bytes: NonNegativeInt
@@ -42,7 +43,7 @@ class Machine(StrictConfig):
     price_per_hour: NonNegativeFloat | None = None
     """Of one host, in any currency; without it no cost is reported."""
     device_names: tuple[str, ...] = ()
-    """Parts of the name by which CUDA reports this device."""
+    """What the name by which CUDA reports this device holds, from the start of a word on."""
     source: str
     """The data sheet, and what it leaves open."""
 
@@ -85,7 +86,7 @@ MACHINES: tuple[Machine, ...] = (
         _HOPPER
         | {
             "name": "h200",
-            "hbm_bytes": int(141 * GB),
+            "hbm_bytes": 139 * GIB,
             "hbm_bandwidth": 4800 * GB,
             "device_names": ("H200",),
             "source": "NVIDIA H200 Tensor Core GPU data sheet (SXM) and DGX H200 data sheet: "
@@ -120,7 +121,7 @@ MACHINES: tuple[Machine, ...] = (
         name="l40s",
         device="cuda",
         ranks_per_host=8,
-        hbm_bytes=48 * GIB,
+        hbm_bytes=44 * GIB,
         hbm_bandwidth=864 * GB,
         host_bytes=1024 * GIB,
         host_bandwidth=2 * 307.2 * GB,
@@ -130,8 +131,8 @@ MACHINES: tuple[Machine, ...] = (
         flops_fp32=91.6 * TB,
         flops_bf16=362 * TB,
         device_names=("L40S",),
-        source="NVIDIA L40S data sheet: 48 GB at 864 GB/s, PCIe 4.0 x16, no NVLink; the host "
-        "(1 TB, 100 Gb/s network per GPU) is an assumption, as the sheet fixes none",
+        source="NVIDIA L40S data sheet: 48 GB with ECC at 864 GB/s, PCIe 4.0 x16, no NVLink; the "
+        "host (1 TB, 100 Gb/s network per GPU) is an assumption, as the sheet fixes none",
     ),
     Machine(
         name="v100",
@@ -140,7 +141,7 @@ MACHINES: tuple[Machine, ...] = (
         hbm_bytes=32 * GIB,
         hbm_bandwidth=900 * GB,
         host_bytes=512 * GIB,
-        host_bandwidth=2 * 128 * GB,
+        host_bandwidth=2 * 68.3 * GB,
         intra_host_bandwidth=150 * GB,
         inter_host_bandwidth=6.25 * GB,
         pcie_bandwidth=16 * GB,
@@ -148,7 +149,8 @@ MACHINES: tuple[Machine, ...] = (
         flops_bf16=15.7 * TB,
         device_names=("V100",),
         source="NVIDIA V100 Tensor Core GPU data sheet (SXM2 32 GB) and DGX-1 data sheet: "
-        "900 GB/s, NVLink 300 GB/s both ways, 4 x 100 Gb/s network a host; no bf16 units",
+        "900 GB/s, NVLink 300 GB/s both ways, 4 x 100 Gb/s network, two sockets of four channels "
+        "DDR4-2133 a host; no bf16 units",
     ),
     Machine(
         name="cpu",

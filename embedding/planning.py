@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from embedding.calibration import constants_for
-from embedding.choices import FUSED, UVM, UVM_CACHING, Choice, choices_of
+from embedding.choices import FUSED, KEY_VALUE, UVM, UVM_CACHING, Choice, choices_of
 from embedding.cluster_shape import ClusterShape
 from embedding.config import FeatureSchema
 from embedding.cost import CostModel, Placed
@@ -13,7 +13,7 @@ from embedding.demand import StepSettings
 from embedding.errors import UserError
 from embedding.id_distribution import DEFAULT_EXPONENT
 from embedding.plan_description import PlanDescription
-from embedding.prediction import describe, placement_of
+from embedding.prediction import describe, placement_of, refuse_other_tables
 from embedding.search import Found, search
 from embedding.traffic import Traffic
 from embedding.workload import TableLoad, table_loads
@@ -129,12 +129,19 @@ def find_plan(
     return replace(min(offloaded, found, key=lambda f: f.cost_s), search_s=both)
 
 
-def check_covers(plan: PlanDescription, schema: FeatureSchema) -> None:
-    """Refuse a plan that leaves tables of the schema out.
+def check_trainable(plan: PlanDescription, schema: FeatureSchema) -> None:
+    """Refuse a plan that training cannot use: of other tables, or with a kernel it lacks.
 
     Raises:
         UserError: It names the tables.
     """
+    refuse_other_tables(plan, {table.name for table in schema.tables})
+    stored = [entry.table for entry in plan.tables if entry.kernel == KEY_VALUE]
+    if stored:
+        raise UserError(
+            f"the plan keeps {stored} in {KEY_VALUE} tables, which `braid plan` can weigh and "
+            "training cannot write to checkpoints; plan again without --kernel key_value"
+        )
     missing = [table.name for table in schema.tables if plan.table(table.name) is None]
     if missing:
         raise UserError(

@@ -78,18 +78,27 @@ def placement_of(
             f"the plan is for {plan.world_size} ranks and {shape.name} has {shape.world_size}; "
             "plan again for it"
         )
-    planned, wanted = {entry.table for entry in plan.tables}, {load.name for load in loads}
-    if planned - wanted:
-        raise UserError(
-            f"the plan places {sorted(planned - wanted)}, which the recipe lacks; it has "
-            f"{sorted(wanted)}: plan again for this recipe"
-        )
+    refuse_other_tables(plan, {load.name for load in loads})
     placement = {}
     for load in loads:
         entry = plan.table(load.name)
         if entry is not None:
             placement[load.name] = _placed(entry, load, shape)
     return placement
+
+
+def refuse_other_tables(plan: PlanDescription, wanted: set[str]) -> None:
+    """Refuse a plan that places tables that are not `wanted`.
+
+    Raises:
+        UserError: It names the tables.
+    """
+    planned = {entry.table for entry in plan.tables}
+    if planned - wanted:
+        raise UserError(
+            f"the plan places {sorted(planned - wanted)}, which the recipe lacks; it has "
+            f"{sorted(wanted)}: plan again for this recipe"
+        )
 
 
 def _placed(entry: TablePlan, load: TableLoad, shape: ClusterShape) -> Placed:

@@ -1,6 +1,8 @@
 """The cluster at hand: ranks, hosts, and memory per rank; and TorchRec's view of a cluster."""
 
+import logging
 import os
+import re
 
 import torch
 from torchrec.distributed import comm
@@ -16,6 +18,8 @@ from embedding.cluster_shape import ClusterShape, find_machine
 from embedding.config import ShardingConfig
 from embedding.errors import UserError
 from embedding.machines import GIB, MACHINES, Machine
+
+logger = logging.getLogger(__name__)
 
 LOCAL_WORLD_SIZE = "LOCAL_WORLD_SIZE"
 """Environment variable from which TorchRec, at run time, learns how many ranks a host has."""
@@ -74,9 +78,19 @@ def machine_of_gpu(name: str, total_bytes: int) -> Machine:
     A GPU that no data sheet here covers is taken for an A100 with its own memory: memory is what
     decides whether a plan fits, and a calibration replaces the rest.
     """
-    known = [m for m in MACHINES if any(part in name for part in m.device_names)]
-    machine = known[0] if known else find_machine("a100-80").model_copy(update={"name": name})
-    return machine.model_copy(update={"hbm_bytes": total_bytes})
+    for machine in MACHINES:
+        # From the start of a word on: a GH200 is no H200.
+        if any(re.search(rf"\b{re.escape(part)}", name) for part in machine.device_names):
+            return machine.model_copy(update={"hbm_bytes": total_bytes})
+    logger.warning(
+        "no data sheet here covers the GPU %r: it is planned for as an A100 with its memory; "
+        "calibrate with `braid bench plan --calibrate`, or name a YAML topology",
+        name,
+    )
+    source = f"a guess for {name}: the A100's data sheet, with its own memory"
+    return find_machine("a100-80").model_copy(
+        update={"name": name, "hbm_bytes": total_bytes, "source": source}
+    )
 
 
 def torchrec_topology(shape: ClusterShape) -> Topology:

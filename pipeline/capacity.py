@@ -68,12 +68,21 @@ def run_capacity(
     chosen = choose(ordered, request.target)
     return CapacityAnswer(
         recipe=request.recipe.name,
-        answer=answer_of(ordered, chosen, request.target),
+        answer=answer_of(ordered, chosen, request.target) + _not_counted(request),
         target=request.target,
         chosen=chosen,
         dense=request.dense,
         points=ordered,
         seconds=time.monotonic() - began,
+    )
+
+
+def _not_counted(request: CapacityRequest) -> str:
+    if request.recipe.content is None:
+        return ""
+    return (
+        " The towers that encode items' content are not counted: give the products of ranker and "
+        "towers by --dense-flops-per-row."
     )
 
 
@@ -254,8 +263,9 @@ def _figures(
     shape, batch = key.shape, key.batch_size_per_rank
     assert request.dense is not None
     dense = dense_seconds(request.dense, shape, batch)
-    ahead = predicted.phase_s["input_dist"] + predicted.phase_s["prefetch"]
-    # On CUDA the pipeline exchanges the next batch's ids while the dense side computes.
+    # On CUDA the pipeline exchanges the next batch's ids while the dense side computes. Caches are
+    # filled in the lookup, not ahead of it.
+    ahead = predicted.phase_s["input_dist"]
     hidden = min(ahead, dense) if shape.machine.device == "cuda" else 0.0
     step = predicted.step_s + dense - hidden
     rows_per_s = batch * shape.world_size / step

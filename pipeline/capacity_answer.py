@@ -6,6 +6,8 @@ from pipeline.capacity_types import CapacityPoint, Target
 from pipeline.console import duration, human
 from pipeline.plan_tables_view import size
 
+FAR_DAYS = 3650
+"""Further ahead no number of days is said."""
 MIN_HEADROOM = 0.05
 """A cluster whose fullest rank has less free memory is no recommendation."""
 
@@ -77,7 +79,7 @@ def _future(point: CapacityPoint) -> str:
         return "Tables a thousand times as large still fit."
     when = ""
     if point.days_left is not None:
-        when = f", in about {point.days_left:,.0f} days at today's growth"
+        when = f", {_in_days(point.days_left)} at today's growth"
     spill = ""
     offloads = point.offloads_at_growth
     if offloads is not None and 1 < offloads < 0.9 * point.breaks_at_growth:
@@ -86,6 +88,11 @@ def _future(point: CapacityPoint) -> str:
         f"{spill}Tables may grow to {point.breaks_at_growth:.2f} times their rows{when}; then "
         f"{point.breaks_first}."
     )
+
+
+def _in_days(days: float) -> str:
+    """A growth rate says nothing of the next century."""
+    return f"in about {days:,.0f} days" if days <= FAR_DAYS else "in more than ten years"
 
 
 def _passed_over(

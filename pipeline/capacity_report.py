@@ -8,7 +8,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from pipeline import charts
-from pipeline.capacity_answer import today
+from pipeline.capacity_answer import FAR_DAYS, today
 from pipeline.capacity_types import CapacityAnswer, CapacityPoint
 from pipeline.console import duration, human
 from pipeline.plan_tables_view import size
@@ -66,9 +66,9 @@ def _cells(point: CapacityPoint) -> tuple[str, ...]:
 
 def _lasts(point: CapacityPoint) -> str:
     if point.days_left is not None:
-        return f"{human(point.days_left)} d"
+        return f"{point.days_left:,.0f} d" if point.days_left <= FAR_DAYS else "> 10 years"
     if point.breaks_at_growth is None:
-        return "x1000"
+        return "> x1000"
     return f"x{point.breaks_at_growth:.2f}"
 
 

@@ -93,7 +93,7 @@ class CapacityPoint(StrictConfig):
     sparse_s: float | None = None
     dense_s: float | None = None
     hidden_s: float | None = None
-    """Input exchange and prefetch of the next batch that the dense side hides."""
+    """Input exchange of the next batch that the dense side hides."""
     rows_per_s: float | None = None
     peak_bytes: int | None = None
     """Of the fullest rank, with the reserved share."""

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator, StrMethodFormatter
 
 # Matplotlib wants a colour; the page decides which one it is.
 _INK = "#010203"
@@ -31,6 +32,8 @@ _STYLE = {
 }
 
 _FEW_POINTS = 20
+_LARGE = 1e4
+"""Numbers from here on are written with k, M or G."""
 
 Curve = tuple[Sequence[float], Sequence[float]]
 
@@ -55,6 +58,8 @@ def lines(
             axes.axhline(reference, color=_INK, linewidth=0.8, linestyle="--", alpha=0.5)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
+        if axes.get_ylim()[1] >= _LARGE:
+            axes.yaxis.set_major_formatter(EngFormatter(sep=""))
         if len(curves) > 1:
             axes.legend()
         return _svg(figure)
@@ -120,6 +125,10 @@ def scatter(
             axes.scatter(*marked, s=140, facecolors="none", edgecolors=_INK, linewidths=1.2)
         axes.set_xscale("log")
         axes.set_yscale("log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_minor_locator(NullLocator())
+            axis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.legend()

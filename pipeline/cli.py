@@ -186,7 +186,10 @@ def validate(recipe: RecipeOption, overrides: SetOption = None) -> None:
     """Check a recipe without loading torch or touching a cluster."""
     from rich.console import Console
 
+    from pipeline.plan_request import check_plan_files
+
     loaded = _load(recipe, overrides)
+    check_plan_files(loaded)
     features = loaded.features
     Console(highlight=False).print(
         f"[green]ok[/] {loaded.name}: {len(features.tables)} tables, "

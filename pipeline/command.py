@@ -12,6 +12,7 @@ from pipeline.cluster import RaySession, actors_of
 from pipeline.config import Recipe
 from pipeline.console import Reporter, duration, human
 from pipeline.days import available_days, parse_day, split_days
+from pipeline.plan_request import check_plan_files
 from pipeline.publication import Publish
 from pipeline.registry import promote, promotions
 from pipeline.report import REPORT, write_report
@@ -27,6 +28,12 @@ class Command:
     """Runs days of one recipe in one output directory; use it as a context manager."""
 
     def __init__(self, recipe: Recipe, out: Path, *, publish: Publish) -> None:
+        """Nothing is started.
+
+        Raises:
+            UserError: a file that the plan stage will read is missing or does not suit the recipe.
+        """
+        check_plan_files(recipe)
         self.recipe = recipe
         self.out = out
         self.publish = publish

@@ -247,13 +247,6 @@ class Recipe(StrictConfig):
 
     @model_validator(mode="after")
     def _check_references(self) -> Self:
-        histories = [history.name for history in self.features.histories]
-        for interest in self.ranking.model.interests:
-            if interest.history not in histories:
-                raise ValueError(
-                    f"ranking.model.interests: history {interest.history!r} is not among the "
-                    f"histories {histories}"
-                )
         _check_validation(self.window, self.ranking)
         if self.content is not None and self.content.in_history:
             item_sequences(self.features)

@@ -61,6 +61,11 @@ def _inputs(
         field_dims=dims,
         sequences=sequences,
         lengths=by_history,
+        gap_rows={
+            feature.name: batch.unpooled[feature.name].values()
+            for feature in schema.sequences
+            if feature.source == "gap"
+        },
     )
     return embedded, batch
 

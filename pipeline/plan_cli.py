@@ -24,7 +24,21 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override a recipe key: path.to.key=value. May be repeated."),
 ]
-JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")]
+
+
+def _writable(path: Path | None) -> Path | None:
+    """Hours of measuring must not end at a folder that is not there."""
+    from embedding.errors import UserError
+
+    if path is not None and not path.parent.is_dir():
+        raise UserError(f"{path} cannot be written: there is no directory {path.parent}; create it")
+    return path
+
+
+JsonOption = Annotated[
+    Path | None,
+    typer.Option("--json", help="Write the result to this file.", callback=_writable),
+]
 CalibrationOption = Annotated[
     Path | None, typer.Option("--calibration", help="Measured constants (`bench plan`).")
 ]
@@ -54,8 +68,8 @@ def plan_command(  # noqa: PLR0913 # every option of a command is a parameter
         list[str] | None,
         typer.Option(
             "--kernel",
-            help="Allow only these: fused, fused_uvm, fused_uvm_caching, "
-            "key_value. May be repeated.",
+            help="Allow only these: fused, fused_uvm, fused_uvm_caching, or key_value (on SSD; "
+            "to compare, not to train with). May be repeated.",
         ),
     ] = None,
     also_torchrec: Annotated[
@@ -170,7 +184,10 @@ def capacity_command(  # noqa: PLR0913 # every option of a command is a paramete
         typer.Option("--dense-flops-per-row", min=0, help="Instead of counting the model's."),
     ] = None,
     json_file: JsonOption = None,
-    report: Annotated[Path | None, typer.Option("--report", help="Write an HTML report.")] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option("--report", help="Write an HTML report.", callback=_writable),
+    ] = None,
     overrides: SetOption = None,
 ) -> None:
     """How many of which machines the recipe needs, and what breaks first when tables grow."""
@@ -238,7 +255,11 @@ def bench_plan(  # noqa: PLR0913 # every option of a command is a parameter
     ] = 0,
     best: Annotated[
         Path | None,
-        typer.Option("--best", help="Write the fastest measured plan here, to train with it."),
+        typer.Option(
+            "--best",
+            help="Write the fastest measured plan here, to train with it.",
+            callback=_writable,
+        ),
     ] = None,
     skew: Annotated[
         float | None, typer.Option("--skew", min=0, help="Zipf exponent of the ids; 0 is uniform.")
@@ -254,7 +275,11 @@ def bench_plan(  # noqa: PLR0913 # every option of a command is a parameter
     calibration: CalibrationOption = None,
     calibrate_to: Annotated[
         Path | None,
-        typer.Option("--calibrate", help="Measure parts and sampled plans; write constants here."),
+        typer.Option(
+            "--calibrate",
+            help="Measure parts and sampled plans; write constants here.",
+            callback=_writable,
+        ),
     ] = None,
     memory: Annotated[
         bool, typer.Option("--memory/--no-memory", help="Take the peak memory of every plan.")

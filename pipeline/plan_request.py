@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from embedding.calibration import read_calibration
 from embedding.choices import KERNELS
 from embedding.cluster_shape import ClusterShape
 from embedding.config import (
@@ -20,7 +21,7 @@ from embedding.demand import step_settings
 from embedding.errors import UserError
 from embedding.limits import check_support
 from embedding.plan_description import PlanDescription, read_plan
-from embedding.planning import PlanRequest, plan_tables
+from embedding.planning import PlanRequest, check_trainable, plan_tables
 from embedding.traffic import read_traffic
 from pipeline.config import Recipe
 from pipeline.recipe import nearest_name
@@ -52,6 +53,28 @@ def plan_request(recipe: Recipe, shape: ClusterShape) -> PlanRequest:
         traffic=None if sharding.traffic is None else read_traffic(sharding.traffic),
         kernels=sharding.kernels,
     )
+
+
+def check_plan_files(recipe: Recipe) -> None:
+    """Refuse plan, calibration and traffic files that the plan stage would, before any stage runs.
+
+    Raises:
+        UserError: A file is missing, or something else, or a plan of other tables or ranks.
+    """
+    sharding = recipe.embedding.sharding
+    if sharding.calibration is not None:
+        read_calibration(sharding.calibration)
+    if sharding.traffic is not None:
+        read_traffic(sharding.traffic)
+    if sharding.plan is None:
+        return
+    plan, num_workers = read_plan(sharding.plan), recipe.cluster.num_workers
+    check_trainable(plan, table_widths(recipe.features, recipe.ranking.model))
+    if plan.world_size != num_workers:
+        raise UserError(
+            f"embedding.sharding.plan: {sharding.plan} is for {plan.world_size} ranks and "
+            f"cluster.num_workers is {num_workers}; plan again for it, or change the number"
+        )
 
 
 def with_constraints(request: PlanRequest, constraints: list[str]) -> PlanRequest:

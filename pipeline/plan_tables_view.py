@@ -78,12 +78,12 @@ def _memory(predicted: Prediction, shown: list[int], title: str) -> Table:
     largest = max(max(rank.host_bytes, *rank.bytes.values()) for rank in predicted.ranks)
     unit, divisor = ("GiB", 1 << 30) if largest >= 1 << 30 else ("MiB", 1 << 20)
     view = Table(box=SIMPLE, title=f"{title}: memory in {unit}", title_justify="left")
-    for column in ("rank", *kinds, *(["host"] if on_host else []), "all"):
+    for column in ("rank", *kinds, "all", *(["+ host"] if on_host else [])):
         view.add_column(column, justify="right")
     for rank in shown:
         part = predicted.ranks[rank]
-        held = [part.bytes[kind] for kind in kinds] + ([part.host_bytes] if on_host else [])
-        held.append(sum(part.bytes.values()))
+        held = [*(part.bytes[kind] for kind in kinds), sum(part.bytes.values())]
+        held += [part.host_bytes] if on_host else []
         view.add_row(str(rank), *(f"{n / divisor:,.2f}" for n in held))
     return view
 

@@ -6,7 +6,7 @@ import torch
 
 from embedding.limits import check_support
 from embedding.plan_description import PlanDescription, read_plan
-from embedding.planning import check_covers, plan_tables
+from embedding.planning import check_trainable, plan_tables
 from embedding.topology import local_shape
 from pipeline.config import Recipe
 from pipeline.plan_request import plan_request
@@ -25,5 +25,5 @@ def plan_recipe(recipe: Recipe, ranks_per_host: int) -> PlanDescription:
     if sharding.plan is None:
         return plan_tables(request)
     given = read_plan(sharding.plan)
-    check_covers(given, request.schema)
+    check_trainable(given, request.schema)
     return plan_tables(replace(request, pinned=given))

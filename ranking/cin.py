@@ -11,16 +11,19 @@ _ROWS = 512  # outer products of so many rows stay in the cache
 
 
 class InteractionLayer(nn.Module):
-    """One layer of the compressed interaction network of xDeepFM (arXiv 1803.05170)."""
+    """One layer of the compressed interaction network of xDeepFM (arXiv 1803.05170).
+
+    Neither bias nor activation, as in the paper: its maps are polynomials of the fields, and it
+    found no activation better than none.
+    """
 
     def __init__(self, in_maps: int, num_fields: int, out_maps: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(in_maps * num_fields, out_maps)
+        self.linear = nn.Linear(in_maps * num_fields, out_maps, bias=False)
 
     def forward(self, maps_RH: Tensor, fields_RF: Tensor) -> Tensor:
         """The next maps, (R, O)."""
-        compressed_RO = compress(maps_RH, fields_RF, self.linear.weight)
-        return (compressed_RO + self.linear.bias.to(compressed_RO.dtype)).relu()
+        return compress(maps_RH, fields_RF, self.linear.weight)
 
 
 def compress(maps_RH: Tensor, fields_RF: Tensor, weight_OX: Tensor) -> Tensor:

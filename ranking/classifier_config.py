@@ -169,8 +169,20 @@ class MaskNet(StrictConfig):
     reduction: PositiveInt = 2
     """Hidden width of a mask's network over its output width; the paper widens."""
     hidden: Hidden = (256, 128)
-    """The MLP on the parallel blocks' outputs; unused in the serial form."""
+    """The MLP on the parallel blocks' outputs; the serial form has none."""
     dropout: Dropout = 0.0
+    """Of that MLP."""
+
+    @model_validator(mode="after")
+    def _check_form(self) -> Self:
+        fields = type(self).model_fields
+        idle = [n for n in ("hidden", "dropout") if getattr(self, n) != fields[n].default]
+        if self.form == "serial" and idle:
+            raise ValueError(
+                f"form=serial ends with its last block and has no MLP for {', '.join(idle)}; "
+                "leave them out, or use form=parallel"
+            )
+        return self
 
 
 class FinalMlp(StrictConfig):

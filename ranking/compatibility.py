@@ -5,18 +5,23 @@ Imports nothing heavy, so that `braid validate` says it without torch.
 
 from collections import Counter
 
-from embedding.config import FeatureSchema
+from embedding.config import FeatureSchema, Identity
 from embedding.errors import UserError
 from ranking.classifier_config import READ_ANY_DIMS
 from ranking.config import ModelConfig
+from ranking.interest_config import Hstu, InterestConfig
+
+_MAX_GAP_ROWS = 256
 
 
 def check_model(schema: FeatureSchema, model: ModelConfig) -> None:
-    """Refuse a generator or a classifier that the schema's fields do not suit.
+    """Refuse interests, a generator or a classifier that the schema does not suit.
 
     Raises:
         UserError: what does not fit, where, and what to change.
     """
+    for interest in model.interests:
+        check_interest(schema, interest)
     num_fields = num_classifier_fields(schema, model)
     if model.generator is not None:
         common_dim(schema, model, "ranking.model.generator: fgcnn")
@@ -28,6 +33,55 @@ def check_model(schema: FeatureSchema, model: ModelConfig) -> None:
                 f"ranking.model.classifier: {kind} combines fields, but there is {num_fields}; "
                 "add a sparse feature, or choose the classifier dnn or dcn_v2"
             )
+
+
+def check_interest(schema: FeatureSchema, interest: InterestConfig) -> None:
+    """Refuse an interest whose history is not there, or has nothing that the block needs.
+
+    Raises:
+        UserError: what is missing, and what to change.
+    """
+    histories = [history.name for history in schema.histories]
+    if interest.history not in histories:
+        raise UserError(
+            f"ranking.model.interests: history {interest.history!r} is not among the histories "
+            f"{histories}"
+        )
+    sequences = [s for s in schema.sequences if s.history == interest.history]
+    if all(sequence.target is None for sequence in sequences):
+        raise UserError(
+            f"ranking.model.interests: no sequence of history {interest.history!r} names a "
+            "target, so there is nothing to compare the candidate with; give one of "
+            f"{[s.name for s in sequences]} a target"
+        )
+    if isinstance(interest, Hstu):
+        num_gap_rows(schema, interest)
+
+
+def num_gap_rows(schema: FeatureSchema, hstu: Hstu) -> int | None:
+    """Rows of the table of gaps that an HSTU interest has a bias for; None if it has none.
+
+    Raises:
+        UserError: the gap is no sequence of the history, or its table does not count gaps.
+    """
+    if hstu.gap is None:
+        return None
+    sequences = [s for s in schema.sequences if s.history == hstu.history]
+    gaps = {s.name: schema.table(s.table) for s in sequences if s.source == "gap"}
+    table = gaps.get(hstu.gap)
+    if table is None:
+        raise UserError(
+            f"ranking.model.interests: gap {hstu.gap!r} is not among the sequences of history "
+            f"{hstu.history!r} with source gap {sorted(gaps)}; name one of them, or leave it out"
+        )
+    if not isinstance(table.ids, Identity) or table.num_embeddings > _MAX_GAP_ROWS:
+        raise UserError(
+            f"ranking.model.interests: gap {hstu.gap!r} uses table {table.name!r} with "
+            f"{table.ids.kind} ids and {table.num_embeddings} rows, but a bias for each pair of "
+            f"gaps needs identity ids and at most {_MAX_GAP_ROWS} rows; set ids: {{kind: "
+            "identity}} and num_embeddings: 34"
+        )
+    return table.num_embeddings
 
 
 def num_classifier_fields(schema: FeatureSchema, model: ModelConfig) -> int:

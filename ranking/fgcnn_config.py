@@ -35,7 +35,8 @@ class Fgcnn(StrictConfig):
     raw_features: bool = True
     """False: the classifier sees the new features only."""
     blocks: Literal["cnn", "mlp"] = "cnn"
-    """`mlp`: dense layers of the same widths in place of convolution and pooling."""
+    """`mlp`: dense layers of the same widths in place of convolution and pooling, for which
+    `heights` mean nothing."""
     recombination: bool = True
     """False: the pooled maps are the new features; `maps` like `new_maps` keep their number."""
     shuffle_seed: NonNegativeInt | None = None
@@ -44,6 +45,11 @@ class Fgcnn(StrictConfig):
     @model_validator(mode="after")
     def _check_lists(self) -> Self:
         check_same_length(self, ("maps", "heights", "pools", "new_maps"))
+        if self.batch_norm and self.blocks == "mlp":
+            raise ValueError(
+                "batch_norm stands between convolution and tanh, and blocks=mlp has no "
+                "convolution; set batch_norm to false, or blocks to cnn"
+            )
         return self
 
     def pooled_heights(self, num_fields: int) -> tuple[int, ...]:

@@ -5,15 +5,13 @@
 import torch
 from torch import Tensor, nn
 
-from embedding.config import FeatureSchema, Identity, SequenceFeature
-from embedding.errors import UserError
+from embedding.config import FeatureSchema
 from embedding.tables import EmbeddedBatch
+from ranking.compatibility import check_interest, num_gap_rows
 from ranking.dien import InterestEvolution
 from ranking.hstu import SequenceTransduction
 from ranking.interest import TargetAttention
 from ranking.interest_config import Dien, Din, Hstu, InterestConfig
-
-_MAX_GAP_ROWS = 256
 
 
 class HistoryInterest(nn.Module):
@@ -21,14 +19,9 @@ class HistoryInterest(nn.Module):
 
     def __init__(self, schema: FeatureSchema, config: InterestConfig) -> None:
         super().__init__()
+        check_interest(schema, config)
         sequences = [s for s in schema.sequences if s.history == config.history]
         compared = [s for s in sequences if s.target is not None]
-        if not compared:
-            raise UserError(
-                f"ranking.model.interests: no sequence of history {config.history!r} names a "
-                "target, so there is nothing to compare the candidate with; give one of "
-                f"{[s.name for s in sequences]} a target"
-            )
         self.history = config.history
         self.targets = [s.target for s in compared if s.target is not None]
         self.compared = [s.name for s in compared]
@@ -52,7 +45,7 @@ class HistoryInterest(nn.Module):
                     side_dim,
                     config,
                     max_length=history.max_length,
-                    num_gaps=_num_gaps(schema, config, sequences),
+                    num_gaps=num_gap_rows(schema, config),
                 )
 
     @property
@@ -70,23 +63,3 @@ class HistoryInterest(nn.Module):
         if self.gap is None:
             return self.block(*inputs)
         return self.block(*inputs, embedded.gap_rows[self.gap])
-
-
-def _num_gaps(schema: FeatureSchema, config: Hstu, sequences: list[SequenceFeature]) -> int | None:
-    if config.gap is None:
-        return None
-    gaps = {s.name: schema.table(s.table) for s in sequences if s.source == "gap"}
-    table = gaps.get(config.gap)
-    if table is None:
-        raise UserError(
-            f"ranking.model.interests: gap {config.gap!r} is not among the sequences of history "
-            f"{config.history!r} with source gap {sorted(gaps)}; name one of them, or leave it out"
-        )
-    if not isinstance(table.ids, Identity) or table.num_embeddings > _MAX_GAP_ROWS:
-        raise UserError(
-            f"ranking.model.interests: gap {config.gap!r} uses table {table.name!r} with "
-            f"{table.ids.kind} ids and {table.num_embeddings} rows, but a bias for each pair of "
-            f"gaps needs identity ids and at most {_MAX_GAP_ROWS} rows; set ids: {{kind: "
-            "identity}} and num_embeddings: 34"
-        )
-    return table.num_embeddings

@@ -18,6 +18,7 @@ from ranking.clock import Clock
 from ranking.config import TaskConfig
 from ranking.metrics import MetricSums
 from ranking.model import RankingStep
+from ranking.moments import agree_on_moments
 from ranking.progress import Progress, Window
 from ranking.schedule import LearningRates, rate_factor
 from ranking.step_line import memory_metrics, step_line, step_metrics
@@ -280,6 +281,7 @@ class _Run:
         trainer, config = self.trainer, self.trainer.config
         with self.clock.paused("validation"), trainer.ranking.averaged():
             trainer.steps.pause()
+            agree_on_moments(trainer.model)
             if trainer.content is not None:
                 trainer.content.refresh()
             source, device = self.validation_source, trainer.device
@@ -299,6 +301,7 @@ class _Run:
         sums, num_slots = self._fold()
         content = self.trainer.content
         with self.clock.paused("checkpoint"):
+            agree_on_moments(self.trainer.model)
             if content is not None and self.step == self.num_steps:
                 content.refresh()  # a result holds vectors of all items, as its weights make them
             self.trainer.hooks.save(

@@ -1,12 +1,22 @@
 """Shards of every choice against TorchRec's own cutting."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torchrec.distributed.sharding_plan import calculate_shard_sizes_and_offsets
 
 from embedding.choices import Choice, choices_of, shards_of
 from embedding.cluster_shape import ClusterShape, find_machine
-from embedding.config import FeatureSchema, SparseFeature, TableConfig, TableRowWise
+from embedding.config import (
+    FeatureSchema,
+    Grid,
+    RowWise,
+    Sharding,
+    SparseFeature,
+    TableConfig,
+    TableRowWise,
+)
 from embedding.errors import UserError
 from embedding.workload import TableLoad, collection_names, table_loads
 from tests.embedding.toy import SHARDINGS, ToyModel, toy_schema
@@ -43,6 +53,25 @@ def test_shards_are_cut_as_torchrec_cuts_them(rows: int) -> None:
 def test_no_choice_leaves_a_rank_with_an_empty_shard() -> None:
     assert "row_wise" not in {c.sharding for c in choices_of(load_of(5, 16), SHAPE)}
     assert "row_wise" in {c.sharding for c in choices_of(load_of(16, 16), SHAPE)}
+
+
+@pytest.mark.parametrize(
+    ("sharding", "rows", "blocks"),
+    [
+        (RowWise(), 9, "8 blocks of 2"),
+        (TableRowWise(), 2, "4 blocks of 1"),
+        (Grid(), 5, "4 blocks"),
+    ],
+)
+def test_a_forced_sharding_that_leaves_a_rank_without_rows_is_refused(
+    sharding: Sharding, rows: int, blocks: str
+) -> None:
+    load = load_of(rows, 16)
+    forced = replace(load, table=load.table.model_copy(update={"sharding": sharding}))
+    with pytest.raises(UserError, match=f"its {rows} rows into {blocks}.*use table_wise"):
+        choices_of(forced, SHAPE)
+    enough = forced.table.model_copy(update={"num_embeddings": 16})
+    assert choices_of(replace(forced, table=enough), SHAPE)
 
 
 def test_cpu_has_fused_and_dense_kernels_only() -> None:

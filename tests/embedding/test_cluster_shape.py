@@ -7,6 +7,7 @@ import pytest
 from embedding.cluster_shape import find_machine, parse_shape
 from embedding.errors import UserError
 from embedding.machines import MACHINES
+from embedding.topology import machine_of_gpu
 
 
 @pytest.mark.parametrize(
@@ -79,3 +80,31 @@ def test_every_machine_names_its_source_and_is_faster_inside_than_outside() -> N
         if machine.device == "cuda":
             assert machine.hbm_bandwidth > machine.intra_host_bandwidth
             assert machine.intra_host_bandwidth > machine.inter_host_bandwidth
+
+
+@pytest.mark.parametrize(
+    ("reported", "machine"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40"),
+        ("NVIDIA A100 80GB PCIe", "a100-80"),
+        ("NVIDIA L40S", "l40s"),
+        ("Tesla V100-SXM2-32GB", "v100"),
+    ],
+)
+def test_a_gpu_is_found_by_the_name_it_reports(reported: str, machine: str) -> None:
+    found = machine_of_gpu(reported, 5)
+    assert (found.name, found.hbm_bytes) == (machine, 5)
+    assert found.hbm_bandwidth == find_machine(machine).hbm_bandwidth
+
+
+@pytest.mark.parametrize("reported", ["NVIDIA GH200 480GB", "NVIDIA L40", "NVIDIA RTX A6000"])
+def test_an_unknown_gpu_is_a_guess_that_is_said(
+    reported: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = machine_of_gpu(reported, 5)
+    assert (found.name, found.hbm_bytes) == (reported, 5)
+    assert "guess" in found.source
+    assert reported in caplog.text
+    assert "--calibrate" in caplog.text

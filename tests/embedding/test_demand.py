@@ -2,10 +2,22 @@
 
 import numpy as np
 import pytest
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    ComputeDevice,
+    construct_split_state,
+)
 
 from embedding.choices import Choice, shards_of
 from embedding.cluster_shape import ClusterShape, find_machine
-from embedding.config import Adagrad, FeatureSchema, RowWiseAdagrad, SparseFeature, TableConfig
+from embedding.config import (
+    Adagrad,
+    Adam,
+    FeatureSchema,
+    RowWiseAdagrad,
+    SparseFeature,
+    TableConfig,
+)
 from embedding.cost import CostModel, Placed, usage_of
 from embedding.cost_constants import data_sheet_constants
 from embedding.demand import COUNT_INDEX, StepSettings
@@ -80,3 +92,31 @@ def test_weights_and_states_are_the_shards_bytes(placed: Placed, optimizer) -> N
     held = usage(placed, optimizer).bytes_WM
     np.testing.assert_array_equal(held[:, BYTE_KINDS.index("weights")], weights)
     np.testing.assert_array_equal(held[:, BYTE_KINDS.index("optimizer")], states)
+
+
+@pytest.mark.parametrize("kernel", ["fused_uvm", "fused_uvm_caching"])
+@pytest.mark.parametrize("optimizer", [RowWiseAdagrad(), Adagrad(), Adam()], ids=lambda o: o.kind)
+def test_updates_cross_to_host_memory_where_fbgemm_keeps_rows_and_states(kernel, optimizer) -> None:
+    location = {
+        "fused_uvm": EmbeddingLocation.MANAGED,
+        "fused_uvm_caching": EmbeddingLocation.MANAGED_CACHING,
+    }[kernel]
+    split = construct_split_state(
+        [(ROWS, DIM, location, ComputeDevice.CUDA)],
+        rowwise=optimizer.kind == "row_wise_adagrad",
+        cacheable=False,
+    )
+    states = {"row_wise_adagrad": 1, "adagrad": 1, "adam": 2}[optimizer.kind]
+    factor = 0.1 if kernel == "fused_uvm_caching" else None
+    shape = ClusterShape(machine=find_machine("h100"), ranks_per_host=1)
+    loads = table_loads(SCHEMA, exponent=0.0)
+    model = CostModel(loads, shape, StepSettings(BATCH, optimizer), data_sheet_constants(shape))
+    counted = usage_of(model, {"t": Placed(Choice("table_wise", kernel, 1, factor), (0,))})
+
+    weights = ROWS * DIM * 4
+    assert counted.host_bytes_W[0] == weights + split.uvm_size * 4 * states
+    touched = 1 - (1 - 1 / ROWS) ** (BATCH * POOLING)
+    crossing = split.uvm_size * 4 * states + (weights if kernel == "fused_uvm" else 0)
+    np.testing.assert_allclose(
+        counted.counts_WK[0, COUNT_INDEX["update_host_bytes"]], 2 * touched * crossing
+    )

@@ -30,7 +30,7 @@ from embedding.config import (
 from embedding.demand import StepSettings
 from embedding.errors import UserError
 from embedding.plan_description import PlanDescription
-from embedding.planning import PlanRequest, check_covers, plan_tables
+from embedding.planning import PlanRequest, check_trainable, plan_tables
 
 GIB = 1 << 30
 FORCED = (
@@ -103,7 +103,7 @@ def test_any_tables_get_a_valid_plan_or_a_reasoned_refusal(request: PlanRequest)
 
 
 def check_plan(plan: PlanDescription, request: PlanRequest) -> None:
-    check_covers(plan, request.schema)
+    check_trainable(plan, request.schema)
     assert plan == PlanDescription.model_validate_json(plan.model_dump_json())
     for table in request.schema.tables:
         entry = plan.table(table.name)
@@ -190,7 +190,7 @@ def test_pinned_tables_stay_and_the_rest_is_placed() -> None:
     assert again.table("big") == big
     check_plan(again, planned)
     with pytest.raises(UserError, match="misses the tables"):
-        check_covers(only_big, planned.schema)
+        check_trainable(only_big, planned.schema)
 
 
 def test_a_plan_for_other_tables_or_ranks_is_refused() -> None:

@@ -61,3 +61,24 @@ def test_rows_without_gradient_do_not_move(optimizer) -> None:
         row_optimizer.step()
         moved = (weight.detach() != before).any(dim=1)
         assert moved.tolist() == [row == touched for row in range(3)]
+
+
+@pytest.mark.parametrize(
+    "optimizer", [Sgd(), Adagrad(), Adam(weight_decay=0.1), RowWiseAdagrad(weight_decay=0.1)]
+)
+def test_all_rows_at_once_as_on_gpus_change_what_the_touched_rows_alone_do(optimizer) -> None:
+    torch.manual_seed(0)
+    start = torch.randn(6, 4)
+    some, whole = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    by_rows = RowOptimizer([(some, 0.1)], optimizer)
+    at_once = RowOptimizer([(whole, 0.1)], optimizer)
+    at_once._update_some = at_once._update_all
+    for _ in range(3):
+        grad = torch.randn(6, 4) * (torch.rand(6, 1) < 0.5)
+        some.grad, whole.grad = grad.clone(), grad.clone()
+        by_rows.step()
+        at_once.step()
+        assert whole.equal(some)
+        for name, state in by_rows.state[some].items():
+            assert at_once.state[whole][name].equal(state)
+    assert not whole.equal(start)

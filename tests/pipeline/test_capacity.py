@@ -13,7 +13,7 @@ from embedding.errors import UserError
 from embedding.id_distribution import IdDistribution, zipf
 from embedding.planning import PlanRequest, plan_tables
 from embedding.traffic import TableTraffic, Traffic
-from pipeline.capacity import breaking_growth, dense_seconds, evaluate_point, grown
+from pipeline.capacity import _not_counted, breaking_growth, dense_seconds, evaluate_point, grown
 from pipeline.capacity_answer import answer_of, choose
 from pipeline.capacity_report import best_batches, write_capacity_report
 from pipeline.capacity_sweep import SweepOptions, expand, sweep_request
@@ -26,6 +26,7 @@ from pipeline.capacity_types import (
     PointKey,
     Target,
 )
+from pipeline.dense_cost import dense_cost
 from pipeline.plan_request import plan_request
 from pipeline.recipe import load_recipe
 from tests.embedding.test_calibration import calibration
@@ -65,13 +66,35 @@ def test_a_point_says_what_its_plan_and_the_dense_side_take() -> None:
     flops = 2e6 * 512 / (GPU_FLOPS_SHARE * 67e12)
     ring = 2 * 7 / 8 * 4e6 / 450e9
     assert point.dense_s == pytest.approx(flops + max(0.0, ring - 2 / 3 * flops))
-    ahead = plan.predicted.phase_s["input_dist"] + plan.predicted.phase_s["prefetch"]
+    ahead = plan.predicted.phase_s["input_dist"]
     assert point.step_s == pytest.approx(point.sparse_s + point.dense_s - min(ahead, point.dense_s))
     assert point.rows_per_s == pytest.approx(8 * 512 / point.step_s)
     tables = load_recipe("demo").features.tables
     assert point.table_bytes == sum(4 * t.num_embeddings * t.embedding_dim for t in tables)
     free = 80 * 1024 * MIB * (1 - RESERVED_SHARE) - plan.predicted.peak_bytes
     assert point.headroom == pytest.approx(free / (80 * 1024 * MIB))
+
+
+def test_a_history_s_attention_counts_as_dense_work() -> None:
+    """Of a two-layer HSTU of width 32: at least its square projections of every token."""
+    hstu = "ranking.model.interests=[{kind: hstu, history: clicks, gap: clicks_gap}]"
+    without, with_hstu = (
+        dense_cost(load_recipe("demo", [override]), None)
+        for override in ("ranking.model.interests=[]", hstu)
+    )
+    history = next(h for h in load_recipe("demo").features.histories if h.name == "clicks")
+    projections = 2 * (32 * 4 * 32 + 32 * 32) * (history.max_length + 1)
+    forward_and_backward = 3 * 2
+    more = with_hstu.flops_per_row - without.flops_per_row
+    assert more > forward_and_backward * projections
+    assert with_hstu.parameters - without.parameters > 2 * (32 * 4 * 32 + 32 * 32)
+
+
+def test_towers_of_content_are_said_to_be_left_out() -> None:
+    assert _not_counted(request_of(())) == ""
+    request = request_of((), recipe=load_recipe("movielens_content"))
+    assert "towers" in _not_counted(request)
+    assert "--dense-flops-per-row" in _not_counted(request)
 
 
 def test_factors_scale_rows_and_dims() -> None:
@@ -203,6 +226,15 @@ def test_a_cluster_without_room_is_no_recommendation_while_another_has_some() ->
     assert "h100:1 costs less" in said
     assert "1% of its fullest" in said
     assert "costs less" not in answer_of((roomy,), roomy, Target(rows_per_s=1e6))
+
+
+def test_a_span_beyond_ten_years_is_no_number_of_days() -> None:
+    soon = point_of("h100:1", 5e6).model_copy(update={"breaks_at_growth": 2.0, "days_left": 500.0})
+    late = soon.model_copy(update={"days_left": 150_079.0})
+    target = Target(rows_per_s=1e6)
+    assert "in about 500 days" in answer_of((soon,), soon, target)
+    assert "in more than ten years" in answer_of((late,), late, target)
+    assert "150" not in answer_of((late,), late, target)
 
 
 def test_grown_tables_are_not_todays() -> None:

@@ -70,6 +70,21 @@ MODEL = "ranking.model"
         ),
         (
             f"{MODEL}.classifier",
+            {"kind": "masknet", "form": "serial", "dropout": 0.1},
+            [f"{MODEL}.classifier", "form=serial", "no MLP for dropout", "form=parallel"],
+        ),
+        (
+            f"{MODEL}.generator",
+            {"blocks": "mlp", "batch_norm": True},
+            [f"{MODEL}.generator", "blocks=mlp has no convolution", "batch_norm to false"],
+        ),
+        (
+            f"{MODEL}.interests",
+            [{"kind": "din", "history": "clicks"}],
+            [f"{MODEL}.interests: history 'clicks' is not among the histories []"],
+        ),
+        (
+            f"{MODEL}.classifier",
             {"kind": "dnn", "dropout": 1.0},
             [f"{MODEL}.classifier.dropout", "less than 1", "got 1.0"],
         ),
@@ -142,3 +157,17 @@ def test_model_faults_are_found_without_torch(tmp_path: Path) -> None:
     )
     assert done.returncode == 2, done.stderr
     assert f"{MODEL}.generator.pools.1" in done.stderr
+
+
+def test_what_an_interest_needs_of_its_history_is_said(tmp_path: Path) -> None:
+    data = changed("ranking.model", {"interests": [{"kind": "hstu", "history": "h", "gap": "age"}]})
+    data["features"] |= {
+        "histories": [{"name": "h"}],
+        "sequences": [{"name": "past", "history": "h", "table": "item"}],
+    }
+    with pytest.raises(UserError, match=r"no sequence of history 'h' names a target.*\['past'\]"):
+        load_recipe(write(tmp_path, data))
+
+    data["features"]["sequences"][0]["target"] = "item_id"
+    with pytest.raises(UserError, match=r"gap 'age' is not among .* source gap \[\]"):
+        load_recipe(write(tmp_path, data))

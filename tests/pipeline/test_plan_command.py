@@ -115,6 +115,7 @@ def test_a_pinned_plan_stays_and_the_difference_is_named(
         (("--topology", "cpu:2", "--kernel", "fuzed"), ["did you mean 'fused'"]),
         (("--topology", "cpu:2", "--pin", "none.json"), ["none.json does not exist"]),
         (("--topology", "cpu:2", "--traffic", "none.json"), ["braid traffic"]),
+        (("--topology", "cpu:2", "--json", "no/x.json"), ["no directory no", "create it"]),
         (
             ("--topology", "h200:8", "--set", "features.tables.item.num_embeddings=3000000000000"),
             ["no sharding plan fits h200:8", "'item'", "GiB short", "use h200:"],
@@ -142,6 +143,41 @@ def test_a_plan_of_other_tables_or_ranks_is_refused(
     assert "is for 2 ranks" in refused(capsys, "--topology", "cpu:4", *pin)
     larger = ("--set", "features.tables.item.num_embeddings=9001")
     assert "does not tile" in refused(capsys, "--topology", "cpu:2", *pin, *larger)
+
+
+def checked(capsys: pytest.CaptureFixture[str], *overrides: str) -> tuple[int, str]:
+    """Exit code and words of `braid validate` of the demo recipe with these overrides."""
+    capsys.readouterr()
+    options = [text for override in overrides for text in ("--set", override)]
+    code = main(["validate", "--recipe", "demo", *options])
+    said = capsys.readouterr()
+    return code, said.out + said.err
+
+
+def test_a_recipe_is_valid_with_a_plan_that_it_can_train_with_only(
+    plan: Plan, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    named = f"embedding.sharding.plan={tmp_path / 'plan.json'}"
+    code, said = checked(capsys, named)
+    assert (code, "plan.json does not exist" in said) == (2, True)
+    plan("cpu:2")
+    assert checked(capsys, named)[0] == 0
+    code, said = checked(capsys, named, "cluster.num_workers=4")
+    assert (code, "is for 2 ranks and cluster.num_workers is 4" in said) == (2, True)
+    fewer = PlanDescription.model_validate(
+        (made := read_plan(tmp_path / "plan.json")).model_dump() | {"tables": made.tables[1:]}
+    )
+    (tmp_path / "plan.json").write_text(fewer.model_dump_json())
+    code, said = checked(capsys, named)
+    assert (code, f"misses the tables ['{made.tables[0].table}']" in said) == (2, True)
+
+
+def test_a_key_value_plan_is_for_comparison_only(
+    plan: Plan, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    plan("h200:2", "--kernel", "key_value", "--constraint", "item=table_wise")
+    code, said = checked(capsys, f"embedding.sharding.plan={tmp_path / 'plan.json'}")
+    assert (code, "without --kernel key_value" in said) == (2, True)
 
 
 def test_a_calibration_of_another_version_is_refused(

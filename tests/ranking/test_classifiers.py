@@ -186,7 +186,8 @@ def test_dcn_v2_puts_cross_layers_beside_the_mlp(rank: int | None) -> None:
 
 @pytest.mark.parametrize("form", ["parallel", "serial"])
 def test_masknet_multiplies_with_masks_of_the_sample(form: str) -> None:
-    settings = config.MaskNet(form=form, num_blocks=2, block_dim=6, hidden=(4,))
+    hidden_widths = {"hidden": (4,)} if form == "parallel" else {}
+    settings = config.MaskNet(form=form, num_blocks=2, block_dim=6, **hidden_widths)
     model = build_classifier(settings, DIMS)
     model.scale_FD.data.normal_()
     model.shift_FD.data.normal_()
@@ -378,11 +379,11 @@ def test_xdeepfm_compresses_outer_products_column_by_column() -> None:
             new = []
             for h in range(layer.weight.shape[0]):
                 weights = layer.weight[h].view(len(maps), F)
-                total = layer.bias[h].expand(D)
+                total = torch.zeros(D)
                 for i in range(len(maps)):
                     for j in range(F):
                         total = total + weights[i, j] * maps[i] * fields[j]
-                new.append(total.clamp(min=0))
+                new.append(total)
             maps = torch.stack(new)
             sums.append(maps.sum(dim=1))
         return torch.cat([*sums, through(model.mlp, flat), linear(model.first_order, flat)])

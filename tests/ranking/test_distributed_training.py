@@ -26,8 +26,10 @@ from embedding.shard import Sharded, shard
 from ranking.classifier_config import DeepFm
 from ranking.config import ModelConfig, RankingConfig, TaskConfig
 from ranking.experts_config import ProgressiveExtractionConfig
+from ranking.fgcnn_config import Fgcnn
 from ranking.interest_config import Dien, Din, Hstu
 from ranking.model import RankingModel, RankingStep
+from ranking.moments import agree_on_moments
 from ranking.steps import PipelinedSteps, PlainSteps
 from ranking.trainer import Trainer, TrainingHooks
 from ranking.trainer_config import CosineDecay, ScheduleConfig
@@ -210,10 +212,36 @@ def test_schedule_and_penalty_reach_fused_tables_as_they_reach_a_dense_twin(
     mp.spawn(_spawned_rates, (_free_port(), str(tmp_path)), nprocs=1)
 
 
+def _with_batch_norm() -> RankingConfig:
+    config = small_config()
+    generator = Fgcnn(maps=(3,), heights=(3,), pools=(2,), new_maps=(2,), batch_norm=True)
+    return config.model_copy(
+        update={"model": config.model.model_copy(update={"generator": generator})}
+    )
+
+
+def _check_moments(rank: int) -> None:
+    """Ranks with halves of the rows agree on the moments of all of them."""
+    rows_RBC = torch.randn(2, 50, 3, generator=torch.Generator().manual_seed(0))
+    rows_RBC[1] += 2
+    norm = torch.nn.BatchNorm1d(3)
+    norm.running_mean.copy_(rows_RBC[rank].mean(dim=0))
+    norm.running_var.copy_(rows_RBC[rank].var(dim=0, correction=0))
+    agree_on_moments(norm)
+    torch.testing.assert_close(norm.running_mean, rows_RBC.mean(dim=(0, 1)))
+    torch.testing.assert_close(norm.running_var, rows_RBC.var(dim=(0, 1), correction=0))
+    before = norm.state_dict()["running_var"].clone()
+    agree_on_moments(norm)
+    assert norm.running_var.equal(before)
+
+
 def _spawned_fit(rank: int, port: int, folder: str) -> None:
     _join(rank, 2, port)
+    _check_moments(rank)
     files = SampleFiles([Path(folder) / "part.parquet"], SCHEMA, [task.name for task in TASKS])
-    sharded = _sharded()
+    sharded = _sharded(_with_batch_norm())
+    moments = [b for name, b in sharded.model.named_buffers() if "running_" in name]
+    start = [moment.clone() for moment in moments]
     reports: dict[int, dict[str, float]] = {}
     saved: list[Any] = []
     trainer = Trainer(
@@ -240,6 +268,8 @@ def _spawned_fit(rank: int, port: int, folder: str) -> None:
             },
             "progress": progress,
             "dense": [p.detach().clone() for p in sharded.dense_parameters.values()],
+            "moments": moments,
+            "start": start,
         },
         Path(folder) / f"rank{rank}.pt",
     )
@@ -257,6 +287,12 @@ def test_two_ranks_report_and_save_the_same(tmp_path: Path) -> None:
     assert clicks == 2 * NUM_ROWS
     for ours, theirs in zip(first["dense"], second["dense"], strict=True):
         assert ours.equal(theirs)
+    assert len(first["moments"]) == 2
+    for ours, theirs, start in zip(
+        first["moments"], second["moments"], first["start"], strict=True
+    ):
+        assert ours.equal(theirs)
+        assert not ours.equal(start)
 
 
 SHARDINGS = ("data_parallel", "row_wise", "table_wise")

@@ -76,7 +76,7 @@ def train_and_publish(folder: Path) -> None:
     again = build(config)
     checkpointer.load(1, again)
     checkpointer.close()
-    # Every rank normalises with the moments of its own rows; the first rank's are saved.
+    # This plain loop leaves every rank the moments of its own rows; the first rank's are saved.
     for step in (sharded, again):
         step.model.eval()
     with torch.no_grad():

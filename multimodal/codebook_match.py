@@ -24,7 +24,7 @@ from torch import Tensor
 from embedding.errors import UserError
 from multimodal.fsq import FsqLevel
 from multimodal.kmeans import nearest_codewords
-from multimodal.residual_quantizer import ResidualCodebooks, codeword_vectors
+from multimodal.residual_quantizer import ResidualCodebooks
 from multimodal.vector_quantizer import FREE, ItemCodebook
 from multimodal.vectors import Int64Array
 
@@ -120,7 +120,7 @@ def align(
     if before.dim != after.dim:
         return after, [fresh(0, size) for size in after.level_sizes]
     codebooks_LKD = after.codebooks_LKD.clone()
-    old_words, carries = codeword_vectors(before), []
+    carries = []
     for level in range(len(codebooks_LKD)):
         if level >= len(before.codebooks_LKD):
             carries.append(fresh(0, codebooks_LKD.shape[1]))
@@ -130,14 +130,18 @@ def align(
         order = torch.from_numpy(np.concatenate([new, rest]))
         codebooks_LKD[level] = after.codebooks_LKD[level][order]
         matched_K = np.concatenate([old, np.full(len(rest), -1)])
-        carries.append(_carry(old_words[level], codebooks_LKD[level], matched_K))
+        nearest_K = nearest_codewords(codebooks_LKD[level], before.codebooks_LKD[level])
+        carries.append(_carry(before.level_sizes[level], nearest_K, matched_K))
     aligned = ResidualCodebooks(codebooks_LKD, after.fsq)
     if after.fsq and before.fsq:
         matched_K = np.full(after.fsq.num_codes, -1)
         if after.fsq.values_PV.shape == before.fsq.values_PV.shape:
             aligned = ResidualCodebooks(codebooks_LKD, _align_fsq(before.fsq, after.fsq))
             matched_K = np.arange(after.fsq.num_codes)
-        carries.append(_carry(old_words[-1], codeword_vectors(aligned)[-1], matched_K))
+        assert aligned.fsq
+        words_KD = aligned.fsq.decode(torch.arange(aligned.fsq.num_codes))
+        nearest_K = before.fsq.nearest(words_KD)
+        carries.append(_carry(before.fsq.num_codes, nearest_K, matched_K))
     elif after.fsq:
         carries.append(fresh(0, after.fsq.num_codes))
     return aligned, carries
@@ -167,14 +171,14 @@ def fresh(num_before: int, num_codes: int) -> Carry:
     return Carry(num_before, np.full(num_codes, -1, np.int64), np.zeros(num_codes, np.bool_))
 
 
-def _carry(before_KD: Tensor, after_KD: Tensor, matched_K: Int64Array) -> Carry:
+def _carry(num_before: int, nearest_K: Tensor, matched_K: Int64Array) -> Carry:
     """Carried where the nearest old codeword is the matched one.
 
     Where it is another one, that one's row describes the new codeword better than the row that the
     assignment had left for it.
     """
-    source_K = nearest_codewords(after_KD, before_KD).numpy()
-    return Carry(len(before_KD), source_K, source_K == matched_K)
+    source_K = nearest_K.numpy()
+    return Carry(num_before, source_K, source_K == matched_K)
 
 
 def _align_fsq(before: FsqLevel, after: FsqLevel) -> FsqLevel:

@@ -5,7 +5,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
-from vector_sets import clustered
+from vector_sets import clustered, codeword_vectors
 
 from embedding.errors import UserError
 from multimodal.code_metrics import stability
@@ -14,7 +14,7 @@ from multimodal.codebook_refit import refit
 from multimodal.codebook_store import Codebooks
 from multimodal.codes_config import Codes, Fsq, RefitPolicy, Rq, Vq
 from multimodal.residual_fit import codebooks_in_space, fit_residual
-from multimodal.residual_quantizer import ResidualCodebooks, codeword_vectors
+from multimodal.residual_quantizer import ResidualCodebooks
 from multimodal.vector_quantizer import FREE, take_item_codebook
 
 RQ = Rq(num_levels=3, codebook_size=32)

@@ -96,6 +96,24 @@ def test_renumbered_codebooks_redraw_every_table_that_codes_index(tmp_path: Path
     }
 
 
+def test_a_table_of_item_ids_that_only_a_sequence_reads_is_no_code_table(tmp_path: Path) -> None:
+    change = versions(tmp_path, keep_meaning=False)
+    own = FeatureSchema.model_validate(
+        {
+            "tables": [{"name": "past", "num_embeddings": 50}],
+            "sparse": [],
+            "histories": [{"name": "clicks"}],
+            "sequences": [
+                {"name": "past_item", "history": "clicks", "table": "past", "column": "item_id"}
+            ],
+        }
+    )
+    features = CODES.features.model_copy(update={"item_table": "past"})
+    codes = CODES.model_copy(update={"features": features})
+
+    assert "past" not in row_carries(change, features_with_codes(own, codes))
+
+
 def test_a_table_with_fewer_rows_than_codes_is_refused(tmp_path: Path) -> None:
     change = versions(tmp_path)
     smaller = CODES.model_copy(update={"vq": CODES.vq.model_copy(update={"max_items": 60})})  # type: ignore[union-attr]

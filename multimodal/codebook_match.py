@@ -11,7 +11,7 @@ codewords of level l is how far those of level l - 1 moved, and then the distanc
 """
 
 # Shapes: K codes of a level (row 0 of a table is the OOV row, so tables have K + 1 rows),
-# D vector dim, E embedding dim, P FSQ directions.
+# D vector dim, P FSQ directions.
 
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,6 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from embedding.errors import UserError
 from multimodal.fsq import FsqLevel
 from multimodal.kmeans import nearest_codewords
 from multimodal.residual_quantizer import ResidualCodebooks
@@ -54,45 +53,6 @@ class Carry:
         source_K = np.where(known_K, earlier.source_K[self.source_K], -1)
         carried_K = self.carried_K & known_K & earlier.carried_K[self.source_K]
         return Carry(earlier.num_before, source_K, carried_K)
-
-    def rows(self, before: Tensor, start: Tensor) -> Tensor:
-        """The new table (K + 1, E).
-
-        Args:
-            before: the old table; row 0 is the OOV row, row c + 1 belongs to code c.
-            start: the new table as it was initialised.
-
-        Raises:
-            UserError: a table is not as large as its codebook.
-        """
-        self._check(before, start)
-        rows = start.clone()
-        if self.num_before:
-            rows[0] = before[0]
-        taken = torch.from_numpy(np.flatnonzero(self.source_K >= 0))
-        rows[taken + 1] = before[torch.from_numpy(self.source_K)[taken] + 1].to(rows)
-        return rows
-
-    def optimizer_rows(self, before: Tensor, start: Tensor) -> Tensor:
-        """Optimizer state by row, of any further dimensions: taken along by carried rows only."""
-        self._check(before, start)
-        rows = start.clone()
-        if self.num_before:
-            rows[0] = before[0]
-        taken = torch.from_numpy(np.flatnonzero(self.carried_K))
-        rows[taken + 1] = before[torch.from_numpy(self.source_K)[taken] + 1].to(rows)
-        return rows
-
-    def _check(self, before: Tensor, start: Tensor) -> None:
-        expected = (self.num_before + 1, len(self.source_K) + 1)
-        found = (len(before) if self.num_before else 1, len(start))
-        if found != expected or (self.num_before and before.shape[1:] != start.shape[1:]):
-            raise UserError(
-                f"code tables of shape {tuple(before.shape)} (before) and {tuple(start.shape)} "
-                f"(after) do not belong to these codebooks, which need {expected[0]} and "
-                f"{expected[1]} rows (one per code and the OOV row) and equal widths; set the "
-                "table's num_embeddings to the codes of its level + 1"
-            )
 
 
 def match_codewords(before_KD: Tensor, after_KD: Tensor) -> tuple[Int64Array, Int64Array]:

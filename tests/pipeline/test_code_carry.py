@@ -15,6 +15,7 @@ from multimodal.codes_config import Codes
 from pipeline.code_carry import row_carries
 from pipeline.quantize import ItemVectors, quantize
 from pipeline.train import CodebookChange
+from tests.multimodal.code_rows import optimizer_rows, table_rows
 
 CODES = Codes.model_validate(
     {
@@ -70,13 +71,13 @@ def test_rows_go_where_their_codes_went(tmp_path: Path) -> None:
     for column, carry in expected.items():
         before = torch.randn(carry.num_before + 1, 3)
         start = torch.randn(len(carry.source_K) + 1, 3)
-        assert torch.equal(applied(found[column], before, start), carry.rows(before, start))
+        assert torch.equal(applied(found[column], before, start), table_rows(carry, before, start))
         state = applied(
             RowCarry(0, found[column].source_R.where(found[column].carried_R, -1), torch.ones(1)),
             before,
             start,
         )
-        assert torch.equal(state, carry.optimizer_rows(before, start))
+        assert torch.equal(state, optimizer_rows(carry, before, start))
     counts = found["vq"].counts
     # 50 items and the OOV row stay; 20 came, 10 of them into slots that were left.
     assert counts == CarriedRows(carried=51, sourced=20, redrawn=0)

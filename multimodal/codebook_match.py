@@ -11,7 +11,7 @@ codewords of level l is how far those of level l - 1 moved, and then the distanc
 """
 
 # Shapes: K codes of a level (row 0 of a table is the OOV row, so tables have K + 1 rows),
-# D vector dim, E embedding dim, P FSQ directions.
+# D vector dim, P FSQ directions.
 
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +21,9 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from embedding.errors import UserError
 from multimodal.fsq import FsqLevel
 from multimodal.kmeans import nearest_codewords
-from multimodal.residual_quantizer import ResidualCodebooks, codeword_vectors
+from multimodal.residual_quantizer import ResidualCodebooks
 from multimodal.vector_quantizer import FREE, ItemCodebook
 from multimodal.vectors import Int64Array
 
@@ -55,45 +54,6 @@ class Carry:
         carried_K = self.carried_K & known_K & earlier.carried_K[self.source_K]
         return Carry(earlier.num_before, source_K, carried_K)
 
-    def rows(self, before: Tensor, start: Tensor) -> Tensor:
-        """The new table (K + 1, E).
-
-        Args:
-            before: the old table; row 0 is the OOV row, row c + 1 belongs to code c.
-            start: the new table as it was initialised.
-
-        Raises:
-            UserError: a table is not as large as its codebook.
-        """
-        self._check(before, start)
-        rows = start.clone()
-        if self.num_before:
-            rows[0] = before[0]
-        taken = torch.from_numpy(np.flatnonzero(self.source_K >= 0))
-        rows[taken + 1] = before[torch.from_numpy(self.source_K)[taken] + 1].to(rows)
-        return rows
-
-    def optimizer_rows(self, before: Tensor, start: Tensor) -> Tensor:
-        """Optimizer state by row, of any further dimensions: taken along by carried rows only."""
-        self._check(before, start)
-        rows = start.clone()
-        if self.num_before:
-            rows[0] = before[0]
-        taken = torch.from_numpy(np.flatnonzero(self.carried_K))
-        rows[taken + 1] = before[torch.from_numpy(self.source_K)[taken] + 1].to(rows)
-        return rows
-
-    def _check(self, before: Tensor, start: Tensor) -> None:
-        expected = (self.num_before + 1, len(self.source_K) + 1)
-        found = (len(before) if self.num_before else 1, len(start))
-        if found != expected or (self.num_before and before.shape[1:] != start.shape[1:]):
-            raise UserError(
-                f"code tables of shape {tuple(before.shape)} (before) and {tuple(start.shape)} "
-                f"(after) do not belong to these codebooks, which need {expected[0]} and "
-                f"{expected[1]} rows (one per code and the OOV row) and equal widths; set the "
-                "table's num_embeddings to the codes of its level + 1"
-            )
-
 
 def match_codewords(before_KD: Tensor, after_KD: Tensor) -> tuple[Int64Array, Int64Array]:
     """Pairs (old, new) that minimise the summed distance; as many as the smaller side has.
@@ -120,7 +80,7 @@ def align(
     if before.dim != after.dim:
         return after, [fresh(0, size) for size in after.level_sizes]
     codebooks_LKD = after.codebooks_LKD.clone()
-    old_words, carries = codeword_vectors(before), []
+    carries = []
     for level in range(len(codebooks_LKD)):
         if level >= len(before.codebooks_LKD):
             carries.append(fresh(0, codebooks_LKD.shape[1]))
@@ -130,14 +90,18 @@ def align(
         order = torch.from_numpy(np.concatenate([new, rest]))
         codebooks_LKD[level] = after.codebooks_LKD[level][order]
         matched_K = np.concatenate([old, np.full(len(rest), -1)])
-        carries.append(_carry(old_words[level], codebooks_LKD[level], matched_K))
+        nearest_K = nearest_codewords(codebooks_LKD[level], before.codebooks_LKD[level])
+        carries.append(_carry(before.level_sizes[level], nearest_K, matched_K))
     aligned = ResidualCodebooks(codebooks_LKD, after.fsq)
     if after.fsq and before.fsq:
         matched_K = np.full(after.fsq.num_codes, -1)
         if after.fsq.values_PV.shape == before.fsq.values_PV.shape:
             aligned = ResidualCodebooks(codebooks_LKD, _align_fsq(before.fsq, after.fsq))
             matched_K = np.arange(after.fsq.num_codes)
-        carries.append(_carry(old_words[-1], codeword_vectors(aligned)[-1], matched_K))
+        assert aligned.fsq
+        words_KD = aligned.fsq.decode(torch.arange(aligned.fsq.num_codes))
+        nearest_K = before.fsq.nearest(words_KD)
+        carries.append(_carry(before.fsq.num_codes, nearest_K, matched_K))
     elif after.fsq:
         carries.append(fresh(0, after.fsq.num_codes))
     return aligned, carries
@@ -167,14 +131,14 @@ def fresh(num_before: int, num_codes: int) -> Carry:
     return Carry(num_before, np.full(num_codes, -1, np.int64), np.zeros(num_codes, np.bool_))
 
 
-def _carry(before_KD: Tensor, after_KD: Tensor, matched_K: Int64Array) -> Carry:
+def _carry(num_before: int, nearest_K: Tensor, matched_K: Int64Array) -> Carry:
     """Carried where the nearest old codeword is the matched one.
 
     Where it is another one, that one's row describes the new codeword better than the row that the
     assignment had left for it.
     """
-    source_K = nearest_codewords(after_KD, before_KD).numpy()
-    return Carry(len(before_KD), source_K, source_K == matched_K)
+    source_K = nearest_K.numpy()
+    return Carry(num_before, source_K, source_K == matched_K)
 
 
 def _align_fsq(before: FsqLevel, after: FsqLevel) -> FsqLevel:

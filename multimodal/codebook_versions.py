@@ -125,24 +125,17 @@ def find_version(root: Path, version: str) -> CodebookManifest:
     )
 
 
-def load_version(root: Path, version: str, encoder: str | None = None) -> Codebooks:
+def load_version(root: Path, version: str) -> Codebooks:
     """The codebooks of a version.
 
     Args:
         root: directory of the versions.
         version: like v0001.
-        encoder: identity of the encoder whose vectors are to be encoded; None: not compared.
 
     Raises:
-        UserError: unknown version, damaged files, or codebooks of another encoder.
+        UserError: unknown version, or damaged files.
     """
     manifest = find_version(root, version)
-    if encoder is not None and encoder != manifest.encoder:
-        raise UserError(
-            f"codebooks {version} were fitted to vectors of encoder {manifest.encoder}, not of "
-            f"{encoder}: their codes would be noise; encode items with {manifest.encoder}, or fit "
-            "new codebooks"
-        )
     codebooks = Codebooks.load(root / version)
     if codebooks.fingerprint != manifest.fingerprint:
         raise UserError(

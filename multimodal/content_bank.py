@@ -13,9 +13,20 @@ from embedding.errors import UserError
 class ContentBank:
     """One vector a store row, on the device of its rank; equal on all ranks."""
 
-    def __init__(self, item_ids_R: Tensor, dim: int, device: torch.device) -> None:
-        """`item_ids_R`: int64 raw id of every row of the store."""
+    def __init__(
+        self, item_ids_R: Tensor, dim: int, device: torch.device, *, tokens: int = 0
+    ) -> None:
+        """An empty bank.
+
+        Args:
+            item_ids_R: int64 raw id of every row of the store, on the CPU.
+            dim: D.
+            device: of the vectors.
+            tokens: identity of the stored tokens that vectors are made of.
+        """
         num_rows = len(item_ids_R)
+        self.device = device
+        self.tokens = torch.tensor([tokens])
         self.item_ids_R = item_ids_R
         self.vectors_RD = torch.zeros(num_rows, dim, device=device)
         self.written_R = torch.zeros(num_rows, dtype=torch.int64, device=device)
@@ -50,12 +61,17 @@ class ContentBank:
             "item_ids": self.item_ids_R,
             "vectors": self.vectors_RD,
             "written": self.written_R,
+            "tokens": self.tokens,
         }
 
     def fits(self, tensors: Mapping[str, Tensor]) -> bool:
         """Whether a `state` is one of the same items."""
         same_items = "item_ids" in tensors and self.item_ids_R.equal(tensors["item_ids"])
         return same_items and tensors["vectors"].shape == self.vectors_RD.shape
+
+    def has_tokens_of(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether a `state` is one of the same items, and their texts and images are the same."""
+        return self.fits(tensors) and self.tokens.equal(tensors.get("tokens", self.tokens - 1))
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from a `state`.

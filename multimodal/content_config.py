@@ -43,18 +43,14 @@ class Lora(StrictConfig):
 Precision = Literal["float16", "bfloat16", "float32"]
 
 
-class TextTower(StrictConfig):
-    """A text encoder and how much of it trains."""
+class AdaptedModel(StrictConfig):
+    """A pretrained encoder, and how much of it trains: what towers of all modalities share."""
 
     model: str = TINY
     """`tiny` (random, built in code), a directory, `package:NAME/DIR` (a directory in an installed
     Python package), or a model hub id."""
     revision: str | None = None
     """Commit of a hub model."""
-    column: str = "text"
-    """Of items.parquet."""
-    max_tokens: Annotated[int, Field(ge=2, le=4096)] = 32
-    """Longer texts are cut, and counted."""
     trainable_layers: PositiveInt = 1
     """Top layers that run in the training step and carry LoRA; those below run once per item."""
     lora: Lora | None = Lora()
@@ -68,14 +64,18 @@ class TextTower(StrictConfig):
         return 0 if self.lora is None else self.trainable_layers
 
 
-class ImageTower(StrictConfig):
-    """A vision encoder and how much of it trains."""
+class TextTower(AdaptedModel):
+    """A text encoder."""
 
-    model: str = TINY
-    """`tiny` (random, built in code), a directory, `package:NAME/DIR` (a directory in an installed
-    Python package), or a model hub id."""
-    revision: str | None = None
-    """Commit of a hub model."""
+    column: str = "text"
+    """Of items.parquet."""
+    max_tokens: Annotated[int, Field(ge=2, le=4096)] = 32
+    """Longer texts are cut, and counted."""
+
+
+class ImageTower(AdaptedModel):
+    """A vision encoder."""
+
     column: str = "image"
     """Of items.parquet."""
     image_size: Annotated[int, Field(ge=8, le=2048)] = 32
@@ -83,17 +83,6 @@ class ImageTower(StrictConfig):
     max_pixels: PositiveInt = 100_000_000
     """Larger images are refused before they are decoded, and counted: a small file can claim to be
     huge."""
-    trainable_layers: PositiveInt = 1
-    """Top layers that run in the training step and carry LoRA; those below run once per item."""
-    lora: Lora | None = Lora()
-    """None: nothing in the tower trains, and all its layers run once per item."""
-    precision: Precision = "float16"
-    """Of the stored tokens. Training sees the stored values, so it is exact given them."""
-
-    @property
-    def layers_in_step(self) -> int:
-        """Top layers that run in the training step."""
-        return 0 if self.lora is None else self.trainable_layers
 
 
 # --- fusion --------------------------------------------------------------------------------------

@@ -72,14 +72,13 @@ class TrainedContent:
         config: ContentConfig,
         placement: EncoderPlacement,
         *,
-        item_ids: Tensor,
-        device: torch.device,
+        bank: ContentBank,
         ranks: RankGroup,
     ) -> None:
-        """`item_ids`: int64 raw id of every row of the content store, on the CPU."""
+        """`bank`: an empty one, of all rows of the content store."""
         self.config = config
         self.placement = placement
-        self.bank = ContentBank(item_ids, config.dim, device)
+        self.bank = bank
         self.step = 0
         """Number of the next training step."""
         self._ranks = ranks
@@ -184,7 +183,7 @@ class TrainedContent:
         except UserError as error:
             return {"encoder": str(error)}
         bank = _bank_of(tensors)
-        if not tensors["step"][1] or not self.bank.fits(bank):
+        if not tensors["step"][1] or not self.bank.has_tokens_of(bank):
             return {"bank": "encoded anew with the weights that were carried"}
         self.bank.fill(bank["vectors"], self.step)
         self._is_fresh = True
@@ -199,7 +198,8 @@ class TrainedContent:
         mixed = np.random.SeedSequence([self.config.seed, step, self._ranks.rank]).generate_state(1)
         generator.manual_seed(int(mixed[0]))
         policy = self.config.gradient
-        rows = own_rows(items, policy, generator)
+        # A batch that is announced ahead still lies on the CPU.
+        rows = own_rows(items, policy, generator).to(self.bank.device)
         rows_G = self._ranks.distinct(rows, policy.max_items_per_step)
         self._requested[step] = rows_G
         self.placement.request(step, rows_G)

@@ -47,6 +47,15 @@ class FsqLevel:
         projections_NP = self.values_PV.gather(1, z_NP.T).T
         return projections_NP @ self._directions().T
 
+    def nearest(self, x_ND: Tensor) -> Tensor:
+        """The code (N,) whose vector lies nearest; the first one of equals.
+
+        Directions are orthonormal, so each value is chosen by itself: no code is compared with all.
+        """
+        projected_NP1 = (x_ND @ self._directions()).unsqueeze(2)
+        z_NP = (projected_NP1 - self.values_PV).abs().argmin(2)
+        return (z_NP * self._radix()).sum(1)
+
     def to(self, device: torch.device) -> "FsqLevel":
         """On another device."""
         return FsqLevel(self.weights_DP.to(device), self.values_PV.to(device))

@@ -174,6 +174,21 @@ class ConcatOfModalities(nn.Module):
         ]
         return torch.cat(vectors, dim=1)
 
+    def columns_present(self, tokens: Tokens) -> Tensor:
+        """(U, sum of H) False where an absent modality's learned vector stands."""
+        parts = [
+            tokens[name].present.unsqueeze(1).expand(-1, len(absent_H))
+            for name, absent_H in self.absent_H.items()
+        ]
+        return torch.cat(parts, dim=1)
+
+    @torch.no_grad()
+    def replace_absent(self, vector_H: Tensor) -> None:
+        """Let absent modalities be these columns (sum of H)."""
+        widths = [len(absent_H) for absent_H in self.absent_H.values()]
+        for absent_H, part in zip(self.absent_H.values(), vector_H.split(widths), strict=True):
+            absent_H.copy_(part)
+
 
 def mean_token(tokens: ModalityTokens) -> Tensor:
     """Mean of an item's tokens (U, H); zeros where there are none."""

@@ -10,6 +10,8 @@ from torch import Tensor
 
 # 2048 x 1024 scores are 8 MiB: they stay in cache between the product and the argmax.
 _ROWS_PER_BLOCK = {"cpu": 2048, "cuda": 1 << 17}
+_MAX_SCORES = 1 << 27
+"""In memory at once, however large a codebook is."""
 _REPAIR_ROUNDS = 64
 _COARSE_POINTS = 64
 """Vectors per codeword of the coarse resolutions."""
@@ -24,6 +26,7 @@ def nearest_codewords(x_ND: Tensor, codebook_KD: Tensor) -> Tensor:
     codebook_DK = codebook_KD.t().contiguous()
     codes_N = torch.empty(len(x_ND), dtype=torch.int64, device=x_ND.device)
     rows = _ROWS_PER_BLOCK.get(x_ND.device.type, 1 << 14)
+    rows = max(1, min(rows, _MAX_SCORES // max(1, len(codebook_KD))))
     scores = x_ND.new_empty(min(rows, len(x_ND)), len(codebook_KD))
     for start in range(0, len(x_ND), rows):
         x_BD = x_ND[start : start + rows]

@@ -121,11 +121,3 @@ class ResidualCodebooks:
                 f"the codebooks were fitted to vectors of {self.dim} dimensions, these have shape "
                 f"{vectors_ND.shape}; use the encoder they were fitted with, or fit new codebooks"
             )
-
-
-def codeword_vectors(books: ResidualCodebooks) -> list[Tensor]:
-    """What every code of every level stands for: a (codes, D) matrix a level."""
-    found = list(books.codebooks_LKD)
-    if books.fsq:
-        found.append(books.fsq.decode(torch.arange(books.fsq.num_codes)))
-    return found

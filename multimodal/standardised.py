@@ -2,7 +2,8 @@
 
 Mean tokens of pretrained towers all point the same way (two items of a catalogue have a cosine
 near 1), so a contrastive loss sees no difference between items and collapses. Subtracting each
-dimension's mean over the catalogue and dividing by its deviation removes that.
+dimension's mean over the catalogue and dividing by its deviation removes that. Both are of the
+items that have the modality, and those that lack it get the mean: 0 once it is standardised.
 
 Shapes: N items, U items of a chunk, H width of the fused tokens, D vector dim.
 """
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from multimodal.content_encoder import ContentEncoder, load_trained_state, trained_state
+from multimodal.fusion import ConcatOfModalities
 from multimodal.token_batch import TokenBatch
 
 _MIN_DEVIATION = 1e-6
@@ -54,15 +56,17 @@ def standardise(
         rows_N: items to take mean and deviation over.
         size: items of a chunk.
     """
-    count, total, squares = 0, torch.zeros(()), torch.zeros(())
+    count, total, squares = torch.zeros(()), torch.zeros(()), torch.zeros(())
     for chunk in rows_N.split(size):
-        fused_UH = encoder.fused(read(chunk)).double()
-        count += len(chunk)
+        batch = read(chunk)
+        present_UH = _columns_present(encoder, batch)
+        fused_UH = encoder.fused(batch).double() * present_UH
+        count = count + present_UH.sum(0)
         total = total + fused_UH.sum(0)
         squares = squares + fused_UH.square().sum(0)
-    mean_H = total / count
-    deviation_H = (squares / count - mean_H.square()).clamp(min=0).sqrt()
-    encoder.output = StandardisedLinear(encoder.output, mean_H.float(), deviation_H.float())
+    mean_H = total / count.clamp(min=1)
+    deviation_H = (squares / count.clamp(min=1) - mean_H.square()).clamp(min=0).sqrt()
+    _install(encoder, mean_H.float(), deviation_H.float())
 
 
 def state_of(encoder: ContentEncoder) -> dict[str, Tensor]:
@@ -78,8 +82,21 @@ def load_state(encoder: ContentEncoder, state: dict[str, Tensor]) -> None:
     Raises:
         UserError: it is another encoder's.
     """
-    buffers = (state["output.mean_H"], state["output.deviation_H"])
-    encoder.output = StandardisedLinear(encoder.output, *buffers)
+    _install(encoder, state["output.mean_H"], state["output.deviation_H"])
     load_trained_state(
         encoder, {n: v for n, v in state.items() if not n.startswith(("output.mean", "output.dev"))}
     )
+
+
+def _columns_present(encoder: ContentEncoder, batch: TokenBatch) -> Tensor:
+    """(U, H), or (U, 1) for all columns: False where nothing of the item is read."""
+    if isinstance(encoder.fusion, ConcatOfModalities):
+        return encoder.fusion.columns_present(batch.modalities)
+    parts = [part.present for part in batch.modalities.values()]
+    return torch.stack(parts).any(dim=0).unsqueeze(1)
+
+
+def _install(encoder: ContentEncoder, mean_H: Tensor, deviation_H: Tensor) -> None:
+    encoder.output = StandardisedLinear(encoder.output, mean_H, deviation_H)
+    if isinstance(encoder.fusion, ConcatOfModalities):
+        encoder.fusion.replace_absent(mean_H)

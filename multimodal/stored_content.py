@@ -8,6 +8,7 @@ A content row is a position in the index; `NO_CONTENT` stands for an item that i
 Shapes: N items of the index, U rows to read, L token positions, H width of a tower.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,11 @@ from torch import Tensor
 
 from embedding.config import StrictConfig
 from embedding.errors import UserError
+from embedding.items import NO_CONTENT
 from embedding.raw_ids import Int64Array
 from multimodal.content_config import Precision
 from multimodal.token_batch import ModalityTokens, TokenBatch
 from multimodal.token_store import NO_ROW, TokenStore
-
-NO_CONTENT = -1
 
 _INDEX = "content.parquet"
 _DESCRIPTION = "content.json"
@@ -95,6 +95,8 @@ class ContentReader:
 
     def __init__(self, directory: Path, stores: Path) -> None:
         self.content = StoredContent.model_validate_json((directory / _DESCRIPTION).read_text())
+        self.identity = _identity(directory)
+        """Equal for equal items with equal tokens."""
         table = pq.read_table(directory / _INDEX)
         self.item_ids_N: Int64Array = table["item_id"].to_numpy()
         """Raw ids, ascending; a position is a content row."""
@@ -150,3 +152,11 @@ class _ModalityReader:
             stored_NLH = self.parts[part][:, :longest]
             tokens_ULH[at, : stored_NLH.shape[1]] = stored_NLH.index_select(0, row_U[at])
         return ModalityTokens(tokens_ULH, mask_UL)
+
+
+def _identity(directory: Path) -> int:
+    """Parts of a store never change, so what points to them says which tokens these are."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name in (_DESCRIPTION, _INDEX):
+        digest.update((directory / name).read_bytes())
+    return int.from_bytes(digest.digest(), "little", signed=True)

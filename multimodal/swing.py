@@ -143,12 +143,14 @@ def _neighbours(
     shared_MM = (engaged_MI @ engaged_MI.T).toarray()
     pair_MM = weights_M[:, None] * weights_M / (config.alpha + shared_MM)
     np.fill_diagonal(pair_MM, 0.0)
+    common = np.asarray(engaged_MI.sum(axis=0)).round().astype(np.int64)
+    # Most items of an item's users are another user's alone: the product below is dense.
+    good = np.flatnonzero((common >= config.min_common_users) & (columns != column))
+    columns, common, engaged_MI = columns[good], common[good], engaged_MI[:, good]
     # sum over u, v of pair[u, v] a[u, j] a[v, j] counts every pair of users twice.
     reached_MI = engaged_MI.T.dot(pair_MM).T
     similarities = engaged_MI.multiply(reached_MI).sum(axis=0) / 2
-    common = np.asarray(engaged_MI.sum(axis=0)).round().astype(np.int64)
-    good = np.flatnonzero((common >= config.min_common_users) & (columns != column))
-    best = good[np.lexsort((columns[good], -similarities[good]))][: config.num_neighbours]
+    best = np.lexsort((columns, -similarities))[: config.num_neighbours]
     return column, columns[best], similarities[best], common[best]
 
 

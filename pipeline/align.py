@@ -169,6 +169,17 @@ def places(index: Path) -> pd.DataFrame:
     return pd.DataFrame(columns, index=table["item_id"].to_numpy())
 
 
+def same_towers(index: Path, other: Path) -> bool:
+    """Whether the tokens of two indexes are of equal towers: an encoder fits no others."""
+    found, wanted = (
+        StoredContent.model_validate_json((path / "content.json").read_text()).modalities
+        for path in (index, other)
+    )
+    return {n: m.fingerprint for n, m in found.items()} == {
+        n: m.fingerprint for n, m in wanted.items()
+    }
+
+
 def encoder_identity(state: Path, content: ContentConfig, index: Path) -> str:
     """Equal for encoders that make equal vectors of equal content."""
     described = StoredContent.model_validate_json((index / "content.json").read_text())

@@ -27,6 +27,7 @@ from pipeline.align import (
     encoder_identity,
     merge_vectors,
     mine,
+    same_towers,
 )
 from pipeline.artifacts import config_hash, read_manifest
 from pipeline.cluster import RaySession
@@ -119,7 +120,7 @@ class AlignmentOfDay:
         index = scratch / INDEX
         index.mkdir()
         tokens = content(checked, self.out / STORES, index, self.reporter.advance)
-        earlier = previous if previous is not None and self._fits(previous) else None
+        earlier = previous if previous is not None and self._fits(previous, index) else None
         trains = isinstance(self.source, AlignedVectors) and self._is_due(earlier)
         pairs = None
         if trains and isinstance(self.source, AlignedVectors):
@@ -211,10 +212,13 @@ class AlignmentOfDay:
         trained_on = parse_day(manifest.facts["trained_on"], STAGE)
         return (parse_day(self.training_days[-1], STAGE) - trained_on).days >= every
 
-    def _fits(self, previous: Path) -> bool:
+    def _fits(self, previous: Path, index: Path) -> bool:
+        """Whether an encoder of before goes on; `index` points to the day's tokens."""
         manifest = read_manifest(previous)
         settings = config_hash(self._settings())
-        return manifest is not None and manifest.facts["settings"] == settings
+        if manifest is None or manifest.facts["settings"] != settings:
+            return False
+        return same_towers(index, previous / INDEX)
 
     def _settings(self) -> dict[str, Any]:
         """What makes vectors comparable with those of the run before."""

@@ -23,6 +23,7 @@ def row_carries(change: CodebookChange, schema: FeatureSchema) -> dict[str, RowC
     columns = {f.table: f.column_name for f in schema.sparse if f.source == "codes"}
     columns |= {f.table: f.column_name for f in schema.sequences if f.source == "codes"}
     own = {f.table for f in schema.sparse if f.source != "codes"}
+    own |= {f.table for f in schema.sequences if f.source != "codes"}
     tables = {t: column.split(":")[-1] for t, column in columns.items() if t not in own}
     if not descends(change.root, change.before, change.after):
         return {table: redrawn(schema.table(table).num_embeddings) for table in tables}

@@ -24,6 +24,8 @@ from pipeline.content_paths import ContentPaths
 
 _LOAD_TIMEOUT_S = 600.0
 """To start actors and load towers: longer than what a step may take."""
+_ITEMS_PER_ANSWER = 1024
+"""Of all items, when they are encoded anew: the timeout is one of an answer, not of a catalogue."""
 
 
 class ContentServiceError(RuntimeError):
@@ -85,12 +87,14 @@ class ServiceEncoder:
     def encode_all(self, num_rows: int) -> Tensor:
         """Vectors of all rows, (R, D); every item is encoded by one actor for one rank."""
         own = self._ranks.share(torch.arange(num_rows))
-        answers = [
-            actor.encode_now.remote(self._step, part.numpy())
-            for actor, part in zip(self._actors, self._parts(own), strict=True)
-        ]
-        found = self._get(answers, f"vectors of all {num_rows} items", _LOAD_TIMEOUT_S)
-        return self._ranks.gather(self._joined(found), num_rows)
+        found = [torch.empty(0, self._dim, device=self._device)]
+        for piece in own.split(_ITEMS_PER_ANSWER * len(self._actors)):
+            answers = [
+                actor.encode_now.remote(self._step, part.numpy())
+                for actor, part in zip(self._actors, self._parts(piece), strict=True)
+            ]
+            found.append(self._joined(self._get(answers, f"vectors of all {num_rows} items")))
+        return self._ranks.gather(torch.cat(found), num_rows)
 
     def state(self) -> dict[str, Tensor]:
         """That of the first actor; empty on other ranks."""
@@ -188,20 +192,22 @@ class ServiceEncoder:
         return torch.cat([torch.tensor(part) for part in parts]).to(self._device)
 
     def _get(self, answers: list[Any], what: str, timeout_s: float | None = None) -> list[Any]:
-        """Wait for answers of actors.
+        """Wait for answers of actors, `timeout_s` or as long as the recipe lets a step wait.
 
         Raises:
             UserError: an actor raised it.
             ContentServiceError: an actor is dead or too late.
         """
+        remedy = "raise content.placement.timeout_s"
+        if timeout_s is not None:
+            remedy = "give the cluster the CPUs and GPUs that they ask for"
         timeout_s = timeout_s or self._service.timeout_s
         waited = f"rank {self._ranks.rank} waited for {what}"
         try:
             found: list[Any] = ray.get(answers, timeout=timeout_s)
         except GetTimeoutError as error:
             raise ContentServiceError(
-                f"{waited} for {timeout_s:g} s; see the log of the content actors, or raise "
-                "content.placement.timeout_s"
+                f"{waited} for {timeout_s:g} s; see the log of the content actors, or {remedy}"
             ) from error
         except RayActorError as error:
             raise ContentServiceError(f"{waited}, but an actor died: {error}") from error

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from embedding.item_columns import candidate_field
 from embedding.items import ItemSource
 from multimodal.cic import CicLoss
+from multimodal.content_bank import ContentBank
 from multimodal.content_config import ContentConfig, Inline
 from multimodal.content_encoder import load_content_encoder
 from multimodal.content_learner import ContentLearner
@@ -67,8 +68,7 @@ def rank_content(
         source=TrainedContent(
             config,
             _placement(config, paths, reader, ranks, device),
-            item_ids=item_ids,
-            device=device,
+            bank=ContentBank(item_ids, config.dim, device, tokens=reader.identity),
             ranks=ranks,
         ),
         items=item_source(config, recipe.features, item_ids),

@@ -5,6 +5,7 @@ optional sid_suffix and vq) and, on a refit, a new codebook version.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -62,9 +63,9 @@ class ItemVectors:
     seen_N: BoolArray | None = None
     """Items that codebooks may be fitted to; the others only get codes. None: all of them."""
 
-    @property
+    @cached_property
     def seen(self) -> "ItemVectors":
-        """The items that codebooks may be fitted to."""
+        """The items that codebooks may be fitted to; a copy of their vectors, made once."""
         if self.seen_N is None or self.seen_N.all():
             return self
         return replace(

@@ -5,16 +5,15 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
-from vector_sets import clustered
+from vector_sets import clustered, codeword_vectors
 
-from embedding.errors import UserError
 from multimodal.code_metrics import stability
-from multimodal.codebook_match import Carry, align, carry_items, fresh, match_codewords
+from multimodal.codebook_match import align, carry_items, match_codewords
 from multimodal.codebook_refit import refit
 from multimodal.codebook_store import Codebooks
 from multimodal.codes_config import Codes, Fsq, RefitPolicy, Rq, Vq
 from multimodal.residual_fit import codebooks_in_space, fit_residual
-from multimodal.residual_quantizer import ResidualCodebooks, codeword_vectors
+from multimodal.residual_quantizer import ResidualCodebooks
 from multimodal.vector_quantizer import FREE, take_item_codebook
 
 RQ = Rq(num_levels=3, codebook_size=32)
@@ -131,24 +130,6 @@ def test_fsq_codes_of_another_size_start_from_the_nearest() -> None:
     assert not carries[-1].carried_K.any()
     chosen = ((old[carries[-1].source_K] - new) ** 2).sum(1)
     np.testing.assert_allclose(chosen, ((new[:, None] - old) ** 2).sum(2).min(1), atol=1e-5)
-
-
-def test_rows_of_a_code_table_follow_the_codes() -> None:
-    carry = Carry(3, np.array([2, 0, 0, -1]), np.array([True, True, False, False]))
-    before, start = torch.arange(8.0).view(4, 2), torch.full((5, 2), -1.0)
-
-    assert carry.rows(before, start).tolist() == [[0, 1], [6, 7], [2, 3], [2, 3], [-1, -1]]
-    state = carry.optimizer_rows(before[:, 0], start[:, 0])
-    assert state.tolist() == [0, 6, 2, -1, -1]
-    assert torch.equal(fresh(0, 4).rows(before, start), start)
-
-
-def test_code_tables_of_another_size_are_refused() -> None:
-    carry = Carry(3, np.array([2, 0, 1]), np.ones(3, np.bool_))
-    with pytest.raises(UserError, match=r"shape \(6, 2\) .* need 4 and 4 rows"):
-        carry.rows(torch.zeros(6, 2), torch.zeros(4, 2))
-    with pytest.raises(UserError, match="num_embeddings"):
-        carry.rows(torch.zeros(4, 2), torch.zeros(4, 4))
 
 
 def test_rows_of_the_vq_table_stay_with_their_items() -> None:

@@ -2,13 +2,16 @@
 
 import copy
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from embedding.items import ItemHistory, ItemRows
-from multimodal.content_config import ContentConfig, Gradient
+from multimodal.content_bank import ContentBank
+from multimodal.content_config import ContentConfig, Gradient, Service
 from multimodal.content_encoder import ContentEncoder, load_content_encoder, trained_state
 from multimodal.content_learner import ContentLearner
 from multimodal.content_source import TrainedContent
@@ -32,16 +35,13 @@ def read_tokens(rows_U: Tensor) -> TokenBatch:
     )
 
 
-def _content(config: ContentConfig) -> tuple[TrainedContent, ContentLearner]:
-    learner = ContentLearner(config, load_content_encoder(config), read_tokens, CPU)
+def _content(
+    config: ContentConfig, device: torch.device = CPU, *, tokens: int = 0
+) -> tuple[TrainedContent, ContentLearner]:
+    learner = ContentLearner(config, load_content_encoder(config), read_tokens, device)
     ranks = RankGroup()
-    placement = InlineEncoder(learner, ranks)
-    return (
-        TrainedContent(
-            config, placement, item_ids=torch.arange(NUM_ITEMS) * 10, device=CPU, ranks=ranks
-        ),
-        learner,
-    )
+    bank = ContentBank(torch.arange(NUM_ITEMS) * 10, config.dim, device, tokens=tokens)
+    return TrainedContent(config, InlineEncoder(learner, ranks), bank=bank, ranks=ranks), learner
 
 
 def _config(items: str, **changes: object) -> ContentConfig:
@@ -195,6 +195,42 @@ def test_a_restored_run_goes_on_as_if_it_had_not_stopped() -> None:
     for name, value in learner.encoder.state_dict().items():
         assert value.equal(other_learner.encoder.state_dict()[name])
     assert content.bank.vectors_RD.equal(other.bank.vectors_RD)
+
+
+def test_a_warm_start_keeps_the_bank_only_for_the_same_texts_and_images() -> None:
+    config = _config("targets")
+    yesterday, _ = _content(config, tokens=1)
+    yesterday.refresh()
+    yesterday.bank.vectors_RD[3] = 7.0  # not what the encoder gives
+    saved = {name: value.clone() for name, value in yesterday.tensors().items()}
+    items = ItemRows.of(torch.arange(NUM_ITEMS), {})
+    anew = {"bank": "encoded anew with the weights that were carried"}
+    for tokens, reason in ((1, {}), (2, anew)):
+        today, learner = _content(config, tokens=tokens)
+        assert today.warm_start(saved) == reason
+        today.refresh()
+        with torch.no_grad():
+            expected = learner.encoder.eval()(TOKENS)[3]
+        is_kept = tokens == 1
+        found = today.read(items).vectors_UD[1 + 3]
+        torch.testing.assert_close(found, torch.full((DIM,), 7.0) if is_kept else expected)
+
+
+def _bank_after_announced_steps(device: torch.device) -> Tensor:
+    """Vectors after steps that learn of the next batch as the loader gives it, on the CPU."""
+    config = _config("all").model_copy(update={"placement": Service(staleness=1)})
+    content, _ = _content(config, device)
+    batches: Iterator[Any] = iter([SimpleNamespace(content=items) for items, _ in _batches(4)])
+    for batch in content.ahead(batches):
+        content.train(batch.content.to(device)).vectors_UD.square().sum().backward()
+        content.learn(1.0)
+    return content.bank.vectors_RD.cpu()
+
+
+@pytest.mark.gpu
+def test_batches_announced_from_the_cpu_are_encoded_on_the_gpu() -> None:
+    found = _bank_after_announced_steps(torch.device("cuda"))
+    torch.testing.assert_close(found, _bank_after_announced_steps(CPU), rtol=1e-3, atol=1e-4)
 
 
 def test_policies_choose_candidates_before_others_and_keep_the_bound() -> None:

@@ -1,10 +1,12 @@
 """K-means against loops and against scikit-learn."""
 
 import numpy as np
+import pytest
 import torch
 from sklearn.cluster import KMeans
 from vector_sets import clustered
 
+from multimodal import kmeans
 from multimodal.kmeans import lloyd, nearest_codewords, principal_directions, repair
 
 
@@ -17,6 +19,24 @@ def test_nearest_codeword_equals_a_loop_over_distances() -> None:
     assert codes[:300].tolist() == expected
     distances = ((x[:, None] - codebook[None]) ** 2).sum(2)
     assert codes.tolist() == distances.argmin(1).tolist()
+
+
+def test_a_codebook_of_any_size_is_compared_in_bounded_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kmeans, "_MAX_SCORES", 100)
+    x, codebook = torch.from_numpy(clustered(50)), torch.from_numpy(clustered(30, seed=1))
+    made: list[int] = []
+    product = torch.addmm
+
+    def recorded(*args: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        made.append(out.numel())
+        return product(*args, out=out)
+
+    monkeypatch.setattr(torch, "addmm", recorded)
+    found = nearest_codewords(x, codebook)
+    assert found.tolist() == torch.cdist(x, codebook).argmin(1).tolist()
+    assert max(made) <= 100
 
 
 def test_lloyd_finds_what_scikit_learn_finds_from_the_same_start() -> None:

@@ -1,13 +1,16 @@
 """Standardised outputs: what they are, and what they save contrastive training from."""
 
+import pytest
 import torch
 from torch import nn
 
 from multimodal.alignment import AlignmentStep
-from multimodal.content_config import ConcatFusion, ContentConfig, TextTower
+from multimodal.content_config import ConcatFusion, ContentConfig, ImageTower, TextTower
 from multimodal.content_encoder import ContentEncoder, load_content_encoder
+from multimodal.fusion import ConcatOfModalities
 from multimodal.standardised import StandardisedLinear, load_state, standardise, state_of
 from multimodal.token_batch import ModalityTokens, TokenBatch
+from tests.multimodal.small_models import random_tokens, without
 
 CONFIG = ContentConfig(text=TextTower(lora=None), fusion=ConcatFusion(), dim=8)
 NUM_ITEMS = 60
@@ -58,6 +61,48 @@ def test_state_brings_a_fresh_encoder_to_the_same_vectors() -> None:
     other = load_content_encoder(CONFIG)
     load_state(other, state_of(encoder))
     torch.testing.assert_close(other(read(rows)), encoder(read(rows)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_items_without_a_picture_neither_move_nor_widen_those_of_the_others(
+    is_frozen: bool,
+) -> None:
+    config = ContentConfig(
+        text=TextTower(lora=None),
+        image=ImageTower(lora=None),
+        fusion=ConcatFusion(),
+        dim=8,
+        frozen=is_frozen,
+    )
+    generator = torch.Generator().manual_seed(1)
+    tokens = random_tokens(40)
+    image = tokens.modalities["image"]
+    shifted = ModalityTokens(image.tokens_ULH + 30, image.mask_UL)
+    lacking = torch.randperm(40, generator=generator)[:12]
+    batch = without(TokenBatch({**tokens.modalities, "image": shifted}), "image", lacking.tolist())
+    rows, width = torch.arange(40), image.tokens_ULH.shape[2]
+    encoder = load_content_encoder(config)
+
+    def read(rows_U: torch.Tensor) -> TokenBatch:
+        parts = batch.modalities.items()
+        return TokenBatch(
+            {n: ModalityTokens(p.tokens_ULH[rows_U], p.mask_UL[rows_U]) for n, p in parts}
+        )
+
+    standardise(encoder, read, rows, size=16)
+
+    restored = load_content_encoder(config)
+    load_state(restored, state_of(encoder))
+    means = shifted.tokens_ULH.mean(dim=1)
+    having = torch.isin(rows, lacking, invert=True)
+    expected = torch.zeros(40, width)
+    expected[having] = (means[having] - means[having].mean(0)) / means[having].std(0, correction=0)
+    for each in (encoder, restored):
+        assert isinstance(each.output, StandardisedLinear)
+        assert isinstance(each.fusion, ConcatOfModalities)
+        parts = each.output.standardised(each.fused(read(rows))).split(width, dim=1)
+        found = dict(zip(each.fusion.absent_H, parts, strict=True))["image"]
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 def same_kind_hits(encoder: ContentEncoder, read) -> float:

@@ -16,11 +16,12 @@ from embedding.arrow import Rows, concat_rows
 from embedding.batch import RankingBatch
 from embedding.epochs import EpochPlan
 from embedding.loader import SampleFiles
+from embedding.shard import Sharded
 from multimodal.stored_content import Places, StoredContent, StoredModality, write_index
 from multimodal.token_store import PartTokens, TokenStore
 from pipeline.config import Recipe
 from pipeline.content_paths import ContentPaths
-from pipeline.content_training import rank_content
+from pipeline.content_training import RankContent, rank_content
 from pipeline.planning_worker import plan_recipe
 from pipeline.training_worker import build
 from ranking.losses import TaskLoss
@@ -138,7 +139,8 @@ def train_cases(config: dict[str, str]) -> None:
             torch.save(found, folder / f"{name}.pt")
 
 
-def _train(settings: Recipe, folder: Path) -> dict[str, Any]:
+def build_rank(settings: Recipe, folder: Path) -> tuple[RankContent, Sharded]:
+    """Content and sharded model of this rank, as training begins."""
     paths = ContentPaths(index=folder / "index", stores=folder / "stores")
     content = rank_content(settings, paths, CPU)
     assert content is not None
@@ -147,12 +149,24 @@ def _train(settings: Recipe, folder: Path) -> dict[str, Any]:
     plan = folder / f"plan-{rank}.json"
     planned = plan_recipe(settings.model_copy(update={"cluster": cluster}), world_size)
     plan.write_text(planned.model_dump_json())
-    sharded = build(settings, plan, CPU, content)
-    sharded.model.train()
+    return content, build(settings, plan, CPU, content)
+
+
+def announced_batches(
+    content: RankContent, settings: Recipe, folder: Path
+) -> Iterator[RankingBatch]:
+    """This rank's batches."""
     files = SampleFiles(
         [folder / "samples.parquet"], settings.features, ["click"], items=content.items
     )
-    batches = content.source.ahead(_batches(files, rank, world_size))
+    return content.source.ahead(_batches(files, dist.get_rank(), dist.get_world_size()))
+
+
+def _train(settings: Recipe, folder: Path) -> dict[str, Any]:
+    content, sharded = build_rank(settings, folder)
+    sharded.model.train()
+    batches = announced_batches(content, settings, folder)
+    world_size = dist.get_world_size()
     steps, loss = PlainSteps(sharded.model, sharded.optimizer), TaskLoss([1.0])
     losses: list[float] = []
     metrics: dict[str, float] = {}

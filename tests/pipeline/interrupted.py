@@ -1,6 +1,7 @@
 """A run of the pipeline in a process of its own, which tests interrupt and let finish."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -8,9 +9,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
+import pyarrow.parquet as pq
 
-DATE = "2024-01-03"
+from deploy.scoring import score_samples
+from pipeline.evaluate import read_predictions
+
+DATE, NEXT_DATE = "2024-01-03", "2024-01-04"
 TIMEOUT_S = 300
 
 
@@ -50,6 +56,29 @@ class Run:
         finally:
             driver.kill()
             driver.wait()
+
+
+def finished_copy(run: Run, prepared: Path) -> Path:
+    """Output directory of an undisturbed run that published, from a prepared one."""
+    out = prepared.with_name("undisturbed")
+    shutil.copytree(prepared, out)
+    run.finish(out, stage="publish")
+    return out
+
+
+def assert_bundle_scores_what_was_evaluated(published: Path, scratch: Path) -> None:
+    """The bundle of a run scores the evaluated samples as the trainer did."""
+    samples = published / NEXT_DATE / "join" / "samples" / f"dt={NEXT_DATE}"
+    scores = scratch / "scores.parquet"
+    bundle = published / DATE / "publish" / "bundle"
+    score_samples(bundle, samples, scores, batch_size=512, progress=lambda *_: None)
+    scored = pq.read_table(scores)
+    predicted = read_predictions(published / DATE / "evaluate" / "predictions")
+    for key in ("key:request_id", "key:item_id"):
+        assert scored[key].equals(predicted[key])
+    found, expected = (t["probability:click"].to_numpy() for t in (scored, predicted))
+    # Other batch sizes sum float32 products in another order.
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def processes(driver: psutil.Process, name: str) -> list[psutil.Process]:

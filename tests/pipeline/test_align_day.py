@@ -13,6 +13,8 @@ import yaml
 from small_log import DAYS, event, make_recipe, write_catalogue, write_day
 
 from deploy.app import main
+from multimodal.stored_content import Places, StoredContent, StoredModality, write_index
+from pipeline.align import same_towers
 
 pytestmark = pytest.mark.integration
 
@@ -130,3 +132,22 @@ def test_pairs_that_are_not_there_are_named(days: Days, capsys: pytest.CaptureFi
     assert days.run(0, *nothing) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "give no pair of items to align (item2item pairs need 99 common users)" in said
+
+
+def test_equal_settings_with_other_weights_are_other_towers(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("first", "same", "other")]
+    for folder, fingerprint in zip(folders, ("a", "a", "b"), strict=True):
+        folder.mkdir()
+        text = StoredModality(
+            store=f"text-{fingerprint}",
+            fingerprint=fingerprint,
+            precision="float16",
+            hidden_size=8,
+            parts=(),
+        )
+        stored = StoredContent(num_items=0, modalities={"text": text})
+        nothing = np.empty(0, np.int64)
+        write_index(folder, nothing, stored, {"text": Places(nothing, nothing, nothing)})
+    first, same, other = folders
+    assert same_towers(first, same)
+    assert not same_towers(first, other)

@@ -15,6 +15,7 @@ from multimodal.codes_config import Codes
 from pipeline.code_carry import row_carries
 from pipeline.quantize import ItemVectors, quantize
 from pipeline.train import CodebookChange
+from tests.multimodal.code_rows import optimizer_rows, table_rows
 
 CODES = Codes.model_validate(
     {
@@ -70,13 +71,13 @@ def test_rows_go_where_their_codes_went(tmp_path: Path) -> None:
     for column, carry in expected.items():
         before = torch.randn(carry.num_before + 1, 3)
         start = torch.randn(len(carry.source_K) + 1, 3)
-        assert torch.equal(applied(found[column], before, start), carry.rows(before, start))
+        assert torch.equal(applied(found[column], before, start), table_rows(carry, before, start))
         state = applied(
             RowCarry(0, found[column].source_R.where(found[column].carried_R, -1), torch.ones(1)),
             before,
             start,
         )
-        assert torch.equal(state, carry.optimizer_rows(before, start))
+        assert torch.equal(state, optimizer_rows(carry, before, start))
     counts = found["vq"].counts
     # 50 items and the OOV row stay; 20 came, 10 of them into slots that were left.
     assert counts == CarriedRows(carried=51, sourced=20, redrawn=0)
@@ -94,6 +95,24 @@ def test_renumbered_codebooks_redraw_every_table_that_codes_index(tmp_path: Path
         **{"sid_0": 9, "sid_1": 9, "sid_suffix": 5, "vq": 91},
         **{"user_code_1": 65_537, "user_code_2": 65_537},
     }
+
+
+def test_a_table_of_item_ids_that_only_a_sequence_reads_is_no_code_table(tmp_path: Path) -> None:
+    change = versions(tmp_path, keep_meaning=False)
+    own = FeatureSchema.model_validate(
+        {
+            "tables": [{"name": "past", "num_embeddings": 50}],
+            "sparse": [],
+            "histories": [{"name": "clicks"}],
+            "sequences": [
+                {"name": "past_item", "history": "clicks", "table": "past", "column": "item_id"}
+            ],
+        }
+    )
+    features = CODES.features.model_copy(update={"item_table": "past"})
+    codes = CODES.model_copy(update={"features": features})
+
+    assert "past" not in row_carries(change, features_with_codes(own, codes))
 
 
 def test_a_table_with_fewer_rows_than_codes_is_refused(tmp_path: Path) -> None:

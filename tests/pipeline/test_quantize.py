@@ -14,6 +14,7 @@ from multimodal.codes_config import Codes, RefitPolicy, Rq, Suffix, Vq
 from pipeline.code_features import CODES_FILE, ItemCodes, candidate_columns
 from pipeline.quantize import ItemVectors, quantize
 from pipeline.quantize_facts import QuantizeFacts
+from tests.multimodal.code_rows import table_rows
 
 CONFIG = Codes(
     rq=Rq(num_levels=2, codebook_size=32),
@@ -114,7 +115,7 @@ def test_a_refit_is_published_with_its_carry_over(tmp_path: Path) -> None:
     # A table whose rows spell the codes themselves goes through the refit.
     carry = carries_between(tmp_path / "codebooks", "v0001", "v0002")["vq"]
     old = torch.arange(2001.0)[:, None]
-    rows = carry.rows(old, torch.full((after.table_sizes["vq"] + 1, 1), -1.0))
+    rows = table_rows(carry, old, torch.full((after.table_sizes["vq"] + 1, 1), -1.0))
     books = load_version(tmp_path / "codebooks", "v0002")
     assert books.items
     survivors = np.flatnonzero(books.items.item_ids_N < 2000)
@@ -137,9 +138,9 @@ def test_carries_compose_over_several_versions(tmp_path: Path) -> None:
             for version in ("v0001", "v0002", "v0003")
         ]
         tables = [torch.randn(size, 4) for size in sizes]
-        between = steps[0][column].rows(tables[0], tables[1])
-        expected = steps[1][column].rows(between, tables[2])
-        assert torch.equal(whole[column].rows(tables[0], tables[2]), expected)
+        between = table_rows(steps[0][column], tables[0], tables[1])
+        expected = table_rows(steps[1][column], between, tables[2])
+        assert torch.equal(table_rows(whole[column], tables[0], tables[2]), expected)
     with pytest.raises(UserError, match="v0001 do not descend from v0002"):
         carries_between(root, "v0002", "v0001")
 

@@ -9,14 +9,17 @@ import random
 import shutil
 from pathlib import Path
 
-import numpy as np
 import psutil
-import pyarrow.parquet as pq
 import pytest
 
-from deploy.scoring import score_samples
-from pipeline.evaluate import read_predictions
-from tests.pipeline.interrupted import DATE, Run, metrics, processes
+from tests.pipeline.interrupted import (
+    DATE,
+    Run,
+    assert_bundle_scores_what_was_evaluated,
+    finished_copy,
+    metrics,
+    processes,
+)
 
 STEPS_BETWEEN_CHECKPOINTS = 10
 
@@ -79,10 +82,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def undisturbed(prepared: tuple[Path, Path]) -> Path:
     """Output directory of a run that published."""
     data, before_training = prepared
-    out = before_training.with_name("undisturbed")
-    shutil.copytree(before_training, out)
-    run_on(data).finish(out, stage="publish")
-    return out
+    return finished_copy(run_on(data), before_training)
 
 
 def test_killed_worker_and_killed_driver_change_nothing(
@@ -117,15 +117,4 @@ def test_the_best_validated_weights_are_published(undisturbed: Path) -> None:
 
 
 def test_a_bundle_scores_what_was_evaluated(undisturbed: Path, tmp_path: Path) -> None:
-    samples = undisturbed / "2024-01-04" / "join" / "samples" / "dt=2024-01-04"
-    bundle = undisturbed / DATE / "publish" / "bundle"
-    score_samples(
-        bundle, samples, tmp_path / "scores.parquet", batch_size=512, progress=lambda *_: None
-    )
-    scored = pq.read_table(tmp_path / "scores.parquet")
-    predicted = read_predictions(undisturbed / DATE / "evaluate" / "predictions")
-    for key in ("key:request_id", "key:item_id"):
-        assert scored[key].equals(predicted[key])
-    found, expected = (t["probability:click"].to_numpy() for t in (scored, predicted))
-    # Other batch sizes sum float32 products in another order.
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    assert_bundle_scores_what_was_evaluated(undisturbed, tmp_path)

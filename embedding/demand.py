@@ -76,6 +76,9 @@ ID_BYTES = 8
 LENGTH_BYTES = 4
 BATCHES_IN_FLIGHT = {"cuda": 3, "cpu": 1}
 """Input buffers at once: TorchRec's sparse pipeline on CUDA works on three batches."""
+SORT_BYTES = {"cuda": 70, "cpu": 0}
+"""Per looked-up id while fbgemm's backward sorts ids into rows: ids and their places, twice, runs,
+and room to sort in. The CPU kernel works on one table at a time."""
 
 
 @dataclass(frozen=True)
@@ -332,13 +335,20 @@ def _count_bytes(c: _Context, demand: Demand) -> None:
         optimizer=states_here,
         cache=cache,
         input=received * flight,
-        output=2 * vectors,
+        output=_step_vectors(c, vectors, c.owned_ids),
     )
+    if c.world == 1:
+        return  # nothing is exchanged
     own = c.ids * ID_BYTES + c.bags * LENGTH_BYTES
     units = c.choice.num_units
     demand.everyone_bytes += _bytes(
         input=own * units * flight, output=2 * c.vectors * c.load.dim * ELEMENT_BYTES
     )
+
+
+def _step_vectors(c: _Context, vectors: float, num_ids: float) -> float:
+    """Looked-up vectors and their gradients; the former are gone when backward sorts ids."""
+    return vectors + max(vectors, SORT_BYTES[c.shape.machine.device] * num_ids)
 
 
 def _bytes(**values: float) -> np.ndarray:
@@ -370,6 +380,6 @@ def _replicated(c: _Context) -> Demand:
         gradient=2 * table_bytes,
         input=(c.ids * ID_BYTES + c.bags * LENGTH_BYTES)
         * BATCHES_IN_FLIGHT[c.shape.machine.device],
-        output=2 * c.vectors * c.load.dim * ELEMENT_BYTES,
+        output=_step_vectors(c, c.vectors * c.load.dim * ELEMENT_BYTES, c.ids),
     )
     return demand

@@ -38,8 +38,8 @@ class Run:
         )
         assert done.returncode == 0, done.stdout + done.stderr
 
-    def interrupt(self, out: Path, step: int, kill: Callable[[psutil.Process], None]) -> int:
-        """Start, `kill` something when `step` has been logged, and wait for the end."""
+    def interrupt(self, out: Path, kills: Mapping[int, Callable[[psutil.Process], None]]) -> int:
+        """Start, kill something whenever one of the steps has been logged, wait for the end."""
         log = out / "output.txt"
         with log.open("w") as output:
             driver = subprocess.Popen(
@@ -47,11 +47,12 @@ class Run:
             )
         try:
             started = time.monotonic()
-            while _logged_step(out) < step:
-                assert driver.poll() is None, log.read_text()
-                assert time.monotonic() - started < TIMEOUT_S
-                time.sleep(0.02)
-            kill(psutil.Process(driver.pid))
+            for step, kill in sorted(kills.items()):
+                while _logged_step(out) < step:
+                    assert driver.poll() is None, log.read_text()
+                    assert time.monotonic() - started < TIMEOUT_S
+                    time.sleep(0.02)
+                kill(psutil.Process(driver.pid))
             return driver.wait(TIMEOUT_S)
         finally:
             driver.kill()

@@ -16,6 +16,7 @@ from deploy import new_items
 from deploy.app import main
 from deploy.item_encoder import ItemEncoder
 from deploy.predictor import Predictor
+from embedding.errors import UserError
 from embedding.items import NO_CONTENT, ItemIndex
 from multimodal.content_encoder import load_content_encoder, load_trained_state
 from multimodal.item_inputs import build_preparer
@@ -313,3 +314,10 @@ def test_a_catalogue_that_is_not_there_is_refused(
 ) -> None:
     error = refused(capsys, score(published / "bundle", tmp_path, "--items", str(tmp_path / "no")))
     assert "is no file; give a Parquet file with item_id" in error
+
+
+def test_a_model_without_content_takes_no_items(published: Path) -> None:
+    predictor = Predictor(published / "bundle")
+    predictor.content = None  # as in a bundle whose recipe has none
+    with pytest.raises(UserError, match="reads no content of items; leave out --items"):
+        new_items.add_new_items(predictor, published / "items.parquet", lambda *_: None)

@@ -5,6 +5,7 @@ dense.safetensors                          every parameter and buffer that is no
 tables/<table>-<first row>.safetensors     `weight`: a block of rows a file
 ids/<table>.safetensors                    managed collision only: sorted `ids`, their `rows`
 content.safetensors                        where the model reads content: `item_ids`, `vectors`
+encoder/                                   and what encodes further items (deploy.encoder_files)
 """
 
 import hashlib
@@ -79,7 +80,10 @@ def write_bundle(
     }
     save_file(dense, directory / DENSE_FILE)
     if recipe.content is not None:
+        from deploy.encoder_files import write_encoder  # transformers: seconds, for content only
+
         save_file(_content(checkpoint), directory / CONTENT_FILE)
+        write_encoder(recipe.content, read_companion(checkpoint, "encoder/"), directory)
     tables = {
         name: _write_table(recipe, checkpoint, name, blocks, directory)
         for name, blocks in read_tables(checkpoint)
@@ -89,7 +93,8 @@ def write_bundle(
         tables=tables,
         files={
             str(path.relative_to(directory)): _sha256(path)
-            for path in sorted(directory.rglob("*.safetensors"))
+            for path in sorted(directory.rglob("*"))
+            if path.is_file()
         },
         codebooks=codebooks,
     )
@@ -171,7 +176,7 @@ def _id_map(checkpoint: Path, name: str) -> dict[str, Tensor]:
 
 
 def _content(checkpoint: Path) -> dict[str, Tensor]:
-    """Vectors of all items: serving needs no tower."""
+    """Vectors of all items: only further ones need the towers."""
     (state,) = read_companion(checkpoint, "step").values()
     assert state[1], f"the content bank of {checkpoint} is older than its weights"
     bank = read_companion(checkpoint, "bank/")

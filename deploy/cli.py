@@ -13,6 +13,14 @@ def score(
     ],
     output: Annotated[Path, typer.Option("--output", help="Parquet file to write.")],
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Rows at a time.")] = 8192,
+    items: Annotated[
+        Path | None,
+        typer.Option(
+            "--items",
+            help="Catalogue (like items.parquet) whose items the bundle may not know: their text "
+            "and images are encoded first.",
+        ),
+    ] = None,
 ) -> None:
     """Score Parquet samples with a bundle: their keys and one probability a task.
 
@@ -22,12 +30,26 @@ def score(
     """
     from rich.console import Console
 
-    from deploy.scoring import score_samples
+    from deploy.predictor import Predictor
+    from deploy.scoring import sample_files, score_samples
     from pipeline.console import Reporter
 
-    reporter = Reporter()
+    reporter, console = Reporter(), Console(highlight=False)
+    paths = sample_files(samples)
+    predictor = Predictor(bundle)
+    if items is not None:
+        from deploy.new_items import add_new_items  # transformers: seconds, for new items only
+
+        with reporter.stage("encode", "items"):
+            new = add_new_items(predictor, items, reporter.advance)
+        console.print(f"{items}: {new}")
     with reporter.stage("score"):
-        rows = score_samples(
-            bundle, samples, output, batch_size=batch_size, progress=reporter.advance
+        scored = score_samples(
+            predictor, paths, output, batch_size=batch_size, progress=reporter.advance
         )
-    Console(highlight=False).print(f"{rows} rows scored -> {output}")
+    console.print(f"{scored.num_rows} rows scored -> {output}")
+    if scored.num_without_content:
+        console.print(
+            f"{scored.num_without_content} of them show an item without a content vector; "
+            "--items FILE gives one to every item of a catalogue"
+        )

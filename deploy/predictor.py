@@ -28,6 +28,7 @@ class Predictor:
         Raises:
             UserError: It is no bundle, or a file is missing or damaged.
         """
+        self.directory = directory
         self.bundle: Bundle = read_bundle(directory)
         recipe = self.bundle.recipe
         self.schema = recipe.features
@@ -110,12 +111,20 @@ class Predictor:
 
 
 class ItemContent:
-    """Content vectors of all items, as training left them; an item it did not know has zeros."""
+    """Content vectors of all items, as training left them, and of those that were added.
+
+    Any other item has zeros.
+    """
 
     def __init__(self, directory: Path) -> None:
         stored = load_tensors(directory / CONTENT_FILE)
         self.item_ids_R = stored["item_ids"]
         self.vectors_RD = stored["vectors"]
+
+    def add(self, item_ids_N: Tensor, vectors_ND: Tensor) -> None:
+        """Know further items; a loader must be given the `item_source` of afterwards."""
+        self.item_ids_R = torch.cat([self.item_ids_R, item_ids_N])
+        self.vectors_RD = torch.cat([self.vectors_RD, vectors_ND])
 
     def of(self, items: ItemRows) -> ContentVectors:
         """Those of a batch's items."""

@@ -28,5 +28,5 @@ def publish(recipe: Recipe, train: Path, scratch: Path) -> StageOutput:
         codebooks=manifest.facts.get("codebooks"),
     )
     rows = sum(table.num_rows for table in bundle.tables.values())
-    num_bytes = sum(path.stat().st_size for path in (scratch / BUNDLE).rglob("*.safetensors"))
+    num_bytes = sum((scratch / BUNDLE / file).stat().st_size for file in bundle.files)
     return StageOutput(rows_in=rows, rows_out=rows, facts={"bytes": num_bytes})

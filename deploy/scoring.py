@@ -1,6 +1,7 @@
 """Offline scoring: sample Parquet in, keys and probabilities out, in the order of the input."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -8,43 +9,65 @@ import pyarrow.parquet as pq
 
 from deploy.predictor import Predictor
 from embedding import samples as columns
+from embedding.batch import RankingBatch
 from embedding.errors import UserError
+from embedding.items import NO_CONTENT
 from embedding.loader import SampleFiles, SampleLoader
 
 
-def score_samples(
-    bundle: Path,
-    samples: Path,
-    output: Path,
-    *,
-    batch_size: int,
-    progress: Callable[[int, int], None],
-) -> int:
-    """Score sample files and write one Parquet file in one move; the number of rows.
+@dataclass(frozen=True)
+class Scored:
+    """What was scored."""
+
+    num_rows: int
+    num_without_content: int
+    """Rows whose item has no content vector, where the model reads them."""
+
+
+def sample_files(samples: Path) -> list[Path]:
+    """The sample files of a path.
 
     Args:
-        bundle: a published bundle.
         samples: a sample file, or a directory searched for `*.parquet`.
-        output: keys, and one `probability:<task>` column a task (float32).
-        batch_size: rows at a time.
-        progress: called with rows done and in all.
 
     Raises:
-        UserError: The bundle or a sample file cannot be used.
+        UserError: there are none.
     """
     paths = [samples] if samples.is_file() else sorted(samples.rglob("*.parquet"))
     if not paths:
         raise UserError(
             f"--samples {samples} holds no Parquet file; give a join artifact's samples/ directory"
         )
-    predictor = Predictor(bundle)
+    return paths
+
+
+def score_samples(
+    predictor: Predictor,
+    paths: Sequence[Path],
+    output: Path,
+    *,
+    batch_size: int,
+    progress: Callable[[int, int], None],
+) -> Scored:
+    """Score sample files and write one Parquet file in one move.
+
+    Args:
+        predictor: of a published bundle.
+        paths: sample files.
+        output: keys, and one `probability:<task>` column a task (float32).
+        batch_size: rows at a time.
+        progress: called with rows done and in all.
+
+    Raises:
+        UserError: A sample file cannot be used.
+    """
     _check_codebooks(predictor.bundle.codebooks, paths)
     # Labels are not read: what is scored tonight has none yet.
     files = SampleFiles(paths, predictor.schema, tasks=(), items=predictor.item_source)
     stream = SampleLoader(files, batch_size_per_rank=batch_size).sequential()
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.partial")
-    done = 0
+    done = without_content = 0
     with stream, pq.ParquetWriter(partial, _schema(predictor.tasks)) as writer:
         for batch in stream:
             probs_BT = predictor.predict(batch)[: batch.num_rows]
@@ -52,12 +75,20 @@ def score_samples(
             scores = [probs_BT[:, t].contiguous().numpy() for t in range(len(predictor.tasks))]
             writer.write_batch(pa.record_batch([*keys, *scores], schema=_schema(predictor.tasks)))
             done += batch.num_rows
+            without_content += _without_content(batch)
             progress(done, files.num_rows)
     partial.replace(output)
-    return done
+    return Scored(done, without_content)
 
 
-def _check_codebooks(trained: str | None, paths: list[Path]) -> None:
+def _without_content(batch: RankingBatch) -> int:
+    if batch.content is None:
+        return 0
+    shown_B = batch.content.candidate_B[: batch.num_rows]
+    return int((batch.content.rows_U[shown_B] == NO_CONTENT).sum())
+
+
+def _check_codebooks(trained: str | None, paths: Sequence[Path]) -> None:
     """Code 17 of other codebooks means something else, and no score would show it."""
     if trained is None:
         return

@@ -45,11 +45,12 @@ _ENTRIES = pa.schema(
         ("is_cut", pa.bool_()),
     ]
 )
-_DTYPES: dict[Precision, torch.dtype] = {
+DTYPES: dict[Precision, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
 }
+"""Of stored tokens."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class TokenStore:
 
     def __init__(self, directory: Path, fingerprint: str, precision: Precision) -> None:
         self.directory = directory
-        self.dtype = _DTYPES[precision]
+        self.dtype = DTYPES[precision]
         path = directory / _STORE_FILE
         if not path.exists():
             directory.mkdir(parents=True, exist_ok=True)

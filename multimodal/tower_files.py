@@ -103,6 +103,16 @@ def model_files(tower: Tower) -> list[Path]:
     return sorted({path for pattern in _FILES for path in directory.glob(pattern)})
 
 
+def input_files(tower: Tower) -> list[Path]:
+    """Those of `model_files` that say how inputs are prepared: of a tokenizer, a preprocessor.
+
+    Raises:
+        UserError: there are no such files.
+    """
+    model = ("config.json", "*.index.json", *_WEIGHTS)
+    return [p for p in model_files(tower) if not any(p.match(pattern) for pattern in model)]
+
+
 def is_on_hub(tower: Tower) -> bool:
     """True if the model is named by a hub id, and so may have to be downloaded."""
     name = tower.model

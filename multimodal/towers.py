@@ -18,7 +18,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 
 from embedding.errors import UserError
@@ -109,24 +109,42 @@ def load_tower(tower: Tower, *, seed: int = 0) -> SplitTower:
         UserError: the model is not there or not understood, has too few layers, or LoRA's target
             modules match nothing.
     """
-    model = load_model(tower)
-    split = _split(model, tower)
+    split = split_tower(tower)
     if tower.lora is not None:
         add_lora(split.upper, tower.lora, seed=seed)
     return split
 
 
+def split_tower(tower: Tower) -> SplitTower:
+    """Load a pretrained model and split it where `load_tower` does, without LoRA.
+
+    Raises:
+        UserError: the model is not there or not understood, or has too few layers.
+    """
+    return _split(load_model(tower), tower)
+
+
+def whole_model(tower: Tower, upper: UpperTower) -> PreTrainedModel:
+    """The pretrained model in one piece, with the top layers of `upper`, whose LoRA is merged."""
+    model = load_model(tower)
+    assert isinstance(model, PreTrainedModel)
+    layers = _layers_of(model)
+    assert layers is not None, "it was split before"
+    top = layers[len(layers) - len(upper.layers) :]
+    for layer, merged in zip(top, upper.layers, strict=True):
+        layer.load_state_dict(merged.state_dict())
+    return model
+
+
 def _split(model: nn.Module, tower: Tower) -> SplitTower:
     config: Any = model.config
-    where = next((path for path in _LAYERS if _is_layers(_find(model, path))), None)
-    if where is None or not hasattr(config, "hidden_size"):
+    layers = _layers_of(model)
+    if layers is None or not hasattr(config, "hidden_size"):
         raise UserError(
             f"tower model {tower.model!r}: {type(model).__name__} keeps its layers in none of "
             f"{', '.join(_LAYERS)}, so it cannot be split; use a BERT-like text or a ViT-like "
             "vision model"
         )
-    layers = _find(model, where)
-    assert isinstance(layers, nn.ModuleList)
     if tower.layers_in_step > len(layers):
         raise UserError(
             f"tower model {tower.model!r}: trainable_layers={tower.trainable_layers}, but it has "
@@ -209,8 +227,9 @@ def _find(model: nn.Module, path: str) -> nn.Module | None:
     return module if isinstance(module, nn.Module) else None
 
 
-def _is_layers(module: nn.Module | None) -> bool:
-    return isinstance(module, nn.ModuleList) and len(module) > 0
+def _layers_of(model: nn.Module) -> nn.ModuleList | None:
+    found = (_find(model, path) for path in _LAYERS)
+    return next((part for part in found if isinstance(part, nn.ModuleList) and len(part)), None)
 
 
 # --- LoRA ----------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from multimodal.tower_files import Tower
 from pipeline.contract import open_parquet
 
 if TYPE_CHECKING:
-    from multimodal.item_inputs import PreparedInputs
+    from multimodal.item_tokens import EncodedItems
 
 DIGEST_ROWS = 1024
 """Rows read at a time: images of so many items are in memory."""
@@ -43,11 +43,13 @@ class Catalogue:
     """The data root."""
     columns: dict[str, str]
     """By modality."""
+    name: str = "items.parquet"
+    """Of the file in the data root."""
 
     @property
     def path(self) -> Path:
         """The file."""
-        return self.root / "items.parquet"
+        return self.root / self.name
 
     def batches(self, row_group: int, columns: list[str], num_rows: int) -> Iterator[pa.Table]:
         """A row group in pieces, with `item_id` as raw ids.
@@ -153,12 +155,17 @@ class EncodeItems:
     def __init__(self, settings: EncoderSettings) -> None:
         # Transformers takes seconds to import, and the driver never encodes.
         from multimodal.item_inputs import build_preparer
-        from multimodal.towers import load_tower
+        from multimodal.item_tokens import LowerEncoder
+        from multimodal.towers import split_tower
 
         self.settings = settings
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.lower = load_tower(settings.tower).lower.to(self.device)
-        self.prepare = build_preparer(settings.tower, settings.catalogue.root)
+        tower = settings.tower
+        self.encode = LowerEncoder(
+            split_tower(tower),
+            build_preparer(tower, settings.catalogue.root),
+            tower.precision,
+            torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        )
         self.store = TokenStore(settings.store, settings.fingerprint, settings.tower.precision)
 
     def __call__(self, task: EncodeTask) -> Iterator[int]:
@@ -166,7 +173,8 @@ class EncodeItems:
         size = self.settings.items_per_part
         pending: list[_Encoded] = []
         for piece in self._pieces(task):
-            pending.append(self._encode(piece))
+            encoded = self.encode(piece.values)
+            pending.append(_Encoded(piece.item_ids_N, piece.digests_N, encoded))
             if sum(len(encoded.item_ids_N) for encoded in pending) >= size:
                 yield self._write(pending)
                 pending = []
@@ -191,29 +199,16 @@ class EncodeItems:
             if taken == len(task.rows_N):
                 return
 
-    def _encode(self, piece: "_Piece") -> "_Encoded":
-        prepared = self.prepare(piece.values)
-        inputs = {name: value.to(self.device) for name, value in prepared.inputs.items()}
-        num_usable = len(prepared.is_cut)
-        if num_usable:
-            tokens_MLH = self.lower(inputs).to("cpu", self.store.dtype)
-        else:
-            tokens_MLH = torch.empty(0, 1, self.settings.hidden_size, dtype=self.store.dtype)
-        lengths_M = torch.full((num_usable,), tokens_MLH.shape[1], dtype=torch.int32)
-        if prepared.mask_ML is not None:
-            lengths_M = prepared.mask_ML.sum(dim=1, dtype=torch.int32)
-        return _Encoded(piece.item_ids_N, piece.digests_N, prepared, tokens_MLH, lengths_M)
-
     def _write(self, pieces: list["_Encoded"]) -> int:
-        longest = max(piece.tokens_MLH.shape[1] for piece in pieces)
-        padded = [_padded(piece.tokens_MLH, longest) for piece in pieces]
+        longest = max(piece.items.tokens_MLH.shape[1] for piece in pieces)
+        padded = [_padded(piece.items.tokens_MLH, longest) for piece in pieces]
         part = PartTokens(
             np.concatenate([piece.item_ids_N for piece in pieces]),
             np.concatenate([piece.digests_N for piece in pieces]),
-            [fault for piece in pieces for fault in piece.prepared.faults],
+            [fault for piece in pieces for fault in piece.items.faults],
             torch.cat(padded),
-            torch.cat([piece.lengths_M for piece in pieces]),
-            [is_cut for piece in pieces for is_cut in piece.prepared.is_cut],
+            torch.cat([piece.items.lengths_M for piece in pieces]),
+            [is_cut for piece in pieces for is_cut in piece.items.is_cut],
         )
         self.store.append(part)
         return len(part.item_ids_N)
@@ -230,9 +225,7 @@ class _Piece:
 class _Encoded:
     item_ids_N: Int64Array
     digests_N: Int64Array
-    prepared: "PreparedInputs"
-    tokens_MLH: Tensor
-    lengths_M: Tensor
+    items: "EncodedItems"
 
 
 def _padded(tokens_MLH: Tensor, longest: int) -> Tensor:
@@ -257,13 +250,20 @@ def check_columns(catalogue: Catalogue, towers: dict[str, Tower]) -> list[int]:
                 f"content.{name}.column: {catalogue.path} has no column {tower.column!r}; it has "
                 f"{schema.names}: name one of them, or set content.{name}=null"
             )
-        kind = schema.field(tower.column).type
-        is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-        is_bytes = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-        if not (is_text or (is_bytes and not isinstance(tower, TextTower))):
-            wanted = "a string" if isinstance(tower, TextTower) else "bytes or a path (string)"
+        fault = type_fault(schema.field(tower.column).type, tower)
+        if fault is not None:
             raise UserError(
-                f"content.{name}.column: {tower.column!r} of {catalogue.path} has type {kind} but "
-                f"must be {wanted}; cast it where the file is written"
+                f"content.{name}.column: {tower.column!r} of {catalogue.path} {fault}; cast it "
+                "where the file is written"
             )
     return rows
+
+
+def type_fault(kind: pa.DataType, tower: Tower) -> str | None:
+    """Why a tower cannot read a column of this type; None if it can."""
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    is_bytes = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    if is_text or (is_bytes and not isinstance(tower, TextTower)):
+        return None
+    wanted = "a string" if isinstance(tower, TextTower) else "bytes or a path (string)"
+    return f"has type {kind} but must be {wanted}"

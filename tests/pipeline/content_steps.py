@@ -79,6 +79,12 @@ def recipe(**content: Any) -> Recipe:
 
 def write_inputs(folder: Path) -> None:
     """Samples of `NUM_STEPS` global batches, and the stored tokens of the items."""
+    write_samples(folder / "samples.parquet")
+    write_tokens(folder)
+
+
+def write_samples(path: Path) -> None:
+    """`NUM_STEPS` global batches; some show or remember items that there are not."""
     rng = np.random.default_rng(0)
     num_rows = NUM_STEPS * GLOBAL_BATCH
     users, items = rng.integers(20, size=num_rows), rng.integers(-1, NUM_ITEMS, num_rows)
@@ -94,7 +100,11 @@ def write_inputs(folder: Path) -> None:
             "sequence:past_item": pa.array(past, pa.list_(pa.int64())),
         }
     )
-    pq.write_table(table, folder / "samples.parquet")
+    pq.write_table(table, path)
+
+
+def write_tokens(folder: Path) -> None:
+    """Random tokens of the items, and their index."""
     tokens = random_tokens(NUM_ITEMS)
     modalities, places = {}, {}
     for name, part in tokens.modalities.items():

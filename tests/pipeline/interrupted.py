@@ -13,7 +13,8 @@ import numpy as np
 import psutil
 import pyarrow.parquet as pq
 
-from deploy.scoring import score_samples
+from deploy.predictor import Predictor
+from deploy.scoring import sample_files, score_samples
 from pipeline.evaluate import read_predictions
 
 DATE, NEXT_DATE = "2024-01-03", "2024-01-04"
@@ -72,7 +73,13 @@ def assert_bundle_scores_what_was_evaluated(published: Path, scratch: Path) -> N
     samples = published / NEXT_DATE / "join" / "samples" / f"dt={NEXT_DATE}"
     scores = scratch / "scores.parquet"
     bundle = published / DATE / "publish" / "bundle"
-    score_samples(bundle, samples, scores, batch_size=512, progress=lambda *_: None)
+    score_samples(
+        Predictor(bundle),
+        sample_files(samples),
+        scores,
+        batch_size=512,
+        progress=lambda *_: None,
+    )
     scored = pq.read_table(scores)
     predicted = read_predictions(published / DATE / "evaluate" / "predictions")
     for key in ("key:request_id", "key:item_id"):

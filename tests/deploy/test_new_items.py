@@ -1,0 +1,323 @@
+"""Items that training did not know are scored by their text and image."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModel
+
+from deploy import new_items
+from deploy.app import main
+from deploy.item_encoder import ItemEncoder
+from deploy.predictor import Predictor
+from embedding.errors import UserError
+from embedding.items import NO_CONTENT, ItemIndex
+from multimodal.content_encoder import load_content_encoder, load_trained_state
+from multimodal.item_inputs import build_preparer
+from multimodal.token_batch import ModalityTokens, TokenBatch
+from multimodal.tower_models import load_model
+from multimodal.towers import load_tower
+from tests.deploy.published import (
+    EMPTY,
+    ITEMS_PER_BATCH,
+    PICTURE_LESS,
+    TEXT_LESS,
+    Row,
+    catalogue_rows,
+    item_row,
+    settings,
+    train_and_publish,
+    write_catalogue,
+)
+from tests.distributed import run_distributed
+from tests.pipeline.content_steps import NUM_ITEMS
+
+NEW, OTHER_NEW = 100, 101
+ACCURACY = 1e-5
+"""Of vectors: LoRA folded into a weight rounds otherwise than beside it."""
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("published")
+    run_distributed(train_and_publish, 1, folder)
+    return folder
+
+
+def stored_vectors(folder: Path) -> Tensor:
+    """By item id: they are 0, 1, ... here."""
+    stored = load_file(folder / "bundle" / "content.safetensors")
+    return stored["vectors"][stored["item_ids"].argsort()]
+
+
+def encode(folder: Path, rows: list[Row]) -> Tensor:
+    config = settings().content
+    assert config
+    encoder = ItemEncoder(folder / "bundle", config, folder)
+    parts = []
+    for start in range(0, len(rows), ITEMS_PER_BATCH):  # batched as the content stage did
+        part = rows[start : start + ITEMS_PER_BATCH]
+        values = {name: [row[name] for row in part] for name in ("text", "image")}
+        parts.append(encoder(values).vectors_ND)
+    return torch.cat(parts)
+
+
+def write_scoring_samples(path: Path) -> None:
+    """Rows 0 and 1 show known items, 2 and 3 new ones; row 1 remembers a new one."""
+    items, past = [7, 8, NEW, OTHER_NEW], [[1, 2], [NEW], [3], []]
+    table = pa.table(
+        {
+            **{f"key:{name}": np.arange(4) for name in ("request_id", "user_id", "timestamp")},
+            "key:item_id": items,
+            "sparse:user_id": np.arange(4),
+            "sparse:item_id": items,
+            "sequence:past_item": pa.array(past, pa.list_(pa.int64())),
+        }
+    )
+    pq.write_table(table, path)
+
+
+def score(bundle: Path, folder: Path, *options: str) -> int:
+    samples = folder / "scoring.parquet"
+    write_scoring_samples(samples)
+    command = ["score", "--bundle", str(bundle), "--samples", str(samples)]
+    return main([*command, "--output", str(folder / "scores.parquet"), *options])
+
+
+def scores(folder: Path) -> np.ndarray:
+    return pq.read_table(folder / "scores.parquet")["probability:click"].to_numpy()
+
+
+# --- the same vectors ----------------------------------------------------------------------------
+
+
+def test_known_items_get_the_vectors_that_training_stored(published: Path) -> None:
+    torch.testing.assert_close(
+        encode(published, catalogue_rows()), stored_vectors(published), atol=ACCURACY, rtol=ACCURACY
+    )
+
+
+def test_a_tower_of_the_bundle_is_a_plain_model_with_trained_top_layers(published: Path) -> None:
+    config = settings().content
+    assert config
+    for name, tower in config.towers.items():
+        folder = published / "bundle" / "encoder" / name
+        assert not [
+            weight for weight in load_file(folder / "model.safetensors") if "lora" in weight
+        ]
+        start, found = (
+            load_model(tower).state_dict(),
+            AutoModel.from_pretrained(folder).state_dict(),
+        )
+        assert start.keys() == found.keys()
+        moved = {w: (found[w] - start[w]).abs().max() for w in start}
+        moved = {w: float(most) for w, most in moved.items() if most}
+        assert len(moved) == 2, moved  # query and value of the one trainable layer
+        assert min(moved.values()) > 100 * ACCURACY
+
+
+def test_vectors_equal_those_of_the_encoder_with_adapters(published: Path) -> None:
+    """Each item alone through the towers with peft's LoRA beside the weights, no store between."""
+    config = settings().content
+    assert config
+    encoder = load_content_encoder(config).eval()
+    trained = torch.load(published / "trained.pt")
+    prefix = "encoder/"
+    load_trained_state(
+        encoder, {n.removeprefix(prefix): t for n, t in trained.items() if n.startswith(prefix)}
+    )
+    lower = {name: load_tower(tower).lower for name, tower in config.towers.items()}
+    prepare = {name: build_preparer(tower, published) for name, tower in config.towers.items()}
+    rows = [item_row(i) for i in (200, 201, 202)]
+    expected = []
+    for row in rows:
+        tokens = {}
+        for name in config.towers:
+            half_1LH = lower[name](prepare[name]([row[name]]).inputs).half().clone()
+            tokens[name] = ModalityTokens(half_1LH, torch.ones(half_1LH.shape[:2]).bool())
+        expected.append(encoder(TokenBatch(tokens))[0].detach())
+    # Alone and in a batch, the last bit of a stored half differs now and then.
+    torch.testing.assert_close(encode(published, rows), torch.stack(expected), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("twin", [7, TEXT_LESS, PICTURE_LESS, EMPTY])
+def test_a_new_item_gets_the_vector_of_a_known_one_with_the_same_content(
+    published: Path, tmp_path: Path, twin: int
+) -> None:
+    rows = catalogue_rows()
+    rows[twin] = {**rows[twin], "item_id": NEW}
+    write_catalogue(tmp_path / "more.parquet", rows, row_group_size=ITEMS_PER_BATCH)
+    predictor = Predictor(published / "bundle")
+
+    new = new_items.add_new_items(predictor, tmp_path / "more.parquet", lambda *_: None)
+
+    assert new.item_ids_N.tolist() == [NEW]
+    assert new.num_listed == NUM_ITEMS
+    lacking = {name: {"missing": 1} for name in ("text", "image") if rows[twin][name] is None}
+    assert {name: found for name, found in new.faults.items() if found} == lacking
+    torch.testing.assert_close(
+        new.vectors_ND[0], stored_vectors(published)[twin], atol=1e-3, rtol=1e-3
+    )
+    assert predictor.content
+    row = int(ItemIndex(predictor.content.item_ids_R).rows_of(torch.tensor([NEW])))
+    assert row != NO_CONTENT
+    assert torch.equal(predictor.content.vectors_RD[row], new.vectors_ND[0])
+
+
+def test_batches_hold_a_bounded_number_of_items_and_lose_none(
+    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Known and new items mixed over row groups of 5, encoded at most 8 at a time."""
+    sizes: list[int] = []
+
+    class Counted(ItemEncoder):
+        def __call__(self, values):  # type: ignore[no-untyped-def]
+            sizes.append(len(values["text"]))
+            return super().__call__(values)
+
+    monkeypatch.setattr(new_items, "ItemEncoder", Counted)
+    rows = [item_row(i if i % 3 else 1000 + i, like=i) for i in range(NUM_ITEMS)]
+    rows += [item_row(2000 + i, like=i) for i in range(13)]
+    write_catalogue(tmp_path / "more.parquet", rows, row_group_size=5)
+
+    told: list[tuple[int, int]] = []
+    new = new_items.add_new_items(
+        Predictor(published / "bundle"),
+        tmp_path / "more.parquet",
+        lambda done, total: told.append((done, total)),
+    )
+
+    wanted = [row["item_id"] for row in rows if row["item_id"] >= NUM_ITEMS]
+    assert new.item_ids_N.tolist() == wanted
+    assert sizes == [8, 8, 7]
+    assert told == [(8, 23), (16, 23), (23, 23)]
+    expected = encode(published, [row for row in rows if row["item_id"] in set(wanted)])
+    torch.testing.assert_close(new.vectors_ND, expected, atol=ACCURACY, rtol=ACCURACY)
+
+
+# --- scores --------------------------------------------------------------------------------------
+
+
+def test_new_items_are_scored_by_their_content(
+    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = published / "bundle"
+    assert score(bundle, tmp_path) == 0
+    assert "2 of them show an item without a content vector" in capsys.readouterr().out
+    without = scores(tmp_path)
+    write_catalogue(tmp_path / "today.parquet", [item_row(i) for i in (7, NEW, OTHER_NEW)])
+
+    assert score(bundle, tmp_path, "--items", str(tmp_path / "today.parquet")) == 0
+
+    printed = capsys.readouterr().out.replace("\n", "")
+    assert "2 of 3 items are new and were encoded" in printed
+    assert "without a content vector" not in printed
+    found = scores(tmp_path)
+    assert found[0] == without[0]
+    assert (np.abs(found[1:] - without[1:]) > 100 * ACCURACY).all()
+
+
+# --- what the user must change -------------------------------------------------------------------
+
+
+def refused(capsys: pytest.CaptureFixture[str], code: int) -> str:
+    printed = capsys.readouterr().err.strip()
+    assert code == 2, printed
+    assert printed.startswith("error: ")
+    assert len(printed.splitlines()) == 1
+    return printed
+
+
+@pytest.mark.parametrize(
+    "name", ["head.safetensors", "text/model.safetensors", "image/config.json"]
+)
+@pytest.mark.parametrize("is_missing", [True, False])
+def test_a_damaged_encoder_file_is_named(
+    published: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    is_missing: bool,
+) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(published / "bundle", bundle)
+    file = bundle / "encoder" / name
+    content = file.read_bytes()
+    file.unlink()
+    if not is_missing:
+        file.write_bytes(content[:-1] + b"?")
+
+    error = refused(capsys, score(bundle, tmp_path))
+
+    assert f"bundle file {file} is missing or damaged" in error
+    assert "publish it again" in error
+
+
+def test_a_bundle_without_encoder_says_how_to_get_one(
+    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As they were published before encoders were part of bundles."""
+    bundle = tmp_path / "bundle"
+    shutil.copytree(published / "bundle", bundle, ignore=shutil.ignore_patterns("encoder"))
+    described = Predictor(published / "bundle").bundle
+    files = {n: sha for n, sha in described.files.items() if not n.startswith("encoder/")}
+    described = described.model_copy(update={"files": files})
+    (bundle / "bundle.json").write_text(described.model_dump_json())
+    items = str(published / "items.parquet")
+
+    error = refused(capsys, score(bundle, tmp_path, "--items", items))
+
+    assert "published without its content encoder" in error
+    assert "braid run" in error
+    assert score(bundle, tmp_path) == 0
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"item_id": [1], "text": ["a"]}, "must have one column 'image'"),
+        ({"text": ["a"], "image": [b"a"]}, "must have one column 'item_id'"),
+        ({"item_id": [1], "text": [5], "image": [b"a"]}, "'text' has type int64 but must be a str"),
+        ({"item_id": [1.5], "text": ["a"], "image": [b"a"]}, "'item_id' has type double but must"),
+        ({"item_id": [9, 9], "text": ["a"] * 2, "image": [b"a"] * 2}, "item_id 9 has more than"),
+        (
+            {"item_id": [1, None], "text": ["a"] * 2, "image": [b"a"] * 2},
+            "item_id is null in 1 row",
+        ),
+    ],
+)
+def test_a_catalogue_that_cannot_be_encoded_is_refused(
+    published: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    table: dict[str, list[object]],
+    message: str,
+) -> None:
+    path = tmp_path / "items.parquet"
+    pq.write_table(pa.table(table), path)
+
+    error = refused(capsys, score(published / "bundle", tmp_path, "--items", str(path)))
+
+    assert f"--items {path}" in error
+    assert message in error
+    assert not (tmp_path / "scores.parquet").exists()
+
+
+def test_a_catalogue_that_is_not_there_is_refused(
+    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = refused(capsys, score(published / "bundle", tmp_path, "--items", str(tmp_path / "no")))
+    assert "is no file; give a Parquet file with item_id" in error
+
+
+def test_a_model_without_content_takes_no_items(published: Path) -> None:
+    predictor = Predictor(published / "bundle")
+    predictor.content = None  # as in a bundle whose recipe has none
+    with pytest.raises(UserError, match="reads no content of items; leave out --items"):
+        new_items.add_new_items(predictor, published / "items.parquet", lambda *_: None)

@@ -51,7 +51,7 @@ class ServiceEncoder:
         self._step = 0
         self._encodings: dict[int, list[Any]] = {}
         self._updates: dict[int, list[Any]] = {}
-        """Of steps whose end was not waited for; on rank 0."""
+        """Of steps whose end was not waited for: gradients sent and, on rank 0, the updates."""
         self._dim = config.dim
         self._actors = self._start(config, paths)
         self._owns = ranks.rank == 0
@@ -75,11 +75,13 @@ class ServiceEncoder:
     def learn(self, step: int, gradient_GD: Tensor, rate_factor: float) -> None:
         """Send this rank's gradient; rank 0 has the actors step. Does not wait for them."""
         host_GD = gradient_GD.cpu()
-        for actor, part in zip(self._actors, self._parts(host_GD), strict=True):
+        self._updates[step] = [
             actor.contribute.remote(step, self._ranks.rank, part.numpy())
+            for actor, part in zip(self._actors, self._parts(host_GD), strict=True)
+        ]
         if self._owns:
             gradients = [actor.finish.remote(step) for actor in self._actors]
-            self._updates[step] = [
+            self._updates[step] += [
                 actor.update.remote(step, rate_factor, *gradients) for actor in self._actors
             ]
         self._step = step + 1

@@ -4,6 +4,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import threading
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +23,18 @@ GIB = 1 << 30
 def describe() -> dict[str, Any]:
     """Keys `hardware`, `commit` and `versions` of a benchmark's JSON."""
     return {"hardware": _hardware(), "commit": _commit(), "versions": _versions()}
+
+
+def require_gpu() -> None:
+    """End with a sentence and exit code 2 where torch sees no GPU."""
+    import torch  # seconds, for benchmarks of a GPU only
+
+    if not torch.cuda.is_available():
+        sys.stderr.write(
+            "error: this benchmark needs a CUDA device, a CUDA build of torch and the fbgemm-gpu "
+            "wheel, and torch sees no device; run it on a GPU host after `make ACCEL=gpu demo`\n"
+        )
+        raise SystemExit(2)
 
 
 class PeakMemory:

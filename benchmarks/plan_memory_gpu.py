@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 import torch.distributed as dist
 import workload
-from environment import describe
+from environment import describe, require_gpu
 
 from embedding.choices import FUSED, UVM_CACHING
 from embedding.cluster_shape import ClusterShape
@@ -64,12 +64,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="the first three table sets")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.stderr.write(
-            "error: this benchmark needs a CUDA device, a CUDA build of torch and the fbgemm-gpu "
-            "wheel, and torch sees no device; run it on a GPU host after `make ACCEL=gpu demo`\n"
-        )
-        return 2
+    require_gpu()
     device = torch.device("cuda:0")
     torch.cuda.set_device(device)
     workload.join_group(0, 1, 29_743, device)

@@ -23,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from environment import describe
+from environment import describe, require_gpu
 
 from embedding.limits import ELEMENT_BYTES
 from embedding.lookup_timing import (
@@ -47,12 +47,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="two dims, fewer cases to calibrate")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.stderr.write(
-            "error: this benchmark needs a CUDA device, a CUDA build of torch and the fbgemm-gpu "
-            "wheel, and torch sees no device; run it on a GPU host after `make ACCEL=gpu demo`\n"
-        )
-        return 2
+    require_gpu()
     device = torch.device("cuda")
     copied = copied_bytes_per_s(device)
     fitted_to = calibration_cases(device)[:: 3 if args.quick else 1]

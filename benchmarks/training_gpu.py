@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 import torch.distributed as dist
 import workload
-from environment import describe
+from environment import describe, require_gpu
 from rich.console import Console
 from rich.table import Table
 
@@ -43,12 +43,7 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, default=65_536)
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.stderr.write(
-            "error: this benchmark needs a CUDA device, a CUDA build of torch and the fbgemm-gpu "
-            "wheel, and torch sees no device; run it on a GPU host after `make ACCEL=gpu demo`\n"
-        )
-        return 2
+    require_gpu()
     device = torch.device("cuda:0")
     torch.cuda.set_device(device)
     workload.join_group(0, 1, 29_741, device)

@@ -24,7 +24,6 @@ from environment import describe
 from rich.console import Console
 from rich.table import Table
 
-from embedding.arrow import SingleIds
 from embedding.batch import RankingBatch
 from embedding.memory import keep_freed_memory
 from ranking.trainer import cpu_has_bf16
@@ -83,7 +82,7 @@ def _worker(index: int, job: Job, barrier: Any, results: Any) -> None:
     sharded = workload.build(
         rank, job.world_size, 29_741 + group, workload.config(job.model, job.precision)
     )
-    batches = [_random_batch() for _ in range(NUM_BATCHES)]
+    batches = [workload.random_batch() for _ in range(NUM_BATCHES)]
     _train(sharded, batches)
     rates, gemms = [], []
     for _ in range(job.windows):
@@ -105,21 +104,6 @@ def _train(sharded: Any, batches: list[RankingBatch]) -> None:
         loss, _ = sharded.model(batch)
         loss.backward()
         sharded.optimizer.step()
-
-
-def _random_batch() -> RankingBatch:
-    size = workload.BATCH_SIZE
-    names = tuple(feature.name for feature in workload.SCHEMA.sparse)
-    rows = tuple(torch.randint(0, workload.ROWS_PER_TABLE, (size,)) for _ in names)
-    return RankingBatch(
-        dense_BF=torch.randn(size, workload.NUM_DENSE),
-        pooled=SingleIds(names, rows).to_kjt(),
-        unpooled=SingleIds((), ()).to_kjt(),
-        labels_BT=torch.randint(0, 2, (size, 1)).float(),
-        weights_BT=torch.ones(size, 1),
-        keys_BK=torch.zeros(size, 4, dtype=torch.int64),
-        num_rows=size,
-    )
 
 
 def _gemm_gflop_per_s(precision: str) -> float:

@@ -25,7 +25,6 @@ from environment import describe, require_gpu
 from rich.console import Console
 from rich.table import Table
 
-from embedding.arrow import SingleIds
 from embedding.batch import RankingBatch
 from embedding.shard import Sharded
 
@@ -47,7 +46,7 @@ def main() -> int:
     device = torch.device("cuda:0")
     torch.cuda.set_device(device)
     workload.join_group(0, 1, 29_741, device)
-    batches = [_random_batch(args.batch_size).to(device) for _ in range(NUM_BATCHES)]
+    batches = [workload.random_batch(args.batch_size).to(device) for _ in range(NUM_BATCHES)]
     windows = 5 if args.quick else 15
     figures = {
         model: {name: _measure(model, name, batches, windows) for name in PRECISIONS}
@@ -118,20 +117,6 @@ def _gemm_flop_per_s(precision: str, device: torch.device) -> float:
     repeats = 3
     seconds = _timed(lambda: [torch.mm(a, b) for _ in range(repeats)])
     return repeats * 2 * GEMM_SIZE**3 / seconds
-
-
-def _random_batch(size: int) -> RankingBatch:
-    names = tuple(feature.name for feature in workload.SCHEMA.sparse)
-    rows = tuple(torch.randint(0, workload.ROWS_PER_TABLE, (size,)) for _ in names)
-    return RankingBatch(
-        dense_BF=torch.randn(size, workload.NUM_DENSE),
-        pooled=SingleIds(names, rows).to_kjt(),
-        unpooled=SingleIds((), ()).to_kjt(),
-        labels_BT=torch.randint(0, 2, (size, 1)).float(),
-        weights_BT=torch.ones(size, 1),
-        keys_BK=torch.zeros(size, 4, dtype=torch.int64),
-        num_rows=size,
-    )
 
 
 def _table(figures: dict[str, dict[str, dict[str, float]]], batch_size: int) -> Table:

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
+from embedding.arrow import SingleIds
+from embedding.batch import RankingBatch
 from embedding.config import (
     DenseFeature,
     FeatureSchema,
@@ -159,3 +161,18 @@ def _row_group(rng: np.random.Generator) -> pa.Table:
     columns += [rng.standard_normal(num_rows, dtype=np.float32) for _ in range(NUM_DENSE)]
     columns += list(ids * 7_919 % 2**40)
     return pa.table(columns, schema=_arrow_schema())
+
+
+def random_batch(size: int = BATCH_SIZE) -> RankingBatch:
+    """Rows with random ids, numbers and labels, on the CPU."""
+    names = tuple(feature.name for feature in SCHEMA.sparse)
+    rows = tuple(torch.randint(0, ROWS_PER_TABLE, (size,)) for _ in names)
+    return RankingBatch(
+        dense_BF=torch.randn(size, NUM_DENSE),
+        pooled=SingleIds(names, rows).to_kjt(),
+        unpooled=SingleIds((), ()).to_kjt(),
+        labels_BT=torch.randint(0, 2, (size, 1)).float(),
+        weights_BT=torch.ones(size, 1),
+        keys_BK=torch.zeros(size, 4, dtype=torch.int64),
+        num_rows=size,
+    )

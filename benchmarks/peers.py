@@ -31,8 +31,9 @@ from peers_braid import schema
 from rich.console import Console
 from rich.table import Table
 
+from embedding.memory import WORKER_ENVIRONMENT
+from embedding.precision import cpu_has_bf16
 from embedding.samples import KEYS
-from ranking.trainer import cpu_has_bf16
 
 THREADS = 2
 NUM_TABLES = workload.NUM_SPARSE
@@ -56,7 +57,9 @@ class Plan:
 class Worker:
     """A side in a process of its own; it idles between commands."""
 
-    def __init__(self, command: list[str], job: dict[str, Any]) -> None:
+    def __init__(
+        self, command: list[str], job: dict[str, Any], environment: dict[str, str]
+    ) -> None:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 # closed in __exit__
         self._process = subprocess.Popen(
             [*command, json.dumps(job)],
@@ -64,7 +67,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": str(THREADS)},
+            env=os.environ | environment | {"OMP_NUM_THREADS": str(THREADS)},
         )
 
     def ask(self, **command: Any) -> dict[str, float]:
@@ -108,12 +111,13 @@ class Sides:
             "scratch": str(self.folder / "scratch"),
         }
         script = Path(__file__).with_name("peers_fuxictr.py")
-        return Worker([str(self.fuxictr_python), str(script)], job)
+        return Worker([str(self.fuxictr_python), str(script)], job, {})
 
     def braid(self, model: str, rows_per_table: list[int], precision: str, port: int) -> Worker:
         """Ours."""
         job = self._job(model, rows_per_table) | {"precision": precision, "port": port}
-        return Worker([sys.executable, str(Path(__file__).with_name("peers_braid.py"))], job)
+        script = Path(__file__).with_name("peers_braid.py")
+        return Worker([sys.executable, str(script)], job, WORKER_ENVIRONMENT)
 
     def _job(self, model: str, rows_per_table: list[int]) -> dict[str, Any]:
         return {

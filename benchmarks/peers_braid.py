@@ -18,10 +18,10 @@ from embedding.config import FeatureSchema, Identity, RowWiseAdagrad, SparseFeat
 from embedding.epochs import Position
 from embedding.loader import SampleFiles, SampleLoader
 from embedding.memory import keep_freed_memory
+from embedding.precision import check_precision
 from embedding.shard import Sharded
 from ranking.evaluation import evaluate_predictions
 from ranking.prediction import predict
-from ranking.trainer import check_precision
 
 
 def schema(rows_per_table: list[int]) -> FeatureSchema:
@@ -44,7 +44,7 @@ class Side:
         self.job = job
         self.schema = schema(job["rows_per_table"])
         self.settings = workload.config(job["model"], job["precision"])
-        check_precision(job["precision"], workload.CPU)
+        check_precision(job["precision"], workload.CPU, "precision")
         self.sharded = self._build()
         self.source = self._loader(job["train"])
         self.data = self._endless()

@@ -10,6 +10,7 @@ same time, so that both share the machine alike.
 
 import argparse
 import json
+import os
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -25,8 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 from embedding.batch import RankingBatch
-from embedding.memory import keep_freed_memory
-from ranking.trainer import cpu_has_bf16
+from embedding.memory import WORKER_ENVIRONMENT, keep_freed_memory
+from embedding.precision import cpu_has_bf16
 
 NUM_BATCHES = 8
 GEMM_SIZE = 2048
@@ -123,6 +124,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     windows = 5 if args.quick else 15
+    os.environ |= WORKER_ENVIRONMENT
     models = {name: _of_model(name, windows) for name in workload.MODELS}
     alone = measure(Job(world_size=1, num_groups=1, threads_per_rank=1, windows=windows))
     apart = measure(Job(world_size=1, num_groups=2, threads_per_rank=1, windows=windows))

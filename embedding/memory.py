@@ -11,6 +11,10 @@ logger = logging.getLogger(__name__)
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _M_ARENA_MAX = -8
+WORKER_ENVIRONMENT = {"MALLOC_ARENA_MAX": "1", "THP_MEM_ALLOC_ENABLE": "1"}
+"""For the start of a worker process: one arena (see `keep_freed_memory`), and torch asks for pages
+of 2 MiB for its large CPU tensors. Lookups in tables and passes over activations then miss the
+translation cache less: bf16 steps on CPU were 3 to 15% faster (benchmarks/training.py)."""
 _HEAP_BLOCK_BYTES = 32 << 20
 """Blocks up to this size come from the heap; glibc accepts no more."""
 _KEEP_BYTES = (1 << 31) - 1
@@ -26,7 +30,7 @@ def keep_freed_memory() -> bool:
 
     Call it once, at the start of a worker, before it starts threads: a thread keeps the arena it
     has, and arenas other than the first give memory back. Where other libraries start threads
-    first (Ray does), set MALLOC_ARENA_MAX=1 in the worker's environment as well.
+    first (Ray does), start them with WORKER_ENVIRONMENT as well.
 
     Returns:
         Whether the C library took the settings; others than glibc do not know them.

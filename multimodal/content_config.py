@@ -211,6 +211,9 @@ class ContentConfig(StrictConfig):
     optimizer: ContentOptimizer = ContentOptimizer()
     placement: Placement = Inline()
     tokens: TokenStage = TokenStage()
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: the encoder's matrix products of a training step run under autocast; weights, their
+    optimizer, and the vectors that are evaluated and published stay fp32."""
     seed: NonNegativeInt = 0
     """Of the encoder's initial weights."""
 

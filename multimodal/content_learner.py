@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from embedding.errors import UserError
+from embedding.precision import check_precision
 from multimodal.content_config import ContentConfig
 from multimodal.content_encoder import load_trained_state, trained_state
 from multimodal.token_batch import TokenBatch
@@ -35,6 +36,7 @@ class ContentLearner:
         read_tokens: ReadTokens,
         device: torch.device,
     ) -> None:
+        check_precision(config.precision, device, "content.precision")
         self.config = config
         self.encoder = encoder.to(device)
         self.device = device
@@ -147,9 +149,13 @@ class ContentLearner:
         self.encoder.train()
         if not len(rows_U):
             return torch.zeros(0, self.config.dim, device=self.device)
-        with torch.random.fork_rng(devices=_generators(self.device)):
+        reduced = self.config.precision == "bf16"
+        with (
+            torch.random.fork_rng(devices=_generators(self.device)),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=reduced),
+        ):
             torch.manual_seed(self.config.seed * 1_000_003 + step)
-            return self._encoded(rows_U)
+            return self._encoded(rows_U).float()
 
     def _encoded(self, rows_U: Tensor) -> Tensor:
         tokens = self._read_tokens(rows_U.cpu())

@@ -149,7 +149,7 @@ def _accelerator() -> Finding:
 
 def _bf16() -> Finding:
     """Informative: without the instructions only `precision: bf16` is refused."""
-    from ranking.trainer import cpu_has_bf16
+    from embedding.precision import cpu_has_bf16
 
     native = cpu_has_bf16()
     note = "" if native else "this CPU has no bf16 instructions: keep precision: fp32"

@@ -18,6 +18,7 @@ from ray.exceptions import RayActorError
 from rich.console import Console
 
 from embedding.errors import UserError
+from embedding.memory import WORKER_ENVIRONMENT
 from pipeline.artifacts import config_hash, read_manifest
 from pipeline.cluster import RaySession, actors_of
 from pipeline.config import ClusterConfig, Recipe
@@ -276,7 +277,7 @@ class Study:
         process = ray.remote(TrialProcess).options(
             num_cpus=cluster.cpus_per_worker,
             num_gpus=1 / self.trials_per_gpu if cluster.use_gpu else 0,
-            runtime_env={"env_vars": {"MALLOC_ARENA_MAX": "1"}},
+            runtime_env={"env_vars": WORKER_ENVIRONMENT},
         )
         self._started.append(process.remote())
         return self._started[-1]

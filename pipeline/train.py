@@ -17,6 +17,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from embedding.config import StrictConfig
 from embedding.errors import UserError
+from embedding.memory import WORKER_ENVIRONMENT
 from pipeline.artifacts import RESUME
 from pipeline.config import ClusterConfig, Recipe
 from pipeline.console import Reporter
@@ -158,8 +159,7 @@ def run_workers(worker: Worker, job: StrictConfig, cluster: ClusterConfig, scrat
             name="workers",
             storage_path=str(storage.absolute()),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
-            # Ray starts threads before the worker can ask for one arena (embedding.memory).
-            worker_runtime_env={"env_vars": {"MALLOC_ARENA_MAX": "1"}},
+            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
         ),
     )
     try:

@@ -14,6 +14,7 @@ from embedding.batch import RankingBatch
 from embedding.epochs import Leg, Position
 from embedding.errors import UserError
 from embedding.loader import BatchStream
+from embedding.precision import check_precision
 from ranking.clock import Clock
 from ranking.config import TaskConfig
 from ranking.metrics import MetricSums
@@ -108,7 +109,7 @@ class Trainer:
         Raises:
             UserError: the device cannot compute in the configured precision.
         """
-        check_precision(config.precision, device)
+        check_precision(config.precision, device, "ranking.trainer.precision")
         self.config = config
         self.tasks = tasks
         self.model = model
@@ -318,27 +319,6 @@ class _Run:
                     "ranking.trainer.dense_optimizer.learning_rate and "
                     "embedding.optimizer.learning_rate, or set ranking.trainer.max_grad_norm"
                 )
-
-
-def check_precision(precision: str, device: torch.device) -> None:
-    """Refuse bf16 where it would be emulated.
-
-    Raises:
-        UserError: the CPU has no bf16 matrix instructions.
-    """
-    if precision != "bf16" or device.type != "cpu" or cpu_has_bf16():
-        return
-    raise UserError(
-        "ranking.trainer.precision=bf16: this CPU has neither avx512_bf16 nor amx instructions, "
-        "and emulated bf16 products are hundreds of times slower; set ranking.trainer.precision "
-        "to fp32"
-    )
-
-
-def cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies bf16 matrices in hardware."""
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def _steps_left(source: BatchSource, start: Position, config: TrainerConfig) -> int:

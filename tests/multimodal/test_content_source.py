@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from embedding.items import ItemHistory, ItemRows
+from embedding.precision import cpu_has_bf16
 from multimodal.content_bank import ContentBank
 from multimodal.content_config import ContentConfig, Gradient, Service
 from multimodal.content_encoder import ContentEncoder, load_content_encoder, trained_state
@@ -135,6 +136,39 @@ def test_deduplicated_training_equals_encoding_every_occurrence(micro_batch: int
     norms = learner.gradient_norms()
     assert set(norms) == {"tower", "fusion", "heads"}
     assert all(norm > 0 for norm in norms.values())
+
+
+@pytest.mark.skipif(not cpu_has_bf16(), reason="this CPU has no bf16 products")
+@pytest.mark.parametrize("micro_batch", [None, 3])
+def test_bf16_steps_follow_fp32_ones_and_published_vectors_are_fp32(
+    micro_batch: int | None,
+) -> None:
+    gradient = {"micro_batch_items": micro_batch}
+    whole, whole_learner = _content(_config("all", **gradient))
+    config = whole.config.model_copy(update={"precision": "bf16"})
+    reduced, learner = _content(config)
+    items, weights = next(_batches(1))
+    read = torch.cat([items.candidate_B, items.histories["past"].items_N])
+    vectors = []
+    for content in (whole, reduced):
+        given = content.train(items).vectors_UD
+        vectors.append(given.detach())
+        (weights * given[read]).sum().backward()
+        content.learn(0.0)
+    assert vectors[1].dtype == torch.float32
+    torch.testing.assert_close(vectors[1], vectors[0], rtol=0.05, atol=0.02)
+    assert not vectors[1].equal(vectors[0])
+    for name, parameter in whole_learner.encoder.named_parameters():
+        if parameter.grad is not None and parameter.grad.norm() > 0:
+            found = learner.encoder.get_parameter(name).grad
+            assert found is not None
+            assert found.dtype == torch.float32
+            assert torch.cosine_similarity(found.flatten(), parameter.grad.flatten(), 0) > 0.99
+    reduced.refresh()
+    with torch.no_grad():
+        expected = learner.encoder.eval()(TOKENS)
+    every = ItemRows.of(torch.arange(NUM_ITEMS), {})
+    torch.testing.assert_close(reduced.read(every).vectors_UD[1:], expected)
 
 
 def test_history_items_are_read_as_of_their_last_encoding() -> None:

@@ -10,12 +10,10 @@ import torch
 
 from embedding.errors import UserError
 from embedding.loader import SampleFiles
-from ranking import trainer as trainer_module
 from ranking.classifier_config import DeepFm
 from ranking.prediction import predict
 from ranking.progress import Progress
 from ranking.steps import dense_parameters
-from ranking.trainer import check_precision
 from tests.ranking.harness import CPU, Harness, weights_of, without_clocks
 from tests.ranking.small_run import NUM_ROWS, SCHEMA, TASKS, small_config, write_samples
 
@@ -128,14 +126,6 @@ def test_a_diverged_run_stops_and_says_what_to_change(files: SampleFiles) -> Non
     with pytest.raises(UserError, match=r"task 'click' became nan before step 4.*learning_rate"):
         harness.fit()
     assert harness.checkpoints == {}
-
-
-def test_bf16_is_refused_where_it_is_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer_module, "cpu_has_bf16", lambda: False)
-    with pytest.raises(UserError, match=r"precision=bf16.*set ranking.trainer.precision to fp32"):
-        check_precision("bf16", CPU)
-    check_precision("fp32", CPU)
-    check_precision("bf16", torch.device("cuda"))
 
 
 def test_autocast_keeps_tables_and_logits_in_fp32(files: SampleFiles) -> None:

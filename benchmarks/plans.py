@@ -38,6 +38,7 @@ from pipeline.plan import present_shape
 from pipeline.plan_accuracy import compare, median_abs_error, rank_correlation
 from pipeline.plan_bench import BenchCase, BenchEffort, PlanComparison, case_request, run_cases
 from pipeline.plan_bench_command import (
+    FINAL_EFFORT,
     FINAL_GROUPS,
     FINALISTS,
     bench,
@@ -111,7 +112,7 @@ def accuracy(
     seeds = ACCURACY_SEEDS[:8] if quick else ACCURACY_SEEDS
     cases = sampled_cases(shape, seeds, 5)
     group = cluster.model_copy(update={"num_workers": shape.world_size})
-    effort = BenchEffort(rounds=5 if quick else 21)
+    effort = BenchEffort(rounds=5 if quick else 15, steps_per_round=10)
     runs, _ = run_cases(cases, group, effort)
     after = compare(cases, runs, shape, calibration)
     before = compare(cases, runs, shape, None)
@@ -211,7 +212,7 @@ def exhaustive(
         fastest = sorted(runs, key=lambda run: run.step_s)[:FINALISTS]
         finalists = [case.plans[run.plan_index] for run in fastest]
         again = case.model_copy(update={"plans": (chosen, predicted, theirs, *finalists)})
-        times = step_s_of_groups(again, cluster, BenchEffort(rounds=15), FINAL_GROUPS)
+        times = step_s_of_groups(again, cluster, FINAL_EFFORT, FINAL_GROUPS)
         best = min(*times[:2], *times[3:])
         rows.append((case.name, len(case.plans), best, *(time / best for time in times[:3])))
         print(

@@ -40,9 +40,11 @@ from pipeline.plan_tables_view import milliseconds, size
 TABLES_PATH = "tables"
 """Where the benchmark's model, which is nothing but tables, holds them."""
 MAX_EXHAUSTIVE = 400
-FINALISTS = 4
+FINALISTS = 6
 FINAL_GROUPS = 3
 """Worker groups in which the finalists meet."""
+FINAL_EFFORT = BenchEffort(rounds=20, steps_per_round=10)
+"""In each of them."""
 _PROCESS_SEEDS = range(900, 903)
 
 
@@ -202,8 +204,8 @@ def fastest_plan(
     order = sorted(range(len(case.plans)), key=lambda i: report.comparisons[i].measured_s)
     finalists = tuple(case.plans[i] for i in order[:FINALISTS])
     again = case.model_copy(update={"plans": finalists})
-    groups, rounds = (1, 9) if quick else (FINAL_GROUPS, 15)
-    steps = step_s_of_groups(again, cluster, BenchEffort(rounds=rounds), groups)
+    groups, effort = (1, BenchEffort()) if quick else (FINAL_GROUPS, FINAL_EFFORT)
+    steps = step_s_of_groups(again, cluster, effort, groups)
     return finalists[steps.index(min(steps))]
 
 
@@ -212,8 +214,8 @@ def step_s_of_groups(
 ) -> list[float]:
     """Seconds of a step of each plan: the geometric mean over worker groups.
 
-    Where the tables happen to lie in a process's memory shifts a plan's times by several percent
-    for as long as the process lives; more rounds within it do not average that out.
+    Where tables and threads happen to lie shifts a plan's times by a few percent for as long as a
+    process lives; more rounds within it do not average that out.
     """
     group = cluster.model_copy(update={"num_workers": case.plans[0].world_size})
     steps: list[list[float]] = [[] for _ in case.plans]

@@ -1,7 +1,7 @@
 """Training throughput and AUC beside FuxiCTR: same models, Parquet data, batch size and threads.
 
 Run: .venv/bin/python benchmarks/peers.py --fuxictr-python PYTHON --fuxictr-models DIR
-         [--quick] [--json FILE]
+         [--quick] [--compiled] [--only PART] [--json FILE]
 
 PYTHON is the interpreter of an environment with fuxictr 2.3.10, DIR the `model_zoo` of a checkout
 of its repository (docs/peers.md says how to get both). Runs of the two sides alternate; figures are
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -113,9 +114,11 @@ class Sides:
         script = Path(__file__).with_name("peers_fuxictr.py")
         return Worker([str(self.fuxictr_python), str(script)], job, {})
 
-    def braid(self, model: str, rows_per_table: list[int], precision: str, port: int) -> Worker:
-        """Ours."""
-        job = self._job(model, rows_per_table) | {"precision": precision, "port": port}
+    def braid(self, model: str, rows_per_table: list[int], side: str, port: int) -> Worker:
+        """Ours: a precision, and `compiled` behind it or not."""
+        precision, *compiled = side.split()
+        job = self._job(model, rows_per_table)
+        job |= {"precision": precision, "compiled": bool(compiled), "port": port}
         script = Path(__file__).with_name("peers_braid.py")
         return Worker([sys.executable, str(script)], job, WORKER_ENVIRONMENT)
 
@@ -148,17 +151,16 @@ def write_data(path: Path, num_rows: int, seed: int) -> None:
     pq.write_table(pa.table(columns), path, row_group_size=workload.ROW_GROUP_ROWS)
 
 
-def compare(sides: Sides, model: str, plan: Plan) -> dict[str, Any]:
+def compare(sides: Sides, model: str, plan: Plan, *, compiled: bool) -> dict[str, Any]:
     """Alternating rounds of one model; the AUC of an epoch at the end."""
     precisions = ["fp32", *(["bf16"] if cpu_has_bf16() else [])]
-    rates: dict[str, list[float]] = {name: [] for name in ("fuxictr", *precisions)}
+    ours = [*precisions, *(f"{name} compiled" for name in precisions if compiled)]
+    rates: dict[str, list[float]] = {name: [] for name in ("fuxictr", *ours)}
     gemms: dict[str, list[float]] = {name: [] for name in precisions}
-    with (
-        sides.fuxictr(model, ROWS_PER_TABLE) as theirs,
-        sides.braid(model, ROWS_PER_TABLE, "fp32", 29_801) as fp32,
-        sides.braid(model, ROWS_PER_TABLE, precisions[-1], 29_802) as bf16,
-    ):
-        workers = {"fuxictr": theirs, "fp32": fp32, precisions[-1]: bf16}
+    with ExitStack() as stack:
+        workers = {"fuxictr": stack.enter_context(sides.fuxictr(model, ROWS_PER_TABLE))}
+        for port, name in enumerate(ours, start=29_801):
+            workers[name] = stack.enter_context(sides.braid(model, ROWS_PER_TABLE, name, port))
         for worker in workers.values():
             worker.ask(steps=2)
         for _ in range(plan.rounds):
@@ -172,8 +174,8 @@ def compare(sides: Sides, model: str, plan: Plan) -> dict[str, Any]:
     flop = workload.gemm_flop_per_row(model, schema(ROWS_PER_TABLE))
     peer = statistics.median(rates["fuxictr"])
     figures: dict[str, Any] = {"fuxictr": {"rows_per_s": peer, **quality.get("fuxictr", {})}}
-    for name in precisions:
-        rate, gemm = statistics.median(rates[name]), statistics.median(gemms[name])
+    for name in ours:
+        rate, gemm = statistics.median(rates[name]), statistics.median(gemms[name.split()[0]])
         figures[name] = {
             "rows_per_s": rate,
             "ratio": rate / peer,
@@ -192,7 +194,7 @@ def growth(sides: Sides, plan: Plan) -> dict[str, dict[str, float]]:
         rates: dict[str, list[float]] = {"fuxictr": [], "fp32": []}
         with (
             sides.fuxictr("deepfm", tables) as theirs,
-            sides.braid("deepfm", tables, "fp32", 29_803) as ours,
+            sides.braid("deepfm", tables, "fp32", 29_811) as ours,
         ):
             workers = {"fuxictr": theirs, "fp32": ours}
             for worker in workers.values():
@@ -224,6 +226,12 @@ def main() -> None:
     parser.add_argument("--fuxictr-python", type=Path, required=True)
     parser.add_argument("--fuxictr-models", type=Path, required=True)
     parser.add_argument("--quick", action="store_true", help="throughput only, under five minutes")
+    parser.add_argument(
+        "--compiled", action="store_true", help="also with ranking.model.compile; needs g++"
+    )
+    parser.add_argument(
+        "--only", choices=(*STEPS, "growth"), action="append", help="a part of the comparison"
+    )
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     plan = Plan(2, 98_304, 1, with_auc=False) if args.quick else Plan(5, 262_144, 65_536, True)
@@ -231,8 +239,13 @@ def main() -> None:
         write_data(Path(folder) / "train.parquet", plan.train_rows, seed=1)
         write_data(Path(folder) / "test.parquet", plan.test_rows, seed=2)
         sides = Sides(args.fuxictr_python, args.fuxictr_models, Path(folder))
-        figures: dict[str, Any] = {model: compare(sides, model, plan) for model in STEPS}
-        if not args.quick:
+        parts = args.only or [*STEPS, *([] if args.quick else ["growth"])]
+        figures: dict[str, Any] = {
+            model: compare(sides, model, plan, compiled=args.compiled)
+            for model in STEPS
+            if model in parts
+        }
+        if "growth" in parts:
             figures["growth"] = growth(sides, plan)
     Console().print(_table(figures))
     if args.json:
@@ -243,7 +256,7 @@ def _table(figures: dict[str, Any]) -> Table:
     title = "26 tables, 0.9 M rows, D 16, batch 4096, 2 threads"
     table = Table("model", "side", "rows/s", "ratio", "of GEMM limit", "AUC, 1 epoch", title=title)
     for model in STEPS:
-        for side, row in figures[model].items():
+        for side, row in figures.get(model, {}).items():
             table.add_row(
                 model,
                 side,

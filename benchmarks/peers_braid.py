@@ -43,7 +43,7 @@ class Side:
     def __init__(self, job: dict[str, Any]) -> None:
         self.job = job
         self.schema = schema(job["rows_per_table"])
-        self.settings = workload.config(job["model"], job["precision"])
+        self.settings = workload.config(job["model"], job["precision"], compiled=job["compiled"])
         check_precision(job["precision"], workload.CPU, "precision")
         self.sharded = self._build()
         self.source = self._loader(job["train"])

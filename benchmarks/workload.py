@@ -55,11 +55,13 @@ SCHEMA = FeatureSchema(
 )
 
 
-def config(model: str = "deepfm", precision: str = "fp32") -> RankingConfig:
+def config(
+    model: str = "deepfm", precision: str = "fp32", *, compiled: bool = False
+) -> RankingConfig:
     """One task, one of `MODELS`, one epoch."""
     return RankingConfig(
         tasks=(TaskConfig(name="click"),),
-        model=MODELS[model],
+        model=MODELS[model].model_copy(update={"compile": compiled}),
         trainer=TrainerConfig(
             batch_size_per_rank=BATCH_SIZE,
             precision=precision,

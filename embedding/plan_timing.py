@@ -4,6 +4,7 @@
 
 import ctypes
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -169,19 +170,41 @@ def _collections(
 
 
 def time_plans(
-    runs: Sequence[PlanRun], *, warmup: int, rounds: int, steps_per_round: int
+    runs: Sequence[PlanRun],
+    *,
+    warmup: int,
+    rounds: int,
+    steps_per_round: int,
+    min_seconds: float = 0.0,
 ) -> list[StepTimes]:
-    """Median times of several plans that take turns, so that a slow moment meets them all."""
+    """Median times of several plans that take turns, so that a slow moment meets them all.
+
+    Args:
+        runs: the plans.
+        warmup: steps of each before it counts.
+        rounds: turns of each, at least.
+        steps_per_round: whole steps of a turn; its phases are timed once.
+        min_seconds: go on until all turns together have taken so long.
+    """
     for run in runs:
         for _ in range(warmup):
             run.step()
     steps: list[list[float]] = [[] for _ in runs]
     phases: list[list[dict[str, float]]] = [[] for _ in runs]
-    for round_number in range(rounds):
-        order = range(len(runs)) if round_number % 2 == 0 else range(len(runs) - 1, -1, -1)
-        for index in order:
-            steps[index] += [runs[index].time_step() for _ in range(steps_per_round)]
-            phases[index].append(runs[index].time_phases())
+
+    def take_turns(numbers: range) -> float:
+        started = time.perf_counter()
+        for number in numbers:
+            order = range(len(runs)) if number % 2 == 0 else range(len(runs) - 1, -1, -1)
+            for index in order:
+                steps[index] += [runs[index].time_step() for _ in range(steps_per_round)]
+                phases[index].append(runs[index].time_phases())
+        return time.perf_counter() - started
+
+    seconds = torch.tensor(take_turns(range(rounds)))
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)  # all ranks go on for as many rounds
+    in_all = math.ceil(rounds * max(min_seconds / float(seconds), 1.0))
+    take_turns(range(rounds, in_all))
     return [
         StepTimes(
             step_s=_median_of_slowest(steps[index]),
@@ -189,7 +212,7 @@ def time_plans(
                 name: _median_of_slowest([seconds[name] for seconds in phases[index]])
                 for name in phases[index][0]
             },
-            num_steps=rounds * steps_per_round,
+            num_steps=in_all * steps_per_round,
         )
         for index in range(len(runs))
     ]

@@ -46,13 +46,16 @@ class BenchCase(StrictConfig):
 class BenchEffort(StrictConfig):
     """How long to measure.
 
-    Single steps of a few milliseconds scatter by tens of percent: some fifty of them give a median
-    good to about 7%, hundreds one good to 2 to 3%.
+    A machine's state drifts: how plans of a few milliseconds compare differs by 8% between one
+    stretch of four seconds and the next. So it takes a minute to tell good plans apart, however
+    many steps that are.
     """
 
     warmup_steps: int = 3
     rounds: int = 9
     steps_per_round: int = 6
+    min_seconds: float = 0.0
+    """Rounds go on until the plans that take turns have together taken so long."""
     batches: int = 4
     """Different batches that the steps take turns with."""
     memory_steps: int = 0

@@ -41,10 +41,8 @@ TABLES_PATH = "tables"
 """Where the benchmark's model, which is nothing but tables, holds them."""
 MAX_EXHAUSTIVE = 400
 FINALISTS = 6
-FINAL_GROUPS = 3
-"""Worker groups in which the finalists meet."""
-FINAL_EFFORT = BenchEffort(rounds=20, steps_per_round=10)
-"""In each of them."""
+FINAL_EFFORT = BenchEffort(min_seconds=45)
+"""Of the run in which finalists meet."""
 _PROCESS_SEEDS = range(900, 903)
 
 
@@ -199,30 +197,14 @@ def fastest_plan(
 ) -> PlanDescription:
     """The fastest of a case's measured plans.
 
-    The fastest of many noisy medians was lucky: the first few meet again, in fresh processes.
+    The fastest of many noisy medians was lucky: the first few meet again, for longer.
     """
     order = sorted(range(len(case.plans)), key=lambda i: report.comparisons[i].measured_s)
     finalists = tuple(case.plans[i] for i in order[:FINALISTS])
     again = case.model_copy(update={"plans": finalists})
-    groups, effort = (1, BenchEffort()) if quick else (FINAL_GROUPS, FINAL_EFFORT)
-    steps = step_s_of_groups(again, cluster, effort, groups)
-    return finalists[steps.index(min(steps))]
-
-
-def step_s_of_groups(
-    case: BenchCase, cluster: ClusterConfig, effort: BenchEffort, groups: int
-) -> list[float]:
-    """Seconds of a step of each plan: the geometric mean over worker groups.
-
-    Where tables and threads happen to lie shifts a plan's times by a few percent for as long as a
-    process lives; more rounds within it do not average that out.
-    """
     group = cluster.model_copy(update={"num_workers": case.plans[0].world_size})
-    steps: list[list[float]] = [[] for _ in case.plans]
-    for _ in range(groups):
-        for run in run_cases([case], group, effort)[0]:
-            steps[run.plan_index].append(run.step_s)
-    return [statistics.geometric_mean(of_plan) for of_plan in steps]
+    runs, _ = run_cases([again], group, BenchEffort() if quick else FINAL_EFFORT)
+    return finalists[min(runs, key=lambda run: run.step_s).plan_index]
 
 
 def sampled_cases(

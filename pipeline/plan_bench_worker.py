@@ -79,6 +79,7 @@ def _measure(
             warmup=effort.warmup_steps,
             rounds=effort.rounds,
             steps_per_round=effort.steps_per_round,
+            min_seconds=effort.min_seconds,
         )
         measured += [
             MeasuredRun(

@@ -106,7 +106,7 @@ def two_tables() -> BenchCase:
 def test_measured_plans_fit_constants_that_predict_them(tmp_path: Path) -> None:
     case = with_plans(two_tables(), TWO, 5, seed=0)
     seen: list[tuple[int, int]] = []
-    effort = BenchEffort(rounds=4, memory_steps=2)
+    effort = BenchEffort(rounds=2, steps_per_round=4, memory_steps=2)
     cluster = ClusterConfig(num_workers=2)
     with RaySession(cluster) as session:
         session.start()

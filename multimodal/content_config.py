@@ -127,8 +127,11 @@ class Gradient(StrictConfig):
     sample_share: float = Field(default=0.1, gt=0, le=1)
     """Share of the history items, drawn anew every step."""
     max_items_per_step: PositiveInt | None = 512
-    """Bound on encoded items per rank: candidates first, then the sample; those beyond are read
-    from the bank. None: no bound."""
+    """Bound on encoded items per rank; those beyond are read from the bank, drawn anew every step.
+    None: no bound."""
+    history_share: float = Field(default=0.25, ge=0, lt=1)
+    """Part of the bound that candidates leave to history items where both do not fit. 0: candidates
+    first."""
     micro_batch_items: PositiveInt | None = None
     """Encode so many items at a time and recompute them in backward (activation checkpointing), so
     that memory does not grow with the number of items. None: all at once."""

@@ -12,12 +12,14 @@ from multimodal.content_config import Gradient
 def own_rows(items: ItemRows, policy: Gradient, generator: torch.Generator) -> Tensor:
     """Store rows, ascending, that this rank's batch wants encoded with gradient.
 
-    Candidates come first; where they alone are more than the bound, a random part of them.
+    Where that is more than the bound, items of histories get `policy.history_share` of it and what
+    candidates leave; candidates get the rest. Among the items of either kind all are equally likely
+    to be left out.
 
     Args:
         items: of the batch.
         policy: says which, and how many at most.
-        generator: draws the sample, on the CPU.
+        generator: draws, on the CPU; equal states choose equal rows.
     """
     is_candidate_U = torch.zeros(len(items.rows_U), dtype=torch.bool, device=items.rows_U.device)
     is_candidate_U[items.candidate_B] = True
@@ -30,9 +32,11 @@ def own_rows(items: ItemRows, policy: Gradient, generator: torch.Generator) -> T
             others = _draw(others, round(policy.sample_share * len(others)), generator)
         case "all":
             pass
-    if policy.max_items_per_step is not None:
-        candidates = _draw(candidates, policy.max_items_per_step, generator)
-        others = _draw(others, policy.max_items_per_step - len(candidates), generator)
+    bound = policy.max_items_per_step
+    if bound is not None:
+        kept_free = min(len(others), round(policy.history_share * bound), bound - 1)
+        candidates = _draw(candidates, bound - kept_free, generator)
+        others = _draw(others, bound - len(candidates), generator)
     return torch.cat([candidates, others]).sort().values
 
 

@@ -267,26 +267,87 @@ def test_batches_announced_from_the_cpu_are_encoded_on_the_gpu() -> None:
     torch.testing.assert_close(found, _bank_after_announced_steps(CPU), rtol=1e-3, atol=1e-4)
 
 
-def test_policies_choose_candidates_before_others_and_keep_the_bound() -> None:
-    candidates = torch.tensor([3, 3, 9, -1, 11])
-    events = torch.arange(20, 60)
-    items = ItemRows.of(candidates, {"past": (torch.cat([events, candidates]), torch.tensor([45]))})
-    own, others = {3, 9, 11}, set(events.tolist())
+def _chosen(batch: ItemRows, seed: int = 0, /, **policy: object) -> set[int]:
+    random = torch.Generator().manual_seed(seed)
+    found = own_rows(batch, Gradient.model_validate(policy), random)
+    assert found.equal(torch.unique(found))
+    return set(found.tolist())
 
-    def rows(generator_seed: int = 0, **policy: object) -> set[int]:
-        random = torch.Generator().manual_seed(generator_seed)
-        found = own_rows(items, Gradient.model_validate(policy), random)
-        assert found.equal(torch.unique(found))
-        return set(found.tolist())
 
-    assert rows(items="targets") == own
-    assert rows(items="all") == own | others
-    sampled = rows(items="targets+sample", sample_share=0.25)
+def _shown_and_remembered(candidates: Tensor, events: Tensor) -> ItemRows:
+    """Every sample's item, and one history that holds the candidates, too."""
+    past = torch.cat([events, candidates])
+    return ItemRows.of(candidates, {"past": (past, torch.tensor([len(past)]))})
+
+
+def test_policies_choose_candidates_and_history_items() -> None:
+    items = _shown_and_remembered(torch.tensor([3, 3, 9, -1, 11]), torch.arange(20, 60))
+    own, others = {3, 9, 11}, set(range(20, 60))
+
+    assert _chosen(items, items="targets") == own
+    assert _chosen(items, items="all") == own | others
+    sampled = _chosen(items, items="targets+sample", sample_share=0.25)
     assert own < sampled < own | others
     assert len(sampled) == len(own) + 10
-    assert rows(1, items="targets+sample", sample_share=0.25) != sampled
-    bounded = rows(items="all", max_items_per_step=7)
-    assert own < bounded
-    assert len(bounded) == 7
-    assert len(rows(items="all", max_items_per_step=2)) == 2
-    assert rows(items="targets+sample", max_items_per_step=2) < own
+    assert _chosen(items, 1, items="targets+sample", sample_share=0.25) != sampled
+
+
+def test_the_bound_is_shared_by_candidates_and_history_items() -> None:
+    few = _shown_and_remembered(torch.tensor([3, 9, 11]), torch.arange(20, 60))
+    many = _shown_and_remembered(torch.arange(20), torch.arange(20, 60))
+    alone = _shown_and_remembered(torch.arange(20), torch.arange(0))
+
+    def counts(items: ItemRows, **policy: object) -> tuple[int, int]:
+        """Candidates and history items of what is chosen."""
+        chosen = _chosen(items, items="targets+sample", sample_share=0.2, **policy)
+        return len([row for row in chosen if row < 20]), len([row for row in chosen if row >= 20])
+
+    assert counts(many, max_items_per_step=None) == (20, 8)
+    assert counts(many, max_items_per_step=28) == (20, 8)
+    assert counts(many, max_items_per_step=12) == (9, 3)
+    assert counts(many, max_items_per_step=12, history_share=0.5) == (6, 6)
+    assert counts(many, max_items_per_step=12, history_share=0) == (12, 0)
+    assert counts(many, max_items_per_step=1, history_share=0.9) == (1, 0)
+    # What one side leaves, the other takes.
+    assert counts(few, max_items_per_step=8) == (3, 5)
+    assert counts(few, max_items_per_step=100) == (3, 8)
+    assert counts(alone, max_items_per_step=12) == (12, 0)
+    assert len(_chosen(many, items="all", max_items_per_step=40)) == 40
+    assert len(_chosen(many, items="targets", max_items_per_step=12)) == 12
+
+
+def test_under_the_bound_all_items_of_a_kind_are_equally_likely() -> None:
+    items = _shown_and_remembered(torch.arange(10), torch.arange(10, 30))
+    policy = {"items": "targets+sample", "sample_share": 0.5, "max_items_per_step": 8}
+    num_draws = 4000
+    times = torch.zeros(30)
+    for seed in range(num_draws):
+        times[list(_chosen(items, seed, **policy))] += 1
+    # Six of ten candidates, two of twenty history items.
+    expected = torch.tensor([0.6] * 10 + [0.1] * 20) * num_draws
+    # Five standard deviations of a binomial: thirty of them stay within with probability 0.99998.
+    allowed = 5 * (expected * (1 - expected / num_draws)).sqrt()
+    assert ((times - expected).abs() < allowed).all(), times
+
+
+def test_what_is_drawn_depends_on_seed_step_and_rank_alone() -> None:
+    class Ranks(RankGroup):
+        def __init__(self, rank: int) -> None:
+            super().__init__()
+            self.rank = rank
+
+    items = _shown_and_remembered(torch.arange(8), torch.arange(8, 12))
+    policy = {"items": "targets+sample", "sample_share": 1.0, "max_items_per_step": 6}
+
+    def requested(seed: int = 0, step: int = 0, rank: int = 0) -> list[int]:
+        config = _config(**policy).model_copy(update={"seed": seed})
+        content, _ = _content(config)
+        content.step, content._ranks = step, Ranks(rank)
+        content.train(items)
+        assert content._current is not None
+        found: list[int] = content._current[0].tolist()
+        return found
+
+    assert requested() == requested()
+    different = [requested(), requested(seed=1), requested(step=1), requested(rank=1)]
+    assert len({tuple(rows) for rows in different}) == len(different)

@@ -24,11 +24,15 @@ pytestmark = pytest.mark.integration
 
 TOLERANCE = 1e-5
 SERVICE = {"kind": "service", "timeout_s": 30, "cpus_per_actor": 0}
+BOUNDED = {"items": "targets+sample", "sample_share": 0.5, "max_items_per_step": 6}
+"""Less than what a rank shows: it draws some of its candidates and of its history items."""
 ON_RANKS: dict[str, dict[str, Any]] = {
     "inline": {},
     "one_actor": {"placement": {**SERVICE, "num_actors": 1}},
     "two_actors": {"placement": {**SERVICE, "num_actors": 2}},
     "stale": {"placement": {**SERVICE, "staleness": 1}},
+    "bounded": {"gradient": BOUNDED},
+    "bounded_actors": {"gradient": BOUNDED, "placement": {**SERVICE, "num_actors": 2}},
 }
 
 
@@ -70,3 +74,11 @@ def test_every_placement_trains_what_one_process_trains(tmp_path: Path) -> None:
     assert stale["metrics"]["content/bank_age_steps"] == 1
     assert expected["metrics"]["content/bank_age_steps"] == 0
     assert len(expected["losses"]) == NUM_STEPS
+    # Who encodes what was drawn makes no difference to it.
+    drawn, of_actors = found["bounded"], found["bounded_actors"]
+    assert drawn["losses"] == pytest.approx(of_actors["losses"], abs=TOLERANCE)
+    for part in ("tables", "dense", "beside"):
+        assert difference(drawn[part], of_actors[part]) < TOLERANCE, part
+    assert difference(drawn["beside"], expected["beside"]) > 100 * TOLERANCE
+    assert 6 < drawn["metrics"]["content/encoded_items"] <= 12
+    assert drawn["metrics"]["content/bank_age_steps"] > 0

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deploy.cli import score
+from deploy.cli import export, score
 from embedding.errors import UserError
 from pipeline.cli import app
 from pipeline.failures import user_error
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pipeline.config import Recipe
     from pipeline.stages import StageOutput
 
+app.command()(export)
 app.command()(score)
 
 

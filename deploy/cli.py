@@ -1,4 +1,4 @@
-"""Commands on published bundles."""
+"""Commands that write and read bundles."""
 
 from pathlib import Path
 from typing import Annotated
@@ -53,3 +53,27 @@ def score(
             f"{scored.num_without_content} of them show an item without a content vector; "
             "--items FILE gives one to every item of a catalogue"
         )
+
+
+def export(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Output directory of the run.")],
+    date: Annotated[str, typer.Option("--date", "-d", help="Day the model was trained up to.")],
+    to: Annotated[Path, typer.Option("--to", help="Folder to write: not there yet, or empty.")],
+) -> None:
+    """Write the bundle of a trained day into a folder, whatever the gate says.
+
+    It is the bundle that `braid run` publishes: tables, dense weights, and the content encoder with
+    LoRA merged. What is published and in production stays as it is.
+    """
+    from rich.console import Console
+
+    from deploy.export import export_bundle
+
+    console = Console(highlight=False, soft_wrap=True)
+    exported = export_bundle(out, date, to)
+    for reason in exported.refused:
+        console.print(f"[yellow]![/] the gate refused this model: {reason}")
+    console.print(
+        f"{to}: bundle of {date}, {exported.num_rows} table rows, "
+        f"{exported.num_bytes / 2**20:.1f} MiB; score with braid score --bundle {to}"
+    )

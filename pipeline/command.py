@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Self
 
-import yaml
 from rich.box import SIMPLE
 from rich.table import Table
 
@@ -14,11 +13,11 @@ from pipeline.console import Reporter, duration, human
 from pipeline.days import available_days, parse_day, split_days
 from pipeline.plan_request import check_plan_files
 from pipeline.publication import Publish
+from pipeline.recipe import write_recipe
 from pipeline.registry import promote, promotions
 from pipeline.report import REPORT, write_report
 from pipeline.run import DayRun
 from pipeline.stages import STAGES
-from pipeline.status import RECIPE
 from pipeline.summary import SUMMARY, Summary, summarize, write_summary
 from pipeline.synthetic import ensure_data
 from ranking.evaluation import SliceMetrics
@@ -123,8 +122,7 @@ class Command:
     def _write_recipe(self, date: str) -> Path:
         directory = self.out / date
         directory.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False)
-        (directory / RECIPE).write_text(text)
+        write_recipe(self.recipe, directory)
         return directory
 
     def _refused(self, summary: Summary) -> bool:

@@ -15,6 +15,8 @@ from embedding.errors import UserError
 from pipeline.config import Recipe
 
 RECIPES = Path(__file__).parent / "recipes"
+RECIPE_FILE = "recipe.yaml"
+"""Of a run and of a training: the recipe with all overrides, as it was run."""
 
 
 def recipe_names() -> list[str]:
@@ -68,6 +70,27 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     except ValidationError as error:
         faults = [_sentence(fault, data) for fault in error.errors()]
         raise UserError(f"recipe {path.name}: " + "\n  ".join(faults)) from error
+
+
+def write_recipe(recipe: Recipe, directory: Path) -> None:
+    """Write the `recipe.yaml` of a directory."""
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    (directory / RECIPE_FILE).write_text(text)
+
+
+def read_recipe(directory: Path) -> Recipe:
+    """The recipe that was written into a directory.
+
+    Raises:
+        UserError: it is of another version of Braid.
+    """
+    path = directory / RECIPE_FILE
+    try:
+        return Recipe.model_validate(yaml.safe_load(path.read_text()))
+    except ValidationError as error:
+        raise UserError(
+            f"{path} is of another version of Braid; run the date again with this one"
+        ) from error
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:

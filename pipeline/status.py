@@ -3,21 +3,18 @@
 import json
 from pathlib import Path
 
-import yaml
-from pydantic import ValidationError
 from rich.table import Table
 
 from embedding.errors import UserError
 from pipeline.artifacts import read_manifest
 from pipeline.cluster import RaySession
-from pipeline.config import Recipe
 from pipeline.console import Reporter, duration, human
 from pipeline.publication import Publish
+from pipeline.recipe import RECIPE_FILE, read_recipe
 from pipeline.registry import production, published
 from pipeline.run import DayRun
 from pipeline.stages import STAGES, StageSpec, failure_file
 
-RECIPE = "recipe.yaml"
 _STYLE = {"current": "green", "stale": "yellow", "failed": "red", "missing": "dim"}
 
 
@@ -27,7 +24,7 @@ def status_table(out: Path, publish: Publish) -> Table:
     Raises:
         UserError: `out` holds no run.
     """
-    dates = sorted(path.parent.name for path in out.glob(f"????-??-??/{RECIPE}"))
+    dates = sorted(path.parent.name for path in out.glob(f"????-??-??/{RECIPE_FILE}"))
     if not dates:
         raise UserError(f"--out {out} holds no run; start one with `braid run --out {out} ...`")
     current = production(out)
@@ -53,10 +50,9 @@ def models_table(out: Path) -> Table:
 
 
 def _rows(out: Path, date: str, publish: Publish) -> list[tuple[str, ...]]:
-    text = (out / date / RECIPE).read_text()
     try:
-        recipe = Recipe.model_validate(yaml.safe_load(text))
-    except ValidationError:
+        recipe = read_recipe(out / date)
+    except UserError:
         note = "its recipe.yaml is of another version of Braid; run the date again to see more"
         return [(date, "", "[yellow]unknown[/]", "", "", note)]
     run = DayRun(

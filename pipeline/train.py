@@ -1,8 +1,8 @@
 """The train stage: a Ray Train worker group over the plan, followed line by line.
 
-Reads sample files, `plan.json` and the parent's checkpoint; writes `checkpoint/`, `metrics.jsonl`,
-`tensorboard/`, `logs/` and `result.json`. While it runs all of it lies in `resume/`, which outlives
-crashes of workers and of the driver.
+Reads sample files, `plan.json` and the parent's checkpoint; writes `checkpoint/`, `recipe.yaml`,
+`metrics.jsonl`, `tensorboard/`, `logs/` and `result.json`. While it runs all of it lies in
+`resume/`, which outlives crashes of workers and of the driver.
 """
 
 import logging
@@ -24,6 +24,7 @@ from pipeline.console import Reporter
 from pipeline.content_paths import ContentPaths
 from pipeline.follow import MetricsFollower
 from pipeline.plan import PLAN
+from pipeline.recipe import write_recipe
 from pipeline.stages import StageOutput
 from pipeline.warm_start_view import warm_start_line
 
@@ -197,6 +198,7 @@ def train(
     for name in (METRICS, TENSORBOARD, RESULT, LOGS):
         _link(job.resume / name, scratch / name)
     _link(job.checkpoints / result.checkpoint, scratch / CHECKPOINT / result.checkpoint)
+    write_recipe(recipe, scratch)
     if inputs.parent is not None and result.warm_start is not None:
         reporter.line(f"  {warm_start_line(result.warm_start, inputs.parent.parent.name)}")
     return StageOutput(

@@ -32,22 +32,13 @@ from tests.deploy.published import (
     catalogue_rows,
     item_row,
     settings,
-    train_and_publish,
     write_catalogue,
 )
-from tests.distributed import run_distributed
 from tests.pipeline.content_steps import NUM_ITEMS
 
 NEW, OTHER_NEW = 100, 101
 ACCURACY = 1e-5
 """Of vectors: LoRA folded into a weight rounds otherwise than beside it."""
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("published")
-    run_distributed(train_and_publish, 1, folder)
-    return folder
 
 
 def stored_vectors(folder: Path) -> Tensor:

@@ -1,0 +1,92 @@
+"""`braid export`: the bundle of a trained day in a folder of the user's, whatever the gate says.
+
+Reads DIR/<date>/train, and writes with the code of the publish stage; production stays as it is.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from deploy.publish import publish
+from embedding.errors import UserError
+from pipeline.artifacts import read_manifest
+from pipeline.lock import exclusive
+from pipeline.recipe import RECIPE_FILE, read_recipe
+from pipeline.registry import BUNDLE
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A bundle that was written."""
+
+    num_rows: int
+    """Of all tables."""
+    num_bytes: int
+    refused: tuple[str, ...]
+    """Why the gate refused the model; empty where it passed, or did not look at it."""
+
+
+def export_bundle(out: Path, date: str, folder: Path) -> Exported:
+    """Write the bundle of the model that was trained up to a date.
+
+    Args:
+        out: output directory of the run.
+        date: of the run, YYYY-MM-DD.
+        folder: a missing or an empty directory. It holds the whole bundle or nothing.
+
+    Raises:
+        UserError: nothing was trained, the folder holds something, or another run holds `out`.
+    """
+    train = _trained(out, date)
+    _check_free(folder)
+    with exclusive(out, f"braid export --date {date}"):
+        recipe = read_recipe(train)
+        partial = _scratch(folder)
+        try:
+            written = publish(recipe, train, partial)
+            _check_free(folder)
+            (partial / BUNDLE).rename(folder)  # an empty directory gives way
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    gate = read_manifest(out / date / "gate")
+    refused = () if gate is None or gate.facts["passed"] else tuple(gate.facts["reasons"])
+    return Exported(written.rows_out, written.facts["bytes"], refused)
+
+
+def _trained(out: Path, date: str) -> Path:
+    """The train artifact of a date."""
+    train = out / date / "train"
+    if read_manifest(train) is None:
+        known = sorted(path.parts[-3] for path in out.glob("????-??-??/train/manifest.json"))
+        raise UserError(
+            f"--date {date}: {out} holds no trained model of that date (trained are: "
+            f"{', '.join(known) or 'none'}); run `braid run --date {date} --out {out} ...` first"
+        )
+    if not (train / RECIPE_FILE).is_file():
+        raise UserError(
+            f"{train} does not hold the recipe it was trained with (an earlier version of Braid "
+            f"wrote it); remove that directory and run {date} again"
+        )
+    return train
+
+
+def _scratch(folder: Path) -> Path:
+    """An empty directory beside a folder."""
+    folder = folder.absolute()
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--to {folder} cannot be written: {error}; name another folder") from error
+    return partial
+
+
+def _check_free(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--to {folder} is a file; name a folder that is not there or is empty")
+    if folder.is_dir() and next(folder.iterdir(), None) is not None:
+        raise UserError(
+            f"--to {folder} is not empty, and export overwrites nothing; name another folder, or "
+            "remove this one first"
+        )

@@ -1,0 +1,148 @@
+"""An exported bundle is the published one, and lies in its folder whole or not at all."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from deploy import export
+from deploy.app import main
+from deploy.bundle import read_bundle
+from pipeline.artifacts import MANIFEST, Manifest
+from pipeline.lock import exclusive
+from pipeline.recipe import RECIPE_FILE, write_recipe
+from pipeline.train import CHECKPOINT
+from tests.deploy.published import settings
+from tests.pipeline.small_log import file_bytes
+
+DATE = "2024-01-02"
+
+
+@pytest.fixture
+def out(published: Path, tmp_path: Path) -> Path:
+    """An output directory with a trained day that no gate has looked at."""
+    train = tmp_path / "out" / DATE / "train"
+    shutil.copytree(published / "checkpoints", train / CHECKPOINT)
+    write_recipe(settings(), train)
+    write_manifest(train, Manifest(stage="train", artifact_id="t", config_hash="c"))
+    return tmp_path / "out"
+
+
+def artifacts(out: Path) -> dict[str, bytes]:
+    """All files of an output directory but those of its lock."""
+    return {name: data for name, data in file_bytes(out).items() if not name.startswith(".")}
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    directory.mkdir(exist_ok=True)
+    (directory / MANIFEST).write_text(manifest.model_dump_json())
+
+
+def command(out: Path, folder: Path, date: str = DATE) -> list[str]:
+    return ["export", "--out", str(out), "--date", date, "--to", str(folder)]
+
+
+def refused(capsys: pytest.CaptureFixture[str], code: int) -> str:
+    printed = capsys.readouterr().err.strip()
+    assert code == 2, printed
+    assert printed.startswith("error: ")
+    assert len(printed.splitlines()) == 1
+    return printed
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_the_folder_holds_the_bundle_that_would_be_published(
+    published: Path, out: Path, tmp_path: Path, is_there: bool
+) -> None:
+    folder = tmp_path / "handed" / "over"
+    if is_there:
+        folder.mkdir(parents=True)
+    before = artifacts(out)
+
+    assert main(command(out, folder)) == 0
+
+    assert file_bytes(folder) == file_bytes(published / "bundle")
+    assert read_bundle(folder).recipe == settings()
+    towers = [load_file(path) for path in folder.glob("encoder/*/model.safetensors")]
+    assert len(towers) == 2
+    assert not [name for tower in towers for name in tower if "lora" in name]
+    assert [path.name for path in folder.parent.iterdir()] == ["over"]
+    assert artifacts(out) == before, "neither published nor promoted"
+
+
+def test_a_refused_model_is_exported_and_the_reason_said(
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    decision = {"passed": False, "reasons": ["click: auc 0.4000 is below gate.min_auc=0.5"]}
+    manifest = Manifest(stage="gate", artifact_id="g", config_hash="c", facts=decision)
+    write_manifest(out / DATE / "gate", manifest)
+
+    assert main(command(out, tmp_path / "bundle")) == 0
+
+    printed = capsys.readouterr().out
+    assert "the gate refused this model: click: auc 0.4000 is below" in printed
+    assert read_bundle(tmp_path / "bundle").tables
+
+
+def test_a_folder_that_holds_something_is_left_alone(
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, file = tmp_path / "full", tmp_path / "file"
+    folder.mkdir()
+    (folder / "theirs").write_text("kept")
+    file.write_text("kept")
+
+    assert f"--to {folder} is not empty" in refused(capsys, main(command(out, folder)))
+    assert f"--to {file} is a file" in refused(capsys, main(command(out, file)))
+    assert f"--to {file / 'in'} cannot be written" in refused(
+        capsys, main(command(out, file / "in"))
+    )
+    assert file_bytes(folder) == {"theirs": b"kept"}
+    assert file.read_text() == "kept"
+
+
+def test_a_failed_export_leaves_nothing(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(recipe: object, train: Path, scratch: Path) -> None:
+        (scratch / "bundle").mkdir()
+        raise OSError("the disk is gone")
+
+    folder = tmp_path / "to" / "bundle"
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "publish", half)
+        assert main(command(out, folder)) == 1
+    assert list(folder.parent.iterdir()) == []
+    # What a killed one left is no hindrance.
+    (folder.parent / ".bundle.partial").mkdir()
+    assert main(command(out, folder)) == 0
+    assert [path.name for path in folder.parent.iterdir()] == ["bundle"]
+
+
+def test_a_day_without_a_trained_model_is_refused(
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = refused(capsys, main(command(out, tmp_path / "bundle", "2024-01-03")))
+    assert "no trained model of that date (trained are: 2024-01-02); run `braid run" in other
+    nowhere = tmp_path / "nowhere"
+    assert "trained are: none" in refused(capsys, main(command(nowhere, tmp_path / "bundle")))
+    assert not nowhere.exists()
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_training_without_its_recipe_is_refused(
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (out / DATE / "train" / RECIPE_FILE).unlink()
+    error = refused(capsys, main(command(out, tmp_path / "bundle")))
+    assert "remove that directory and run 2024-01-02 again" in error
+
+
+def test_an_output_directory_in_use_is_refused(
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with exclusive(out, "braid run"):
+        error = refused(capsys, main(command(out, tmp_path / "bundle")))
+    assert "is in use by `braid run`" in error
+    assert not (tmp_path / "bundle").exists()

@@ -1,9 +1,10 @@
 """Which features of a schema hold item ids. Imports nothing heavy, for checks without torch."""
 
-from embedding.config import FeatureSchema
+from embedding.config import FeatureSchema, SparseFeature
 from embedding.errors import UserError
 
 _ITEM_ID = "item_id"
+_OF_EVENTS = ("events", "items")
 
 
 def item_sequences(schema: FeatureSchema) -> dict[str, str]:
@@ -28,16 +29,22 @@ def item_sequences(schema: FeatureSchema) -> dict[str, str]:
     return found
 
 
+def candidate_feature(schema: FeatureSchema) -> SparseFeature | None:
+    """The sparse feature that looks up the candidate's id; None where there is none."""
+    wanted = (f for f in schema.sparse if f.column_name == _ITEM_ID and f.source in _OF_EVENTS)
+    return next(wanted, None)
+
+
 def candidate_field(schema: FeatureSchema) -> str:
-    """The sparse feature that looks up the candidate's id.
+    """The name of that feature.
 
     Raises:
         UserError: there is none.
     """
-    found = [f.name for f in schema.sparse if f.column_name == _ITEM_ID and f.source != "users"]
-    if not found:
+    found = candidate_feature(schema)
+    if found is None:
         raise UserError(
             "content.cic compares an item's content with the embedding of its id, and no sparse "
             "feature reads item_id; add one to features.sparse, or set content.cic to null"
         )
-    return found[0]
+    return found.name

@@ -22,6 +22,7 @@ from embedding.config import (
     SparseFeature,
     TableConfig,
 )
+from embedding.item_columns import candidate_feature
 from multimodal.codes_config import Codes
 
 
@@ -192,9 +193,9 @@ def _depths(codes: Codes) -> range:
 
 
 def _item_table(own: FeatureSchema) -> str:
-    for feature in own.sparse:
-        if feature.column_name == "item_id" and feature.source in ("events", "items"):
-            return feature.table
+    feature = candidate_feature(own)
+    if feature is not None:
+        return feature.table
     raise ValueError(
         "codes: the ids of shared items need a table, and no sparse feature reads item_id; add "
         "one, name a table in codes.features.item_table, or leave `shared` out of "

@@ -5,7 +5,7 @@ factorisation model on day one), so a pair is two items that behaviour holds for
 encoder then learns to hold them for alike too.
 """
 
-# Shapes: B targets, N past events of all targets, D vector dim.
+# Shapes: B targets, N items or past events of all targets, R vectors, D vector dim.
 
 from dataclasses import dataclass
 
@@ -19,23 +19,32 @@ _EVENTS_PER_BLOCK = 1 << 18
 
 @dataclass(frozen=True)
 class IdVectors:
-    """Item vectors by id."""
+    """Item vectors by id. Items may share one: a hashed table has fewer rows than there are ids."""
 
-    sorted_ids: Int64Array
-    unit_ND: Float32Array
+    sorted_ids_N: Int64Array
+    rows_N: Int64Array
+    """Row of each of these ids."""
+    unit_RD: Float32Array
 
     @classmethod
     def of(cls, item_ids_N: Int64Array, vectors_ND: FloatArray) -> "IdVectors":
-        """Vectors in any order of their ids; lengths do not matter."""
-        order = np.argsort(item_ids_N, kind="stable")
-        return cls(item_ids_N[order], unit_rows(vectors_ND[order]))
+        """A vector an item, in any order of ids; lengths do not matter."""
+        return cls.shared(item_ids_N, np.arange(len(item_ids_N)), vectors_ND)
 
-    def positions(self, ids: Int64Array) -> Int64Array:
+    @classmethod
+    def shared(
+        cls, item_ids_N: Int64Array, rows_N: Int64Array, vectors_RD: FloatArray
+    ) -> "IdVectors":
+        """The vector of item n is row `rows_N[n]`; ids in any order, lengths do not matter."""
+        order = np.argsort(item_ids_N, kind="stable")
+        return cls(item_ids_N[order], rows_N[order], unit_rows(vectors_RD))
+
+    def rows_of(self, ids: Int64Array) -> Int64Array:
         """Row of each id, -1 for unknown ones."""
-        if not len(self.sorted_ids):
+        if not len(self.sorted_ids_N):
             return np.full(len(ids), -1, np.int64)
-        at = np.minimum(np.searchsorted(self.sorted_ids, ids), len(self.sorted_ids) - 1)
-        return np.asarray(np.where(self.sorted_ids[at] == ids, at, -1))
+        at = np.minimum(np.searchsorted(self.sorted_ids_N, ids), len(self.sorted_ids_N) - 1)
+        return np.asarray(np.where(self.sorted_ids_N[at] == ids, self.rows_N[at], -1))
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,8 @@ def trigger_pairs(
 ) -> TriggerPairs:
     """The most similar past item of every target; among equals the latest.
 
-    The target itself is no trigger of its own, and items without an ID vector are passed over.
+    Items without a vector are passed over, and so are those that share the target's: first of all
+    the target itself.
 
     Args:
         target_ids_B: items of positive events of the training period.
@@ -72,7 +82,7 @@ def trigger_pairs(
     """
     ends = offsets[1:]
     starts = np.maximum(offsets[:-1], ends - config.max_history)
-    target_at = vectors.positions(target_ids_B)
+    target_at = vectors.rows_of(target_ids_B)
     lengths = np.where(target_at >= 0, ends - starts, 0)
     best = np.full(len(target_ids_B), -1, np.int64)
     score = np.full(len(target_ids_B), -np.inf, np.float32)
@@ -110,9 +120,9 @@ def _best_past(
     length = lengths[has]
     first = np.concatenate([[0], np.cumsum(length)[:-1]])
     events = np.arange(length.sum()) + np.repeat(starts[has] - first, length)
-    past_at = vectors.positions(past_ids_N[events])
+    past_at = vectors.rows_of(past_ids_N[events])
     own_at = np.repeat(target_at[has], length)
-    similar = np.einsum("nd,nd->n", vectors.unit_ND[past_at], vectors.unit_ND[own_at])
+    similar = np.einsum("nd,nd->n", vectors.unit_RD[past_at], vectors.unit_RD[own_at])
     similar[(past_at < 0) | (past_at == own_at)] = -np.inf
     top = np.maximum.reduceat(similar, first)
     # The last event that reaches the maximum.

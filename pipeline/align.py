@@ -29,8 +29,10 @@ from multimodal.stored_content import StoredContent
 from multimodal.token_store import NO_ROW
 from pipeline.artifacts import config_hash
 from pipeline.content import ContentFacts
-from pipeline.id_vectors import id_vectors
-from pipeline.mine_pairs import PairFacts, PairSource, mine_pairs, plan_mining
+from pipeline.id_vectors import IdSpace, id_space
+from pipeline.mine_pairs import PairFacts, mine_pairs, plan_mining
+from pipeline.positives import PairSource
+from pipeline.ranker_vectors import RankerItems
 
 ENCODER = "encoder.safetensors"
 IDS, VECTORS = "item_ids.npy", "vectors.npy"
@@ -100,14 +102,25 @@ def encoder_config(source: AlignedVectors | TowerVectors, content: ContentConfig
     return content.model_copy(update={"gradient": gradient})
 
 
-def mine(source: PairSource, config: AlignedVectors, scratch: Path) -> PairFacts:
+def mine(
+    source: PairSource, config: AlignedVectors, ranker: RankerItems | None, scratch: Path
+) -> PairFacts:
     """Write the pairs of the training days; needs an initialised Ray.
 
+    Args:
+        source: positives of the training days.
+        config: which pairs.
+        ranker: whose item table says which items are alike; None: positives are factorised.
+        scratch: an existing directory.
+
     Raises:
-        UserError: there are none.
+        UserError: there are no pairs.
     """
-    vectors = id_vectors(source, config.seed) if config.user2item else None
-    plan = plan_mining(source, config.swing, config.user2item or User2Item(), vectors, scratch)
+    space = IdSpace(None, None)
+    if config.user2item is not None:
+        space = id_space(source, ranker, scratch, config.seed)
+    user2item = config.user2item or User2Item()
+    plan = plan_mining(source, config.swing, user2item, space.vectors, scratch)
     facts = mine_pairs(plan)
     if not facts.item2item_pairs + facts.user2item_pairs:
         raise UserError(
@@ -117,7 +130,7 @@ def mine(source: PairSource, config: AlignedVectors, scratch: Path) -> PairFacts
             "codes.vectors.swing.min_common_users, name another history in codes.vectors.history, "
             "or set codes.vectors.kind=towers"
         )
-    return facts
+    return facts.model_copy(update={"id_space": space.kind})
 
 
 def changed_rows(index: Path, earlier: Path | None) -> Int64Array:

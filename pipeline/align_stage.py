@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from embedding.item_columns import candidate_feature
 from multimodal.codes_config import AlignedVectors, ColumnVectors, TowerVectors
 from multimodal.content_config import ContentConfig
 from pipeline.align import (
@@ -36,11 +37,14 @@ from pipeline.console import Reporter
 from pipeline.content import STORES, ContentFacts, check_content, content
 from pipeline.days import parse_day
 from pipeline.item_vectors import CatalogueVectors
-from pipeline.mine_pairs import PairFacts, PairSource
+from pipeline.mine_pairs import PairFacts
+from pipeline.positives import PairSource
+from pipeline.ranker_vectors import RankerItems
 from pipeline.stages import StageOutput, StageSpec
-from pipeline.train import run_workers
+from pipeline.train import CHECKPOINT, run_workers
 
 STAGE = "align"
+_SPACES = {"ranker": "the item table of the ranker", "factorisation": "a factorisation"}
 _OF_THE_RANKER = {"gradient", "cic", "optimizer", "placement", "tokens", "in_history"}
 """Settings of content that an alignment does not depend on."""
 
@@ -88,17 +92,21 @@ class AlignmentOfDay:
             manifest.facts["num_without_content"],
         )
 
-    def spec(self, catalogue: str, ingests: tuple[Path, ...]) -> StageSpec:
+    def spec(self, catalogue: str, ingests: tuple[Path, ...], parent: str | None) -> StageSpec:
         """The execution of the stage.
 
         Args:
             catalogue: fingerprint of the files of items and users.
             ingests: ingest artifacts that hold the training days, oldest first.
+            parent: date of the run whose ranker this one starts from.
         """
         previous = self._previous()
         inputs = {"catalogue": catalogue}
+        ranker = self._ranker(parent)
         if isinstance(self.source, AlignedVectors):
             inputs["ingest"] = _artifact_id(ingests[-1])
+        if ranker is not None:
+            inputs["ranker"] = _artifact_id(ranker.checkpoints.parent)
         if previous is not None:
             inputs["previous"] = _artifact_id(previous)
         config: dict[str, Any] = {"settings": self._settings(), "days": self.training_days}
@@ -109,11 +117,15 @@ class AlignmentOfDay:
             self.directory,
             config,
             inputs,
-            lambda scratch: self._write(scratch, previous, ingests),
+            lambda scratch: self._write(scratch, previous, ingests, ranker),
         )
 
     def _write(
-        self, scratch: Path, previous: Path | None, ingests: tuple[Path, ...]
+        self,
+        scratch: Path,
+        previous: Path | None,
+        ingests: tuple[Path, ...],
+        ranker: RankerItems | None,
     ) -> StageOutput:
         checked = check_content(self.content, self.recipe.data.root)  # faults show before Ray
         self.session.start()
@@ -125,7 +137,8 @@ class AlignmentOfDay:
         pairs = None
         if trains and isinstance(self.source, AlignedVectors):
             (scratch / PAIRS).mkdir()
-            pairs = mine(self._pair_source(ingests), self.source, scratch / PAIRS)
+            source = self._pair_source(ingests)
+            pairs = mine(source, self.source, ranker, scratch / PAIRS)
         job = self._job(scratch, earlier, trains=trains)
         # A new encoder moves all vectors.
         known = None if trains else earlier
@@ -174,10 +187,11 @@ class AlignmentOfDay:
         if job.training is not None:
             path = job.output / RESULT
             training = AlignmentResult.model_validate_json(path.read_text())
+            assert pairs is not None
+            by = f" (alike by {_SPACES[pairs.id_space]})" if pairs.id_space else ""
             self.reporter.line(
-                f"  aligned on {pairs.item2item_pairs if pairs else 0} item2item and "
-                f"{pairs.user2item_pairs if pairs else 0} user2item pairs: loss "
-                f"{training.first_loss:.3f} -> {training.last_loss:.3f}"
+                f"  aligned on {pairs.item2item_pairs} item2item and {pairs.user2item_pairs} "
+                f"user2item pairs{by}: loss {training.first_loss:.3f} -> {training.last_loss:.3f}"
             )
         manifest = None if known is None else read_manifest(known)
         trained_on = self.training_days[-1] if training else None
@@ -201,6 +215,23 @@ class AlignmentOfDay:
         history = next(h for h in histories if h.name == wanted)
         held_out = self.recipe.evaluation.held_out_items
         return PairSource(ingests, self.training_days, history, held_out)
+
+    def _ranker(self, parent: str | None) -> RankerItems | None:
+        """The items of the ranker that this run starts from; None where pairs need none."""
+        features = self.recipe.features
+        looked_up = candidate_feature(features)
+        source = self.source
+        wanted = isinstance(source, AlignedVectors) and source.user2item is not None
+        if parent is None or looked_up is None or not wanted:
+            return None
+        trained = read_manifest(self.out / parent / "train")
+        assert trained is not None
+        return RankerItems(
+            checkpoints=self.out / parent / "train" / CHECKPOINT,
+            table=features.table(looked_up.table),
+            counts=self.out / parent / "ingest" / "item_counts.parquet",
+            last_day=trained.facts["days"][-1],
+        )
 
     def _is_due(self, earlier: Path | None) -> bool:
         if earlier is None:

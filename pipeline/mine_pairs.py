@@ -14,28 +14,23 @@ number of either.
 
 import shutil
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
-from math import gcd
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from embedding.config import HistoryConfig, StrictConfig
+from embedding.config import StrictConfig
 from embedding.errors import UserError
 from embedding.raw_ids import Int64Array, mix64
 from multimodal.codes_config import Swing, User2Item
 from multimodal.swing import UserLists, join_lists, swing_pairs, user_lists
 from multimodal.triggers import IdVectors, TriggerPairs, trigger_pairs
-from pipeline.buckets import bucket_file, history_column
-from pipeline.config import HeldOutItems
-from pipeline.contract import open_parquet
-from pipeline.held_out import is_held_out
-from pipeline.ingest import STATE_FILE, IngestState
-from pipeline.partition import read_bucket, user_buckets
+from pipeline.partition import read_bucket
+from pipeline.positives import PairSource, read_positives
 from pipeline.tasks import stream_tasks
 
 ROWS_PER_PARTITION = 1 << 20
@@ -64,22 +59,11 @@ class PairFacts(StrictConfig):
     user2item_pairs: int
     user2item_without: dict[str, int]
     """Positives without a trigger, by reason."""
+    id_space: Literal["ranker", "factorisation"] | None = None
+    """What user2item pairs are alike by: the item table of the ranker that the run started from, or
+    a factorisation of positives; None: such pairs were not asked for."""
     examples: tuple[tuple[int, int, float], ...]
     """Most similar item2item pairs: item, neighbour, similarity."""
-
-
-@dataclass(frozen=True)
-class PairSource:
-    """Events to mine: the training period and nothing behind it."""
-
-    artifacts: tuple[Path, ...]
-    """Ingest artifacts, oldest first."""
-    days: tuple[str, ...]
-    """Days of the training period; events of others are not read."""
-    history: HistoryConfig
-    """Positives are the events that enter it; its lists hold the earlier positives."""
-    held_out: HeldOutItems | None = None
-    """Items kept from training: no pair holds them."""
 
 
 @dataclass(frozen=True)
@@ -127,17 +111,8 @@ def plan_mining(
     Raises:
         UserError: the period holds no events.
     """
-    buckets = {
-        path: IngestState.model_validate_json((path / STATE_FILE).read_text()).num_buckets
-        for path in source.artifacts
-    }
-    files = [
-        file
-        for path in source.artifacts
-        for day in source.days
-        for file in (path / "events" / f"dt={day}").glob("*.parquet")
-    ]
-    rows = sum(pq.read_metadata(file).num_rows for file in files)
+    buckets = source.read_buckets()
+    rows = source.num_events()
     if not rows:
         raise UserError(
             f"no events between {source.days[0]} and {source.days[-1]} in "
@@ -185,7 +160,7 @@ def mine_pairs(plan: MiningPlan) -> PairFacts:
 
 def mine_bucket(bucket: int, plan: MiningPlan) -> _BucketFacts:
     """Item lists and User2Item pairs of one bucket of users."""
-    events = _positives(bucket, plan)
+    events = read_positives(plan.source, bucket, plan.buckets, with_past=True)
     lists = user_lists(events["user_id"].to_numpy(), events["item_id"].to_numpy(), plan.swing)
     _write_lists(lists, plan.scratch / "lists" / f"bucket-{bucket:04d}.arrow", plan.num_partitions)
     pairs, without = 0, {}
@@ -232,46 +207,8 @@ def item_partitions(item_ids: Int64Array, num_partitions: int) -> Int64Array:
     return np.asarray((mix64(item_ids) % np.uint64(num_partitions)).astype(np.int64))
 
 
-def _positives(bucket: int, plan: MiningPlan) -> pa.Table:
-    """Positives of the bucket's users in the training period, with their earlier positives."""
-    past = history_column(plan.source.history.name, "item_id")
-    label = plan.source.history.label
-    names = ["user_id", "item_id", past, *([label] if label else [])]
-    tables = []
-    for path, num_buckets in plan.buckets.items():
-        # bucket = h mod n and other = h mod m hold for one h only if they agree modulo gcd(n, m).
-        step = gcd(plan.num_buckets, num_buckets)
-        for day in plan.source.days:
-            for other in range(bucket % step, num_buckets, step):
-                file = path / "events" / f"dt={day}" / bucket_file(other)
-                if file.exists():
-                    tables.append(read_positives(file, names, label))
-    if not tables:
-        empty = pa.array([], pa.int64())
-        return pa.table({"user_id": empty, "item_id": empty, past: pa.array([], _LISTS[2].type)})
-    events = without_held_out(pa.concat_tables(tables), plan.source.held_out)
-    mine = user_buckets(events["user_id"].to_numpy(), plan.num_buckets) == bucket
-    return events.filter(pa.array(mine)).combine_chunks()
-
-
-def read_positives(path: Path, names: Sequence[str], label: str | None) -> pa.Table:
-    """Some columns of the positives of one event file."""
-    with open_parquet(path) as file:
-        events = file.read(list(names), use_threads=False)
-    if label is None:
-        return events
-    return events.filter(pc.fill_null(pc.equal(events[label], 1), False)).drop_columns(label)
-
-
-def without_held_out(events: pa.Table, held_out: HeldOutItems | None) -> pa.Table:
-    """The events of the other items."""
-    if held_out is None:
-        return events
-    return events.filter(pa.array(~is_held_out(events["item_id"].to_numpy(), held_out)))
-
-
 def _triggers(events: pa.Table, vectors: IdVectors, plan: MiningPlan) -> TriggerPairs:
-    past = events[history_column(plan.source.history.name, "item_id")].combine_chunks()
+    past = events[plan.source.past].combine_chunks()
     lengths = pc.list_value_length(past).to_numpy(zero_copy_only=False).astype(np.int64)
     return trigger_pairs(
         events["item_id"].to_numpy(),

@@ -75,18 +75,21 @@ class CodesOfDay:
             return None
         return CodebookChange(root=(self.out / CODEBOOKS).absolute(), before=before, after=after)
 
-    def specs(self, name: str, catalogue: str, ingests: tuple[Path, ...]) -> Iterator[StageSpec]:
+    def specs(
+        self, name: str, catalogue: str, ingests: tuple[Path, ...], parent: str | None
+    ) -> Iterator[StageSpec]:
         """The execution of `align`, where vectors are made, or of `quantize`.
 
         Args:
             name: of the stage; those before it must have run.
             catalogue: fingerprint of the files of items and users.
             ingests: ingest artifacts that hold the training days, oldest first.
+            parent: date of the run whose model this one starts from.
         """
         if name == STAGE:
             yield self._spec(catalogue)
         elif self.alignment is not None:
-            yield self.alignment.spec(catalogue, ingests)
+            yield self.alignment.spec(catalogue, ingests, parent)
 
     def _spec(self, catalogue: str) -> StageSpec:
         codes = self.recipe.codes

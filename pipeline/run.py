@@ -233,7 +233,7 @@ class DayRun:
     def _codes(self, name: str) -> Iterator[StageSpec]:
         if self.codes is not None:
             ingests = tuple(self.directory("ingest", last) for last in self._chain())
-            yield from self.codes.specs(name, self._catalogue, ingests)
+            yield from self.codes.specs(name, self._catalogue, ingests, self.parent())
 
     def _join(self, span: Span) -> StageSpec:
         last = span.days[-1]

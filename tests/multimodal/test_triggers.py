@@ -72,3 +72,15 @@ def test_without_targets_or_vectors_nothing_is_found() -> None:
     assert not len(trigger_pairs(none, np.zeros(1, np.int64), none, empty, User2Item()).rows)
     pairs = trigger_pairs(np.array([5]), np.array([0, 1]), np.array([6]), empty, User2Item())
     assert pairs.counts["target_without_vector"] == 1
+
+
+def test_an_item_that_shares_its_row_with_the_target_is_no_trigger() -> None:
+    """In a hashed table its vector is the target's own, and says nothing."""
+    rows = np.array([0, 1, 0, 2])
+    table = IdVectors.shared(np.array([40, 10, 20, 30]), rows, np.eye(3, dtype=np.float32))
+    assert table.rows_of(np.array([10, 20, 30, 40, 50])).tolist() == [1, 0, 2, 0, -1]
+    pairs = trigger_pairs(
+        np.array([40, 40]), np.array([0, 2, 3]), np.array([10, 20, 20]), table, User2Item()
+    )
+    assert pairs.triggers.tolist() == [10]
+    assert pairs.counts["no_other_item_with_vector"] == 1

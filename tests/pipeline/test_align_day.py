@@ -36,7 +36,10 @@ CODES = {
 
 @dataclass(frozen=True)
 class Days:
-    """Three days up to their codes; a text changes before the second, the third trains."""
+    """Three days up to their codes; a text changes before the second, the third aligns anew.
+
+    The second trains a ranker, too.
+    """
 
     folder: Path
 
@@ -49,10 +52,10 @@ class Days:
         ids, x = np.load(folder / "item_ids.npy"), np.load(folder / "vectors.npy")
         return dict(zip(ids.tolist(), x, strict=True))
 
-    def run(self, day: int, *overrides: str) -> int:
+    def run(self, day: int, *overrides: str, stage: str = "quantize") -> int:
         sets = [part for override in overrides for part in ("--set", override)]
         recipe = ["--recipe", str(self.folder / "coded.yaml"), "--date", DAYS[day]]
-        return main(["stage", "quantize", *recipe, "--out", str(self.folder / "runs"), *sets])
+        return main(["stage", stage, *recipe, "--out", str(self.folder / "runs"), *sets])
 
 
 def write_texts(root: Path, *, edited: bool) -> None:
@@ -83,7 +86,7 @@ def days(tmp_path_factory: pytest.TempPathFactory) -> Days:
     (days.folder / "coded.yaml").write_text(yaml.safe_dump(recipe))
     assert days.run(0) == 0
     write_texts(root, edited=True)
-    assert days.run(1) == 0
+    assert days.run(1, stage="train") == 0
     assert days.run(2, "codes.vectors.realign_every_days=1") == 0
     return days
 
@@ -94,6 +97,7 @@ def test_the_first_day_trains_on_its_pairs_and_encodes_all(days: Days) -> None:
     assert facts["training"]["steps"] == 12
     assert facts["training"]["last_loss"] < facts["training"]["first_loss"]
     assert facts["pairs"]["user2item_pairs"] > 0
+    assert facts["pairs"]["id_space"] == "factorisation"
     assert facts["pairs"]["last_day"] == DAYS[0]
     counts = (facts["num_items"], facts["num_without_content"], facts["num_encoded"])
     assert counts == (NUM_ITEMS - 1, 1, NUM_ITEMS - 1)
@@ -118,6 +122,12 @@ def test_a_new_encoder_moves_all_vectors_and_codes_go_on(days: Days) -> None:
     assert facts["trained_on"] == DAYS[2]
     assert facts["training"]["steps"] == 4
     assert facts["pairs"]["item2item_pairs"] > 0
+    assert facts["pairs"]["user2item_pairs"] > 0
+    assert facts["pairs"]["id_space"] == "ranker"
+    path = days.folder / "runs" / DAYS[2] / "align" / "manifest.json"
+    trained = days.folder / "runs" / DAYS[1] / "train" / "manifest.json"
+    inputs = json.loads(path.read_text())["inputs"]
+    assert inputs["ranker"] == json.loads(trained.read_text())["artifact_id"]
     assert facts["encoder"] != days.facts(1, "align")["encoder"]
     assert facts["num_encoded"] == NUM_ITEMS - 1
     quantized = days.facts(2, "quantize")

@@ -16,7 +16,8 @@ from multimodal.triggers import IdVectors
 from pipeline import ingest as ingest_module
 from pipeline import mine_pairs as mining
 from pipeline.ingest import check_span, ingest
-from pipeline.mine_pairs import MiningPlan, PairFacts, PairSource, mine_pairs, plan_mining
+from pipeline.mine_pairs import MiningPlan, PairFacts, mine_pairs, plan_mining
+from pipeline.positives import PairSource
 
 SWING = Swing(min_common_users=2, num_neighbours=100)
 CLICKS = HistoryConfig(name="clicks", label="click", max_length=3)
@@ -110,7 +111,7 @@ def test_user_pairs_equal_a_loop_over_histories(tmp_path: Path, log: list[Row]) 
     facts = mine(tmp_path, "pairs", days=DAYS[:3])
 
     table = vectors()
-    unit = dict(zip(table.sorted_ids.tolist(), table.unit_ND, strict=True))
+    unit = dict(zip(table.sorted_ids_N.tolist(), table.unit_RD[table.rows_N], strict=True))
     expected = []
     for row in log[:450]:
         if row["click"] != 1 or row["item_id"] not in unit:

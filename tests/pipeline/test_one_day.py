@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from small_log import DAYS, event, make_recipe, write_catalogue, write_day
+from small_log import DAYS, event, file_bytes, make_recipe, write_catalogue, write_day
 
 from deploy.app import main
 from pipeline.summary import Summary
@@ -81,6 +81,12 @@ def test_scores_of_the_bundle_equal_the_trainers_predictions(day: Day) -> None:
         rtol=1e-6,  # float32; batches are cut differently
     )
     assert len(set(scored["probability:click"].to_pylist())) > 10
+
+
+def test_an_exported_bundle_is_the_published_one(day: Day, tmp_path: Path) -> None:
+    to = tmp_path / "handed-over"
+    assert main(["export", "--out", str(day.out), "--date", DAYS[0], "--to", str(to)]) == 0
+    assert file_bytes(to) == file_bytes(day.out / DAYS[0] / "publish" / "bundle")
 
 
 def test_bundle_holds_no_pickle_and_a_damaged_file_is_named(

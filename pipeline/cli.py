@@ -115,7 +115,12 @@ def study(  # noqa: PLR0913 # a command's parameters are its options
     """Compare variants of a recipe over seeds: mean, 95% interval, paired differences."""
     from pipeline.lock import exclusive
     from pipeline.study import Study, read_variants
-    from pipeline.study_report import shown_metrics, study_table, write_study_report
+    from pipeline.study_report import (
+        shown_metrics,
+        slice_tables,
+        study_table,
+        write_study_report,
+    )
 
     chosen = read_variants(variants)
     with exclusive(out, f"braid study --recipe {recipe}"):
@@ -131,7 +136,7 @@ def study(  # noqa: PLR0913 # a command's parameters are its options
         result = work.run()
         metrics = shown_metrics(work.first, result, metric or ())
         report = write_study_report(result, metrics, out)
-    work.reporter.console.print(study_table(result, metrics))
+    work.reporter.console.print(study_table(result, metrics), *slice_tables(result))
     work.reporter.line(f"report  {report}")
     if json_file is not None:
         json_file.write_text(result.model_dump_json(indent=2))

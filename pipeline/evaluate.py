@@ -106,10 +106,13 @@ class Slices:
         index = np.searchsorted(self.item_ids, item_ids).clip(max=len(self.item_ids) - 1)
         events = np.where(self.item_ids[index] == item_ids, self.item_events[index], 0)
         threshold = np.quantile(self.item_events, 1 - self.config.popular_share)
+        cold, popular = events == 0, events >= max(threshold, 1)
+        rare = ~cold & (events <= self.config.rare_max_events)
         return {
-            "cold": events == 0,
-            "rare": (events > 0) & (events <= self.config.rare_max_events),
-            "popular": events >= max(threshold, 1),
+            "cold": cold,
+            "rare": rare,
+            "middle": ~(cold | rare | popular),
+            "popular": popular,
             "new_users": ~np.isin(user_ids, self.user_ids),
         }
 

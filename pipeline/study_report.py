@@ -1,7 +1,8 @@
 """The table and the page of a study."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.box import SIMPLE
@@ -33,25 +34,66 @@ def shown_metrics(recipe: Recipe, result: StudyResult, wanted: Sequence[str]) ->
 def study_table(result: StudyResult, metrics: Sequence[str]) -> Table:
     """One row a variant: mean and interval of every metric, and the difference to the first."""
     first = next(iter(result.variants))
-    table = Table(
-        title=f"{result.recipe} {result.date}, {len(result.seeds)} seeds: mean +- 95% interval; "
-        f"difference to {first}, paired by seed, bold where its interval excludes 0",
-        title_justify="left",
-        box=SIMPLE,
+    title = (
+        f"{result.recipe} {result.date}, {len(result.seeds)} seeds: mean +- 95% interval; "
+        f"difference to {first}, paired by seed, bold where its interval excludes 0"
     )
+    table = Table(title=title, title_justify="left", box=SIMPLE)
     table.add_column("variant", no_wrap=True)
     for metric in metrics:
         table.add_column(metric, justify="right", no_wrap=True)
         table.add_column("diff", justify="right", no_wrap=True)
-    for variant, found in result.variants.items():
-        cells = []
-        for metric in metrics:
-            cells.append(estimate(found.get(metric)))
-            difference = result.paired.get(variant, {}).get(metric)
-            text = signed(difference)
-            cells.append(f"[bold]{text}[/]" if difference and difference.sure else text)
-        table.add_row(variant, *cells)
+    for variant in result.variants:
+        table.add_row(variant, *_marked(_cells(result, variant, metrics)))
     return table
+
+
+def slice_tables(result: StudyResult) -> list[Table]:
+    """AUC by slice of the evaluated rows, a table a task: who gains, known items or new ones."""
+    return [_slice_table(result, task, metrics) for task, metrics in slice_metrics(result).items()]
+
+
+def slice_metrics(result: StudyResult) -> dict[str, dict[str, str]]:
+    """The AUC metric of every slice, by task and slice."""
+    found: dict[str, dict[str, str]] = {}
+    for variant in result.variants.values():
+        for name in variant:
+            task, _, part = name.removesuffix(".auc").partition(".")
+            if name.endswith(".auc") and part:
+                found.setdefault(task, {})[part] = name
+    return found
+
+
+def _slice_table(result: StudyResult, task: str, metrics: Mapping[str, str]) -> Table:
+    table = Table(title=f"{task}: AUC by slice", title_justify="left", box=SIMPLE)
+    for column in ("slice", "variant"):
+        table.add_column(column, no_wrap=True)
+    for column in ("rows", "auc", "diff"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, metric in metrics.items():
+        for variant, found in result.variants.items():
+            rows = found.get(f"{task}.{name}.num_rows")
+            shown = "-" if rows is None else f"{rows.mean:,.0f}"
+            is_first = variant == next(iter(result.variants))
+            cells = _marked(_cells(result, variant, [metric]))
+            table.add_row(name if is_first else "", variant, shown, *cells)
+    return table
+
+
+def _marked(cells: Iterable[tuple[str, Difference | None]]) -> Iterator[str]:
+    """For a terminal: bold where an interval excludes 0."""
+    for text, difference in cells:
+        shown = signed(difference)
+        yield text
+        yield f"[bold]{shown}[/]" if difference and difference.sure else shown
+
+
+def _cells(
+    result: StudyResult, variant: str, metrics: Iterable[str]
+) -> list[tuple[str, Difference | None]]:
+    """Every metric of a variant, and its difference to the first."""
+    found, paired = result.variants[variant], result.paired.get(variant, {})
+    return [(estimate(found.get(metric)), paired.get(metric)) for metric in metrics]
 
 
 def write_study_report(result: StudyResult, metrics: Sequence[str], directory: Path) -> Path:
@@ -61,17 +103,13 @@ def write_study_report(result: StudyResult, metrics: Sequence[str], directory: P
     )
     page = environment.get_template("study.html.j2").render(
         result=result,
-        metrics=metrics,
         first=next(iter(result.variants)),
-        rows=[
-            {
-                "name": name,
-                "overrides": result.overrides[name],
-                "cells": [
-                    (estimate(found.get(m)), result.paired.get(name, {}).get(m)) for m in metrics
-                ],
-            }
-            for name, found in result.variants.items()
+        tables=[
+            _section(result, "Variants", {metric: metric for metric in metrics}),
+            *(
+                _section(result, f"{task}: AUC by slice", _with_rows(result, task, columns))
+                for task, columns in slice_metrics(result).items()
+            ),
         ],
         charts=[(metric, _chart(result, metric)) for metric in metrics],
         signed=signed,
@@ -79,6 +117,22 @@ def write_study_report(result: StudyResult, metrics: Sequence[str], directory: P
     partial = directory / f"{STUDY_REPORT}.partial"
     partial.write_text(page)
     return partial.replace(directory / STUDY_REPORT)
+
+
+def _section(result: StudyResult, title: str, columns: Mapping[str, str]) -> dict[str, Any]:
+    """A table of the page; `columns` are metrics by heading."""
+    rows = [(name, _cells(result, name, columns.values())) for name in result.variants]
+    return {"title": title, "columns": columns, "rows": rows}
+
+
+def _with_rows(result: StudyResult, task: str, metrics: Mapping[str, str]) -> dict[str, str]:
+    """Metrics of slices by heading: the slice, and how many rows of it the first variant has."""
+    first = next(iter(result.variants.values()))
+    headings = {}
+    for name, metric in metrics.items():
+        rows = first.get(f"{task}.{name}.num_rows")
+        headings[name if rows is None else f"{name} ({rows.mean:,.0f})"] = metric
+    return headings
 
 
 def _chart(result: StudyResult, metric: str) -> str:

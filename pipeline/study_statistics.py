@@ -12,7 +12,7 @@ from embedding.config import StrictConfig
 from ranking.evaluation import SliceMetrics, TaskMetrics
 
 CONFIDENCE = 0.95
-_METRICS = ("auc", "gauc", "logloss", "ne", "calibration")
+_METRICS = ("auc", "gauc", "logloss", "ne", "calibration", "num_rows")
 
 
 class Estimate(StrictConfig):

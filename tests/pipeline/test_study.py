@@ -1,14 +1,20 @@
 """A study's statistics by hand, and the variants file."""
 
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from rich.console import Console
 
 from embedding.errors import UserError
-from pipeline.config import ClusterConfig
+from pipeline.config import ClusterConfig, EvaluationConfig
+from pipeline.evaluate import Slices
 from pipeline.study import read_variants, trial_slots
-from pipeline.study_statistics import differences, estimates
+from pipeline.study_report import slice_metrics, slice_tables, write_study_report
+from pipeline.study_statistics import StudyResult, differences, estimates, trial_metrics
+from ranking.evaluation import SliceMetrics, TaskMetrics
 
 
 def test_interval_of_three_seeds_is_students() -> None:
@@ -73,3 +79,89 @@ def test_trials_side_by_side_are_bound_by_cpus_gpus_and_their_number(
 ) -> None:
     cluster = ClusterConfig(num_workers=1, **changes)
     assert trial_slots({"CPU": 16.0, "GPU": 2.0}, cluster, trials, per_gpu) == expected
+
+
+def result_of(auc: dict[str, dict[str, list[float]]]) -> StudyResult:
+    """A study of the task `click` from AUC by variant and slice, one value a seed."""
+    trials = {
+        variant: {
+            seed: trial_metrics(
+                {
+                    "click": TaskMetrics(
+                        num_rows=100,
+                        auc=0.7,
+                        slices={
+                            name: SliceMetrics(num_rows=ROWS[name], auc=values[seed])
+                            for name, values in slices.items()
+                        },
+                    )
+                }
+            )
+            for seed in range(2)
+        }
+        for variant, slices in auc.items()
+    }
+    first = next(iter(trials))
+    return StudyResult(
+        recipe="r",
+        date="2024-01-01",
+        seeds=(0, 1),
+        variants={name: estimates(by_seed) for name, by_seed in trials.items()},
+        paired={n: differences(by, trials[first]) for n, by in trials.items() if n != first},
+        overrides=dict.fromkeys(trials, ()),
+    )
+
+
+ROWS = {"cold": 30, "popular": 1200}
+GAINS = {
+    "ids": {"cold": [0.50, 0.52], "popular": [0.80, 0.81]},
+    "codes": {"cold": [0.60, 0.6202], "popular": [0.79, 0.83]},
+}
+
+
+def test_gains_are_shown_by_slice_with_paired_differences() -> None:
+    (table,) = slice_tables(result_of(GAINS))
+
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(table)
+    lines = [line.split() for line in captured.get().splitlines() if line.strip()]
+    assert lines[0] == ["click:", "AUC", "by", "slice"]
+    cells = {(line[0], line[1]): line for line in lines if line[0] in ROWS}
+    assert cells["cold", "ids"][2:4] == ["30", "0.5100"]
+    assert cells["popular", "ids"][2:4] == ["1,200", "0.8050"]
+    # Seed by seed +0.1000 and +0.1002, then -0.01 and +0.02; t with 1 degree of freedom: 12.706205.
+    codes = [line[-3:] for line in lines if line[0] == "codes"]
+    assert codes == [["+0.1001", "+-", "0.0013"], ["+0.0050", "+-", "0.1906"]]
+
+
+def test_the_page_of_a_study_has_the_slices_too(tmp_path: Path) -> None:
+    page = write_study_report(result_of(GAINS), ["click.auc"], tmp_path).read_text()
+
+    assert "<h2>click: AUC by slice</h2>" in page
+    assert "popular (1,200)" in page
+    assert re.search(r'class="n good">\+0\.1001 \+- 0\.0013<', page)
+    assert re.search(r'class="n soft">\+0\.0050 \+- 0\.1906<', page)
+
+
+def test_a_slice_that_no_trial_can_measure_is_left_out() -> None:
+    assert slice_metrics(result_of({"ids": {}, "codes": {}})) == {}
+    assert slice_tables(result_of({"ids": {}, "codes": {}})) == []
+
+
+def test_items_are_cold_rare_popular_or_in_between() -> None:
+    """Events up to the date: items 0 .. 9 have 0 .. 9 of them, item 10 is not known at all."""
+    ids = np.arange(10)
+    config = EvaluationConfig(rare_max_events=2, popular_share=0.3)
+    slices = Slices(ids, ids, np.array([5]), config)
+
+    found = slices.masks(np.arange(11), np.array([5] * 10 + [6]))
+
+    where = {name: np.flatnonzero(mask).tolist() for name, mask in found.items()}
+    assert where == {
+        "cold": [0, 10],
+        "rare": [1, 2],
+        "middle": [3, 4, 5, 6],
+        "popular": [7, 8, 9],
+        "new_users": [10],
+    }

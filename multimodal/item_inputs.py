@@ -3,10 +3,8 @@
 Shapes: N items of a batch, M usable ones among them, L token positions, S image size.
 """
 
-import io
 import json
 import re
-import warnings
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,19 +13,16 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from embedding.errors import UserError
 from multimodal.content_config import ImageTower, TextTower
+from multimodal.images import read_image, square_pixels
 from multimodal.tower_files import TINY_VOCABULARY, Tower, model_directory
 
 MISSING = "missing"
 """Null or blank."""
-NO_FILE = "no file"
-TOO_LARGE = "too many pixels"
-DAMAGED = "damaged"
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
 _WORD = re.compile(r"\w+")
@@ -158,43 +153,9 @@ class ImagePreparer:
     def _decode(self, value: bytes | str | None) -> np.ndarray | str:
         if not value:
             return MISSING
-        source = self.root / value if isinstance(value, str) else io.BytesIO(value)
-        return decode_image(source, self.tower.image_size, self.tower.max_pixels)
-
-
-def decode_image(source: Path | io.BytesIO, size: int, max_pixels: int) -> np.ndarray | str:
-    """Pixels (size, size, 3), or why there are none.
-
-    The whole picture is squeezed into the square; transparent parts become white. The first frame
-    of an animation counts.
-    """
-    try:
-        with warnings.catch_warnings():
-            # Ours is the limit; Pillow's own warns below it and refuses beyond.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(source) as image:  # reads the header only
-                if image.width * image.height > max_pixels:
-                    return TOO_LARGE
-                image.draft("RGB", (2 * size, 2 * size))  # a JPEG is decoded at a fraction
-                upright = ImageOps.exif_transpose(image)
-                return np.asarray(_rgb(upright).resize((size, size), Image.Resampling.BICUBIC))
-    except Image.DecompressionBombError:
-        return TOO_LARGE
-    except FileNotFoundError:
-        return NO_FILE
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError):
-        # What Pillow's many decoders raise on truncated or foreign bytes.
-        return DAMAGED
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith(("I", "F")):  # 16-bit grey: convert() would clip it to white
-        grey = np.asarray(image, dtype=np.float32)
-        return Image.fromarray((grey / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
+        size = self.tower.image_size
+        image = read_image(value, self.root, size, self.tower.max_pixels)
+        return image if isinstance(image, str) else square_pixels(image, size)
 
 
 def _mean_std(directory: Path | None) -> tuple[Sequence[float], Sequence[float]]:

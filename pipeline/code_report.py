@@ -1,30 +1,23 @@
 """The report's section on codes: figures of the day, and a browser from codes to items."""
 
-import base64
-import io
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
-from PIL import Image
 
-from embedding.raw_ids import Int64Array, to_raw_ids
 from multimodal.code_tree import CodeTree
 from multimodal.vectors import Int32Array
 from pipeline.artifacts import read_manifest
 from pipeline.code_features import CODES_FILE
+from pipeline.content_tasks import Catalogue
+from pipeline.item_cards import ItemCard, item_cards
 from pipeline.quantize_facts import QuantizeFacts
 
 NUM_FIRST_CODES = 6
 NUM_PREFIXES = 3
 NUM_ITEMS = 8
-_TITLE_WORDS = 7
-_POSTER_PIXELS = 72
 
 
 def code_section(root: Path, directory: Path) -> dict[str, Any] | None:
@@ -48,7 +41,7 @@ def code_section(root: Path, directory: Path) -> dict[str, Any] | None:
         "levels": _levels(facts),
         "tables": [{"name": name, **counts} for name, counts in rows.items()],
         "max_items": NUM_ITEMS,
-        "browser": browse(directory / "quantize" / CODES_FILE, root / "items.parquet", root),
+        "browser": browse(directory / "quantize" / CODES_FILE, root),
     }
 
 
@@ -124,30 +117,20 @@ def _levels(facts: QuantizeFacts) -> list[dict[str, str]]:
 
 
 @dataclass(frozen=True)
-class ShownItem:
-    """One item of a code."""
-
-    title: str
-    poster: str | None
-    """A data URI."""
-
-
-@dataclass(frozen=True)
 class ShownCode:
     """A code prefix and some of its items."""
 
     prefix: str
     num_items: int
-    shown: list[ShownItem]
+    shown: list[ItemCard]
 
 
-def browse(codes: Path, items: Path, root: Path) -> list[ShownCode]:
+def browse(codes: Path, root: Path) -> list[ShownCode]:
     """The most frequent first codes, their most frequent second codes, and items of each.
 
     Args:
         codes: a codes artifact's file.
-        items: items.parquet.
-        root: what image paths are relative to.
+        root: data root with the catalogue.
     """
     table = pq.read_table(codes)
     levels = [name for name in ("sid_0", "sid_1") if name in table.column_names]
@@ -162,49 +145,12 @@ def browse(codes: Path, items: Path, root: Path) -> list[ShownCode]:
     members = {prefix: tree.items(prefix) for prefix in prefixes}
     ids = table["item_id"].to_numpy()
     wanted = np.unique(np.concatenate([ids[rows[:NUM_ITEMS]] for rows in members.values()]))
-    shown = _items(items, wanted, root)
+    cards = item_cards(Catalogue(root, {"text": "text", "image": "image"}), wanted)
     return [
         ShownCode(
             "-".join(map(str, prefix)),
             len(rows),
-            [shown[item] for item in ids[rows[:NUM_ITEMS]].tolist()],
+            [cards[item] for item in ids[rows[:NUM_ITEMS]].tolist()],
         )
         for prefix, rows in members.items()
     ]
-
-
-def _items(path: Path, wanted: Int64Array, root: Path) -> dict[int, ShownItem]:
-    """Titles and posters of some items; reads the row groups they lie in."""
-    dataset = ds.dataset(path)
-    names = [name for name in ("title", "text", "image") if name in dataset.schema.names]
-    raw_ids = to_raw_ids(pq.read_table(path, columns=["item_id"])["item_id"]).to_numpy()
-    rows = np.flatnonzero(np.isin(raw_ids, wanted))
-    found = dataset.take(pa.array(rows), columns=["item_id", *names])
-    return {
-        int(raw_id): ShownItem(_title(row), _poster(row.get("image"), root))
-        for raw_id, row in zip(raw_ids[rows], found.to_pylist(), strict=True)
-    }
-
-
-def _title(row: Mapping[str, Any]) -> str:
-    words: Sequence[str] = str(row.get("title") or row.get("text") or "").split()
-    if not words:
-        return f"item {row['item_id']}"
-    return " ".join(words[:_TITLE_WORDS]) + ("..." if len(words) > _TITLE_WORDS else "")
-
-
-def _poster(image: bytes | str | None, root: Path) -> str | None:
-    """A small JPEG as a data URI; None where there is no readable image."""
-    if image is None:
-        return None
-    try:
-        source = root / image if isinstance(image, str) else io.BytesIO(image)
-        with Image.open(source) as opened:
-            opened.draft("RGB", (_POSTER_PIXELS, _POSTER_PIXELS))
-            small = opened.convert("RGB")
-            small.thumbnail((_POSTER_PIXELS, _POSTER_PIXELS))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return None  # counted where content is encoded; here only the picture is left out
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=70)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

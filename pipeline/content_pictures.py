@@ -5,8 +5,6 @@ Everything is shown before and after training, for content vectors and for ID em
 Shapes: N items shown on the maps, D columns of a vector.
 """
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from PIL import Image
 
 from embedding.raw_ids import Int64Array, is_id_type, to_raw_ids
 from multimodal.content_config import ContentConfig
@@ -27,10 +24,10 @@ from multimodal.content_report import (
     spread_items,
     two_dimensional_map,
 )
-from multimodal.item_inputs import decode_image
 from multimodal.vectors import FloatArray
 from pipeline import charts
 from pipeline.content_tasks import Catalogue
+from pipeline.item_cards import item_cards
 
 NUM_STRIPS = 5
 NUM_NEIGHBOURS = 6
@@ -41,9 +38,6 @@ _ITEMS_PER_KIND = 3
 """A column with fewer items a value tells items apart instead of sorting them."""
 _LEGEND_KINDS = 5
 _OTHER = "other"
-_PICTURE_SIZE = 64
-_TITLE_LENGTH = 40
-_ROWS_AT_A_TIME = 256
 
 
 @dataclass(frozen=True)
@@ -138,42 +132,3 @@ def _groups(
     for (x, y), name in zip(places_N2.tolist(), names_N, strict=True):
         groups[name if name is not None and name in kept else _OTHER].append((x, y))
     return {name: points for name, points in groups.items() if points}
-
-
-# --- cards ---------------------------------------------------------------------------------------
-
-
-def item_cards(catalogue: Catalogue, item_ids: Int64Array) -> dict[int, dict[str, str | None]]:
-    """Title and picture (a data URI) of a few items, by raw id."""
-    schema: pa.Schema = pq.read_schema(catalogue.path)
-    title = "title" if "title" in schema.names else catalogue.columns.get("text")
-    image = catalogue.columns.get("image")
-    columns = [name for name in dict.fromkeys((title, image)) if name is not None]
-    cards: dict[int, dict[str, str | None]] = {
-        int(item): {"title": f"item {item}", "picture": None} for item in item_ids
-    }
-    wanted = pa.array(item_ids)
-    for group in range(pq.ParquetFile(catalogue.path).num_row_groups):
-        for table in catalogue.batches(group, columns, _ROWS_AT_A_TIME):
-            for row in table.filter(pc.is_in(table["item_id"], wanted)).to_pylist():
-                card = cards[row["item_id"]]
-                if title is not None and row[title]:
-                    card["title"] = _shortened(str(row[title]))
-                if image is not None and row[image]:
-                    card["picture"] = picture_uri(row[image], catalogue.root)
-    return cards
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= _TITLE_LENGTH else f"{text[: _TITLE_LENGTH - 3].rstrip()}..."
-
-
-def picture_uri(value: bytes | str, root: Path) -> str | None:
-    """A thumbnail that a page can hold; None for an image that cannot be used."""
-    source = root / value if isinstance(value, str) else io.BytesIO(value)
-    pixels = decode_image(source, _PICTURE_SIZE, max_pixels=100_000_000)
-    if isinstance(pixels, str):
-        return None
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=70)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

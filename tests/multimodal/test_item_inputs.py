@@ -11,14 +11,8 @@ from PIL import Image
 
 from embedding.errors import UserError
 from multimodal.content_config import ImageTower, TextTower
-from multimodal.item_inputs import (
-    DAMAGED,
-    MISSING,
-    NO_FILE,
-    TOO_LARGE,
-    ImagePreparer,
-    TextPreparer,
-)
+from multimodal.images import DAMAGED, NO_FILE, TOO_LARGE
+from multimodal.item_inputs import MISSING, ImagePreparer, TextPreparer
 from tests.multimodal.small_models import save_image_model, save_text_model
 
 RED = (200, 30, 10)

@@ -1,0 +1,61 @@
+"""Images of items as RGB pixels, or the cause why there are none. Loads no towers."""
+
+# Shapes: S image size.
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+NO_FILE = "no file"
+TOO_LARGE = "too many pixels"
+DAMAGED = "damaged"
+
+
+def read_image(value: bytes | str, root: Path, size: int, max_pixels: int) -> Image.Image | str:
+    """The picture upright and in RGB, or why there is none.
+
+    Transparent parts become white; the first frame of an animation counts.
+
+    Args:
+        value: of items.parquet: the bytes of a file, or a path.
+        root: what paths are relative to.
+        size: what the picture is for; a JPEG may be decoded at less than its own, and at no less
+            than twice this one.
+        max_pixels: refuse larger ones before they are decoded.
+    """
+    source = root / value if isinstance(value, str) else io.BytesIO(value)
+    try:
+        with warnings.catch_warnings():
+            # Ours is the limit; Pillow's own warns below it and refuses beyond.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(source) as image:  # reads the header only
+                if image.width * image.height > max_pixels:
+                    return TOO_LARGE
+                image.draft("RGB", (2 * size, 2 * size))  # a JPEG is decoded at a fraction
+                return _rgb(ImageOps.exif_transpose(image))
+    except Image.DecompressionBombError:
+        return TOO_LARGE
+    except FileNotFoundError:
+        return NO_FILE
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError):
+        # What Pillow's many decoders raise on truncated or foreign bytes.
+        return DAMAGED
+
+
+def square_pixels(image: Image.Image, size: int) -> np.ndarray:
+    """The whole picture squeezed into a square: uint8 (S, S, 3)."""
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """A decoded copy."""
+    if image.mode.startswith(("I", "F")):  # 16-bit grey: convert() would clip it to white
+        grey = np.asarray(image, dtype=np.float32)
+        return Image.fromarray((grey / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")

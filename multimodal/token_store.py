@@ -1,6 +1,7 @@
 """Lower-layer tokens of items on disk: written once, memory-mapped by training.
 
     DIR/store.json                 which tower the tokens come from
+    DIR/sound.json                 size and time of change of parts whose checksum was compared
     DIR/part-X.safetensors         tokens (N, L, H), padded to the part's longest item
     DIR/part-X.parquet             item_id, digest, row, length, fault, is_cut - written last
 
@@ -15,6 +16,7 @@ Shapes: N items of a part, L token positions, H width of the tower.
 import json
 import uuid
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +36,7 @@ NO_ROW = -1
 """Row of an item that has no tokens."""
 
 _STORE_FILE = "store.json"
+_SOUND_FILE = "sound.json"
 _CHUNK_BYTES = 1 << 20
 _ENTRIES = pa.schema(
     [
@@ -151,20 +154,46 @@ class TokenStore:
             path.unlink()
         return len(left)
 
-    def check(self, name: str) -> None:
-        """Compare a part with its checksum.
+    def check(self, names: Iterable[str]) -> int:
+        """Compare parts with their checksums: those that were not yet, or have changed since.
+
+        Changed is what has another size or time of change than when it was compared last. Only
+        while no other process does so.
+
+        Returns:
+            The number of parts that were read.
 
         Raises:
-            UserError: it differs or is not there.
+            UserError: a part differs or is not there.
         """
-        path = self.directory / f"{name}.safetensors"
-        recorded = pq.read_schema(self.directory / f"{name}.parquet").metadata or {}
-        if not path.is_file():
-            raise _damaged(path, "it is not there")
-        if str(path.stat().st_size).encode() != recorded.get(b"bytes"):
-            raise _damaged(path, f"it has {path.stat().st_size} bytes, not as many as were written")
-        if str(_crc32(path)).encode() != recorded.get(b"crc32"):
-            raise _damaged(path, "its checksum differs from what was written")
+        sound = self._sound()
+        num_read = 0
+        try:
+            for name in names:
+                path = self.directory / f"{name}.safetensors"
+                seen = _seen(path)
+                if sound.get(name) == seen:
+                    continue
+                fault = part_fault(self.directory, name)
+                if fault is not None:
+                    raise _damaged(path, fault)
+                sound[name] = seen
+                num_read += 1
+        finally:
+            if num_read:
+                _write_text(self.directory / _SOUND_FILE, json.dumps(sound))
+        return num_read
+
+    def _sound(self) -> dict[str, list[int]]:
+        """Size and time of change of every part when it was compared last."""
+        path = self.directory / _SOUND_FILE
+        if not path.exists():
+            return {}
+        try:
+            found: dict[str, list[int]] = json.loads(path.read_text())
+        except ValueError:
+            return {}  # then all are compared
+        return found
 
     def open(self, name: str) -> Tensor:
         """Tokens (N, L, H) of a part, memory-mapped.
@@ -179,6 +208,41 @@ class TokenStore:
         except (OSError, SafetensorError, KeyError) as error:
             raise _damaged(path, str(error).splitlines()[0]) from error
         return tokens
+
+
+def damaged_parts(directory: Path) -> list[UserError]:
+    """What is wrong in a store, after reading all of it."""
+    found = []
+    for path in sorted(directory.glob("part-*.parquet")):
+        fault = part_fault(directory, path.stem)
+        if fault is not None:
+            found.append(_damaged(path.with_suffix(".safetensors"), fault))
+    return found
+
+
+def part_fault(directory: Path, name: str) -> str | None:
+    """Why the tokens of a part are not those that were written; None if they are. Reads them."""
+    path = directory / f"{name}.safetensors"
+    if not path.is_file():
+        return "it is not there"
+    try:
+        recorded = pq.read_schema(directory / f"{name}.parquet").metadata or {}
+    except (pa.ArrowException, OSError) as error:
+        return f"its list of items cannot be read: {str(error).splitlines()[0]}"
+    size = path.stat().st_size
+    if str(size).encode() != recorded.get(b"bytes"):
+        return f"it has {size} bytes, not as many as were written"
+    if str(_crc32(path)).encode() != recorded.get(b"crc32"):
+        return "its checksum differs from what was written"
+    return None
+
+
+def _seen(path: Path) -> list[int]:
+    """Size and time of change; empty where there is no file."""
+    if not path.is_file():
+        return []
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 def _damaged(path: Path, why: str) -> UserError:

@@ -144,13 +144,22 @@ def study(  # noqa: PLR0913 # a command's parameters are its options
 
 
 @app.command()
-def status(context: typer.Context, out: OutOption) -> None:
-    """What ran, what is stale, what failed."""
+def status(
+    context: typer.Context,
+    out: OutOption,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Also read every file and compare it with its checksum."),
+    ] = False,
+) -> None:
+    """What ran, what is stale, what failed; with --verify, what is damaged."""
     from rich.console import Console
 
     from pipeline.status import status_table
 
     Console().print(status_table(out, context.obj))
+    if verify:
+        raise typer.Exit(1 if _damage(out) else 0)
 
 
 @models_app.command("list")
@@ -238,6 +247,22 @@ def doctor() -> None:
     findings = diagnose()
     Console().print(diagnosis_table(findings))
     raise typer.Exit(0 if all(finding.ok for finding in findings) else 2)
+
+
+def _damage(out: Path) -> bool:
+    """Print what is damaged in an output directory; whether anything is."""
+    from pipeline.console import Reporter
+    from pipeline.lock import exclusive
+    from pipeline.verify import verify
+
+    reporter = Reporter()
+    with exclusive(out, "braid status --verify"), reporter.stage("verify", "directories"):
+        found = verify(out, reporter.advance)
+    for sentence in found:
+        reporter.line(f"[red]damaged[/] {sentence}")
+    if not found:
+        reporter.line("[green]ok[/] every file is as it was written")
+    return bool(found)
 
 
 def _load(recipe: str, overrides: list[str] | None) -> "Recipe":

@@ -242,8 +242,7 @@ class _TowerJob:
             found["row"].to_numpy(),
             found["length"].to_numpy(),
         )
-        for name in names:
-            self.store.check(name)
+        self.store.check(names)
         return places, StoredModality(
             store=self.store.directory.name,
             fingerprint=self.settings.fingerprint,

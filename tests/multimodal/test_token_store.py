@@ -1,5 +1,7 @@
 """Stored tokens come back exactly, and damage is named with the remedy."""
 
+import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from multimodal.stored_content import (
     StoredModality,
     write_index,
 )
-from multimodal.token_store import NO_ROW, PartTokens, TokenStore
+from multimodal.token_store import NO_ROW, PartTokens, TokenStore, damaged_parts
 
 WIDTH = 3
 
@@ -126,24 +128,85 @@ def test_damage_is_found_and_says_which_files_to_delete(tmp_path: Path) -> None:
     name = store.append(part(1, [2, 2]))
     path = store.directory / f"{name}.safetensors"
     sound = path.read_bytes()
-    store.check(name)
+    assert store.check([name]) == 1
     damages = {
         "checksum differs": sound[:-1] + bytes([sound[-1] ^ 1]),
         "not as many as were written": sound[:-5],
     }
     for why, content in damages.items():
         path.write_bytes(content)
+        touch(path)
         with pytest.raises(UserError, match=rf"{why}.*delete {name}\.\* there.*content/"):
-            store.check(name)
+            store.check([name])
     with pytest.raises(UserError, match=rf"damaged.*delete {name}\.\*"):
         store.open(name)
     path.unlink()
-    for look in (store.check, store.open):
+    for look in (lambda: store.check([name]), lambda: store.open(name)):
         with pytest.raises(UserError, match=rf"delete {name}\.\*"):
-            look(name)
+            look()
     (store.directory / f"{name}.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=rf"{name}\.parquet of the token store is damaged"):
         store.entries()
+
+
+def test_a_part_is_read_once_for_its_checksum(tmp_path: Path) -> None:
+    store = store_at(tmp_path)
+    names = [store.append(part(first, [2, 2])) for first in (1, 5)]
+    assert store.check(names) == 2
+    assert store.check(names) == 0
+    assert store_at(tmp_path).check([*names, store.append(part(9, [1]))]) == 1, "the new one"
+
+    touch(store.directory / f"{names[0]}.safetensors")
+    assert store.check(names) == 1
+    assert store.check(names) == 0
+    (store.directory / "sound.json").write_text("{")
+    assert store.check(names) == 2
+
+
+def test_a_damaged_part_stays_damaged_and_the_others_are_not_read_again(tmp_path: Path) -> None:
+    store = store_at(tmp_path)
+    names = [store.append(part(first, [2, 2])) for first in (1, 5)]
+    path = store.directory / f"{names[1]}.safetensors"
+    flip_last_bit(path)
+    for _ in range(2):
+        with pytest.raises(UserError, match="checksum differs"):
+            store.check(names)
+    flip_last_bit(path)
+    assert store.check(names) == 1
+
+
+def test_damage_that_left_size_and_time_as_they_were_is_found_when_all_is_read(
+    tmp_path: Path,
+) -> None:
+    store = store_at(tmp_path)
+    sound, other, gone = (store.append(part(first, [2, 2])) for first in (1, 5, 9))
+    assert store.check([sound, other, gone]) == 3
+    assert damaged_parts(store.directory) == []
+    path = store.directory / f"{other}.safetensors"
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    flip_last_bit(path)
+    os.utime(path, ns=times)
+    (store.directory / f"{gone}.safetensors").unlink()
+
+    assert store.check([sound, other]) == 0
+    found = sorted(str(fault) for fault in damaged_parts(store.directory))
+
+    expected = sorted([f"{other}.*checksum differs", f"{gone}.*it is not there"])
+    assert len(found) == 2
+    for fault, pattern in zip(found, expected, strict=True):
+        assert re.search(pattern, fault)
+
+
+def touch(path: Path) -> None:
+    """Another time of change; two writes in a row may have the same one."""
+    later = path.stat().st_mtime_ns + 1_000_000_000
+    os.utime(path, ns=(later, later))
+
+
+def flip_last_bit(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    touch(path)
 
 
 def test_reading_a_damaged_store_fails_when_it_is_opened(tmp_path: Path) -> None:

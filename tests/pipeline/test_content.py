@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 
 from embedding.errors import UserError
+from multimodal import token_store
 from multimodal.content_config import ContentConfig
 from multimodal.item_inputs import build_preparer
 from multimodal.stored_content import ContentReader
+from multimodal.token_store import part_fault
 from multimodal.towers import load_tower
 from pipeline import content as stage
 from pipeline import content_tasks
@@ -175,6 +177,28 @@ def test_an_empty_catalogue_has_an_empty_index(tmp_path: Path) -> None:
     facts, reader = run_stage(tmp_path, "d1")
     assert facts.num_items == reader.num_items == 0
     assert reader.rows_of(np.array([5])).tolist() == [-1]
+
+
+def test_a_day_reads_only_what_is_new_for_its_checksums(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_items(tmp_path / "data", items(1, 9))
+    run_stage(tmp_path, "d1")
+    read: list[str] = []
+
+    def watched(directory: Path, name: str) -> str | None:
+        read.append(name)
+        return part_fault(directory, name)
+
+    monkeypatch.setattr(token_store, "part_fault", watched)
+    run_stage(tmp_path, "d2")
+    assert read == []
+    before = {path.stem for path in (tmp_path / STORES).glob("*/*.safetensors")}
+    write_items(tmp_path / "data", items(1, 11))
+    run_stage(tmp_path, "d3")
+    after = {path.stem for path in (tmp_path / STORES).glob("*/*.safetensors")}
+    assert sorted(read) == sorted(after - before)
+    assert len(read) == 2
 
 
 def test_a_damaged_part_is_named_and_computed_again_once_deleted(tmp_path: Path) -> None:

@@ -152,6 +152,22 @@ def test_status_says_what_became_stale(day: Day, capsys: pytest.CaptureFixture[s
         events.write_bytes(content)
 
 
+def test_status_reads_every_file_where_it_is_asked_to(
+    day: Day, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verify = ["status", "--out", str(day.out), "--verify"]
+    assert main(verify) == 0
+    assert "every file is as it was written" in capsys.readouterr().out
+    file = day.out / DAYS[0] / "evaluate" / "metrics.json"
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b"0", b"1", 1))
+    try:
+        assert main(verify) == 1
+        assert f"{file} is missing or damaged" in capsys.readouterr().out
+    finally:
+        file.write_bytes(content)
+
+
 def test_trial_of_a_study_equals_the_day_and_is_not_repeated(
     day: Day, capsys: pytest.CaptureFixture[str]
 ) -> None:

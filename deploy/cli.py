@@ -34,7 +34,7 @@ def score(
     from deploy.scoring import sample_files, score_samples
     from pipeline.console import Reporter
 
-    reporter, console = Reporter(), Console(highlight=False)
+    reporter, console = Reporter(), Console(highlight=False, soft_wrap=True)
     paths = sample_files(samples)
     predictor = Predictor(bundle)
     if items is not None:

@@ -45,7 +45,9 @@ from pipeline.train import CHECKPOINT, run_workers
 
 STAGE = "align"
 _SPACES = {"ranker": "the item table of the ranker", "factorisation": "a factorisation"}
-_OF_THE_RANKER = {"gradient", "cic", "optimizer", "placement", "tokens", "in_history"}
+_OF_THE_RANKER = {
+    *("gradient", "cic", "optimizer", "placement", "precision", "tokens", "in_history"),
+}
 """Settings of content that an alignment does not depend on."""
 
 

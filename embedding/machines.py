@@ -43,7 +43,8 @@ class Machine(StrictConfig):
     price_per_hour: NonNegativeFloat | None = None
     """Of one host, in any currency; without it no cost is reported."""
     device_names: tuple[str, ...] = ()
-    """What the name by which CUDA reports this device holds, from the start of a word on."""
+    """What the name by which CUDA reports this device holds, from the start of a word on; where
+    several machines' names hold, the longest counts."""
     source: str
     """The data sheet, and what it leaves open."""
 
@@ -68,6 +69,22 @@ _AMPERE = {
     "pcie_bandwidth": 32 * GB,
     "flops_fp32": 19.5 * TB,
     "flops_bf16": 312 * TB,
+}
+# NVLink bridges join two cards, or four. All ranks of a host exchange with one another, so what
+# counts is their slowest link.
+_CARD_HOST = (
+    "its host (1 TB, half the network of the SXM system, PCIe between GPUs that no bridge joins) "
+    "is an assumption, as the sheet fixes none"
+)
+_HOPPER_CARD = _HOPPER | {
+    "host_bytes": 1024 * GIB,
+    "intra_host_bandwidth": 64 * GB,
+    "inter_host_bandwidth": 25 * GB,
+}
+_AMPERE_CARD = _AMPERE | {
+    "host_bytes": 1024 * GIB,
+    "intra_host_bandwidth": 32 * GB,
+    "inter_host_bandwidth": 12.5 * GB,
 }
 
 MACHINES: tuple[Machine, ...] = (
@@ -94,13 +111,52 @@ MACHINES: tuple[Machine, ...] = (
         }
     ),
     Machine.model_validate(
+        _HOPPER_CARD
+        | {
+            "name": "h100-pcie",
+            "hbm_bytes": 80 * GIB,
+            "hbm_bandwidth": 2000 * GB,
+            "flops_fp32": 51 * TB,
+            "flops_bf16": 756 * TB,
+            "device_names": ("H100 PCIe",),
+            "source": "NVIDIA H100 Tensor Core GPU data sheet (PCIe): 80 GB at 2 TB/s, "
+            f"1,513 bf16 TFLOPS with sparsity, PCIe 5.0 x16; {_CARD_HOST}",
+        }
+    ),
+    Machine.model_validate(
+        _HOPPER_CARD
+        | {
+            "name": "h100-nvl",
+            "hbm_bytes": 93 * GIB,
+            "hbm_bandwidth": 3900 * GB,
+            "flops_fp32": 60 * TB,
+            "flops_bf16": 835 * TB,
+            "device_names": ("H100 NVL",),
+            "source": "NVIDIA H100 Tensor Core GPU data sheet (NVL): 94 GB at 3.9 TB/s, "
+            f"1,671 bf16 TFLOPS with sparsity, PCIe 5.0 x16; {_CARD_HOST}",
+        }
+    ),
+    Machine.model_validate(
+        _HOPPER_CARD
+        | {
+            "name": "h200-nvl",
+            "hbm_bytes": 139 * GIB,
+            "hbm_bandwidth": 4800 * GB,
+            "flops_fp32": 60 * TB,
+            "flops_bf16": 835 * TB,
+            "device_names": ("H200 NVL",),
+            "source": "NVIDIA H200 Tensor Core GPU data sheet (NVL): 141 GB at 4.8 TB/s, "
+            f"1,671 bf16 TFLOPS with sparsity, PCIe 5.0 x16; {_CARD_HOST}",
+        }
+    ),
+    Machine.model_validate(
         _AMPERE
         | {
             "name": "a100-40",
             "hbm_bytes": 40 * GIB,
             "hbm_bandwidth": 1555 * GB,
             "host_bytes": 1024 * GIB,
-            "device_names": ("A100-SXM4-40GB", "A100-PCIE-40GB"),
+            "device_names": ("A100-SXM4-40GB",),
             "source": "NVIDIA A100 Tensor Core GPU data sheet (SXM 40 GB) and DGX A100 data sheet: "
             "1,555 GB/s, NVLink 600 GB/s both ways, 200 Gb/s network per GPU, 1 TB host memory",
         }
@@ -112,9 +168,31 @@ MACHINES: tuple[Machine, ...] = (
             "hbm_bytes": 80 * GIB,
             "hbm_bandwidth": 2039 * GB,
             "host_bytes": 2048 * GIB,
-            "device_names": ("A100-SXM4-80GB", "A100 80GB"),
+            "device_names": ("A100-SXM4-80GB",),
             "source": "NVIDIA A100 Tensor Core GPU data sheet (SXM 80 GB) and DGX A100 data sheet: "
             "2,039 GB/s, NVLink 600 GB/s both ways, 200 Gb/s network per GPU, 2 TB host memory",
+        }
+    ),
+    Machine.model_validate(
+        _AMPERE_CARD
+        | {
+            "name": "a100-40-pcie",
+            "hbm_bytes": 40 * GIB,
+            "hbm_bandwidth": 1555 * GB,
+            "device_names": ("A100-PCIE-40GB",),
+            "source": "NVIDIA A100 Tensor Core GPU data sheet (PCIe 40 GB): 1,555 GB/s, "
+            f"PCIe 4.0 x16; {_CARD_HOST}",
+        }
+    ),
+    Machine.model_validate(
+        _AMPERE_CARD
+        | {
+            "name": "a100-80-pcie",
+            "hbm_bytes": 80 * GIB,
+            "hbm_bandwidth": 1935 * GB,
+            "device_names": ("A100 80GB PCIe", "A100-PCIE-80GB"),
+            "source": "NVIDIA A100 Tensor Core GPU data sheet (PCIe 80 GB): 1,935 GB/s, "
+            f"PCIe 4.0 x16; {_CARD_HOST}",
         }
     ),
     Machine(

@@ -78,10 +78,16 @@ def machine_of_gpu(name: str, total_bytes: int) -> Machine:
     A GPU that no data sheet here covers is taken for an A100 with its own memory: memory is what
     decides whether a plan fits, and a calibration replaces the rest.
     """
-    for machine in MACHINES:
-        # From the start of a word on: a GH200 is no H200.
-        if any(re.search(rf"\b{re.escape(part)}", name) for part in machine.device_names):
-            return machine.model_copy(update={"hbm_bytes": total_bytes})
+    # From the start of a word on: a GH200 is no H200. The longest name: an H100 NVL is no H100 SXM.
+    found = [
+        (len(part), machine)
+        for machine in MACHINES
+        for part in machine.device_names
+        if re.search(rf"\b{re.escape(part)}", name)
+    ]
+    if found:
+        _, nearest = max(found, key=lambda pair: pair[0])
+        return nearest.model_copy(update={"hbm_bytes": total_bytes})
     logger.warning(
         "no data sheet here covers the GPU %r: it is planned for as an A100 with its memory; "
         "calibrate with `braid bench plan --calibrate`, or name a YAML topology",

@@ -87,8 +87,13 @@ def test_every_machine_names_its_source_and_is_faster_inside_than_outside() -> N
     [
         ("NVIDIA H100 80GB HBM3", "h100"),
         ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H100 NVL", "h100-nvl"),
+        ("NVIDIA H200 NVL", "h200-nvl"),
         ("NVIDIA A100-SXM4-40GB", "a100-40"),
-        ("NVIDIA A100 80GB PCIe", "a100-80"),
+        ("NVIDIA A100-PCIE-40GB", "a100-40-pcie"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80"),
+        ("NVIDIA A100 80GB PCIe", "a100-80-pcie"),
         ("NVIDIA L40S", "l40s"),
         ("Tesla V100-SXM2-32GB", "v100"),
     ],
@@ -97,6 +102,23 @@ def test_a_gpu_is_found_by_the_name_it_reports(reported: str, machine: str) -> N
     found = machine_of_gpu(reported, 5)
     assert (found.name, found.hbm_bytes) == (machine, 5)
     assert found.hbm_bandwidth == find_machine(machine).hbm_bandwidth
+
+
+@pytest.mark.parametrize(
+    ("card", "sxm"),
+    [
+        ("h100-pcie", "h100"),
+        ("h100-nvl", "h100"),
+        ("h200-nvl", "h200"),
+        ("a100-80-pcie", "a100-80"),
+    ],
+)
+def test_a_card_exchanges_over_pcie_where_the_sxm_module_has_nvlink(card: str, sxm: str) -> None:
+    found, module = find_machine(card), find_machine(sxm)
+    assert found.intra_host_bandwidth == found.pcie_bandwidth == module.pcie_bandwidth
+    assert module.intra_host_bandwidth > 7 * found.intra_host_bandwidth
+    assert found.flops_bf16 <= module.flops_bf16
+    assert "PCIe" in found.source
 
 
 @pytest.mark.parametrize("reported", ["NVIDIA GH200 480GB", "NVIDIA L40", "NVIDIA RTX A6000"])

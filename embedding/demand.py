@@ -227,7 +227,10 @@ def _count_lookup(c: _Context, demand: Demand) -> None:
     )
     match c.choice.kernel:
         case "fused_uvm":
-            _put(demand.owner, lookup_host_bytes=c.unique * c.row_bytes)
+            # The forward of a table in EmbeddingLocation.MANAGED reads the row of every id where it
+            # lies (FBGEMM, embedding_forward_split_template.cu), and GPUs do not cache host memory
+            # (CUDA C++ Best Practices Guide, zero copy): a row that occurs twice crosses twice.
+            _put(demand.owner, lookup_host_bytes=c.owned_ids * c.row_bytes)
         case "fused_uvm_caching" | "key_value":
             missed = _missed_rows(c)
             # Every row that comes in pushes one out.
@@ -296,7 +299,8 @@ def _put_exchange(c: _Context, demand: Demand, exchange: str, inter: str) -> Non
 
 def _count_update(c: _Context, demand: Demand) -> None:
     touched = c.unique * (c.row_bytes + c.state_bytes_per_row)
-    # Read and written where they are: rows without a cache, states also beside cached rows.
+    # Read and written where they are: rows without a cache, states also beside cached rows. Ids are
+    # sorted into rows before, so each distinct row once.
     host = c.row_bytes if c.choice.kernel == UVM else 0.0
     if c.states_on_host:
         host += c.state_bytes_per_row

@@ -1,5 +1,7 @@
 """Counted work against a naive loop over every id of every rank."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
@@ -19,9 +21,10 @@ from embedding.config import (
     TableConfig,
 )
 from embedding.cost import CostModel, Placed, usage_of
-from embedding.cost_constants import data_sheet_constants
+from embedding.cost_constants import PCIE_GATHER_SHARE, data_sheet_constants
 from embedding.demand import COUNT_INDEX, StepSettings
-from embedding.plan_description import BYTE_KINDS
+from embedding.id_distribution import IdDistribution
+from embedding.plan_description import BYTE_KINDS, PHASES
 from embedding.workload import table_loads
 
 WORLD, BATCH, ROWS, DIM, POOLING = 4, 50, 1000, 32, 3
@@ -120,3 +123,27 @@ def test_updates_cross_to_host_memory_where_fbgemm_keeps_rows_and_states(kernel,
     np.testing.assert_allclose(
         counted.counts_WK[0, COUNT_INDEX["update_host_bytes"]], 2 * touched * crossing
     )
+
+
+def test_rows_in_host_memory_without_a_cache_cross_pcie_once_for_every_id() -> None:
+    """64 samples of 5 ids, all of them row 0: 320 rows of 16 floats are read, one is updated."""
+    machine = find_machine("h100")
+    shape = ClusterShape(machine=machine, ranks_per_host=1)
+    table = TableConfig(name="t", num_embeddings=100, embedding_dim=16)
+    schema = FeatureSchema(
+        tables=(table,), sparse=(SparseFeature(name="f", table="t", max_length=5),)
+    )
+    load = replace(table_loads(schema)[0], ids=IdDistribution((1.0,), (1.0,)))
+    sheet = data_sheet_constants(shape)
+    model = CostModel([load], shape, StepSettings(64, RowWiseAdagrad()), sheet)
+
+    in_host = model.price("t", Choice("table_wise", "fused_uvm"))
+    on_device = model.price("t", Choice("table_wise", "fused"))
+
+    read, updated = 64 * 5 * 16 * 4, 2 * 16 * 4
+    assert in_host.demand.owner[COUNT_INDEX["lookup_host_bytes"]] == read
+    np.testing.assert_allclose(in_host.demand.owner[COUNT_INDEX["update_host_bytes"]], updated)
+    more = dict(zip(PHASES, in_host.owner_s - on_device.owner_s, strict=True))
+    over_pcie = PCIE_GATHER_SHARE * machine.pcie_bandwidth
+    np.testing.assert_allclose(more["lookup"], read / over_pcie)
+    np.testing.assert_allclose(more["backward"], updated / over_pcie)

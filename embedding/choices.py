@@ -81,10 +81,12 @@ def choices_of(
     """Every way that the kernels, the collection and the table's own `sharding` key allow.
 
     Raises:
-        UserError: The table's forced sharding cannot be made on this cluster.
+        UserError: The sharding that the table forces, or managed collision needs, cannot be made on
+            this cluster.
     """
     forced = load.table.sharding
     if load.managed:
+        _check_managed_rows(load, shape)
         return _with_kernels([(ROW_WISE, 1)], shape, kernels)
     shardings = _forced(load, forced, shape) if forced is not None else _free(load, shape)
     return _with_kernels(shardings, shape, kernels)
@@ -129,6 +131,19 @@ def _no_empty_shard(num_rows: int, num_shards: int) -> bool:
     """TorchRec's row shards are all of ceil(rows / shards), so the last ones may be empty."""
     block = -(-num_rows // num_shards)
     return block * (num_shards - 1) < num_rows
+
+
+def _check_managed_rows(load: TableLoad, shape: ClusterShape) -> None:
+    world, rows = shape.world_size, load.num_rows
+    if _no_empty_shard(rows, world):
+        return
+    # TorchRec asserts that the collision module of every rank has rows; one is for unknown ids.
+    enough = max(rows + -rows % world, 2 * world)
+    raise UserError(
+        f"table {load.name!r}: managed collision works row_wise only, which cuts its {rows} rows "
+        f"into {world} blocks of {-(-rows // world)}, and the last ones are empty; use "
+        f"num_embeddings={enough}, fewer ranks, or another kind of ids"
+    )
 
 
 def _forced(load: TableLoad, forced: Sharding, shape: ClusterShape) -> list[tuple[str, int]]:

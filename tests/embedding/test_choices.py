@@ -11,6 +11,7 @@ from embedding.cluster_shape import ClusterShape, find_machine
 from embedding.config import (
     FeatureSchema,
     Grid,
+    ManagedCollision,
     RowWise,
     Sharding,
     SparseFeature,
@@ -72,6 +73,21 @@ def test_a_forced_sharding_that_leaves_a_rank_without_rows_is_refused(
         choices_of(forced, SHAPE)
     enough = forced.table.model_copy(update={"num_embeddings": 16})
     assert choices_of(replace(forced, table=enough), SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("rows", "blocks", "enough"),
+    [(9, "8 blocks of 2", 16), (5, "8 blocks of 1", 16), (17, "8 blocks of 3", 24)],
+)
+def test_managed_collision_that_leaves_a_rank_without_rows_is_refused(
+    rows: int, blocks: str, enough: int
+) -> None:
+    load = load_of(rows, 16)
+    managed = replace(load, table=load.table.model_copy(update={"ids": ManagedCollision()}))
+    with pytest.raises(UserError, match=f"its {rows} rows into {blocks}.*num_embeddings={enough},"):
+        choices_of(managed, SHAPE)
+    larger = managed.table.model_copy(update={"num_embeddings": enough})
+    assert {c.sharding for c in choices_of(replace(managed, table=larger), SHAPE)} == {"row_wise"}
 
 
 def test_cpu_has_fused_and_dense_kernels_only() -> None:

@@ -18,6 +18,9 @@ Options = Mapping[str, Sequence[Choice]]
 """Allowed choices of every table."""
 Proposal = dict[str, Choice]
 
+BUDGETS = (1.0, 0.95, 0.9, 0.8)
+LOW_BUDGETS = (0.65, 0.5, 0.35)
+"""Where nothing fits otherwise: large pieces leave gaps, and some tables must go to host memory."""
 _BINS = 2000
 _MAX_SUBSETS = 12
 
@@ -86,8 +89,10 @@ def _lower_bound(model: CostModel, proposal: Proposal) -> float:
     return calls + sum(mean_seconds(model, table, choice) for table, choice in proposal.items())
 
 
-def dynamic_programming(options: Options, model: CostModel) -> Iterator[Proposal]:
-    """The cheapest choices whose bytes together fit a budget, for budgets up to all memory.
+def dynamic_programming(
+    options: Options, model: CostModel, budgets: Sequence[float] = BUDGETS
+) -> Iterator[Proposal]:
+    """The cheapest choices whose bytes together fit a budget, for each share of all memory.
 
     A knapsack over the memory of all ranks; smaller budgets leave room for uneven ranks.
     """
@@ -114,7 +119,7 @@ def dynamic_programming(options: Options, model: CostModel) -> Iterator[Proposal
             picks[index][better] = number
         sizes.append(bins_C)
         best = after
-    for share in (1.0, 0.95, 0.9, 0.8):
+    for share in budgets:
         reachable = best[: int(share * _BINS) + 1]
         if not np.isfinite(reachable).any():
             continue

@@ -13,6 +13,7 @@ from embedding.choices import UVM, UVM_CACHING, Choice
 from embedding.cost import CostModel, Placed
 from embedding.layout import Layout, layout_of
 from embedding.proposers import (
+    LOW_BUDGETS,
     Options,
     Proposal,
     dynamic_programming,
@@ -133,13 +134,21 @@ def canonical(combination: Iterable[Placed]) -> tuple[tuple[Choice, tuple[int, .
 def _proposed(
     base: Layout, model: CostModel, options: Options
 ) -> Iterator[tuple[str, Layout | None]]:
-    for proposal in grid(options, model):
-        yield "grid", _place(base, options, proposal)
-    for proposal in uniform(options, model):
-        yield "uniform", _place(base, options, proposal)
-    for proposal in dynamic_programming(options, model):
-        yield "dynamic_programming", _place(base, options, proposal)
-    yield "greedy", _greedy(base, model, options)
+    none_fits = True
+    for name, proposal in itertools.chain(
+        (("grid", proposal) for proposal in grid(options, model)),
+        (("uniform", proposal) for proposal in uniform(options, model)),
+        (("dynamic_programming", p) for p in dynamic_programming(options, model)),
+    ):
+        layout = _place(base, options, proposal)
+        none_fits &= layout is None
+        yield name, layout
+    layout = _greedy(base, model, options)
+    yield "greedy", layout
+    if none_fits and layout is None:
+        # Improving does not find the way back from the smallest choices of all tables.
+        for proposal in dynamic_programming(options, model, LOW_BUDGETS):
+            yield "dynamic_programming", _place(base, options, proposal)
     yield "dynamic_programming", _place(base, options, smallest(options, model))
 
 

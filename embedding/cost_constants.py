@@ -16,6 +16,8 @@ LINK_SHARE = 0.8
 """Share of the peak link bandwidth that exchanges are assumed to reach."""
 PCIE_GATHER_SHARE = 0.5
 """Of PCIe's peak, for rows fetched one by one."""
+CORE_BANDWIDTH = 8e9
+"""Bytes per second that one core of many draws or copies: not what its socket does."""
 SSD_BANDWIDTH = 3e9
 """Bytes per second of one rank's share of a host's NVMe drives."""
 GPU_CALL_S = 60e-6
@@ -63,8 +65,8 @@ def data_sheet_constants(shape: ClusterShape) -> CostConstants:
     exchange = GPU_EXCHANGE_S if on_gpu else CPU_CALL_S
     memory = 1 / (MEMORY_SHARE * machine.hbm_bandwidth)
     if not on_gpu:
-        # One core of many: what a core draws, not its socket.
-        memory = 1 / min(MEMORY_SHARE * machine.hbm_bandwidth / shape.ranks_per_host, 8e9)
+        share = MEMORY_SHARE * machine.hbm_bandwidth / shape.ranks_per_host
+        memory = 1 / min(share, CORE_BANDWIDTH)
     near = 1 / (LINK_SHARE * machine.intra_host_bandwidth)
     far = 1 / (LINK_SHARE * machine.inter_host_bandwidth)
     seconds = {

@@ -13,29 +13,25 @@ import ray
 
 from embedding.calibration import read_calibration
 from embedding.choices import FUSED
-from embedding.cluster_shape import ClusterShape
 from embedding.config import FeatureSchema, TableConfig
 from embedding.cost import RESERVED_SHARE
 from embedding.errors import UserError
 from embedding.limits import COLUMN_MULTIPLE, ELEMENT_BYTES
 from embedding.plan_description import Prediction
 from embedding.planning import PlanRequest, plan_tables
-from embedding.refusal import fits, shortage
-from embedding.traffic import Traffic, read_traffic
+from embedding.traffic import read_traffic
 from pipeline.capacity_answer import answer_of, choose
-from pipeline.capacity_types import (
-    GPU_FLOPS_SHARE,
-    CapacityAnswer,
-    CapacityPoint,
-    CapacityRequest,
-    DenseCost,
-    PointKey,
-)
+from pipeline.capacity_growth import breaking_growth, grown, no_room
+from pipeline.capacity_step import dense_seconds
+from pipeline.capacity_types import CapacityAnswer, CapacityPoint, CapacityRequest, PointKey
+from pipeline.content_step import ContentStep, content_step
 from pipeline.plan_request import plan_request
 
-MAX_GROWTH = 1024.0
-_GROWTH_PRECISION = 0.02
 _POINTS_PER_TASK = 2
+_LESS_CONTENT = (
+    "lower content.gradient.max_items_per_step, set content.gradient.micro_batch_items, or choose "
+    "ranks with more memory"
+)
 
 
 def run_capacity(
@@ -43,9 +39,7 @@ def run_capacity(
 ) -> CapacityAnswer:
     """Evaluate all points on an initialised Ray, and answer."""
     began = time.monotonic()
-    if request.dense is None:
-        text = ray.get(ray.remote(_dense_of).remote(request.model_dump_json()))
-        request = request.model_copy(update={"dense": DenseCost.model_validate_json(text)})
+    request = _with_costs(request)
     assert request.dense is not None
     keys = list(_keys(request))
     # Large clusters take longest: they go first, so that none is left at the end.
@@ -68,22 +62,26 @@ def run_capacity(
     chosen = choose(ordered, request.target)
     return CapacityAnswer(
         recipe=request.recipe.name,
-        answer=answer_of(ordered, chosen, request.target) + _not_counted(request),
+        answer=answer_of(ordered, chosen, request.target, request.recipe.content),
         target=request.target,
         chosen=chosen,
         dense=request.dense,
+        content=request.content,
         points=ordered,
         seconds=time.monotonic() - began,
     )
 
 
-def _not_counted(request: CapacityRequest) -> str:
-    if request.recipe.content is None:
-        return ""
-    return (
-        " The towers that encode items' content are not counted: give the products of ranker and "
-        "towers by --dense-flops-per-row."
-    )
+def _with_costs(request: CapacityRequest) -> CapacityRequest:
+    """Take the costs of dense side and content, where they are not given: once, for all points."""
+    if request.dense is None or (request.content is None and request.recipe.content is not None):
+        found = ray.get(ray.remote(_costs_of).remote(request.model_dump_json()))
+        request = CapacityRequest.model_validate_json(found)
+    assert request.dense is not None
+    if request.dense_flops_per_row is None:
+        return request
+    dense = request.dense.with_flops(request.dense_flops_per_row)
+    return request.model_copy(update={"dense": dense})
 
 
 def _chunks(order: list[int]) -> Iterator[list[int]]:
@@ -91,13 +89,20 @@ def _chunks(order: list[int]) -> Iterator[list[int]]:
         yield order[start : start + _POINTS_PER_TASK]
 
 
-def _dense_of(text: str) -> str:
-    """Runs in a Ray worker, where torch may be imported."""
+def _costs_of(text: str) -> str:
+    """Runs in a Ray worker, where torch may be imported. Returns the request with both costs."""
     from pipeline.dense_cost import dense_cost
 
     request = CapacityRequest.model_validate_json(text)
-    traffic = None if request.traffic is None else read_traffic(request.traffic)
-    return dense_cost(request.recipe, traffic).model_dump_json()
+    path = request.traffic or request.recipe.embedding.sharding.traffic
+    traffic = None if path is None else read_traffic(path)
+    content, config = None, request.recipe.content
+    if config is not None:
+        from pipeline.content_cost import content_cost  # transformers: seconds, for content only
+
+        content = content_cost(request.recipe, config, traffic)
+    dense = dense_cost(request.recipe, traffic, content)
+    return request.model_copy(update={"dense": dense, "content": content}).model_dump_json()
 
 
 def _evaluate_on_ray(text: str, keys: list[str]) -> list[str]:
@@ -119,17 +124,24 @@ def evaluate_point(request: CapacityRequest, key: PointKey) -> CapacityPoint:
     began = time.perf_counter()
     point = _point(request, key)
     planned = _request_of(request, key)
+    full = no_room(planned)
+    if full is not None:
+        return point.model_copy(update={"refusal": f"{full}; {_LESS_CONTENT}"})
     try:
         plan = plan_tables(planned)
     except UserError as error:
         return point.model_copy(update={"refusal": str(error)})
     assert plan.predicted is not None
-    inside, why = breaking_growth(replace(planned, kernels=(FUSED,)))
+
+    def reserve(growth: float) -> float | None:
+        return _reserved_bytes(request, key, growth * key.growth)
+
+    inside, why = breaking_growth(replace(planned, kernels=(FUSED,)), reserve=reserve)
     growth = inside
     if FUSED not in planned.kernels:
-        growth, why = breaking_growth(planned)
+        growth, why = breaking_growth(planned, reserve=reserve)
     elif inside is not None and len(planned.kernels) > 1:
-        growth, why = breaking_growth(planned, known=inside)
+        growth, why = breaking_growth(planned, known=inside, reserve=reserve)
     offloads = any(rank.host_bytes for rank in plan.predicted.ranks)
     figures = _figures(request, key, plan.predicted)
     kinds = Counter(f"{table.sharding} {table.kernel}" for table in plan.tables)
@@ -179,30 +191,10 @@ def _request_of(request: CapacityRequest, key: PointKey) -> PlanRequest:
             traffic=traffic,
             settings=settings,
             kernels=request.kernels,
+            reserved_bytes=_reserved_bytes(request, key, key.growth),
         ),
         key.growth,
     )
-
-
-def grown(request: PlanRequest, growth: float) -> PlanRequest:
-    """The same tables with `growth` times the rows, and as skewed lookups."""
-    if growth == 1:
-        return request
-    tables = tuple(
-        t.model_copy(update={"num_embeddings": max(2, round(growth * t.num_embeddings))})
-        for t in request.schema.tables
-    )
-    traffic = None if request.traffic is None else _spread(request.traffic, growth)
-    schema = request.schema.model_copy(update={"tables": tables})
-    return replace(request, schema=schema, traffic=traffic)
-
-
-def _spread(traffic: Traffic, growth: float) -> Traffic:
-    tables = tuple(
-        t.model_copy(update={"bin_rows": tuple(growth * rows for rows in t.bin_rows)})
-        for t in traffic.tables
-    )
-    return traffic.model_copy(update={"tables": tables})
 
 
 def _with_dims(schema: FeatureSchema, factor: float) -> FeatureSchema:
@@ -214,25 +206,6 @@ def _with_dims(schema: FeatureSchema, factor: float) -> FeatureSchema:
         return table.model_copy(update={"embedding_dim": dim})
 
     return schema.model_copy(update={"tables": tuple(map(scaled, schema.tables))})
-
-
-def breaking_growth(request: PlanRequest, known: float = 1.0) -> tuple[float | None, str | None]:
-    """The largest growth of all tables that fits, and what is short beyond it; `known` fits."""
-    low, high = known, min(2 * known, MAX_GROWTH)
-    if not fits(request):
-        return 1.0, shortage(request, request.model())
-    while fits(grown(request, high)):
-        if high >= MAX_GROWTH:
-            return None, None
-        low, high = high, min(2 * high, MAX_GROWTH)
-    while high / low > 1 + _GROWTH_PRECISION:
-        middle = (low * high) ** 0.5
-        if fits(grown(request, middle)):
-            low = middle
-        else:
-            high = middle
-    failing = grown(request, high)
-    return low, shortage(failing, failing.model())
 
 
 def _days_left(
@@ -257,6 +230,23 @@ def _growth_per_day(request: CapacityRequest, planned: PlanRequest) -> float | N
     return gained / total if gained else request.growth_per_day
 
 
+def _content_step(request: CapacityRequest, key: PointKey, growth: float) -> ContentStep | None:
+    """Content on a point's cluster with so many times today's items."""
+    config = request.recipe.content
+    if config is None:
+        return None
+    assert request.content is not None, "costs are taken before points are evaluated"
+    return content_step(request.content, config, key.shape, key.batch_size_per_rank, growth)
+
+
+def _reserved_bytes(request: CapacityRequest, key: PointKey, growth: float) -> float | None:
+    """Bytes of every rank for everything but tables; None: the share that planning keeps free."""
+    content = _content_step(request, key, growth)
+    if content is None:
+        return None
+    return RESERVED_SHARE * key.shape.device_bytes + content.rank_bytes
+
+
 def _figures(
     request: CapacityRequest, key: PointKey, predicted: Prediction
 ) -> dict[str, float | int | None]:
@@ -268,14 +258,25 @@ def _figures(
     ahead = predicted.phase_s["input_dist"]
     hidden = min(ahead, dense) if shape.machine.device == "cuda" else 0.0
     step = predicted.step_s + dense - hidden
+    used = predicted.peak_bytes + RESERVED_SHARE * shape.device_bytes
+    figures: dict[str, float | int | None] = {}
+    content = _content_step(request, key, key.growth)
+    if content is not None:
+        added = content.added_seconds(step)
+        step, used = step + added, used + content.rank_bytes
+        figures = {
+            "content_s": added,
+            "content_actor_s": content.actor_s or None,
+            "content_items": content.items.encoded,
+            "content_bytes": int(content.rank_bytes),
+        }
     rows_per_s = batch * shape.world_size / step
     price = shape.price_per_hour
-    used = predicted.peak_bytes + RESERVED_SHARE * shape.device_bytes
     host = [
         sum(rank.host_bytes for rank in predicted.ranks[start : start + shape.ranks_per_host])
         for start in range(0, shape.world_size, shape.ranks_per_host)
     ]
-    return {
+    return figures | {
         "step_s": step,
         "sparse_s": predicted.step_s,
         "dense_s": dense,
@@ -287,20 +288,3 @@ def _figures(
         "host_bytes": max(host),
         "cost_per_billion_rows": None if price is None else price / 3600 * 1e9 / rows_per_s,
     }
-
-
-def dense_seconds(dense: DenseCost, shape: ClusterShape, batch_size_per_rank: int) -> float:
-    """Forward, backward and the gradients' all-reduce, which two thirds of it can hide."""
-    machine = shape.machine
-    if machine.device == "cpu":
-        compute = dense.cpu_seconds_per_row * batch_size_per_rank
-    else:
-        peak = machine.flops_bf16 if dense.precision == "bf16" else machine.flops_fp32
-        compute = dense.flops_per_row * batch_size_per_rank / (GPU_FLOPS_SHARE * peak)
-    world = shape.world_size
-    ring = 2 * (world - 1) / world * dense.parameters * ELEMENT_BYTES
-    # A ring over hosts runs on all network cards of a host at once.
-    links = machine.intra_host_bandwidth
-    if shape.num_hosts > 1:
-        links = min(links, machine.inter_host_bandwidth * shape.ranks_per_host)
-    return compute + max(0.0, ring / links - 2 / 3 * compute)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from multimodal.content_config import ContentConfig, Service
 from pipeline.capacity_types import CapacityPoint, Target
 from pipeline.console import duration, human
 from pipeline.plan_tables_view import size
@@ -42,8 +43,13 @@ def _cost_of_cluster(point: CapacityPoint) -> tuple[float, float]:
     return 1.0, float(point.world_size)
 
 
-def answer_of(points: Sequence[CapacityPoint], chosen: CapacityPoint | None, target: Target) -> str:
-    """The conclusion in a few sentences."""
+def answer_of(
+    points: Sequence[CapacityPoint],
+    chosen: CapacityPoint | None,
+    target: Target,
+    content: ContentConfig | None = None,
+) -> str:
+    """The conclusion in a few sentences; `content` is the recipe's."""
     if chosen is None:
         return _no_cluster(points, target)
     needed = target.needed_rows_per_s
@@ -60,8 +66,8 @@ def answer_of(points: Sequence[CapacityPoint], chosen: CapacityPoint | None, tar
         f"{lead}.",
         f"With {chosen.batch_size_per_rank:,} rows a rank it trains about "
         f"{human(chosen.rows_per_s or 0)} rows/s, {1e3 * (chosen.step_s or 0):.3g} ms a step "
-        f"({1e3 * (chosen.sparse_s or 0):.3g} ms tables, {1e3 * (chosen.dense_s or 0):.3g} ms "
-        f"dense).",
+        f"({_parts(chosen)}).",
+        *_content(chosen, content),
         f"The fullest rank uses {size(chosen.peak_bytes or 0)} of {size(chosen.device_bytes or 0)}"
         f"; {chosen.headroom or 0:.0%} stay free.",
         _future(chosen),
@@ -72,6 +78,32 @@ def answer_of(points: Sequence[CapacityPoint], chosen: CapacityPoint | None, tar
     if "calibration" not in (chosen.constants or ""):
         parts.append("Times come from data sheets, not from measurements: calibrate to trust them.")
     return " ".join(parts)
+
+
+def _parts(point: CapacityPoint) -> str:
+    parts = {"tables": point.sparse_s, "dense": point.dense_s, "content": point.content_s}
+    return ", ".join(f"{1e3 * s:.3g} ms {name}" for name, s in parts.items() if s is not None)
+
+
+def _content(point: CapacityPoint, content: ContentConfig | None) -> Iterator[str]:
+    if content is None or point.content_items is None:
+        return
+    service = content.placement
+    if not isinstance(service, Service):
+        share = point.content_items / point.world_size
+        yield f"For content, each rank encodes {share:,.0f} items a step."
+        return
+    share = point.content_items / service.num_actors
+    devices = [
+        f"{service.num_actors * each:g} {kind}"
+        for each, kind in ((service.gpus_per_actor, "GPUs"), (service.cpus_per_actor, "CPUs"))
+        if each
+    ]
+    needs = f"; they need {' and '.join(devices)} beside the cluster" if devices else ""
+    yield (
+        f"For content, each of {service.num_actors} actors encodes {share:,.0f} items a step in "
+        f"{1e3 * (point.content_actor_s or 0):.3g} ms{needs}."
+    )
 
 
 def _future(point: CapacityPoint) -> str:

@@ -89,6 +89,7 @@ def write_capacity_report(answer: CapacityAnswer, path: Path) -> None:
             for p in best_batches(answer.points)
         ],
         dense=answer.dense,
+        content=answer.content,
         num_points=len(answer.points),
         seconds=duration(answer.seconds),
     )
@@ -116,6 +117,16 @@ def _tiles(answer: CapacityAnswer) -> list[dict[str, str]]:
         },
         {"label": "Lasts", "value": _lasts(chosen), "note": "until tables no longer fit"},
     ]
+    if chosen.content_s is not None:
+        tiles.insert(
+            3,
+            {
+                "label": "Of it content",
+                "value": f"{1e3 * chosen.content_s:.3g} ms",
+                "note": f"{chosen.content_items or 0:,.0f} items a step, "
+                f"{size(chosen.content_bytes or 0)} a rank",
+            },
+        )
     if chosen.cost_per_billion_rows is not None:
         cost = f"{chosen.cost_per_billion_rows:.2f}"
         tiles.append({"label": "A billion rows", "value": cost, "note": "at the given prices"})

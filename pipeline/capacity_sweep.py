@@ -11,7 +11,9 @@ from embedding.calibration import constants_for, read_calibration
 from embedding.cluster_shape import ClusterShape, parse_shape
 from embedding.errors import UserError
 from embedding.traffic import read_traffic
-from pipeline.capacity_types import CapacityRequest, DenseCost, Target
+from multimodal.content_config import ContentConfig, Service
+from multimodal.tower_files import is_on_hub, model_directory
+from pipeline.capacity_types import CapacityRequest, Target
 from pipeline.config import Recipe
 from pipeline.recipe import nearest_name
 
@@ -40,20 +42,14 @@ def sweep_request(recipe: Recipe, options: SweepOptions) -> CapacityRequest:
     """A request of the recipe's tables and these options.
 
     Raises:
-        UserError: A topology or price is none, a factor is not positive, or a file is missing,
-            stale or of another machine.
+        UserError: A topology or price is none, a factor is not positive, a file is missing, stale
+            or of another machine, or a tower of the content is not on this machine.
     """
     shapes = tuple(shape for text in options.topologies for shape in expand(text))
     priced = _with_prices(shapes, options.prices)
-    dense = None
-    if options.dense_flops_per_row is not None:
-        dense = DenseCost(
-            flops_per_row=options.dense_flops_per_row,
-            parameters=0,
-            cpu_seconds_per_row=options.dense_flops_per_row / 5e10,
-            precision=recipe.ranking.trainer.precision,
-        )
     _check_files(options, shapes)
+    if recipe.content is not None:
+        _check_content(recipe.content, shapes)
     try:
         return CapacityRequest(
             recipe=recipe,
@@ -70,7 +66,7 @@ def sweep_request(recipe: Recipe, options: SweepOptions) -> CapacityRequest:
             calibrations=options.calibrations,
             growth_per_day=options.growth_per_day,
             kernels=recipe.embedding.sharding.kernels,
-            dense=dense,
+            dense_flops_per_row=options.dense_flops_per_row,
         )
     except ValidationError as error:
         first = error.errors()[0]
@@ -91,6 +87,30 @@ def _check_files(options: SweepOptions, shapes: tuple[ClusterShape, ...]) -> Non
                 f"({', '.join(sorted(by_machine))}); leave it out"
             )
         constants_for(by_machine[machine], path)
+
+
+def _check_content(content: ContentConfig, shapes: tuple[ClusterShape, ...]) -> None:
+    """Before anything is started: costs of towers come from their files."""
+    for name, tower in content.towers.items():
+        if is_on_hub(tower):
+            continue  # downloaded where it is counted
+        try:
+            model_directory(tower)
+        except UserError as error:
+            key = f"content.{name}" if len(content.towers) > 1 else "content"
+            raise UserError(
+                f"content.{name}: capacity counts the tower from its files; {error}, or leave it "
+                f"out by --set {key}=null"
+            ) from error
+    placement = content.placement
+    if isinstance(placement, Service) and placement.gpus_per_actor:
+        without = [shape.name for shape in shapes if shape.machine.device == "cpu"]
+        if without:
+            raise UserError(
+                f"content.placement.gpus_per_actor={placement.gpus_per_actor:g}: actors are taken "
+                f"to have GPUs like those of the ranks, and {without[0]} has none; set it to 0, or "
+                "leave that topology out"
+            )
 
 
 def expand(text: str) -> Iterator[ClusterShape]:

@@ -7,7 +7,9 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from embedding.cluster_shape import ClusterShape
 from embedding.config import StrictConfig
+from multimodal.content_cost import CicCost, EncoderCost
 from pipeline.config import Recipe
+from pipeline.item_load import ItemLoad
 
 GPU_FLOPS_SHARE = 0.35
 """Share of the peak that the dense side's products are assumed to reach: small batches, many
@@ -23,6 +25,22 @@ class DenseCost(StrictConfig):
     cpu_seconds_per_row: NonNegativeFloat
     """Measured on one core of this machine."""
     precision: Literal["fp32", "bf16"]
+
+    def with_flops(self, flops_per_row: float) -> "DenseCost":
+        """Other products a row, at the speed that this CPU was measured to have; as many values."""
+        scale = flops_per_row / self.flops_per_row if self.flops_per_row else 1.0
+        seconds = scale * self.cpu_seconds_per_row
+        return self.model_copy(
+            update={"flops_per_row": flops_per_row, "cpu_seconds_per_row": seconds}
+        )
+
+
+class ContentCost(StrictConfig):
+    """A recipe's content: what encoder and loss cost, and the items that steps meet."""
+
+    encoder: EncoderCost
+    cic: CicCost | None
+    items: ItemLoad
 
 
 class Target(StrictConfig):
@@ -59,8 +77,12 @@ class CapacityRequest(StrictConfig):
     growth_per_day: NonNegativeFloat | None = None
     """Share of today's rows that every table gains a day, where traffic says nothing of it."""
     kernels: tuple[str, ...] = ("fused", "fused_uvm", "fused_uvm_caching")
+    dense_flops_per_row: NonNegativeFloat | None = None
+    """Instead of counting the model's."""
     dense: DenseCost | None = None
     """None: taken from the recipe's model."""
+    content: ContentCost | None = None
+    """None: taken from the recipe, where it has content."""
 
 
 class PointKey(StrictConfig):
@@ -94,9 +116,17 @@ class CapacityPoint(StrictConfig):
     dense_s: float | None = None
     hidden_s: float | None = None
     """Input exchange of the next batch that the dense side hides."""
+    content_s: float | None = None
+    """What content adds to the step; None for a recipe without content."""
+    content_actor_s: float | None = None
+    """Work of a step on an actor of the content service, before or beside that of the ranks."""
+    content_items: float | None = None
+    """Distinct items that all ranks together have encoded in a step."""
+    content_bytes: int | None = None
+    """Of every rank: bank, encoder and what a step holds of them."""
     rows_per_s: float | None = None
     peak_bytes: int | None = None
-    """Of the fullest rank, with the reserved share."""
+    """Of the fullest rank, with content and the reserved share."""
     device_bytes: int | None = None
     headroom: float | None = None
     """Free share of the fullest rank's memory."""
@@ -117,14 +147,15 @@ class CapacityPoint(StrictConfig):
 
 
 class CapacityAnswer(StrictConfig):
-    """What `braid capacity --json` writes; version 1."""
+    """What `braid capacity --json` writes; version 2 (1 had no content)."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1, 2] = 2
     recipe: str
     answer: str
     """The conclusion in a few sentences."""
     target: Target
     chosen: CapacityPoint | None
     dense: DenseCost
+    content: ContentCost | None = None
     points: tuple[CapacityPoint, ...]
     seconds: float

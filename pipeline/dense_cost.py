@@ -7,38 +7,88 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from embedding.batch import RankingBatch
 from embedding.config import FeatureSchema
+from embedding.item_columns import item_sequences
+from embedding.items import ContentVectors, ItemRows
 from embedding.synthetic_batches import synthetic_batch
 from embedding.tables import EmbeddedBatch
 from embedding.traffic import Traffic
 from embedding.workload import table_loads
-from pipeline.capacity_types import DenseCost
+from pipeline.capacity_types import ContentCost, DenseCost
 from pipeline.config import Recipe
+from pipeline.content_items import content_shape
+from pipeline.item_load import step_items
 from ranking.model import RankingModel, RankingStep
 
 _COUNTED_ROWS = 64
 _TIMED_ROWS = 512
 _REPEATS = 5
 
+_Inputs = tuple[EmbeddedBatch, RankingBatch, ContentVectors | None]
 
-def dense_cost(recipe: Recipe, traffic: Traffic | None) -> DenseCost:
-    """Run the recipe's ranker, forward and backward, on a small batch of random embeddings."""
-    model = RankingModel(recipe.features, recipe.ranking, tables_device=torch.device("meta"))
+
+def dense_cost(
+    recipe: Recipe, traffic: Traffic | None, content: ContentCost | None = None
+) -> DenseCost:
+    """Run the recipe's ranker, forward and backward, on a small batch of random embeddings.
+
+    Args:
+        recipe: the ranker's.
+        traffic: measured lengths of lists and histories.
+        content: what the recipe's content costs, where it has some: the ranker reads vectors of as
+            many distinct items a row as in one rank's batch of the recipe.
+    """
+    shape = None if recipe.content is None else content_shape(recipe.content, recipe.features)
+    model = RankingModel(
+        recipe.features, recipe.ranking, tables_device=torch.device("meta"), content=shape
+    )
     step = RankingStep(model, recipe.ranking)
     schema = model.tables.schema
+    items_per_row = _items_per_row(recipe, content)
+
+    def inputs(num_rows: int) -> _Inputs:
+        embedded, batch = _inputs(schema, traffic, num_rows)
+        return embedded, batch, _content(recipe, batch, round(num_rows * items_per_row))
+
     with FlopCounterMode(display=False) as counter:
-        _run(step, *_inputs(schema, traffic, _COUNTED_ROWS))
+        _run(step, *inputs(_COUNTED_ROWS))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    inputs = _inputs(schema, traffic, _TIMED_ROWS)
-    seconds = sorted(_timed(step, *inputs) for _ in range(_REPEATS))
+    timed = inputs(_TIMED_ROWS)
+    seconds = sorted(_timed(step, *timed) for _ in range(_REPEATS))
     torch.set_num_threads(threads)
     parameters = sum(p.numel() for n, p in step.named_parameters() if "tables" not in n.split("."))
+    if content is not None and content.cic is not None:
+        parameters += content.cic.parameters
     return DenseCost(
         flops_per_row=counter.get_total_flops() / _COUNTED_ROWS,
         parameters=parameters,
         cpu_seconds_per_row=seconds[_REPEATS // 2] / _TIMED_ROWS,
         precision=recipe.ranking.trainer.precision,
     )
+
+
+def _items_per_row(recipe: Recipe, content: ContentCost | None) -> float:
+    if recipe.content is None:
+        return 0.0
+    assert content is not None, "the recipe has content, and its cost was not given"
+    batch_size = recipe.ranking.trainer.batch_size_per_rank
+    items = step_items(content.items, recipe.content.gradient, batch_size, world_size=1)
+    return items.read / batch_size
+
+
+def _content(recipe: Recipe, batch: RankingBatch, num_items: int) -> ContentVectors | None:
+    """Random vectors of so many items (at least one), which candidates and events take in turn."""
+    config = recipe.content
+    if config is None:
+        return None
+    num_items = max(num_items, 1)
+    histories = {}
+    sequences = item_sequences(recipe.features) if config.in_history else {}
+    for history, sequence in sequences.items():
+        lengths_B = batch.unpooled[sequence].lengths().long()
+        histories[history] = torch.arange(int(lengths_B.sum())) % num_items, lengths_B
+    items = ItemRows.of(torch.arange(batch.num_rows) % num_items, histories)
+    return ContentVectors(torch.randn(len(items.rows_U), config.dim, requires_grad=True), items)
 
 
 def _inputs(
@@ -70,12 +120,16 @@ def _inputs(
     return embedded, batch
 
 
-def _run(step: RankingStep, embedded: EmbeddedBatch, batch: RankingBatch) -> None:
+def _run(
+    step: RankingStep, embedded: EmbeddedBatch, batch: RankingBatch, content: ContentVectors | None
+) -> None:
     step.zero_grad()
-    step.model.rank(embedded, batch).sum().backward()
+    step.model.rank(embedded, batch, content).sum().backward()
 
 
-def _timed(step: RankingStep, embedded: EmbeddedBatch, batch: RankingBatch) -> float:
+def _timed(
+    step: RankingStep, embedded: EmbeddedBatch, batch: RankingBatch, content: ContentVectors | None
+) -> float:
     started = time.perf_counter()
-    _run(step, embedded, batch)
+    _run(step, embedded, batch, content)
     return time.perf_counter() - started

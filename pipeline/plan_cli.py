@@ -181,7 +181,11 @@ def capacity_command(  # noqa: PLR0913 # every option of a command is a paramete
     ] = None,
     dense_flops_per_row: Annotated[
         float | None,
-        typer.Option("--dense-flops-per-row", min=0, help="Instead of counting the model's."),
+        typer.Option(
+            "--dense-flops-per-row",
+            min=0,
+            help="Instead of counting the ranker's; its parameters are counted all the same.",
+        ),
     ] = None,
     json_file: JsonOption = None,
     report: Annotated[

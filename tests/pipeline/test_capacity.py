@@ -6,16 +6,24 @@ from pathlib import Path
 import pytest
 
 from embedding.cluster_shape import ClusterShape, find_machine, parse_shape
-from embedding.config import FeatureSchema, RowWiseAdagrad, SparseFeature, TableConfig
+from embedding.config import (
+    FeatureSchema,
+    ManagedCollision,
+    RowWiseAdagrad,
+    SparseFeature,
+    TableConfig,
+)
 from embedding.cost import RESERVED_SHARE
 from embedding.demand import StepSettings
 from embedding.errors import UserError
 from embedding.id_distribution import IdDistribution, zipf
 from embedding.planning import PlanRequest, plan_tables
 from embedding.traffic import TableTraffic, Traffic
-from pipeline.capacity import _not_counted, breaking_growth, dense_seconds, evaluate_point, grown
+from pipeline.capacity import _with_costs, evaluate_point
 from pipeline.capacity_answer import answer_of, choose
+from pipeline.capacity_growth import breaking_growth, grown
 from pipeline.capacity_report import best_batches, write_capacity_report
+from pipeline.capacity_step import dense_seconds
 from pipeline.capacity_sweep import SweepOptions, expand, sweep_request
 from pipeline.capacity_types import (
     GPU_FLOPS_SHARE,
@@ -32,6 +40,7 @@ from pipeline.recipe import load_recipe
 from tests.embedding.test_calibration import calibration
 
 MIB = 1 << 20
+TERABYTE = str(Path(__file__).parents[2] / "benchmarks" / "terabyte.yaml")
 DENSE = DenseCost(flops_per_row=2e6, parameters=10**6, cpu_seconds_per_row=1e-4, precision="fp32")
 
 
@@ -90,11 +99,18 @@ def test_a_history_s_attention_counts_as_dense_work() -> None:
     assert with_hstu.parameters - without.parameters > 2 * (32 * 4 * 32 + 32 * 32)
 
 
-def test_towers_of_content_are_said_to_be_left_out() -> None:
-    assert _not_counted(request_of(())) == ""
-    request = request_of((), recipe=load_recipe("movielens_content"))
-    assert "towers" in _not_counted(request)
-    assert "--dense-flops-per-row" in _not_counted(request)
+def test_other_products_a_row_leave_the_parameters_to_be_added_up() -> None:
+    """As many as the recipe's ranker has; a CPU is as fast as it was measured to be."""
+    request = sweep_request(load_recipe("demo"), SweepOptions(("h100:8",), dense_flops_per_row=8e6))
+    assert request.dense_flops_per_row == 8e6
+    counted = request.model_copy(update={"dense": DENSE})
+    dense = _with_costs(counted).dense
+    assert dense is not None
+    assert (dense.flops_per_row, dense.parameters) == (8e6, DENSE.parameters)
+    assert dense.cpu_seconds_per_row == pytest.approx(4 * DENSE.cpu_seconds_per_row)
+    nothing = DENSE.with_flops(0.0)
+    ring = 2 * 7 / 8 * 4e6 / 450e9
+    assert dense_seconds(nothing, parse_shape("h100:8"), 512) == pytest.approx(ring)
 
 
 def test_factors_scale_rows_and_dims() -> None:
@@ -125,6 +141,32 @@ def test_tables_grow_until_planning_refuses(kernels: tuple[str, ...]) -> None:
     plan_tables(grown(request, growth))
     with pytest.raises(UserError):
         plan_tables(grown(request, 1.1 * growth))
+
+
+def test_rows_that_a_sharding_cannot_cut_end_the_growth_with_its_reason() -> None:
+    table = TableConfig(name="t", num_embeddings=17, embedding_dim=8, ids=ManagedCollision())
+    request = PlanRequest(
+        schema=FeatureSchema(tables=(table,), sparse=(SparseFeature(name="f", table="t"),)),
+        shape=parse_shape("h100:8"),
+        settings=StepSettings(64, RowWiseAdagrad()),
+    )
+    growth, why = breaking_growth(request)
+    assert growth == 1
+    assert why is not None
+    assert "cuts its 17 rows into 8 blocks of 3" in why
+
+
+def test_more_kernels_make_no_plan_slower_where_memory_is_tight() -> None:
+    """2 TB of tables fill 64 GPUs of 40 GB nearly: few of them go to host memory, not all."""
+    request = grown(plan_request(load_recipe(TERABYTE), parse_shape("a100-40:8x8")), 2.0)
+    every, cached = (
+        plan_tables(replace(request, kernels=kernels))
+        for kernels in (("fused", "fused_uvm", "fused_uvm_caching"), ("fused", "fused_uvm_caching"))
+    )
+    assert every.predicted is not None
+    assert cached.predicted is not None
+    assert every.predicted.step_s <= 1.1 * cached.predicted.step_s
+    assert sum(table.kernel != "fused" for table in every.tables) < 10
 
 
 def test_days_left_follow_the_measured_growth() -> None:

@@ -40,3 +40,39 @@ def test_a_small_sweep_is_answered(tmp_path: Path, capsys: pytest.CaptureFixture
     shown = " ".join(capsys.readouterr().out.split())
     assert answer.answer in shown
     assert answer.answer.split(".")[0] in report.read_text()
+
+
+CONTENT = "content={text: {max_tokens: 8}, dim: 16, gradient: {max_items_per_step: 64}}"
+
+
+def test_content_is_part_of_the_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    json_file, report = tmp_path / "capacity.json", tmp_path / "capacity.html"
+    recipe = ("-r", "demo", "--set", CONTENT, "--set", f"data.root={tmp_path}")
+    sweep = ("-t", "h100:8", "-t", "cpu:2", "--dense-flops-per-row", "1e6")
+
+    code = main(["capacity", *recipe, *sweep, "--json", str(json_file), "--report", str(report)])
+
+    assert code == 0
+    answer = CapacityAnswer.model_validate_json(json_file.read_text())
+    assert answer.content is not None
+    assert answer.dense.flops_per_row == 1e6
+    assert answer.dense.parameters > 0
+    for point in answer.points:
+        parts = (point.sparse_s or 0) + (point.dense_s or 0) + (point.content_s or 0)
+        assert point.step_s == pytest.approx(parts - (point.hidden_s or 0))
+        assert (point.content_items or 0) > 64
+    on_cpu = answer.points[1]
+    encoder = answer.content.encoder
+    assert on_cpu.content_s is not None
+    assert on_cpu.content_s > 32 * (encoder.forward_s + encoder.backward_s)
+    assert " ms content" in " ".join(capsys.readouterr().out.split())
+    assert "Of it content" in report.read_text()
+
+
+def test_a_missing_tower_ends_the_command_with_one_sentence(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code = main(["capacity", "-r", "movielens_content", "--set", "content.text={}", "-t", "h100:8"])
+    assert code == 2
+    said = capsys.readouterr().err
+    assert "content.image: capacity counts the tower from its files" in " ".join(said.split())

@@ -33,6 +33,8 @@ class StepTimes(StrictConfig):
     phase_s: dict[str, float]
     """Parts of a step, with a barrier between them; `assembly` and `optimizer` are no exchange."""
     num_steps: int
+    halves_s: tuple[float, float]
+    """`step_s` of every other round, and of the rest: what it is good to."""
 
 
 class TablesStep(nn.Module):
@@ -182,22 +184,23 @@ def time_plans(
     Args:
         runs: the plans.
         warmup: steps of each before it counts.
-        rounds: turns of each, at least.
+        rounds: turns of each, at least; two or more.
         steps_per_round: whole steps of a turn; its phases are timed once.
         min_seconds: go on until all turns together have taken so long.
     """
     for run in runs:
         for _ in range(warmup):
             run.step()
-    steps: list[list[float]] = [[] for _ in runs]
+    steps: list[list[list[float]]] = [[] for _ in runs]  # by plan and round
     phases: list[list[dict[str, float]]] = [[] for _ in runs]
 
     def take_turns(numbers: range) -> float:
         started = time.perf_counter()
         for number in numbers:
-            order = range(len(runs)) if number % 2 == 0 else range(len(runs) - 1, -1, -1)
+            forth = number // 2 % 2 == 0  # either half goes through the plans in both orders
+            order = range(len(runs)) if forth else range(len(runs) - 1, -1, -1)
             for index in order:
-                steps[index] += [runs[index].time_step() for _ in range(steps_per_round)]
+                steps[index].append([runs[index].time_step() for _ in range(steps_per_round)])
                 phases[index].append(runs[index].time_phases())
         return time.perf_counter() - started
 
@@ -207,7 +210,11 @@ def time_plans(
     take_turns(range(rounds, in_all))
     return [
         StepTimes(
-            step_s=_median_of_slowest(steps[index]),
+            step_s=_median_of_slowest(sum(steps[index], [])),
+            halves_s=(
+                _median_of_slowest(sum(steps[index][::2], [])),
+                _median_of_slowest(sum(steps[index][1::2], [])),
+            ),
             phase_s={
                 name: _median_of_slowest([seconds[name] for seconds in phases[index]])
                 for name in phases[index][0]

@@ -86,7 +86,8 @@ def search(
         return None
     candidates.sort(key=lambda entry: entry[:2])
     improved = [
-        (_improve(layout, options), order, name) for _, order, name, layout in candidates[:_REFINED]
+        (_improve(layout.copy(), options), order, name)
+        for _, order, name, layout in candidates[:_REFINED]
     ]
     improved.sort(key=lambda entry: (entry[0].cost(), entry[1]))
     best, _, name = improved[0]

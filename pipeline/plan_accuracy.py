@@ -46,6 +46,7 @@ def compare(
                 name=plan.proposer or "",
                 plan=plan_label(plan),
                 measured_s=run.step_s,
+                scatter=abs(run.halves_s[0] - run.halves_s[1]) / 2 / run.step_s,
                 predicted_s=predicted.step_s,
                 measured_phase_s={
                     phase: sum(run.phase_s.get(part, 0.0) for part in parts)

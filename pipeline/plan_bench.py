@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from pydantic import Field
+
 from embedding.cluster_shape import ClusterShape
 from embedding.config import FeatureSchema, SparseOptimizer, StrictConfig
 from embedding.demand import StepSettings
@@ -52,7 +54,7 @@ class BenchEffort(StrictConfig):
     """
 
     warmup_steps: int = 3
-    rounds: int = 9
+    rounds: int = Field(default=9, ge=2)
     steps_per_round: int = 6
     min_seconds: float = 0.0
     """Rounds go on until the plans that take turns have together taken so long."""
@@ -77,6 +79,8 @@ class MeasuredRun(StrictConfig):
     case: str
     plan_index: int
     step_s: float
+    halves_s: tuple[float, float]
+    """Of every other round, and of the rest; they share the machine's states."""
     phase_s: dict[str, float]
     num_steps: int
     peak_bytes: tuple[int, ...] = ()
@@ -92,6 +96,8 @@ class PlanComparison(StrictConfig):
     plan: str
     """Every table's placement."""
     measured_s: float
+    scatter: float
+    """Half the difference between halves of the measurement, as a share of it."""
     predicted_s: float
     measured_phase_s: dict[str, float]
     predicted_phase_s: dict[str, float]

@@ -199,12 +199,17 @@ def fastest_plan(
 
     The fastest of many noisy medians was lucky: the first few meet again, for longer.
     """
-    order = sorted(range(len(case.plans)), key=lambda i: report.comparisons[i].measured_s)
-    finalists = tuple(case.plans[i] for i in order[:FINALISTS])
+    finalists = finalists_of(case, report)
     again = case.model_copy(update={"plans": finalists})
     group = cluster.model_copy(update={"num_workers": case.plans[0].world_size})
     runs, _ = run_cases([again], group, BenchEffort() if quick else FINAL_EFFORT)
     return finalists[min(runs, key=lambda run: run.step_s).plan_index]
+
+
+def finalists_of(case: BenchCase, report: BenchReport) -> tuple[PlanDescription, ...]:
+    """The plans that were fastest in a report on all plans of the case."""
+    order = sorted(range(len(case.plans)), key=lambda i: report.comparisons[i].measured_s)
+    return tuple(case.plans[i] for i in order[:FINALISTS])
 
 
 def sampled_cases(
@@ -278,7 +283,7 @@ def process_bytes(shape: ClusterShape, group: ClusterConfig) -> int:
     """Memory of a rank beyond what the tables explain: the median of a few fresh worker groups."""
     found = []
     for case in sampled_cases(shape, _PROCESS_SEEDS, 1):
-        runs, _ = run_cases([case], group, BenchEffort(rounds=1, memory_steps=4))
+        runs, _ = run_cases([case], group, BenchEffort(rounds=2, memory_steps=4))
         (entry,) = compare([case], runs, shape, None)
         assert entry.measured_peak_bytes is not None
         found.append(max(entry.measured_peak_bytes - entry.predicted_peak_bytes, 0))
@@ -301,7 +306,7 @@ def _row(entry: PlanComparison) -> tuple[str, ...]:
     peak = entry.measured_peak_bytes
     return (
         entry.name,
-        milliseconds(entry.measured_s),
+        f"{milliseconds(entry.measured_s)} ±{entry.scatter:.0%}",
         milliseconds(entry.predicted_s),
         f"{entry.relative_error:+.0%}",
         "-" if peak is None else size(peak),

@@ -86,6 +86,7 @@ def _measure(
                 case=case.name,
                 plan_index=first + offset,
                 step_s=time.step_s,
+                halves_s=time.halves_s,
                 phase_s=time.phase_s,
                 num_steps=time.num_steps,
                 peak_bytes=peaks[first + offset] if peaks else (),

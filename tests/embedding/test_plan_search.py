@@ -83,8 +83,9 @@ def test_few_tables_get_the_best_of_all_placements(seed: int) -> None:
     assert found.cost_s == pytest.approx(best)
 
 
-def test_the_shortlist_is_the_cheapest_placements_once_up_to_renamed_ranks() -> None:
-    tables = sample_tables(1, max_tables=3, min_tables=2)
+@pytest.mark.parametrize("seed", [1, 4, 2001])
+def test_the_shortlist_is_the_cheapest_placements_once_up_to_renamed_ranks(seed: int) -> None:
+    tables = sample_tables(seed, max_tables=3, min_tables=2)
     request = request_of(tables.schema, "cpu:2", tables.batch_size_per_rank)
     model = request.model()
     options = {n: choices_of(load, request.shape, (FUSED,)) for n, load in model.loads.items()}
@@ -101,11 +102,11 @@ def test_the_shortlist_is_the_cheapest_placements_once_up_to_renamed_ranks() -> 
         )
         costs[images] = layout_of(model, dict(zip(options, combination, strict=True))).cost()
 
-    plans = shortlist_plans(request, 6)
+    plans = shortlist_plans(request, 12)
 
-    assert [plan.proposer for plan in plans] == [f"shortlist {n}" for n in range(1, 7)]
+    assert [plan.proposer for plan in plans] == [f"shortlist {n}" for n in range(1, 13)]
     predicted = [plan.predicted.step_s for plan in plans if plan.predicted is not None]
-    assert predicted == pytest.approx(sorted(costs.values())[:6])
+    assert predicted == pytest.approx(sorted(costs.values())[:12])
     assert plans[0].tables == plan_tables(request).tables
 
 

@@ -124,6 +124,8 @@ def test_measured_plans_fit_constants_that_predict_them(tmp_path: Path) -> None:
     for run, plan in zip(runs, case.plans, strict=True):
         assert run.step_s > 0
         assert run.num_steps == 8
+        # Of two rounds of four steps, the median of all lies between theirs.
+        assert min(run.halves_s) <= run.step_s <= max(run.halves_s)
         assert set(run.phase_s) >= {"lookup", "backward"}
         # Weights and one accumulator a row must be in memory; gradients and buffers come on top.
         for peak, weights in zip(run.peak_bytes, plan.weight_bytes_per_rank(), strict=True):

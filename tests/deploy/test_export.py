@@ -14,6 +14,7 @@ from pipeline.lock import exclusive
 from pipeline.recipe import RECIPE_FILE, write_recipe
 from pipeline.train import CHECKPOINT
 from tests.deploy.published import settings
+from tests.deploy.refusal import refused
 from tests.pipeline.small_log import file_bytes
 
 DATE = "2024-01-02"
@@ -41,14 +42,6 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 def command(out: Path, folder: Path, date: str = DATE) -> list[str]:
     return ["export", "--out", str(out), "--date", date, "--to", str(folder)]
-
-
-def refused(capsys: pytest.CaptureFixture[str], code: int) -> str:
-    printed = capsys.readouterr().err.strip()
-    assert code == 2, printed
-    assert printed.startswith("error: ")
-    assert len(printed.splitlines()) == 1
-    return printed
 
 
 @pytest.mark.parametrize("is_there", [True, False])

@@ -34,6 +34,7 @@ from tests.deploy.published import (
     settings,
     write_catalogue,
 )
+from tests.deploy.refusal import refused
 from tests.pipeline.content_steps import NUM_ITEMS
 
 NEW, OTHER_NEW = 100, 101
@@ -215,14 +216,6 @@ def test_new_items_are_scored_by_their_content(
 
 
 # --- what the user must change -------------------------------------------------------------------
-
-
-def refused(capsys: pytest.CaptureFixture[str], code: int) -> str:
-    printed = capsys.readouterr().err.strip()
-    assert code == 2, printed
-    assert printed.startswith("error: ")
-    assert len(printed.splitlines()) == 1
-    return printed
 
 
 @pytest.mark.parametrize(

@@ -306,7 +306,7 @@ def _row(entry: PlanComparison) -> tuple[str, ...]:
     peak = entry.measured_peak_bytes
     return (
         entry.name,
-        f"{milliseconds(entry.measured_s)} ±{entry.scatter:.0%}",
+        f"{milliseconds(entry.measured_s)} +-{entry.scatter:.0%}",
         milliseconds(entry.predicted_s),
         f"{entry.relative_error:+.0%}",
         "-" if peak is None else size(peak),

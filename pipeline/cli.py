@@ -3,6 +3,7 @@
 Heavy imports (torch, ray, pyarrow) happen inside the commands, so that `--help` answers at once.
 """
 
+import importlib.metadata
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,19 +21,37 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="braid",
-    help="Daily retraining of industrial ranking models on Ray and TorchRec.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 models_app = typer.Typer(help="Published bundles and which of them is in production.")
-app.add_typer(models_app, name="models", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(models_app, name="models", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
-app.command("plan")(plan_command)
-app.command("traffic")(traffic_command)
-app.command("capacity")(capacity_command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"braid {importlib.metadata.version('braid')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global_options(
+    version: Annotated[  # noqa: ARG001 # its callback answers
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            help="Print the version and exit; `braid doctor` names those of the packages below it.",
+        ),
+    ] = False,
+) -> None:
+    """Daily retraining of industrial ranking models on Ray and TorchRec."""
+
 
 RecipeOption = Annotated[
     str, typer.Option("--recipe", "-r", help="Built-in recipe or path of a YAML file.")
@@ -45,6 +64,9 @@ SetOption = Annotated[
 ]
 
 
+STAGE_HELP = "ingest, content, align, quantize, join, plan, train, evaluate, gate or publish."
+
+
 @app.command()
 def run(
     context: typer.Context,
@@ -53,7 +75,7 @@ def run(
     out: OutOption,
     overrides: SetOption = None,
 ) -> None:
-    """Run all stages of one day: ingest, join, plan, train, evaluate, gate, publish."""
+    """Run all stages of one day, from the raw events to the published bundle."""
     with _command(context, recipe, out, overrides, f"braid run --date {date}") as command:
         refused = command.run_day(date)
     raise typer.Exit(1 if refused else 0)
@@ -62,7 +84,7 @@ def run(
 @app.command()
 def stage(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="ingest, join, plan, train, evaluate, gate, publish")],
+    name: Annotated[str, typer.Argument(help=STAGE_HELP)],
     recipe: RecipeOption,
     date: DateOption,
     out: OutOption,
@@ -160,6 +182,11 @@ def status(
     Console().print(status_table(out, context.obj))
     if verify:
         raise typer.Exit(1 if _damage(out) else 0)
+
+
+app.command("plan")(plan_command)
+app.command("traffic")(traffic_command)
+app.command("capacity")(capacity_command)
 
 
 @models_app.command("list")

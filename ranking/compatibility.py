@@ -15,11 +15,18 @@ _MAX_GAP_ROWS = 256
 
 
 def check_model(schema: FeatureSchema, model: ModelConfig) -> None:
-    """Refuse interests, a generator or a classifier that the schema does not suit.
+    """Refuse interests, a generator, a classifier or a dropout that the schema does not suit.
 
     Raises:
         UserError: what does not fit, where, and what to change.
     """
+    fields = [feature.name for feature in schema.sparse]
+    for name in model.field_dropout:
+        if name not in fields:
+            raise UserError(
+                f"ranking.model.field_dropout: {name!r} is not among the sparse features {fields}; "
+                "name one of them"
+            )
     for interest in model.interests:
         check_interest(schema, interest)
     num_fields = num_classifier_fields(schema, model)

@@ -13,7 +13,7 @@ from pydantic import (
 )
 
 from embedding.config import StrictConfig
-from ranking.classifier_config import Classifier, Dnn
+from ranking.classifier_config import Classifier, Dnn, Dropout
 from ranking.experts_config import ExpertsConfig
 from ranking.fgcnn_config import Fgcnn
 from ranking.interest_config import InterestConfig
@@ -46,6 +46,9 @@ class ModelConfig(StrictConfig):
     interests: tuple[InterestConfig, ...] = ()
     field_dim: PositiveInt | None = Field(default=None, multiple_of=4)
     """Fields of another dim are projected to this one; None: fields keep their dims."""
+    field_dropout: dict[str, Dropout] = {}
+    """Share of the training samples that lose a sparse feature, by its name: ids that are new when
+    the model is used look like ids that were left out, and content or codes have to do."""
     generator: Fgcnn | None = None
     """Adds new features to the fields, whatever the classifier."""
     classifier: Classifier = Dnn()

@@ -28,6 +28,7 @@ from ranking.content import (
     ContentSource,
 )
 from ranking.experts import build_heads
+from ranking.field_dropout import FieldDropout
 from ranking.fields import FieldGenerator
 from ranking.history import HistoryInterest
 from ranking.losses import TaskLoss
@@ -157,6 +158,7 @@ class Ranker(nn.Module):
         self.autocast = autocast
         interests = [HistoryInterest(schema, interest) for interest in config.interests]
         self.interests = nn.ModuleList(interests)
+        self.dropout = FieldDropout(config.field_dropout)
         self.fields = FieldGenerator(schema, config)
         fields, width = self.fields.output_fields, sum(i.output_dim for i in interests)
         self.content: ContentInterest | None = None
@@ -180,7 +182,7 @@ class Ranker(nn.Module):
     ) -> Tensor:
         """Logits of p(task | its parent); (B, T), float32."""
         with torch.autocast(dense_BF.device.type, torch.bfloat16, enabled=self.autocast):
-            own, generator_BFD = self.fields.split(embedded)
+            own, generator_BFD = self.fields.split(self.dropout(embedded))
             interests = [interest(own) for interest in self.interests]
             more_BX = dense_BF[:, :0]
             if self.content is not None:

@@ -132,6 +132,9 @@ class Gradient(StrictConfig):
     history_share: float = Field(default=0.25, ge=0, lt=1)
     """Part of the bound that candidates leave to history items where both do not fit. 0: candidates
     first."""
+    refresh_every_steps: PositiveInt | None = None
+    """Encode all items anew, without gradient, so often: items that are read from the bank are then
+    no older. None: before the first step, before validation and for the result only."""
     micro_batch_items: PositiveInt | None = None
     """Encode so many items at a time and recompute them in backward (activation checkpointing), so
     that memory does not grow with the number of items. None: all at once."""

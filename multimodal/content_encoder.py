@@ -7,7 +7,7 @@ Shapes: U unique items, L token positions, H width of a tower, D content dim.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,16 @@ from torch.utils.checkpoint import checkpoint
 
 from embedding.errors import UserError
 from multimodal.content_config import ContentConfig
-from multimodal.fusion import build_fusion
+from multimodal.fusion import ConcatOfModalities, build_fusion
+from multimodal.standardised import StandardisedLinear
 from multimodal.token_batch import ModalityTokens, TokenBatch
 from multimodal.towers import UpperTower, load_tower, merge_lora
+
+ReadTokens = Callable[[Tensor], TokenBatch]
+"""Stored tokens of some rows (int64, on the CPU)."""
+
+_MOST_STANDARDISED = 20_000
+_ITEMS_PER_CHUNK = 256
 
 
 class ContentEncoder(nn.Module):
@@ -38,7 +45,7 @@ class ContentEncoder(nn.Module):
             widths = {name: towers[name].hidden_size for name in config.towers}
             self.fusion = build_fusion(config.fusion, widths, config.dim)
             assert isinstance(self.fusion.width, int)
-            self.output = nn.Linear(self.fusion.width, config.dim)
+            self.output = StandardisedLinear(self.fusion.width, config.dim)
         if config.frozen:
             self.fusion.requires_grad_(False)
 
@@ -64,6 +71,39 @@ class ContentEncoder(nn.Module):
         tokens = {name: self._upper(name, batch.modalities[name]) for name in self.towers}
         fused_UH: Tensor = self.fusion(tokens)
         return fused_UH
+
+    @torch.no_grad()
+    def moments(self, read: ReadTokens, rows_N: Tensor) -> Tensor:
+        """Count, sum and sum of squares of what the last layer reads: (3, H), float64.
+
+        Of the items that have the modality, so moments of parts of a catalogue add up.
+        """
+        moments_3H = self.output.mean_H.new_zeros(3, self.output.in_features, dtype=torch.float64)
+        self.eval()
+        for chunk in rows_N.split(_ITEMS_PER_CHUNK):
+            batch = read(chunk).to(moments_3H.device)
+            present_UH = self._columns_present(batch)
+            fused_UH = self.fused(batch).double() * present_UH
+            moments_3H += torch.stack(
+                [present_UH.sum(0), fused_UH.sum(0), fused_UH.square().sum(0)]
+            )
+        return moments_3H
+
+    def standardise(self, moments_3H: Tensor) -> None:
+        """Give the last layer inputs of mean 0 and deviation 1 over the items of `moments`.
+
+        Items that lack a modality start from its mean: 0 once it is standardised.
+        """
+        self.output.standardise(moments_3H)
+        if isinstance(self.fusion, ConcatOfModalities):
+            self.fusion.replace_absent(self.output.mean_H)
+
+    def _columns_present(self, batch: TokenBatch) -> Tensor:
+        """(U, H): False where nothing of the item is read."""
+        if isinstance(self.fusion, ConcatOfModalities):
+            return self.fusion.columns_present(batch.modalities)
+        present_U = torch.stack([part.present for part in batch.modalities.values()]).any(dim=0)
+        return present_U.unsqueeze(1).expand(-1, self.output.in_features)
 
     def _encode(self, batch: TokenBatch) -> Tensor:
         vectors_UD: Tensor = self.output(self.fused(batch))
@@ -100,12 +140,19 @@ def load_content_encoder(config: ContentConfig) -> ContentEncoder:
     return ContentEncoder(config, towers)
 
 
-def trained_state(encoder: nn.Module) -> dict[str, Tensor]:
-    """What training changes, by name: the pretrained weights come from their own files."""
-    return {name: p.detach() for name, p in encoder.named_parameters() if p.requires_grad}
+def rows_to_standardise(num_items: int, seed: int) -> Tensor:
+    """Rows of a store whose moments stand for its items, ascending: all, or a large sample."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(num_items, generator=generator)[:_MOST_STANDARDISED].sort().values
 
 
-def load_trained_state(encoder: nn.Module, state: Mapping[str, Tensor]) -> None:
+def trained_state(encoder: ContentEncoder) -> dict[str, Tensor]:
+    """What training changes and standardises, by name: pretrained weights have their own files."""
+    trained = {name: p.detach() for name, p in encoder.named_parameters() if p.requires_grad}
+    return trained | {f"output.{name}": buffer for name, buffer in encoder.output.named_buffers()}
+
+
+def load_trained_state(encoder: ContentEncoder, state: Mapping[str, Tensor]) -> None:
     """Put a `trained_state` into an encoder of the same config, in place.
 
     Raises:
@@ -123,6 +170,11 @@ def load_trained_state(encoder: nn.Module, state: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, value in own.items():
             value.copy_(state[name])
+    fusion = encoder.fusion
+    if isinstance(fusion, ConcatOfModalities) and not any(
+        absent_H.requires_grad for absent_H in fusion.parameters()
+    ):
+        fusion.replace_absent(encoder.output.mean_H)
 
 
 def merged(encoder: ContentEncoder) -> ContentEncoder:

@@ -2,20 +2,21 @@
 
 # Shapes: U items, D content dim, P elements of all trained parameters.
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from embedding.errors import UserError
 from embedding.precision import check_precision
 from multimodal.content_config import ContentConfig
-from multimodal.content_encoder import load_trained_state, trained_state
-from multimodal.token_batch import TokenBatch
-
-ReadTokens = Callable[[Tensor], TokenBatch]
-"""Stored tokens of some rows (int64, on the CPU)."""
+from multimodal.content_encoder import (
+    ContentEncoder,
+    ReadTokens,
+    load_trained_state,
+    trained_state,
+)
 
 _LORA = "lora_"
 _PARTS = {"towers": "tower", "fusion": "fusion"}
@@ -32,7 +33,7 @@ class ContentLearner:
     def __init__(
         self,
         config: ContentConfig,
-        encoder: nn.Module,
+        encoder: ContentEncoder,
         read_tokens: ReadTokens,
         device: torch.device,
     ) -> None:
@@ -63,6 +64,14 @@ class ContentLearner:
         parts = [self._encoded(part) for part in rows_U.split(items_at_a_time) if len(part)]
         empty = torch.empty(0, self.config.dim, device=self.device)
         return torch.cat(parts) if parts else empty
+
+    def moments(self, rows_N: Tensor) -> Tensor:
+        """What `standardise` needs of some rows; moments of parts add up."""
+        return self.encoder.moments(self._read_tokens, rows_N.cpu())
+
+    def standardise(self, moments_3H: Tensor) -> None:
+        """Standardise before training what the last layer reads; a `load` replaces it."""
+        self.encoder.standardise(moments_3H)
 
     def start(self, step: int, rows_U: Tensor, *, keep_graph: bool) -> Tensor:
         """Vectors (U, D) for a training step, detached.
@@ -116,7 +125,7 @@ class ContentLearner:
         return {part: square**0.5 for part, square in squares.items()}
 
     def state(self) -> dict[str, Tensor]:
-        """Weights that train, and the optimizer's state."""
+        """What training changes, and the optimizer's state."""
         tensors = {f"encoder/{n}": value for n, value in trained_state(self.encoder).items()}
         for name, parameter in self._trained.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():

@@ -20,6 +20,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from embedding.batch import RankingBatch
 from embedding.errors import UserError
@@ -98,7 +99,8 @@ class TrainedContent:
     def train(self, items: ItemRows) -> ContentVectors:
         """Vectors for a training step; of those encoded in it, the gradient counts."""
         started = time.perf_counter()
-        if not self._is_fresh and self.step == 0:
+        every = self.config.gradient.refresh_every_steps
+        if self.step == 0 or (every is not None and self.step % every == 0):
             self.refresh()
         if self._upcoming:
             self._upcoming.popleft()  # this step's
@@ -106,13 +108,15 @@ class TrainedContent:
             self._request(self.step, items)
         rows_G = self._requested.pop(self.step)
         computed_at = self.step - 1 if self._is_ahead else self.step
-        self.bank.write(rows_G, self.placement.vectors(self.step), max(computed_at, 0))
+        vectors_GD = self.placement.vectors(self.step)
+        self._meter.compare(self.bank.read(rows_G), vectors_GD)
+        self.bank.write(rows_G, vectors_GD, max(computed_at, 0))
         if self._upcoming:
             self._request(self.step + 1, self._upcoming[0])
         content = self._from_bank(items)
         content.vectors_UD.requires_grad_()
         self._current = (rows_G, content)
-        self._meter.read(self.bank.ages(items.rows_U[1:], self.step), len(rows_G))
+        self._meter.read(self.bank.ages(items.rows_U[1:], self.step))
         self._meter.seconds += time.perf_counter() - started
         return content
 
@@ -235,10 +239,15 @@ class _Meter:
         self.encoded = 0
         self.num_read = 0
         self.age_sum: Tensor | float = 0.0
+        self.cosine_sum: Tensor | float = 0.0
 
-    def read(self, ages_U: Tensor, num_encoded: int) -> None:
-        """Count the vectors of a step; nothing here waits for the device."""
-        self.encoded += num_encoded
+    def compare(self, before_GD: Tensor, after_GD: Tensor) -> None:
+        """Count the vectors encoded in a step; nothing here waits for the device."""
+        self.encoded += len(after_GD)
+        self.cosine_sum = self.cosine_sum + cosine_similarity(before_GD, after_GD, dim=1).sum()
+
+    def read(self, ages_U: Tensor) -> None:
+        """Count the vectors that a step reads."""
         self.num_read += len(ages_U)
         self.age_sum = self.age_sum + ages_U.sum()
 
@@ -250,4 +259,5 @@ class _Meter:
             "content/encoded_items": self.encoded / steps,
             "content/distinct_items_per_rank": self.num_read / steps,
             "content/bank_age_steps": float(self.age_sum) / num_read,
+            "content/bank_cosine": float(self.cosine_sum) / max(self.encoded, 1),
         }

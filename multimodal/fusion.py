@@ -75,7 +75,7 @@ class FusionQFormer(nn.Module):
         """(U, Q * D)."""
         parts, masks = [], []
         for name, projection in self.projections.items():
-            part_ULD = projection(tokens[name].tokens_ULH)
+            part_ULD = projection(_normed(tokens[name].tokens_ULH))
             if name in self.modalities:
                 part_ULD = part_ULD + self.modalities[name]
             parts.append(part_ULD)
@@ -149,8 +149,9 @@ class MeanOfModalities(nn.Module):
         total_UD, count_U1 = torch.zeros(()), torch.zeros(())
         for name, projection in self.projections.items():
             present_U1 = tokens[name].present.unsqueeze(1)
+            normed = ModalityTokens(_normed(tokens[name].tokens_ULH), tokens[name].mask_UL)
             # The mean first: projecting is linear, and there are L times fewer rows behind.
-            vector_UD = projection(mean_token(tokens[name]))
+            vector_UD = projection(mean_token(normed))
             total_UD = total_UD + vector_UD * present_U1
             count_U1 = count_U1 + present_U1
         return torch.where(count_U1 > 0, total_UD / count_U1.clamp(min=1), self.absent_D)
@@ -188,6 +189,14 @@ class ConcatOfModalities(nn.Module):
         widths = [len(absent_H) for absent_H in self.absent_H.values()]
         for absent_H, part in zip(self.absent_H.values(), vector_H.split(widths), strict=True):
             absent_H.copy_(part)
+
+
+def _normed(tokens_ULH: Tensor) -> Tensor:
+    """Tokens at one scale, so that no modality drowns another: towers differ in it several times.
+
+    As BLIP-2 does before its Q-Former (arXiv 2301.12597), but without weights.
+    """
+    return functional.layer_norm(tokens_ULH, tokens_ULH.shape[-1:])
 
 
 def mean_token(tokens: ModalityTokens) -> Tensor:

@@ -17,15 +17,19 @@ from torch import Tensor, nn
 from embedding.memory import keep_freed_memory
 from multimodal.alignment import AlignmentStep
 from multimodal.codes_config import AlignedVectors
-from multimodal.content_encoder import ContentEncoder, load_content_encoder
+from multimodal.content_encoder import (
+    ContentEncoder,
+    load_content_encoder,
+    load_trained_state,
+    rows_to_standardise,
+    trained_state,
+)
 from multimodal.pair_sampler import PairSampler
-from multimodal.standardised import StandardisedLinear, load_state, standardise, state_of
 from multimodal.stored_content import ContentReader
 from pipeline.align import ENCODER, PART, RESULT, AlignJob, AlignmentResult
 from pipeline.devices import own_device
 
 _ITEMS_PER_CHUNK = 256
-_MAX_STANDARDISED = 50_000
 _WARM_UP_SHARE = 0.1
 
 logger = logging.getLogger(__name__)
@@ -39,7 +43,7 @@ def align_worker(config: dict[str, str]) -> None:
     reader = ContentReader(job.index, job.stores)
     encoder = load_content_encoder(job.content)
     if job.state is not None:
-        load_state(encoder, load_file(job.state))
+        load_trained_state(encoder, load_file(job.state))
     else:
         _standardise(encoder, reader, job.content.seed)
     encoder.to(device)
@@ -50,19 +54,16 @@ def align_worker(config: dict[str, str]) -> None:
     vectors_ND = _encode(encoder, reader, job, device)
     np.save(job.output / f"{PART}-{dist.get_rank():05d}.npy", vectors_ND)
     if dist.get_rank() == 0:
-        state = {name: value.cpu().contiguous() for name, value in state_of(encoder).items()}
+        state = {name: value.cpu().contiguous() for name, value in trained_state(encoder).items()}
         save_file(state, job.output / ENCODER)
     dist.barrier()
 
 
 def _standardise(encoder: ContentEncoder, reader: ContentReader, seed: int) -> None:
     """Every rank computes it, and takes the result of the first: sums differ in the last bit."""
-    generator = torch.Generator().manual_seed(seed)
-    rows_N = torch.randperm(reader.num_items, generator=generator)[:_MAX_STANDARDISED]
-    standardise(encoder, reader.read, rows_N.sort().values, _ITEMS_PER_CHUNK)
-    assert isinstance(encoder.output, StandardisedLinear)
-    for buffer in encoder.output.buffers():
-        dist.broadcast(buffer, src=0)
+    moments_3H = encoder.moments(reader.read, rows_to_standardise(reader.num_items, seed))
+    dist.broadcast(moments_3H, src=0)
+    encoder.standardise(moments_3H)
 
 
 def _train(
@@ -159,7 +160,6 @@ def _encode(
             continue
         batch = reader.read(chunk).to(device)
         if job.standardised:
-            assert isinstance(encoder.output, StandardisedLinear)
             parts.append(encoder.output.standardised(encoder.fused(batch)))
         else:
             parts.append(nn.functional.normalize(encoder(batch), dim=1))

@@ -116,12 +116,17 @@ def study(  # noqa: PLR0913 # a command's parameters are its options
     recipe: RecipeOption,
     variants: Annotated[
         Path,
-        typer.Option(help="YAML file: names to lists of path.to.key=value; the first is compared."),
+        typer.Option(
+            help="YAML file: names to lists of path.to.key=value; the first is the yardstick."
+        ),
     ],
     out: OutOption,
     seeds: Annotated[int, typer.Option(min=1, help="Trials a variant, with seeds of their own.")],
     date: Annotated[
         str | None, typer.Option("--date", "-d", help="Day to train up to; default: the last.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Variant the others are compared with; default: the first.")
     ] = None,
     metric: Annotated[
         list[str] | None, typer.Option(help="Metric to show, e.g. like.cold.auc. May be repeated.")
@@ -144,7 +149,7 @@ def study(  # noqa: PLR0913 # a command's parameters are its options
         write_study_report,
     )
 
-    chosen = read_variants(variants)
+    chosen = read_variants(variants, against)
     with exclusive(out, f"braid study --recipe {recipe}"):
         work = Study(
             recipe,

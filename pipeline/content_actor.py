@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 
 from multimodal.content_config import ContentConfig, Service
-from multimodal.content_encoder import load_content_encoder
+from multimodal.content_encoder import load_content_encoder, rows_to_standardise
 from multimodal.content_learner import ContentLearner
 from multimodal.stored_content import ContentReader
 from pipeline.content_paths import ContentPaths
@@ -45,12 +45,15 @@ class ContentActor:
         self.num_ranks = num_ranks
         where = ContentPaths.model_validate_json(paths)
         torch.set_num_threads(max(math.floor(service.cpus_per_actor), 1))
+        reader = ContentReader(where.index, where.stores)
         self.learner = ContentLearner(
             self.config,
             load_content_encoder(self.config),
-            ContentReader(where.index, where.stores).read,
+            reader.read,
             torch.device("cuda" if service.gpus_per_actor else "cpu"),
         )
+        rows_N = rows_to_standardise(reader.num_items, self.config.seed)
+        self.learner.standardise(self.learner.moments(rows_N))
         self._num_updates = 0
         self._encodings: dict[int, _Encoding] = {}
         self._changed = asyncio.Condition()

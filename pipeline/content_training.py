@@ -13,7 +13,7 @@ from embedding.items import ItemSource
 from multimodal.cic import CicLoss
 from multimodal.content_bank import ContentBank
 from multimodal.content_config import ContentConfig, Inline
-from multimodal.content_encoder import load_content_encoder
+from multimodal.content_encoder import load_content_encoder, rows_to_standardise
 from multimodal.content_learner import ContentLearner
 from multimodal.content_source import EncoderPlacement, TrainedContent
 from multimodal.inline_encoder import InlineEncoder
@@ -67,7 +67,7 @@ def rank_content(
     return RankContent(
         source=TrainedContent(
             config,
-            _placement(config, paths, reader, ranks, device),
+            _placement(config, paths, reader, ranks, device, predicts=predicts),
             bank=ContentBank(item_ids, config.dim, device, tokens=reader.identity),
             ranks=ranks,
         ),
@@ -97,8 +97,15 @@ def _placement(
     reader: ContentReader,
     ranks: RankGroup,
     device: torch.device,
+    *,
+    predicts: bool,
 ) -> EncoderPlacement:
-    if isinstance(config.placement, Inline):
-        encoder = load_content_encoder(config)
-        return InlineEncoder(ContentLearner(config, encoder, reader.read, device), ranks)
-    return ServiceEncoder(config, paths, ranks, device)
+    if not isinstance(config.placement, Inline):
+        return ServiceEncoder(config, paths, ranks, device)
+    learner = ContentLearner(config, load_content_encoder(config), reader.read, device)
+    if not predicts:
+        share = ranks.share(rows_to_standardise(reader.num_items, config.seed))
+        moments_3H = learner.moments(share)
+        ranks.add_up(moments_3H)
+        learner.standardise(moments_3H)
+    return InlineEncoder(learner, ranks)

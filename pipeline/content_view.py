@@ -23,6 +23,11 @@ def content_charts(lines: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
             {"mean age": f"{_PREFIX}bank_age_steps"},
         ),
         (
+            "Likeness of an item's vectors before and after it is encoded anew",
+            "cosine",
+            {"mean": f"{_PREFIX}bank_cosine"},
+        ),
+        (
             "Items of a step",
             "items",
             {

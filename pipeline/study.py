@@ -23,6 +23,7 @@ from pipeline.artifacts import config_hash, read_manifest
 from pipeline.cluster import RaySession, actors_of
 from pipeline.config import ClusterConfig, Recipe
 from pipeline.console import Reporter, duration
+from pipeline.content import STORES
 from pipeline.days import available_days
 from pipeline.failures import user_error
 from pipeline.identity import content_config, samples_config, training_config
@@ -61,14 +62,18 @@ class Trial:
         return f"{self.variant}/seed-{self.seed}"
 
 
-def read_variants(path: Path) -> list[Variant]:
+def read_variants(path: Path, against: str | None = None) -> list[Variant]:
     """Variants of a YAML file: a mapping from names to lists of `path.to.key=value`.
 
         dnn: []
         fgcnn: ["ranking.model.generator={kind: fgcnn}"]
 
+    Args:
+        path: of the file.
+        against: name of the variant that comes first; None: that of the file.
+
     Raises:
-        UserError: the file is missing or has another shape.
+        UserError: the file is missing or has another shape, or no variant has that name.
     """
     if not path.is_file():
         raise UserError(f"--variants {path} does not exist; check the path")
@@ -93,7 +98,11 @@ def read_variants(path: Path) -> list[Variant]:
                 f"--variants {path}: {name!r} names a directory; use letters, digits, -, _ and +"
             )
         variants.append(Variant(str(name), tuple(overrides)))
-    return variants
+    if against is not None and against not in data:
+        raise UserError(
+            f"--against {against!r} is not among the variants of {path}: {', '.join(data)}"
+        )
+    return sorted(variants, key=lambda variant: variant.name != (against or variants[0].name))
 
 
 class Study:
@@ -163,18 +172,30 @@ class Study:
     # --- trials ----------------------------------------------------------------------------------
 
     def _trials(self, variant: Variant, session: RaySession) -> list[Trial]:
-        """The trials of a variant; its samples are made first, unless another variant has them."""
-        recipe = self.recipes[variant.name]
+        """The trials of a variant; samples are made first, unless another one has them."""
+        trials = []
+        for seed in self.seeds:
+            recipe = with_seed(self.recipes[variant.name], seed)
+            trials.append(self._trial(variant, recipe, seed, self._samples(recipe, session)))
+        return trials
+
+    def _samples(self, recipe: Recipe, session: RaySession) -> DayRun:
+        """The day with its samples, which variants that read the same columns share."""
         content = {} if recipe.content is None else {"content": content_config(recipe.content)}
         codes = {} if recipe.codes is None else {"codes": recipe.codes.quantized}
         key = config_hash(
             {"root": str(recipe.data.root), **samples_config(recipe), **content, **codes}
         )
+        window = recipe.window.model_copy(update={"warm_start": False})
+        directory = self.out / "data" / key
+        # Tokens of items do not depend on the samples, and their stores are big.
+        (directory.parent / STORES).mkdir(parents=True, exist_ok=True)
+        if not (directory / STORES).exists():
+            directory.mkdir(exist_ok=True)
+            (directory / STORES).symlink_to(Path("..", STORES), target_is_directory=True)
         day = DayRun(
-            recipe.model_copy(
-                update={"window": recipe.window.model_copy(update={"warm_start": False})}
-            ),
-            self.out / "data" / key,
+            recipe.model_copy(update={"window": window}),
+            directory,
             self.date,
             session=session,
             reporter=self.reporter,
@@ -183,20 +204,14 @@ class Study:
         stages = STAGES[: STAGES.index("join") + 1]
         if any(not spec.is_current for name in stages for spec in day.specs(name)):
             day.execute(until="join")
-        return [self._trial(variant, recipe, seed, day) for seed in self.seeds]
+        return day
 
     def _trial(self, variant: Variant, recipe: Recipe, seed: int, day: DayRun) -> Trial:
-        trainer = recipe.ranking.trainer.model_copy(update={"seed": seed})
-        ranking = recipe.ranking.model_copy(update={"trainer": trainer})
-        content = recipe.content
-        if content is not None:
-            content = content.model_copy(update={"seed": seed})
-        seeded = recipe.model_copy(update={"ranking": ranking, "content": content})
         samples, validation = map(day.samples, (day.training_days(), day.split.validation))
         evaluation = day.evaluation_samples()
-        config = training_config(seeded) | {
-            "evaluation": seeded.evaluation.model_dump(mode="json"),
-            "num_workers": seeded.cluster.num_workers,
+        config = training_config(recipe) | {
+            "evaluation": recipe.evaluation.model_dump(mode="json"),
+            "num_workers": recipe.cluster.num_workers,
             "days": day.training_days(),
             "validation_days": day.split.validation,
         }
@@ -214,7 +229,7 @@ class Study:
 
         def body(scratch: Path) -> StageOutput:
             job = TrialJob(
-                recipe=seeded,
+                recipe=recipe,
                 samples=[path.absolute() for path in samples],
                 validation=[path.absolute() for path in validation],
                 evaluation=[path.absolute() for path in evaluation],
@@ -226,7 +241,7 @@ class Study:
 
         directory = self.out / "trials" / variant.name / f"seed-{seed}"
         return Trial(
-            variant.name, seed, seeded, StageSpec("trial", directory, config, inputs, body)
+            variant.name, seed, recipe, StageSpec("trial", directory, config, inputs, body)
         )
 
     def _run_missing(self, trials: list[Trial], session: RaySession) -> dict[str, Exception]:
@@ -328,6 +343,23 @@ class Study:
         partial.write_text(result.model_dump_json(indent=2))
         partial.replace(path)
         return result
+
+
+def with_seed(recipe: Recipe, seed: int) -> Recipe:
+    """The recipe as a trial runs it; of held-out items, every seed holds out others."""
+    offset = seed - recipe.ranking.trainer.seed
+    trainer = recipe.ranking.trainer.model_copy(update={"seed": seed})
+    content, evaluation = recipe.content, recipe.evaluation
+    if content is not None:
+        content = content.model_copy(update={"seed": seed})
+    if evaluation.held_out_items is not None:
+        held_out = evaluation.held_out_items
+        held_out = held_out.model_copy(update={"seed": held_out.seed + offset})
+        evaluation = evaluation.model_copy(update={"held_out_items": held_out})
+    ranking = recipe.ranking.model_copy(update={"trainer": trainer})
+    return recipe.model_copy(
+        update={"ranking": ranking, "content": content, "evaluation": evaluation}
+    )
 
 
 def trial_slots(

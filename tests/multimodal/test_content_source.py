@@ -171,14 +171,25 @@ def test_bf16_steps_follow_fp32_ones_and_published_vectors_are_fp32(
     torch.testing.assert_close(reduced.read(every).vectors_UD[1:], expected)
 
 
-def test_history_items_are_read_as_of_their_last_encoding() -> None:
-    content, learner = _content(_config("targets"))
+@pytest.mark.parametrize("every", [None, 2])
+def test_history_items_are_read_as_of_their_last_encoding(every: int | None) -> None:
+    content, learner = _content(_config("targets", refresh_every_steps=every))
     encoders: list[nn.Module] = [copy.deepcopy(learner.encoder)]
     last = torch.zeros(NUM_ITEMS, dtype=torch.int64)  # step of the last encoding
-    ages = []
+    ages, cosines = [], []
     for step, (items, weights) in enumerate(_batches(5)):
+        if every is not None and step % every == 0:
+            last.fill_(step)
         candidates = items.rows_U[items.candidate_B]
-        last[candidates[candidates >= 0]] = step
+        encoded = candidates[candidates >= 0].unique()
+        with torch.no_grad():
+            for row in encoded.tolist():
+                before, now = (
+                    encoders[number](read_tokens(torch.tensor([row])))[0]
+                    for number in (last[row], step)
+                )
+                cosines.append(float(before @ now / (before.norm() * now.norm())))
+        last[encoded] = step
         given = content.train(items)
         for place, row in enumerate(items.rows_U.tolist()[1:], start=1):
             with torch.no_grad():
@@ -190,6 +201,7 @@ def test_history_items_are_read_as_of_their_last_encoding() -> None:
         content.learn(1.0)
         encoders.append(copy.deepcopy(learner.encoder))
     metrics = content.metrics()
+    assert metrics["content/bank_cosine"] == pytest.approx(sum(cosines) / len(cosines), abs=1e-5)
     assert metrics["content/bank_age_steps"] == pytest.approx(sum(ages) / len(ages))
     assert metrics["content/distinct_items_per_rank"] == pytest.approx(len(ages) / 5)
     assert content.metrics()["content/encoded_items"] == 0

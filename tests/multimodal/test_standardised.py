@@ -6,9 +6,13 @@ from torch import nn
 
 from multimodal.alignment import AlignmentStep
 from multimodal.content_config import ConcatFusion, ContentConfig, ImageTower, TextTower
-from multimodal.content_encoder import ContentEncoder, load_content_encoder
+from multimodal.content_encoder import (
+    ContentEncoder,
+    load_content_encoder,
+    load_trained_state,
+    trained_state,
+)
 from multimodal.fusion import ConcatOfModalities
-from multimodal.standardised import StandardisedLinear, load_state, standardise, state_of
 from multimodal.token_batch import ModalityTokens, TokenBatch
 from tests.multimodal.small_models import random_tokens, without
 
@@ -41,9 +45,9 @@ def test_inputs_of_the_last_layer_have_mean_0_and_deviation_1() -> None:
     weight = encoder.output.weight.detach().clone()
     fused = encoder.fused(read(torch.arange(NUM_ITEMS))).detach()
 
-    standardise(encoder, read, torch.arange(NUM_ITEMS), size=7)
+    parts = torch.arange(NUM_ITEMS).split(7)  # moments of parts add up
+    encoder.standardise(torch.stack([encoder.moments(read, part) for part in parts]).sum(0))
 
-    assert isinstance(encoder.output, StandardisedLinear)
     found = encoder.output.standardised(fused)
     moving = fused.std(0) > 1e-5
     expected = (fused - fused.mean(0)) / fused.std(0, correction=0)
@@ -55,11 +59,11 @@ def test_inputs_of_the_last_layer_have_mean_0_and_deviation_1() -> None:
 def test_state_brings_a_fresh_encoder_to_the_same_vectors() -> None:
     encoder = load_content_encoder(CONFIG)
     read, rows = read_of(encoder), torch.arange(NUM_ITEMS)
-    standardise(encoder, read, rows, size=16)
+    encoder.standardise(encoder.moments(read, rows))
     with torch.no_grad():
         encoder.output.weight.mul_(1.5)
     other = load_content_encoder(CONFIG)
-    load_state(other, state_of(encoder))
+    load_trained_state(other, trained_state(encoder))
     torch.testing.assert_close(other(read(rows)), encoder(read(rows)), rtol=0, atol=0)
 
 
@@ -89,16 +93,15 @@ def test_items_without_a_picture_neither_move_nor_widen_those_of_the_others(
             {n: ModalityTokens(p.tokens_ULH[rows_U], p.mask_UL[rows_U]) for n, p in parts}
         )
 
-    standardise(encoder, read, rows, size=16)
+    encoder.standardise(encoder.moments(read, rows))
 
     restored = load_content_encoder(config)
-    load_state(restored, state_of(encoder))
+    load_trained_state(restored, trained_state(encoder))
     means = shifted.tokens_ULH.mean(dim=1)
     having = torch.isin(rows, lacking, invert=True)
     expected = torch.zeros(40, width)
     expected[having] = (means[having] - means[having].mean(0)) / means[having].std(0, correction=0)
     for each in (encoder, restored):
-        assert isinstance(each.output, StandardisedLinear)
         assert isinstance(each.fusion, ConcatOfModalities)
         parts = each.output.standardised(each.fused(read(rows))).split(width, dim=1)
         found = dict(zip(each.fusion.absent_H, parts, strict=True))["image"]
@@ -116,7 +119,7 @@ def same_kind_hits(encoder: ContentEncoder, read) -> float:
 def test_training_brings_items_of_a_kind_together() -> None:
     encoder = load_content_encoder(CONFIG)
     read = read_of(encoder)
-    standardise(encoder, read, torch.arange(NUM_ITEMS), size=16)
+    encoder.standardise(encoder.moments(read, torch.arange(NUM_ITEMS)))
     before = same_kind_hits(encoder, read)
     step = AlignmentStep(
         encoder,

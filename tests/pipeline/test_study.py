@@ -11,7 +11,8 @@ from rich.console import Console
 from embedding.errors import UserError
 from pipeline.config import ClusterConfig, EvaluationConfig
 from pipeline.evaluate import Slices
-from pipeline.study import read_variants, trial_slots
+from pipeline.recipe import load_recipe
+from pipeline.study import read_variants, trial_slots, with_seed
 from pipeline.study_report import slice_metrics, slice_tables, write_study_report
 from pipeline.study_statistics import StudyResult, differences, estimates, trial_metrics
 from ranking.evaluation import SliceMetrics, TaskMetrics
@@ -60,6 +61,27 @@ def test_variants_of_another_shape_are_refused(tmp_path: Path, text: str, messag
 
     with pytest.raises(UserError, match=message):
         read_variants(path)
+
+
+def test_the_yardstick_comes_first(tmp_path: Path) -> None:
+    path = tmp_path / "variants.yaml"
+    path.write_text("a: []\nb: [x=1]\nc: []\n")
+
+    assert [variant.name for variant in read_variants(path)] == ["a", "b", "c"]
+    assert [variant.name for variant in read_variants(path, "b")] == ["b", "a", "c"]
+    with pytest.raises(UserError, match=r"--against 'd' is not among .*: a, b, c"):
+        read_variants(path, "d")
+
+
+def test_every_seed_holds_out_other_items_and_draws_another_model() -> None:
+    overrides = ["ranking.trainer.seed=5", "evaluation.held_out_items={share: 0.2, seed: 40}"]
+    recipe = load_recipe("demo", [*overrides, "window.warm_start=false"])
+
+    trials = [with_seed(recipe, seed) for seed in (5, 6, 7)]
+
+    assert [trial.ranking.trainer.seed for trial in trials] == [5, 6, 7]
+    held_out = [trial.evaluation.held_out_items for trial in trials]
+    assert [part.seed for part in held_out if part] == [40, 41, 42]
 
 
 @pytest.mark.parametrize(

@@ -57,10 +57,10 @@ class ServiceEncoder:
         self._owns = ranks.rank == 0
 
     def request(self, step: int, rows_G: Tensor) -> None:
-        """Ask every actor for its share of a step's items."""
+        """Ask every actor for its share of a step's items, with the weights learned so far."""
         rank = self._ranks.rank
         self._encodings[step] = [
-            actor.encode.remote(step, rank, part.cpu().numpy())
+            actor.encode.remote(step, rank, self._step, part.cpu().numpy())
             for actor, part in zip(self._actors, self._parts(rows_G), strict=True)
         ]
 
@@ -80,7 +80,8 @@ class ServiceEncoder:
             for actor, part in zip(self._actors, self._parts(host_GD), strict=True)
         ]
         if self._owns:
-            gradients = [actor.finish.remote(step) for actor in self._actors]
+            last_asked = max(self._encodings, default=step)  # asked for ahead, or none was
+            gradients = [actor.finish.remote(step, last_asked) for actor in self._actors]
             self._updates[step] += [
                 actor.update.remote(step, rate_factor, *gradients) for actor in self._actors
             ]

@@ -24,8 +24,9 @@ from pipeline.content_paths import ContentPaths
 
 _LOAD_TIMEOUT_S = 600.0
 """To start actors and load towers: longer than what a step may take."""
-_ITEMS_PER_ANSWER = 1024
-"""Of all items, when they are encoded anew: the timeout is one of an answer, not of a catalogue."""
+_ITEMS_PER_TURN = 1024
+"""That an actor encodes for all ranks, when all items are encoded anew: the timeout is one of an
+answer, not of a catalogue."""
 
 
 class ContentServiceError(RuntimeError):
@@ -91,7 +92,9 @@ class ServiceEncoder:
         """Vectors of all rows, (R, D); every item is encoded by one actor for one rank."""
         own = self._ranks.share(torch.arange(num_rows))
         found = [torch.empty(0, self._dim, device=self._device)]
-        for piece in own.split(_ITEMS_PER_ANSWER * len(self._actors)):
+        # An actor serves the ranks one after another, and all of them ask it at once.
+        size = max(1, _ITEMS_PER_TURN // self._ranks.world_size)
+        for piece in own.split(size * len(self._actors)):
             answers = [
                 actor.encode_now.remote(self._step, part.numpy())
                 for actor, part in zip(self._actors, self._parts(piece), strict=True)

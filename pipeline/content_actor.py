@@ -45,20 +45,28 @@ class ContentActor:
         self.service = service
         self.actor = actor
         self.num_ranks = num_ranks
-        where = ContentPaths.model_validate_json(paths)
-        torch.set_num_threads(max(math.floor(service.cpus_per_actor), 1))
-        self.learner = ContentLearner(
-            self.config,
-            load_content_encoder(self.config),
-            ContentReader(where.index, where.stores).read,
-            torch.device("cuda" if service.gpus_per_actor else "cpu"),
-        )
+        self.paths = ContentPaths.model_validate_json(paths)
         self._num_updates = 0
         self._encodings: dict[int, _Encoding] = {}
         self._changed = asyncio.Condition()
 
     async def ready(self) -> None:
-        """Once the towers are loaded."""
+        """Load the towers; everything else comes after it.
+
+        Not when the actor is made: of an error there, Ray passes on the text alone.
+
+        Raises:
+            UserError: a tower cannot be loaded, or is not the one whose tokens are stored.
+        """
+        torch.set_num_threads(max(math.floor(self.service.cpus_per_actor), 1))
+        reader = ContentReader(self.paths.index, self.paths.stores)
+        reader.require_towers(self.config)
+        self.learner = ContentLearner(
+            self.config,
+            load_content_encoder(self.config),
+            reader.read,
+            torch.device("cuda" if self.service.gpus_per_actor else "cpu"),
+        )
 
     async def encode(self, step: int, rank: int, num_updates: int, rows_U: Rows) -> Floats:
         """Vectors (U, D) of this actor's share of a step's items, with weights so often updated."""

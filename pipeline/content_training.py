@@ -54,6 +54,9 @@ def rank_content(
         paths: of the stored content.
         device: of the rank.
         predicts: nothing is trained, so the encoder runs on the ranks wherever it was trained.
+
+    Raises:
+        UserError: a tower cannot be loaded, or is not the one whose tokens are stored.
     """
     config = recipe.content
     if config is None:
@@ -99,6 +102,7 @@ def _placement(
     device: torch.device,
 ) -> EncoderPlacement:
     if isinstance(config.placement, Inline):
+        reader.require_towers(config)
         encoder = load_content_encoder(config)
         return InlineEncoder(ContentLearner(config, encoder, reader.read, device), ranks)
     return ServiceEncoder(config, paths, ranks, device)

@@ -1,6 +1,7 @@
 """The actor of the content service, called without Ray: who waits for whom, and for how long."""
 
 import asyncio
+import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from embedding.errors import UserError
+from multimodal.content_config import TextTower
+from multimodal.tower_files import tower_fingerprint
 from pipeline.content_actor import ContentActor
 from pipeline.content_paths import ContentPaths
 from tests.pipeline.content_steps import recipe, write_inputs
@@ -15,13 +19,16 @@ from tests.pipeline.content_steps import recipe, write_inputs
 ROWS = np.array([1, 4, 7])
 
 
-def _actor(folder: Path, **placement: Any) -> ContentActor:
+def _actor(folder: Path, text: Any = None, **placement: Any) -> ContentActor:
     if not (folder / "index").exists():
         write_inputs(folder)
-    config = recipe(placement={"kind": "service", "timeout_s": 0.3, **placement}).content
+    towers = {} if text is None else {"text": text}
+    config = recipe(placement={"kind": "service", "timeout_s": 0.3, **placement}, **towers).content
     assert config is not None
     paths = ContentPaths(index=folder / "index", stores=folder / "stores")
-    return ContentActor(config.model_dump_json(), paths.model_dump_json(), actor=1, num_ranks=2)
+    actor = ContentActor(config.model_dump_json(), paths.model_dump_json(), actor=1, num_ranks=2)
+    asyncio.run(actor.ready())
+    return actor
 
 
 async def _update(actor: ContentActor, step: int, gradient_UD: np.ndarray) -> None:
@@ -104,13 +111,14 @@ def test_calls_that_come_in_another_order_train_the_same_weights(tmp_path: Path)
         await _update(actor, 1, gradient_UD)
         return ahead
 
-    async def run(calls: Callable[[ContentActor], Awaitable[np.ndarray]]) -> list[np.ndarray]:
-        actor = _actor(tmp_path, staleness=1)
+    async def run(
+        actor: ContentActor, calls: Callable[[ContentActor], Awaitable[np.ndarray]]
+    ) -> list[np.ndarray]:
         return [await calls(actor), await actor.encode_now(2, ROWS)]
 
-    expected = asyncio.run(run(in_order))
+    expected = asyncio.run(run(_actor(tmp_path, staleness=1), in_order))
     for calls in (finished_before_the_update, asked_after_the_end):
-        found = asyncio.run(run(calls))
+        found = asyncio.run(run(_actor(tmp_path, staleness=1), calls))
         assert np.array_equal(found, expected), calls.__name__
 
 
@@ -137,8 +145,7 @@ def test_a_wait_that_is_too_long_says_who_waited_for_what(tmp_path: Path) -> Non
 
 
 def test_an_actor_goes_on_from_the_state_of_another(tmp_path: Path) -> None:
-    async def run() -> None:
-        first, second = _actor(tmp_path), _actor(tmp_path)
+    async def run(first: ContentActor, second: ContentActor) -> None:
         gradient_UD = np.ones((3, 8), np.float32)
         await first.encode(0, 0, 0, ROWS)
         await _update(first, 0, gradient_UD)
@@ -149,4 +156,15 @@ def test_an_actor_goes_on_from_the_state_of_another(tmp_path: Path) -> None:
         found = [await actor.encode_now(2, ROWS) for actor in (first, second)]
         assert np.array_equal(*found)
 
-    asyncio.run(run())
+    asyncio.run(run(_actor(tmp_path), _actor(tmp_path)))
+
+
+def test_towers_other_than_those_of_the_stored_tokens_are_refused(tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    text = {"lora": {"rank": 2}, "max_tokens": 8}
+    with pytest.raises(UserError) as error:
+        _actor(tmp_path, text=text)
+    said = str(error.value)
+    assert f"the text tower 'tiny' of host {socket.gethostname()} has fingerprint" in said
+    assert tower_fingerprint("text", TextTower()) in said
+    assert tower_fingerprint("text", TextTower(max_tokens=8)) in said

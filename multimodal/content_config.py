@@ -123,7 +123,8 @@ class Gradient(StrictConfig):
     """Which items of a step are encoded with gradient; the others are read from the bank."""
 
     items: Literal["targets", "targets+sample", "all"] = "targets+sample"
-    """The candidates; those and a sample of the history items; or all."""
+    """The candidates; those and a sample of the history items; or all: of each, no more than
+    `max_items_per_step`, so that `all` means 512 items unless that is null."""
     sample_share: float = Field(default=0.1, gt=0, le=1)
     """Share of the history items, drawn anew every step."""
     max_items_per_step: PositiveInt | None = 512

@@ -3,6 +3,7 @@
 # Shapes: S image size.
 
 import io
+import struct
 import warnings
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from PIL import Image, ImageOps
 NO_FILE = "no file"
 TOO_LARGE = "too many pixels"
 DAMAGED = "damaged"
+
+_FAULTS = (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, struct.error)
+"""What Pillow's many decoders raise on truncated or foreign bytes."""
 
 
 def read_image(value: bytes | str, root: Path, size: int, max_pixels: int) -> Image.Image | str:
@@ -35,19 +39,27 @@ def read_image(value: bytes | str, root: Path, size: int, max_pixels: int) -> Im
                 if image.width * image.height > max_pixels:
                     return TOO_LARGE
                 image.draft("RGB", (2 * size, 2 * size))  # a JPEG is decoded at a fraction
-                return _rgb(ImageOps.exif_transpose(image))
+                image.load()
+                return _rgb(_upright(image))
     except Image.DecompressionBombError:
         return TOO_LARGE
     except FileNotFoundError:
         return NO_FILE
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError):
-        # What Pillow's many decoders raise on truncated or foreign bytes.
+    except _FAULTS:
         return DAMAGED
 
 
 def square_pixels(image: Image.Image, size: int) -> np.ndarray:
     """The whole picture squeezed into a square: uint8 (S, S, 3)."""
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as EXIF says; as it is where EXIF cannot be read: its pixels are sound."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except _FAULTS:
+        return image
 
 
 def _rgb(image: Image.Image) -> Image.Image:

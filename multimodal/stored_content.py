@@ -9,6 +9,7 @@ Shapes: N items of the index, U rows to read, L token positions, H width of a to
 """
 
 import hashlib
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +24,10 @@ from embedding.config import StrictConfig
 from embedding.errors import UserError
 from embedding.items import NO_CONTENT
 from embedding.raw_ids import Int64Array
-from multimodal.content_config import Precision
+from multimodal.content_config import ContentConfig, Precision
 from multimodal.token_batch import ModalityTokens, TokenBatch
 from multimodal.token_store import NO_ROW, TokenStore
+from multimodal.tower_files import tower_fingerprint
 
 _INDEX = "content.parquet"
 _DESCRIPTION = "content.json"
@@ -109,6 +111,22 @@ class ContentReader:
     def num_items(self) -> int:
         """N."""
         return len(self.item_ids_N)
+
+    def require_towers(self, config: ContentConfig) -> None:
+        """Refuse towers of this host that are not those whose tokens are stored.
+
+        Raises:
+            UserError: their files differ, or are not there.
+        """
+        for name, tower in config.towers.items():
+            stored, own = self.content.modalities[name].fingerprint, tower_fingerprint(name, tower)
+            if own != stored:
+                raise UserError(
+                    f"the {name} tower {tower.model!r} of host {socket.gethostname()} has "
+                    f"fingerprint {own}, but the stored tokens come from one with fingerprint "
+                    f"{stored}: its files differ from those that the content stage read; give all "
+                    "hosts the same files and run again (the stage encodes anew where they changed)"
+                )
 
     def rows_of(self, raw_ids: Int64Array) -> Int64Array:
         """Content rows of raw item ids; `NO_CONTENT` for those that are not in the index."""

@@ -41,6 +41,7 @@ def align_worker(config: dict[str, str]) -> None:
     job = AlignJob.model_validate_json(config["job"])
     device = own_device()
     reader = ContentReader(job.index, job.stores)
+    reader.require_towers(job.content)
     encoder = load_content_encoder(job.content)
     if job.state is not None:
         load_trained_state(encoder, load_file(job.state))

@@ -6,8 +6,10 @@
     rank 0 -- finish(t) ------------> gradient of the parameters from the actor's share
            -- update(t, gradients) -> adds those of all actors up, and steps
 
-Methods are coroutines: one that waits for other ranks lets their calls in. No wait lasts longer
-than the timeout, and its error says who waited for what.
+Methods are coroutines: one that waits for other ranks lets their calls in. So Ray starts calls in
+any order, and each waits for those that it must follow: which weights a vector or a gradient comes
+from never depends on timing. No wait lasts longer than the timeout, and its error says who waited
+for what.
 """
 
 # Shapes: U rows of this actor's share, D content dim, P elements of all trained parameters.
@@ -43,49 +45,68 @@ class ContentActor:
         self.service = service
         self.actor = actor
         self.num_ranks = num_ranks
-        where = ContentPaths.model_validate_json(paths)
-        torch.set_num_threads(max(math.floor(service.cpus_per_actor), 1))
-        reader = ContentReader(where.index, where.stores)
-        self.learner = ContentLearner(
-            self.config,
-            load_content_encoder(self.config),
-            reader.read,
-            torch.device("cuda" if service.gpus_per_actor else "cpu"),
-        )
-        rows_N = rows_to_standardise(reader.num_items, self.config.seed)
-        self.learner.standardise(self.learner.moments(rows_N))
+        self.paths = ContentPaths.model_validate_json(paths)
         self._num_updates = 0
         self._encodings: dict[int, _Encoding] = {}
         self._changed = asyncio.Condition()
 
     async def ready(self) -> None:
-        """Once the towers are loaded."""
+        """Load the towers; everything else comes after it.
 
-    async def encode(self, step: int, rank: int, rows_U: Rows) -> Floats:
-        """Vectors (U, D) of this actor's share of a step's items."""
-        needed = step - self.service.staleness
+        Not when the actor is made: of an error there, Ray passes on the text alone.
+
+        Raises:
+            UserError: a tower cannot be loaded, or is not the one whose tokens are stored.
+        """
+        torch.set_num_threads(max(math.floor(self.service.cpus_per_actor), 1))
+        reader = ContentReader(self.paths.index, self.paths.stores)
+        reader.require_towers(self.config)
+        self.learner = ContentLearner(
+            self.config,
+            load_content_encoder(self.config),
+            reader.read,
+            torch.device("cuda" if self.service.gpus_per_actor else "cpu"),
+        )
+        rows_N = rows_to_standardise(reader.num_items, self.config.seed)
+        self.learner.standardise(self.learner.moments(rows_N))
+
+    async def encode(self, step: int, rank: int, num_updates: int, rows_U: Rows) -> Floats:
+        """Vectors (U, D) of this actor's share of a step's items, with weights so often updated."""
         await self._until(
-            lambda: self._num_updates >= needed,
+            lambda: self._num_updates >= num_updates,
             lambda: f"encode items of step {step}, the update of step {self._num_updates}",
         )
-        if step not in self._encodings:
+        encoding = self._encodings.get(step)
+        if encoding is None:
+            assert self._num_updates == num_updates, (self._num_updates, num_updates)
             vectors_UD = self.learner.start(
                 step, torch.tensor(rows_U), keep_graph=self.service.staleness == 0
             )
-            self._encodings[step] = _Encoding(torch.tensor(rows_U), vectors_UD.cpu().numpy())
-        return self._encodings[step].vectors_UD
+            encoding = _Encoding(torch.tensor(rows_U), vectors_UD.cpu().numpy())
+            self._encodings[step] = encoding
+            await self._tell()
+        return encoding.vectors_UD
 
     async def contribute(self, step: int, rank: int, gradient_UD: Floats) -> None:
         """Take one rank's gradient of a step's vectors."""
         self._encodings[step].gradients[rank] = gradient_UD
-        async with self._changed:
-            self._changed.notify_all()
+        await self._tell()
 
-    async def finish(self, step: int) -> Floats:
+    async def finish(self, step: int, last_asked: int) -> Floats:
         """Gradient (P,) of the parameters through this actor's share, once all ranks contributed.
 
         The ranks' gradients are averaged, and added in the order of ranks whoever came first.
+
+        Args:
+            step: whose items' gradients they are.
+            last_asked: the last step whose items the ranks asked for: they are encoded before this
+                step's update.
         """
+        await self._after(step, "finish")
+        await self._until(
+            lambda: last_asked in self._encodings,
+            lambda: f"finish step {step}, the ranks to ask for the items of step {last_asked}",
+        )
         encoding = self._encodings[step]
 
         def lacking() -> str:
@@ -103,13 +124,13 @@ class ContentActor:
 
     async def update(self, step: int, rate_factor: float, *gradients_P: Floats) -> None:
         """Step with the sum of all actors' gradients."""
+        assert step == self._num_updates, (step, self._num_updates)
         total_P = torch.zeros(gradients_P[0].shape)
         for gradient_P in gradients_P:
             total_P += torch.tensor(gradient_P)
         self.learner.update(total_P.to(self.learner.device), rate_factor)
         self._num_updates = step + 1
-        async with self._changed:
-            self._changed.notify_all()
+        await self._tell()
 
     async def encode_now(self, step: int, rows_U: Rows) -> Floats:
         """Vectors (U, D) of any rows, with the weights before a step."""
@@ -127,19 +148,23 @@ class ContentActor:
         self.learner.load({name: torch.tensor(array) for name, array in state.items()})
         self._num_updates = step
         self._encodings.clear()
-        async with self._changed:
-            self._changed.notify_all()
+        await self._tell()
 
     async def gradient_norms(self, step: int) -> dict[str, float]:
         """Of the last update before a step."""
         await self._after(step)
         return self.learner.gradient_norms()
 
-    async def _after(self, step: int) -> None:
+    async def _after(self, step: int, purpose: str = "read weights before") -> None:
         await self._until(
             lambda: self._num_updates >= step,
-            lambda: f"read weights before step {step}, the update of step {self._num_updates}",
+            lambda: f"{purpose} step {step}, the update of step {self._num_updates}",
         )
+
+    async def _tell(self) -> None:
+        """Those that wait look again."""
+        async with self._changed:
+            self._changed.notify_all()
 
     async def _until(self, condition: Callable[[], bool], what: Callable[[], str]) -> None:
         try:

@@ -14,7 +14,7 @@ from embedding.checkpoint import read_companion, read_tables
 from embedding.config import FeatureSchema, ManagedCollision, TableConfig
 from embedding.hashing import rows_of
 from embedding.initialization import initialize_shard
-from embedding.item_columns import candidate_field
+from embedding.item_columns import candidate_feature
 from embedding.raw_ids import Int64Array
 from multimodal.content_config import ContentConfig
 from multimodal.content_encoder import load_content_encoder
@@ -34,8 +34,9 @@ def vector_sets(
 ) -> tuple[Int64Array, list[VectorSet]]:
     """Raw ids of the sample, and its vectors.
 
-    Tables with managed collision are left out: which row an id owns changes in training. Before a
-    warm-started training content is shown as it was before any.
+    ID embeddings are left out where no feature reads item_id, and where their table has managed
+    collision: which row an id owns changes in training. Before a warm-started training content is
+    shown as it was before any.
 
     Args:
         recipe: with content.
@@ -54,7 +55,7 @@ def vector_sets(
         ("content, after training", bank["vectors"][known]),
     ]
     table = _item_table(recipe)
-    if not isinstance(table.ids, ManagedCollision):
+    if table is not None and not isinstance(table.ids, ManagedCollision):
         at_N = rows_of(torch.from_numpy(item_ids_N.copy()), table)
         pairs += [
             ("ID embedding, before training", _start_rows(table, at_N, recipe)),
@@ -70,11 +71,11 @@ def start_vectors(config: ContentConfig, reader: ContentReader, rows_N: Tensor) 
     return torch.cat([encoder(reader.read(part)) for part in rows_N.split(_ITEMS_AT_A_TIME)])
 
 
-def _item_table(recipe: Recipe) -> TableConfig:
+def _item_table(recipe: Recipe) -> TableConfig | None:
     """The table that the candidate's id is looked up in, with its true width."""
-    name = candidate_field(recipe.features)
     widths: FeatureSchema = table_widths(recipe.features, recipe.ranking.model)
-    return widths.table(next(f.table for f in widths.sparse if f.name == name))
+    feature = candidate_feature(widths)
+    return None if feature is None else widths.table(feature.table)
 
 
 def _start_rows(table: TableConfig, at_N: Tensor, recipe: Recipe) -> Tensor:

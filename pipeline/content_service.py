@@ -24,8 +24,9 @@ from pipeline.content_paths import ContentPaths
 
 _LOAD_TIMEOUT_S = 600.0
 """To start actors and load towers: longer than what a step may take."""
-_ITEMS_PER_ANSWER = 1024
-"""Of all items, when they are encoded anew: the timeout is one of an answer, not of a catalogue."""
+_ITEMS_PER_TURN = 1024
+"""That an actor encodes for all ranks, when all items are encoded anew: the timeout is one of an
+answer, not of a catalogue."""
 
 
 class ContentServiceError(RuntimeError):
@@ -57,10 +58,10 @@ class ServiceEncoder:
         self._owns = ranks.rank == 0
 
     def request(self, step: int, rows_G: Tensor) -> None:
-        """Ask every actor for its share of a step's items."""
+        """Ask every actor for its share of a step's items, with the weights learned so far."""
         rank = self._ranks.rank
         self._encodings[step] = [
-            actor.encode.remote(step, rank, part.cpu().numpy())
+            actor.encode.remote(step, rank, self._step, part.cpu().numpy())
             for actor, part in zip(self._actors, self._parts(rows_G), strict=True)
         ]
 
@@ -80,7 +81,8 @@ class ServiceEncoder:
             for actor, part in zip(self._actors, self._parts(host_GD), strict=True)
         ]
         if self._owns:
-            gradients = [actor.finish.remote(step) for actor in self._actors]
+            last_asked = max(self._encodings, default=step)  # asked for ahead, or none was
+            gradients = [actor.finish.remote(step, last_asked) for actor in self._actors]
             self._updates[step] += [
                 actor.update.remote(step, rate_factor, *gradients) for actor in self._actors
             ]
@@ -90,7 +92,9 @@ class ServiceEncoder:
         """Vectors of all rows, (R, D); every item is encoded by one actor for one rank."""
         own = self._ranks.share(torch.arange(num_rows))
         found = [torch.empty(0, self._dim, device=self._device)]
-        for piece in own.split(_ITEMS_PER_ANSWER * len(self._actors)):
+        # An actor serves the ranks one after another, and all of them ask it at once.
+        size = max(1, _ITEMS_PER_TURN // self._ranks.world_size)
+        for piece in own.split(size * len(self._actors)):
             answers = [
                 actor.encode_now.remote(self._step, part.numpy())
                 for actor, part in zip(self._actors, self._parts(piece), strict=True)

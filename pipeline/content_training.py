@@ -54,6 +54,9 @@ def rank_content(
         paths: of the stored content.
         device: of the rank.
         predicts: nothing is trained, so the encoder runs on the ranks wherever it was trained.
+
+    Raises:
+        UserError: a tower cannot be loaded, or is not the one whose tokens are stored.
     """
     config = recipe.content
     if config is None:
@@ -102,6 +105,7 @@ def _placement(
 ) -> EncoderPlacement:
     if not isinstance(config.placement, Inline):
         return ServiceEncoder(config, paths, ranks, device)
+    reader.require_towers(config)
     learner = ContentLearner(config, load_content_encoder(config), reader.read, device)
     if not predicts:
         share = ranks.share(rows_to_standardise(reader.num_items, config.seed))

@@ -69,6 +69,24 @@ def test_a_turned_photograph_is_put_upright() -> None:
     assert pixels[-6:].mean() < -0.9
 
 
+DAMAGED_EXIF = {
+    # A directory of one entry of four, cut within the entry.
+    "cut": b"II*\x00\x08\x00\x00\x00\x01\x00\x12\x01",
+    "no TIFF": b"not at all EXIF",
+    # Where the directory begins: far behind the end.
+    "astray": b"MM\x00*\xff\xff\xff\xff",
+}
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("exif", DAMAGED_EXIF.values(), ids=DAMAGED_EXIF)
+def test_a_picture_with_damaged_exif_is_not_turned(kind: str, exif: bytes) -> None:
+    picture = Image.new("RGB", (8, 16), RED)
+    value = encoded(picture, kind, exif=b"Exif\x00\x00" + exif)
+    assert exif in value
+    np.testing.assert_allclose(mean_colour(value), RED, atol=6)
+
+
 def test_images_that_cannot_be_used_are_counted_by_cause(tmp_path: Path) -> None:
     sound = encoded(Image.new("RGB", (32, 32), RED), "JPEG")
     bomb = encoded(Image.new("1", (3000, 3000)))

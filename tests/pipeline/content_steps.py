@@ -19,6 +19,7 @@ from embedding.loader import SampleFiles
 from embedding.shard import Sharded
 from multimodal.stored_content import Places, StoredContent, StoredModality, write_index
 from multimodal.token_store import PartTokens, TokenStore
+from multimodal.tower_files import tower_fingerprint
 from pipeline.config import Recipe
 from pipeline.content_paths import ContentPaths
 from pipeline.content_training import RankContent, rank_content
@@ -104,11 +105,14 @@ def write_samples(path: Path) -> None:
 
 
 def write_tokens(folder: Path) -> None:
-    """Random tokens of the items, and their index."""
+    """Random tokens of the items, as if the towers of `recipe` had made them, and their index."""
     tokens = random_tokens(NUM_ITEMS)
+    content = recipe().content
+    assert content is not None
     modalities, places = {}, {}
     for name, part in tokens.modalities.items():
-        store = TokenStore(folder / "stores" / name, "random", "float32")
+        identity = tower_fingerprint(name, content.towers[name])
+        store = TokenStore(folder / "stores" / name, identity, "float32")
         lengths = part.mask_UL.sum(dim=1)
         item_ids = np.arange(NUM_ITEMS)
         written = store.append(
@@ -123,7 +127,7 @@ def write_tokens(folder: Path) -> None:
         )
         modalities[name] = StoredModality(
             store=name,
-            fingerprint="random",
+            fingerprint=identity,
             precision="float32",
             hidden_size=part.tokens_ULH.shape[2],
             parts=(written,),

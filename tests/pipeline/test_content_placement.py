@@ -1,6 +1,8 @@
 """Wherever the content encoder runs, the same data trains the same weights."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,15 @@ import torch
 import torch.distributed as dist
 
 from embedding.config import StrictConfig
+from embedding.errors import UserError
 from pipeline.cluster import RaySession
 from pipeline.config import ClusterConfig
 from pipeline.train import run_workers
 from tests.pipeline.content_steps import (
     NUM_STEPS,
+    build_rank,
     difference,
+    recipe,
     train_cases,
     train_cases_of_job,
     write_inputs,
@@ -41,18 +46,20 @@ class _Cases(StrictConfig):
     cases: str
 
 
-def _on_one_process(folder: Path) -> None:
+@contextmanager
+def _one_process() -> Iterator[None]:
     store = dist.HashStore()  # type: ignore[attr-defined] # public, but not in __all__
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        train_cases({"folder": str(folder), "cases": json.dumps({"one_process": {}})})
+        yield
     finally:
         dist.destroy_process_group()
 
 
 def test_every_placement_trains_what_one_process_trains(tmp_path: Path) -> None:
     write_inputs(tmp_path)
-    _on_one_process(tmp_path)
+    with _one_process():
+        train_cases({"folder": str(tmp_path), "cases": json.dumps({"one_process": {}})})
     cluster = ClusterConfig(num_workers=2, max_failures=0)
     with RaySession(cluster) as session:
         session.start()
@@ -82,3 +89,16 @@ def test_every_placement_trains_what_one_process_trains(tmp_path: Path) -> None:
     assert difference(drawn["beside"], expected["beside"]) > 100 * TOLERANCE
     assert 6 < drawn["metrics"]["content/encoded_items"] <= 12
     assert drawn["metrics"]["content/bank_age_steps"] > 0
+
+
+def test_ranks_and_actors_refuse_towers_other_than_those_of_the_stored_tokens(
+    tmp_path: Path,
+) -> None:
+    write_inputs(tmp_path)
+    other = {"text": {"lora": {"rank": 2}, "max_tokens": 8}}
+    refusal = r"the text tower 'tiny' of host .* has fingerprint \w+, but the stored tokens come"
+    with RaySession(ClusterConfig(num_workers=1)) as session, _one_process():
+        session.start()
+        for placement in ({"kind": "inline"}, SERVICE):
+            with pytest.raises(UserError, match=refusal):
+                build_rank(recipe(placement=placement, **other), tmp_path)

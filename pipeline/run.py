@@ -26,7 +26,6 @@ from pipeline.days import (
     Split,
     available_days,
     catalogue_files,
-    day_files,
     fingerprint,
     split_days,
 )
@@ -69,7 +68,7 @@ class DayRun:
         self.days = available_days(root)
         self.split: Split = split_days(self.days, date, recipe.window)
         self._catalogue = fingerprint(catalogue_files(root))
-        self._spans = Spans(out, self.days, ingest_config(recipe))
+        self.spans = Spans(out, root, self.days, ingest_config(recipe))
         self.codes = codes_of_day(recipe, out, self.split, session, reporter)
 
     def execute(self, until: str = STAGES[-1]) -> list[StageRecord]:
@@ -112,11 +111,11 @@ class DayRun:
 
     def training_spans(self) -> list[Span]:
         """Spans that hold the days this run trains on, oldest first."""
-        return self._spans.back_to(self.date, self.training_days()[0])
+        return self.spans.back_to(self.date, self.training_days()[0])
 
     def evaluation_spans(self) -> list[Span]:
         """Spans that hold the days after the run's date it evaluates on, oldest first."""
-        return self._spans.back_to(self.split.evaluation[-1], self.split.evaluation[0])
+        return self.spans.back_to(self.split.evaluation[-1], self.split.evaluation[0])
 
     def _ingested(self) -> Iterator[str]:
         """Last days of all spans the run needs and of those they continue, each after its previous.
@@ -126,7 +125,7 @@ class DayRun:
         """
         known = set()
         for last in (self.date, self.split.evaluation[-1]):
-            for day in self._spans.chain(last):
+            for day in self.spans.chain(last):
                 if day not in known:
                     known.add(day)
                     yield day
@@ -174,13 +173,8 @@ class DayRun:
     # --- stages ----------------------------------------------------------------------------------
 
     def _ingest(self, last: str) -> StageSpec:
-        span = self._spans.span(last)
-        root = self.recipe.data.root
-        inputs = {"events": fingerprint(day_files(root, span.days)), "catalogue": self._catalogue}
-        previous = None
-        if span.previous is not None:
-            previous = self.directory("ingest", span.previous)
-            inputs["previous"] = self._artifact_id("ingest", span.previous)
+        span = self.spans.span(last)
+        previous = None if span.previous is None else self.directory("ingest", span.previous)
 
         def body(scratch: Path) -> StageOutput:
             checked = check_span(self.recipe, span.days, previous)  # faults show before Ray starts
@@ -194,9 +188,8 @@ class DayRun:
                 {**facts, "days": span.days, "previous": span.previous},
             )
 
-        return StageSpec(
-            "ingest", self.directory("ingest", last), ingest_config(self.recipe), inputs, body
-        )
+        config, inputs = ingest_config(self.recipe), self.spans.inputs(span, self._catalogue)
+        return StageSpec("ingest", self.directory("ingest", last), config, inputs, body)
 
     def _content(self) -> Iterator[StageSpec]:
         if self.recipe.content is not None:
@@ -205,7 +198,7 @@ class DayRun:
 
     def _codes(self, name: str) -> Iterator[StageSpec]:
         if self.codes is not None:
-            ingests = tuple(self.directory("ingest", last) for last in self._spans.chain(self.date))
+            ingests = tuple(self.directory("ingest", last) for last in self.spans.chain(self.date))
             yield from self.codes.specs(name, self._catalogue, ingests, self.parent())
 
     def _join(self, span: Span) -> StageSpec:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import config_hash, read_manifest
-from pipeline.days import Span
+from pipeline.artifacts import Manifest, config_hash, read_manifest
+from pipeline.days import Span, day_files, fingerprint
 
 INGEST = "ingest"
 
@@ -17,15 +17,17 @@ INGEST = "ingest"
 class Spans:
     """Reads what is there whenever it is asked: stages that run meanwhile change the answers."""
 
-    def __init__(self, out: Path, days: Sequence[str], config: dict[str, Any]) -> None:
+    def __init__(self, out: Path, root: Path, days: Sequence[str], config: dict[str, Any]) -> None:
         """The spans below one output directory.
 
         Args:
             out: output directory.
+            root: data root with the event log.
             days: of the event log, ascending.
             config: what ingest depends on; artifacts of other settings are not chained on.
         """
         self.out = out
+        self.root = root
         self.days = days
         self._hash = config_hash(config)
 
@@ -34,13 +36,33 @@ class Spans:
 
         Else a file that came late to an old day would chain it on a span that is stale itself.
         """
-        recorded = read_manifest(self.out / last / INGEST)
-        if recorded is not None and recorded.config_hash == self._hash:
-            day = recorded.facts["previous"]
-            if day is None or self._chains(day, last):
-                return self._after(day, last)
+        recorded = self._manifest(last)
+        if recorded is not None:
+            found = self._after(recorded.facts["previous"], last)
+            if found.previous is None or self._manifest(found.previous) is not None:
+                return found
         earlier = (p.parts[-3] for p in self.out.glob(f"????-??-??/{INGEST}/manifest.json"))
-        return self._after(max((d for d in earlier if self._chains(d, last)), default=None), last)
+        known = (day for day in earlier if day < last and self._manifest(day) is not None)
+        return self._after(max(known, default=None), last)
+
+    def inputs(self, span: Span, catalogue: str) -> dict[str, str]:
+        """What the artifact of a span is made of.
+
+        The catalogue grows every day, and what ingest takes from it are the ids that are known: a
+        published span stays as it is, and join reads the columns of today.
+
+        Args:
+            span: one of `span`.
+            catalogue: today's fingerprint of the files of items and users.
+        """
+        inputs = {"events": fingerprint(day_files(self.root, span.days))}
+        if span.previous is not None:
+            before = self._manifest(span.previous)
+            inputs["previous"] = "" if before is None else before.artifact_id
+        recorded = self._manifest(span.days[-1])
+        if recorded is not None and inputs.items() <= recorded.inputs.items():
+            return recorded.inputs
+        return {**inputs, "catalogue": catalogue}
 
     def back_to(self, last: str, first: str) -> list[Span]:
         """The spans that hold the days `first` .. `last`, oldest first."""
@@ -59,12 +81,13 @@ class Spans:
             chain.insert(0, previous)
         return chain
 
-    def _chains(self, day: str, last: str) -> bool:
-        manifest = read_manifest(self.out / day / INGEST)
-        return day < last and manifest is not None and manifest.config_hash == self._hash
-
     def _after(self, previous: str | None, last: str) -> Span:
         return Span(
             tuple(d for d in self.days if d <= last and (previous is None or d > previous)),
             previous,
         )
+
+    def _manifest(self, day: str) -> Manifest | None:
+        """Of the span that ends at a day, if it was made with the same settings."""
+        manifest = read_manifest(self.out / day / INGEST)
+        return None if manifest is None or manifest.config_hash != self._hash else manifest

@@ -9,6 +9,7 @@ from embedding.errors import UserError
 from pipeline.artifacts import MANIFEST, Manifest, config_hash, read_manifest
 from pipeline.config import WindowConfig
 from pipeline.console import Reporter
+from pipeline.days import catalogue_files, fingerprint
 from pipeline.identity import training_config
 from pipeline.join import SAMPLES
 from pipeline.recipe import load_recipe
@@ -171,6 +172,28 @@ def test_a_span_goes_on_with_the_one_it_continued(tmp_path: Path) -> None:
     run = run_of(root, 1, eval_days=2)
     assert ingested(run) == [(day, False) for day in DAYS]
     assert [span.days for span in run.evaluation_spans()] == [(DAYS[1], DAYS[2]), (DAYS[3],)]
+
+
+def test_a_catalogue_that_grew_is_joined_and_makes_no_published_span_stale(
+    tmp_path: Path,
+) -> None:
+    root = tmp_path / "data"
+    write_log(root, 4)
+    first = run_of(root, 0)
+    ingested(first)
+    joined(first)
+    assert [spec.is_current for spec in first.specs("join")] == [True, True]
+    write_catalogue(root, num_items=9)
+    run = run_of(root, 1)
+
+    assert ingested(run) == [(DAYS[0], True), (DAYS[1], True), (DAYS[2], False)]
+    assert [spec.is_current for spec in run.specs("join")] == [False, False, False]
+    deliver_late(root, 1)
+    assert ingested(run) == [(DAYS[0], True), (DAYS[1], False), (DAYS[2], False)]
+    ingests = [read_manifest(run.directory("ingest", day)) for day in DAYS[:3]]
+    old, *new = [manifest.inputs["catalogue"] for manifest in ingests]
+    assert new == [fingerprint(catalogue_files(root))] * 2
+    assert old not in new
 
 
 def test_days_that_no_span_holds_are_not_passed_over(tmp_path: Path) -> None:

@@ -124,11 +124,18 @@ class DayRun:
         one must have been ingested first.
         """
         known = set()
-        for last in (self.date, self.split.evaluation[-1]):
-            for day in self.spans.chain(last):
+        evaluation = self.split.evaluation
+        for last, first in ((self.date, self._first_day()), (evaluation[-1], evaluation[0])):
+            for day in self.spans.chain(last, first):
                 if day not in known:
                     known.add(day)
                     yield day
+
+    def _first_day(self) -> str:
+        """First day up to the run's date whose events are needed."""
+        aligned = self.codes is not None and self.codes.alignment is not None
+        # Pairs of items come from the whole window, whatever the parent has trained on.
+        return self.split.train[0] if aligned else self.training_days()[0]
 
     def training_days(self) -> tuple[str, ...]:
         """Days to train on: those after the last one the parent trained on, or all of the window.
@@ -198,7 +205,8 @@ class DayRun:
 
     def _codes(self, name: str) -> Iterator[StageSpec]:
         if self.codes is not None:
-            ingests = tuple(self.directory("ingest", last) for last in self.spans.chain(self.date))
+            days = self.spans.chain(self.date, self._first_day())
+            ingests = tuple(self.directory("ingest", last) for last in days)
             yield from self.codes.specs(name, self._catalogue, ingests, self.parent())
 
     def _join(self, span: Span) -> StageSpec:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from embedding.errors import UserError
 from pipeline.artifacts import Manifest, config_hash, read_manifest
 from pipeline.days import Span, day_files, fingerprint
 
@@ -38,8 +39,8 @@ class Spans:
         """
         recorded = self._manifest(last)
         if recorded is not None:
-            found = self._after(recorded.facts["previous"], last)
-            if found.previous is None or self._manifest(found.previous) is not None:
+            found = self._as_published(recorded, last)
+            if found is not None:
                 return found
         earlier = (p.parts[-3] for p in self.out.glob(f"????-??-??/{INGEST}/manifest.json"))
         known = (day for day in earlier if day < last and self._manifest(day) is not None)
@@ -55,11 +56,16 @@ class Spans:
             span: one of `span`.
             catalogue: today's fingerprint of the files of items and users.
         """
-        inputs = {"events": fingerprint(day_files(self.root, span.days))}
+        recorded = self._manifest(span.days[-1])
+        if recorded is not None and self._is_past(recorded):
+            return recorded.inputs
+        inputs = {"events": self._events(span)}
         if span.previous is not None:
             before = self._manifest(span.previous)
-            inputs["previous"] = "" if before is None else before.artifact_id
-        recorded = self._manifest(span.days[-1])
+            if before is None:  # `_as_published` has found that nothing else changed
+                assert recorded is not None
+                return recorded.inputs
+            inputs["previous"] = before.artifact_id
         if recorded is not None and inputs.items() <= recorded.inputs.items():
             return recorded.inputs
         return {**inputs, "catalogue": catalogue}
@@ -71,21 +77,42 @@ class Spans:
             spans.insert(0, self.span(spans[0].previous))
         return spans
 
-    def chain(self, last: str) -> list[str]:
-        """Last days of the spans whose user state the one of `last` continues, oldest first.
+    def chain(self, last: str, first: str) -> list[str]:
+        """Last days of the spans that hold the days `first` .. `last`, and of those before them.
 
-        A file that came late to an old day makes that span, and so the ones after it, stale.
+        Oldest first. A file that came late to an old day makes that span, and so the ones after it,
+        stale; the chain ends where an old artifact was removed.
         """
-        chain = [last]
-        while (previous := self.span(chain[0]).previous) is not None:
-            chain.insert(0, previous)
-        return chain
+        spans = self.back_to(last, first)
+        while (day := spans[0].previous) is not None and self._manifest(day) is not None:
+            spans.insert(0, self.span(day))
+        return [span.days[-1] for span in spans]
+
+    def _as_published(self, recorded: Manifest, last: str) -> Span | None:
+        """The span that an artifact holds; None if it goes on with one that is not there."""
+        previous = recorded.facts["previous"]
+        if self._is_past(recorded):
+            return Span(tuple(recorded.facts["days"]), previous)
+        span = self._after(previous, last)
+        if previous is None or self._manifest(previous) is not None:
+            return span
+        return span if self._events(span) == recorded.inputs["events"] else None
+
+    def _is_past(self, recorded: Manifest) -> bool:
+        """Whether days of a published span are no longer in the log: it cannot be made again."""
+        return not set(recorded.facts["days"]) <= set(self.days)
 
     def _after(self, previous: str | None, last: str) -> Span:
-        return Span(
-            tuple(d for d in self.days if d <= last and (previous is None or d > previous)),
-            previous,
-        )
+        days = tuple(d for d in self.days if d <= last and (previous is None or d > previous))
+        if not days:
+            raise UserError(
+                f"{self.out / last / INGEST} is gone, and so are the days of the event log that it "
+                "held; restore either of them, or train on fewer days (window.train_days)"
+            )
+        return Span(days, previous)
+
+    def _events(self, span: Span) -> str:
+        return fingerprint(day_files(self.root, span.days))
 
     def _manifest(self, day: str) -> Manifest | None:
         """Of the span that ends at a day, if it was made with the same settings."""

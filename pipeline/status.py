@@ -1,8 +1,10 @@
 """`braid status`: what ran in an output directory, what is stale, what failed."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
+from rich.markup import escape
 from rich.table import Table
 
 from embedding.errors import UserError
@@ -50,11 +52,15 @@ def models_table(out: Path) -> Table:
 
 
 def _rows(out: Path, date: str, publish: Publish) -> list[tuple[str, ...]]:
+    """Of the stages of one date; one row that says why where that cannot be told."""
     try:
-        recipe = read_recipe(out / date)
-    except UserError:
-        note = "its recipe.yaml is of another version of Braid; run the date again to see more"
-        return [(date, "", "[yellow]unknown[/]", "", "", note)]
+        return list(_stage_rows(out, date, publish))
+    except UserError as error:
+        return [(date, "", "[yellow]unknown[/]", "", "", escape(str(error)))]
+
+
+def _stage_rows(out: Path, date: str, publish: Publish) -> Iterator[tuple[str, ...]]:
+    recipe = read_recipe(out / date)
     run = DayRun(
         recipe,
         out,
@@ -63,7 +69,6 @@ def _rows(out: Path, date: str, publish: Publish) -> list[tuple[str, ...]]:
         reporter=Reporter(),
         publish=publish,
     )
-    rows: list[tuple[str, ...]] = []
     for name in STAGES:
         # A stage has an execution for every span of days; the one that needs work speaks for all.
         states = [(spec, *stage_state(spec)) for spec in run.specs(name)]
@@ -74,8 +79,7 @@ def _rows(out: Path, date: str, publish: Publish) -> list[tuple[str, ...]]:
         figures = ("", "")
         if manifest is not None:
             figures = (human(manifest.rows_out), duration(manifest.seconds))
-        rows.append((date, name, f"[{_STYLE[state]}]{state}[/]", *figures, note))
-    return rows
+        yield (date, name, f"[{_STYLE[state]}]{state}[/]", *figures, escape(note))
 
 
 def stage_state(spec: StageSpec) -> tuple[str, str]:

@@ -1,5 +1,6 @@
 """Which days a run trains on when it starts from an earlier one and holds days out."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +112,10 @@ def ingested(run: DayRun) -> list[tuple[str, bool]]:
     """Last days of the spans, and whether each was current; afterwards all of them are."""
     found = []
     for spec in run.specs("ingest"):
-        found.append((spec.directory.parent.name, spec.is_current))
-        write_manifest(spec)
+        last = spec.directory.parent.name
+        found.append((last, spec.is_current))
+        span = run.spans.span(last)
+        write_manifest(spec, days=span.days, previous=span.previous)
     return found
 
 
@@ -196,6 +199,50 @@ def test_a_catalogue_that_grew_is_joined_and_makes_no_published_span_stale(
     assert old not in new
 
 
+def test_a_published_span_outlives_its_events_and_the_artifacts_before_it(tmp_path: Path) -> None:
+    root, out = tmp_path / "data", tmp_path / "out"
+    write_log(root, 4)
+    ingested(run_of(root, 0))
+    ingested(run_of(root, 1))
+    shutil.rmtree(root / "events" / f"dt={DAYS[0]}")
+
+    run = run_of(root, 2)
+    assert ingested(run) == [(DAYS[0], True), (DAYS[1], True), (DAYS[2], True), (DAYS[3], False)]
+    shutil.rmtree(out / DAYS[0])
+    run = run_of(root, 2)
+    assert ingested(run) == [(day, True) for day in DAYS[1:]]
+    assert [span.days for span in run.training_spans()] == [(DAYS[1],), (DAYS[2],)]
+
+
+def test_an_artifact_that_was_removed_is_made_again_only_for_its_days(tmp_path: Path) -> None:
+    root, out = tmp_path / "data", tmp_path / "out"
+    write_log(root, 4)
+    ingested(run_of(root, 2))
+    shutil.rmtree(out / DAYS[2])  # of three days
+    ingested(run_of(root, 1))
+    ingested(run_of(root, 2))
+    before = read_manifest(out / DAYS[2] / "ingest")
+    shutil.rmtree(out / DAYS[1])
+
+    assert ingested(run_of(root, 2, train_days=1)) == [(DAYS[2], True), (DAYS[3], True)]
+    again = [(DAYS[1], False), (DAYS[2], True), (DAYS[3], True)]
+    assert ingested(run_of(root, 2, train_days=2)) == again
+    assert read_manifest(out / DAYS[2] / "ingest") == before
+
+
+def test_events_that_nothing_holds_any_more_are_asked_for(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    write_log(root, 4)
+    ingested(run_of(root, 0))
+    ingested(run_of(root, 1))
+    ingested(run_of(root, 2))
+    shutil.rmtree(root / "events" / f"dt={DAYS[1]}")
+    shutil.rmtree(tmp_path / "out" / DAYS[1])
+
+    with pytest.raises(UserError, match=rf"{DAYS[1]}/ingest is gone, and so are the days"):
+        ingested(run_of(root, 2, train_days=3))
+
+
 def test_days_that_no_span_holds_are_not_passed_over(tmp_path: Path) -> None:
     root = tmp_path / "data"
     write_log(root, 4)
@@ -206,7 +253,7 @@ def test_days_that_no_span_holds_are_not_passed_over(tmp_path: Path) -> None:
         run.samples((DAYS[1], DAYS[3]))
 
 
-def write_manifest(spec: StageSpec) -> None:
+def write_manifest(spec: StageSpec, **facts: Any) -> None:
     """As if the stage had run."""
     spec.directory.mkdir(parents=True, exist_ok=True)
     manifest = Manifest(
@@ -214,15 +261,6 @@ def write_manifest(spec: StageSpec) -> None:
         artifact_id=spec.artifact_id,
         config_hash=config_hash(spec.config),
         inputs=spec.inputs,
-        facts={"previous": previous_of(spec)},
+        facts=facts,
     )
     (spec.directory / MANIFEST).write_text(manifest.model_dump_json())
-
-
-def previous_of(spec: StageSpec) -> str | None:
-    """The day whose artifact the span continues, found by its id."""
-    wanted = spec.inputs.get("previous")
-    for path in spec.directory.parents[1].glob(f"*/ingest/{MANIFEST}"):
-        if Manifest.model_validate_json(path.read_text()).artifact_id == wanted:
-            return path.parts[-3]
-    return None

@@ -1,6 +1,6 @@
 """A study: variants of one recipe times seeds, each trained and evaluated, compared with the first.
 
-DIR/data/<hash>/...                 ingest and join, shared by variants that read the same columns
+DIR/data/<hash>/...                 ingest to join, shared by variants with equal samples
 DIR/trials/<variant>/seed-<n>/      one artifact a trial: finished ones are not run again
 DIR/study.json, study.html
 """
@@ -19,17 +19,18 @@ from rich.console import Console
 
 from embedding.errors import UserError
 from embedding.memory import WORKER_ENVIRONMENT
-from pipeline.artifacts import config_hash, read_manifest
+from pipeline.artifacts import read_manifest
 from pipeline.cluster import RaySession, actors_of
 from pipeline.config import ClusterConfig, Recipe
 from pipeline.console import Reporter, duration
 from pipeline.days import available_days
 from pipeline.failures import user_error
-from pipeline.identity import content_config, samples_config, training_config
+from pipeline.identity import training_config
 from pipeline.metrics_file import METRICS_FILE, read_metrics
 from pipeline.recipe import load_recipe
 from pipeline.run import DayRun
 from pipeline.stages import STAGES, StageOutput, StageSpec, execute
+from pipeline.study_samples import identities, require_unchanged, samples_key
 from pipeline.study_statistics import StudyResult, differences, estimates, trial_metrics
 from pipeline.synthetic import ensure_data
 from pipeline.trial import TrialJob, TrialProcess, run_on_group
@@ -165,16 +166,11 @@ class Study:
     def _trials(self, variant: Variant, session: RaySession) -> list[Trial]:
         """The trials of a variant; its samples are made first, unless another variant has them."""
         recipe = self.recipes[variant.name]
-        content = {} if recipe.content is None else {"content": content_config(recipe.content)}
-        codes = {} if recipe.codes is None else {"codes": recipe.codes.quantized}
-        key = config_hash(
-            {"root": str(recipe.data.root), **samples_config(recipe), **content, **codes}
-        )
         day = DayRun(
             recipe.model_copy(
                 update={"window": recipe.window.model_copy(update={"warm_start": False})}
             ),
-            self.out / "data" / key,
+            self.out / "data" / samples_key(recipe),
             self.date,
             session=session,
             reporter=self.reporter,
@@ -201,18 +197,14 @@ class Study:
             "validation_days": day.split.validation,
         }
         directories = sorted({path.parents[2] for path in (*samples, *validation, *evaluation)})
-        inputs = {}
-        for directory in directories:
-            manifest = read_manifest(directory)
-            assert manifest is not None, directory
-            inputs[f"join:{directory.parent.name}"] = manifest.artifact_id
+        sources = {f"join:{directory.parent.name}": directory for directory in directories}
         paths = day.content_paths()
         if paths is not None:
-            stored = read_manifest(paths.index)
-            assert stored is not None, paths.index
-            inputs["content"] = stored.artifact_id
+            sources["content"] = paths.index
+        inputs = identities(sources)
 
         def body(scratch: Path) -> StageOutput:
+            require_unchanged(sources, inputs)
             job = TrialJob(
                 recipe=seeded,
                 samples=[path.absolute() for path in samples],

@@ -9,12 +9,15 @@ import pytest
 from rich.console import Console
 
 from embedding.errors import UserError
-from pipeline.config import ClusterConfig, EvaluationConfig
+from pipeline.artifacts import MANIFEST, Manifest
+from pipeline.config import ClusterConfig, EvaluationConfig, Recipe
 from pipeline.evaluate import Slices
 from pipeline.study import read_variants, trial_slots
 from pipeline.study_report import slice_metrics, slice_tables, write_study_report
+from pipeline.study_samples import identities, require_unchanged, samples_key
 from pipeline.study_statistics import StudyResult, differences, estimates, trial_metrics
 from ranking.evaluation import SliceMetrics, TaskMetrics
+from tests.pipeline.small_log import Row, make_recipe
 
 
 def test_interval_of_three_seeds_is_students() -> None:
@@ -79,6 +82,71 @@ def test_trials_side_by_side_are_bound_by_cpus_gpus_and_their_number(
 ) -> None:
     cluster = ClusterConfig(num_workers=1, **changes)
     assert trial_slots({"CPU": 16.0, "GPU": 2.0}, cluster, trials, per_gpu) == expected
+
+
+ALIGNED = {
+    "vectors": {"kind": "aligned", "content": None},
+    "rq": {"num_levels": 2, "codebook_size": 4},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "shared"),
+    [
+        ({"ranking": {"trainer": {"epochs": 3}}}, True),
+        ({"ranking": {"trainer": {"seed": 3}}}, True),
+        ({"content": {"gradient": {"max_items_per_step": 7}}}, True),
+        ({"content": {"fusion": {"kind": "concat"}}}, False),
+        ({"content": {"dim": 16}}, False),
+        ({"content": {"text": {"lora": {"rank": 2}}}}, False),
+        ({"codes": {"refit": {"force_on": ["2024-01-02"]}}}, False),
+        ({"codes": {"vectors": {"num_steps": 5}}}, False),
+        ({"window": {"train_days": 2}}, False),
+        ({"window": {"eval_days": 2}}, False),
+        ({"window": {"validation_days": 1}}, False),
+        ({"window": {"warm_start": False}}, True),
+        ({"data": {"user_buckets": 4}}, False),
+        ({"data": {"max_quarantined_share": 0.25}}, False),
+    ],
+)
+def test_variants_share_data_only_if_all_artifacts_of_it_are_equal(
+    tmp_path: Path, changes: Row, shared: bool
+) -> None:
+    """Two that share a directory and differ would overwrite each other."""
+    recipe = make_recipe(tmp_path).model_dump(mode="json")
+    recipe |= {"codes": ALIGNED, "content": {"text": {"model": "tiny"}}}
+    other = merged(recipe, changes)
+
+    keys = {samples_key(Recipe.model_validate(data)) for data in (recipe, other)}
+
+    assert len(keys) == (1 if shared else 2)
+
+
+def merged(settings: Row, changes: Row) -> Row:
+    """Settings with some of the values below them replaced."""
+    nested = {
+        key: merged(settings.get(key) or {}, value) if isinstance(value, dict) else value
+        for key, value in changes.items()
+    }
+    return {**settings, **nested}
+
+
+def test_a_trial_whose_samples_were_written_anew_does_not_start(tmp_path: Path) -> None:
+    sources = {"join:a": tmp_path / "a", "join:b": tmp_path / "b"}
+    for directory in sources.values():
+        directory.mkdir()
+        write_id(directory, "first")
+    inputs = identities(sources)
+    require_unchanged(sources, inputs)
+    write_id(tmp_path / "b", "second")
+
+    with pytest.raises(UserError, match=f"{tmp_path / 'b'} was written anew.*command again"):
+        require_unchanged(sources, inputs)
+
+
+def write_id(directory: Path, artifact_id: str) -> None:
+    manifest = Manifest(stage="join", artifact_id=artifact_id, config_hash="")
+    (directory / MANIFEST).write_text(manifest.model_dump_json())
 
 
 def result_of(auc: dict[str, dict[str, list[float]]]) -> StudyResult:

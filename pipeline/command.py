@@ -18,7 +18,7 @@ from pipeline.registry import promote, promotions
 from pipeline.report import REPORT, write_report
 from pipeline.run import DayRun
 from pipeline.stages import STAGES
-from pipeline.summary import SUMMARY, Summary, summarize, write_summary
+from pipeline.summary import SUMMARY, Summary, read_summary, summarize, write_summary
 from pipeline.synthetic import ensure_data
 from ranking.evaluation import SliceMetrics
 
@@ -106,14 +106,18 @@ class Command:
         day_run = self._day(date)
         directory = self._write_recipe(date)
         records = day_run.execute()
-        complete = (directory / SUMMARY).exists() and (directory / REPORT).exists()
         # A bundle rolled back on purpose stays rolled back.
         if records[-1].name == "publish" and not promotions(self.out).ever_promoted(
             records[-1].manifest.artifact_id
         ):
             promote(self.out, date)
-        if complete and all(record.status == "current" for record in records):
-            return Summary.model_validate_json((directory / SUMMARY).read_text())
+        known = read_summary(directory, records)
+        if (
+            known is not None
+            and (directory / REPORT).exists()
+            and all(record.status == "current" for record in records)
+        ):
+            return known
         summary = summarize(directory, self.recipe.name, records)
         write_report(self.recipe, summary, directory)
         write_summary(summary, directory)

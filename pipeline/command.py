@@ -14,7 +14,7 @@ from pipeline.days import available_days, parse_day, split_days
 from pipeline.plan_request import check_plan_files
 from pipeline.publication import Publish
 from pipeline.recipe import write_recipe
-from pipeline.registry import promote, promotions
+from pipeline.registry import promote_newest
 from pipeline.report import REPORT, write_report
 from pipeline.run import DayRun
 from pipeline.stages import STAGES
@@ -106,11 +106,13 @@ class Command:
         day_run = self._day(date)
         directory = self._write_recipe(date)
         records = day_run.execute()
-        # A bundle rolled back on purpose stays rolled back.
-        if records[-1].name == "publish" and not promotions(self.out).ever_promoted(
-            records[-1].manifest.artifact_id
-        ):
-            promote(self.out, date)
+        if records[-1].name == "publish":
+            current = promote_newest(self.out, date)
+            if current is not None:
+                self.reporter.line(
+                    f"published, not promoted: production is of {current}; `braid models promote "
+                    f"--date {date}` changes that"
+                )
         known = read_summary(directory, records)
         if (
             known is not None

@@ -120,6 +120,26 @@ def promote(out: Path, date: str) -> PublishedModel:
     return current
 
 
+def promote_newest(out: Path, date: str) -> str | None:
+    """Promote the bundle of a run that has just been published, as far as that is a step forward.
+
+    A bundle that was rolled back on purpose stays rolled back, and one of an older day replaces
+    none of a later one.
+
+    Returns:
+        The date in production, where a model of a later one is in force; else None.
+    """
+    manifest = read_manifest(out / date / "publish")
+    assert manifest is not None
+    past = promotions(out)
+    if past.ever_promoted(manifest.artifact_id):
+        return None
+    if any(change.date > date for change in past.in_force):
+        return past.in_force[-1].date
+    promote(out, date)
+    return None
+
+
 def rollback(out: Path) -> PublishedModel:
     """Return to the bundle that was in production before.
 

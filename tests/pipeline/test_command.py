@@ -12,6 +12,7 @@ from pipeline.artifacts import Manifest, publish, writing
 from pipeline.command import Command
 from pipeline.config import Recipe
 from pipeline.metrics_file import METRICS_FILE, write_metrics
+from pipeline.registry import production, rollback
 from pipeline.run import DayRun
 from pipeline.stages import StageRecord
 from pipeline.summary import Summary
@@ -107,3 +108,28 @@ def test_the_summary_of_earlier_artifacts_is_not_taken_for_that_of_a_run(
     assert written.stat().st_mtime_ns == before, "nothing changed"
     assert run_date(DAYS[0], 0.7, passed=False).eval["click"].auc == 0.7
     assert '"auc": 0.7' in written.read_text()
+
+
+def test_the_model_of_an_older_day_replaces_no_newer_one(
+    run_date: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    for date in (DAYS[0], DAYS[2]):
+        run_date(date)
+        assert production(out).date == date
+    assert "not promoted" not in capsys.readouterr().out
+
+    run_date(DAYS[1])
+    said = " ".join(capsys.readouterr().out.split())
+    assert (
+        f"not promoted: production is of {DAYS[2]}; `braid models promote --date {DAYS[1]}" in said
+    )
+    assert production(out).date == DAYS[2]
+
+    rollback(out)
+    run_date(DAYS[1], 0.7)
+    assert production(out).date == DAYS[1], "newer than what the rollback returned to"
+    run_date(DAYS[2])
+    assert production(out).date == DAYS[1], "rolled back on purpose"
+    run_date(DAYS[2], 0.7)
+    assert production(out).date == DAYS[2]

@@ -205,21 +205,17 @@ def promote(
     date: Annotated[str, typer.Option("--date", "-d", help="Date of a published bundle.")],
 ) -> None:
     """Put a published bundle into production."""
-    from pipeline.lock import exclusive
     from pipeline.registry import promote as promote_model
 
-    with exclusive(out, f"braid models promote --date {date}"):
-        typer.echo(f"in production: {promote_model(out, date).bundle}")
+    typer.echo(f"in production: {promote_model(out, date).bundle}")
 
 
 @models_app.command()
 def rollback(out: OutOption) -> None:
     """Return to the bundle that was in production before."""
-    from pipeline.lock import exclusive
     from pipeline.registry import rollback as roll_back
 
-    with exclusive(out, "braid models rollback"):
-        typer.echo(f"in production: {roll_back(out).bundle}")
+    typer.echo(f"in production: {roll_back(out).bundle}")
 
 
 @app.command()

@@ -13,7 +13,7 @@ from pipeline.cluster import RaySession
 from pipeline.console import Reporter, duration, human
 from pipeline.publication import Publish
 from pipeline.recipe import RECIPE_FILE, read_recipe
-from pipeline.registry import production, published
+from pipeline.registry import production, published, require_output
 from pipeline.run import DayRun
 from pipeline.stages import STAGES, StageSpec, failure_file
 
@@ -41,7 +41,12 @@ def status_table(out: Path, publish: Publish) -> Table:
 
 
 def models_table(out: Path) -> Table:
-    """The published bundles, the one in production marked."""
+    """The published bundles, the one in production marked.
+
+    Raises:
+        UserError: `out` is no directory.
+    """
+    require_output(out)
     current = production(out)
     table = Table("", "date", "published", "bundle")
     for model in published(out):

@@ -29,6 +29,7 @@ def score(
     To join scores back, hash your own column: embedding.raw_ids.to_raw_ids(table["item_id"]).
     """
     from rich.console import Console
+    from rich.markup import escape
 
     from deploy.predictor import Predictor
     from deploy.scoring import sample_files, score_samples
@@ -42,12 +43,12 @@ def score(
 
         with reporter.stage("encode", "items"):
             new = add_new_items(predictor, items, reporter.advance)
-        console.print(f"{items}: {new}")
+        console.print(escape(f"{items}: {new}"))
     with reporter.stage("score"):
         scored = score_samples(
             predictor, paths, output, batch_size=batch_size, progress=reporter.advance
         )
-    console.print(f"{scored.num_rows} rows scored -> {output}")
+    console.print(escape(f"{scored.num_rows} rows scored -> {output}"))
     if scored.num_without_content:
         console.print(
             f"{scored.num_without_content} of them show an item without a content vector; "
@@ -66,14 +67,17 @@ def export(
     LoRA merged. What is published and in production stays as it is.
     """
     from rich.console import Console
+    from rich.markup import escape
 
     from deploy.export import export_bundle
 
     console = Console(highlight=False, soft_wrap=True)
     exported = export_bundle(out, date, to)
     for reason in exported.refused:
-        console.print(f"[yellow]![/] the gate refused this model: {reason}")
+        console.print(f"[yellow]![/] the gate refused this model: {escape(reason)}")
     console.print(
-        f"{to}: bundle of {date}, {exported.num_rows} table rows, "
-        f"{exported.num_bytes / 2**20:.1f} MiB; score with braid score --bundle {to}"
+        escape(
+            f"{to}: bundle of {date}, {exported.num_rows} table rows, "
+            f"{exported.num_bytes / 2**20:.1f} MiB; score with braid score --bundle {to}"
+        )
     )

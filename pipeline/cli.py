@@ -135,6 +135,8 @@ def study(  # noqa: PLR0913 # a command's parameters are its options
     overrides: SetOption = None,
 ) -> None:
     """Compare variants of a recipe over seeds: mean, 95% interval, paired differences."""
+    from rich.markup import escape
+
     from pipeline.lock import exclusive
     from pipeline.study import Study, read_variants
     from pipeline.study_report import (
@@ -159,7 +161,7 @@ def study(  # noqa: PLR0913 # a command's parameters are its options
         metrics = shown_metrics(work.first, result, metric or ())
         report = write_study_report(result, metrics, out)
     work.reporter.console.print(study_table(result, metrics), *slice_tables(result))
-    work.reporter.line(f"report  {report}")
+    work.reporter.line(escape(f"report  {report}"))
     if json_file is not None:
         json_file.write_text(result.model_dump_json(indent=2))
     raise typer.Exit(1 if result.failed else 0)
@@ -274,6 +276,8 @@ def doctor() -> None:
 
 def _damage(out: Path) -> bool:
     """Print what is damaged in an output directory; whether anything is."""
+    from rich.markup import escape
+
     from pipeline.console import Reporter
     from pipeline.lock import exclusive
     from pipeline.verify import verify
@@ -282,7 +286,7 @@ def _damage(out: Path) -> bool:
     with exclusive(out, "braid status --verify"), reporter.stage("verify", "directories"):
         found = verify(out, reporter.advance)
     for sentence in found:
-        reporter.line(f"[red]damaged[/] {sentence}")
+        reporter.line(f"[red]damaged[/] {escape(sentence)}")
     if not found:
         reporter.line("[green]ok[/] every file is as it was written")
     return bool(found)

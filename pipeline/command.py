@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Self
 
 from rich.box import SIMPLE
+from rich.markup import escape
 from rich.table import Table
 
 from embedding.errors import UserError
@@ -65,7 +66,7 @@ class Command:
         summary = self._run(date)
         self.reporter.console.print(_metrics_table(summary))
         directory = self.out / date
-        self.reporter.line(f"summary {directory / SUMMARY}\nreport  {directory / REPORT}")
+        self.reporter.line(escape(f"summary {directory / SUMMARY}\nreport  {directory / REPORT}"))
         return self._refused(summary)
 
     def run_days(self, first: str, last: str) -> bool:
@@ -133,7 +134,7 @@ class Command:
 
     def _refused(self, summary: Summary) -> bool:
         for reason in summary.gate["reasons"]:
-            self.reporter.line(f"[red]gate refused {summary.date}[/]: {reason}")
+            self.reporter.line(f"[red]gate refused {summary.date}[/]: {escape(reason)}")
         return not summary.gate["passed"]
 
 

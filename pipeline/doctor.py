@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from rich.markup import escape
 from rich.table import Table
 
 GIB = 1 << 30
@@ -54,7 +55,7 @@ def diagnosis_table(findings: list[Finding]) -> Table:
         table.add_column(column, overflow="fold")
     for finding in findings:
         mark = "[green]ok[/]" if finding.ok else "[red]no[/]"
-        table.add_row(mark, finding.check, finding.found, finding.remedy)
+        table.add_row(mark, finding.check, escape(finding.found), escape(finding.remedy))
     return table
 
 

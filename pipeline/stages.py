@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from pipeline.artifacts import (
     Manifest,
     abandoned,
@@ -105,7 +107,7 @@ def execute(spec: StageSpec, reporter: Reporter) -> StageRecord:
     if aside is not None:
         reporter.line(
             f"[yellow]![/] {spec.name} starts anew: its settings or inputs changed since it was "
-            f"interrupted; the unfinished work lies in {aside}"
+            f"interrupted; the unfinished work lies in {escape(str(aside))}"
         )
     try:
         with reporter.stage(spec.name), writing(spec.directory, spec.resume_identity) as scratch:

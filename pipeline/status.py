@@ -30,7 +30,7 @@ def status_table(out: Path, publish: Publish) -> Table:
     if not dates:
         raise UserError(f"--out {out} holds no run; start one with `braid run --out {out} ...`")
     current = production(out)
-    title = f"{out}, in production: {current.date if current else 'none'}"
+    title = f"{escape(str(out))}, in production: {current.date if current else 'none'}"
     table = Table(title=title, title_justify="left")
     for column in ("date", "stage", "state", "rows", "time", "note"):
         table.add_column(column)
@@ -52,7 +52,7 @@ def models_table(out: Path) -> Table:
     for model in published(out):
         in_use = current and current.manifest.artifact_id == model.manifest.artifact_id
         mark = "[green]production[/]" if in_use else ""
-        table.add_row(mark, model.date, model.manifest.created_at, str(model.bundle))
+        table.add_row(mark, model.date, model.manifest.created_at, escape(str(model.bundle)))
     return table
 
 

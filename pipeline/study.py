@@ -16,6 +16,7 @@ import ray
 import yaml
 from ray.exceptions import RayActorError
 from rich.console import Console
+from rich.markup import escape
 
 from embedding.errors import UserError
 from embedding.memory import WORKER_ENVIRONMENT
@@ -242,7 +243,8 @@ class Study:
                         if not isinstance(error, Exception):
                             raise error
                         failed[trial.name] = user_error(error) or error
-                        self.reporter.line(f"[red]x[/] {trial.name}: {failed[trial.name]}")
+                        why = escape(str(failed[trial.name]))
+                        self.reporter.line(f"[red]x[/] {trial.name}: {why}")
                     else:
                         seconds = future.result().manifest.seconds
                         self.reporter.line(self._line(trial, seconds))

@@ -12,6 +12,7 @@ from pipeline.artifacts import Manifest, publish, writing
 from pipeline.command import Command
 from pipeline.config import Recipe
 from pipeline.metrics_file import METRICS_FILE, write_metrics
+from pipeline.recipe import load_recipe
 from pipeline.registry import production, rollback
 from pipeline.run import DayRun
 from pipeline.stages import StageRecord
@@ -54,7 +55,7 @@ def test_backfill_of_days_that_are_not_there_names_those_that_are(command: Comma
 def write_artifacts(out: Path, date: str, auc: float, *, passed: bool) -> list[StageRecord]:
     """Artifacts from train on, whose ids follow from the metric."""
     trained = {"rows_per_s": 1.0, "steps": 1, "world_size": 1, "data_wait_share": 0.0}
-    reasons = [] if passed else ["too bad"]
+    reasons = [] if passed else ["ctr[/x]: auc [0.5] is too low"]
     facts: dict[str, dict[str, Any]] = {
         "train": {**trained, "best_step": None, "stopped_early": False},
         "evaluate": {},
@@ -133,3 +134,16 @@ def test_the_model_of_an_older_day_replaces_no_newer_one(
     assert production(out).date == DAYS[1], "rolled back on purpose"
     run_date(DAYS[2], 0.7)
     assert production(out).date == DAYS[2]
+
+
+def test_reasons_of_a_gate_are_shown_as_they_are(
+    run_date: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summary = run_date(DAYS[0], passed=False)
+    monkeypatch.setattr(Command, "_run", lambda *_: summary)
+    command = Command(load_recipe("demo"), Path("out[/x]"), publish=lambda *_: None)
+
+    assert command.run_day(DAYS[0])
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"gate refused {DAYS[0]}: ctr[/x]: auc [0.5] is too low" in said
+    assert f"report out[/x]/{DAYS[0]}/report.html" in said

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ from rich.console import Console
 from embedding.errors import UserError
 from pipeline.artifacts import MANIFEST, Manifest
 from pipeline.config import ClusterConfig, EvaluationConfig, Recipe
+from pipeline.console import Reporter
 from pipeline.evaluate import Slices
-from pipeline.study import read_variants, trial_slots
+from pipeline.stages import StageOutput, StageSpec
+from pipeline.study import Study, Trial, read_variants, trial_slots
 from pipeline.study_report import slice_metrics, slice_tables, write_study_report
 from pipeline.study_samples import identities, require_unchanged, samples_key
 from pipeline.study_statistics import StudyResult, differences, estimates, trial_metrics
@@ -147,6 +150,33 @@ def test_a_trial_whose_samples_were_written_anew_does_not_start(tmp_path: Path) 
 def write_id(directory: Path, artifact_id: str) -> None:
     manifest = Manifest(stage="join", artifact_id=artifact_id, config_hash="")
     (directory / MANIFEST).write_text(manifest.model_dump_json())
+
+
+def test_the_error_of_a_trial_is_shown_as_it_is_and_the_others_go_on(tmp_path: Path) -> None:
+    """Gloo writes its errors with paths in brackets, which are markup to a console."""
+    text = "[/pytorch/third_party/gloo/pair.cc:537] Connection closed by peer"
+
+    def fails(scratch: Path) -> StageOutput:
+        raise RuntimeError(text)
+
+    recipe = make_recipe(tmp_path)  # two ranks: trials run one after the other
+    trials = [
+        Trial("a", seed, recipe, StageSpec("trial", tmp_path / str(seed), {}, {}, fails))
+        for seed in range(2)
+    ]
+    study = object.__new__(Study)
+    study.first, study.recipes = recipe, {"a": recipe}
+    console = Console(width=200)
+    study.reporter = Reporter(console)
+
+    with console.capture() as captured:
+        failed = study._run_missing(trials, Mock())
+
+    assert {name: str(error) for name, error in failed.items()} == {
+        "a/seed-0": text,
+        "a/seed-1": text,
+    }
+    assert f"x a/seed-1: {text}" in captured.get()
 
 
 def result_of(auc: dict[str, dict[str, list[float]]]) -> StudyResult:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from deploy.cli import export, score
 from embedding.errors import UserError
 from pipeline.cli import app
-from pipeline.failures import user_error
+from pipeline.failures import last_line, user_error
 
 if TYPE_CHECKING:
     from pipeline.config import Recipe
@@ -39,7 +39,7 @@ def _report(error: Exception) -> int:
         return 2
     traceback.print_exception(error)
     _print_error(
-        f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}\n"
+        f"failed: {type(error).__name__}: {last_line(error)}\n"
         "finished stages are kept; run the same command again to go on from here"
     )
     return 1

@@ -21,6 +21,7 @@ from pipeline.artifacts import (
     writing,
 )
 from pipeline.console import Reporter, duration, human
+from pipeline.failures import last_line, user_error
 
 STAGES = (
     *("ingest", "content", "align", "quantize", "join", "plan", "train", "evaluate", "gate"),
@@ -129,8 +130,8 @@ def execute(spec: StageSpec, reporter: Reporter) -> StageRecord:
             )
     except BaseException as error:
         failure.parent.mkdir(parents=True, exist_ok=True)
-        reason = str(error) or type(error).__name__
-        failure.write_text(json.dumps({"stage": spec.name, "error": reason}))
+        reason = user_error(error) or last_line(error)
+        failure.write_text(json.dumps({"stage": spec.name, "error": str(reason)}))
         raise
     failure.unlink(missing_ok=True)
     rows = f"{human(manifest.rows_in)} rows -> {human(manifest.rows_out)}"

@@ -92,7 +92,7 @@ def stage_state(spec: StageSpec) -> tuple[str, str]:
     failure = failure_file(spec.directory)
     if failure.exists():
         reason: str = json.loads(failure.read_text())["error"]
-        return "failed", reason.splitlines()[0]
+        return "failed", reason
     manifest = read_manifest(spec.directory)
     if manifest is None:
         return "missing", ""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.data_cli import data_app
-from pipeline.plan_cli import bench_app, capacity_command, plan_command, traffic_command
+from pipeline.plan_cli import JsonOption, bench_app, capacity_command, plan_command, traffic_command
 
 if TYPE_CHECKING:
     from pipeline.command import Command
@@ -126,9 +126,7 @@ def study(  # noqa: PLR0913 # a command's parameters are its options
     metric: Annotated[
         list[str] | None, typer.Option(help="Metric to show, e.g. like.cold.auc. May be repeated.")
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write the result here.")
-    ] = None,
+    json_file: JsonOption = None,
     trials_per_gpu: Annotated[
         int, typer.Option(min=1, help="Trials that share a GPU; a small model does not fill one.")
     ] = 1,
@@ -140,6 +138,7 @@ def study(  # noqa: PLR0913 # a command's parameters are its options
     from pipeline.lock import exclusive
     from pipeline.study import Study, read_variants
     from pipeline.study_report import (
+        require_metrics,
         shown_metrics,
         slice_tables,
         study_table,
@@ -157,6 +156,7 @@ def study(  # noqa: PLR0913 # a command's parameters are its options
             overrides=overrides or (),
             trials_per_gpu=trials_per_gpu,
         )
+        require_metrics(work.recipes.values(), metric or ())
         result = work.run()
         metrics = shown_metrics(work.first, result, metric or ())
         report = write_study_report(result, metrics, out)

@@ -32,7 +32,7 @@ from pipeline.recipe import load_recipe
 from pipeline.run import DayRun
 from pipeline.stages import STAGES, StageOutput, StageSpec, execute
 from pipeline.study_samples import identities, require_unchanged, samples_key
-from pipeline.study_statistics import StudyResult, differences, estimates, trial_metrics
+from pipeline.study_statistics import OF_A_TRIAL, StudyResult, differences, estimates, trial_metrics
 from pipeline.synthetic import ensure_data
 from pipeline.trial import TrialJob, TrialProcess, run_on_group
 
@@ -304,8 +304,8 @@ class Study:
             if trial.name in failed or manifest is None:
                 continue
             metrics = trial_metrics(read_metrics(trial.spec.directory / METRICS_FILE))
-            metrics["train.rows_per_s"] = manifest.facts["rows_per_s"]
-            metrics["trial.seconds"] = manifest.seconds
+            trial_facts = (manifest.facts["rows_per_s"], manifest.seconds)
+            metrics |= zip(OF_A_TRIAL, trial_facts, strict=True)
             found[trial.variant][trial.seed] = metrics
         first, *others = self.variants
         result = StudyResult(

@@ -7,20 +7,22 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import yaml
 from rich.console import Console
 
+from deploy.app import main
 from embedding.errors import UserError
 from pipeline.artifacts import MANIFEST, Manifest
 from pipeline.config import ClusterConfig, EvaluationConfig, Recipe
 from pipeline.console import Reporter
-from pipeline.evaluate import Slices
+from pipeline.evaluate import SLICES, Slices
 from pipeline.stages import StageOutput, StageSpec
 from pipeline.study import Study, Trial, read_variants, trial_slots
-from pipeline.study_report import slice_metrics, slice_tables, write_study_report
+from pipeline.study_report import require_metrics, slice_metrics, slice_tables, write_study_report
 from pipeline.study_samples import identities, require_unchanged, samples_key
 from pipeline.study_statistics import StudyResult, differences, estimates, trial_metrics
 from ranking.evaluation import SliceMetrics, TaskMetrics
-from tests.pipeline.small_log import Row, make_recipe
+from tests.pipeline.small_log import Row, event, make_recipe, write_catalogue, write_day
 
 
 def test_interval_of_three_seeds_is_students() -> None:
@@ -177,6 +179,46 @@ def test_the_error_of_a_trial_is_shown_as_it_is_and_the_others_go_on(tmp_path: P
         "a/seed-1": text,
     }
     assert f"x a/seed-1: {text}" in captured.get()
+
+
+@pytest.mark.parametrize(
+    ("metric", "hint"),
+    [
+        ("click.ac", "did you mean 'click.auc'"),
+        ("buy.auc", "TASK.METRIC, TASK.SLICE.METRIC (click;"),
+        ("click.warm.auc", "cold, rare, middle, popular, new_users"),
+    ],
+)
+def test_a_metric_that_no_trial_can_have_is_refused(tmp_path: Path, metric: str, hint: str) -> None:
+    with pytest.raises(UserError, match=rf"--metric {metric}: .*{re.escape(hint)}"):
+        require_metrics([make_recipe(tmp_path)], [metric])
+
+
+def test_metrics_of_trials_are_taken(tmp_path: Path) -> None:
+    part = SliceMetrics(num_rows=9, auc=0.5, gauc=0.5, logloss=0.7, ne=1.0, calibration=1.0)
+    slices = dict.fromkeys(SLICES, part)
+    whole = TaskMetrics(**part.model_dump(), slices=slices)
+
+    require_metrics([make_recipe(tmp_path)], [*trial_metrics({"click": whole}), "trial.seconds"])
+
+
+def test_what_a_study_cannot_write_or_show_is_refused_before_its_trials(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_catalogue(tmp_path / "data")
+    for day in (0, 1):
+        write_day(tmp_path / "data", day, [[event(day, 1, 60)]])
+    recipe = make_recipe(tmp_path / "data").model_dump(mode="json")
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "variants.yaml").write_text("a: []")
+    study = ["study", "--recipe", str(tmp_path / "small.yaml"), "--seeds", "1"]
+    study += ["--variants", str(tmp_path / "variants.yaml"), "--out", str(tmp_path / "out")]
+
+    assert main([*study, "--json", str(tmp_path / "gone" / "study.json")]) == 2
+    assert f"no directory {tmp_path / 'gone'}" in capsys.readouterr().err
+    assert main([*study, "--metric", "click.ac"]) == 2
+    assert "did you mean 'click.auc'" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "data").exists()
 
 
 def result_of(auc: dict[str, dict[str, list[float]]]) -> StudyResult:

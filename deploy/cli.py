@@ -11,7 +11,7 @@ def score(
     samples: Annotated[
         Path, typer.Option("--samples", help="Sample Parquet file or directory (a join artifact).")
     ],
-    output: Annotated[Path, typer.Option("--output", help="Parquet file to write.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Parquet file to write.")],
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Rows at a time.")] = 8192,
     items: Annotated[
         Path | None,
@@ -32,11 +32,12 @@ def score(
     from rich.markup import escape
 
     from deploy.predictor import Predictor
-    from deploy.scoring import sample_files, score_samples
+    from deploy.scoring import require_writable, sample_files, score_samples
     from pipeline.console import Reporter
 
     reporter, console = Reporter(), Console(highlight=False, soft_wrap=True)
     paths = sample_files(samples)
+    require_writable(output)
     predictor = Predictor(bundle)
     if items is not None:
         from deploy.new_items import add_new_items  # transformers: seconds, for new items only

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import yaml
 from ray.exceptions import RayActorError
 from rich.console import Console
 from rich.markup import escape
 
 from embedding.errors import UserError
 from embedding.memory import WORKER_ENVIRONMENT
+from embedding.yaml_text import load_yaml
 from pipeline.artifacts import read_manifest
 from pipeline.cluster import RaySession, actors_of
 from pipeline.config import ClusterConfig, Recipe
@@ -74,10 +74,7 @@ def read_variants(path: Path) -> list[Variant]:
     """
     if not path.is_file():
         raise UserError(f"--variants {path} does not exist; check the path")
-    try:
-        data = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"--variants {path} is not valid YAML: {error}") from error
+    data = load_yaml(path.read_text(), f"--variants {path}")
     if not isinstance(data, dict) or len(data) < 1:
         raise UserError(
             f"--variants {path} must map names to lists of path.to.key=value, the first one being "

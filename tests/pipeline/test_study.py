@@ -60,6 +60,7 @@ def test_one_seed_has_no_interval() -> None:
         ("a: {b: 1}", "'a' must be a list"),
         ("a/b: []", "'a/b' names a directory"),
         ("a: [", "not valid YAML"),
+        ("a: []\nb: []\na: [x=1]", "line 3: a is set a second time"),
     ],
 )
 def test_variants_of_another_shape_are_refused(tmp_path: Path, text: str, message: str) -> None:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="braid",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -60,7 +59,11 @@ DateOption = Annotated[str, typer.Option("--date", "-d", help="Day to train up t
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Output directory.")]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Override a recipe key: path.to.key=value. May be repeated."),
+    typer.Option(
+        "--set",
+        help="Override a recipe key: path.to.key=value; add an entry: path.to.list+=value. May be "
+        "repeated.",
+    ),
 ]
 
 
@@ -224,18 +227,21 @@ def rollback(out: OutOption) -> None:
 def validate(recipe: RecipeOption, overrides: SetOption = None) -> None:
     """Check a recipe without loading torch or touching a cluster."""
     from rich.console import Console
+    from rich.markup import escape
 
     from pipeline.plan_request import check_plan_files
 
     loaded = _load(recipe, overrides)
     check_plan_files(loaded)
-    features = loaded.features
-    Console(highlight=False).print(
-        f"[green]ok[/] {loaded.name}: {len(features.tables)} tables, "
+    features, tasks = loaded.features, ", ".join(task.name for task in loaded.ranking.tasks)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(
+        f"[green]ok[/] {escape(loaded.name)}: {len(features.tables)} tables, "
         f"{len(features.sparse)} sparse, {len(features.dense)} dense and "
-        f"{len(features.sequences)} sequence features, tasks "
-        f"{', '.join(task.name for task in loaded.ranking.tasks)}"
+        f"{len(features.sequences)} sequence features, tasks {escape(tasks)}"
     )
+    for line in _derived(loaded):
+        console.print(f"   {escape(line)}")
 
 
 @app.command()
@@ -290,6 +296,23 @@ def _damage(out: Path) -> bool:
     if not found:
         reporter.line("[green]ok[/] every file is as it was written")
     return bool(found)
+
+
+def _derived(recipe: "Recipe") -> list[str]:
+    """Tables and features that follow from the section `codes`, which the recipe does not show."""
+    from multimodal.code_schema import without_codes
+
+    features, own = recipe.features, without_codes(recipe.features)
+    if features == own:
+        return []
+    tables = [t for t in features.tables if t not in own.tables]
+    names = [
+        f.name
+        for f in (*features.sparse, *features.dense, *features.sequences)
+        if f.source == "codes"
+    ]
+    sizes = ", ".join(f"{t.name} {t.num_embeddings} x {t.embedding_dim}" for t in tables)
+    return [f"tables of codes: {sizes}", f"features of codes: {', '.join(names)}"]
 
 
 def _load(recipe: str, overrides: list[str] | None) -> "Recipe":

@@ -12,7 +12,9 @@ slope between two numbers of occurrences: all of them together would take minute
 `share_of_naive` is content / naive with pretrained towers, `over_id_only` content / ids only with
 the tiny towers of the demo.
 
-Run: .venv/bin/python benchmarks/content_cost.py [--quick] [--json FILE]
+The image tower is the directory that the recipe movielens_content names, or --image-model.
+
+Run: .venv/bin/python benchmarks/content_cost.py [--quick] [--image-model DIR] [--json FILE]
 """
 
 import argparse
@@ -62,11 +64,12 @@ PRETRAINED: dict[str, Any] = {
         "trainable_layers": 2,
     },
     "image": {
-        "model": "../shared/models/dinov2-small",
+        "model": "./models/dinov2-small",
         "image_size": IMAGE_SIZE,
         "trainable_layers": 2,
     },
 }
+"""As in the recipe movielens_content."""
 TINY: dict[str, Any] = {  # docs/content.md, for the demo
     "text": {"max_tokens": 16},
     "image": {"image_size": 16},
@@ -232,15 +235,17 @@ def _in_process(work: str, settings: Case) -> dict[str, float]:
     return found
 
 
-def measure(max_items: int, lengths: list[int], threads: int, num_steps: int) -> dict[str, Any]:
-    """All figures."""
+def measure(
+    towers: dict[str, Any], max_items: int, lengths: list[int], threads: int, num_steps: int
+) -> dict[str, Any]:
+    """All figures, with these pretrained towers."""
     policy = {"items": "targets+sample", "max_items_per_step": max_items}
     more = {"threads": threads, "steps": num_steps}
-    frozen = {name: {**tower, "lora": None} for name, tower in PRETRAINED.items()}
+    frozen = {name: {**tower, "lora": None} for name, tower in towers.items()}
     contents: dict[str, dict[str, Any] | None] = {
         "ids only": None,
         "frozen": {**frozen, "frozen": True, "gradient": policy},
-        "content": {**PRETRAINED, "gradient": policy},
+        "content": {**towers, "gradient": policy},
     }
     found: dict[str, Any] = {"history": {}, "tiny": {}}
     for length in lengths:
@@ -296,11 +301,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two history lengths, few steps")
     parser.add_argument("--json", type=Path)
+    default = PRETRAINED["image"]["model"]
+    parser.add_argument("--image-model", default=default, help="directory of the image tower")
     parser.add_argument("--max-items", type=int, default=32, help="content.gradient bound")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     lengths = [50] if args.quick else [10, 50, 200, 500]
-    found = measure(args.max_items, lengths, args.threads, 5 if args.quick else 15)
+    towers = {**PRETRAINED, "image": {**PRETRAINED["image"], "model": args.image_model}}
+    found = measure(towers, args.max_items, lengths, args.threads, 5 if args.quick else 15)
     show(found)
     if args.json:
         args.json.write_text(json.dumps({**describe(), **found}, indent=2))

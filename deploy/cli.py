@@ -11,7 +11,7 @@ def score(
     samples: Annotated[
         Path, typer.Option("--samples", help="Sample Parquet file or directory (a join artifact).")
     ],
-    output: Annotated[Path, typer.Option("--output", help="Parquet file to write.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Parquet file to write.")],
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Rows at a time.")] = 8192,
     items: Annotated[
         Path | None,
@@ -29,25 +29,27 @@ def score(
     To join scores back, hash your own column: embedding.raw_ids.to_raw_ids(table["item_id"]).
     """
     from rich.console import Console
+    from rich.markup import escape
 
     from deploy.predictor import Predictor
-    from deploy.scoring import sample_files, score_samples
+    from deploy.scoring import require_writable, sample_files, score_samples
     from pipeline.console import Reporter
 
     reporter, console = Reporter(), Console(highlight=False, soft_wrap=True)
     paths = sample_files(samples)
+    require_writable(output)
     predictor = Predictor(bundle)
     if items is not None:
         from deploy.new_items import add_new_items  # transformers: seconds, for new items only
 
         with reporter.stage("encode", "items"):
             new = add_new_items(predictor, items, reporter.advance)
-        console.print(f"{items}: {new}")
+        console.print(escape(f"{items}: {new}"))
     with reporter.stage("score"):
         scored = score_samples(
             predictor, paths, output, batch_size=batch_size, progress=reporter.advance
         )
-    console.print(f"{scored.num_rows} rows scored -> {output}")
+    console.print(escape(f"{scored.num_rows} rows scored -> {output}"))
     if scored.num_without_content:
         console.print(
             f"{scored.num_without_content} of them show an item without a content vector; "
@@ -66,14 +68,17 @@ def export(
     LoRA merged. What is published and in production stays as it is.
     """
     from rich.console import Console
+    from rich.markup import escape
 
     from deploy.export import export_bundle
 
     console = Console(highlight=False, soft_wrap=True)
     exported = export_bundle(out, date, to)
     for reason in exported.refused:
-        console.print(f"[yellow]![/] the gate refused this model: {reason}")
+        console.print(f"[yellow]![/] the gate refused this model: {escape(reason)}")
     console.print(
-        f"{to}: bundle of {date}, {exported.num_rows} table rows, "
-        f"{exported.num_bytes / 2**20:.1f} MiB; score with braid score --bundle {to}"
+        escape(
+            f"{to}: bundle of {date}, {exported.num_rows} table rows, "
+            f"{exported.num_bytes / 2**20:.1f} MiB; score with braid score --bundle {to}"
+        )
     )

@@ -1,6 +1,8 @@
 """Offline scoring: sample Parquet in, keys and probabilities out, in the order of the input."""
 
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from embedding.batch import RankingBatch
 from embedding.errors import UserError
 from embedding.items import NO_CONTENT
 from embedding.loader import SampleFiles, SampleLoader
+from pipeline.join import SAMPLES
 
 
 @dataclass(frozen=True)
@@ -28,17 +31,37 @@ def sample_files(samples: Path) -> list[Path]:
     """The sample files of a path.
 
     Args:
-        samples: a sample file, or a directory searched for `*.parquet`.
+        samples: a sample file, a join artifact, or a directory searched for `*.parquet`.
 
     Raises:
         UserError: there are none.
     """
-    paths = [samples] if samples.is_file() else sorted(samples.rglob("*.parquet"))
+    # Beside its samples/ an artifact may hold those of items that were kept from training.
+    folder = samples / SAMPLES if (samples / SAMPLES).is_dir() else samples
+    paths = [samples] if samples.is_file() else sorted(folder.rglob("*.parquet"))
     if not paths:
         raise UserError(
             f"--samples {samples} holds no Parquet file; give a join artifact's samples/ directory"
         )
     return paths
+
+
+def require_writable(output: Path) -> None:
+    """Make the folder of a file that is to be written: minutes of scoring must not end there.
+
+    Raises:
+        UserError: no file can be written there.
+    """
+    if output.is_dir():
+        raise UserError(f"--output {output} is a directory; name a file in it")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--output {output} cannot be written: {error}; name another file"
+        ) from error
 
 
 def score_samples(
@@ -49,7 +72,7 @@ def score_samples(
     batch_size: int,
     progress: Callable[[int, int], None],
 ) -> Scored:
-    """Score sample files and write one Parquet file in one move.
+    """Score sample files and write one Parquet file in one move; an error leaves nothing behind.
 
     Args:
         predictor: of a published bundle.
@@ -59,16 +82,20 @@ def score_samples(
         progress: called with rows done and in all.
 
     Raises:
-        UserError: A sample file cannot be used.
+        UserError: A sample file cannot be used, or the output cannot be written.
     """
+    require_writable(output)
     _check_codebooks(predictor.bundle.codebooks, paths)
     # Labels are not read: what is scored tonight has none yet.
     files = SampleFiles(paths, predictor.schema, tasks=(), items=predictor.item_source)
     stream = SampleLoader(files, batch_size_per_rank=batch_size).sequential()
-    output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.partial")
     done = without_content = 0
-    with stream, pq.ParquetWriter(partial, _schema(predictor.tasks)) as writer:
+    with (
+        _removed_on_error(partial),
+        stream,
+        pq.ParquetWriter(partial, _schema(predictor.tasks)) as writer,
+    ):
         for batch in stream:
             probs_BT = predictor.predict(batch)[: batch.num_rows]
             keys = [batch.keys_BK[: batch.num_rows, k].numpy() for k in range(len(columns.KEYS))]
@@ -79,6 +106,15 @@ def score_samples(
             progress(done, files.num_rows)
     partial.replace(output)
     return Scored(done, without_content)
+
+
+@contextmanager
+def _removed_on_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _without_content(batch: RankingBatch) -> int:

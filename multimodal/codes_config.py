@@ -178,7 +178,11 @@ class RefitPolicy(StrictConfig):
 
 
 class Swing(StrictConfig):
-    """Item2Item pairs: Swing over the user-item graph (METHODS: w_u w_v / (alpha + overlap))."""
+    """Item2Item pairs: Swing over the user-item graph.
+
+    Two users of both items add w_u w_v / (alpha + number of items they share), w = 1 / sqrt(number
+    of the user's items); `multimodal.swing` has the whole formula.
+    """
 
     alpha: PositiveFloat = 1.0
     num_neighbours: PositiveInt = 20

@@ -79,9 +79,7 @@ class AlignmentOfDay:
     @property
     def content(self) -> ContentConfig:
         """What the encoder is built from."""
-        config = self.source.content or self.recipe.content
-        assert config is not None  # checked with the recipe
-        return encoder_config(self.source, config)
+        return _encoder(self.recipe, self.source)
 
     def vectors(self) -> CatalogueVectors:
         """What the stage wrote; the vectors are memory-mapped, copy on write."""
@@ -111,7 +109,8 @@ class AlignmentOfDay:
             inputs["ranker"] = _artifact_id(ranker.checkpoints.parent)
         if previous is not None:
             inputs["previous"] = _artifact_id(previous)
-        config: dict[str, Any] = {"settings": self._settings(), "days": self.training_days}
+        settings = alignment_settings(self.recipe)
+        config: dict[str, Any] = {"settings": settings, "days": self.training_days}
         if isinstance(self.source, AlignedVectors):
             config["realign_every_days"] = self.source.realign_every_days
         return StageSpec(
@@ -153,7 +152,7 @@ class AlignmentOfDay:
             rows_out=facts.num_items,
             facts={
                 **facts.model_dump(mode="json"),
-                "settings": config_hash(self._settings()),
+                "settings": config_hash(alignment_settings(self.recipe)),
                 "previous": None if previous is None else previous.parent.name,
             },
         )
@@ -248,21 +247,10 @@ class AlignmentOfDay:
     def _fits(self, previous: Path, index: Path) -> bool:
         """Whether an encoder of before goes on; `index` points to the day's tokens."""
         manifest = read_manifest(previous)
-        settings = config_hash(self._settings())
+        settings = config_hash(alignment_settings(self.recipe))
         if manifest is None or manifest.facts["settings"] != settings:
             return False
         return same_towers(index, previous / INDEX)
-
-    def _settings(self) -> dict[str, Any]:
-        """What makes vectors comparable with those of the run before."""
-        held_out = self.recipe.evaluation.held_out_items
-        return {
-            "held_out": None if held_out is None else held_out.model_dump(mode="json"),
-            "vectors": self.source.model_dump(
-                mode="json", exclude={"content", "realign_every_days", "items_per_chunk"}
-            ),
-            "content": self.content.model_dump(mode="json", exclude=_OF_THE_RANKER),
-        }
 
     def _previous(self) -> Path | None:
         """The artifact that this one goes on with: the latest earlier one."""
@@ -277,6 +265,26 @@ class AlignmentOfDay:
         days = [path.parts[-3] for path in earlier]
         day = max((d for d in days if d < self.date), default=None)
         return None if day is None else self.out / day / STAGE
+
+
+def alignment_settings(recipe: Recipe) -> dict[str, Any]:
+    """What makes vectors comparable with those of the run before; codes are not of a column."""
+    assert recipe.codes is not None
+    source, held_out = recipe.codes.vectors, recipe.evaluation.held_out_items
+    assert not isinstance(source, ColumnVectors)
+    return {
+        "held_out": None if held_out is None else held_out.model_dump(mode="json"),
+        "vectors": source.model_dump(
+            mode="json", exclude={"content", "realign_every_days", "items_per_chunk"}
+        ),
+        "content": _encoder(recipe, source).model_dump(mode="json", exclude=_OF_THE_RANKER),
+    }
+
+
+def _encoder(recipe: Recipe, source: AlignedVectors | TowerVectors) -> ContentConfig:
+    config = source.content or recipe.content
+    assert config is not None  # checked with the recipe
+    return encoder_config(source, config)
 
 
 def _artifact_id(directory: Path) -> str:

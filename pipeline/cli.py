@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.data_cli import data_app
-from pipeline.plan_cli import bench_app, capacity_command, plan_command, traffic_command
+from pipeline.plan_cli import JsonOption, bench_app, capacity_command, plan_command, traffic_command
 
 if TYPE_CHECKING:
     from pipeline.command import Command
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="braid",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -60,7 +59,11 @@ DateOption = Annotated[str, typer.Option("--date", "-d", help="Day to train up t
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Output directory.")]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Override a recipe key: path.to.key=value. May be repeated."),
+    typer.Option(
+        "--set",
+        help="Override a recipe key: path.to.key=value; add an entry: path.to.list+=value. May be "
+        "repeated.",
+    ),
 ]
 
 
@@ -131,18 +134,19 @@ def study(  # noqa: PLR0913 # a command's parameters are its options
     metric: Annotated[
         list[str] | None, typer.Option(help="Metric to show, e.g. like.cold.auc. May be repeated.")
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write the result here.")
-    ] = None,
+    json_file: JsonOption = None,
     trials_per_gpu: Annotated[
         int, typer.Option(min=1, help="Trials that share a GPU; a small model does not fill one.")
     ] = 1,
     overrides: SetOption = None,
 ) -> None:
     """Compare variants of a recipe over seeds: mean, 95% interval, paired differences."""
+    from rich.markup import escape
+
     from pipeline.lock import exclusive
     from pipeline.study import Study, read_variants
     from pipeline.study_report import (
+        require_metrics,
         shown_metrics,
         slice_tables,
         study_table,
@@ -160,11 +164,12 @@ def study(  # noqa: PLR0913 # a command's parameters are its options
             overrides=overrides or (),
             trials_per_gpu=trials_per_gpu,
         )
+        require_metrics(work.recipes.values(), metric or ())
         result = work.run()
         metrics = shown_metrics(work.first, result, metric or ())
         report = write_study_report(result, metrics, out)
     work.reporter.console.print(study_table(result, metrics), *slice_tables(result))
-    work.reporter.line(f"report  {report}")
+    work.reporter.line(escape(f"report  {report}"))
     if json_file is not None:
         json_file.write_text(result.model_dump_json(indent=2))
     raise typer.Exit(1 if result.failed else 0)
@@ -210,39 +215,38 @@ def promote(
     date: Annotated[str, typer.Option("--date", "-d", help="Date of a published bundle.")],
 ) -> None:
     """Put a published bundle into production."""
-    from pipeline.lock import exclusive
     from pipeline.registry import promote as promote_model
 
-    with exclusive(out, f"braid models promote --date {date}"):
-        typer.echo(f"in production: {promote_model(out, date).bundle}")
+    typer.echo(f"in production: {promote_model(out, date).bundle}")
 
 
 @models_app.command()
 def rollback(out: OutOption) -> None:
     """Return to the bundle that was in production before."""
-    from pipeline.lock import exclusive
     from pipeline.registry import rollback as roll_back
 
-    with exclusive(out, "braid models rollback"):
-        typer.echo(f"in production: {roll_back(out).bundle}")
+    typer.echo(f"in production: {roll_back(out).bundle}")
 
 
 @app.command()
 def validate(recipe: RecipeOption, overrides: SetOption = None) -> None:
     """Check a recipe without loading torch or touching a cluster."""
     from rich.console import Console
+    from rich.markup import escape
 
     from pipeline.plan_request import check_plan_files
 
     loaded = _load(recipe, overrides)
     check_plan_files(loaded)
-    features = loaded.features
-    Console(highlight=False).print(
-        f"[green]ok[/] {loaded.name}: {len(features.tables)} tables, "
+    features, tasks = loaded.features, ", ".join(task.name for task in loaded.ranking.tasks)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(
+        f"[green]ok[/] {escape(loaded.name)}: {len(features.tables)} tables, "
         f"{len(features.sparse)} sparse, {len(features.dense)} dense and "
-        f"{len(features.sequences)} sequence features, tasks "
-        f"{', '.join(task.name for task in loaded.ranking.tasks)}"
+        f"{len(features.sequences)} sequence features, tasks {escape(tasks)}"
     )
+    for line in _derived(loaded):
+        console.print(f"   {escape(line)}")
 
 
 @app.command()
@@ -283,6 +287,8 @@ def doctor() -> None:
 
 def _damage(out: Path) -> bool:
     """Print what is damaged in an output directory; whether anything is."""
+    from rich.markup import escape
+
     from pipeline.console import Reporter
     from pipeline.lock import exclusive
     from pipeline.verify import verify
@@ -291,10 +297,27 @@ def _damage(out: Path) -> bool:
     with exclusive(out, "braid status --verify"), reporter.stage("verify", "directories"):
         found = verify(out, reporter.advance)
     for sentence in found:
-        reporter.line(f"[red]damaged[/] {sentence}")
+        reporter.line(f"[red]damaged[/] {escape(sentence)}")
     if not found:
         reporter.line("[green]ok[/] every file is as it was written")
     return bool(found)
+
+
+def _derived(recipe: "Recipe") -> list[str]:
+    """Tables and features that follow from the section `codes`, which the recipe does not show."""
+    from multimodal.code_schema import without_codes
+
+    features, own = recipe.features, without_codes(recipe.features)
+    if features == own:
+        return []
+    tables = [t for t in features.tables if t not in own.tables]
+    names = [
+        f.name
+        for f in (*features.sparse, *features.dense, *features.sequences)
+        if f.source == "codes"
+    ]
+    sizes = ", ".join(f"{t.name} {t.num_embeddings} x {t.embedding_dim}" for t in tables)
+    return [f"tables of codes: {sizes}", f"features of codes: {', '.join(names)}"]
 
 
 def _load(recipe: str, overrides: list[str] | None) -> "Recipe":

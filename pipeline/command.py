@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Self
 
 from rich.box import SIMPLE
+from rich.markup import escape
 from rich.table import Table
 
 from embedding.errors import UserError
@@ -14,11 +15,11 @@ from pipeline.days import available_days, parse_day, split_days
 from pipeline.plan_request import check_plan_files
 from pipeline.publication import Publish
 from pipeline.recipe import write_recipe
-from pipeline.registry import promote, promotions
+from pipeline.registry import promote_newest
 from pipeline.report import REPORT, write_report
 from pipeline.run import DayRun
 from pipeline.stages import STAGES
-from pipeline.summary import SUMMARY, Summary, summarize, write_summary
+from pipeline.summary import SUMMARY, Summary, read_summary, summarize, write_summary
 from pipeline.synthetic import ensure_data
 from ranking.evaluation import SliceMetrics
 
@@ -65,7 +66,7 @@ class Command:
         summary = self._run(date)
         self.reporter.console.print(_metrics_table(summary))
         directory = self.out / date
-        self.reporter.line(f"summary {directory / SUMMARY}\nreport  {directory / REPORT}")
+        self.reporter.line(escape(f"summary {directory / SUMMARY}\nreport  {directory / REPORT}"))
         return self._refused(summary)
 
     def run_days(self, first: str, last: str) -> bool:
@@ -106,14 +107,20 @@ class Command:
         day_run = self._day(date)
         directory = self._write_recipe(date)
         records = day_run.execute()
-        complete = (directory / SUMMARY).exists() and (directory / REPORT).exists()
-        # A bundle rolled back on purpose stays rolled back.
-        if records[-1].name == "publish" and not promotions(self.out).ever_promoted(
-            records[-1].manifest.artifact_id
+        if records[-1].name == "publish":
+            current = promote_newest(self.out, date)
+            if current is not None:
+                self.reporter.line(
+                    f"published, not promoted: production is of {current}; `braid models promote "
+                    f"--date {date}` changes that"
+                )
+        known = read_summary(directory, records)
+        if (
+            known is not None
+            and (directory / REPORT).exists()
+            and all(record.status == "current" for record in records)
         ):
-            promote(self.out, date)
-        if complete and all(record.status == "current" for record in records):
-            return Summary.model_validate_json((directory / SUMMARY).read_text())
+            return known
         summary = summarize(directory, self.recipe.name, records)
         write_report(self.recipe, summary, directory)
         write_summary(summary, directory)
@@ -127,7 +134,7 @@ class Command:
 
     def _refused(self, summary: Summary) -> bool:
         for reason in summary.gate["reasons"]:
-            self.reporter.line(f"[red]gate refused {summary.date}[/]: {reason}")
+            self.reporter.line(f"[red]gate refused {summary.date}[/]: {escape(reason)}")
         return not summary.gate["passed"]
 
 

@@ -17,7 +17,7 @@ import_app = typer.Typer(help="Import a public dataset.", no_args_is_help=True)
 data_app.add_typer(import_app, name="import")
 
 SrcOption = Annotated[Path, typer.Option("--src", help="Folder of the unpacked download.")]
-OutOption = Annotated[Path, typer.Option("--out", help="Directory to create.")]
+OutOption = Annotated[Path, typer.Option("--out", "-o", help="Directory to create.")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of all random draws.")]
 
 

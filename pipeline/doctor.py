@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from rich.markup import escape
 from rich.table import Table
+
+from pipeline.failures import last_line
 
 GIB = 1 << 30
 MIN_FREE_MEMORY_GIB = 4
@@ -31,20 +34,28 @@ class Finding:
 
 
 def diagnose() -> list[Finding]:
-    """Run all checks; none changes anything."""
-    checks: tuple[Callable[[], Finding], ...] = (
-        _python,
-        _versions,
-        _fbgemm_wheels,
-        _kernels,
-        _accelerator,
-        _bf16,
-        _memory,
-        _shared_memory,
-        _disk,
-        _ray,
-    )
-    return [check() for check in checks]
+    """Run all checks; none changes anything, and one that fails itself is a finding."""
+    checks: dict[str, Callable[[], Finding]] = {
+        "python": _python,
+        "versions": _versions,
+        "fbgemm wheel": _fbgemm_wheels,
+        "kernels": _kernels,
+        "accelerator": _accelerator,
+        "bf16": _bf16,
+        "free memory": _memory,
+        "shared memory": _shared_memory,
+        "free disk": _disk,
+        "ray": _ray,
+    }
+    return [_finding(name, check) for name, check in checks.items()]
+
+
+def _finding(name: str, check: Callable[[], Finding]) -> Finding:
+    try:
+        return check()
+    except Exception as error:  # noqa: BLE001 # whatever is broken here is what is looked for
+        remedy = "mend what it names, or install anew: `make clean`, then the make target"
+        return Finding(name, False, f"{type(error).__name__}: {last_line(error)}", remedy)
 
 
 def diagnosis_table(findings: list[Finding]) -> Table:
@@ -54,7 +65,7 @@ def diagnosis_table(findings: list[Finding]) -> Table:
         table.add_column(column, overflow="fold")
     for finding in findings:
         mark = "[green]ok[/]" if finding.ok else "[red]no[/]"
-        table.add_row(mark, finding.check, finding.found, finding.remedy)
+        table.add_row(mark, finding.check, escape(finding.found), escape(finding.remedy))
     return table
 
 

@@ -23,6 +23,7 @@ from pipeline.train import RunWorkers, TrainedModel, run_workers
 from ranking.evaluation import TaskMetrics, evaluate_predictions
 
 PREDICTIONS = "predictions"
+SLICES = ("cold", "rare", "middle", "popular", "new_users")
 Mask = npt.NDArray[np.bool_]
 Ids = npt.NDArray[np.int64]
 
@@ -108,13 +109,8 @@ class Slices:
         threshold = np.quantile(self.item_events, 1 - self.config.popular_share)
         cold, popular = events == 0, events >= max(threshold, 1)
         rare = ~cold & (events <= self.config.rare_max_events)
-        return {
-            "cold": cold,
-            "rare": rare,
-            "middle": ~(cold | rare | popular),
-            "popular": popular,
-            "new_users": ~np.isin(user_ids, self.user_ids),
-        }
+        middle, new_users = ~(cold | rare | popular), ~np.isin(user_ids, self.user_ids)
+        return dict(zip(SLICES, (cold, rare, middle, popular, new_users), strict=True))
 
 
 def task_metrics(

@@ -25,6 +25,12 @@ def user_error(error: BaseException) -> UserError | None:
     return None
 
 
+def last_line(error: BaseException) -> str:
+    """One line for an error: Ray puts the cause last, below its own words and tracebacks."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
+
+
 def _links(error: BaseException | None, seen: set[int]) -> Iterator[BaseException]:
     if error is None or id(error) in seen:
         return

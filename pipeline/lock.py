@@ -1,4 +1,4 @@
-"""One run at a time in an output directory."""
+"""One run at a time in an output directory, and one change at a time of what is in production."""
 
 import json
 import os
@@ -11,6 +11,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from embedding.errors import UserError
+
+CHANGE_TIMEOUT_S = 10.0
 
 
 @contextmanager
@@ -36,6 +38,27 @@ def exclusive(out: Path, command: str) -> Iterator[None]:
             raise UserError(
                 f"--out {out} cannot be written: {error}; choose another --out"
             ) from error
+        yield
+
+
+@contextmanager
+def changing(path: Path) -> Iterator[None]:
+    """Hold a file that others replace, too; they do so in a moment, runs hold nothing meanwhile.
+
+    Raises:
+        UserError: Another process holds it all the time, or its directory cannot be written.
+    """
+    with ExitStack() as held:
+        try:
+            lock = FileLock(path.with_name(f".{path.name}.lock"))
+            held.enter_context(lock.acquire(timeout=CHANGE_TIMEOUT_S))
+        except Timeout as error:
+            raise UserError(
+                f"{path} has been held by another process for {CHANGE_TIMEOUT_S:.0f} seconds; run "
+                "the same command again"
+            ) from error
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error}; check --out") from error
         yield
 
 

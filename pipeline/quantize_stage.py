@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from rich.markup import escape
 
 from multimodal.codes_config import ColumnVectors
 from pipeline.align_stage import AlignmentOfDay
@@ -142,7 +143,7 @@ class CodesOfDay:
             seen_N,
         )
         facts = quantize(codes, items, self.out / CODEBOOKS, scratch, force_refit=force_refit)
-        self.reporter.line(f"  {decision_line(facts, before)}")
+        self.reporter.line(escape(f"  {decision_line(facts, before)}"))
         return StageOutput(
             rows_in=facts.num_items + found.num_without,
             rows_out=facts.num_items,

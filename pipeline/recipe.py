@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from embedding.errors import UserError
+from embedding.yaml_text import load_yaml
 from pipeline.config import Recipe
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -57,10 +58,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         UserError: Anything wrong, every fault with its YAML path, value and remedy.
     """
     path = find_recipe(name_or_path)
-    try:
-        data = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"{path.name} is not valid YAML: {error}") from error
+    data = load_yaml(path.read_text(), path.name)
     if not isinstance(data, dict):
         raise UserError(f"{path.name} must be a mapping of recipe keys; see `braid schema`")
     for override in overrides:
@@ -106,10 +104,7 @@ def apply_override(data: dict[str, Any], override: str) -> None:
         raise UserError(
             f"--set {override!r}: write it as path.to.key=value, or path.to.list+=value"
         )
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {override!r}: {text!r} is not a YAML value") from error
+    value = load_yaml(text, f"--set {override!r}: {text!r}")
     *parents, last = path.split(".")
     node: Any = data
     for part in parents:

@@ -14,6 +14,7 @@ from typing import Literal
 from embedding.config import StrictConfig
 from embedding.errors import UserError
 from pipeline.artifacts import Manifest, read_manifest, write_durably
+from pipeline.lock import changing
 
 PRODUCTION = "production.json"
 MODELS = "models"
@@ -99,6 +100,66 @@ def promote(out: Path, date: str) -> PublishedModel:
     Raises:
         UserError: Nothing is published under that date.
     """
+    require_output(out)
+    with changing(out / PRODUCTION):
+        return _promote(out, date)
+
+
+def promote_newest(out: Path, date: str) -> str | None:
+    """Promote the bundle of a run that has just been published, as far as that is a step forward.
+
+    A bundle that was rolled back on purpose stays rolled back, and one of an older day replaces
+    none of a later one.
+
+    Returns:
+        The date in production, where a model of a later one is in force; else None.
+    """
+    manifest = read_manifest(out / date / "publish")
+    assert manifest is not None
+    with changing(out / PRODUCTION):
+        past = promotions(out)
+        if past.ever_promoted(manifest.artifact_id):
+            return None
+        if any(change.date > date for change in past.in_force):
+            return past.in_force[-1].date
+        _promote(out, date)
+    return None
+
+
+def rollback(out: Path) -> PublishedModel:
+    """Return to the bundle that was in production before.
+
+    Raises:
+        UserError: There is no earlier promotion.
+    """
+    require_output(out)
+    with changing(out / PRODUCTION):
+        past = promotions(out)
+        stack = past.in_force
+        if len(stack) < 2:
+            raise UserError(
+                f"{out} has {len(stack)} promotion(s), so there is nothing to roll back to; "
+                "choose a bundle with `braid models promote`"
+            )
+        entry = stack[-1].model_copy(update={"rollback": True, "at": _now()})
+        _kept(out, stack[-2])
+        _write(out, Promotions(history=(*past.history, entry)))
+        current = production(out)
+        assert current is not None
+        return current
+
+
+def require_output(out: Path) -> None:
+    """Mistyped directories are not created.
+
+    Raises:
+        UserError: There is no such directory.
+    """
+    if not out.is_dir():
+        raise UserError(f"--out {out} is no directory; name the output directory of a run")
+
+
+def _promote(out: Path, date: str) -> PublishedModel:
     models = {model.date: model for model in published(out)}
     if date not in models:
         known = ", ".join(models) or "none"
@@ -109,33 +170,12 @@ def promote(out: Path, date: str) -> PublishedModel:
     model = models[date]
     past = promotions(out)
     identity = model.manifest.artifact_id
+    kept = out / MODELS / identity
+    if not kept.exists():
+        _link(model, kept)
     if not (past.in_force and past.in_force[-1].artifact_id == identity):
-        kept = out / MODELS / identity
-        if not kept.exists():
-            _link(model.directory, kept)
         entry = Promotion(date=date, artifact_id=identity, at=_now())
         _write(out, Promotions(history=(*past.history, entry)))
-    current = production(out)
-    assert current is not None
-    return current
-
-
-def rollback(out: Path) -> PublishedModel:
-    """Return to the bundle that was in production before.
-
-    Raises:
-        UserError: There is no earlier promotion.
-    """
-    past = promotions(out)
-    stack = past.in_force
-    if len(stack) < 2:
-        raise UserError(
-            f"{out} has {len(stack)} promotion(s), so there is nothing to roll back to; "
-            "choose a bundle with `braid models promote`"
-        )
-    entry = stack[-1].model_copy(update={"rollback": True, "at": _now()})
-    _kept(out, stack[-2])
-    _write(out, Promotions(history=(*past.history, entry)))
     current = production(out)
     assert current is not None
     return current
@@ -152,11 +192,15 @@ def _kept(out: Path, change: Promotion) -> PublishedModel:
     return PublishedModel(date=change.date, directory=directory, manifest=manifest)
 
 
-def _link(source: Path, target: Path) -> None:
+def _link(model: PublishedModel, target: Path) -> None:
     """The same files under a second name, visible in one move."""
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(source, partial, copy_function=os.link)
+    shutil.copytree(model.directory, partial, copy_function=os.link)
+    if read_manifest(partial) != model.manifest:
+        raise UserError(
+            f"{model.directory} was published anew at this moment; run the same command again"
+        )
     partial.rename(target)
 
 

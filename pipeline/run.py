@@ -5,8 +5,7 @@
     DIR/<date>/align, quantize                 vectors and codes of items, where it has codes
     DIR/<date>/plan, train, evaluate, gate, publish, summary.json, report.html
 
-A span chains on the latest earlier one and continues its user state, so a run of a later day
-ingests only the days that came since.
+Which spans of days a run needs, and what each continues, `pipeline.spans` says.
 """
 
 import shutil
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from embedding.errors import UserError
-from pipeline.artifacts import Manifest, config_hash, read_manifest
+from pipeline.artifacts import Manifest, read_manifest
 from pipeline.cluster import RaySession
 from pipeline.config import Recipe
 from pipeline.console import Reporter
@@ -27,7 +26,6 @@ from pipeline.days import (
     Split,
     available_days,
     catalogue_files,
-    day_files,
     fingerprint,
     split_days,
 )
@@ -42,6 +40,7 @@ from pipeline.plan import plan, plan_inputs
 from pipeline.publication import Publish
 from pipeline.quantize_stage import codes_of_day
 from pipeline.registry import production_before
+from pipeline.spans import Spans
 from pipeline.stages import STAGES, StageOutput, StageRecord, StageSpec, execute
 from pipeline.train import TrainedModel, TrainInputs, train
 
@@ -69,6 +68,7 @@ class DayRun:
         self.days = available_days(root)
         self.split: Split = split_days(self.days, date, recipe.window)
         self._catalogue = fingerprint(catalogue_files(root))
+        self.spans = Spans(out, root, self.days, ingest_config(recipe))
         self.codes = codes_of_day(recipe, out, self.split, session, reporter)
 
     def execute(self, until: str = STAGES[-1]) -> list[StageRecord]:
@@ -82,22 +82,16 @@ class DayRun:
         return records
 
     def specs(self, name: str) -> Iterator[StageSpec]:
-        """The executions of one stage; the stages before it must have run.
-
-        Lazy: the span of the evaluation days continues the one that ends at the run's date, so that
-        one must have been ingested first.
-        """
+        """The executions of one stage; the stages before it must have run."""
         match name:
             case "ingest":
-                for last in self._chain():
-                    yield self._ingest(last)
-                yield self._ingest(self.split.evaluation[-1])
+                yield from map(self._ingest, self._ingested())
             case "content":
                 yield from self._content()
             case "align" | "quantize":
                 yield from self._codes(name)
             case "join":
-                for span in (*self.training_spans(), self._eval_span()):
+                for span in (*self.training_spans(), *self.evaluation_spans()):
                     yield self._join(span)
             case _:
                 single = {
@@ -115,48 +109,33 @@ class DayRun:
 
     # --- spans -----------------------------------------------------------------------------------
 
-    def _span(self, last: str) -> Span:
-        """Days of the span that ends at `last`: what its artifact says while that holds."""
-        earlier = self.out.glob("????-??-??/ingest/manifest.json")
-        previous = max(
-            (p.parts[-3] for p in earlier if self._chains(p.parts[-3], last)), default=None
-        )
-        recorded = read_manifest(self.directory("ingest", last))
-        if recorded is not None and recorded.config_hash == config_hash(ingest_config(self.recipe)):
-            day = recorded.facts["previous"]
-            if day is None or self._artifact_id("ingest", day) == recorded.inputs["previous"]:
-                previous = day
-        days = tuple(d for d in self.days if d <= last and (previous is None or d > previous))
-        return Span(days, previous)
-
-    def _chains(self, day: str, last: str) -> bool:
-        manifest = read_manifest(self.directory("ingest", day))
-        return (
-            day < last
-            and manifest is not None
-            and manifest.config_hash == config_hash(ingest_config(self.recipe))
-        )
-
-    def _chain(self) -> list[str]:
-        """Last days of all spans whose user state this run's days continue, oldest first.
-
-        A file that came late to an old day makes that span, and so the ones after it, stale.
-        """
-        chain = [self.date]
-        while (previous := self._span(chain[0]).previous) is not None:
-            chain.insert(0, previous)
-        return chain
-
-    def _eval_span(self) -> Span:
-        return self._span(self.split.evaluation[-1])
-
     def training_spans(self) -> list[Span]:
         """Spans that hold the days this run trains on, oldest first."""
-        first = self.training_days()[0]
-        spans = [self._span(self.date)]
-        while spans[0].days[0] > first and spans[0].previous is not None:
-            spans.insert(0, self._span(spans[0].previous))
-        return spans
+        return self.spans.back_to(self.date, self.training_days()[0])
+
+    def evaluation_spans(self) -> list[Span]:
+        """Spans that hold the days after the run's date it evaluates on, oldest first."""
+        return self.spans.back_to(self.split.evaluation[-1], self.split.evaluation[0])
+
+    def _ingested(self) -> Iterator[str]:
+        """Last days of all spans the run needs and of those they continue, each after its previous.
+
+        Lazy: the spans of the evaluation days continue the one that ends at the run's date, so that
+        one must have been ingested first.
+        """
+        known = set()
+        evaluation = self.split.evaluation
+        for last, first in ((self.date, self._first_day()), (evaluation[-1], evaluation[0])):
+            for day in self.spans.chain(last, first):
+                if day not in known:
+                    known.add(day)
+                    yield day
+
+    def _first_day(self) -> str:
+        """First day up to the run's date whose events are needed."""
+        aligned = self.codes is not None and self.codes.alignment is not None
+        # Pairs of items come from the whole window, whatever the parent has trained on.
+        return self.split.train[0] if aligned else self.training_days()[0]
 
     def training_days(self) -> tuple[str, ...]:
         """Days to train on: those after the last one the parent trained on, or all of the window.
@@ -201,13 +180,8 @@ class DayRun:
     # --- stages ----------------------------------------------------------------------------------
 
     def _ingest(self, last: str) -> StageSpec:
-        span = self._span(last)
-        root = self.recipe.data.root
-        inputs = {"events": fingerprint(day_files(root, span.days)), "catalogue": self._catalogue}
-        previous = None
-        if span.previous is not None:
-            previous = self.directory("ingest", span.previous)
-            inputs["previous"] = self._artifact_id("ingest", span.previous)
+        span = self.spans.span(last)
+        previous = None if span.previous is None else self.directory("ingest", span.previous)
 
         def body(scratch: Path) -> StageOutput:
             checked = check_span(self.recipe, span.days, previous)  # faults show before Ray starts
@@ -221,9 +195,8 @@ class DayRun:
                 {**facts, "days": span.days, "previous": span.previous},
             )
 
-        return StageSpec(
-            "ingest", self.directory("ingest", last), ingest_config(self.recipe), inputs, body
-        )
+        config, inputs = ingest_config(self.recipe), self.spans.inputs(span, self._catalogue)
+        return StageSpec("ingest", self.directory("ingest", last), config, inputs, body)
 
     def _content(self) -> Iterator[StageSpec]:
         if self.recipe.content is not None:
@@ -232,7 +205,8 @@ class DayRun:
 
     def _codes(self, name: str) -> Iterator[StageSpec]:
         if self.codes is not None:
-            ingests = tuple(self.directory("ingest", last) for last in self._chain())
+            days = self.spans.chain(self.date, self._first_day())
+            ingests = tuple(self.directory("ingest", last) for last in days)
             yield from self.codes.specs(name, self._catalogue, ingests, self.parent())
 
     def _join(self, span: Span) -> StageSpec:
@@ -310,9 +284,11 @@ class DayRun:
             "join": self._artifact_id("join", days[-1]),
             "ingest": self._artifact_id("ingest", self.date),
         }
+        spans = self.evaluation_spans()[:-1]
         if days != self.split.evaluation:
-            for span in self.training_spans():
-                inputs[f"join:{span.days[-1]}"] = self._artifact_id("join", span.days[-1])
+            spans = self.training_spans() + spans
+        for span in spans:
+            inputs[f"join:{span.days[-1]}"] = self._artifact_id("join", span.days[-1])
         config = {"evaluation": self._dump("evaluation"), "days": days}
 
         def body(scratch: Path) -> StageOutput:
@@ -372,14 +348,15 @@ class DayRun:
 
     def samples(self, days: tuple[str, ...], part: str = SAMPLES) -> list[Path]:
         """Sample files of these days, from whichever spans hold them."""
-        spans = [*self.training_spans(), self._eval_span()]
+        # A span of evaluation days may begin before the run's date: training days are taken once.
+        spans = (*self.evaluation_spans(), *self.training_spans())
+        holds = {day: span.days[-1] for span in spans for day in span.days}
+        assert set(days) <= set(holds), (days, sorted(holds))
         return [
             path
-            for span in spans
-            for day in span.days
-            if day in days
+            for day in days
             for path in sorted(
-                (self.directory("join", span.days[-1]) / part / f"dt={day}").glob("*.parquet")
+                (self.directory("join", holds[day]) / part / f"dt={day}").glob("*.parquet")
             )
         ]
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from pipeline.artifacts import (
     Manifest,
     abandoned,
@@ -19,6 +21,7 @@ from pipeline.artifacts import (
     writing,
 )
 from pipeline.console import Reporter, duration, human
+from pipeline.failures import last_line, user_error
 
 STAGES = (
     *("ingest", "content", "align", "quantize", "join", "plan", "train", "evaluate", "gate"),
@@ -105,7 +108,7 @@ def execute(spec: StageSpec, reporter: Reporter) -> StageRecord:
     if aside is not None:
         reporter.line(
             f"[yellow]![/] {spec.name} starts anew: its settings or inputs changed since it was "
-            f"interrupted; the unfinished work lies in {aside}"
+            f"interrupted; the unfinished work lies in {escape(str(aside))}"
         )
     try:
         with reporter.stage(spec.name), writing(spec.directory, spec.resume_identity) as scratch:
@@ -127,8 +130,8 @@ def execute(spec: StageSpec, reporter: Reporter) -> StageRecord:
             )
     except BaseException as error:
         failure.parent.mkdir(parents=True, exist_ok=True)
-        reason = str(error) or type(error).__name__
-        failure.write_text(json.dumps({"stage": spec.name, "error": reason}))
+        reason = user_error(error) or last_line(error)
+        failure.write_text(json.dumps({"stage": spec.name, "error": str(reason)}))
         raise
     failure.unlink(missing_ok=True)
     rows = f"{human(manifest.rows_in)} rows -> {human(manifest.rows_out)}"

@@ -1,8 +1,10 @@
 """`braid status`: what ran in an output directory, what is stale, what failed."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
+from rich.markup import escape
 from rich.table import Table
 
 from embedding.errors import UserError
@@ -11,7 +13,7 @@ from pipeline.cluster import RaySession
 from pipeline.console import Reporter, duration, human
 from pipeline.publication import Publish
 from pipeline.recipe import RECIPE_FILE, read_recipe
-from pipeline.registry import production, published
+from pipeline.registry import production, published, require_output
 from pipeline.run import DayRun
 from pipeline.stages import STAGES, StageSpec, failure_file
 
@@ -28,7 +30,7 @@ def status_table(out: Path, publish: Publish) -> Table:
     if not dates:
         raise UserError(f"--out {out} holds no run; start one with `braid run --out {out} ...`")
     current = production(out)
-    title = f"{out}, in production: {current.date if current else 'none'}"
+    title = f"{escape(str(out))}, in production: {current.date if current else 'none'}"
     table = Table(title=title, title_justify="left")
     for column in ("date", "stage", "state", "rows", "time", "note"):
         table.add_column(column)
@@ -39,22 +41,31 @@ def status_table(out: Path, publish: Publish) -> Table:
 
 
 def models_table(out: Path) -> Table:
-    """The published bundles, the one in production marked."""
+    """The published bundles, the one in production marked.
+
+    Raises:
+        UserError: `out` is no directory.
+    """
+    require_output(out)
     current = production(out)
     table = Table("", "date", "published", "bundle")
     for model in published(out):
         in_use = current and current.manifest.artifact_id == model.manifest.artifact_id
         mark = "[green]production[/]" if in_use else ""
-        table.add_row(mark, model.date, model.manifest.created_at, str(model.bundle))
+        table.add_row(mark, model.date, model.manifest.created_at, escape(str(model.bundle)))
     return table
 
 
 def _rows(out: Path, date: str, publish: Publish) -> list[tuple[str, ...]]:
+    """Of the stages of one date; one row that says why where that cannot be told."""
     try:
-        recipe = read_recipe(out / date)
-    except UserError:
-        note = "its recipe.yaml is of another version of Braid; run the date again to see more"
-        return [(date, "", "[yellow]unknown[/]", "", "", note)]
+        return list(_stage_rows(out, date, publish))
+    except UserError as error:
+        return [(date, "", "[yellow]unknown[/]", "", "", escape(str(error)))]
+
+
+def _stage_rows(out: Path, date: str, publish: Publish) -> Iterator[tuple[str, ...]]:
+    recipe = read_recipe(out / date)
     run = DayRun(
         recipe,
         out,
@@ -63,7 +74,6 @@ def _rows(out: Path, date: str, publish: Publish) -> list[tuple[str, ...]]:
         reporter=Reporter(),
         publish=publish,
     )
-    rows: list[tuple[str, ...]] = []
     for name in STAGES:
         # A stage has an execution for every span of days; the one that needs work speaks for all.
         states = [(spec, *stage_state(spec)) for spec in run.specs(name)]
@@ -74,8 +84,7 @@ def _rows(out: Path, date: str, publish: Publish) -> list[tuple[str, ...]]:
         figures = ("", "")
         if manifest is not None:
             figures = (human(manifest.rows_out), duration(manifest.seconds))
-        rows.append((date, name, f"[{_STYLE[state]}]{state}[/]", *figures, note))
-    return rows
+        yield (date, name, f"[{_STYLE[state]}]{state}[/]", *figures, escape(note))
 
 
 def stage_state(spec: StageSpec) -> tuple[str, str]:
@@ -83,7 +92,7 @@ def stage_state(spec: StageSpec) -> tuple[str, str]:
     failure = failure_file(spec.directory)
     if failure.exists():
         reason: str = json.loads(failure.read_text())["error"]
-        return "failed", reason.splitlines()[0]
+        return "failed", reason
     manifest = read_manifest(spec.directory)
     if manifest is None:
         return "missing", ""

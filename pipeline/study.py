@@ -1,6 +1,6 @@
 """A study: variants of one recipe times seeds, each trained and evaluated, compared with the first.
 
-DIR/data/<hash>/...                 ingest and join, shared by variants that read the same columns
+DIR/data/<hash>/...                 ingest to join, shared by variants with equal samples
 DIR/trials/<variant>/seed-<n>/      one artifact a trial: finished ones are not run again
 DIR/study.json, study.html
 """
@@ -13,25 +13,27 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import yaml
 from ray.exceptions import RayActorError
 from rich.console import Console
+from rich.markup import escape
 
 from embedding.errors import UserError
 from embedding.memory import WORKER_ENVIRONMENT
-from pipeline.artifacts import config_hash, read_manifest
+from embedding.yaml_text import load_yaml
+from pipeline.artifacts import read_manifest
 from pipeline.cluster import RaySession, actors_of
 from pipeline.config import ClusterConfig, Recipe
 from pipeline.console import Reporter, duration
 from pipeline.content import STORES
 from pipeline.days import available_days
 from pipeline.failures import user_error
-from pipeline.identity import content_config, samples_config, training_config
+from pipeline.identity import training_config
 from pipeline.metrics_file import METRICS_FILE, read_metrics
 from pipeline.recipe import load_recipe
 from pipeline.run import DayRun
 from pipeline.stages import STAGES, StageOutput, StageSpec, execute
-from pipeline.study_statistics import StudyResult, differences, estimates, trial_metrics
+from pipeline.study_samples import identities, require_unchanged, samples_key
+from pipeline.study_statistics import OF_A_TRIAL, StudyResult, differences, estimates, trial_metrics
 from pipeline.synthetic import ensure_data
 from pipeline.trial import TrialJob, TrialProcess, run_on_group
 
@@ -77,10 +79,7 @@ def read_variants(path: Path, against: str | None = None) -> list[Variant]:
     """
     if not path.is_file():
         raise UserError(f"--variants {path} does not exist; check the path")
-    try:
-        data = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"--variants {path} is not valid YAML: {error}") from error
+    data = load_yaml(path.read_text(), f"--variants {path}")
     if not isinstance(data, dict) or len(data) < 1:
         raise UserError(
             f"--variants {path} must map names to lists of path.to.key=value, the first one being "
@@ -181,13 +180,8 @@ class Study:
 
     def _samples(self, recipe: Recipe, session: RaySession) -> DayRun:
         """The day with its samples, which variants that read the same columns share."""
-        content = {} if recipe.content is None else {"content": content_config(recipe.content)}
-        codes = {} if recipe.codes is None else {"codes": recipe.codes.quantized}
-        key = config_hash(
-            {"root": str(recipe.data.root), **samples_config(recipe), **content, **codes}
-        )
         window = recipe.window.model_copy(update={"warm_start": False})
-        directory = self.out / "data" / key
+        directory = self.out / "data" / samples_key(recipe)
         # Tokens of items do not depend on the samples, and their stores are big.
         (directory.parent / STORES).mkdir(parents=True, exist_ok=True)
         if not (directory / STORES).exists():
@@ -216,18 +210,14 @@ class Study:
             "validation_days": day.split.validation,
         }
         directories = sorted({path.parents[2] for path in (*samples, *validation, *evaluation)})
-        inputs = {}
-        for directory in directories:
-            manifest = read_manifest(directory)
-            assert manifest is not None, directory
-            inputs[f"join:{directory.parent.name}"] = manifest.artifact_id
+        sources = {f"join:{directory.parent.name}": directory for directory in directories}
         paths = day.content_paths()
         if paths is not None:
-            stored = read_manifest(paths.index)
-            assert stored is not None, paths.index
-            inputs["content"] = stored.artifact_id
+            sources["content"] = paths.index
+        inputs = identities(sources)
 
         def body(scratch: Path) -> StageOutput:
+            require_unchanged(sources, inputs)
             job = TrialJob(
                 recipe=recipe,
                 samples=[path.absolute() for path in samples],
@@ -265,7 +255,8 @@ class Study:
                         if not isinstance(error, Exception):
                             raise error
                         failed[trial.name] = user_error(error) or error
-                        self.reporter.line(f"[red]x[/] {trial.name}: {failed[trial.name]}")
+                        why = escape(str(failed[trial.name]))
+                        self.reporter.line(f"[red]x[/] {trial.name}: {why}")
                     else:
                         seconds = future.result().manifest.seconds
                         self.reporter.line(self._line(trial, seconds))
@@ -325,8 +316,8 @@ class Study:
             if trial.name in failed or manifest is None:
                 continue
             metrics = trial_metrics(read_metrics(trial.spec.directory / METRICS_FILE))
-            metrics["train.rows_per_s"] = manifest.facts["rows_per_s"]
-            metrics["trial.seconds"] = manifest.seconds
+            trial_facts = (manifest.facts["rows_per_s"], manifest.seconds)
+            metrics |= zip(OF_A_TRIAL, trial_facts, strict=True)
             found[trial.variant][trial.seed] = metrics
         first, *others = self.variants
         result = StudyResult(

@@ -11,9 +11,29 @@ from rich.table import Table
 from embedding.errors import UserError
 from pipeline import charts
 from pipeline.config import Recipe
-from pipeline.study_statistics import Difference, Estimate, StudyResult
+from pipeline.evaluate import SLICES
+from pipeline.recipe import nearest_name
+from pipeline.study_statistics import METRICS, OF_A_TRIAL, Difference, Estimate, StudyResult
 
 STUDY_REPORT = "study.html"
+
+
+def require_metrics(recipes: Iterable[Recipe], wanted: Sequence[str]) -> None:
+    """Hours of trials must not end at a misspelt metric.
+
+    Raises:
+        UserError: no trial of these recipes can have it.
+    """
+    tasks = dict.fromkeys(task.name for recipe in recipes for task in recipe.ranking.tasks)
+    parts = [*tasks, *(f"{task}.{name}" for task in tasks for name in SLICES)]
+    known = [*(f"{part}.{metric}" for part in parts for metric in METRICS), *OF_A_TRIAL]
+    for name in wanted:
+        if name not in known:
+            raise UserError(
+                f"--metric {name}: there is no such metric{nearest_name(name, known)}; metrics are "
+                f"TASK.METRIC, TASK.SLICE.METRIC ({', '.join(tasks)}; {', '.join(SLICES)}; "
+                f"{', '.join(METRICS)}), {' and '.join(OF_A_TRIAL)}"
+            )
 
 
 def shown_metrics(recipe: Recipe, result: StudyResult, wanted: Sequence[str]) -> list[str]:

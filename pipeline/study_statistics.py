@@ -12,7 +12,9 @@ from embedding.config import StrictConfig
 from ranking.evaluation import SliceMetrics, TaskMetrics
 
 CONFIDENCE = 0.95
-_METRICS = ("auc", "gauc", "logloss", "ne", "calibration", "num_rows")
+METRICS = ("auc", "gauc", "logloss", "ne", "calibration", "num_rows")
+"""Of every task, and of every slice of its rows."""
+OF_A_TRIAL = ("train.rows_per_s", "trial.seconds")
 
 
 class Estimate(StrictConfig):
@@ -104,7 +106,7 @@ def trial_metrics(tasks: Mapping[str, TaskMetrics]) -> dict[str, float]:
         parts: dict[str, SliceMetrics] = {task: metrics}
         parts |= {f"{task}.{name}": part for name, part in metrics.slices.items()}
         for prefix, part in parts.items():
-            values = {name: getattr(part, name) for name in _METRICS}
+            values = {name: getattr(part, name) for name in METRICS}
             found |= {f"{prefix}.{name}": v for name, v in values.items() if v is not None}
     return found
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from embedding.config import StrictConfig
 from pipeline.artifacts import read_manifest
@@ -56,6 +56,8 @@ class Summary(StrictConfig):
     gate: dict[str, Any]
     bundle: str | None
     """Path of the published bundle; None when the gate refused."""
+    artifacts: dict[str, str] = Field(default_factory=dict)
+    """Artifact ids of the run's own stages, by stage: whose figures these are."""
 
 
 def summarize(directory: Path, recipe: str, records: list[StageRecord]) -> Summary:
@@ -75,7 +77,25 @@ def summarize(directory: Path, recipe: str, records: list[StageRecord]) -> Summa
         oracle=read_metrics(directory / "evaluate" / ORACLE_FILE),
         gate=gate.facts,
         bundle=None if published is None else str(directory / "publish" / "bundle"),
+        artifacts=_artifacts(records),
     )
+
+
+def read_summary(directory: Path, records: list[StageRecord]) -> Summary | None:
+    """The `summary.json` of exactly these artifacts; None where there is another one, or none."""
+    path = directory / SUMMARY
+    if not path.exists():
+        return None
+    try:
+        summary = Summary.model_validate_json(path.read_text())
+    except ValidationError:  # of another version
+        return None
+    return summary if summary.artifacts == _artifacts(records) else None
+
+
+def _artifacts(records: list[StageRecord]) -> dict[str, str]:
+    ids = {record.name: record.manifest.artifact_id for record in records}
+    return {name: ids[name] for name in ("train", "evaluate", "gate", "publish") if name in ids}
 
 
 def _stages(records: list[StageRecord]) -> dict[str, StageSummary]:

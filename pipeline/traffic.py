@@ -73,7 +73,8 @@ def sample_files(out: Path, last_day: str | None) -> list[Path]:
     if not found:
         until = f" up to {last_day}" if last_day else ""
         raise UserError(
-            f"{out} has no joined samples{until}; run `braid stage join --out {out}` first"
+            f"--out {out} has no joined samples{until}; name the output directory of a run, or run "
+            f"`braid stage join --recipe NAME --date {last_day or 'YYYY-MM-DD'} --out {out}` first"
         )
     return [found[key] for key in sorted(found)]
 

@@ -28,9 +28,12 @@ def verify(out: Path, progress: Callable[[int, int], None]) -> list[str]:
     found = []
     for done, path in enumerate(artifacts, start=1):
         directory = path.parent
+        remedy = f"delete {directory}, and the next run writes it again"
+        if directory.parent.name == MODELS:
+            remedy = f"restore {directory}, or promote another date; do not delete it"
         found += [
             f"{directory / name} is missing or damaged (its SHA-256 is not the recorded one); "
-            f"delete {directory}, and the next run writes it again"
+            f"{remedy}"
             for name in damaged_files(directory, thorough=True)
         ]
         progress(done, total)

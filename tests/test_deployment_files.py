@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -92,3 +93,16 @@ def test_another_accelerator_means_a_fresh_environment(clone: Path) -> None:
 
     assert "requirements/cpu.txt" in planned(clone, "ACCEL=cpu", "test")
     assert "requirements/cpu.txt" not in planned(clone, "test")
+
+
+def test_the_nightly_script_is_bash_and_its_crontab_entry_one_plain_line() -> None:
+    """Cron continues no line, sets no variable, and takes % for a line break."""
+    blocks = re.findall(r"```\n(.*?)```", (ROOT / "docs" / "ray-jobs.md").read_text(), re.DOTALL)
+    (script,) = [block for block in blocks if block.startswith("#!/bin/bash")]
+    (entry,) = [block for block in blocks if re.match(r"\d+ \d+ \* \* \*", block)]
+
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+    assert len(entry.splitlines()) == 1
+    assert not set("\\$%") & set(entry)
+    for name in ("PATH", "RAY_AUTH_MODE", "BRAID"):
+        assert f"{name}=" in script

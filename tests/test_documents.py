@@ -54,6 +54,10 @@ def unknown_commands(text: str) -> list[str]:
     ]
 
 
+def test_sources_name_no_file_outside_of_the_repository() -> None:
+    assert [path.name for path in SOURCES if "../" in path.read_text()] == []
+
+
 def test_an_invented_command_would_be_found() -> None:
     assert unknown_commands("`braid serve` and `braid bench serve`\nbraid run --recipe demo") == [
         "braid serve",

@@ -221,6 +221,32 @@ def test_failure_without_a_message_is_named_by_its_kind(tmp_path: Path) -> None:
     assert stage_state(failing) == ("failed", "KeyboardInterrupt")
 
 
+class TrainingFailedError(Exception):
+    """As Ray Train raises it: its own words first, workers' errors below and in an attribute."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(f"Training failed due to worker errors:\n[Rank 0]\n  Traceback\n{cause}\n")
+        self.worker_failures = {0: cause}
+
+
+@pytest.mark.parametrize(
+    ("cause", "note"),
+    [
+        (UserError("the batch is too large;\nlower it"), "the batch is too large;\nlower it"),
+        (RuntimeError("connection closed"), "connection closed"),
+    ],
+)
+def test_the_note_of_a_failure_is_its_cause(tmp_path: Path, cause: Exception, note: str) -> None:
+    def body(_: Path) -> StageOutput:
+        raise TrainingFailedError(cause)
+
+    failing = spec(tmp_path / "a", body)
+    with pytest.raises(TrainingFailedError):
+        execute(failing, Reporter())
+
+    assert stage_state(failing) == ("failed", note)
+
+
 def test_config_hash_ignores_the_order_of_keys() -> None:
     assert config_hash({"a": 1, "b": 2}) == config_hash({"b": 2, "a": 1})
     assert config_hash({"a": 1}) != config_hash({"a": 2})

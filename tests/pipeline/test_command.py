@@ -1,12 +1,23 @@
-"""What `backfill` checks before it runs anything."""
+"""What `backfill` checks before it runs anything, and what a finished run says and promotes."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from embedding.errors import UserError
+from pipeline import command as command_module
+from pipeline.artifacts import Manifest, publish, writing
 from pipeline.command import Command
+from pipeline.config import Recipe
+from pipeline.metrics_file import METRICS_FILE, write_metrics
+from pipeline.recipe import load_recipe
+from pipeline.registry import production, rollback
+from pipeline.run import DayRun
+from pipeline.stages import StageRecord
+from pipeline.summary import Summary
+from ranking.evaluation import TaskMetrics
 from tests.pipeline.small_log import DAYS, make_recipe
 
 
@@ -36,3 +47,103 @@ def test_backfill_runs_the_days_that_have_a_later_one(command: Command) -> None:
 def test_backfill_of_days_that_are_not_there_names_those_that_are(command: Command) -> None:
     with pytest.raises(UserError, match=rf"no such day \(it has {DAYS[0]} .. {DAYS[-1]}\)"):
         command.run_days("2025-01-01", "2025-01-02")
+
+
+# --- runs whose stages are current ---------------------------------------------------------------
+
+
+def write_artifacts(out: Path, date: str, auc: float, *, passed: bool) -> list[StageRecord]:
+    """Artifacts from train on, whose ids follow from the metric."""
+    trained = {"rows_per_s": 1.0, "steps": 1, "world_size": 1, "data_wait_share": 0.0}
+    reasons = [] if passed else ["ctr[/x]: auc [0.5] is too low"]
+    facts: dict[str, dict[str, Any]] = {
+        "train": {**trained, "best_step": None, "stopped_early": False},
+        "evaluate": {},
+        "gate": {"passed": passed, "reasons": reasons, "compared_with": None},
+        **({"publish": {}} if passed else {}),
+    }
+    records = []
+    for stage, values in facts.items():
+        directory, identity = out / date / stage, f"{stage}-{date}-{auc}"
+        manifest = Manifest(stage=stage, artifact_id=identity, config_hash="", facts=values)
+        with writing(directory, identity) as scratch:
+            metrics = {"click": TaskMetrics(num_rows=9, auc=auc)}
+            write_metrics(metrics, scratch / METRICS_FILE)
+            publish(scratch, directory, manifest)
+        records.append(StageRecord(stage, "current", manifest))
+    return records
+
+
+Run = Callable[..., Summary]
+
+
+@pytest.fixture
+def run_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a date whose artifacts are all there."""
+    for day in DAYS:
+        (tmp_path / "data" / "events" / f"dt={day}").mkdir(parents=True)
+    recipe, out = make_recipe(tmp_path / "data"), tmp_path / "out"
+    command = Command(recipe, out, publish=lambda *_: None)
+
+    def write_report(recipe: Recipe, summary: Summary, directory: Path) -> None:
+        (directory / "report.html").touch()
+
+    def run(date: str, auc: float = 0.6, *, passed: bool = True) -> Summary:
+        records = write_artifacts(out, date, auc, passed=passed)
+        monkeypatch.setattr(DayRun, "execute", lambda _: records)
+        return command._run(date)
+
+    monkeypatch.setattr(command_module, "write_report", write_report)
+    return run
+
+
+def test_the_summary_of_earlier_artifacts_is_not_taken_for_that_of_a_run(
+    run_date: Run, tmp_path: Path
+) -> None:
+    """A process that is killed before it writes its summary leaves that of an earlier model."""
+    run_date(DAYS[0], 0.6, passed=False)
+    written = tmp_path / "out" / DAYS[0] / "summary.json"
+    before = written.stat().st_mtime_ns
+
+    assert run_date(DAYS[0], 0.6, passed=False).eval["click"].auc == 0.6
+    assert written.stat().st_mtime_ns == before, "nothing changed"
+    assert run_date(DAYS[0], 0.7, passed=False).eval["click"].auc == 0.7
+    assert '"auc": 0.7' in written.read_text()
+
+
+def test_the_model_of_an_older_day_replaces_no_newer_one(
+    run_date: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    for date in (DAYS[0], DAYS[2]):
+        run_date(date)
+        assert production(out).date == date
+    assert "not promoted" not in capsys.readouterr().out
+
+    run_date(DAYS[1])
+    said = " ".join(capsys.readouterr().out.split())
+    assert (
+        f"not promoted: production is of {DAYS[2]}; `braid models promote --date {DAYS[1]}" in said
+    )
+    assert production(out).date == DAYS[2]
+
+    rollback(out)
+    run_date(DAYS[1], 0.7)
+    assert production(out).date == DAYS[1], "newer than what the rollback returned to"
+    run_date(DAYS[2])
+    assert production(out).date == DAYS[1], "rolled back on purpose"
+    run_date(DAYS[2], 0.7)
+    assert production(out).date == DAYS[2]
+
+
+def test_reasons_of_a_gate_are_shown_as_they_are(
+    run_date: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summary = run_date(DAYS[0], passed=False)
+    monkeypatch.setattr(Command, "_run", lambda *_: summary)
+    command = Command(load_recipe("demo"), Path("out[/x]"), publish=lambda *_: None)
+
+    assert command.run_day(DAYS[0])
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"gate refused {DAYS[0]}: ctr[/x]: auc [0.5] is too low" in said
+    assert f"report out[/x]/{DAYS[0]}/report.html" in said

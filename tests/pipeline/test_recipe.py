@@ -76,6 +76,19 @@ def test_override_adds_entries_to_a_list(tmp_path: Path) -> None:
     assert "price" in [feature.name for feature in recipe.features.dense]
 
 
+def test_a_key_that_is_set_twice_is_named_with_its_lines(tmp_path: Path) -> None:
+    path = tmp_path / "small.yaml"
+    text = yaml.safe_dump(SMALL, sort_keys=False)
+    path.write_text(text + "window:\n  eval_days: 1\n  train_days: 3\n  eval_days: 2\n")
+    line = len(text.splitlines()) + 4
+
+    expected = rf"small.yaml, line {line}: window.eval_days is set a second .*in line {line - 2}\)"
+    with pytest.raises(UserError, match=expected):
+        load_recipe(str(path))
+    with pytest.raises(UserError, match=r"--set .*line 1: kind is set a second time"):
+        load_recipe(write(tmp_path, SMALL), ["embedding.optimizer={kind: adam, kind: sgd}"])
+
+
 def test_override_creates_missing_sections(tmp_path: Path) -> None:
     recipe = load_recipe(
         write(tmp_path, SMALL), ["ranking.trainer.dense_optimizer.learning_rate=1e-2"]

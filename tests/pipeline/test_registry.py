@@ -1,9 +1,14 @@
+import shutil
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
+from deploy.app import main
 from embedding.errors import UserError
+from pipeline import lock
 from pipeline.artifacts import Manifest, publish, writing
+from pipeline.lock import exclusive
 from pipeline.registry import production, production_before, promote, promotions, rollback
 
 
@@ -97,3 +102,50 @@ def test_model_of_a_date_is_compared_with_the_one_before_it(tmp_path: Path) -> N
     assert production_before(tmp_path, "2024-01-01") is None
     assert production_before(tmp_path, "2024-01-02").date == "2024-01-01"
     assert production_before(tmp_path, "2024-01-03").date == "2024-01-02"
+
+
+def test_production_changes_while_a_run_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for day in (1, 2):
+        publish_model(tmp_path, f"2024-01-0{day}")
+        promote(tmp_path, f"2024-01-0{day}")
+
+    with exclusive(tmp_path, "braid run"):
+        assert main(["models", "rollback", "--out", str(tmp_path)]) == 0, capsys.readouterr()
+        assert production(tmp_path).date == "2024-01-01"
+        assert main(["models", "promote", "--out", str(tmp_path), "-d", "2024-01-02"]) == 0
+    assert production(tmp_path).date == "2024-01-02"
+
+
+def test_two_changes_of_production_do_not_overlap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "CHANGE_TIMEOUT_S", 0.1)
+    publish_model(tmp_path, "2024-01-01")
+
+    with FileLock(tmp_path / ".production.json.lock"):
+        for change in (lambda: promote(tmp_path, "2024-01-01"), lambda: rollback(tmp_path)):
+            with pytest.raises(UserError, match="held by another process.*command again"):
+                change()
+    assert promotions(tmp_path).history == ()
+
+
+def test_promoting_what_is_in_force_restores_its_kept_copy(tmp_path: Path) -> None:
+    publish_model(tmp_path, "2024-01-01")
+    promote(tmp_path, "2024-01-01")
+    shutil.rmtree(tmp_path / "models" / "2024-01-01")
+
+    assert (promote(tmp_path, "2024-01-01").bundle / "weights").read_text() == "2024-01-01"
+    assert len(promotions(tmp_path).history) == 1
+
+
+@pytest.mark.parametrize("command", [["list"], ["rollback"], ["promote", "-d", "2024-01-01"]])
+def test_a_mistyped_directory_is_refused_and_not_created(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    out = tmp_path / "typo"
+
+    assert main(["models", *command, "--out", str(out)]) == 2
+    assert f"--out {out} is no directory" in capsys.readouterr().err
+    assert not out.exists()

@@ -1,14 +1,18 @@
 """Which days a run trains on when it starts from an earlier one and holds days out."""
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from embedding.errors import UserError
-from pipeline.artifacts import MANIFEST, Manifest, config_hash
+from pipeline.artifacts import MANIFEST, Manifest, config_hash, read_manifest
 from pipeline.config import WindowConfig
 from pipeline.console import Reporter
+from pipeline.days import catalogue_files, fingerprint
 from pipeline.identity import training_config
+from pipeline.join import SAMPLES
 from pipeline.recipe import load_recipe
 from pipeline.run import DayRun
 from pipeline.stages import StageSpec
@@ -81,39 +85,175 @@ def test_how_often_a_training_reports_does_not_make_it_stale() -> None:
     assert training_config(larger) != training_config(recipe)
 
 
-def test_a_file_that_came_late_makes_its_span_and_the_ones_after_it_stale(tmp_path: Path) -> None:
-    root = tmp_path / "data"
+def run_of(root: Path, day: int, **window: Any) -> DayRun:
+    return DayRun(
+        make_recipe(root).model_copy(update={"window": WindowConfig(**window)}),
+        root.parent / "out",
+        DAYS[day],
+        session=None,
+        reporter=Reporter(),
+        publish=lambda *_: None,
+    )
+
+
+def write_log(root: Path, num_days: int) -> None:
     write_catalogue(root)
-    for day in range(3):
+    for day in range(num_days):
         write_day(root, day, [[event(day, 1, 60)]])
 
-    def run_of(day: int) -> DayRun:
-        return DayRun(
-            make_recipe(root),
-            tmp_path / "out",
-            DAYS[day],
-            session=None,
-            reporter=Reporter(),
-            publish=lambda *_: None,
-        )
 
-    def ingest_days(run: DayRun) -> list[tuple[str, bool]]:
-        found = []
-        for spec in run.specs("ingest"):
-            found.append((spec.directory.parent.name, spec.is_current))
-            write_manifest(spec)
-        return found
+def deliver_late(root: Path, day: int) -> None:
+    """Another file of a day."""
+    folder = root / "events" / f"dt={DAYS[day]}"
+    (folder / "part-00009.parquet").write_bytes((folder / "part-00000.parquet").read_bytes())
 
-    assert ingest_days(run_of(0)) == [(DAYS[0], False), (DAYS[1], False)]
-    assert ingest_days(run_of(1)) == [(DAYS[0], True), (DAYS[1], True), (DAYS[2], False)]
-    late = root / "events" / f"dt={DAYS[0]}" / "part-00009.parquet"
-    late.write_bytes((root / "events" / f"dt={DAYS[0]}" / "part-00000.parquet").read_bytes())
+
+def ingested(run: DayRun) -> list[tuple[str, bool]]:
+    """Last days of the spans, and whether each was current; afterwards all of them are."""
+    found = []
+    for spec in run.specs("ingest"):
+        last = spec.directory.parent.name
+        found.append((last, spec.is_current))
+        span = run.spans.span(last)
+        write_manifest(spec, days=span.days, previous=span.previous)
+    return found
+
+
+def joined(run: DayRun) -> None:
+    """As if join had run: a file for every day of every span."""
+    for span in (*run.training_spans(), *run.evaluation_spans()):
+        for day in span.days:
+            folder = run.directory("join", span.days[-1]) / SAMPLES / f"dt={day}"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "bucket-0000.parquet").touch()
+    for spec in run.specs("join"):
+        write_manifest(spec)
+
+
+def test_a_file_that_came_late_makes_its_span_and_the_ones_after_it_stale(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    write_log(root, 3)
+
+    assert ingested(run_of(root, 0)) == [(DAYS[0], False), (DAYS[1], False)]
+    assert ingested(run_of(root, 1)) == [(DAYS[0], True), (DAYS[1], True), (DAYS[2], False)]
+    deliver_late(root, 0)
 
     stale = [(DAYS[0], False), (DAYS[1], False), (DAYS[2], False)]
-    assert ingest_days(run_of(1)) == stale
+    assert ingested(run_of(root, 1)) == stale
 
 
-def write_manifest(spec: StageSpec) -> None:
+def test_every_evaluation_day_is_found_whichever_span_holds_it(tmp_path: Path) -> None:
+    """The day before ingested the first of the two in a span that begins at this run's date."""
+    root = tmp_path / "data"
+    write_log(root, 4)
+    ingested(run_of(root, 0, eval_days=2))
+    run = run_of(root, 1, eval_days=2)
+
+    assert ingested(run) == [
+        *((DAYS[0], True), (DAYS[1], False)),  # up to the date
+        *((DAYS[2], True), (DAYS[3], False)),
+    ]
+    assert [span.days for span in run.evaluation_spans()] == [(DAYS[1], DAYS[2]), (DAYS[3],)]
+    joined(run)
+    where = [(path.parts[-5], path.parts[-2]) for path in run.evaluation_samples()]
+    assert where == [(day, f"dt={day}") for day in DAYS[2:]]
+    training = [path.parts[-5] for path in run.samples((DAYS[1],))]
+    assert training == [DAYS[1]], "not once more from the span of evaluation days"
+    (evaluate,) = run.specs("evaluate")
+    assert {evaluate.inputs["join"], evaluate.inputs[f"join:{DAYS[2]}"]} == {
+        read_manifest(run.directory("join", day)).artifact_id for day in DAYS[2:]
+    }
+
+
+def test_a_span_goes_on_with_the_one_it_continued(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    write_log(root, 4)
+    ingested(run_of(root, 0, eval_days=2))
+    ingested(run_of(root, 1, eval_days=2))
+    deliver_late(root, 0)
+
+    run = run_of(root, 1, eval_days=2)
+    assert ingested(run) == [(day, False) for day in DAYS]
+    assert [span.days for span in run.evaluation_spans()] == [(DAYS[1], DAYS[2]), (DAYS[3],)]
+
+
+def test_a_catalogue_that_grew_is_joined_and_makes_no_published_span_stale(
+    tmp_path: Path,
+) -> None:
+    root = tmp_path / "data"
+    write_log(root, 4)
+    first = run_of(root, 0)
+    ingested(first)
+    joined(first)
+    assert [spec.is_current for spec in first.specs("join")] == [True, True]
+    write_catalogue(root, num_items=9)
+    run = run_of(root, 1)
+
+    assert ingested(run) == [(DAYS[0], True), (DAYS[1], True), (DAYS[2], False)]
+    assert [spec.is_current for spec in run.specs("join")] == [False, False, False]
+    deliver_late(root, 1)
+    assert ingested(run) == [(DAYS[0], True), (DAYS[1], False), (DAYS[2], False)]
+    ingests = [read_manifest(run.directory("ingest", day)) for day in DAYS[:3]]
+    old, *new = [manifest.inputs["catalogue"] for manifest in ingests]
+    assert new == [fingerprint(catalogue_files(root))] * 2
+    assert old not in new
+
+
+def test_a_published_span_outlives_its_events_and_the_artifacts_before_it(tmp_path: Path) -> None:
+    root, out = tmp_path / "data", tmp_path / "out"
+    write_log(root, 4)
+    ingested(run_of(root, 0))
+    ingested(run_of(root, 1))
+    shutil.rmtree(root / "events" / f"dt={DAYS[0]}")
+
+    run = run_of(root, 2)
+    assert ingested(run) == [(DAYS[0], True), (DAYS[1], True), (DAYS[2], True), (DAYS[3], False)]
+    shutil.rmtree(out / DAYS[0])
+    run = run_of(root, 2)
+    assert ingested(run) == [(day, True) for day in DAYS[1:]]
+    assert [span.days for span in run.training_spans()] == [(DAYS[1],), (DAYS[2],)]
+
+
+def test_an_artifact_that_was_removed_is_made_again_only_for_its_days(tmp_path: Path) -> None:
+    root, out = tmp_path / "data", tmp_path / "out"
+    write_log(root, 4)
+    ingested(run_of(root, 2))
+    shutil.rmtree(out / DAYS[2])  # of three days
+    ingested(run_of(root, 1))
+    ingested(run_of(root, 2))
+    before = read_manifest(out / DAYS[2] / "ingest")
+    shutil.rmtree(out / DAYS[1])
+
+    assert ingested(run_of(root, 2, train_days=1)) == [(DAYS[2], True), (DAYS[3], True)]
+    again = [(DAYS[1], False), (DAYS[2], True), (DAYS[3], True)]
+    assert ingested(run_of(root, 2, train_days=2)) == again
+    assert read_manifest(out / DAYS[2] / "ingest") == before
+
+
+def test_events_that_nothing_holds_any_more_are_asked_for(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    write_log(root, 4)
+    ingested(run_of(root, 0))
+    ingested(run_of(root, 1))
+    ingested(run_of(root, 2))
+    shutil.rmtree(root / "events" / f"dt={DAYS[1]}")
+    shutil.rmtree(tmp_path / "out" / DAYS[1])
+
+    with pytest.raises(UserError, match=rf"{DAYS[1]}/ingest is gone, and so are the days"):
+        ingested(run_of(root, 2, train_days=3))
+
+
+def test_days_that_no_span_holds_are_not_passed_over(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    write_log(root, 4)
+    run = run_of(root, 0)
+    ingested(run)
+
+    with pytest.raises(AssertionError, match=DAYS[3]):
+        run.samples((DAYS[1], DAYS[3]))
+
+
+def write_manifest(spec: StageSpec, **facts: Any) -> None:
     """As if the stage had run."""
     spec.directory.mkdir(parents=True, exist_ok=True)
     manifest = Manifest(
@@ -121,15 +261,6 @@ def write_manifest(spec: StageSpec) -> None:
         artifact_id=spec.artifact_id,
         config_hash=config_hash(spec.config),
         inputs=spec.inputs,
-        facts={"previous": previous_of(spec)},
+        facts=facts,
     )
     (spec.directory / MANIFEST).write_text(manifest.model_dump_json())
-
-
-def previous_of(spec: StageSpec) -> str | None:
-    """The day whose artifact the span continues, found by its id."""
-    wanted = spec.inputs.get("previous")
-    for path in spec.directory.parents[1].glob(f"*/ingest/{MANIFEST}"):
-        if Manifest.model_validate_json(path.read_text()).artifact_id == wanted:
-            return path.parts[-3]
-    return None

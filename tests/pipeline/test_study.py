@@ -3,19 +3,27 @@
 import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import yaml
 from rich.console import Console
 
+from deploy.app import main
 from embedding.errors import UserError
-from pipeline.config import ClusterConfig, EvaluationConfig
-from pipeline.evaluate import Slices
+from pipeline.artifacts import MANIFEST, Manifest
+from pipeline.config import ClusterConfig, EvaluationConfig, Recipe
+from pipeline.console import Reporter
+from pipeline.evaluate import SLICES, Slices
 from pipeline.recipe import load_recipe
-from pipeline.study import read_variants, trial_slots, with_seed
-from pipeline.study_report import slice_metrics, slice_tables, write_study_report
+from pipeline.stages import StageOutput, StageSpec
+from pipeline.study import Study, Trial, read_variants, trial_slots, with_seed
+from pipeline.study_report import require_metrics, slice_metrics, slice_tables, write_study_report
+from pipeline.study_samples import identities, require_unchanged, samples_key
 from pipeline.study_statistics import StudyResult, differences, estimates, trial_metrics
 from ranking.evaluation import SliceMetrics, TaskMetrics
+from tests.pipeline.small_log import Row, event, make_recipe, write_catalogue, write_day
 
 
 def test_interval_of_three_seeds_is_students() -> None:
@@ -53,6 +61,7 @@ def test_one_seed_has_no_interval() -> None:
         ("a: {b: 1}", "'a' must be a list"),
         ("a/b: []", "'a/b' names a directory"),
         ("a: [", "not valid YAML"),
+        ("a: []\nb: []\na: [x=1]", "line 3: a is set a second time"),
     ],
 )
 def test_variants_of_another_shape_are_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -101,6 +110,138 @@ def test_trials_side_by_side_are_bound_by_cpus_gpus_and_their_number(
 ) -> None:
     cluster = ClusterConfig(num_workers=1, **changes)
     assert trial_slots({"CPU": 16.0, "GPU": 2.0}, cluster, trials, per_gpu) == expected
+
+
+ALIGNED = {
+    "vectors": {"kind": "aligned", "content": None},
+    "rq": {"num_levels": 2, "codebook_size": 4},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "shared"),
+    [
+        ({"ranking": {"trainer": {"epochs": 3}}}, True),
+        ({"ranking": {"trainer": {"seed": 3}}}, True),
+        ({"content": {"gradient": {"max_items_per_step": 7}}}, True),
+        ({"content": {"fusion": {"kind": "concat"}}}, False),
+        ({"content": {"dim": 16}}, False),
+        ({"content": {"text": {"lora": {"rank": 2}}}}, False),
+        ({"codes": {"refit": {"force_on": ["2024-01-02"]}}}, False),
+        ({"codes": {"vectors": {"num_steps": 5}}}, False),
+        ({"window": {"train_days": 2}}, False),
+        ({"window": {"eval_days": 2}}, False),
+        ({"window": {"validation_days": 1}}, False),
+        ({"window": {"warm_start": False}}, True),
+        ({"data": {"user_buckets": 4}}, False),
+        ({"data": {"max_quarantined_share": 0.25}}, False),
+    ],
+)
+def test_variants_share_data_only_if_all_artifacts_of_it_are_equal(
+    tmp_path: Path, changes: Row, shared: bool
+) -> None:
+    """Two that share a directory and differ would overwrite each other."""
+    recipe = make_recipe(tmp_path).model_dump(mode="json")
+    recipe |= {"codes": ALIGNED, "content": {"text": {"model": "tiny"}}}
+    other = merged(recipe, changes)
+
+    keys = {samples_key(Recipe.model_validate(data)) for data in (recipe, other)}
+
+    assert len(keys) == (1 if shared else 2)
+
+
+def merged(settings: Row, changes: Row) -> Row:
+    """Settings with some of the values below them replaced."""
+    nested = {
+        key: merged(settings.get(key) or {}, value) if isinstance(value, dict) else value
+        for key, value in changes.items()
+    }
+    return {**settings, **nested}
+
+
+def test_a_trial_whose_samples_were_written_anew_does_not_start(tmp_path: Path) -> None:
+    sources = {"join:a": tmp_path / "a", "join:b": tmp_path / "b"}
+    for directory in sources.values():
+        directory.mkdir()
+        write_id(directory, "first")
+    inputs = identities(sources)
+    require_unchanged(sources, inputs)
+    write_id(tmp_path / "b", "second")
+
+    with pytest.raises(UserError, match=f"{tmp_path / 'b'} was written anew.*command again"):
+        require_unchanged(sources, inputs)
+
+
+def write_id(directory: Path, artifact_id: str) -> None:
+    manifest = Manifest(stage="join", artifact_id=artifact_id, config_hash="")
+    (directory / MANIFEST).write_text(manifest.model_dump_json())
+
+
+def test_the_error_of_a_trial_is_shown_as_it_is_and_the_others_go_on(tmp_path: Path) -> None:
+    """Gloo writes its errors with paths in brackets, which are markup to a console."""
+    text = "[/pytorch/third_party/gloo/pair.cc:537] Connection closed by peer"
+
+    def fails(scratch: Path) -> StageOutput:
+        raise RuntimeError(text)
+
+    recipe = make_recipe(tmp_path)  # two ranks: trials run one after the other
+    trials = [
+        Trial("a", seed, recipe, StageSpec("trial", tmp_path / str(seed), {}, {}, fails))
+        for seed in range(2)
+    ]
+    study = object.__new__(Study)
+    study.first, study.recipes = recipe, {"a": recipe}
+    console = Console(width=200)
+    study.reporter = Reporter(console)
+
+    with console.capture() as captured:
+        failed = study._run_missing(trials, Mock())
+
+    assert {name: str(error) for name, error in failed.items()} == {
+        "a/seed-0": text,
+        "a/seed-1": text,
+    }
+    assert f"x a/seed-1: {text}" in captured.get()
+
+
+@pytest.mark.parametrize(
+    ("metric", "hint"),
+    [
+        ("click.ac", "did you mean 'click.auc'"),
+        ("buy.auc", "TASK.METRIC, TASK.SLICE.METRIC (click;"),
+        ("click.warm.auc", "cold, rare, middle, popular, new_users"),
+    ],
+)
+def test_a_metric_that_no_trial_can_have_is_refused(tmp_path: Path, metric: str, hint: str) -> None:
+    with pytest.raises(UserError, match=rf"--metric {metric}: .*{re.escape(hint)}"):
+        require_metrics([make_recipe(tmp_path)], [metric])
+
+
+def test_metrics_of_trials_are_taken(tmp_path: Path) -> None:
+    part = SliceMetrics(num_rows=9, auc=0.5, gauc=0.5, logloss=0.7, ne=1.0, calibration=1.0)
+    slices = dict.fromkeys(SLICES, part)
+    whole = TaskMetrics(**part.model_dump(), slices=slices)
+
+    require_metrics([make_recipe(tmp_path)], [*trial_metrics({"click": whole}), "trial.seconds"])
+
+
+def test_what_a_study_cannot_write_or_show_is_refused_before_its_trials(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_catalogue(tmp_path / "data")
+    for day in (0, 1):
+        write_day(tmp_path / "data", day, [[event(day, 1, 60)]])
+    recipe = make_recipe(tmp_path / "data").model_dump(mode="json")
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "variants.yaml").write_text("a: []")
+    study = ["study", "--recipe", str(tmp_path / "small.yaml"), "--seeds", "1"]
+    study += ["--variants", str(tmp_path / "variants.yaml"), "--out", str(tmp_path / "out")]
+
+    assert main([*study, "--json", str(tmp_path / "gone" / "study.json")]) == 2
+    assert f"no directory {tmp_path / 'gone'}" in capsys.readouterr().err
+    assert main([*study, "--metric", "click.ac"]) == 2
+    assert "did you mean 'click.auc'" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "data").exists()
 
 
 def result_of(auc: dict[str, dict[str, list[float]]]) -> StudyResult:

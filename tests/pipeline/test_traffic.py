@@ -129,7 +129,10 @@ def test_samples_of_another_recipe_are_refused(tmp_path: Path) -> None:
 
 
 def test_no_samples_and_no_traffic_file_are_said(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="has no joined samples.*braid stage join"):
+    command = f"braid stage join --recipe NAME --date 2024-01-02 --out {tmp_path}`"
+    with pytest.raises(UserError, match=f"has no joined samples up to 2024-01-02;.*{command}"):
+        sample_files(tmp_path, "2024-01-02")
+    with pytest.raises(UserError, match="has no joined samples;.*--date YYYY-MM-DD"):
         sample_files(tmp_path, None)
     with pytest.raises(UserError, match="does not exist"):
         read_traffic(tmp_path / "none.json")

@@ -62,6 +62,7 @@ def test_damage_of_artifacts_bundles_and_stored_tokens_is_found(tmp_path: Path) 
         str(part),
     ]
     assert f"delete {train}, and the next run writes it again" in found[1]
+    assert f"restore {kept}, or promote another date; do not delete it" in found[2]
     assert f"delete {part.stem}.* there" in found[3]
 
 

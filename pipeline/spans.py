@@ -1,0 +1,120 @@
+"""Spans of days that an output directory has ingested, and which of them a run needs.
+
+A span's artifact lies in DIR/<its last day>/ingest. It chains on the latest earlier one and
+continues its user state, so a run of a later day ingests only the days that came since.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from embedding.errors import UserError
+from pipeline.artifacts import Manifest, config_hash, read_manifest
+from pipeline.days import Span, day_files, fingerprint
+
+INGEST = "ingest"
+
+
+class Spans:
+    """Reads what is there whenever it is asked: stages that run meanwhile change the answers."""
+
+    def __init__(self, out: Path, root: Path, days: Sequence[str], config: dict[str, Any]) -> None:
+        """The spans below one output directory.
+
+        Args:
+            out: output directory.
+            root: data root with the event log.
+            days: of the event log, ascending.
+            config: what ingest depends on; artifacts of other settings are not chained on.
+        """
+        self.out = out
+        self.root = root
+        self.days = days
+        self._hash = config_hash(config)
+
+    def span(self, last: str) -> Span:
+        """Days of the span that ends at `last`; a published one goes on with what it went on with.
+
+        Else a file that came late to an old day would chain it on a span that is stale itself.
+        """
+        recorded = self._manifest(last)
+        if recorded is not None:
+            found = self._as_published(recorded, last)
+            if found is not None:
+                return found
+        earlier = (p.parts[-3] for p in self.out.glob(f"????-??-??/{INGEST}/manifest.json"))
+        known = (day for day in earlier if day < last and self._manifest(day) is not None)
+        return self._after(max(known, default=None), last)
+
+    def inputs(self, span: Span, catalogue: str) -> dict[str, str]:
+        """What the artifact of a span is made of.
+
+        The catalogue grows every day, and what ingest takes from it are the ids that are known: a
+        published span stays as it is, and join reads the columns of today.
+
+        Args:
+            span: one of `span`.
+            catalogue: today's fingerprint of the files of items and users.
+        """
+        recorded = self._manifest(span.days[-1])
+        if recorded is not None and self._is_past(recorded):
+            return recorded.inputs
+        inputs = {"events": self._events(span)}
+        if span.previous is not None:
+            before = self._manifest(span.previous)
+            if before is None:  # `_as_published` has found that nothing else changed
+                assert recorded is not None
+                return recorded.inputs
+            inputs["previous"] = before.artifact_id
+        if recorded is not None and inputs.items() <= recorded.inputs.items():
+            return recorded.inputs
+        return {**inputs, "catalogue": catalogue}
+
+    def back_to(self, last: str, first: str) -> list[Span]:
+        """The spans that hold the days `first` .. `last`, oldest first."""
+        spans = [self.span(last)]
+        while spans[0].days[0] > first and spans[0].previous is not None:
+            spans.insert(0, self.span(spans[0].previous))
+        return spans
+
+    def chain(self, last: str, first: str) -> list[str]:
+        """Last days of the spans that hold the days `first` .. `last`, and of those before them.
+
+        Oldest first. A file that came late to an old day makes that span, and so the ones after it,
+        stale; the chain ends where an old artifact was removed.
+        """
+        spans = self.back_to(last, first)
+        while (day := spans[0].previous) is not None and self._manifest(day) is not None:
+            spans.insert(0, self.span(day))
+        return [span.days[-1] for span in spans]
+
+    def _as_published(self, recorded: Manifest, last: str) -> Span | None:
+        """The span that an artifact holds; None if it goes on with one that is not there."""
+        previous = recorded.facts["previous"]
+        if self._is_past(recorded):
+            return Span(tuple(recorded.facts["days"]), previous)
+        span = self._after(previous, last)
+        if previous is None or self._manifest(previous) is not None:
+            return span
+        return span if self._events(span) == recorded.inputs["events"] else None
+
+    def _is_past(self, recorded: Manifest) -> bool:
+        """Whether days of a published span are no longer in the log: it cannot be made again."""
+        return not set(recorded.facts["days"]) <= set(self.days)
+
+    def _after(self, previous: str | None, last: str) -> Span:
+        days = tuple(d for d in self.days if d <= last and (previous is None or d > previous))
+        if not days:
+            raise UserError(
+                f"{self.out / last / INGEST} is gone, and so are the days of the event log that it "
+                "held; restore either of them, or train on fewer days (window.train_days)"
+            )
+        return Span(days, previous)
+
+    def _events(self, span: Span) -> str:
+        return fingerprint(day_files(self.root, span.days))
+
+    def _manifest(self, day: str) -> Manifest | None:
+        """Of the span that ends at a day, if it was made with the same settings."""
+        manifest = read_manifest(self.out / day / INGEST)
+        return None if manifest is None or manifest.config_hash != self._hash else manifest

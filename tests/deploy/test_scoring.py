@@ -1,0 +1,77 @@
+"""What `braid score` reads and writes, and that it leaves nothing half-written."""
+
+from pathlib import Path
+from unittest.mock import Mock
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from deploy import predictor as predictor_module
+from deploy.app import main
+from deploy.scoring import sample_files, score_samples
+from embedding.config import FeatureSchema, SparseFeature, TableConfig
+from tests.deploy.refusal import refused
+
+SCHEMA = FeatureSchema(
+    tables=(TableConfig(name="user", num_embeddings=10),),
+    sparse=(SparseFeature(name="user_id", table="user"),),
+)
+
+
+def write_samples(path: Path, num_rows: int = 4) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names = ("request_id", "user_id", "timestamp", "item_id")
+    columns = {f"key:{name}": np.arange(num_rows) for name in names}
+    pq.write_table(pa.table({**columns, "sparse:user_id": np.arange(num_rows)}), path)
+    return path
+
+
+def test_of_a_join_artifact_the_samples_are_read_and_not_what_was_held_out(tmp_path: Path) -> None:
+    samples = write_samples(tmp_path / "join" / "samples" / "dt=2024-01-01" / "a.parquet")
+    held_out = write_samples(tmp_path / "join" / "held_out" / "dt=2024-01-01" / "a.parquet")
+
+    assert sample_files(tmp_path / "join") == [samples]
+    assert sample_files(tmp_path / "join" / "held_out") == [held_out]
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [("folder", "is a directory; name a file in it"), ("file/scores", "cannot be written")],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_the_bundle_is_read(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    output: str,
+    message: str,
+) -> None:
+    monkeypatch.setattr(predictor_module, "Predictor", Mock(side_effect=AssertionError))
+    samples = write_samples(tmp_path / "samples.parquet")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    command = ["score", "--bundle", "bundle", "--samples", str(samples)]
+
+    said = refused(capsys, main([*command, "-o", str(tmp_path / output)]))
+
+    assert f"--output {tmp_path / output} {message}" in said
+
+
+def test_an_error_leaves_no_half_of_a_file(tmp_path: Path) -> None:
+    samples = write_samples(tmp_path / "samples.parquet")
+    predict = Mock(side_effect=[torch.full((2, 1), 0.5), RuntimeError("broken")])
+    predictor = Mock(tasks=["click"], schema=SCHEMA, item_source=None, predict=predict)
+    predictor.bundle.codebooks = None
+
+    with pytest.raises(RuntimeError, match="broken"):
+        score_samples(
+            predictor,
+            [samples],
+            tmp_path / "out" / "scores.parquet",
+            batch_size=2,
+            progress=lambda *_: None,
+        )
+
+    assert list((tmp_path / "out").iterdir()) == []

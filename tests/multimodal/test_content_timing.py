@@ -63,7 +63,8 @@ def test_memory_is_that_of_tokens_weights_and_at_least_what_backward_needs() -> 
     config = tiny_config(cic=None)
     cost = encoder_cost(config)
     encoder = load_content_encoder(config)
-    assert cost.weight_bytes == sum(4 * p.numel() for p in encoder.parameters())
+    held = (*encoder.parameters(), *encoder.buffers())
+    assert cost.weight_bytes == sum(part.numel() * part.element_size() for part in held)
     assert cost.parameters == sum(p.numel() for p in encoder.parameters() if p.requires_grad)
     # 32 words, and 16 patches with a class token, in half precision with a mask.
     positions = 32 + 17

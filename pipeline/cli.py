@@ -311,11 +311,8 @@ def _derived(recipe: "Recipe") -> list[str]:
     if features == own:
         return []
     tables = [t for t in features.tables if t not in own.tables]
-    names = [
-        f.name
-        for f in (*features.sparse, *features.dense, *features.sequences)
-        if f.source == "codes"
-    ]
+    names = [f.name for f in features.id_features if f.source == "codes"]
+    names += [f.name for f in features.dense if f.source == "codes"]
     sizes = ", ".join(f"{t.name} {t.num_embeddings} x {t.embedding_dim}" for t in tables)
     return [f"tables of codes: {sizes}", f"features of codes: {', '.join(names)}"]
 

@@ -26,8 +26,10 @@ class SweepOptions:
 
     topologies: tuple[str, ...]
     batch_sizes: tuple[int, ...] = ()
-    growth: tuple[float, ...] = (1.0,)
-    dims: tuple[float, ...] = (1.0,)
+    growth: tuple[float, ...] = ()
+    """Beside today's rows, which are always in the sweep."""
+    dims: tuple[float, ...] = ()
+    """Beside today's."""
     rows_per_s: float | None = None
     rows_per_day: float | None = None
     window_hours: float = 4.0
@@ -55,8 +57,8 @@ def sweep_request(recipe: Recipe, options: SweepOptions) -> CapacityRequest:
             recipe=recipe,
             shapes=priced,
             batch_sizes=options.batch_sizes or (recipe.ranking.trainer.batch_size_per_rank,),
-            growth=options.growth,
-            dim_factors=options.dims,
+            growth=_with_today(options.growth),
+            dim_factors=_with_today(options.dims),
             target=Target(
                 rows_per_s=options.rows_per_s,
                 rows_per_day=options.rows_per_day,
@@ -70,8 +72,13 @@ def sweep_request(recipe: Recipe, options: SweepOptions) -> CapacityRequest:
         )
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
+        where = ".".join(part for part in first["loc"] if isinstance(part, str))
         raise UserError(f"capacity: {where}: {first['msg']}; got {first['input']!r}") from error
+
+
+def _with_today(factors: tuple[float, ...]) -> tuple[float, ...]:
+    """The answer is about the tables as they are, so 1 is always there; each factor once."""
+    return tuple(dict.fromkeys((1.0, *factors)))
 
 
 def _check_files(options: SweepOptions, shapes: tuple[ClusterShape, ...]) -> None:

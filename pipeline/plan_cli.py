@@ -154,10 +154,12 @@ def capacity_command(  # noqa: PLR0913 # every option of a command is a paramete
         typer.Option("--batch-size-per-rank", min=1, help="Repeat. Default: the recipe's."),
     ] = None,
     growth: Annotated[
-        list[float] | None, typer.Option("--growth", help="Factor of all tables' rows. Repeat.")
+        list[float] | None,
+        typer.Option("--growth", help="Factor of all tables' rows, beside 1. Repeat."),
     ] = None,
     dims: Annotated[
-        list[float] | None, typer.Option("--dims", help="Factor of all tables' dims. Repeat.")
+        list[float] | None,
+        typer.Option("--dims", help="Factor of all tables' dims, beside 1. Repeat."),
     ] = None,
     rows_per_s: Annotated[
         float | None, typer.Option("--rows-per-s", min=1, help="Throughput it must reach.")
@@ -209,8 +211,8 @@ def capacity_command(  # noqa: PLR0913 # every option of a command is a paramete
         SweepOptions(
             topologies=tuple(topologies),
             batch_sizes=tuple(batch_sizes or ()),
-            growth=tuple(growth or (1.0,)),
-            dims=tuple(dims or (1.0,)),
+            growth=tuple(growth or ()),
+            dims=tuple(dims or ()),
             rows_per_s=rows_per_s,
             rows_per_day=rows_per_day,
             window_hours=window_hours,

@@ -19,7 +19,7 @@ from embedding.errors import UserError
 from embedding.id_distribution import IdDistribution, zipf
 from embedding.planning import PlanRequest, plan_tables
 from embedding.traffic import TableTraffic, Traffic
-from pipeline.capacity import _with_costs, evaluate_point
+from pipeline.capacity import _keys, _with_costs, evaluate_point
 from pipeline.capacity_answer import answer_of, choose
 from pipeline.capacity_growth import breaking_growth, grown
 from pipeline.capacity_report import best_batches, write_capacity_report
@@ -284,6 +284,18 @@ def test_grown_tables_are_not_todays() -> None:
     assert choose((later, point_of("h100:2", 2e6)), Target(rows_per_s=1e6)) != later
 
 
+@pytest.mark.parametrize("options", [{"growth": (2.0,)}, {"dims": (0.5, 1.0, 0.5)}])
+def test_today_is_always_in_the_sweep(options: dict[str, tuple[float, ...]]) -> None:
+    request = sweep_request(load_recipe("demo"), SweepOptions(("h100:8",), **options))
+    request = request.model_copy(update={"dense": DENSE})
+    points = [evaluate_point(request, key) for key in _keys(request)]
+    assert len(points) == 2
+    chosen = choose(points, Target())
+    assert chosen is not None
+    assert (chosen.growth, chosen.dim_factor) == (1.0, 1.0)
+    assert "h100:8 trains" in answer_of(points, chosen, Target())
+
+
 def test_the_answer_names_cluster_time_and_end() -> None:
     point = point_of("h100:2", 2e6, days_left=200.0)
     said = answer_of((point,), point, Target(rows_per_day=7200e6, window_hours=2))
@@ -318,7 +330,7 @@ def test_ranges_double() -> None:
         (SweepOptions(("h200:8",), prices=("h20=3",)), "did you mean 'h200'"),
         (SweepOptions(("h200:8",), calibrations=(Path("none.json"),)), "none.json does not exist"),
         (SweepOptions(("h200:8",), traffic=Path("none.json")), "none.json does not exist"),
-        (SweepOptions(("h200:8",), growth=(0.0,)), "growth.0: Input should be greater than 0"),
+        (SweepOptions(("h200:8",), growth=(0.0,)), "growth: Input .* than 0; got 0.0"),
     ],
 )
 def test_what_cannot_be_swept_is_said(options: SweepOptions, message: str) -> None:

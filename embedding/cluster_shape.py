@@ -4,7 +4,6 @@ Imports nothing heavy. `embedding.topology` makes TorchRec's description of it.
 """
 
 import difflib
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from pydantic import PositiveInt, ValidationError
 
 from embedding.config import StrictConfig
 from embedding.errors import UserError
+from embedding.host_memory import memory_of_this_machine
 from embedding.machines import MACHINES, Machine
 
 _SHAPE = re.compile(r"^(?P<name>[A-Za-z0-9_-]+):(?:(?P<hosts>\d+)x)?(?P<ranks>\d+)$")
@@ -59,11 +59,6 @@ class ClusterShape(StrictConfig):
     def with_hosts(self, num_hosts: int) -> "ClusterShape":
         """The same hosts, more or fewer of them."""
         return self.model_copy(update={"num_hosts": num_hosts})
-
-
-def memory_of_this_machine() -> int:
-    """Bytes of physical memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def find_machine(name: str) -> Machine:

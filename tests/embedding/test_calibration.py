@@ -68,6 +68,46 @@ def test_links_between_hosts_come_from_the_data_sheet_if_one_host_was_measured(
     assert "data sheet" in constants.source
 
 
+def made_up(topology: str) -> RanksFit:
+    """A fit whose constants are all far from the data sheet's."""
+    made = fit(topology, 1.0)
+    constants = made.constants.model_copy(
+        update={"seconds": dict.fromkeys(made.constants.seconds, 7.0)}
+    )
+    return made.model_copy(update={"constants": constants, "parts": {"prefetch_bytes": 7.0}})
+
+
+def test_one_rank_alone_says_nothing_of_exchanges(tmp_path: Path) -> None:
+    path = written(tmp_path, calibration(fits=(made_up("cpu:1"),)))
+    several, sheet = parse_shape("cpu:4"), data_sheet_constants(parse_shape("cpu:4"))
+    constants = constants_for(several, path)
+    for name in (
+        *("input_calls", "input_sent_ids", "exchange_calls", "exchange_bytes", "reduce_calls"),
+        *("reduce_bytes", "backward_exchange_bytes", "backward_gather_bytes"),
+        *("all_reduce_bytes", "replicated_calls"),
+    ):
+        assert constants.seconds[name] == sheet.seconds[name], name
+    for name in ("lookup_calls", "lookup_bytes", "update_bytes", "backward_calls"):
+        assert constants.seconds[name] == 7.0, name
+    assert constants.source.startswith("calibration of 1 rank on ")
+    assert "exchanges between ranks from the data sheet" in constants.source
+    alone = constants_for(parse_shape("cpu:1"), path)
+    assert set(alone.seconds.values()) == {7.0}
+    assert "data sheet" not in alone.source
+    both = written(tmp_path, calibration(fits=(made_up("cpu:1"), made_up("cpu:2"))))
+    assert set(constants_for(several, both).seconds.values()) == {7.0}
+
+
+def test_filling_of_caches_is_the_data_sheets_as_nothing_measures_it(tmp_path: Path) -> None:
+    made = calibration("h200", device_name="NVIDIA H200", fits=(made_up("h200:8"),))
+    constants = constants_for(parse_shape("h200:8"), written(tmp_path, made))
+    sheet = data_sheet_constants(parse_shape("h200:8"))
+    for name in ("prefetch_calls", "prefetch_ids", "prefetch_bytes", "prefetch_ssd_bytes"):
+        assert constants.seconds[name] == sheet.seconds[name]
+    assert constants.seconds["lookup_host_bytes"] == 7.0
+    assert "filling of caches from the data sheet" in constants.source
+
+
 @pytest.mark.parametrize(
     ("changes", "topology", "message"),
     [

@@ -18,6 +18,9 @@ class TableTraffic(StrictConfig):
     rows_touched: NonNegativeInt
     """Distinct rows that were looked up at least once."""
     rows_seen_once: NonNegativeInt
+    highest_row: NonNegativeInt | None = None
+    """None under managed collision, which gives ids their rows in training, in files that do not
+    say it, and without lookups."""
     bin_rows: tuple[float, ...]
     """Rows of every popularity bin, hottest first."""
     bin_shares: tuple[float, ...]

@@ -178,8 +178,11 @@ def _point(request: CapacityRequest, key: PointKey) -> CapacityPoint:
 def _request_of(request: CapacityRequest, key: PointKey) -> PlanRequest:
     recipe, shape = request.recipe, key.shape
     planned = plan_request(recipe, shape)
+    # The recipe's is of the machine that trains now, which a sweep may leave out.
+    files = (*request.calibrations, planned.calibration)
     calibration = next(
-        (p for p in request.calibrations if read_calibration(p).machine == shape.machine.name), None
+        (p for p in files if p is not None and read_calibration(p).machine == shape.machine.name),
+        None,
     )
     traffic = planned.traffic if request.traffic is None else read_traffic(request.traffic)
     settings = replace(planned.settings, batch_size_per_rank=key.batch_size_per_rank)

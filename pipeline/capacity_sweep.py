@@ -49,7 +49,7 @@ def sweep_request(recipe: Recipe, options: SweepOptions) -> CapacityRequest:
     """
     shapes = tuple(shape for text in options.topologies for shape in expand(text))
     priced = _with_prices(shapes, options.prices)
-    _check_files(options, shapes)
+    _check_files(recipe, options, shapes)
     if recipe.content is not None:
         _check_content(recipe.content, shapes)
     try:
@@ -81,7 +81,7 @@ def _with_today(factors: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(dict.fromkeys((1.0, *factors)))
 
 
-def _check_files(options: SweepOptions, shapes: tuple[ClusterShape, ...]) -> None:
+def _check_files(recipe: Recipe, options: SweepOptions, shapes: tuple[ClusterShape, ...]) -> None:
     """Before anything is started: a file of another machine or version ends the study."""
     if options.traffic is not None:
         read_traffic(options.traffic)
@@ -94,6 +94,9 @@ def _check_files(options: SweepOptions, shapes: tuple[ClusterShape, ...]) -> Non
                 f"({', '.join(sorted(by_machine))}); leave it out"
             )
         constants_for(by_machine[machine], path)
+    own = recipe.embedding.sharding.calibration
+    if own is not None and (machine := read_calibration(own).machine) in by_machine:
+        constants_for(by_machine[machine], own)
 
 
 def _check_content(content: ContentConfig, shapes: tuple[ClusterShape, ...]) -> None:

@@ -73,7 +73,7 @@ class CapacityRequest(StrictConfig):
     target: Target = Target()
     traffic: Path | None = None
     calibrations: tuple[Path, ...] = ()
-    """Each is used for the machine it was made on."""
+    """Each is used for the machine it was made on; before the recipe's, if that is of it too."""
     growth_per_day: NonNegativeFloat | None = None
     """Share of today's rows that every table gains a day, where traffic says nothing of it."""
     kernels: tuple[str, ...] = ("fused", "fused_uvm", "fused_uvm_caching")

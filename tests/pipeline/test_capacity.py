@@ -355,6 +355,40 @@ def test_a_calibration_that_does_not_hold_ends_the_study(
         sweep_request(load_recipe("demo"), SweepOptions(("h200:8",), calibrations=(path,)))
 
 
+def calibration_file(path: Path, machine: str, **changes: object) -> Path:
+    made = calibration(machine, device_name=f"NVIDIA {machine.upper()}", **changes)
+    path.write_text(made.model_dump_json())
+    return path
+
+
+def test_the_recipes_calibration_is_used_for_its_machine(tmp_path: Path) -> None:
+    own = calibration_file(tmp_path / "own.json", "h200")
+    recipe = load_recipe("demo", [f"embedding.sharding.calibration={own}"])
+    request = sweep_request(recipe, SweepOptions(("h200:2", "h100:2")))
+    request = request.model_copy(update={"dense": DENSE})
+    there, elsewhere = (evaluate_point(request, key).constants for key in _keys(request))
+    assert there is not None
+    assert there.startswith("calibration of 2 ranks on NVIDIA H200")
+    assert elsewhere == "data sheet"
+
+    made = calibration("h200", device_name="Another H200")
+    (tmp_path / "given.json").write_text(made.model_dump_json())
+    given = request.model_copy(update={"calibrations": (tmp_path / "given.json",)})
+    constants = evaluate_point(given, key_of(parse_shape("h200:2"))).constants
+    assert constants is not None
+    assert "on Another H200" in constants
+
+
+def test_a_stale_calibration_of_the_recipe_ends_the_study_where_it_would_be_used(
+    tmp_path: Path,
+) -> None:
+    own = calibration_file(tmp_path / "own.json", "h200", versions={"torchrec": "0.1"})
+    recipe = load_recipe("demo", [f"embedding.sharding.calibration={own}"])
+    sweep_request(recipe, SweepOptions(("h100:8",)))
+    with pytest.raises(UserError, match="made with torchrec 0.1"):
+        sweep_request(recipe, SweepOptions(("h100:8", "h200:8")))
+
+
 def test_the_report_shows_every_cluster_and_the_chosen_one(tmp_path: Path) -> None:
     slow = point_of("h100:8", 6e6, batch_size_per_rank=64)
     fast = point_of("h100:8", 8e6)

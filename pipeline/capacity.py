@@ -13,15 +13,14 @@ import ray
 
 from embedding.calibration import read_calibration
 from embedding.choices import FUSED
-from embedding.config import FeatureSchema, TableConfig
 from embedding.cost import RESERVED_SHARE
 from embedding.errors import UserError
-from embedding.limits import COLUMN_MULTIPLE, ELEMENT_BYTES
+from embedding.limits import ELEMENT_BYTES
 from embedding.plan_description import Prediction
 from embedding.planning import PlanRequest, plan_tables
 from embedding.traffic import read_traffic
 from pipeline.capacity_answer import answer_of, choose
-from pipeline.capacity_growth import breaking_growth, grown, no_room
+from pipeline.capacity_growth import breaking_growth, grown, no_room, with_dims
 from pipeline.capacity_step import dense_seconds
 from pipeline.capacity_types import CapacityAnswer, CapacityPoint, CapacityRequest, PointKey
 from pipeline.content_step import ContentStep, content_step
@@ -40,7 +39,6 @@ def run_capacity(
     """Evaluate all points on an initialised Ray, and answer."""
     began = time.monotonic()
     request = _with_costs(request)
-    assert request.dense is not None
     keys = list(_keys(request))
     # Large clusters take longest: they go first, so that none is left at the end.
     order = sorted(range(len(keys)), key=lambda i: -keys[i].shape.world_size)
@@ -65,7 +63,7 @@ def run_capacity(
         answer=answer_of(ordered, chosen, request.target, request.recipe.content),
         target=request.target,
         chosen=chosen,
-        dense=request.dense,
+        dense=request.dense[1.0],
         content=request.content,
         points=ordered,
         seconds=time.monotonic() - began,
@@ -74,14 +72,18 @@ def run_capacity(
 
 def _with_costs(request: CapacityRequest) -> CapacityRequest:
     """Take the costs of dense side and content, where they are not given: once, for all points."""
-    if request.dense is None or (request.content is None and request.recipe.content is not None):
+    if _missing_dense(request) or (request.content is None and request.recipe.content is not None):
         found = ray.get(ray.remote(_costs_of).remote(request.model_dump_json()))
         request = CapacityRequest.model_validate_json(found)
-    assert request.dense is not None
     if request.dense_flops_per_row is None:
         return request
-    dense = request.dense.with_flops(request.dense_flops_per_row)
+    dense = {f: c.with_flops(request.dense_flops_per_row) for f, c in request.dense.items()}
     return request.model_copy(update={"dense": dense})
+
+
+def _missing_dense(request: CapacityRequest) -> list[float]:
+    """Factors of the dims without a cost; the answer shows that of today's."""
+    return [factor for factor in {1.0, *request.dim_factors} if factor not in request.dense]
 
 
 def _chunks(order: list[int]) -> Iterator[list[int]]:
@@ -101,7 +103,10 @@ def _costs_of(text: str) -> str:
         from pipeline.content_cost import content_cost  # transformers: seconds, for content only
 
         content = content_cost(request.recipe, config, traffic)
-    dense = dense_cost(request.recipe, traffic, content)
+    dense = request.dense | {
+        factor: dense_cost(with_dims(request.recipe, factor), traffic, content)
+        for factor in _missing_dense(request)
+    }
     return request.model_copy(update={"dense": dense, "content": content}).model_dump_json()
 
 
@@ -177,7 +182,7 @@ def _point(request: CapacityRequest, key: PointKey) -> CapacityPoint:
 
 def _request_of(request: CapacityRequest, key: PointKey) -> PlanRequest:
     recipe, shape = request.recipe, key.shape
-    planned = plan_request(recipe, shape)
+    planned = plan_request(with_dims(recipe, key.dim_factor), shape)
     # The recipe's is of the machine that trains now, which a sweep may leave out.
     files = (*request.calibrations, planned.calibration)
     calibration = next(
@@ -189,7 +194,6 @@ def _request_of(request: CapacityRequest, key: PointKey) -> PlanRequest:
     return grown(
         replace(
             planned,
-            schema=_with_dims(planned.schema, key.dim_factor),
             calibration=calibration,
             traffic=traffic,
             settings=settings,
@@ -198,17 +202,6 @@ def _request_of(request: CapacityRequest, key: PointKey) -> PlanRequest:
         ),
         key.growth,
     )
-
-
-def _with_dims(schema: FeatureSchema, factor: float) -> FeatureSchema:
-    if factor == 1:
-        return schema
-
-    def scaled(table: TableConfig) -> TableConfig:
-        dim = max(1, round(factor * table.embedding_dim / COLUMN_MULTIPLE)) * COLUMN_MULTIPLE
-        return table.model_copy(update={"embedding_dim": dim})
-
-    return schema.model_copy(update={"tables": tuple(map(scaled, schema.tables))})
 
 
 def _days_left(
@@ -254,8 +247,7 @@ def _figures(
     request: CapacityRequest, key: PointKey, predicted: Prediction
 ) -> dict[str, float | int | None]:
     shape, batch = key.shape, key.batch_size_per_rank
-    assert request.dense is not None
-    dense = dense_seconds(request.dense, shape, batch)
+    dense = dense_seconds(request.dense[key.dim_factor], shape, batch)
     # On CUDA the pipeline exchanges the next batch's ids while the dense side computes. Caches are
     # filled in the lookup, not ahead of it.
     ahead = predicted.phase_s["input_dist"]

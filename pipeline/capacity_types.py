@@ -79,8 +79,8 @@ class CapacityRequest(StrictConfig):
     kernels: tuple[str, ...] = ("fused", "fused_uvm", "fused_uvm_caching")
     dense_flops_per_row: NonNegativeFloat | None = None
     """Instead of counting the model's."""
-    dense: DenseCost | None = None
-    """None: taken from the recipe's model."""
+    dense: dict[PositiveFloat, DenseCost] = {}
+    """By factor of the dims; those that are missing are taken from the recipe's model."""
     content: ContentCost | None = None
     """None: taken from the recipe, where it has content."""
 
@@ -156,6 +156,7 @@ class CapacityAnswer(StrictConfig):
     target: Target
     chosen: CapacityPoint | None
     dense: DenseCost
+    """With the dims as they are."""
     content: ContentCost | None = None
     points: tuple[CapacityPoint, ...]
     seconds: float

@@ -19,7 +19,7 @@ from embedding.errors import UserError
 from embedding.id_distribution import IdDistribution, zipf
 from embedding.planning import PlanRequest, plan_tables
 from embedding.traffic import TableTraffic, Traffic
-from pipeline.capacity import _keys, _with_costs, evaluate_point
+from pipeline.capacity import _costs_of, _keys, _with_costs, evaluate_point
 from pipeline.capacity_answer import answer_of, choose
 from pipeline.capacity_growth import breaking_growth, grown
 from pipeline.capacity_report import best_batches, write_capacity_report
@@ -57,7 +57,7 @@ def small_gpus(hbm_bytes: int, price_per_hour: float | None = None) -> ClusterSh
 
 def request_of(shapes: tuple[ClusterShape, ...], **changes: object) -> CapacityRequest:
     request = CapacityRequest(
-        recipe=load_recipe("demo"), shapes=shapes, batch_sizes=(512,), dense=DENSE
+        recipe=load_recipe("demo"), shapes=shapes, batch_sizes=(512,), dense={1.0: DENSE}
     )
     return request.model_copy(update=changes)
 
@@ -103,9 +103,8 @@ def test_other_products_a_row_leave_the_parameters_to_be_added_up() -> None:
     """As many as the recipe's ranker has; a CPU is as fast as it was measured to be."""
     request = sweep_request(load_recipe("demo"), SweepOptions(("h100:8",), dense_flops_per_row=8e6))
     assert request.dense_flops_per_row == 8e6
-    counted = request.model_copy(update={"dense": DENSE})
-    dense = _with_costs(counted).dense
-    assert dense is not None
+    counted = request.model_copy(update={"dense": {1.0: DENSE}})
+    dense = _with_costs(counted).dense[1.0]
     assert (dense.flops_per_row, dense.parameters) == (8e6, DENSE.parameters)
     assert dense.cpu_seconds_per_row == pytest.approx(4 * DENSE.cpu_seconds_per_row)
     nothing = DENSE.with_flops(0.0)
@@ -115,10 +114,34 @@ def test_other_products_a_row_leave_the_parameters_to_be_added_up() -> None:
 
 def test_factors_scale_rows_and_dims() -> None:
     shape = parse_shape("h100:8")
-    request = request_of((shape,))
+    request = request_of((shape,), dense={1.0: DENSE, 2.0: DENSE})
     one = evaluate_point(request, key_of(shape)).table_bytes
     assert evaluate_point(request, key_of(shape, growth=3.0)).table_bytes == pytest.approx(3 * one)
     assert evaluate_point(request, key_of(shape, dim_factor=2.0)).table_bytes == 2 * one
+
+
+def test_wider_tables_have_a_dense_side_of_their_own() -> None:
+    shape = parse_shape("h100:1")
+    wide = DENSE.model_copy(update={"flops_per_row": 3 * DENSE.flops_per_row})
+    request = request_of((shape,), dense={1.0: DENSE, 2.0: wide})
+    now, wider = (evaluate_point(request, key_of(shape, dim_factor=f)) for f in (1.0, 2.0))
+    assert now.dense_s is not None
+    assert wider.dense_s == pytest.approx(3 * now.dense_s)
+
+
+def test_the_dense_side_is_counted_for_every_width() -> None:
+    recipe = load_recipe("demo")
+    twice = [f"features.tables.{t.name}.embedding_dim={2 * t.embedding_dim}"
+             for t in recipe.features.tables]  # fmt: skip
+    by_hand = dense_cost(load_recipe("demo", twice), None)
+    request = request_of((parse_shape("h100:1"),), dim_factors=(1.0, 2.0))
+    found = CapacityRequest.model_validate_json(_costs_of(request.model_dump_json()))
+    assert found.dense[1.0] == DENSE
+    assert found.dense[2.0].flops_per_row == by_hand.flops_per_row
+    assert found.dense[2.0].parameters == by_hand.parameters
+    now = dense_cost(recipe, None)
+    assert by_hand.flops_per_row > now.flops_per_row
+    assert by_hand.parameters > now.parameters
 
 
 def test_what_fits_nowhere_is_a_point_with_the_reason() -> None:
@@ -287,7 +310,7 @@ def test_grown_tables_are_not_todays() -> None:
 @pytest.mark.parametrize("options", [{"growth": (2.0,)}, {"dims": (0.5, 1.0, 0.5)}])
 def test_today_is_always_in_the_sweep(options: dict[str, tuple[float, ...]]) -> None:
     request = sweep_request(load_recipe("demo"), SweepOptions(("h100:8",), **options))
-    request = request.model_copy(update={"dense": DENSE})
+    request = request.model_copy(update={"dense": dict.fromkeys(request.dim_factors, DENSE)})
     points = [evaluate_point(request, key) for key in _keys(request)]
     assert len(points) == 2
     chosen = choose(points, Target())
@@ -365,7 +388,7 @@ def test_the_recipes_calibration_is_used_for_its_machine(tmp_path: Path) -> None
     own = calibration_file(tmp_path / "own.json", "h200")
     recipe = load_recipe("demo", [f"embedding.sharding.calibration={own}"])
     request = sweep_request(recipe, SweepOptions(("h200:2", "h100:2")))
-    request = request.model_copy(update={"dense": DENSE})
+    request = request.model_copy(update={"dense": {1.0: DENSE}})
     there, elsewhere = (evaluate_point(request, key).constants for key in _keys(request))
     assert there is not None
     assert there.startswith("calibration of 2 ranks on NVIDIA H200")

@@ -194,7 +194,7 @@ IN_PIECES = "content.gradient.micro_batch_items=16"
 def request_of(shape: ClusterShape, *overrides: str) -> CapacityRequest:
     recipe = load_recipe("demo", [CONTENT, *overrides])
     return CapacityRequest(
-        recipe=recipe, shapes=(shape,), batch_sizes=(512,), dense=DENSE, content=COST
+        recipe=recipe, shapes=(shape,), batch_sizes=(512,), dense={1.0: DENSE}, content=COST
     )
 
 

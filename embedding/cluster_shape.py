@@ -4,6 +4,7 @@ Imports nothing heavy. `embedding.topology` makes TorchRec's description of it.
 """
 
 import difflib
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,17 @@ class ClusterShape(StrictConfig):
         """Memory of one rank that holds tables without offloading."""
         on_cpu = self.machine.device == "cpu"
         return self.host_bytes_per_rank if on_cpu else self.machine.hbm_bytes
+
+    @property
+    def cores_per_host(self) -> int | None:
+        """On CPU the cores of a host, taken to be this machine's; None on GPUs."""
+        return os.cpu_count() if self.machine.device == "cpu" else None
+
+    @property
+    def ranks_per_core(self) -> float:
+        """On CPU so many ranks take turns on a core; 1 where each has its own."""
+        cores = self.cores_per_host
+        return 1.0 if cores is None else max(1.0, self.ranks_per_host / cores)
 
     @property
     def price_per_hour(self) -> float | None:

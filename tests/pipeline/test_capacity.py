@@ -1,5 +1,6 @@
 """Capacity: a point against its plan, growth against planning, and the choice of a cluster."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from embedding.config import (
     TableConfig,
 )
 from embedding.cost import RESERVED_SHARE
+from embedding.cost_constants import data_sheet_constants
 from embedding.demand import StepSettings
 from embedding.errors import UserError
 from embedding.id_distribution import IdDistribution, zipf
@@ -228,6 +230,16 @@ def test_grown_tables_are_looked_up_with_the_same_skew() -> None:
 
 def test_dense_side_on_cpu_is_the_measured_time() -> None:
     assert dense_seconds(DENSE, parse_shape("cpu:1"), 100) == pytest.approx(100 * 1e-4)
+
+
+def test_more_cpu_ranks_than_cores_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    alone = DENSE.model_copy(update={"parameters": 0})
+    for topology, turns in (("cpu:1", 1), ("cpu:2", 1), ("cpu:5", 2.5), ("cpu:2x4", 2)):
+        seconds = dense_seconds(alone, parse_shape(topology), 100)
+        assert seconds == pytest.approx(turns * 100 * 1e-4), topology
+    assert data_sheet_constants(parse_shape("cpu:5")).cores_per_host == 2
+    assert parse_shape("h100:8").ranks_per_core == 1
 
 
 def test_between_hosts_the_ring_is_as_fast_as_all_network_cards() -> None:

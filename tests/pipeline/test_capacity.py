@@ -1,4 +1,4 @@
-"""Capacity: a point against its plan, growth against planning, and the choice of a cluster."""
+"""Capacity: a point against its plan, growth against planning, and what a sweep is made of."""
 
 import os
 from dataclasses import replace
@@ -24,13 +24,10 @@ from embedding.traffic import TableTraffic, Traffic
 from pipeline.capacity import _costs_of, _keys, _with_costs, evaluate_point
 from pipeline.capacity_answer import answer_of, choose
 from pipeline.capacity_growth import breaking_growth, grown
-from pipeline.capacity_report import best_batches, write_capacity_report
 from pipeline.capacity_step import dense_seconds
 from pipeline.capacity_sweep import SweepOptions, expand, sweep_request
 from pipeline.capacity_types import (
     GPU_FLOPS_SHARE,
-    CapacityAnswer,
-    CapacityPoint,
     CapacityRequest,
     DenseCost,
     PointKey,
@@ -250,75 +247,6 @@ def test_between_hosts_the_ring_is_as_fast_as_all_network_cards() -> None:
     assert dense_seconds(idle, parse_shape("h100:4x1"), 1) == pytest.approx(ring / 50e9)
 
 
-def point_of(topology: str, rows_per_s: float, **changes: object) -> CapacityPoint:
-    shape = parse_shape(topology)
-    point = CapacityPoint(
-        topology=topology,
-        machine=shape.machine.name,
-        world_size=shape.world_size,
-        num_hosts=shape.num_hosts,
-        batch_size_per_rank=1024,
-        growth=1.0,
-        dim_factor=1.0,
-        table_bytes=1000,
-        constants="data sheet",
-        shardings={"row_wise fused": 1},
-        step_s=1024 * shape.world_size / rows_per_s,
-        sparse_s=0.0,
-        dense_s=0.0,
-        hidden_s=0.0,
-        rows_per_s=rows_per_s,
-        peak_bytes=30,
-        device_bytes=100,
-        headroom=0.7,
-        binding="a limit",
-        breaks_first="a table is short",
-        breaks_at_growth=3.0,
-    )
-    return point.model_copy(update=changes)
-
-
-def test_the_smallest_cluster_that_is_fast_enough_is_chosen() -> None:
-    points = (point_of("h100:1", 1e6), point_of("h100:2", 2e6), point_of("h100:8", 7e6))
-    assert choose(points, Target(rows_per_s=1.5e6)) == points[1]
-    assert choose(points, Target(rows_per_day=3600e6 * 4, window_hours=2)) == points[1]
-    assert choose(points, Target(rows_per_s=8e6)) is None
-
-
-def test_prices_decide_where_they_are_given() -> None:
-    cheap = point_of("h100:8", 5e6, price_per_hour=10.0, cost_per_billion_rows=0.6)
-    dear = point_of("h200:4", 5e6, price_per_hour=90.0, cost_per_billion_rows=5.0)
-    assert choose((dear, cheap), Target(rows_per_s=1e6)) == cheap
-    assert choose((dear, cheap), Target()) == cheap
-    said = answer_of((dear, cheap), cheap, Target(rows_per_s=1e6))
-    assert "h100:8 is the cheapest cluster" in said
-    assert "A billion rows cost 0.60" in said
-
-
-def test_a_cluster_without_room_is_no_recommendation_while_another_has_some() -> None:
-    full, roomy = point_of("h100:1", 5e6, headroom=0.01), point_of("h100:2", 5e6)
-    assert choose((full, roomy), Target(rows_per_s=1e6)) == roomy
-    assert choose((full,), Target(rows_per_s=1e6)) == full
-    said = answer_of((full, roomy), roomy, Target(rows_per_s=1e6))
-    assert "h100:1 costs less" in said
-    assert "1% of its fullest" in said
-    assert "costs less" not in answer_of((roomy,), roomy, Target(rows_per_s=1e6))
-
-
-def test_a_span_beyond_ten_years_is_no_number_of_days() -> None:
-    soon = point_of("h100:1", 5e6).model_copy(update={"breaks_at_growth": 2.0, "days_left": 500.0})
-    late = soon.model_copy(update={"days_left": 150_079.0})
-    target = Target(rows_per_s=1e6)
-    assert "in about 500 days" in answer_of((soon,), soon, target)
-    assert "in more than ten years" in answer_of((late,), late, target)
-    assert "150" not in answer_of((late,), late, target)
-
-
-def test_grown_tables_are_not_todays() -> None:
-    later = point_of("h100:1", 9e6, growth=2.0)
-    assert choose((later, point_of("h100:2", 2e6)), Target(rows_per_s=1e6)) != later
-
-
 @pytest.mark.parametrize("options", [{"growth": (2.0,)}, {"dims": (0.5, 1.0, 0.5)}])
 def test_today_is_always_in_the_sweep(options: dict[str, tuple[float, ...]]) -> None:
     request = sweep_request(load_recipe("demo"), SweepOptions(("h100:8",), **options))
@@ -329,20 +257,6 @@ def test_today_is_always_in_the_sweep(options: dict[str, tuple[float, ...]]) -> 
     assert chosen is not None
     assert (chosen.growth, chosen.dim_factor) == (1.0, 1.0)
     assert "h100:8 trains" in answer_of(points, chosen, Target())
-
-
-def test_the_answer_names_cluster_time_and_end() -> None:
-    point = point_of("h100:2", 2e6, days_left=200.0)
-    said = answer_of((point,), point, Target(rows_per_day=7200e6, window_hours=2))
-    for words in ("h100:2 is the smallest", "7.2G rows take 1h00m of the 2h", "70% stay free",
-                  "3.00 times", "about 200 days", "a table is short", "calibrate"):  # fmt: skip
-        assert words in said
-    said = answer_of((point,), None, Target(rows_per_s=3e6))
-    assert "No cluster of the sweep reaches 3M rows/s" in said
-    assert "h100:2" in said
-    refusal = point_of("h100:2", 2e6, refusal="too small")
-    assert "fit none" in answer_of((refusal,), None, Target())
-    assert "too small" in answer_of((refusal,), None, Target())
 
 
 def test_ranges_double() -> None:
@@ -422,32 +336,3 @@ def test_a_stale_calibration_of_the_recipe_ends_the_study_where_it_would_be_used
     sweep_request(recipe, SweepOptions(("h100:8",)))
     with pytest.raises(UserError, match="made with torchrec 0.1"):
         sweep_request(recipe, SweepOptions(("h100:8", "h200:8")))
-
-
-def test_the_report_shows_every_cluster_and_the_chosen_one(tmp_path: Path) -> None:
-    slow = point_of("h100:8", 6e6, batch_size_per_rank=64)
-    fast = point_of("h100:8", 8e6)
-    refusal = point_of("l40s:1", 1.0).model_copy(
-        update={"refusal": "tables are 3 GiB short", "rows_per_s": None}
-    )
-    points = (point_of("h100:1", 1e6), slow, fast, refusal)
-    assert [p.rows_per_s for p in best_batches(points)] == [1e6, 8e6, None]
-    for chosen in (fast, None):
-        answer = CapacityAnswer(
-            recipe="demo",
-            answer=answer_of(points, chosen, Target(rows_per_s=7e6)),
-            target=Target(rows_per_s=7e6),
-            chosen=chosen,
-            dense=DENSE,
-            points=points,
-            seconds=3.0,
-        )
-        path = tmp_path / "capacity.html"
-        write_capacity_report(answer, path)
-        page = path.read_text()
-        assert page.count("<svg") == 3
-        for words in ("h100:1", "h100:8", "l40s:1", "3 GiB short", "does not fit"):
-            assert words in page
-        assert ('class="chosen"' in page) == (chosen is not None)
-        again = CapacityAnswer.model_validate_json(answer.model_dump_json())
-        assert again == answer

@@ -159,7 +159,7 @@ def evaluate_point(request: CapacityRequest, key: PointKey) -> CapacityPoint:
             "breaks_at_growth": growth,
             "breaks_first": why,
             "offloads_at_growth": 1.0 if offloads else inside,
-            "days_left": _days_left(request, planned, growth),
+            "days_left": _days_left(request, key, planned, growth),
             "search_s": time.perf_counter() - began,
         }
     )
@@ -205,25 +205,28 @@ def _request_of(request: CapacityRequest, key: PointKey) -> PlanRequest:
 
 
 def _days_left(
-    request: CapacityRequest, planned: PlanRequest, growth: float | None
+    request: CapacityRequest, key: PointKey, planned: PlanRequest, growth: float | None
 ) -> float | None:
+    """Until the point's tables are `growth` times as large."""
     if growth is None:
         return None
-    per_day = _growth_per_day(request, planned)
+    per_day = _growth_per_day(request, key, planned)
     return None if not per_day else (growth - 1) / per_day
 
 
-def _growth_per_day(request: CapacityRequest, planned: PlanRequest) -> float | None:
-    """Share of the tables' bytes that is added a day, by the tables that the traffic measured."""
+def _growth_per_day(request: CapacityRequest, key: PointKey, planned: PlanRequest) -> float | None:
+    """Share of the point's tables that is added a day: as given, else by the measured tables."""
+    if request.growth_per_day is not None:
+        return request.growth_per_day / key.growth
     if planned.traffic is None:
-        return request.growth_per_day
+        return None
     gained = total = 0.0
     for table in planned.schema.tables:
         measured = planned.traffic.table(table.name)
         total += table.num_embeddings * table.embedding_dim
         if measured is not None and measured.new_rows_per_day is not None:
             gained += measured.new_rows_per_day * table.embedding_dim
-    return gained / total if gained else request.growth_per_day
+    return gained / total
 
 
 def _content_step(request: CapacityRequest, key: PointKey, growth: float) -> ContentStep | None:

@@ -75,7 +75,7 @@ class CapacityRequest(StrictConfig):
     calibrations: tuple[Path, ...] = ()
     """Each is used for the machine it was made on; before the recipe's, if that is of it too."""
     growth_per_day: NonNegativeFloat | None = None
-    """Share of today's rows that every table gains a day, where traffic says nothing of it."""
+    """Share of today's rows that every table gains a day; None: what traffic measured."""
     kernels: tuple[str, ...] = ("fused", "fused_uvm", "fused_uvm_caching")
     dense_flops_per_row: NonNegativeFloat | None = None
     """Instead of counting the model's."""

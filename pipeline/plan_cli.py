@@ -172,7 +172,11 @@ def capacity_command(  # noqa: PLR0913 # every option of a command is a paramete
     ] = 4.0,
     growth_per_day: Annotated[
         float | None,
-        typer.Option("--growth-per-day", min=0, help="Share of rows gained a day: 0.002."),
+        typer.Option(
+            "--growth-per-day",
+            min=0,
+            help="Share of today's rows gained a day: 0.002. Default: what traffic measured.",
+        ),
     ] = None,
     traffic: TrafficOption = None,
     calibrations: Annotated[

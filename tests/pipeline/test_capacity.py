@@ -199,6 +199,58 @@ def test_days_left_follow_the_measured_growth() -> None:
     assert point.days_left == pytest.approx((point.breaks_at_growth - 1) / 0.01)
 
 
+def test_days_of_grown_tables_are_counted_in_todays_rows() -> None:
+    """Tables of 3 N rows that may become 3 b N gain .01 N rows a day."""
+    shape = small_gpus(64 * MIB)
+    request = request_of((shape,), growth_per_day=0.01)
+    point = evaluate_point(request, key_of(shape, growth=3.0))
+    assert point.breaks_at_growth is not None
+    assert point.days_left == pytest.approx(3 * (point.breaks_at_growth - 1) / 0.01)
+
+
+def measured_growth(rows_per_day: float) -> Traffic:
+    """Traffic of the demo recipe whose tables all gain so many rows a day."""
+    tables = load_recipe("demo").features.tables
+    return Traffic(
+        rows=100,
+        rows_per_day=100,
+        tables=tuple(
+            TableTraffic(
+                table=table.name,
+                num_rows=table.num_embeddings,
+                lookups=100,
+                rows_touched=100,
+                rows_seen_once=100,
+                bin_rows=(100.0,),
+                bin_shares=(1.0,),
+                new_rows_per_day=rows_per_day,
+            )
+            for table in tables
+        ),
+    )
+
+
+@pytest.mark.parametrize("growth", [1.0, 3.0])
+def test_given_growth_is_counted_before_the_measured_one(tmp_path: Path, growth: float) -> None:
+    path = tmp_path / "traffic.json"
+    path.write_text(measured_growth(5.0).model_dump_json())
+    shape = small_gpus(64 * MIB)
+    measured, given, none = (
+        evaluate_point(
+            request_of((shape,), traffic=path, growth_per_day=rate), key_of(shape, growth=growth)
+        )
+        for rate in (None, 0.01, 0.0)
+    )
+    assert measured.breaks_at_growth is not None
+    more = growth * (measured.breaks_at_growth - 1)
+    tables = load_recipe("demo").features.tables
+    elements = sum(t.num_embeddings * t.embedding_dim for t in tables)
+    gained = sum(5.0 * t.embedding_dim for t in tables)
+    assert measured.days_left == pytest.approx(more * elements / gained, rel=1e-3)
+    assert given.days_left == pytest.approx(more / 0.01)
+    assert none.days_left is None
+
+
 def test_grown_tables_are_looked_up_with_the_same_skew() -> None:
     ids = zipf(1000, 1.2)
     table = TableConfig(name="t", num_embeddings=1000, embedding_dim=8)

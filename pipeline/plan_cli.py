@@ -17,7 +17,10 @@ RecipeOption = Annotated[
 TopologyOption = Annotated[
     str,
     typer.Option(
-        "--topology", "-t", help="As h200:2x8 (hosts x ranks) or cpu:2, a YAML file, or `here`."
+        "--topology",
+        "-t",
+        help="As h200:2x8 (hosts x ranks) or cpu:2, a YAML file, `here` (the ranks that the recipe "
+        "trains on) or `cluster` (all that the Ray cluster has room for).",
     ),
 ]
 SetOption = Annotated[
@@ -371,11 +374,11 @@ def _load(recipe: str, overrides: list[str] | None) -> "Recipe":
 def _shape(text: str, recipe: "Recipe") -> "ClusterShape":
     from embedding.cluster_shape import parse_shape
 
-    if text != "here":
+    if text not in ("here", "cluster"):
         return parse_shape(text)
     from pipeline.cluster import RaySession
-    from pipeline.plan import present_shape
+    from pipeline.plan import present_shape, training_shape
 
     with RaySession(recipe.cluster) as session:
         session.start()
-        return present_shape(recipe.cluster)
+        return training_shape(recipe) if text == "here" else present_shape(recipe.cluster)

@@ -73,7 +73,8 @@ def check_plan_files(recipe: Recipe) -> None:
     if plan.world_size != num_workers:
         raise UserError(
             f"embedding.sharding.plan: {sharding.plan} is for {plan.world_size} ranks and "
-            f"cluster.num_workers is {num_workers}; plan again for it, or change the number"
+            f"cluster.num_workers is {num_workers}; `braid plan --json {sharding.plan}` without "
+            f"--topology plans for those, or set cluster.num_workers={plan.world_size}"
         )
 
 

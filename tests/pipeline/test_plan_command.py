@@ -1,5 +1,6 @@
 """`braid plan` through the command line: plans of a laptop's and of a GPU cluster's ranks."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,12 +11,16 @@ import pytest
 from deploy.app import main
 from embedding.calibration import installed_versions
 from embedding.plan_description import PlanDescription, read_plan
+from pipeline.cluster import RaySession
+from pipeline.plan import PLAN, present_shape, training_shape
+from pipeline.plan import plan as plan_stage
 from pipeline.recipe import load_recipe
 from tests.embedding.test_calibration import calibration
 
 Plan = Callable[..., PlanDescription]
 
 ROOT = Path(__file__).parents[2]
+GIB = 1 << 30
 
 
 @pytest.fixture
@@ -164,12 +169,36 @@ def test_a_recipe_is_valid_with_a_plan_that_it_can_train_with_only(
     assert checked(capsys, named)[0] == 0
     code, said = checked(capsys, named, "cluster.num_workers=4")
     assert (code, "is for 2 ranks and cluster.num_workers is 4" in said) == (2, True)
+    assert "without --topology plans for those, or set cluster.num_workers=2" in said
     fewer = PlanDescription.model_validate(
         (made := read_plan(tmp_path / "plan.json")).model_dump() | {"tables": made.tables[1:]}
     )
     (tmp_path / "plan.json").write_text(fewer.model_dump_json())
     code, said = checked(capsys, named)
     assert (code, f"misses the tables ['{made.tables[0].table}']" in said) == (2, True)
+
+
+@pytest.mark.integration
+def test_here_is_what_the_plan_stage_plans_for_and_cluster_is_all_there_is(
+    plan: Plan, tmp_path: Path
+) -> None:
+    """One rank with a memory limit, on a machine that has room for more ranks."""
+    own = ("cluster.num_workers=1", "embedding.sharding.hbm_gib=0.25")
+    recipe = load_recipe("demo", own)
+    options = [text for override in own for text in ("--set", override)]
+    with RaySession(recipe.cluster) as session:
+        session.start()
+        plan_stage(recipe, tmp_path)
+        assert training_shape(recipe).device_bytes == GIB // 4
+        whole = present_shape(recipe.cluster)
+    staged = read_plan(tmp_path / PLAN)
+
+    here = plan("here", *options, name="here.json")
+
+    assert here == staged
+    assert (here.topology, here.world_size) == ("cpu:1", 1)
+    assert whole.world_size == os.cpu_count()
+    assert plan("cluster", *options, name="all.json").world_size == whole.world_size
 
 
 def test_a_key_value_plan_is_for_comparison_only(

@@ -39,6 +39,7 @@ def describe(
             _table_plan(model.loads[table], placed, shape, tables_path)
             for table, placed in placement.items()
         ),
+        unmeasured=tuple(load.name for load in model.loads.values() if not load.measured),
         predicted=predict(model, placement),
     )
 

@@ -18,13 +18,12 @@ from embedding.errors import UserError
 from embedding.limits import ELEMENT_BYTES
 from embedding.plan_description import Prediction
 from embedding.planning import PlanRequest, plan_tables
-from embedding.traffic import read_traffic
 from pipeline.capacity_answer import answer_of, choose
 from pipeline.capacity_growth import breaking_growth, grown, no_room, with_dims
 from pipeline.capacity_step import dense_seconds
 from pipeline.capacity_types import CapacityAnswer, CapacityPoint, CapacityRequest, PointKey
 from pipeline.content_step import ContentStep, content_step
-from pipeline.plan_request import plan_request
+from pipeline.plan_request import measured_traffic, plan_request
 
 _POINTS_PER_TASK = 2
 _LESS_CONTENT = (
@@ -96,8 +95,7 @@ def _costs_of(text: str) -> str:
     from pipeline.dense_cost import dense_cost
 
     request = CapacityRequest.model_validate_json(text)
-    path = request.traffic or request.recipe.embedding.sharding.traffic
-    traffic = None if path is None else read_traffic(path)
+    traffic = measured_traffic(request.recipe)
     content, config = None, request.recipe.content
     if config is not None:
         from pipeline.content_cost import content_cost  # transformers: seconds, for content only
@@ -189,13 +187,11 @@ def _request_of(request: CapacityRequest, key: PointKey) -> PlanRequest:
         (p for p in files if p is not None and read_calibration(p).machine == shape.machine.name),
         None,
     )
-    traffic = planned.traffic if request.traffic is None else read_traffic(request.traffic)
     settings = replace(planned.settings, batch_size_per_rank=key.batch_size_per_rank)
     return grown(
         replace(
             planned,
             calibration=calibration,
-            traffic=traffic,
             settings=settings,
             kernels=request.kernels,
             reserved_bytes=_reserved_bytes(request, key, key.growth),

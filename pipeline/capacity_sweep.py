@@ -10,11 +10,11 @@ from pydantic import ValidationError
 from embedding.calibration import constants_for, read_calibration
 from embedding.cluster_shape import ClusterShape, parse_shape
 from embedding.errors import UserError
-from embedding.traffic import read_traffic
 from multimodal.content_config import ContentConfig, Service
 from multimodal.tower_files import is_on_hub, model_directory
 from pipeline.capacity_types import CapacityRequest, Target
 from pipeline.config import Recipe
+from pipeline.plan_request import measured_traffic, with_traffic
 from pipeline.recipe import nearest_name
 
 _RANGE = re.compile(r"^(?P<name>[A-Za-z0-9_-]+):(?P<low>\d+)\.\.(?P<high>\d+)(?P<ranks>x\d+)?$")
@@ -45,8 +45,9 @@ def sweep_request(recipe: Recipe, options: SweepOptions) -> CapacityRequest:
 
     Raises:
         UserError: A topology or price is none, a factor is not positive, a file is missing, stale
-            or of another machine, or a tower of the content is not on this machine.
+            or of other tables or machines, or a tower of the content is not on this machine.
     """
+    recipe = with_traffic(recipe, options.traffic)
     shapes = tuple(shape for text in options.topologies for shape in expand(text))
     priced = _with_prices(shapes, options.prices)
     _check_files(recipe, options, shapes)
@@ -64,7 +65,6 @@ def sweep_request(recipe: Recipe, options: SweepOptions) -> CapacityRequest:
                 rows_per_day=options.rows_per_day,
                 window_hours=options.window_hours,
             ),
-            traffic=options.traffic,
             calibrations=options.calibrations,
             growth_per_day=options.growth_per_day,
             kernels=recipe.embedding.sharding.kernels,
@@ -83,8 +83,7 @@ def _with_today(factors: tuple[float, ...]) -> tuple[float, ...]:
 
 def _check_files(recipe: Recipe, options: SweepOptions, shapes: tuple[ClusterShape, ...]) -> None:
     """Before anything is started: a file of another machine or version ends the study."""
-    if options.traffic is not None:
-        read_traffic(options.traffic)
+    measured_traffic(recipe)
     by_machine = {shape.machine.name: shape for shape in shapes}
     for path in options.calibrations:
         machine = read_calibration(path).machine

@@ -71,7 +71,6 @@ class CapacityRequest(StrictConfig):
     dim_factors: tuple[PositiveFloat, ...] = (1.0,)
     """Factors of all tables' dims, rounded to what the kernels allow."""
     target: Target = Target()
-    traffic: Path | None = None
     calibrations: tuple[Path, ...] = ()
     """Each is used for the machine it was made on; before the recipe's, if that is of it too."""
     growth_per_day: NonNegativeFloat | None = None

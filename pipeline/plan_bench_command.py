@@ -97,8 +97,11 @@ def recipe_case(recipe: Recipe, shape: ClusterShape, options: BenchOptions) -> B
 
 
 def _with_load(request: PlanRequest, options: BenchOptions) -> PlanRequest:
+    """A skew and lengths that are given count instead of those that traffic measured."""
     if options.exponent is not None:
-        request = replace(request, exponent=options.exponent)
+        measured = request.traffic
+        lengths = None if measured is None else measured.model_copy(update={"tables": ()})
+        request = replace(request, exponent=options.exponent, traffic=lengths)
     if not options.pooling:
         return request
     names = [feature.name for feature in request.schema.id_features]

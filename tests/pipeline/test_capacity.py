@@ -34,7 +34,7 @@ from pipeline.capacity_types import (
     Target,
 )
 from pipeline.dense_cost import dense_cost
-from pipeline.plan_request import plan_request
+from pipeline.plan_request import plan_request, with_traffic
 from pipeline.recipe import load_recipe
 from tests.embedding.test_calibration import calibration
 
@@ -234,10 +234,10 @@ def measured_growth(rows_per_day: float) -> Traffic:
 def test_given_growth_is_counted_before_the_measured_one(tmp_path: Path, growth: float) -> None:
     path = tmp_path / "traffic.json"
     path.write_text(measured_growth(5.0).model_dump_json())
-    shape = small_gpus(64 * MIB)
+    shape, recipe = small_gpus(64 * MIB), with_traffic(load_recipe("demo"), path)
     measured, given, none = (
         evaluate_point(
-            request_of((shape,), traffic=path, growth_per_day=rate), key_of(shape, growth=growth)
+            request_of((shape,), recipe=recipe, growth_per_day=rate), key_of(shape, growth=growth)
         )
         for rate in (None, 0.01, 0.0)
     )
@@ -337,6 +337,16 @@ def test_ranges_double() -> None:
 def test_what_cannot_be_swept_is_said(options: SweepOptions, message: str) -> None:
     with pytest.raises(UserError, match=message):
         sweep_request(load_recipe("demo"), options)
+
+
+def test_a_given_traffic_is_used_and_that_of_another_recipe_ends_the_study(tmp_path: Path) -> None:
+    path = tmp_path / "traffic.json"
+    path.write_text(measured_growth(5.0).model_dump_json())
+    options = SweepOptions(("h200:8",), traffic=path)
+    assert sweep_request(load_recipe("demo"), options).recipe.embedding.sharding.traffic == path
+    larger = load_recipe("demo", ["features.tables.item.num_embeddings=9001"])
+    with pytest.raises(UserError, match="'item' had .* rows when it was measured and has 9001 now"):
+        sweep_request(larger, options)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from embedding.cluster_shape import parse_shape
 from embedding.config import FeatureSchema, RowWiseAdagrad, SparseFeature, TableConfig
 from embedding.errors import UserError
 from embedding.plan_description import read_plan
+from embedding.workload import table_loads
 from pipeline.cluster import RaySession
 from pipeline.config import ClusterConfig
 from pipeline.plan_accuracy import (
@@ -27,9 +28,11 @@ from pipeline.plan_bench_command import BenchOptions, bench_shape, recipe_case, 
 from pipeline.plan_request import RequestChanges
 from pipeline.recipe import load_recipe
 from tests.pipeline.small_log import make_recipe
+from tests.pipeline.test_traffic import traffic_of
 
 TWO = parse_shape("cpu:2")
 ROWS, DIM, BATCH = 400_000, 32, 256
+TABLE_ROWS = {t.name: t.num_embeddings for t in load_recipe("demo").features.tables}
 
 
 def test_the_chosen_plan_meets_one_of_every_sharding() -> None:
@@ -58,6 +61,30 @@ def test_a_given_load_replaces_the_recipes() -> None:
     assert case.batch_size_per_rank == 64
     assert case.traffic is not None
     assert case.traffic.ids_per_sample == {"item_id": 12.5}
+
+
+def test_a_given_skew_replaces_the_measured_one_and_leaves_the_measured_lengths(
+    tmp_path: Path,
+) -> None:
+    measured = traffic_of(item=TABLE_ROWS["item"]).model_copy(
+        update={"ids_per_sample": {"item_id": 3.0}}
+    )
+    path = tmp_path / "traffic.json"
+    path.write_text(measured.model_dump_json())
+    changes = RequestChanges(traffic=path)
+    used = {}
+    for exponent in (None, 0.0):
+        options = BenchOptions(exponent=exponent, changes=changes)
+        case = recipe_case(load_recipe("demo"), TWO, options)
+        (load,) = [
+            load
+            for load in table_loads(case.features, case.traffic, case.exponent)
+            if load.name == "item"
+        ]
+        assert load.ids_per_sample[0] == 3.0
+        used[exponent] = load.ids.share_of_hottest(1.0)
+    assert used[None] == 1.0  # the one row that was looked up
+    assert used[0.0] == pytest.approx(1 / TABLE_ROWS["item"])
 
 
 @pytest.mark.parametrize(

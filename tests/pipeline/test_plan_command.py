@@ -16,6 +16,7 @@ from pipeline.plan import PLAN, present_shape, training_shape
 from pipeline.plan import plan as plan_stage
 from pipeline.recipe import load_recipe
 from tests.embedding.test_calibration import calibration
+from tests.pipeline.test_traffic import traffic_of
 
 Plan = Callable[..., PlanDescription]
 
@@ -77,6 +78,40 @@ def test_the_file_is_the_same_every_time_and_needs_no_torch(plan: Plan, tmp_path
     given = ("plan", "--recipe", "demo", "--topology", "h200:1x8", "--json", str(there))
     subprocess.run([sys.executable, "-c", code, *given], cwd=ROOT, check=True, capture_output=True)
     assert there.read_bytes() == (tmp_path / "here.json").read_bytes()
+
+
+def test_tables_that_the_traffic_does_not_name_are_named(
+    plan: Plan, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    tables = load_recipe("demo").features.tables
+    rows = {table.name: table.num_embeddings for table in tables}
+    path = tmp_path / "traffic.json"
+
+    def said_with(measured: dict[str, int]) -> str:
+        path.write_text(traffic_of(**measured).model_dump_json())
+        made = plan("cpu:2", "--traffic", str(path))
+        assert made.unmeasured == tuple(name for name in rows if name not in measured)
+        return " ".join(capsys.readouterr().out.split())
+
+    plan("cpu:2")
+    assert "Lookups: by Zipf's law" in " ".join(capsys.readouterr().out.split())
+    assert "Lookups: as measured." in said_with(rows)
+    said = said_with(
+        {name: number for name, number in rows.items() if name not in ("item", "user")}
+    )
+    named = [name for name in rows if name in ("item", "user")]
+    assert f"by Zipf's law of {', '.join(named)}: the traffic has none" in said
+
+
+def test_traffic_of_another_recipe_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "traffic.json"
+    path.write_text(traffic_of(colour=10).model_dump_json())
+    refusal = "and none of the recipe's is among them"
+    assert refusal in refused(capsys, "--topology", "cpu:2", "--traffic", str(path))
+    code, said = checked(capsys, f"embedding.sharding.traffic={path}")
+    assert (code, refusal in said) == (2, True)
 
 
 def test_constraints_are_kept(plan: Plan) -> None:

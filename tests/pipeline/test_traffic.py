@@ -137,10 +137,56 @@ def test_no_samples_and_no_traffic_file_are_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no joined samples.*braid stage join"):
         sample_files(tmp_path, None)
     with pytest.raises(UserError, match="does not exist"):
-        read_traffic(tmp_path / "none.json")
+        read_traffic(tmp_path / "none.json", SCHEMA)
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(UserError, match="is no traffic file of this version"):
-        read_traffic(tmp_path / "other.json")
+        read_traffic(tmp_path / "other.json", SCHEMA)
+
+
+def traffic_of(**rows: int) -> Traffic:
+    """One lookup of each of these tables, which had so many rows."""
+    return Traffic(
+        rows=1,
+        rows_per_day=1,
+        tables=tuple(
+            TableTraffic(
+                table=name,
+                num_rows=number,
+                lookups=1,
+                rows_touched=1,
+                rows_seen_once=1,
+                bin_rows=(1.0,),
+                bin_shares=(1.0,),
+            )
+            for name, number in rows.items()
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            {"colour": ROWS, "size": ROWS},
+            r"none of the recipe's .*'item', 'gap'.* measure it again",
+        ),
+        ({}, r"is of the tables \[\], and none of the recipe's"),
+        ({"item": ROWS - 1}, f"'item' had {ROWS - 1} rows .* has {ROWS} now.* measure it again"),
+    ],
+)
+def test_traffic_of_other_tables_or_rows_is_refused(
+    tmp_path: Path, rows: dict[str, int], message: str
+) -> None:
+    path = tmp_path / "traffic.json"
+    path.write_text(traffic_of(**rows).model_dump_json())
+    with pytest.raises(UserError, match=message):
+        read_traffic(path, SCHEMA)
+
+
+def test_traffic_of_some_of_the_tables_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "traffic.json"
+    path.write_text(traffic_of(item=ROWS, colour=3).model_dump_json())
+    assert read_traffic(path, SCHEMA) == traffic_of(item=ROWS, colour=3)
 
 
 def advice_for(counts: np.ndarray, highest_row: int | None = None, **changes: object) -> str:

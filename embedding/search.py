@@ -138,7 +138,7 @@ def _proposed(
     none_fits = True
     for name, proposal in itertools.chain(
         (("grid", proposal) for proposal in grid(options, model)),
-        (("uniform", proposal) for proposal in uniform(options, model)),
+        (("uniform", proposal) for _, proposal in uniform(options, model)),
         (("dynamic_programming", p) for p in dynamic_programming(options, model)),
     ):
         layout = _place(base, options, proposal)
@@ -283,7 +283,8 @@ def fits_somehow(model: CostModel, options: Options) -> bool:
     base, options = Layout(model), _without_caches(options)
     if _place(base, options, smallest(options, model)) is not None:
         return True
-    proposals = itertools.chain(dynamic_programming(options, model), uniform(options, model))
+    alike = (proposal for _, proposal in uniform(options, model))
+    proposals = itertools.chain(dynamic_programming(options, model), alike)
     return any(_place(base, options, proposal) is not None for proposal in proposals)
 
 

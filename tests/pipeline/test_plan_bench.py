@@ -46,6 +46,29 @@ def test_the_chosen_plan_meets_one_of_every_sharding() -> None:
     assert all(placed.count(tables) == 1 for tables in placed)
 
 
+def test_every_sharding_has_its_plan_though_a_table_cannot_follow() -> None:
+    """A table that is forced to be data-parallel is so in every plan; none is lost or misnamed."""
+    recipe = load_recipe("demo", ["features.tables.item.sharding={kind: data_parallel}"])
+    case = recipe_case(recipe, parse_shape("cpu:2"), BenchOptions())
+    by_name = {plan.proposer: plan for plan in case.plans}
+    assert len(by_name) == len(case.plans)
+    for sharding in ("data_parallel", "table_wise", "row_wise"):
+        plan = by_name.get(f"uniform {sharding}")
+        if plan is None:  # it is the chosen one
+            plan = by_name["chosen"]
+        kinds = {table.table: table.sharding for table in plan.tables}
+        assert kinds.pop("item") == "data_parallel"
+        assert set(kinds.values()) == {sharding}
+
+
+def test_plans_of_one_name_are_all_run(tmp_path: Path) -> None:
+    (given,) = recipe_case(load_recipe("demo"), TWO, BenchOptions(shortlist=1)).plans
+    path = tmp_path / "plan.json"
+    path.write_text(given.model_dump_json())
+    case = recipe_case(load_recipe("demo"), TWO, BenchOptions(plans=(path, path)))
+    assert [plan.proposer for plan in case.plans] == [str(path), str(path)]
+
+
 def test_sampled_plans_are_run_beside_them() -> None:
     few = recipe_case(load_recipe("demo"), TWO, BenchOptions())
     more = recipe_case(load_recipe("demo"), TWO, BenchOptions(sampled=3))

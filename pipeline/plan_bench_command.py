@@ -91,6 +91,7 @@ def recipe_case(recipe: Recipe, shape: ClusterShape, options: BenchOptions) -> B
         exponent=request.exponent,
         batch_size_per_rank=request.settings.batch_size_per_rank,
         optimizer=request.settings.optimizer,
+        sharding=recipe.embedding.sharding,
         plans=tuple(_chosen_plans(request, options)),
     )
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from deploy.app import main
@@ -13,6 +14,7 @@ from embedding.config import FeatureSchema, RowWiseAdagrad, SparseFeature, Table
 from embedding.errors import UserError
 from embedding.plan_description import read_plan
 from embedding.workload import table_loads
+from pipeline import plan_bench_worker
 from pipeline.cluster import RaySession
 from pipeline.config import ClusterConfig
 from pipeline.plan_accuracy import (
@@ -23,7 +25,7 @@ from pipeline.plan_accuracy import (
     new_calibration,
     rank_correlation,
 )
-from pipeline.plan_bench import BenchCase, BenchEffort, BenchReport, run_cases
+from pipeline.plan_bench import BenchCase, BenchEffort, BenchReport, case_request, run_cases
 from pipeline.plan_bench_command import BenchOptions, bench_shape, recipe_case, with_plans
 from pipeline.plan_request import RequestChanges
 from pipeline.recipe import load_recipe
@@ -108,6 +110,21 @@ def test_a_given_skew_replaces_the_measured_one_and_leaves_the_measured_lengths(
         used[exponent] = load.ids.share_of_hottest(1.0)
     assert used[None] == 1.0  # the one row that was looked up
     assert used[0.0] == pytest.approx(1 / TABLE_ROWS["item"])
+
+
+def test_plans_run_and_are_priced_with_the_recipes_precision_on_the_wire(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = load_recipe("demo", ["embedding.sharding.communication=fp16"])
+    case = recipe_case(recipe, TWO, BenchOptions())
+    case = BenchCase.model_validate_json(case.model_dump_json())  # as it reaches a worker
+    asked = []
+    monkeypatch.setattr(
+        plan_bench_worker, "PlanRun", lambda *_, sharding, **__: asked.append(sharding)
+    )
+    plan_bench_worker._plan_run(case, case.plans[0], [], torch.device("cpu"))
+    assert [sharding.communication for sharding in asked] == ["fp16"]
+    assert case_request(case, TWO, None).settings.wire_bytes == 2
 
 
 @pytest.mark.parametrize(

@@ -13,14 +13,20 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt, ValidationError
 
-from embedding.cluster_shape import ClusterShape
+from embedding.cluster_shape import ClusterShape, find_machine
 from embedding.config import StrictConfig
 from embedding.cost_constants import CostConstants, data_sheet_constants
 from embedding.demand import COUNT_NAMES, COUNTS
 from embedding.errors import UserError
+from embedding.machines import Machine
 
 VERSIONED = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu")
 """Packages whose kernels and collectives the constants describe."""
+_MEASURED = (
+    *("device", "hbm_bandwidth", "host_bandwidth"),
+    *("intra_host_bandwidth", "pcie_bandwidth"),
+)
+"""Figures of a machine that calibrated constants stand for."""
 _BETWEEN_RANKS = (
     *("input_calls", "input_sent_ids", "input_lengths", "exchange_calls", "exchange_bytes"),
     *("reduce_calls", "reduce_bytes", "backward_exchange_bytes", "backward_gather_bytes"),
@@ -111,6 +117,21 @@ def read_calibration(path: Path) -> Calibration:
         ) from error
 
 
+def suits(calibration: Calibration, machine: Machine) -> bool:
+    """Whether it was made on such a machine, or on one that a file changes in nothing measured."""
+    if machine.base is None:
+        return calibration.machine == machine.name
+    return calibration.machine == machine.base and not _changed(calibration, machine, machine.base)
+
+
+def _changed(calibration: Calibration, machine: Machine, base: str) -> list[str]:
+    """Keys in which a file's machine differs from its base and that the calibration measured."""
+    several_hosts = any(fit.world_size > fit.ranks_per_host for fit in calibration.fits)
+    keys = (*_MEASURED, *(("inter_host_bandwidth",) if several_hosts else ()))
+    known = find_machine(base)
+    return [key for key in keys if getattr(machine, key) != getattr(known, key)]
+
+
 def check_calibration(calibration: Calibration, shape: ClusterShape, path: Path) -> None:
     """Refuse a calibration that does not hold for this cluster and these libraries.
 
@@ -119,10 +140,18 @@ def check_calibration(calibration: Calibration, shape: ClusterShape, path: Path)
     """
     machine = shape.machine
     again = "calibrate again with `braid bench plan --calibrate`, or plan without it"
-    if calibration.machine != machine.name:
+    if calibration.machine != (machine.base or machine.name):
+        base = f", whose base is {machine.base}" if machine.base else ""
         raise UserError(
             f"calibration {path} was made on {calibration.machine!r} ({calibration.device_name}) "
-            f"and the topology is {shape.name}; {again}"
+            f"and the topology is {shape.name}{base}; {again}"
+        )
+    if not suits(calibration, machine):
+        assert machine.base is not None
+        changed = ", ".join(_changed(calibration, machine, machine.base))
+        raise UserError(
+            f"calibration {path} measured what {shape.file} changes of {machine.base}: {changed}; "
+            "leave that out of the file, or plan without the calibration"
         )
     known = installed_versions()
     for package, then in calibration.versions.items():

@@ -11,7 +11,7 @@ from itertools import product
 
 import ray
 
-from embedding.calibration import read_calibration
+from embedding.calibration import read_calibration, suits
 from embedding.choices import FUSED
 from embedding.cost import RESERVED_SHARE
 from embedding.errors import UserError
@@ -184,8 +184,7 @@ def _request_of(request: CapacityRequest, key: PointKey) -> PlanRequest:
     # The recipe's is of the machine that trains now, which a sweep may leave out.
     files = (*request.calibrations, planned.calibration)
     calibration = next(
-        (p for p in files if p is not None and read_calibration(p).machine == shape.machine.name),
-        None,
+        (p for p in files if p is not None and suits(read_calibration(p), shape.machine)), None
     )
     settings = replace(planned.settings, batch_size_per_rank=key.batch_size_per_rank)
     return grown(

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from embedding.calibration import constants_for, read_calibration
-from embedding.cluster_shape import ClusterShape, parse_shape
+from embedding.calibration import constants_for, read_calibration, suits
+from embedding.cluster_shape import MACHINE_PATTERN, ClusterShape, parse_shape
 from embedding.errors import UserError
 from multimodal.content_config import ContentConfig, Service
 from multimodal.tower_files import is_on_hub, model_directory
@@ -17,7 +17,7 @@ from pipeline.config import Recipe
 from pipeline.plan_request import measured_traffic, with_traffic
 from pipeline.recipe import nearest_name
 
-_RANGE = re.compile(r"^(?P<name>[A-Za-z0-9_-]+):(?P<low>\d+)\.\.(?P<high>\d+)(?P<ranks>x\d+)?$")
+_RANGE = re.compile(rf"^{MACHINE_PATTERN}:(?P<low>\d+)\.\.(?P<high>\d+)(?P<ranks>x\d+)?$")
 
 
 @dataclass(frozen=True)
@@ -84,18 +84,23 @@ def _with_today(factors: tuple[float, ...]) -> tuple[float, ...]:
 def _check_files(recipe: Recipe, options: SweepOptions, shapes: tuple[ClusterShape, ...]) -> None:
     """Before anything is started: a file of another machine or version ends the study."""
     measured_traffic(recipe)
-    by_machine = {shape.machine.name: shape for shape in shapes}
     for path in options.calibrations:
-        machine = read_calibration(path).machine
-        if machine not in by_machine:
+        made = read_calibration(path)
+        of = [s for s in shapes if made.machine in (s.machine.name, s.machine.base)]
+        if not of:
+            machines = sorted({shape.machine.name for shape in shapes})
             raise UserError(
-                f"calibration {path} is of {machine!r}, which no topology of the sweep has "
-                f"({', '.join(sorted(by_machine))}); leave it out"
+                f"calibration {path} is of {made.machine!r}, which no topology of the sweep has "
+                f"({', '.join(machines)}); leave it out"
             )
-        constants_for(by_machine[machine], path)
+        suited = [shape for shape in of if suits(made, shape.machine)]
+        constants_for((suited or of)[0], path)
     own = recipe.embedding.sharding.calibration
-    if own is not None and (machine := read_calibration(own).machine) in by_machine:
-        constants_for(by_machine[machine], own)
+    if own is not None:
+        made = read_calibration(own)
+        first = next((shape for shape in shapes if suits(made, shape.machine)), None)
+        if first is not None:
+            constants_for(first, own)
 
 
 def _check_content(content: ContentConfig, shapes: tuple[ClusterShape, ...]) -> None:

@@ -12,8 +12,8 @@ from embedding.calibration import (
     installed_versions,
     processor_name,
 )
-from embedding.cluster_shape import parse_shape
-from embedding.cost_constants import data_sheet_constants
+from embedding.cluster_shape import ClusterShape, parse_shape
+from embedding.cost_constants import LINK_SHARE, data_sheet_constants
 from embedding.errors import UserError
 
 
@@ -66,6 +66,41 @@ def test_links_between_hosts_come_from_the_data_sheet_if_one_host_was_measured(
     assert constants.seconds["exchange_bytes"] == 8.0
     assert constants.seconds["output_inter_bytes"] == sheet.seconds["output_inter_bytes"]
     assert "data sheet" in constants.source
+
+
+def ours(tmp_path: Path, changes: str) -> ClusterShape:
+    path = tmp_path / "ours.yaml"
+    path.write_text(f"base: h200\nhosts: 2\nranks: 8\n{changes}\n")
+    return parse_shape(str(path))
+
+
+def test_a_calibration_of_the_base_holds_for_a_file_that_changes_nothing_measured(
+    tmp_path: Path,
+) -> None:
+    made = calibration("h200", device_name="NVIDIA H200")
+    path = written(tmp_path, made)
+    shape = ours(tmp_path, "host_bytes: 1e12\nprice_per_hour: 60\ninter_host_bandwidth: 12.5e9")
+    constants = constants_for(shape, path)
+    assert constants.seconds["exchange_bytes"] == 8.0
+    assert constants.seconds["output_inter_bytes"] == pytest.approx(1 / (LINK_SHARE * 12.5e9))
+    # Measured between hosts, their links are no longer the file's.
+    two_hosts = written(tmp_path, calibration("h200", fits=(fit("h200:2x8", 3.0),)))
+    with pytest.raises(UserError, match="changes of h200: inter_host_bandwidth; leave that out"):
+        constants_for(shape, two_hosts)
+
+
+@pytest.mark.parametrize(
+    ("machine", "changes", "message"),
+    [
+        ("h200", "hbm_bandwidth: 1e12", "ours.yaml changes of h200: hbm_bandwidth; leave that out"),
+        ("h100", "price_per_hour: 60", "on 'h100' .* is .*ours.yaml:2x8, whose base is h200;"),
+    ],
+)
+def test_a_calibration_that_does_not_hold_for_a_file_names_the_way_out(
+    tmp_path: Path, machine: str, changes: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        constants_for(ours(tmp_path, changes), written(tmp_path, calibration(machine)))
 
 
 def made_up(topology: str) -> RanksFit:

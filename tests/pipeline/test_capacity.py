@@ -321,6 +321,26 @@ def test_ranges_double() -> None:
     assert [shape.name for shape in expand("cpu:1..4")] == ["cpu:1", "cpu:2", "cpu:4"]
 
 
+def test_clusters_of_a_files_hosts_are_swept_with_the_calibration_of_its_base(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "ours.yaml"
+    path.write_text("base: h200\nranks: 8\nhbm_bytes: 64e9\n")
+    made = calibration_file(tmp_path / "calibration.json", "h200")
+    options = SweepOptions((f"{path}:1..4x8",), calibrations=(made,), prices=("ours=60",))
+    request = sweep_request(load_recipe("demo"), options)
+    assert [shape.name for shape in request.shapes] == [f"{path}:{n}8" for n in ("", "2x", "4x")]
+    assert [shape.price_per_hour for shape in request.shapes] == [60, 120, 240]
+    point = evaluate_point(request_of(request.shapes, calibrations=(made,)),
+                           key_of(request.shapes[1]))  # fmt: skip
+    assert point.topology == f"{path}:2x8"
+    assert point.constants is not None
+    assert point.constants.startswith("calibration of 8 ranks on NVIDIA H200")
+    path.write_text("base: h200\nranks: 8\nhbm_bandwidth: 1e12\n")
+    with pytest.raises(UserError, match="changes of h200: hbm_bandwidth"):
+        sweep_request(load_recipe("demo"), options)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -10,12 +10,14 @@ from pydantic import ValidationError
 from embedding.calibration import constants_for, read_calibration, suits
 from embedding.cluster_shape import MACHINE_PATTERN, ClusterShape, parse_shape
 from embedding.errors import UserError
+from embedding.limits import check_support
 from multimodal.content_config import ContentConfig, Service
 from multimodal.tower_files import is_on_hub, model_directory
 from pipeline.capacity_types import CapacityRequest, Target
 from pipeline.config import Recipe
 from pipeline.plan_request import measured_traffic, with_traffic
 from pipeline.recipe import nearest_name
+from ranking.compatibility import table_widths
 
 _RANGE = re.compile(rf"^{MACHINE_PATTERN}:(?P<low>\d+)\.\.(?P<high>\d+)(?P<ranks>x\d+)?$")
 
@@ -45,12 +47,14 @@ def sweep_request(recipe: Recipe, options: SweepOptions) -> CapacityRequest:
 
     Raises:
         UserError: A topology or price is none, a factor is not positive, a file is missing, stale
-            or of other tables or machines, or a tower of the content is not on this machine.
+            or of other tables or machines, a setting cannot run on a topology's devices, or a tower
+            of the content is not on this machine.
     """
     recipe = with_traffic(recipe, options.traffic)
     shapes = tuple(shape for text in options.topologies for shape in expand(text))
     priced = _with_prices(shapes, options.prices)
     _check_files(recipe, options, shapes)
+    _check_devices(recipe, shapes)
     if recipe.content is not None:
         _check_content(recipe.content, shapes)
     try:
@@ -101,6 +105,19 @@ def _check_files(recipe: Recipe, options: SweepOptions, shapes: tuple[ClusterSha
         first = next((shape for shape in shapes if suits(made, shape.machine)), None)
         if first is not None:
             constants_for(first, own)
+
+
+def _check_devices(recipe: Recipe, shapes: tuple[ClusterShape, ...]) -> None:
+    """Before anything is started: no plan makes a kind of device run what it cannot."""
+    schema, plane = table_widths(recipe.features, recipe.ranking.model), recipe.embedding
+    first_of_kind = {shape.machine.device: shape for shape in reversed(shapes)}
+    for device, shape in first_of_kind.items():
+        try:
+            check_support(schema, plane.optimizer, plane.sharding, device)
+        except UserError as error:
+            raise UserError(
+                f"topology {shape.name}: {error}, or leave topologies of {device} out"
+            ) from error
 
 
 def _check_content(content: ContentConfig, shapes: tuple[ClusterShape, ...]) -> None:

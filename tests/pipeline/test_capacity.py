@@ -370,6 +370,22 @@ def test_a_given_traffic_is_used_and_that_of_another_recipe_ends_the_study(tmp_p
 
 
 @pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("embedding.sharding.communication=bf16", "bf16 is not supported by gloo on CPU; use"),
+        ("embedding.optimizer={kind: adam}", "'adam' has a fused kernel for CUDA only"),
+    ],
+)
+def test_what_cannot_run_on_a_machine_of_the_sweep_ends_the_study(
+    setting: str, message: str
+) -> None:
+    recipe = load_recipe("demo", ["cluster.use_gpu=true", setting])
+    sweep_request(recipe, SweepOptions(("h100:8",)))
+    with pytest.raises(UserError, match=rf"topology cpu:2: .*{message}.*leave topologies of cpu"):
+        sweep_request(recipe, SweepOptions(("h100:8", "cpu:2", "cpu:4")))
+
+
+@pytest.mark.parametrize(
     ("machine", "versions", "message"),
     [
         ("cpu", {}, "is of 'cpu', which no topology of the sweep has .h200."),

@@ -121,7 +121,7 @@ def measure(table_set: TableSet, device: torch.device) -> dict[str, Any]:
         batches=batches,
         device=device,
     )
-    peak = measure_peak_bytes(make, STEPS)
+    peak = measure_peak_bytes(make, STEPS, device)
     predicted = plan.predicted.peak_bytes
     return {
         "tables": table_set.name,

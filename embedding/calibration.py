@@ -6,19 +6,36 @@ refused elsewhere: constants of another machine are worse than the data sheet's.
 
 import os
 import platform
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, PositiveInt, ValidationError
 
-from embedding.cluster_shape import ClusterShape
+from embedding.cluster_shape import ClusterShape, find_machine
 from embedding.config import StrictConfig
 from embedding.cost_constants import CostConstants, data_sheet_constants
+from embedding.demand import COUNT_NAMES, COUNTS
 from embedding.errors import UserError
+from embedding.machines import Machine
 
 VERSIONED = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu")
 """Packages whose kernels and collectives the constants describe."""
+_MEASURED = (
+    *("device", "hbm_bandwidth", "host_bandwidth"),
+    *("intra_host_bandwidth", "pcie_bandwidth"),
+)
+"""Figures of a machine that calibrated constants stand for."""
+_BETWEEN_RANKS = (
+    *("input_calls", "input_sent_ids", "input_lengths", "exchange_calls", "exchange_bytes"),
+    *("reduce_calls", "reduce_bytes", "backward_exchange_bytes", "backward_gather_bytes"),
+    *("replicated_calls", "all_reduce_bytes"),
+)
+"""Counts that cost a rank next to nothing while it is alone."""
+_BETWEEN_HOSTS = tuple(name for name in COUNT_NAMES if name.endswith("inter_bytes"))
+_PREFETCH = tuple(name for name, phase in COUNTS if phase == "prefetch")
+"""Neither a part of a step nor a micro-benchmark times these."""
 
 
 class Residual(StrictConfig):
@@ -100,6 +117,21 @@ def read_calibration(path: Path) -> Calibration:
         ) from error
 
 
+def suits(calibration: Calibration, machine: Machine) -> bool:
+    """Whether it was made on such a machine, or on one that a file changes in nothing measured."""
+    if machine.base is None:
+        return calibration.machine == machine.name
+    return calibration.machine == machine.base and not _changed(calibration, machine, machine.base)
+
+
+def _changed(calibration: Calibration, machine: Machine, base: str) -> list[str]:
+    """Keys in which a file's machine differs from its base and that the calibration measured."""
+    several_hosts = any(fit.world_size > fit.ranks_per_host for fit in calibration.fits)
+    keys = (*_MEASURED, *(("inter_host_bandwidth",) if several_hosts else ()))
+    known = find_machine(base)
+    return [key for key in keys if getattr(machine, key) != getattr(known, key)]
+
+
 def check_calibration(calibration: Calibration, shape: ClusterShape, path: Path) -> None:
     """Refuse a calibration that does not hold for this cluster and these libraries.
 
@@ -108,10 +140,18 @@ def check_calibration(calibration: Calibration, shape: ClusterShape, path: Path)
     """
     machine = shape.machine
     again = "calibrate again with `braid bench plan --calibrate`, or plan without it"
-    if calibration.machine != machine.name:
+    if calibration.machine != (machine.base or machine.name):
+        base = f", whose base is {machine.base}" if machine.base else ""
         raise UserError(
             f"calibration {path} was made on {calibration.machine!r} ({calibration.device_name}) "
-            f"and the topology is {shape.name}; {again}"
+            f"and the topology is {shape.name}{base}; {again}"
+        )
+    if not suits(calibration, machine):
+        assert machine.base is not None
+        changed = ", ".join(_changed(calibration, machine, machine.base))
+        raise UserError(
+            f"calibration {path} measured what {shape.file} changes of {machine.base}: {changed}; "
+            "leave that out of the file, or plan without the calibration"
         )
     known = installed_versions()
     for package, then in calibration.versions.items():
@@ -137,7 +177,8 @@ def constants_for(shape: ClusterShape, path: Path | None) -> CostConstants:
     """The constants to plan with: the calibration's for this cluster, or the data sheet's.
 
     A cluster of another size takes the constants of the nearest calibrated one, and what that one
-    could not measure (links between hosts) from the data sheet.
+    could not measure (exchanges of one rank alone, links between hosts, on GPUs the filling of
+    caches) from the data sheet, which their source says.
 
     Raises:
         UserError: The calibration is stale or of another machine.
@@ -148,14 +189,25 @@ def constants_for(shape: ClusterShape, path: Path | None) -> CostConstants:
     calibration = read_calibration(path)
     check_calibration(calibration, shape, path)
     nearest = min(calibration.fits, key=lambda fit: _distance(fit, shape))
+    ranks = "1 rank" if nearest.world_size == 1 else f"{nearest.world_size} ranks"
+    source = f"calibration of {ranks} on {calibration.device_name}"
     seconds = dict(nearest.constants.seconds)
-    source = f"calibration of {nearest.world_size} ranks on {calibration.device_name}"
-    one_host = nearest.world_size == nearest.ranks_per_host
-    if one_host and shape.num_hosts > 1:
-        between = {k: v for k, v in sheet.seconds.items() if "inter_bytes" in k}
-        seconds |= between
-        source += ", links between hosts from the data sheet"
+    missing = list(_not_measured(nearest, shape))
+    for _, names in missing:
+        seconds |= {name: sheet.seconds[name] for name in names}
+    if missing:
+        source += f", {' and '.join(what for what, _ in missing)} from the data sheet"
     return nearest.constants.model_copy(update={"seconds": seconds, "source": source})
+
+
+def _not_measured(fit: RanksFit, shape: ClusterShape) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """What a fit cannot know of a cluster, with its counts."""
+    if fit.world_size == 1 and shape.world_size > 1:
+        yield "exchanges between ranks", _BETWEEN_RANKS
+    if fit.world_size == fit.ranks_per_host and shape.num_hosts > 1:
+        yield "links between hosts", _BETWEEN_HOSTS
+    if shape.machine.device == "cuda":
+        yield "filling of caches", _PREFETCH
 
 
 def _distance(fit: RanksFit, shape: ClusterShape) -> tuple[int, int]:

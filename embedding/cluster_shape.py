@@ -1,5 +1,7 @@
 """The cluster a plan is made for: `h200:2x8`, `cpu:2`, or a YAML file that changes a known machine.
 
+`ours.yaml` is the cluster that the file describes, `ours.yaml:4x8` another one of such hosts.
+
 Imports nothing heavy. `embedding.topology` makes TorchRec's description of it.
 """
 
@@ -14,10 +16,17 @@ from pydantic import PositiveInt, ValidationError
 
 from embedding.config import StrictConfig
 from embedding.errors import UserError
+from embedding.host_memory import memory_of_this_machine
 from embedding.machines import MACHINES, Machine
 
-_SHAPE = re.compile(r"^(?P<name>[A-Za-z0-9_-]+):(?:(?P<hosts>\d+)x)?(?P<ranks>\d+)$")
-_FORMS = "write it as h200:8 (ranks of one host), h200:2x8 (hosts x ranks) or give a YAML file"
+MACHINE_PATTERN = r"(?P<name>[A-Za-z0-9_-]+|.+\.ya?ml)"
+"""A known machine, or a file."""
+_SHAPE = re.compile(rf"^{MACHINE_PATTERN}:(?:(?P<hosts>\d+)x)?(?P<ranks>\d+)$")
+_FILES = (".yaml", ".yml")
+_FORMS = (
+    "write it as h200:8 (ranks of one host), h200:2x8 (hosts x ranks) or ours.yaml:2x8, or give a "
+    "YAML file alone"
+)
 
 
 class ClusterShape(StrictConfig):
@@ -26,6 +35,8 @@ class ClusterShape(StrictConfig):
     machine: Machine
     num_hosts: PositiveInt = 1
     ranks_per_host: PositiveInt
+    file: str | None = None
+    """The YAML file that describes the machine."""
 
     @property
     def world_size(self) -> int:
@@ -36,7 +47,7 @@ class ClusterShape(StrictConfig):
     def name(self) -> str:
         """As `parse_shape` reads it."""
         hosts = f"{self.num_hosts}x" if self.num_hosts > 1 else ""
-        return f"{self.machine.name}:{hosts}{self.ranks_per_host}"
+        return f"{self.file or self.machine.name}:{hosts}{self.ranks_per_host}"
 
     @property
     def host_bytes_per_rank(self) -> int:
@@ -51,6 +62,17 @@ class ClusterShape(StrictConfig):
         return self.host_bytes_per_rank if on_cpu else self.machine.hbm_bytes
 
     @property
+    def cores_per_host(self) -> int | None:
+        """On CPU the cores of a host, taken to be this machine's; None on GPUs."""
+        return os.cpu_count() if self.machine.device == "cpu" else None
+
+    @property
+    def ranks_per_core(self) -> float:
+        """On CPU so many ranks take turns on a core; 1 where each has its own."""
+        cores = self.cores_per_host
+        return 1.0 if cores is None else max(1.0, self.ranks_per_host / cores)
+
+    @property
     def price_per_hour(self) -> float | None:
         """Of all hosts; a host that is used in part is paid in whole."""
         price = self.machine.price_per_hour
@@ -59,11 +81,6 @@ class ClusterShape(StrictConfig):
     def with_hosts(self, num_hosts: int) -> "ClusterShape":
         """The same hosts, more or fewer of them."""
         return self.model_copy(update={"num_hosts": num_hosts})
-
-
-def memory_of_this_machine() -> int:
-    """Bytes of physical memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def find_machine(name: str) -> Machine:
@@ -90,17 +107,22 @@ def parse_shape(text: str) -> ClusterShape:
     Raises:
         UserError: It is none, in a sentence with the remedy.
     """
-    if text.endswith((".yaml", ".yml")):
+    if text.endswith(_FILES):
         return read_shape(Path(text))
     match = _SHAPE.match(text)
     if match is None:
         raise UserError(f"topology {text!r} is not a device and a number of ranks; {_FORMS}")
-    machine = find_machine(match["name"])
-    return make_shape(machine, int(match["hosts"] or 1), int(match["ranks"]), text)
+    name, hosts, ranks = match["name"], int(match["hosts"] or 1), int(match["ranks"])
+    if name.endswith(_FILES):
+        described = read_shape(Path(name))
+        return make_shape(described.machine, hosts, ranks, text, described.file)
+    return make_shape(find_machine(name), hosts, ranks, text)
 
 
-def make_shape(machine: Machine, num_hosts: int, ranks_per_host: int, where: str) -> ClusterShape:
-    """A checked shape; `where` names it in errors.
+def make_shape(
+    machine: Machine, num_hosts: int, ranks_per_host: int, where: str, file: str | None = None
+) -> ClusterShape:
+    """A checked shape; `where` names it in errors, `file` is the machine's.
 
     Raises:
         UserError: No rank, or more ranks than a host has.
@@ -111,10 +133,12 @@ def make_shape(machine: Machine, num_hosts: int, ranks_per_host: int, where: str
         hosts = -(-num_hosts * ranks_per_host // machine.ranks_per_host)
         raise UserError(
             f"topology {where!r}: a {machine.name} host has {machine.ranks_per_host} ranks, not "
-            f"{ranks_per_host}; use {machine.name}:{hosts}x{machine.ranks_per_host}, or a YAML "
-            "file with another ranks_per_host"
+            f"{ranks_per_host}; use {file or machine.name}:{hosts}x{machine.ranks_per_host}, or a "
+            "YAML file with another ranks_per_host"
         )
-    return ClusterShape(machine=machine, num_hosts=num_hosts, ranks_per_host=ranks_per_host)
+    return ClusterShape(
+        machine=machine, num_hosts=num_hosts, ranks_per_host=ranks_per_host, file=file
+    )
 
 
 def read_shape(path: Path) -> ClusterShape:
@@ -138,7 +162,7 @@ def read_shape(path: Path) -> ClusterShape:
     if not isinstance(data, dict):
         raise UserError(f"topology file {path} must be a mapping with base, hosts and ranks")
     changes = dict(data)
-    base = changes.pop("base", None)
+    base = changes.get("base")
     hosts, ranks = changes.pop("hosts", 1), changes.pop("ranks", None)
     known = {} if base is None else find_machine(str(base)).model_dump()
     if not isinstance(hosts, int) or not isinstance(ranks, int):
@@ -152,10 +176,10 @@ def read_shape(path: Path) -> ClusterShape:
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise UserError(
-            f"topology file {path}: {faults}; keys are base, hosts, ranks and "
+            f"topology file {path}: {faults}; keys are hosts, ranks and "
             f"{', '.join(Machine.model_fields)}"
         ) from error
-    return make_shape(machine, hosts, ranks, str(path))
+    return make_shape(machine, hosts, ranks, str(path), str(path))
 
 
 def _numbers(changes: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """Seconds per counted piece of work: from a machine's data sheet, or from its calibration."""
 
-import os
-
 import numpy as np
 from pydantic import Field, model_validator
 
@@ -109,7 +107,7 @@ def data_sheet_constants(shape: ClusterShape) -> CostConstants:
         seconds=seconds,
         step_s=call,
         assembly_byte_s=3 * memory,
-        cores_per_host=None if on_gpu else os.cpu_count(),
+        cores_per_host=shape.cores_per_host,
     )
 
 

@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -45,8 +45,8 @@ class LookupCase:
     pooling: int
     exponent: float
     batch_size: int = SAMPLES
-    location: str = "device"
-    """`device`, `managed` (host memory over PCIe) or `managed_caching`."""
+    location: Literal["device", "managed"] = "device"
+    """`device`, or `managed` (host memory over PCIe)."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,9 @@ class Machine(StrictConfig):
     """One kind of rank (a GPU, or a process on a CPU) and the host it sits in."""
 
     name: str
-    """As in `h200:2x8`."""
+    """As in `h200:2x8`; of a YAML file its name without a suffix."""
+    base: str | None = None
+    """The known machine that a YAML file changes."""
     device: Literal["cuda", "cpu"]
     ranks_per_host: PositiveInt
     """Ranks of a full host."""

@@ -90,7 +90,10 @@ def lookup_parts(device: torch.device, *, quick: bool) -> dict[str, float]:
 
 
 def offloading_parts(device: torch.device) -> dict[str, float]:
-    """Seconds per byte of rows that come from host memory, through UVM and through its cache."""
+    """Seconds per byte of rows that are read and updated in host memory.
+
+    How fast a cache in device memory is filled is not measured.
+    """
     case = LookupCase(4_000_000, 128, 1, 0.0, batch_size=65_536)
     near = time_lookup(case, device)
     uvm = LookupCase(4_000_000, 128, 1, 0.0, batch_size=65_536, location="managed")
@@ -99,15 +102,7 @@ def offloading_parts(device: torch.device) -> dict[str, float]:
     return {
         "lookup_host_bytes": max(far.forward_s - near.forward_s, 0.0) / moved,
         "update_host_bytes": max(far.backward_s - near.backward_s, 0.0) / (2 * moved),
-        "prefetch_bytes": host_to_device_byte_s(device),
     }
-
-
-def host_to_device_byte_s(device: torch.device, num_bytes: int = 1 << 28) -> float:
-    """Of a copy from page-locked memory."""
-    source = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-    target = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-    return time_together(lambda: target.copy_(source), device) / num_bytes
 
 
 def copied_bytes_per_s(device: torch.device, num_bytes: int = 1 << 32) -> float:

@@ -95,6 +95,8 @@ class PlanDescription(StrictConfig):
     proposer: str | None = None
     """Which search found it."""
     tables: tuple[TablePlan, ...]
+    unmeasured: tuple[str, ...] | None = None
+    """Tables whose lookups no traffic has: how popular rows are is assumed. None: not known."""
     predicted: Prediction | None = Field(default=None, repr=False)
 
     def weight_bytes_per_rank(self) -> list[int]:

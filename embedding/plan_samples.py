@@ -12,7 +12,7 @@ from embedding.cost import CostModel, Placed
 from embedding.layout import Layout
 from embedding.limits import ELEMENT_BYTES
 from embedding.proposers import Options
-from embedding.search import all_placed, canonical
+from embedding.search import CanonicalForm, all_placed, canonical
 
 MAX_REPLICATED_BYTES = 16 << 20
 """Data-parallel tables beyond this are never sensible: their dense gradient costs too much."""
@@ -89,7 +89,7 @@ def is_sensible(model: CostModel, table: str, choice: Choice) -> bool:
 
 
 def all_sensible(model: CostModel, options: Options) -> Iterator[dict[str, Placed]]:
-    """Every placement of sensible choices, once up to renaming the ranks of one host."""
+    """Every placement of sensible choices, once up to renaming hosts, and ranks within a host."""
     tables = list(options)
     ways = [
         [
@@ -100,9 +100,9 @@ def all_sensible(model: CostModel, options: Options) -> Iterator[dict[str, Place
         ]
         for table in tables
     ]
-    seen: set[tuple[tuple[Choice, tuple[int, ...]], ...]] = set()
+    seen: set[CanonicalForm] = set()
     for combination in itertools.product(*ways):
-        form = canonical(combination)
+        form = canonical(combination, model.shape.ranks_per_host)
         if form not in seen:
             seen.add(form)
             yield dict(zip(tables, combination, strict=True))

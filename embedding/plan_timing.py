@@ -231,15 +231,15 @@ def _median_of_slowest(seconds: list[float]) -> float:
     return statistics.median(slowest.tolist())
 
 
-def measure_peak_bytes(make: Callable[[], PlanRun], steps: int) -> int:
-    """How far this rank's memory rises while a plan is built and run.
+def measure_peak_bytes(make: Callable[[], PlanRun], steps: int, device: torch.device) -> int:
+    """How far this rank's memory rises while a plan is built and run on `device`.
 
     On CPU the growth of the resident set; on CUDA what torch's allocator gave out.
     """
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
     else:
         give_back_freed_memory()
         Path("/proc/self/clear_refs").write_text("5")  # resets the kernel's high-water mark
@@ -247,8 +247,8 @@ def measure_peak_bytes(make: Callable[[], PlanRun], steps: int) -> int:
     run = make()
     for _ in range(steps):
         run.step()
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() - before
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) - before
     return _status_bytes("VmHWM") - before
 
 

@@ -39,6 +39,7 @@ def describe(
             _table_plan(model.loads[table], placed, shape, tables_path)
             for table, placed in placement.items()
         ),
+        unmeasured=tuple(load.name for load in model.loads.values() if not load.measured),
         predicted=predict(model, placement),
     )
 
@@ -76,7 +77,8 @@ def placement_of(
     if plan.world_size != shape.world_size:
         raise UserError(
             f"the plan is for {plan.world_size} ranks and {shape.name} has {shape.world_size}; "
-            "plan again for it"
+            "plan again: `braid plan` plans for the ranks that the recipe trains on, and with "
+            "--topology for any others"
         )
     refuse_other_tables(plan, {load.name for load in loads})
     placement = {}

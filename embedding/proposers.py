@@ -37,8 +37,8 @@ def total_bytes(model: CostModel, table: str, choice: Choice) -> float:
     return everyone + priced.owner_bytes * model.num_owners(choice)
 
 
-def uniform(options: Options, model: CostModel) -> Iterator[Proposal]:
-    """Every table the same way, where it can; its cheapest way elsewhere."""
+def uniform(options: Options, model: CostModel) -> Iterator[tuple[str, Proposal]]:
+    """By sharding type: every table that way, where it can; its cheapest way elsewhere."""
     for sharding in SHARDING_TYPES:
         if not any(c.sharding == sharding for choices in options.values() for c in choices):
             continue
@@ -46,7 +46,7 @@ def uniform(options: Options, model: CostModel) -> Iterator[Proposal]:
         for table, choices in options.items():
             same = [c for c in choices if c.sharding == sharding] or choices
             proposal[table] = min(same, key=lambda c, t=table: mean_seconds(model, t, c))  # type: ignore[misc]
-        yield proposal
+        yield sharding, proposal
 
 
 def grid(options: Options, model: CostModel) -> Iterator[Proposal]:

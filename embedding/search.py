@@ -26,6 +26,10 @@ from embedding.proposers import (
 PROPOSERS = ("greedy", "grid", "uniform", "dynamic_programming", "exhaustive", "pinned")
 EXHAUSTIVE_LIMIT = 5000
 """Placements that are all tried instead of searched."""
+Tables = tuple[int, ...]
+"""By number; one that has several units there occurs so often."""
+CanonicalForm = tuple[tuple[Choice, ...], tuple[tuple[Tables, tuple[Tables, ...]], ...]]
+"""Choices of all tables; for every host the tables on it, and those on each of its ranks."""
 _REFINED = 4
 _MAX_PASSES = 12
 _MIN_GAIN = 1e-4
@@ -104,10 +108,10 @@ def search(
 
 def _cheapest_distinct(met: Sequence[Layout], keep: int) -> Iterator[dict[str, Placed]]:
     """The first of `met`, then the cheapest ones that no renaming of ranks makes equal."""
-    seen: set[tuple[tuple[Choice, tuple[int, ...]], ...]] = set()
+    seen: set[CanonicalForm] = set()
     for layout in (met[0], *sorted(met[1:], key=Layout.cost)):
         placement = {table: layout.placement[table] for table in layout.model.loads}
-        form = canonical(placement.values())
+        form = canonical(placement.values(), layout.model.shape.ranks_per_host)
         if form not in seen:
             seen.add(form)
             yield placement
@@ -115,21 +119,30 @@ def _cheapest_distinct(met: Sequence[Layout], keep: int) -> Iterator[dict[str, P
             return
 
 
-def canonical(combination: Iterable[Placed]) -> tuple[tuple[Choice, tuple[int, ...]], ...]:
-    """Ranks renamed in the order in which they appear: mirror images look the same.
+def canonical(combination: Iterable[Placed], ranks_per_host: int) -> CanonicalForm:
+    """Equal for placements that differ by the names of hosts, and of ranks within a host, only.
 
-    Column shards are alike, so a table's own ranks are sorted first.
+    Column shards of a table are alike, so of every place their number counts.
     """
-    names: dict[tuple[str, int], int] = {}
-    form: list[tuple[Choice, tuple[int, ...]]] = []
-    for choice, targets in combination:
-        if choice.domain == "all":
-            form.append((choice, (0,)))
-            continue
-        for target in sorted(targets):
-            names.setdefault((choice.domain, target), len(names))
-        form.append((choice, tuple(sorted(names[choice.domain, t] for t in targets))))
-    return tuple(form)
+    choices: list[Choice] = []
+    on_host: dict[int, list[int]] = {}
+    on_rank: dict[int, dict[int, list[int]]] = {}
+    for table, (choice, targets) in enumerate(combination):
+        choices.append(choice)
+        for target in targets:
+            match choice.domain:
+                case "host":
+                    on_host.setdefault(target, []).append(table)
+                case "rank":
+                    ranks = on_rank.setdefault(target // ranks_per_host, {})
+                    ranks.setdefault(target, []).append(table)
+                case "all":
+                    pass
+    hosts = sorted(
+        (tuple(on_host.get(host, ())), tuple(sorted(map(tuple, on_rank.get(host, {}).values()))))
+        for host in on_host.keys() | on_rank.keys()
+    )
+    return tuple(choices), tuple(hosts)
 
 
 def _proposed(
@@ -138,7 +151,7 @@ def _proposed(
     none_fits = True
     for name, proposal in itertools.chain(
         (("grid", proposal) for proposal in grid(options, model)),
-        (("uniform", proposal) for proposal in uniform(options, model)),
+        (("uniform", proposal) for _, proposal in uniform(options, model)),
         (("dynamic_programming", p) for p in dynamic_programming(options, model)),
     ):
         layout = _place(base, options, proposal)
@@ -283,7 +296,8 @@ def fits_somehow(model: CostModel, options: Options) -> bool:
     base, options = Layout(model), _without_caches(options)
     if _place(base, options, smallest(options, model)) is not None:
         return True
-    proposals = itertools.chain(dynamic_programming(options, model), uniform(options, model))
+    alike = (proposal for _, proposal in uniform(options, model))
+    proposals = itertools.chain(dynamic_programming(options, model), alike)
     return any(_place(base, options, proposal) is not None for proposal in proposals)
 
 

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from embedding.config import Hashed, TableConfig
+from embedding.config import Hashed, Identity, ManagedCollision, TableConfig
 from embedding.id_distribution import IdDistribution
 from embedding.limits import COLUMN_MULTIPLE
 from embedding.traffic import TableTraffic, Traffic
@@ -14,6 +14,8 @@ _UNUSED_SHARE = 0.5
 _FULL_SHARE = 0.9
 _ONCE_SHARE = 0.5
 _HEADROOM = 1.5
+_ROWS_PER_HASHED_ID = 4
+"""So many that about a fifth of the ids share a row."""
 _SKEWED_HIT = 0.9
 
 
@@ -71,26 +73,54 @@ def _facts(table: TableConfig, measured: TableTraffic) -> TableFacts:
 
 
 def _rows_advice(table: TableConfig, measured: TableTraffic, touched: float) -> str | None:
-    if touched < _UNUSED_SHARE:
-        rows = _round_up(_HEADROOM * measured.rows_touched)
-        if rows >= table.num_embeddings:
-            return None
-        saved = 1 - rows / table.num_embeddings
+    """Fewer rows, as far as the kind of ids allows; or more, where hashed ids crowd them."""
+    match table.ids:
+        case Hashed():
+            return _hashed_rows(table, touched)
+        case Identity():
+            # A row is an id: those above the highest one are all that can go.
+            used = None if measured.highest_row is None else measured.highest_row + 1
+            what = "every id that was looked up"
+        case ManagedCollision():
+            used, what = measured.rows_touched, "as many ids"
+    if touched >= _UNUSED_SHARE or used is None:
+        return None
+    rows = _round_up(_HEADROOM * used)
+    if rows >= table.num_embeddings:
+        return None
+    return (
+        f"{1 - touched:.0%} of its rows were never looked up: num_embeddings={rows} holds {what}, "
+        f"leaves {_HEADROOM - 1:.0%} room and saves {1 - rows / table.num_embeddings:.0%} of its "
+        "memory"
+    )
+
+
+def _hashed_rows(table: TableConfig, touched: float) -> str | None:
+    if table.num_embeddings <= 2:  # noqa: PLR2004 # one row beside the OOV row
+        return None
+    # Of n ids hashed into R rows, R (1 - exp(-n / R)) rows are touched.
+    share = min(touched, 1 - 1 / table.num_embeddings)
+    distinct = -table.num_embeddings * math.log1p(-share)
+    rows = _round_up(_ROWS_PER_HASHED_ID * distinct)
+    before, after = (_sharing(distinct, n) for n in (table.num_embeddings, rows))
+    if touched < _UNUSED_SHARE and rows < table.num_embeddings:
         return (
-            f"{1 - touched:.0%} of its rows were never looked up: num_embeddings={rows} leaves "
-            f"{_HEADROOM - 1:.0%} room and saves {saved:.0%} of its memory"
+            f"{1 - touched:.0%} of its rows were never looked up: num_embeddings={rows} saves "
+            f"{1 - rows / table.num_embeddings:.0%} of its memory, and {after:.0%} of its ids "
+            f"instead of {before:.0%} would share a row with another"
         )
-    if isinstance(table.ids, Hashed) and touched > _FULL_SHARE and table.num_embeddings > 2:
-        # Of n ids hashed into R rows, R (1 - exp(-n / R)) rows are touched.
-        share = min(touched, 1 - 1 / table.num_embeddings)
-        distinct = -table.num_embeddings * math.log1p(-share)
-        collided = 1 - math.exp(-distinct / table.num_embeddings)
+    if touched > _FULL_SHARE:
         return (
-            f"{touched:.0%} of its rows are in use, so about {collided:.0%} of its ids share a row "
-            f"with another: num_embeddings={_round_up(4 * distinct)} would bring that to a fifth, "
-            "or use managed_collision"
+            f"{touched:.0%} of its rows are in use, so about {before:.0%} of its ids share a row "
+            f"with another: num_embeddings={rows} would bring that to {after:.0%}, or use "
+            "managed_collision"
         )
     return None
+
+
+def _sharing(num_ids: float, num_rows: int) -> float:
+    """Share of hashed ids that share their row with another one."""
+    return 1 - math.exp(-num_ids / num_rows)
 
 
 def _dim_advice(table: TableConfig, measured: TableTraffic) -> str | None:

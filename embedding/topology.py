@@ -17,6 +17,7 @@ from torchrec.distributed.planner.types import (
 from embedding.cluster_shape import ClusterShape, find_machine
 from embedding.config import ShardingConfig
 from embedding.errors import UserError
+from embedding.host_memory import memory_of_this_machine
 from embedding.machines import GIB, MACHINES, Machine
 
 logger = logging.getLogger(__name__)
@@ -65,11 +66,16 @@ def local_shape(sharding: ShardingConfig, world_size: int, device: torch.device)
 
 
 def local_machine(device: torch.device) -> Machine:
-    """The known machine with this device, and this device's memory; an unknown GPU is a guess."""
+    """The known machine with this device, and the memory that device and host have here.
+
+    An unknown GPU is a guess.
+    """
     if device.type == "cpu":
-        return find_machine("cpu")
-    properties = torch.cuda.get_device_properties(device)
-    return machine_of_gpu(properties.name, properties.total_memory)
+        machine = find_machine("cpu")
+    else:
+        properties = torch.cuda.get_device_properties(device)
+        machine = machine_of_gpu(properties.name, properties.total_memory)
+    return machine.model_copy(update={"host_bytes": memory_of_this_machine()})
 
 
 def machine_of_gpu(name: str, total_bytes: int) -> Machine:

@@ -25,6 +25,8 @@ class TableLoad:
     ids_per_sample: tuple[float, ...]
     """Mean ids of every feature on the table."""
     ids: IdDistribution
+    measured: bool = False
+    """Whether `ids` is what traffic says, not Zipf's law."""
 
     @property
     def name(self) -> str:
@@ -69,13 +71,15 @@ def table_loads(
     loads = []
     for table in schema.tables:
         features = [f for f in schema.id_features if f.table == table.name]
+        measured = _measured(table, traffic)
         loads.append(
             TableLoad(
                 table=table,
                 module=modules[table.name],
                 pooled=table.name not in schema.sequence_tables,
                 ids_per_sample=tuple(_ids_per_sample(f, schema, traffic) for f in features),
-                ids=_distribution(table, traffic, exponent),
+                ids=zipf(table.num_embeddings, exponent) if measured is None else measured,
+                measured=measured is not None,
             )
         )
     return loads
@@ -103,8 +107,8 @@ def _ids_per_sample(
     return float(feature.max_length or 1)
 
 
-def _distribution(table: TableConfig, traffic: Traffic | None, exponent: float) -> IdDistribution:
-    measured = traffic.table(table.name) if traffic is not None else None
-    if measured is None or not measured.bin_rows:
-        return zipf(table.num_embeddings, exponent)
-    return IdDistribution(measured.bin_rows, measured.bin_shares)
+def _measured(table: TableConfig, traffic: Traffic | None) -> IdDistribution | None:
+    found = traffic.table(table.name) if traffic is not None else None
+    if found is None or not found.bin_rows:
+        return None
+    return IdDistribution(found.bin_rows, found.bin_shares)

@@ -11,21 +11,19 @@ from itertools import product
 
 import ray
 
-from embedding.calibration import read_calibration
+from embedding.calibration import read_calibration, suits
 from embedding.choices import FUSED
-from embedding.config import FeatureSchema, TableConfig
 from embedding.cost import RESERVED_SHARE
 from embedding.errors import UserError
-from embedding.limits import COLUMN_MULTIPLE, ELEMENT_BYTES
+from embedding.limits import ELEMENT_BYTES
 from embedding.plan_description import Prediction
 from embedding.planning import PlanRequest, plan_tables
-from embedding.traffic import read_traffic
 from pipeline.capacity_answer import answer_of, choose
-from pipeline.capacity_growth import breaking_growth, grown, no_room
+from pipeline.capacity_growth import breaking_growth, grown, no_room, with_dims
 from pipeline.capacity_step import dense_seconds
 from pipeline.capacity_types import CapacityAnswer, CapacityPoint, CapacityRequest, PointKey
 from pipeline.content_step import ContentStep, content_step
-from pipeline.plan_request import plan_request
+from pipeline.plan_request import measured_traffic, plan_request
 
 _POINTS_PER_TASK = 2
 _LESS_CONTENT = (
@@ -40,7 +38,6 @@ def run_capacity(
     """Evaluate all points on an initialised Ray, and answer."""
     began = time.monotonic()
     request = _with_costs(request)
-    assert request.dense is not None
     keys = list(_keys(request))
     # Large clusters take longest: they go first, so that none is left at the end.
     order = sorted(range(len(keys)), key=lambda i: -keys[i].shape.world_size)
@@ -65,7 +62,7 @@ def run_capacity(
         answer=answer_of(ordered, chosen, request.target, request.recipe.content),
         target=request.target,
         chosen=chosen,
-        dense=request.dense,
+        dense=request.dense[1.0],
         content=request.content,
         points=ordered,
         seconds=time.monotonic() - began,
@@ -74,14 +71,18 @@ def run_capacity(
 
 def _with_costs(request: CapacityRequest) -> CapacityRequest:
     """Take the costs of dense side and content, where they are not given: once, for all points."""
-    if request.dense is None or (request.content is None and request.recipe.content is not None):
+    if _missing_dense(request) or (request.content is None and request.recipe.content is not None):
         found = ray.get(ray.remote(_costs_of).remote(request.model_dump_json()))
         request = CapacityRequest.model_validate_json(found)
-    assert request.dense is not None
     if request.dense_flops_per_row is None:
         return request
-    dense = request.dense.with_flops(request.dense_flops_per_row)
+    dense = {f: c.with_flops(request.dense_flops_per_row) for f, c in request.dense.items()}
     return request.model_copy(update={"dense": dense})
+
+
+def _missing_dense(request: CapacityRequest) -> list[float]:
+    """Factors of the dims without a cost; the answer shows that of today's."""
+    return [factor for factor in {1.0, *request.dim_factors} if factor not in request.dense]
 
 
 def _chunks(order: list[int]) -> Iterator[list[int]]:
@@ -94,14 +95,16 @@ def _costs_of(text: str) -> str:
     from pipeline.dense_cost import dense_cost
 
     request = CapacityRequest.model_validate_json(text)
-    path = request.traffic or request.recipe.embedding.sharding.traffic
-    traffic = None if path is None else read_traffic(path)
+    traffic = measured_traffic(request.recipe)
     content, config = None, request.recipe.content
     if config is not None:
         from pipeline.content_cost import content_cost  # transformers: seconds, for content only
 
         content = content_cost(request.recipe, config, traffic)
-    dense = dense_cost(request.recipe, traffic, content)
+    dense = request.dense | {
+        factor: dense_cost(with_dims(request.recipe, factor), traffic, content)
+        for factor in _missing_dense(request)
+    }
     return request.model_copy(update={"dense": dense, "content": content}).model_dump_json()
 
 
@@ -154,7 +157,7 @@ def evaluate_point(request: CapacityRequest, key: PointKey) -> CapacityPoint:
             "breaks_at_growth": growth,
             "breaks_first": why,
             "offloads_at_growth": 1.0 if offloads else inside,
-            "days_left": _days_left(request, planned, growth),
+            "days_left": _days_left(request, key, planned, growth),
             "search_s": time.perf_counter() - began,
         }
     )
@@ -177,18 +180,17 @@ def _point(request: CapacityRequest, key: PointKey) -> CapacityPoint:
 
 def _request_of(request: CapacityRequest, key: PointKey) -> PlanRequest:
     recipe, shape = request.recipe, key.shape
-    planned = plan_request(recipe, shape)
+    planned = plan_request(with_dims(recipe, key.dim_factor), shape)
+    # The recipe's is of the machine that trains now, which a sweep may leave out.
+    files = (*request.calibrations, planned.calibration)
     calibration = next(
-        (p for p in request.calibrations if read_calibration(p).machine == shape.machine.name), None
+        (p for p in files if p is not None and suits(read_calibration(p), shape.machine)), None
     )
-    traffic = planned.traffic if request.traffic is None else read_traffic(request.traffic)
     settings = replace(planned.settings, batch_size_per_rank=key.batch_size_per_rank)
     return grown(
         replace(
             planned,
-            schema=_with_dims(planned.schema, key.dim_factor),
             calibration=calibration,
-            traffic=traffic,
             settings=settings,
             kernels=request.kernels,
             reserved_bytes=_reserved_bytes(request, key, key.growth),
@@ -197,37 +199,29 @@ def _request_of(request: CapacityRequest, key: PointKey) -> PlanRequest:
     )
 
 
-def _with_dims(schema: FeatureSchema, factor: float) -> FeatureSchema:
-    if factor == 1:
-        return schema
-
-    def scaled(table: TableConfig) -> TableConfig:
-        dim = max(1, round(factor * table.embedding_dim / COLUMN_MULTIPLE)) * COLUMN_MULTIPLE
-        return table.model_copy(update={"embedding_dim": dim})
-
-    return schema.model_copy(update={"tables": tuple(map(scaled, schema.tables))})
-
-
 def _days_left(
-    request: CapacityRequest, planned: PlanRequest, growth: float | None
+    request: CapacityRequest, key: PointKey, planned: PlanRequest, growth: float | None
 ) -> float | None:
+    """Until the point's tables are `growth` times as large."""
     if growth is None:
         return None
-    per_day = _growth_per_day(request, planned)
+    per_day = _growth_per_day(request, key, planned)
     return None if not per_day else (growth - 1) / per_day
 
 
-def _growth_per_day(request: CapacityRequest, planned: PlanRequest) -> float | None:
-    """Share of the tables' bytes that is added a day, by the tables that the traffic measured."""
+def _growth_per_day(request: CapacityRequest, key: PointKey, planned: PlanRequest) -> float | None:
+    """Share of the point's tables that is added a day: as given, else by the measured tables."""
+    if request.growth_per_day is not None:
+        return request.growth_per_day / key.growth
     if planned.traffic is None:
-        return request.growth_per_day
+        return None
     gained = total = 0.0
     for table in planned.schema.tables:
         measured = planned.traffic.table(table.name)
         total += table.num_embeddings * table.embedding_dim
         if measured is not None and measured.new_rows_per_day is not None:
             gained += measured.new_rows_per_day * table.embedding_dim
-    return gained / total if gained else request.growth_per_day
+    return gained / total
 
 
 def _content_step(request: CapacityRequest, key: PointKey, growth: float) -> ContentStep | None:
@@ -251,8 +245,7 @@ def _figures(
     request: CapacityRequest, key: PointKey, predicted: Prediction
 ) -> dict[str, float | int | None]:
     shape, batch = key.shape, key.batch_size_per_rank
-    assert request.dense is not None
-    dense = dense_seconds(request.dense, shape, batch)
+    dense = dense_seconds(request.dense[key.dim_factor], shape, batch)
     # On CUDA the pipeline exchanges the next batch's ids while the dense side computes. Caches are
     # filled in the lookup, not ahead of it.
     ahead = predicted.phase_s["input_dist"]

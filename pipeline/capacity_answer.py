@@ -15,15 +15,25 @@ MIN_HEADROOM = 0.05
 
 def today(points: Sequence[CapacityPoint]) -> list[CapacityPoint]:
     """Points of the tables as they are now, that fit."""
-    return [p for p in points if p.growth == 1 and p.dim_factor == 1 and p.refusal is None]
+    return [p for p in points if _is_of_today(p) and p.refusal is None]
+
+
+def _is_of_today(point: CapacityPoint) -> bool:
+    return point.growth == 1 and point.dim_factor == 1
+
+
+def has_room(point: CapacityPoint) -> bool:
+    """Whether so much memory stays free that the cluster can be recommended."""
+    return (point.headroom or 0.0) >= MIN_HEADROOM
 
 
 def choose(points: Sequence[CapacityPoint], target: Target) -> CapacityPoint | None:
     """The cheapest cluster that meets the target: by price an hour, else by ranks.
 
-    Without a target, the one with the cheapest rows; without prices, the most rows per rank.
+    Without a target, the one with the cheapest rows; without prices, the most rows per rank. Where
+    only some clusters have a price, one of those, as long as one of them meets the target.
     """
-    roomy = [p for p in today(points) if (p.headroom or 0.0) >= MIN_HEADROOM] or today(points)
+    roomy = [p for p in today(points) if has_room(p)] or today(points)
     needed = target.needed_rows_per_s
     if needed is None:
         return min(roomy, key=_cost_of_rows, default=None)
@@ -43,6 +53,12 @@ def _cost_of_cluster(point: CapacityPoint) -> tuple[float, float]:
     return 1.0, float(point.world_size)
 
 
+def _costs_less(one: CapacityPoint, other: CapacityPoint) -> bool:
+    """By the price of both, or by the ranks of both."""
+    (by, cost), (other_by, other_cost) = _cost_of_cluster(one), _cost_of_cluster(other)
+    return by == other_by and cost < other_cost
+
+
 def answer_of(
     points: Sequence[CapacityPoint],
     chosen: CapacityPoint | None,
@@ -52,13 +68,7 @@ def answer_of(
     """The conclusion in a few sentences; `content` is the recipe's."""
     if chosen is None:
         return _no_cluster(points, target)
-    needed = target.needed_rows_per_s
-    kind = "smallest" if chosen.price_per_hour is None else "cheapest"
-    lead = (
-        f"{chosen.topology} is the {kind} cluster that reaches {human(needed)} rows/s"
-        if needed is not None
-        else f"{chosen.topology} trains the cheapest rows"
-    )
+    lead = _lead(points, chosen, target)
     if target.rows_per_day is not None and chosen.rows_per_s:
         hours = duration(target.rows_per_day / chosen.rows_per_s)
         lead += f": {human(target.rows_per_day)} rows take {hours} of the {target.window_hours:g}h"
@@ -72,12 +82,42 @@ def answer_of(
         f"; {chosen.headroom or 0:.0%} stay free.",
         _future(chosen),
         *_passed_over(points, chosen, target),
+        *_not_compared(points, chosen),
     ]
     if chosen.cost_per_billion_rows is not None:
         parts.append(f"A billion rows cost {chosen.cost_per_billion_rows:.2f}.")
     if "calibration" not in (chosen.constants or ""):
         parts.append("Times come from data sheets, not from measurements: calibrate to trust them.")
     return " ".join(parts)
+
+
+def _lead(points: Sequence[CapacityPoint], chosen: CapacityPoint, target: Target) -> str:
+    needed, priced = target.needed_rows_per_s, chosen.price_per_hour is not None
+    among = " of the clusters with a price" if priced and _unpriced(points) else ""
+    if needed is not None:
+        kind = "cheapest" if priced else "smallest"
+        which = f"{kind}{among or ' cluster'}"
+        return f"{chosen.topology} is the {which} that reaches {human(needed)} rows/s"
+    if priced:
+        return f"{chosen.topology} trains the cheapest rows{among}"
+    return f"{chosen.topology} trains the most rows a rank"
+
+
+def _unpriced(points: Sequence[CapacityPoint]) -> list[str]:
+    """Machines without a price that the tables fit on."""
+    return sorted({p.machine for p in today(points) if p.price_per_hour is None})
+
+
+def _not_compared(points: Sequence[CapacityPoint], chosen: CapacityPoint) -> Iterator[str]:
+    """Machines that a price hides."""
+    unpriced = _unpriced(points)
+    if chosen.price_per_hour is None or not unpriced:
+        return
+    has, those = ("has", "it") if len(unpriced) == 1 else ("have", "them")
+    yield (
+        f"{', '.join(unpriced)} {has} no price and could be cheaper: give {those} a --price to "
+        "compare all."
+    )
 
 
 def _parts(point: CapacityPoint) -> str:
@@ -133,9 +173,8 @@ def _passed_over(
     """The cheapest cluster that reaches the target too but lacks memory, where it costs less."""
     if target.needed_rows_per_s is None:
         return
-    full = [p for p in today(points) if (p.headroom or 0.0) < MIN_HEADROOM]
-    tempting = choose(full, target)
-    if tempting is None or _cost_of_cluster(tempting) >= _cost_of_cluster(chosen):
+    tempting = choose([p for p in today(points) if not has_room(p)], target)
+    if tempting is None or not _costs_less(tempting, chosen):
         return
     yield (
         f"{tempting.topology} costs less and would train {human(tempting.rows_per_s or 0)} rows/s, "
@@ -147,12 +186,24 @@ def _passed_over(
 def _no_cluster(points: Sequence[CapacityPoint], target: Target) -> str:
     fitting = today(points)
     if not fitting:
-        refused = next((p for p in reversed(points) if p.refusal), None)
+        refused = next((p for p in reversed(points) if p.refusal and _is_of_today(p)), None)
         why = f" {refused.topology}: {refused.refusal}." if refused else ""
         return f"The tables fit none of these clusters.{why}"
-    fastest = max(fitting, key=lambda p: p.rows_per_s or 0.0)
-    return (
-        f"No cluster of the sweep reaches {human(target.needed_rows_per_s or 0)} rows/s: the "
-        f"fastest, {fastest.topology} with {fastest.batch_size_per_rank:,} rows a rank, trains "
-        f"{human(fastest.rows_per_s or 0)} rows/s; sweep larger clusters or batches."
+    needed = human(target.needed_rows_per_s or 0)
+    tight = choose([p for p in fitting if not has_room(p)], target)
+    fastest = max([p for p in fitting if has_room(p)] or fitting, key=lambda p: p.rows_per_s or 0.0)
+    which = f" with {MIN_HEADROOM:.0%} of its memory free" if tight else ""
+    said = (
+        f"No cluster of the sweep{which} reaches {needed} rows/s: the fastest, {_at(fastest)}, "
+        f"trains {human(fastest.rows_per_s or 0)} rows/s; sweep larger clusters or batches."
     )
+    if tight is None:
+        return said
+    return (
+        f"{said} {_at(tight)} reaches it with {human(tight.rows_per_s or 0)} rows/s, but "
+        f"{tight.headroom or 0:.0%} of its fullest rank's memory would stay free."
+    )
+
+
+def _at(point: CapacityPoint) -> str:
+    return f"{point.topology} with {point.batch_size_per_rank:,} rows a rank"

@@ -1,16 +1,33 @@
-"""Tables that grow: the same lookups over more rows, and how far a cluster holds them."""
+"""Tables that grow: wider rows, the same lookups over more rows, and how far a cluster has room."""
 
 from collections.abc import Callable
 from dataclasses import replace
 
+from embedding.config import TableConfig
 from embedding.errors import UserError
+from embedding.limits import COLUMN_MULTIPLE
 from embedding.planning import PlanRequest
 from embedding.refusal import fits, shortage
 from embedding.traffic import Traffic
+from pipeline.config import Recipe
 from pipeline.plan_tables_view import size
 
 MAX_GROWTH = 1024.0
 _GROWTH_PRECISION = 0.02
+
+
+def with_dims(recipe: Recipe, factor: float) -> Recipe:
+    """The recipe with tables so many times as wide, as near as the kernels allow."""
+    if factor == 1:
+        return recipe
+
+    def scaled(table: TableConfig) -> TableConfig:
+        dim = max(1, round(factor * table.embedding_dim / COLUMN_MULTIPLE)) * COLUMN_MULTIPLE
+        return table.model_copy(update={"embedding_dim": dim})
+
+    tables = tuple(map(scaled, recipe.features.tables))
+    features = recipe.features.model_copy(update={"tables": tables})
+    return recipe.model_copy(update={"features": features})
 
 
 def grown(request: PlanRequest, growth: float) -> PlanRequest:

@@ -1,5 +1,6 @@
 """The answer of a capacity study as a rich table and as one self-contained HTML page."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from pipeline import charts
-from pipeline.capacity_answer import FAR_DAYS, today
+from pipeline.capacity_answer import FAR_DAYS, has_room, today
 from pipeline.capacity_types import CapacityAnswer, CapacityPoint
 from pipeline.console import duration, human
 from pipeline.plan_tables_view import size
@@ -19,27 +20,37 @@ _TERMINAL_ROWS = 24
 
 def points_table(answer: CapacityAnswer) -> Table:
     """The best batch size of every cluster and growth, the chosen point marked."""
-    points = best_batches(answer.points)
+    points = best_batches(answer.points, answer.chosen)
     title = f"{len(answer.points)} points in {duration(answer.seconds)}; the best batch of each"
     view = Table(box=SIMPLE, title=title, title_justify="left")
     view.add_column("cluster", no_wrap=True)
     for column in ("rows x", "dims x", "batch", "rows/s", "ms", "free", "lasts", "cost"):
         view.add_column(column, justify="right")
-    for point in points[:_TERMINAL_ROWS]:
-        chosen = point == answer.chosen
-        view.add_row(*_cells(point), style="bold green" if chosen else None)
-    if len(points) > _TERMINAL_ROWS:
-        view.caption = f"{len(points) - _TERMINAL_ROWS} more in the JSON and the report"
+    shown = points[:_TERMINAL_ROWS]
+    if answer.chosen is not None and answer.chosen not in shown:
+        shown[-1] = answer.chosen
+    for point in shown:
+        view.add_row(*_cells(point), style="bold green" if point == answer.chosen else None)
+    if len(points) > len(shown):
+        view.caption = f"{len(points) - len(shown)} more in the JSON and the report"
     return view
 
 
-def best_batches(points: tuple[CapacityPoint, ...]) -> list[CapacityPoint]:
-    """For every cluster, growth and dims the point with the most rows per second."""
+def best_batches(
+    points: Sequence[CapacityPoint], chosen: CapacityPoint | None
+) -> list[CapacityPoint]:
+    """For every cluster, growth and dims the point with the most rows per second.
+
+    Before it come the chosen one and, where there is one, any with room in memory.
+    """
     best: dict[tuple[str, float, float], CapacityPoint] = {}
+
+    def merit(point: CapacityPoint) -> tuple[bool, bool, float]:
+        return point == chosen, has_room(point), point.rows_per_s or 0.0
+
     for point in points:
         key = (point.topology, point.growth, point.dim_factor)
-        held = best.get(key)
-        if held is None or (point.rows_per_s or 0.0) > (held.rows_per_s or 0.0):
+        if key not in best or merit(point) > merit(best[key]):
             best[key] = point
     return list(best.values())
 
@@ -86,7 +97,7 @@ def write_capacity_report(answer: CapacityAnswer, path: Path) -> None:
         shardings=(answer.chosen.shardings or {}) if answer.chosen else {},
         rows=[
             {"cells": _cells(p), "chosen": p == answer.chosen, "refusal": p.refusal}
-            for p in best_batches(answer.points)
+            for p in best_batches(answer.points, answer.chosen)
         ],
         dense=answer.dense,
         content=answer.content,
@@ -134,7 +145,8 @@ def _tiles(answer: CapacityAnswer) -> list[dict[str, str]]:
 
 
 def _charts(answer: CapacityAnswer) -> list[dict[str, str]]:
-    points = [p for p in best_batches(answer.points) if p in today(answer.points)]
+    fitting = today(answer.points)
+    points = [p for p in best_batches(answer.points, answer.chosen) if p in fitting]
     if not points:
         return []
     machines = sorted({p.machine for p in points})

@@ -8,7 +8,7 @@ from pipeline.capacity_types import GPU_FLOPS_SHARE, DenseCost
 def dense_seconds(dense: DenseCost, shape: ClusterShape, batch_size_per_rank: int) -> float:
     """Forward, backward and the gradients' all-reduce, which two thirds of it can hide."""
     if shape.machine.device == "cpu":
-        compute = dense.cpu_seconds_per_row * batch_size_per_rank
+        compute = dense.cpu_seconds_per_row * batch_size_per_rank * shape.ranks_per_core
     else:
         flops = dense.flops_per_row * batch_size_per_rank
         compute = gpu_seconds(flops, shape, dense.precision)

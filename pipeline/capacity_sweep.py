@@ -7,17 +7,19 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from embedding.calibration import constants_for, read_calibration
-from embedding.cluster_shape import ClusterShape, parse_shape
+from embedding.calibration import constants_for, read_calibration, suits
+from embedding.cluster_shape import MACHINE_PATTERN, ClusterShape, parse_shape
 from embedding.errors import UserError
-from embedding.traffic import read_traffic
+from embedding.limits import check_support
 from multimodal.content_config import ContentConfig, Service
 from multimodal.tower_files import is_on_hub, model_directory
 from pipeline.capacity_types import CapacityRequest, Target
 from pipeline.config import Recipe
+from pipeline.plan_request import measured_traffic, with_traffic
 from pipeline.recipe import nearest_name
+from ranking.compatibility import table_widths
 
-_RANGE = re.compile(r"^(?P<name>[A-Za-z0-9_-]+):(?P<low>\d+)\.\.(?P<high>\d+)(?P<ranks>x\d+)?$")
+_RANGE = re.compile(rf"^{MACHINE_PATTERN}:(?P<low>\d+)\.\.(?P<high>\d+)(?P<ranks>x\d+)?$")
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,10 @@ class SweepOptions:
 
     topologies: tuple[str, ...]
     batch_sizes: tuple[int, ...] = ()
-    growth: tuple[float, ...] = (1.0,)
-    dims: tuple[float, ...] = (1.0,)
+    growth: tuple[float, ...] = ()
+    """Beside today's rows, which are always in the sweep."""
+    dims: tuple[float, ...] = ()
+    """Beside today's."""
     rows_per_s: float | None = None
     rows_per_day: float | None = None
     window_hours: float = 4.0
@@ -43,11 +47,14 @@ def sweep_request(recipe: Recipe, options: SweepOptions) -> CapacityRequest:
 
     Raises:
         UserError: A topology or price is none, a factor is not positive, a file is missing, stale
-            or of another machine, or a tower of the content is not on this machine.
+            or of other tables or machines, a setting cannot run on a topology's devices, or a tower
+            of the content is not on this machine.
     """
+    recipe = with_traffic(recipe, options.traffic)
     shapes = tuple(shape for text in options.topologies for shape in expand(text))
     priced = _with_prices(shapes, options.prices)
-    _check_files(options, shapes)
+    _check_files(recipe, options, shapes)
+    _check_devices(recipe, shapes)
     if recipe.content is not None:
         _check_content(recipe.content, shapes)
     try:
@@ -55,14 +62,13 @@ def sweep_request(recipe: Recipe, options: SweepOptions) -> CapacityRequest:
             recipe=recipe,
             shapes=priced,
             batch_sizes=options.batch_sizes or (recipe.ranking.trainer.batch_size_per_rank,),
-            growth=options.growth,
-            dim_factors=options.dims,
+            growth=_with_today(options.growth),
+            dim_factors=_with_today(options.dims),
             target=Target(
                 rows_per_s=options.rows_per_s,
                 rows_per_day=options.rows_per_day,
                 window_hours=options.window_hours,
             ),
-            traffic=options.traffic,
             calibrations=options.calibrations,
             growth_per_day=options.growth_per_day,
             kernels=recipe.embedding.sharding.kernels,
@@ -70,23 +76,48 @@ def sweep_request(recipe: Recipe, options: SweepOptions) -> CapacityRequest:
         )
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
+        where = ".".join(part for part in first["loc"] if isinstance(part, str))
         raise UserError(f"capacity: {where}: {first['msg']}; got {first['input']!r}") from error
 
 
-def _check_files(options: SweepOptions, shapes: tuple[ClusterShape, ...]) -> None:
+def _with_today(factors: tuple[float, ...]) -> tuple[float, ...]:
+    """The answer is about the tables as they are, so 1 is always there; each factor once."""
+    return tuple(dict.fromkeys((1.0, *factors)))
+
+
+def _check_files(recipe: Recipe, options: SweepOptions, shapes: tuple[ClusterShape, ...]) -> None:
     """Before anything is started: a file of another machine or version ends the study."""
-    if options.traffic is not None:
-        read_traffic(options.traffic)
-    by_machine = {shape.machine.name: shape for shape in shapes}
+    measured_traffic(recipe)
     for path in options.calibrations:
-        machine = read_calibration(path).machine
-        if machine not in by_machine:
+        made = read_calibration(path)
+        of = [s for s in shapes if made.machine in (s.machine.name, s.machine.base)]
+        if not of:
+            machines = sorted({shape.machine.name for shape in shapes})
             raise UserError(
-                f"calibration {path} is of {machine!r}, which no topology of the sweep has "
-                f"({', '.join(sorted(by_machine))}); leave it out"
+                f"calibration {path} is of {made.machine!r}, which no topology of the sweep has "
+                f"({', '.join(machines)}); leave it out"
             )
-        constants_for(by_machine[machine], path)
+        suited = [shape for shape in of if suits(made, shape.machine)]
+        constants_for((suited or of)[0], path)
+    own = recipe.embedding.sharding.calibration
+    if own is not None:
+        made = read_calibration(own)
+        first = next((shape for shape in shapes if suits(made, shape.machine)), None)
+        if first is not None:
+            constants_for(first, own)
+
+
+def _check_devices(recipe: Recipe, shapes: tuple[ClusterShape, ...]) -> None:
+    """Before anything is started: no plan makes a kind of device run what it cannot."""
+    schema, plane = table_widths(recipe.features, recipe.ranking.model), recipe.embedding
+    first_of_kind = {shape.machine.device: shape for shape in reversed(shapes)}
+    for device, shape in first_of_kind.items():
+        try:
+            check_support(schema, plane.optimizer, plane.sharding, device)
+        except UserError as error:
+            raise UserError(
+                f"topology {shape.name}: {error}, or leave topologies of {device} out"
+            ) from error
 
 
 def _check_content(content: ContentConfig, shapes: tuple[ClusterShape, ...]) -> None:

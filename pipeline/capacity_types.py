@@ -71,16 +71,15 @@ class CapacityRequest(StrictConfig):
     dim_factors: tuple[PositiveFloat, ...] = (1.0,)
     """Factors of all tables' dims, rounded to what the kernels allow."""
     target: Target = Target()
-    traffic: Path | None = None
     calibrations: tuple[Path, ...] = ()
-    """Each is used for the machine it was made on."""
+    """Each is used for the machine it was made on; before the recipe's, if that is of it too."""
     growth_per_day: NonNegativeFloat | None = None
-    """Share of today's rows that every table gains a day, where traffic says nothing of it."""
+    """Share of today's rows that every table gains a day; None: what traffic measured."""
     kernels: tuple[str, ...] = ("fused", "fused_uvm", "fused_uvm_caching")
     dense_flops_per_row: NonNegativeFloat | None = None
     """Instead of counting the model's."""
-    dense: DenseCost | None = None
-    """None: taken from the recipe's model."""
+    dense: dict[PositiveFloat, DenseCost] = {}
+    """By factor of the dims; those that are missing are taken from the recipe's model."""
     content: ContentCost | None = None
     """None: taken from the recipe, where it has content."""
 
@@ -156,6 +155,7 @@ class CapacityAnswer(StrictConfig):
     target: Target
     chosen: CapacityPoint | None
     dense: DenseCost
+    """With the dims as they are."""
     content: ContentCost | None = None
     points: tuple[CapacityPoint, ...]
     seconds: float

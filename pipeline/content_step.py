@@ -119,7 +119,7 @@ class _Point:
         read_s = self._read_s(num_items) * (2 if twice else 1)
         if self.on_gpu:
             return read_s + self._gpu_s(flops, operations, self.config.precision)
-        return read_s + core_s
+        return (read_s + core_s) * self.shape.ranks_per_core
 
     def loss_s(self) -> float:
         """The contrastive loss of the rank's candidates."""
@@ -129,7 +129,7 @@ class _Point:
         flops = cic.flops(self.items.candidates)
         if self.on_gpu:
             return self._gpu_s(flops, cic.operations, "fp32")
-        return flops * cic.cpu_s_per_flop
+        return flops * cic.cpu_s_per_flop * self.shape.ranks_per_core
 
     def items_s(self) -> float:
         """The ranks tell each other which items they want."""

@@ -3,6 +3,7 @@
 Reads the recipe and the cluster's resources; writes `plan.json`, which training takes as input.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import ray
@@ -24,12 +25,25 @@ def plan(recipe: Recipe, scratch: Path) -> StageOutput:
     Raises:
         UserError: No plan fits the cluster, or a setting cannot run on its devices.
     """
-    ranks_per_host = recipe.embedding.sharding.ranks_per_host or hosts_ranks(recipe.cluster)
-    task = ray.remote(_plan_tables).options(
-        num_cpus=recipe.cluster.cpus_per_worker, num_gpus=1 if recipe.cluster.use_gpu else 0
-    )
-    plan = PlanDescription.model_validate_json(ray.get(task.remote(recipe, ranks_per_host)))
+    plan = PlanDescription.model_validate_json(_on_a_worker(_plan_tables, recipe))
     return write_plan(plan, scratch)
+
+
+def training_shape(recipe: Recipe) -> ClusterShape:
+    """The cluster that `plan` plans for: the recipe's ranks, on the Ray cluster at hand."""
+    return ClusterShape.model_validate_json(_on_a_worker(_training_shape, recipe))
+
+
+def _on_a_worker(task: Callable[[Recipe, int], str], recipe: Recipe) -> str:
+    """Run a task with the recipe and the ranks of a host where a worker could run."""
+    ranks_per_host = recipe.embedding.sharding.ranks_per_host or hosts_ranks(recipe.cluster)
+    remote = ray.remote(task).options(**_worker_options(recipe.cluster))
+    said: str = ray.get(remote.remote(recipe, ranks_per_host))
+    return said
+
+
+def _worker_options(cluster: ClusterConfig) -> dict[str, float]:
+    return {"num_cpus": cluster.cpus_per_worker, "num_gpus": 1 if cluster.use_gpu else 0}
 
 
 def plan_inputs(recipe: Recipe) -> dict[str, str]:
@@ -86,7 +100,7 @@ def ranks_per_host(num_workers: int, slots_per_host: int) -> int:
 
 
 def present_shape(cluster: ClusterConfig) -> ClusterShape:
-    """The Ray cluster this process is connected to, as a topology: equal hosts of one device.
+    """The whole Ray cluster this process is connected to: equal hosts of one device.
 
     Raises:
         UserError: No host of the cluster can hold a worker.
@@ -103,8 +117,8 @@ def present_shape(cluster: ClusterConfig) -> ClusterShape:
         raise UserError(
             f"no host of the Ray cluster has {device} for a worker; add nodes, or name a topology"
         )
-    options = {"num_cpus": cluster.cpus_per_worker, "num_gpus": 1 if cluster.use_gpu else 0}
-    machine = ray.get(ray.remote(_local_machine).options(**options).remote(cluster.use_gpu))
+    remote = ray.remote(_local_machine).options(**_worker_options(cluster))
+    machine = ray.get(remote.remote(cluster.use_gpu))
     return ClusterShape(
         machine=Machine.model_validate_json(machine),
         num_hosts=len(per_host),
@@ -134,6 +148,13 @@ def _local_machine(use_gpu: bool) -> str:
     from embedding.topology import local_machine
 
     return local_machine(torch.device("cuda" if use_gpu else "cpu")).model_dump_json()
+
+
+def _training_shape(recipe: Recipe, ranks_per_host: int) -> str:
+    """Runs in a Ray worker: what the recipe trains on there, as JSON."""
+    from pipeline.planning_worker import training_shape
+
+    return training_shape(recipe, ranks_per_host).model_dump_json()
 
 
 def _plan_tables(recipe: Recipe, ranks_per_host: int) -> str:

@@ -14,8 +14,8 @@ from typing import Literal
 from pydantic import Field
 
 from embedding.cluster_shape import ClusterShape
-from embedding.config import FeatureSchema, SparseOptimizer, StrictConfig
-from embedding.demand import StepSettings
+from embedding.config import FeatureSchema, ShardingConfig, SparseOptimizer, StrictConfig
+from embedding.demand import step_settings
 from embedding.plan_description import PlanDescription
 from embedding.planning import PlanRequest
 from embedding.traffic import Traffic
@@ -41,6 +41,8 @@ class BenchCase(StrictConfig):
     exponent: float
     batch_size_per_rank: int
     optimizer: SparseOptimizer
+    sharding: ShardingConfig = ShardingConfig()
+    """Precision on the wire."""
     plans: tuple[PlanDescription, ...]
     """For tables at the path `tables`."""
 
@@ -188,7 +190,7 @@ def case_request(case: BenchCase, shape: ClusterShape, calibration: Path | None)
     return PlanRequest(
         schema=case.features,
         shape=shape,
-        settings=StepSettings(case.batch_size_per_rank, case.optimizer),
+        settings=step_settings(case.batch_size_per_rank, case.optimizer, case.sharding),
         calibration=calibration,
         traffic=case.traffic,
         exponent=case.exponent,

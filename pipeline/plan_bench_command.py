@@ -10,10 +10,10 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from embedding.calibration import Calibration, constants_for
-from embedding.choices import FUSED, SHARDING_TYPES, Choice, choices_of
+from embedding.choices import FUSED, Choice, choices_of
 from embedding.cluster_shape import ClusterShape
 from embedding.config import RowWiseAdagrad, SparseOptimizer
-from embedding.cost import CostModel, Placed
+from embedding.cost import CostModel
 from embedding.errors import UserError
 from embedding.plan_description import PlanDescription, read_plan
 from embedding.plan_samples import all_sensible, sample_placements, sample_tables
@@ -84,7 +84,6 @@ def recipe_case(recipe: Recipe, shape: ClusterShape, options: BenchOptions) -> B
     """
     request = _with_load(changed_request(recipe, shape, options.changes), options)
     request = replace(request, tables_path=TABLES_PATH)
-    plans = dict(_chosen_plans(request, options))
     return BenchCase(
         name=recipe.name,
         features=request.schema,
@@ -92,13 +91,17 @@ def recipe_case(recipe: Recipe, shape: ClusterShape, options: BenchOptions) -> B
         exponent=request.exponent,
         batch_size_per_rank=request.settings.batch_size_per_rank,
         optimizer=request.settings.optimizer,
-        plans=tuple(plans.values()),
+        sharding=recipe.embedding.sharding,
+        plans=tuple(_chosen_plans(request, options)),
     )
 
 
 def _with_load(request: PlanRequest, options: BenchOptions) -> PlanRequest:
+    """A skew and lengths that are given count instead of those that traffic measured."""
     if options.exponent is not None:
-        request = replace(request, exponent=options.exponent)
+        measured = request.traffic
+        lengths = None if measured is None else measured.model_copy(update={"tables": ()})
+        request = replace(request, exponent=options.exponent, traffic=lengths)
     if not options.pooling:
         return request
     names = [feature.name for feature in request.schema.id_features]
@@ -118,31 +121,28 @@ def _with_load(request: PlanRequest, options: BenchOptions) -> PlanRequest:
     return replace(request, traffic=merged)
 
 
-def _chosen_plans(
-    request: PlanRequest, options: BenchOptions
-) -> Iterator[tuple[str, PlanDescription]]:
+def _chosen_plans(request: PlanRequest, options: BenchOptions) -> Iterator[PlanDescription]:
     model = request.model()
     loads = list(model.loads.values())
     choices = {load.name: choices_of(load, request.shape, (FUSED,)) for load in loads}
     for path in options.plans:
         placed = placement_of(read_plan(path), loads, request.shape)
-        yield str(path), describe(model, placed, str(path), TABLES_PATH)
+        yield describe(model, placed, str(path), TABLES_PATH)
     if options.exhaustive:
         yield from _all_plans(request, model, choices)
     elif options.shortlist:
-        for plan in shortlist_plans(request, options.shortlist):
-            yield plan.proposer or "", plan
+        yield from shortlist_plans(request, options.shortlist)
     else:
         if options.sampled:
             for number, placed in enumerate(sample_placements(model, choices, options.sampled, 0)):
-                yield f"sample {number}", describe(model, placed, f"sample {number}", TABLES_PATH)
+                yield describe(model, placed, f"sample {number}", TABLES_PATH)
         if not options.plans:
             yield from _chosen_and_uniform(request, model, choices)
 
 
 def _all_plans(
     request: PlanRequest, model: CostModel, choices: Mapping[str, Sequence[Choice]]
-) -> Iterator[tuple[str, PlanDescription]]:
+) -> Iterator[PlanDescription]:
     found = list(islice(all_sensible(model, choices), MAX_EXHAUSTIVE + 1))
     if len(found) > MAX_EXHAUSTIVE:
         raise UserError(
@@ -150,28 +150,23 @@ def _all_plans(
             f"{MAX_EXHAUSTIVE} plans; use fewer tables or ranks, or --sample N"
         )
     for number, placed in enumerate(found):
-        yield f"plan {number}", describe(model, placed, f"plan {number}", TABLES_PATH)
+        yield describe(model, placed, f"plan {number}", TABLES_PATH)
 
 
 def _chosen_and_uniform(
     request: PlanRequest, model: CostModel, choices: Mapping[str, Sequence[Choice]]
-) -> Iterator[tuple[str, PlanDescription]]:
-    chosen = plan_tables(request)
-    yield "chosen", chosen.model_copy(update={"proposer": "chosen"})
-    for sharding, placed in _uniform_plans(model, choices):
-        plan = describe(model, placed, f"uniform {sharding}", TABLES_PATH)
-        if plan.tables != chosen.tables:
-            yield sharding, plan
-
-
-def _uniform_plans(
-    model: CostModel, choices: Mapping[str, Sequence[Choice]]
-) -> Iterator[tuple[str, dict[str, Placed]]]:
-    for proposal in uniform(choices, model):
+) -> Iterator[PlanDescription]:
+    """The chosen plan, and one of every sharding type; those that differ."""
+    chosen = plan_tables(request).model_copy(update={"proposer": "chosen"})
+    different = [chosen]
+    for sharding, proposal in uniform(choices, model):
         placed = layout_of_proposal(model, choices, proposal)
-        if placed is not None:
-            kinds = {choice.sharding for choice in proposal.values()}
-            yield min(kinds, key=SHARDING_TYPES.index), placed
+        if placed is None:
+            continue
+        plan = describe(model, placed, f"uniform {sharding}", TABLES_PATH)
+        if all(plan.tables != other.tables for other in different):
+            different.append(plan)
+    yield from different
 
 
 def bench(

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 
 from embedding.batch import RankingBatch
-from embedding.config import ShardingConfig
 from embedding.memory import keep_freed_memory
 from embedding.notices import divert_library_notices
 from embedding.part_timing import time_parts
@@ -55,7 +54,7 @@ def _peaks(
     case: BenchCase, plan: PlanDescription, job: BenchJob, device: torch.device
 ) -> tuple[int, ...]:
     make = partial(_plan_run, case, plan, _batches(case, job, device), device)
-    mine = measure_peak_bytes(make, job.effort.memory_steps)
+    mine = measure_peak_bytes(make, job.effort.memory_steps, device)
     gathered: list[int] = [0] * dist.get_world_size()
     dist.all_gather_object(gathered, mine)
     gc.collect()
@@ -135,7 +134,7 @@ def _plan_run(
         case.features,
         plan,
         optimizer=case.optimizer,
-        sharding=ShardingConfig(),
+        sharding=case.sharding,
         batches=batches,
         device=device,
     )

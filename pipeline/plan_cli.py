@@ -17,7 +17,10 @@ RecipeOption = Annotated[
 TopologyOption = Annotated[
     str,
     typer.Option(
-        "--topology", "-t", help="As h200:2x8 (hosts x ranks) or cpu:2, a YAML file, or `here`."
+        "--topology",
+        "-t",
+        help="As h200:2x8 (hosts x ranks) or cpu:2, a YAML file, `here` (the ranks that the recipe "
+        "trains on) or `cluster` (all that the Ray cluster has room for).",
     ),
 ]
 SetOption = Annotated[
@@ -154,10 +157,12 @@ def capacity_command(  # noqa: PLR0913 # every option of a command is a paramete
         typer.Option("--batch-size-per-rank", min=1, help="Repeat. Default: the recipe's."),
     ] = None,
     growth: Annotated[
-        list[float] | None, typer.Option("--growth", help="Factor of all tables' rows. Repeat.")
+        list[float] | None,
+        typer.Option("--growth", help="Factor of all tables' rows, beside 1. Repeat."),
     ] = None,
     dims: Annotated[
-        list[float] | None, typer.Option("--dims", help="Factor of all tables' dims. Repeat.")
+        list[float] | None,
+        typer.Option("--dims", help="Factor of all tables' dims, beside 1. Repeat."),
     ] = None,
     rows_per_s: Annotated[
         float | None, typer.Option("--rows-per-s", min=1, help="Throughput it must reach.")
@@ -170,7 +175,11 @@ def capacity_command(  # noqa: PLR0913 # every option of a command is a paramete
     ] = 4.0,
     growth_per_day: Annotated[
         float | None,
-        typer.Option("--growth-per-day", min=0, help="Share of rows gained a day: 0.002."),
+        typer.Option(
+            "--growth-per-day",
+            min=0,
+            help="Share of today's rows gained a day: 0.002. Default: what traffic measured.",
+        ),
     ] = None,
     traffic: TrafficOption = None,
     calibrations: Annotated[
@@ -209,8 +218,8 @@ def capacity_command(  # noqa: PLR0913 # every option of a command is a paramete
         SweepOptions(
             topologies=tuple(topologies),
             batch_sizes=tuple(batch_sizes or ()),
-            growth=tuple(growth or (1.0,)),
-            dims=tuple(dims or (1.0,)),
+            growth=tuple(growth or ()),
+            dims=tuple(dims or ()),
             rows_per_s=rows_per_s,
             rows_per_day=rows_per_day,
             window_hours=window_hours,
@@ -365,11 +374,11 @@ def _load(recipe: str, overrides: list[str] | None) -> "Recipe":
 def _shape(text: str, recipe: "Recipe") -> "ClusterShape":
     from embedding.cluster_shape import parse_shape
 
-    if text != "here":
+    if text not in ("here", "cluster"):
         return parse_shape(text)
     from pipeline.cluster import RaySession
-    from pipeline.plan import present_shape
+    from pipeline.plan import present_shape, training_shape
 
     with RaySession(recipe.cluster) as session:
         session.start()
-        return present_shape(recipe.cluster)
+        return training_shape(recipe) if text == "here" else present_shape(recipe.cluster)

@@ -22,7 +22,7 @@ from embedding.errors import UserError
 from embedding.limits import check_support
 from embedding.plan_description import PlanDescription, read_plan
 from embedding.planning import PlanRequest, check_trainable, plan_tables
-from embedding.traffic import read_traffic
+from embedding.traffic import Traffic, read_traffic
 from pipeline.config import Recipe
 from pipeline.recipe import nearest_name
 from ranking.compatibility import table_widths
@@ -50,22 +50,40 @@ def plan_request(recipe: Recipe, shape: ClusterShape) -> PlanRequest:
         ),
         calibration=sharding.calibration,
         tables_path=TABLES_PATH,
-        traffic=None if sharding.traffic is None else read_traffic(sharding.traffic),
+        traffic=measured_traffic(recipe),
         kernels=sharding.kernels,
     )
+
+
+def measured_traffic(recipe: Recipe) -> Traffic | None:
+    """What the recipe's traffic file says of its tables.
+
+    Raises:
+        UserError: The file is missing, something else or of other tables.
+    """
+    path = recipe.embedding.sharding.traffic
+    return None if path is None else read_traffic(path, recipe.features)
+
+
+def with_traffic(recipe: Recipe, path: Path | None) -> Recipe:
+    """The recipe with another traffic file, if one is given."""
+    if path is None:
+        return recipe
+    sharding = recipe.embedding.sharding.model_copy(update={"traffic": path})
+    embedding = recipe.embedding.model_copy(update={"sharding": sharding})
+    return recipe.model_copy(update={"embedding": embedding})
 
 
 def check_plan_files(recipe: Recipe) -> None:
     """Refuse plan, calibration and traffic files that the plan stage would, before any stage runs.
 
     Raises:
-        UserError: A file is missing, or something else, or a plan of other tables or ranks.
+        UserError: A file is missing, or something else, or of other tables or ranks.
     """
     sharding = recipe.embedding.sharding
     if sharding.calibration is not None:
         read_calibration(sharding.calibration)
-    if sharding.traffic is not None:
-        read_traffic(sharding.traffic)
+    measured_traffic(recipe)
     if sharding.plan is None:
         return
     plan, num_workers = read_plan(sharding.plan), recipe.cluster.num_workers
@@ -73,7 +91,8 @@ def check_plan_files(recipe: Recipe) -> None:
     if plan.world_size != num_workers:
         raise UserError(
             f"embedding.sharding.plan: {sharding.plan} is for {plan.world_size} ranks and "
-            f"cluster.num_workers is {num_workers}; plan again for it, or change the number"
+            f"cluster.num_workers is {num_workers}; `braid plan --json {sharding.plan}` without "
+            f"--topology plans for those, or set cluster.num_workers={plan.world_size}"
         )
 
 
@@ -138,7 +157,8 @@ def changed_request(recipe: Recipe, shape: ClusterShape, changes: RequestChanges
     Raises:
         UserError: A change names something that does not exist.
     """
-    request = with_constraints(plan_request(recipe, shape), list(changes.constraints))
+    request = plan_request(with_traffic(recipe, changes.traffic), shape)
+    request = with_constraints(request, list(changes.constraints))
     if changes.kernels is not None:
         unknown = [kernel for kernel in changes.kernels if kernel not in KERNELS]
         if unknown:
@@ -148,8 +168,6 @@ def changed_request(recipe: Recipe, shape: ClusterShape, changes: RequestChanges
     if changes.batch_size_per_rank is not None:
         settings = replace(request.settings, batch_size_per_rank=changes.batch_size_per_rank)
         request = replace(request, settings=settings)
-    if changes.traffic is not None:
-        request = replace(request, traffic=read_traffic(changes.traffic))
     if changes.calibration is not None:
         request = replace(request, calibration=changes.calibration)
     if changes.pin is not None:

@@ -17,6 +17,7 @@ from pipeline.console import human
 
 _MAX_RANKS = 8
 """Ranks shown one by one; of more, the fullest and the busiest ones."""
+_MAX_NAMES = 8
 
 
 def plan_view(plan: PlanDescription) -> Iterator[RenderableType]:
@@ -29,10 +30,23 @@ def plan_view(plan: PlanDescription) -> Iterator[RenderableType]:
         f"the fullest rank holds [bold]{size(predicted.peak_bytes)}[/] of tables and buffers.\n"
         f"Limit: {predicted.binding}.\n"
         f"Constants: {predicted.constants}. Found by: {plan.proposer}. "
-        f"Busiest rank over mean: {predicted.imbalance:.2f}."
+        f"Busiest rank over mean: {predicted.imbalance:.2f}.\n"
+        f"{_lookups(plan)}"
     )
     yield _tables(plan)
     yield from _ranks(plan)
+
+
+def _lookups(plan: PlanDescription) -> str:
+    """What the tables' lookups are taken to be."""
+    assumed = plan.unmeasured or ()
+    if not assumed:
+        return "Lookups: as measured."
+    if len(assumed) == len(plan.tables):
+        return "Lookups: by Zipf's law; `braid traffic` measures them."
+    more = len(assumed) - _MAX_NAMES
+    named = ", ".join(assumed[:_MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
+    return f"Lookups: as measured, but by Zipf's law of {named}: the traffic has none of them."
 
 
 def _tables(plan: PlanDescription) -> Table:

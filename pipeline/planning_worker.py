@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 
+from embedding.cluster_shape import ClusterShape
 from embedding.limits import check_support
 from embedding.plan_description import PlanDescription, read_plan
 from embedding.planning import check_trainable, plan_tables
@@ -12,16 +13,23 @@ from pipeline.config import Recipe
 from pipeline.plan_request import plan_request
 
 
+def training_shape(recipe: Recipe, ranks_per_host: int) -> ClusterShape:
+    """The ranks that train the recipe, with the memory that this machine has or the recipe sets."""
+    device = torch.device("cuda" if recipe.cluster.use_gpu else "cpu")
+    sharding = recipe.embedding.sharding.model_copy(update={"ranks_per_host": ranks_per_host})
+    return local_shape(sharding, recipe.cluster.num_workers, device)
+
+
 def plan_recipe(recipe: Recipe, ranks_per_host: int) -> PlanDescription:
-    """The plan for the cluster that this process is part of; a given one is checked against it.
+    """The plan for the ranks that train the recipe; a given one is checked against them.
 
     Raises:
         UserError: No plan fits, the given one is for other tables, or a setting cannot run here.
     """
-    device = torch.device("cuda" if recipe.cluster.use_gpu else "cpu")
-    sharding = recipe.embedding.sharding.model_copy(update={"ranks_per_host": ranks_per_host})
-    request = plan_request(recipe, local_shape(sharding, recipe.cluster.num_workers, device))
-    check_support(request.schema, recipe.embedding.optimizer, sharding, device.type)
+    sharding = recipe.embedding.sharding
+    request = plan_request(recipe, training_shape(recipe, ranks_per_host))
+    device = request.shape.machine.device
+    check_support(request.schema, recipe.embedding.optimizer, sharding, device)
     if sharding.plan is None:
         return plan_tables(request)
     given = read_plan(sharding.plan)

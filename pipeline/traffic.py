@@ -13,7 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedding import samples
-from embedding.config import FeatureSchema, SequenceFeature, SparseFeature, TableConfig
+from embedding.config import (
+    FeatureSchema,
+    ManagedCollision,
+    SequenceFeature,
+    SparseFeature,
+    TableConfig,
+)
 from embedding.errors import UserError
 from embedding.id_distribution import from_counts
 from embedding.traffic import TableTraffic, Traffic
@@ -124,15 +130,17 @@ def table_traffic(
     both = RowCounts()
     both.add(known, known_counts)
     both.add(now, now_counts)
-    _, counts = both.total()
+    rows, counts = both.total()
     distribution = from_counts(counts)
     new = len(np.setdiff1d(now, known, assume_unique=True))
+    placed = len(rows) and not isinstance(table.ids, ManagedCollision)
     return TableTraffic(
         table=table.name,
         num_rows=table.num_embeddings,
         lookups=int(counts.sum()),
         rows_touched=len(counts),
         rows_seen_once=int((counts == 1).sum()),
+        highest_row=int(rows[-1]) if placed else None,
         bin_rows=distribution.num_rows,
         bin_shares=distribution.mass,
         new_rows_per_day=float(new) if several else None,

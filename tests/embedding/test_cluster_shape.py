@@ -57,6 +57,24 @@ def test_a_file_changes_a_known_machine(tmp_path: Path) -> None:
     assert shape.price_per_hour == 180
 
 
+OURS = "base: h100\nhosts: 3\nranks: 4\ninter_host_bandwidth: 12.5e9\n"
+
+
+def test_a_files_shape_has_a_name_that_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "ours.yaml"
+    path.write_text(OURS)
+    shape = parse_shape(str(path))
+    assert shape.name == f"{path}:3x4"
+    for shown in (shape, shape.with_hosts(7)):
+        assert parse_shape(shown.name) == shown
+    one = parse_shape(f"{path}:2")
+    assert (one.num_hosts, one.ranks_per_host, one.machine) == (1, 2, shape.machine)
+    with pytest.raises(UserError, match=rf"a ours host has 4 ranks, not 8; use {path}:2x4"):
+        parse_shape(f"{path}:8")
+    with pytest.raises(UserError, match="none.yaml does not exist"):
+        parse_shape("none.yaml:2x4")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -11,7 +11,14 @@ import torch
 
 from embedding.choices import FUSED, UVM, UVM_CACHING, Choice, choices_of
 from embedding.cluster_shape import ClusterShape, find_machine, parse_shape
-from embedding.config import FeatureSchema, RowWiseAdagrad, ShardingConfig
+from embedding.config import (
+    FeatureSchema,
+    RowWiseAdagrad,
+    ShardingConfig,
+    SparseFeature,
+    TableConfig,
+    TableWise,
+)
 from embedding.cost import CostModel, Placed, usage_of
 from embedding.cost_constants import data_sheet_constants
 from embedding.demand import StepSettings
@@ -20,7 +27,7 @@ from embedding.plan import describe_plan, torchrec_plan
 from embedding.plan_samples import all_sensible, sample_tables
 from embedding.planning import PlanRequest, find_plan, plan_tables, shortlist_plans
 from embedding.prediction import placement_of
-from embedding.search import all_placed, search
+from embedding.search import all_placed, canonical, search
 from embedding.shard import declare_optimizer
 from embedding.sharders import make_sharders
 from embedding.topology import torchrec_topology
@@ -108,6 +115,60 @@ def test_the_shortlist_is_the_cheapest_placements_once_up_to_renamed_ranks(seed:
     predicted = [plan.predicted.step_s for plan in plans if plan.predicted is not None]
     assert predicted == pytest.approx(sorted(costs.values())[:12])
     assert plans[0].tables == plan_tables(request).tables
+
+
+def test_placements_are_equal_exactly_if_renaming_hosts_and_their_ranks_makes_them_so() -> None:
+    """Two tables, every way to place them on two hosts of two ranks, under all eight renamings."""
+    tables = tuple(
+        TableConfig(name=name, num_embeddings=1000, embedding_dim=32) for name in ("a", "b")
+    )
+    sparse = tuple(SparseFeature(name=f"f{t.name}", table=t.name) for t in tables)
+    request = request_of(FeatureSchema(tables=tables, sparse=sparse), "h100:2x2")
+    model = request.model()
+    ways = [
+        [
+            placed
+            for c in choices_of(load, request.shape, (FUSED,))
+            for placed in all_placed(c, model)
+        ]
+        for load in model.loads.values()
+    ]
+
+    def renamed(placed: Placed, hosts: tuple[int, int], swaps: tuple[int, int]) -> tuple:
+        choice, targets = placed
+        names = {
+            "all": lambda t: t,
+            "host": lambda t: hosts[t],
+            "rank": lambda t: 2 * hosts[t // 2] + (t % 2 ^ swaps[t // 2]),
+        }
+        return choice, tuple(sorted(map(names[choice.domain], targets)))
+
+    found: dict = {}
+    for combination in itertools.product(*ways):
+        images = frozenset(
+            tuple(renamed(placed, hosts, swaps) for placed in combination)
+            for hosts in ((0, 1), (1, 0))
+            for swaps in itertools.product((0, 1), repeat=2)
+        )
+        found.setdefault(canonical(combination, 2), set()).add(images)
+    assert all(len(classes) == 1 for classes in found.values())
+    assert len(set().union(*found.values())) == len(found)
+
+
+def test_all_plans_of_two_hosts_put_two_tables_on_one_rank_one_host_and_two_hosts() -> None:
+    tables = tuple(
+        TableConfig(name=name, num_embeddings=1000, embedding_dim=8, sharding=TableWise())
+        for name in ("a", "b")
+    )
+    sparse = tuple(SparseFeature(name=f"f{t.name}", table=t.name) for t in tables)
+    request = request_of(FeatureSchema(tables=tables, sparse=sparse), "h100:2x2")
+    model = request.model()
+    options = {n: choices_of(load, request.shape, (FUSED,)) for n, load in model.loads.items()}
+    places = [
+        (placed["a"].targets[0], placed["b"].targets[0]) for placed in all_sensible(model, options)
+    ]
+    apart = sorted((a != b, a // 2 != b // 2) for a, b in places)
+    assert apart == [(False, False), (True, False), (True, True)]
 
 
 def test_local_search_comes_close_to_the_optimum_where_not_all_is_tried(monkeypatch) -> None:

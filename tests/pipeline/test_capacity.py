@@ -1,5 +1,6 @@
-"""Capacity: a point against its plan, growth against planning, and the choice of a cluster."""
+"""Capacity: a point against its plan, growth against planning, and what a sweep is made of."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,28 +15,26 @@ from embedding.config import (
     TableConfig,
 )
 from embedding.cost import RESERVED_SHARE
+from embedding.cost_constants import data_sheet_constants
 from embedding.demand import StepSettings
 from embedding.errors import UserError
 from embedding.id_distribution import IdDistribution, zipf
 from embedding.planning import PlanRequest, plan_tables
 from embedding.traffic import TableTraffic, Traffic
-from pipeline.capacity import _with_costs, evaluate_point
+from pipeline.capacity import _costs_of, _keys, _with_costs, evaluate_point
 from pipeline.capacity_answer import answer_of, choose
 from pipeline.capacity_growth import breaking_growth, grown
-from pipeline.capacity_report import best_batches, write_capacity_report
 from pipeline.capacity_step import dense_seconds
 from pipeline.capacity_sweep import SweepOptions, expand, sweep_request
 from pipeline.capacity_types import (
     GPU_FLOPS_SHARE,
-    CapacityAnswer,
-    CapacityPoint,
     CapacityRequest,
     DenseCost,
     PointKey,
     Target,
 )
 from pipeline.dense_cost import dense_cost
-from pipeline.plan_request import plan_request
+from pipeline.plan_request import plan_request, with_traffic
 from pipeline.recipe import load_recipe
 from tests.embedding.test_calibration import calibration
 
@@ -57,7 +56,7 @@ def small_gpus(hbm_bytes: int, price_per_hour: float | None = None) -> ClusterSh
 
 def request_of(shapes: tuple[ClusterShape, ...], **changes: object) -> CapacityRequest:
     request = CapacityRequest(
-        recipe=load_recipe("demo"), shapes=shapes, batch_sizes=(512,), dense=DENSE
+        recipe=load_recipe("demo"), shapes=shapes, batch_sizes=(512,), dense={1.0: DENSE}
     )
     return request.model_copy(update=changes)
 
@@ -103,9 +102,8 @@ def test_other_products_a_row_leave_the_parameters_to_be_added_up() -> None:
     """As many as the recipe's ranker has; a CPU is as fast as it was measured to be."""
     request = sweep_request(load_recipe("demo"), SweepOptions(("h100:8",), dense_flops_per_row=8e6))
     assert request.dense_flops_per_row == 8e6
-    counted = request.model_copy(update={"dense": DENSE})
-    dense = _with_costs(counted).dense
-    assert dense is not None
+    counted = request.model_copy(update={"dense": {1.0: DENSE}})
+    dense = _with_costs(counted).dense[1.0]
     assert (dense.flops_per_row, dense.parameters) == (8e6, DENSE.parameters)
     assert dense.cpu_seconds_per_row == pytest.approx(4 * DENSE.cpu_seconds_per_row)
     nothing = DENSE.with_flops(0.0)
@@ -115,10 +113,34 @@ def test_other_products_a_row_leave_the_parameters_to_be_added_up() -> None:
 
 def test_factors_scale_rows_and_dims() -> None:
     shape = parse_shape("h100:8")
-    request = request_of((shape,))
+    request = request_of((shape,), dense={1.0: DENSE, 2.0: DENSE})
     one = evaluate_point(request, key_of(shape)).table_bytes
     assert evaluate_point(request, key_of(shape, growth=3.0)).table_bytes == pytest.approx(3 * one)
     assert evaluate_point(request, key_of(shape, dim_factor=2.0)).table_bytes == 2 * one
+
+
+def test_wider_tables_have_a_dense_side_of_their_own() -> None:
+    shape = parse_shape("h100:1")
+    wide = DENSE.model_copy(update={"flops_per_row": 3 * DENSE.flops_per_row})
+    request = request_of((shape,), dense={1.0: DENSE, 2.0: wide})
+    now, wider = (evaluate_point(request, key_of(shape, dim_factor=f)) for f in (1.0, 2.0))
+    assert now.dense_s is not None
+    assert wider.dense_s == pytest.approx(3 * now.dense_s)
+
+
+def test_the_dense_side_is_counted_for_every_width() -> None:
+    recipe = load_recipe("demo")
+    twice = [f"features.tables.{t.name}.embedding_dim={2 * t.embedding_dim}"
+             for t in recipe.features.tables]  # fmt: skip
+    by_hand = dense_cost(load_recipe("demo", twice), None)
+    request = request_of((parse_shape("h100:1"),), dim_factors=(1.0, 2.0))
+    found = CapacityRequest.model_validate_json(_costs_of(request.model_dump_json()))
+    assert found.dense[1.0] == DENSE
+    assert found.dense[2.0].flops_per_row == by_hand.flops_per_row
+    assert found.dense[2.0].parameters == by_hand.parameters
+    now = dense_cost(recipe, None)
+    assert by_hand.flops_per_row > now.flops_per_row
+    assert by_hand.parameters > now.parameters
 
 
 def test_what_fits_nowhere_is_a_point_with_the_reason() -> None:
@@ -177,6 +199,58 @@ def test_days_left_follow_the_measured_growth() -> None:
     assert point.days_left == pytest.approx((point.breaks_at_growth - 1) / 0.01)
 
 
+def test_days_of_grown_tables_are_counted_in_todays_rows() -> None:
+    """Tables of 3 N rows that may become 3 b N gain .01 N rows a day."""
+    shape = small_gpus(64 * MIB)
+    request = request_of((shape,), growth_per_day=0.01)
+    point = evaluate_point(request, key_of(shape, growth=3.0))
+    assert point.breaks_at_growth is not None
+    assert point.days_left == pytest.approx(3 * (point.breaks_at_growth - 1) / 0.01)
+
+
+def measured_growth(rows_per_day: float) -> Traffic:
+    """Traffic of the demo recipe whose tables all gain so many rows a day."""
+    tables = load_recipe("demo").features.tables
+    return Traffic(
+        rows=100,
+        rows_per_day=100,
+        tables=tuple(
+            TableTraffic(
+                table=table.name,
+                num_rows=table.num_embeddings,
+                lookups=100,
+                rows_touched=100,
+                rows_seen_once=100,
+                bin_rows=(100.0,),
+                bin_shares=(1.0,),
+                new_rows_per_day=rows_per_day,
+            )
+            for table in tables
+        ),
+    )
+
+
+@pytest.mark.parametrize("growth", [1.0, 3.0])
+def test_given_growth_is_counted_before_the_measured_one(tmp_path: Path, growth: float) -> None:
+    path = tmp_path / "traffic.json"
+    path.write_text(measured_growth(5.0).model_dump_json())
+    shape, recipe = small_gpus(64 * MIB), with_traffic(load_recipe("demo"), path)
+    measured, given, none = (
+        evaluate_point(
+            request_of((shape,), recipe=recipe, growth_per_day=rate), key_of(shape, growth=growth)
+        )
+        for rate in (None, 0.01, 0.0)
+    )
+    assert measured.breaks_at_growth is not None
+    more = growth * (measured.breaks_at_growth - 1)
+    tables = load_recipe("demo").features.tables
+    elements = sum(t.num_embeddings * t.embedding_dim for t in tables)
+    gained = sum(5.0 * t.embedding_dim for t in tables)
+    assert measured.days_left == pytest.approx(more * elements / gained, rel=1e-3)
+    assert given.days_left == pytest.approx(more / 0.01)
+    assert none.days_left is None
+
+
 def test_grown_tables_are_looked_up_with_the_same_skew() -> None:
     ids = zipf(1000, 1.2)
     table = TableConfig(name="t", num_embeddings=1000, embedding_dim=8)
@@ -207,6 +281,16 @@ def test_dense_side_on_cpu_is_the_measured_time() -> None:
     assert dense_seconds(DENSE, parse_shape("cpu:1"), 100) == pytest.approx(100 * 1e-4)
 
 
+def test_more_cpu_ranks_than_cores_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    alone = DENSE.model_copy(update={"parameters": 0})
+    for topology, turns in (("cpu:1", 1), ("cpu:2", 1), ("cpu:5", 2.5), ("cpu:2x4", 2)):
+        seconds = dense_seconds(alone, parse_shape(topology), 100)
+        assert seconds == pytest.approx(turns * 100 * 1e-4), topology
+    assert data_sheet_constants(parse_shape("cpu:5")).cores_per_host == 2
+    assert parse_shape("h100:8").ranks_per_core == 1
+
+
 def test_between_hosts_the_ring_is_as_fast_as_all_network_cards() -> None:
     idle = DENSE.model_copy(update={"flops_per_row": 0.0})
     ring = 2 * 15 / 16 * 4e6
@@ -215,87 +299,16 @@ def test_between_hosts_the_ring_is_as_fast_as_all_network_cards() -> None:
     assert dense_seconds(idle, parse_shape("h100:4x1"), 1) == pytest.approx(ring / 50e9)
 
 
-def point_of(topology: str, rows_per_s: float, **changes: object) -> CapacityPoint:
-    shape = parse_shape(topology)
-    point = CapacityPoint(
-        topology=topology,
-        machine=shape.machine.name,
-        world_size=shape.world_size,
-        num_hosts=shape.num_hosts,
-        batch_size_per_rank=1024,
-        growth=1.0,
-        dim_factor=1.0,
-        table_bytes=1000,
-        constants="data sheet",
-        shardings={"row_wise fused": 1},
-        step_s=1024 * shape.world_size / rows_per_s,
-        sparse_s=0.0,
-        dense_s=0.0,
-        hidden_s=0.0,
-        rows_per_s=rows_per_s,
-        peak_bytes=30,
-        device_bytes=100,
-        headroom=0.7,
-        binding="a limit",
-        breaks_first="a table is short",
-        breaks_at_growth=3.0,
-    )
-    return point.model_copy(update=changes)
-
-
-def test_the_smallest_cluster_that_is_fast_enough_is_chosen() -> None:
-    points = (point_of("h100:1", 1e6), point_of("h100:2", 2e6), point_of("h100:8", 7e6))
-    assert choose(points, Target(rows_per_s=1.5e6)) == points[1]
-    assert choose(points, Target(rows_per_day=3600e6 * 4, window_hours=2)) == points[1]
-    assert choose(points, Target(rows_per_s=8e6)) is None
-
-
-def test_prices_decide_where_they_are_given() -> None:
-    cheap = point_of("h100:8", 5e6, price_per_hour=10.0, cost_per_billion_rows=0.6)
-    dear = point_of("h200:4", 5e6, price_per_hour=90.0, cost_per_billion_rows=5.0)
-    assert choose((dear, cheap), Target(rows_per_s=1e6)) == cheap
-    assert choose((dear, cheap), Target()) == cheap
-    said = answer_of((dear, cheap), cheap, Target(rows_per_s=1e6))
-    assert "h100:8 is the cheapest cluster" in said
-    assert "A billion rows cost 0.60" in said
-
-
-def test_a_cluster_without_room_is_no_recommendation_while_another_has_some() -> None:
-    full, roomy = point_of("h100:1", 5e6, headroom=0.01), point_of("h100:2", 5e6)
-    assert choose((full, roomy), Target(rows_per_s=1e6)) == roomy
-    assert choose((full,), Target(rows_per_s=1e6)) == full
-    said = answer_of((full, roomy), roomy, Target(rows_per_s=1e6))
-    assert "h100:1 costs less" in said
-    assert "1% of its fullest" in said
-    assert "costs less" not in answer_of((roomy,), roomy, Target(rows_per_s=1e6))
-
-
-def test_a_span_beyond_ten_years_is_no_number_of_days() -> None:
-    soon = point_of("h100:1", 5e6).model_copy(update={"breaks_at_growth": 2.0, "days_left": 500.0})
-    late = soon.model_copy(update={"days_left": 150_079.0})
-    target = Target(rows_per_s=1e6)
-    assert "in about 500 days" in answer_of((soon,), soon, target)
-    assert "in more than ten years" in answer_of((late,), late, target)
-    assert "150" not in answer_of((late,), late, target)
-
-
-def test_grown_tables_are_not_todays() -> None:
-    later = point_of("h100:1", 9e6, growth=2.0)
-    assert choose((later, point_of("h100:2", 2e6)), Target(rows_per_s=1e6)) != later
-
-
-def test_the_answer_names_cluster_time_and_end() -> None:
-    point = point_of("h100:2", 2e6, days_left=200.0)
-    said = answer_of((point,), point, Target(rows_per_day=7200e6, window_hours=2))
-    for words in ("h100:2 is the smallest", "7.2G rows take 1h00m of the 2h", "70% stay free",
-                  "3.00 times", "about 200 days", "a table is short", "calibrate"):  # fmt: skip
-        assert words in said
-    said = answer_of((point,), None, Target(rows_per_s=3e6))
-    assert "No cluster of the sweep reaches 3M rows/s" in said
-    assert "h100:2" in said
-    refusal = point_of("h100:2", 2e6, refusal="too small")
-    assert "fit none" in answer_of((refusal,), None, Target())
-    assert "too small" in answer_of((refusal,), None, Target())
+@pytest.mark.parametrize("options", [{"growth": (2.0,)}, {"dims": (0.5, 1.0, 0.5)}])
+def test_today_is_always_in_the_sweep(options: dict[str, tuple[float, ...]]) -> None:
+    request = sweep_request(load_recipe("demo"), SweepOptions(("h100:8",), **options))
+    request = request.model_copy(update={"dense": dict.fromkeys(request.dim_factors, DENSE)})
+    points = [evaluate_point(request, key) for key in _keys(request)]
+    assert len(points) == 2
+    chosen = choose(points, Target())
+    assert chosen is not None
+    assert (chosen.growth, chosen.dim_factor) == (1.0, 1.0)
+    assert "h100:8 trains" in answer_of(points, chosen, Target())
 
 
 def test_ranges_double() -> None:
@@ -308,6 +321,26 @@ def test_ranges_double() -> None:
     assert [shape.name for shape in expand("cpu:1..4")] == ["cpu:1", "cpu:2", "cpu:4"]
 
 
+def test_clusters_of_a_files_hosts_are_swept_with_the_calibration_of_its_base(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "ours.yaml"
+    path.write_text("base: h200\nranks: 8\nhbm_bytes: 64e9\n")
+    made = calibration_file(tmp_path / "calibration.json", "h200")
+    options = SweepOptions((f"{path}:1..4x8",), calibrations=(made,), prices=("ours=60",))
+    request = sweep_request(load_recipe("demo"), options)
+    assert [shape.name for shape in request.shapes] == [f"{path}:{n}8" for n in ("", "2x", "4x")]
+    assert [shape.price_per_hour for shape in request.shapes] == [60, 120, 240]
+    point = evaluate_point(request_of(request.shapes, calibrations=(made,)),
+                           key_of(request.shapes[1]))  # fmt: skip
+    assert point.topology == f"{path}:2x8"
+    assert point.constants is not None
+    assert point.constants.startswith("calibration of 8 ranks on NVIDIA H200")
+    path.write_text("base: h200\nranks: 8\nhbm_bandwidth: 1e12\n")
+    with pytest.raises(UserError, match="changes of h200: hbm_bandwidth"):
+        sweep_request(load_recipe("demo"), options)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -318,12 +351,38 @@ def test_ranges_double() -> None:
         (SweepOptions(("h200:8",), prices=("h20=3",)), "did you mean 'h200'"),
         (SweepOptions(("h200:8",), calibrations=(Path("none.json"),)), "none.json does not exist"),
         (SweepOptions(("h200:8",), traffic=Path("none.json")), "none.json does not exist"),
-        (SweepOptions(("h200:8",), growth=(0.0,)), "growth.0: Input should be greater than 0"),
+        (SweepOptions(("h200:8",), growth=(0.0,)), "growth: Input .* than 0; got 0.0"),
     ],
 )
 def test_what_cannot_be_swept_is_said(options: SweepOptions, message: str) -> None:
     with pytest.raises(UserError, match=message):
         sweep_request(load_recipe("demo"), options)
+
+
+def test_a_given_traffic_is_used_and_that_of_another_recipe_ends_the_study(tmp_path: Path) -> None:
+    path = tmp_path / "traffic.json"
+    path.write_text(measured_growth(5.0).model_dump_json())
+    options = SweepOptions(("h200:8",), traffic=path)
+    assert sweep_request(load_recipe("demo"), options).recipe.embedding.sharding.traffic == path
+    larger = load_recipe("demo", ["features.tables.item.num_embeddings=9001"])
+    with pytest.raises(UserError, match="'item' had .* rows when it was measured and has 9001 now"):
+        sweep_request(larger, options)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("embedding.sharding.communication=bf16", "bf16 is not supported by gloo on CPU; use"),
+        ("embedding.optimizer={kind: adam}", "'adam' has a fused kernel for CUDA only"),
+    ],
+)
+def test_what_cannot_run_on_a_machine_of_the_sweep_ends_the_study(
+    setting: str, message: str
+) -> None:
+    recipe = load_recipe("demo", ["cluster.use_gpu=true", setting])
+    sweep_request(recipe, SweepOptions(("h100:8",)))
+    with pytest.raises(UserError, match=rf"topology cpu:2: .*{message}.*leave topologies of cpu"):
+        sweep_request(recipe, SweepOptions(("h100:8", "cpu:2", "cpu:4")))
 
 
 @pytest.mark.parametrize(
@@ -343,30 +402,35 @@ def test_a_calibration_that_does_not_hold_ends_the_study(
         sweep_request(load_recipe("demo"), SweepOptions(("h200:8",), calibrations=(path,)))
 
 
-def test_the_report_shows_every_cluster_and_the_chosen_one(tmp_path: Path) -> None:
-    slow = point_of("h100:8", 6e6, batch_size_per_rank=64)
-    fast = point_of("h100:8", 8e6)
-    refusal = point_of("l40s:1", 1.0).model_copy(
-        update={"refusal": "tables are 3 GiB short", "rows_per_s": None}
-    )
-    points = (point_of("h100:1", 1e6), slow, fast, refusal)
-    assert [p.rows_per_s for p in best_batches(points)] == [1e6, 8e6, None]
-    for chosen in (fast, None):
-        answer = CapacityAnswer(
-            recipe="demo",
-            answer=answer_of(points, chosen, Target(rows_per_s=7e6)),
-            target=Target(rows_per_s=7e6),
-            chosen=chosen,
-            dense=DENSE,
-            points=points,
-            seconds=3.0,
-        )
-        path = tmp_path / "capacity.html"
-        write_capacity_report(answer, path)
-        page = path.read_text()
-        assert page.count("<svg") == 3
-        for words in ("h100:1", "h100:8", "l40s:1", "3 GiB short", "does not fit"):
-            assert words in page
-        assert ('class="chosen"' in page) == (chosen is not None)
-        again = CapacityAnswer.model_validate_json(answer.model_dump_json())
-        assert again == answer
+def calibration_file(path: Path, machine: str, **changes: object) -> Path:
+    made = calibration(machine, device_name=f"NVIDIA {machine.upper()}", **changes)
+    path.write_text(made.model_dump_json())
+    return path
+
+
+def test_the_recipes_calibration_is_used_for_its_machine(tmp_path: Path) -> None:
+    own = calibration_file(tmp_path / "own.json", "h200")
+    recipe = load_recipe("demo", [f"embedding.sharding.calibration={own}"])
+    request = sweep_request(recipe, SweepOptions(("h200:2", "h100:2")))
+    request = request.model_copy(update={"dense": {1.0: DENSE}})
+    there, elsewhere = (evaluate_point(request, key).constants for key in _keys(request))
+    assert there is not None
+    assert there.startswith("calibration of 2 ranks on NVIDIA H200")
+    assert elsewhere == "data sheet"
+
+    made = calibration("h200", device_name="Another H200")
+    (tmp_path / "given.json").write_text(made.model_dump_json())
+    given = request.model_copy(update={"calibrations": (tmp_path / "given.json",)})
+    constants = evaluate_point(given, key_of(parse_shape("h200:2"))).constants
+    assert constants is not None
+    assert "on Another H200" in constants
+
+
+def test_a_stale_calibration_of_the_recipe_ends_the_study_where_it_would_be_used(
+    tmp_path: Path,
+) -> None:
+    own = calibration_file(tmp_path / "own.json", "h200", versions={"torchrec": "0.1"})
+    recipe = load_recipe("demo", [f"embedding.sharding.calibration={own}"])
+    sweep_request(recipe, SweepOptions(("h100:8",)))
+    with pytest.raises(UserError, match="made with torchrec 0.1"):
+        sweep_request(recipe, SweepOptions(("h100:8", "h200:8")))

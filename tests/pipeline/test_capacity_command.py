@@ -32,9 +32,11 @@ def test_a_small_sweep_is_answered(tmp_path: Path, capsys: pytest.CaptureFixture
         ("l40s:4", 1.0),
         ("l40s:4", 1e6),
     ]
-    # Priced clusters are compared by price, the unpriced one by nothing.
+    # Priced clusters are compared by price, the unpriced one by nothing, which the answer says.
     assert answer.chosen is not None
     assert answer.chosen.topology == "h200:8"
+    assert "h200:8 is the cheapest of the clusters with a price" in answer.answer
+    assert "l40s has no price" in answer.answer
     assert answer.dense.flops_per_row > 0
     assert answer.dense.parameters > 0
     shown = " ".join(capsys.readouterr().out.split())

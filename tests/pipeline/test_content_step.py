@@ -1,5 +1,6 @@
 """The content part of a step, computed by hand from made-up costs, and of real tiny towers."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -109,7 +110,8 @@ def test_an_encoder_in_bf16_computes_at_that_peak() -> None:
     assert single.rank_s - half.rank_s == pytest.approx(faster)
 
 
-def test_cpu_ranks_take_the_measured_time() -> None:
+def test_cpu_ranks_take_the_measured_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
     step = step_of("cpu:4", config_of(cic=None), COST.model_copy(update={"cic": None}))
     reading = 250 * 5e4 * 2 / CORE_BANDWIDTH
     ids = 3 / 4 * 4 * ITEMS * 8 / 10e9
@@ -118,6 +120,18 @@ def test_cpu_ranks_take_the_measured_time() -> None:
     assert step.rank_s == pytest.approx(250 * 0.03 + reading + ids + rings + 4 * CPU_CALL_S)
     with_loss = step_of("cpu:4", config_of())
     assert with_loss.rank_s - step.rank_s == pytest.approx(1e-9 * (1e7 + 1e8))
+
+
+def test_more_cpu_ranks_than_cores_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything that a core computes takes three times as long with six ranks on two cores."""
+    seconds = {}
+    for cores in (2, 64):
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        seconds[cores] = step_of("cpu:6", config_of()).rank_s
+    share = 167  # of 1000 items
+    loss = 1e-9 * (1e4 * ITEMS + 100 * ITEMS**2)
+    alone = share * (0.03 + 5e4 * 2 / CORE_BANDWIDTH) + loss
+    assert seconds[2] - seconds[64] == pytest.approx(2 * alone)
 
 
 def test_micro_batches_compute_forward_again_and_keep_one_piece() -> None:
@@ -194,7 +208,7 @@ IN_PIECES = "content.gradient.micro_batch_items=16"
 def request_of(shape: ClusterShape, *overrides: str) -> CapacityRequest:
     recipe = load_recipe("demo", [CONTENT, *overrides])
     return CapacityRequest(
-        recipe=recipe, shapes=(shape,), batch_sizes=(512,), dense=DENSE, content=COST
+        recipe=recipe, shapes=(shape,), batch_sizes=(512,), dense={1.0: DENSE}, content=COST
     )
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from deploy.app import main
@@ -12,6 +13,8 @@ from embedding.cluster_shape import parse_shape
 from embedding.config import FeatureSchema, RowWiseAdagrad, SparseFeature, TableConfig
 from embedding.errors import UserError
 from embedding.plan_description import read_plan
+from embedding.workload import table_loads
+from pipeline import plan_bench_worker
 from pipeline.cluster import RaySession
 from pipeline.config import ClusterConfig
 from pipeline.plan_accuracy import (
@@ -22,14 +25,16 @@ from pipeline.plan_accuracy import (
     new_calibration,
     rank_correlation,
 )
-from pipeline.plan_bench import BenchCase, BenchEffort, BenchReport, run_cases
+from pipeline.plan_bench import BenchCase, BenchEffort, BenchReport, case_request, run_cases
 from pipeline.plan_bench_command import BenchOptions, bench_shape, recipe_case, with_plans
 from pipeline.plan_request import RequestChanges
 from pipeline.recipe import load_recipe
 from tests.pipeline.small_log import make_recipe
+from tests.pipeline.test_traffic import traffic_of
 
 TWO = parse_shape("cpu:2")
 ROWS, DIM, BATCH = 400_000, 32, 256
+TABLE_ROWS = {t.name: t.num_embeddings for t in load_recipe("demo").features.tables}
 
 
 def test_the_chosen_plan_meets_one_of_every_sharding() -> None:
@@ -41,6 +46,29 @@ def test_the_chosen_plan_meets_one_of_every_sharding() -> None:
     assert {"table_wise"} in kinds
     placed = [plan.tables for plan in case.plans]
     assert all(placed.count(tables) == 1 for tables in placed)
+
+
+def test_every_sharding_has_its_plan_though_a_table_cannot_follow() -> None:
+    """A table that is forced to be data-parallel is so in every plan; none is lost or misnamed."""
+    recipe = load_recipe("demo", ["features.tables.item.sharding={kind: data_parallel}"])
+    case = recipe_case(recipe, parse_shape("cpu:2"), BenchOptions())
+    by_name = {plan.proposer: plan for plan in case.plans}
+    assert len(by_name) == len(case.plans)
+    for sharding in ("data_parallel", "table_wise", "row_wise"):
+        plan = by_name.get(f"uniform {sharding}")
+        if plan is None:  # it is the chosen one
+            plan = by_name["chosen"]
+        kinds = {table.table: table.sharding for table in plan.tables}
+        assert kinds.pop("item") == "data_parallel"
+        assert set(kinds.values()) == {sharding}
+
+
+def test_plans_of_one_name_are_all_run(tmp_path: Path) -> None:
+    (given,) = recipe_case(load_recipe("demo"), TWO, BenchOptions(shortlist=1)).plans
+    path = tmp_path / "plan.json"
+    path.write_text(given.model_dump_json())
+    case = recipe_case(load_recipe("demo"), TWO, BenchOptions(plans=(path, path)))
+    assert [plan.proposer for plan in case.plans] == [str(path), str(path)]
 
 
 def test_sampled_plans_are_run_beside_them() -> None:
@@ -58,6 +86,45 @@ def test_a_given_load_replaces_the_recipes() -> None:
     assert case.batch_size_per_rank == 64
     assert case.traffic is not None
     assert case.traffic.ids_per_sample == {"item_id": 12.5}
+
+
+def test_a_given_skew_replaces_the_measured_one_and_leaves_the_measured_lengths(
+    tmp_path: Path,
+) -> None:
+    measured = traffic_of(item=TABLE_ROWS["item"]).model_copy(
+        update={"ids_per_sample": {"item_id": 3.0}}
+    )
+    path = tmp_path / "traffic.json"
+    path.write_text(measured.model_dump_json())
+    changes = RequestChanges(traffic=path)
+    used = {}
+    for exponent in (None, 0.0):
+        options = BenchOptions(exponent=exponent, changes=changes)
+        case = recipe_case(load_recipe("demo"), TWO, options)
+        (load,) = [
+            load
+            for load in table_loads(case.features, case.traffic, case.exponent)
+            if load.name == "item"
+        ]
+        assert load.ids_per_sample[0] == 3.0
+        used[exponent] = load.ids.share_of_hottest(1.0)
+    assert used[None] == 1.0  # the one row that was looked up
+    assert used[0.0] == pytest.approx(1 / TABLE_ROWS["item"])
+
+
+def test_plans_run_and_are_priced_with_the_recipes_precision_on_the_wire(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = load_recipe("demo", ["embedding.sharding.communication=fp16"])
+    case = recipe_case(recipe, TWO, BenchOptions())
+    case = BenchCase.model_validate_json(case.model_dump_json())  # as it reaches a worker
+    asked = []
+    monkeypatch.setattr(
+        plan_bench_worker, "PlanRun", lambda *_, sharding, **__: asked.append(sharding)
+    )
+    plan_bench_worker._plan_run(case, case.plans[0], [], torch.device("cpu"))
+    assert [sharding.communication for sharding in asked] == ["fp16"]
+    assert case_request(case, TWO, None).settings.wire_bytes == 2
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """`braid plan` through the command line: plans of a laptop's and of a GPU cluster's ranks."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,12 +11,17 @@ import pytest
 from deploy.app import main
 from embedding.calibration import installed_versions
 from embedding.plan_description import PlanDescription, read_plan
+from pipeline.cluster import RaySession
+from pipeline.plan import PLAN, present_shape, training_shape
+from pipeline.plan import plan as plan_stage
 from pipeline.recipe import load_recipe
 from tests.embedding.test_calibration import calibration
+from tests.pipeline.test_traffic import traffic_of
 
 Plan = Callable[..., PlanDescription]
 
 ROOT = Path(__file__).parents[2]
+GIB = 1 << 30
 
 
 @pytest.fixture
@@ -72,6 +78,40 @@ def test_the_file_is_the_same_every_time_and_needs_no_torch(plan: Plan, tmp_path
     given = ("plan", "--recipe", "demo", "--topology", "h200:1x8", "--json", str(there))
     subprocess.run([sys.executable, "-c", code, *given], cwd=ROOT, check=True, capture_output=True)
     assert there.read_bytes() == (tmp_path / "here.json").read_bytes()
+
+
+def test_tables_that_the_traffic_does_not_name_are_named(
+    plan: Plan, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    tables = load_recipe("demo").features.tables
+    rows = {table.name: table.num_embeddings for table in tables}
+    path = tmp_path / "traffic.json"
+
+    def said_with(measured: dict[str, int]) -> str:
+        path.write_text(traffic_of(**measured).model_dump_json())
+        made = plan("cpu:2", "--traffic", str(path))
+        assert made.unmeasured == tuple(name for name in rows if name not in measured)
+        return " ".join(capsys.readouterr().out.split())
+
+    plan("cpu:2")
+    assert "Lookups: by Zipf's law" in " ".join(capsys.readouterr().out.split())
+    assert "Lookups: as measured." in said_with(rows)
+    said = said_with(
+        {name: number for name, number in rows.items() if name not in ("item", "user")}
+    )
+    named = [name for name in rows if name in ("item", "user")]
+    assert f"by Zipf's law of {', '.join(named)}: the traffic has none" in said
+
+
+def test_traffic_of_another_recipe_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "traffic.json"
+    path.write_text(traffic_of(colour=10).model_dump_json())
+    refusal = "and none of the recipe's is among them"
+    assert refusal in refused(capsys, "--topology", "cpu:2", "--traffic", str(path))
+    code, said = checked(capsys, f"embedding.sharding.traffic={path}")
+    assert (code, refusal in said) == (2, True)
 
 
 def test_constraints_are_kept(plan: Plan) -> None:
@@ -164,12 +204,36 @@ def test_a_recipe_is_valid_with_a_plan_that_it_can_train_with_only(
     assert checked(capsys, named)[0] == 0
     code, said = checked(capsys, named, "cluster.num_workers=4")
     assert (code, "is for 2 ranks and cluster.num_workers is 4" in said) == (2, True)
+    assert "without --topology plans for those, or set cluster.num_workers=2" in said
     fewer = PlanDescription.model_validate(
         (made := read_plan(tmp_path / "plan.json")).model_dump() | {"tables": made.tables[1:]}
     )
     (tmp_path / "plan.json").write_text(fewer.model_dump_json())
     code, said = checked(capsys, named)
     assert (code, f"misses the tables ['{made.tables[0].table}']" in said) == (2, True)
+
+
+@pytest.mark.integration
+def test_here_is_what_the_plan_stage_plans_for_and_cluster_is_all_there_is(
+    plan: Plan, tmp_path: Path
+) -> None:
+    """One rank with a memory limit, on a machine that has room for more ranks."""
+    own = ("cluster.num_workers=1", "embedding.sharding.hbm_gib=0.25")
+    recipe = load_recipe("demo", own)
+    options = [text for override in own for text in ("--set", override)]
+    with RaySession(recipe.cluster) as session:
+        session.start()
+        plan_stage(recipe, tmp_path)
+        assert training_shape(recipe).device_bytes == GIB // 4
+        whole = present_shape(recipe.cluster)
+    staged = read_plan(tmp_path / PLAN)
+
+    here = plan("here", *options, name="here.json")
+
+    assert here == staged
+    assert (here.topology, here.world_size) == ("cpu:1", 1)
+    assert whole.world_size == os.cpu_count()
+    assert plan("cluster", *options, name="all.json").world_size == whole.world_size
 
 
 def test_a_key_value_plan_is_for_comparison_only(

@@ -1,5 +1,6 @@
 """Measured lookups against plain counting, and the advice they give."""
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -8,17 +9,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from embedding import samples
 from embedding.config import (
     FeatureSchema,
     HistoryConfig,
     Identity,
+    ManagedCollision,
     SequenceFeature,
     SparseFeature,
     TableConfig,
 )
 from embedding.errors import UserError
+from embedding.hashing import collision_rate, rows_of
 from embedding.id_distribution import IdDistribution
 from embedding.table_advice import table_facts
 from embedding.traffic import TableTraffic, Traffic, read_traffic
@@ -99,6 +103,7 @@ def test_lookups_are_counted_as_a_loop_counts_them(tmp_path: Path) -> None:
     assert item.lookups == sum(lookups.values())
     assert item.rows_touched == len(lookups)
     assert item.rows_seen_once == sum(count == 1 for count in lookups.values())
+    assert item.highest_row == 1 + max(lookups)  # identity ids lie behind the OOV row
     before = {i for row in first for i in (row[0], *row[1])}
     now = {i for row in last for i in (row[0], *row[1])}
     assert item.new_rows_per_day == len(now - before) > 0
@@ -135,13 +140,59 @@ def test_no_samples_and_no_traffic_file_are_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no joined samples;.*--date YYYY-MM-DD"):
         sample_files(tmp_path, None)
     with pytest.raises(UserError, match="does not exist"):
-        read_traffic(tmp_path / "none.json")
+        read_traffic(tmp_path / "none.json", SCHEMA)
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(UserError, match="is no traffic file of this version"):
-        read_traffic(tmp_path / "other.json")
+        read_traffic(tmp_path / "other.json", SCHEMA)
 
 
-def advice_for(counts: np.ndarray, **changes: object) -> str:
+def traffic_of(**rows: int) -> Traffic:
+    """One lookup of each of these tables, which had so many rows."""
+    return Traffic(
+        rows=1,
+        rows_per_day=1,
+        tables=tuple(
+            TableTraffic(
+                table=name,
+                num_rows=number,
+                lookups=1,
+                rows_touched=1,
+                rows_seen_once=1,
+                bin_rows=(1.0,),
+                bin_shares=(1.0,),
+            )
+            for name, number in rows.items()
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            {"colour": ROWS, "size": ROWS},
+            r"none of the recipe's .*'item', 'gap'.* measure it again",
+        ),
+        ({}, r"is of the tables \[\], and none of the recipe's"),
+        ({"item": ROWS - 1}, f"'item' had {ROWS - 1} rows .* has {ROWS} now.* measure it again"),
+    ],
+)
+def test_traffic_of_other_tables_or_rows_is_refused(
+    tmp_path: Path, rows: dict[str, int], message: str
+) -> None:
+    path = tmp_path / "traffic.json"
+    path.write_text(traffic_of(**rows).model_dump_json())
+    with pytest.raises(UserError, match=message):
+        read_traffic(path, SCHEMA)
+
+
+def test_traffic_of_some_of_the_tables_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "traffic.json"
+    path.write_text(traffic_of(item=ROWS, colour=3).model_dump_json())
+    assert read_traffic(path, SCHEMA) == traffic_of(item=ROWS, colour=3)
+
+
+def advice_for(counts: np.ndarray, highest_row: int | None = None, **changes: object) -> str:
     """Advice for a table of 1,000 rows and 16 dims whose touched rows have these lookups."""
     table = TableConfig(name="t", num_embeddings=1000, embedding_dim=16)
     table = table.model_copy(update=changes)
@@ -152,6 +203,7 @@ def advice_for(counts: np.ndarray, **changes: object) -> str:
         lookups=int(counts.sum()),
         rows_touched=len(counts),
         rows_seen_once=int((counts == 1).sum()),
+        highest_row=highest_row,
         bin_rows=(1.0,) * len(ordered),
         bin_shares=tuple(ordered / ordered.sum()),
     )
@@ -162,9 +214,6 @@ def advice_for(counts: np.ndarray, **changes: object) -> str:
 def test_advice_fits_the_traffic() -> None:
     plenty = np.full(600, 100)
     assert advice_for(plenty) == ""
-    assert "80% of its rows were never looked up: num_embeddings=300" in advice_for(plenty[:200])
-    # 950 of 1,000 rows in use are what about 2,996 hashed ids leave.
-    assert "share a row" in advice_for(np.full(950, 100))
     assert advice_for(np.full(950, 100), ids=Identity()) == ""
     assert "at most 8 of its 16 dims: embedding_dim=8" in advice_for(plenty[:8])
     rare = np.concatenate([np.ones(400), np.full(200, 3)]).astype(int)
@@ -172,6 +221,58 @@ def test_advice_fits_the_traffic() -> None:
     assert "try embedding_dim=8" in advice_for(rare)
     skewed = np.concatenate([np.full(10, 100_000), np.full(590, 2)])
     assert "a cache of 1% of its rows answers up to 100%" in advice_for(skewed)
+
+
+def test_managed_tables_may_shrink_to_their_ids_with_room() -> None:
+    unused = np.full(200, 100)
+    said = advice_for(unused, ids=ManagedCollision())
+    assert "80% of its rows were never looked up: num_embeddings=300 holds as many ids" in said
+    assert "leaves 50% room and saves 70%" in said
+
+
+def test_identity_tables_keep_the_row_of_every_id_that_was_looked_up() -> None:
+    """200 ids of 1,000: cut to 300 rows, all ids above 298 would lose theirs."""
+    unused = np.full(200, 100)
+    assert advice_for(unused, highest_row=990, ids=Identity()) == ""
+    assert advice_for(unused, highest_row=None, ids=Identity()) == ""
+    said = advice_for(unused, highest_row=399, ids=Identity())
+    assert "num_embeddings=600 holds every id that was looked up" in said
+    assert "saves 40%" in said
+
+
+def shares_a_row(num_ids: int, num_rows: int) -> float:
+    """Of hashed ids, by hashing them."""
+    table = TableConfig(name="t", num_embeddings=num_rows)
+    return collision_rate(torch.arange(num_ids), table)
+
+
+def rows_in_use(num_ids: int, num_rows: int) -> int:
+    table = TableConfig(name="t", num_embeddings=num_rows)
+    return len(set(rows_of(torch.arange(num_ids), table).tolist()))
+
+
+@pytest.mark.parametrize(
+    ("num_ids", "sentence"),
+    [
+        (5_000, r"num_embeddings=(\d+) saves .*, and (\d+)% of its ids instead of (\d+)% would"),
+        (150_000, r"about (\d+)% of its ids share .*num_embeddings=(\d+) would .* to (\d+)%"),
+    ],
+)
+def test_hashed_tables_are_advised_by_what_their_ids_share(num_ids: int, sentence: str) -> None:
+    """Fewer rows than four an id would make many more ids share one; more rows, many fewer."""
+    rows = 50_000
+    said = advice_for(np.full(rows_in_use(num_ids, rows), 100), num_embeddings=rows)
+    found = re.search(sentence, said)
+    assert found is not None, said
+    numbers = [int(text) for text in found.groups()]
+    advised, *shares = sorted(numbers, reverse=True)
+    assert advised == pytest.approx(4 * num_ids, rel=0.06)  # rounded up to two figures
+    expected = [100 * shares_a_row(num_ids, n) for n in (rows, advised)]
+    assert shares == pytest.approx(sorted(expected, reverse=True), abs=1.5)
+
+
+def test_hashed_tables_with_two_to_four_rows_an_id_stay() -> None:
+    assert "num_embeddings" not in advice_for(np.full(300, 100))
 
 
 def test_hit_rates_are_those_of_the_hottest_rows() -> None:

@@ -74,7 +74,7 @@ def _upright(image: Image.Image) -> Image.Image:
     `ImageOps.exif_transpose` also writes EXIF anew, and so fails on entries that do not matter.
     """
     try:
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except FAULTS:
         return image
     return image if turn is None else image.transpose(turn)

@@ -8,14 +8,28 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 NO_FILE = "no file"
 TOO_LARGE = "too many pixels"
 DAMAGED = "damaged"
 
-_FAULTS = (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, struct.error)
+FAULTS = (
+    *(OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, RuntimeError),
+    struct.error,
+)
 """What Pillow's many decoders raise on truncated or foreign bytes."""
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What puts a picture upright, by EXIF orientation."""
 
 
 def read_image(value: bytes | str, root: Path, size: int, max_pixels: int) -> Image.Image | str:
@@ -45,7 +59,7 @@ def read_image(value: bytes | str, root: Path, size: int, max_pixels: int) -> Im
         return TOO_LARGE
     except FileNotFoundError:
         return NO_FILE
-    except _FAULTS:
+    except FAULTS:
         return DAMAGED
 
 
@@ -55,11 +69,15 @@ def square_pixels(image: Image.Image, size: int) -> np.ndarray:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turned as EXIF says; as it is where EXIF cannot be read: its pixels are sound."""
+    """Turned as EXIF says; as it is where EXIF cannot be read, for its pixels are sound.
+
+    `ImageOps.exif_transpose` also writes EXIF anew, and so fails on entries that do not matter.
+    """
     try:
-        return ImageOps.exif_transpose(image)
-    except _FAULTS:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except FAULTS:
         return image
+    return image if turn is None else image.transpose(turn)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

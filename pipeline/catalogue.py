@@ -18,6 +18,7 @@ from PIL import Image
 from embedding.config import FeatureSchema, StrictConfig
 from embedding.errors import UserError
 from embedding.raw_ids import Int64Array, is_id_type, to_raw_ids
+from multimodal.images import DAMAGED, FAULTS
 from pipeline.columns import SourceColumns, source_columns
 from pipeline.contract import (
     CatalogueIds,
@@ -143,8 +144,9 @@ def _image_fault(source: Path | io.BytesIO) -> str | None:
             width, height = image.size
     except FileNotFoundError:
         return f"no file {source}"
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return str(error).splitlines()[0].replace(f"{source!r}", "it")
+    except (*FAULTS, Image.DecompressionBombError) as error:
+        said = next(iter(str(error).splitlines()), DAMAGED)
+        return said.replace(f"{source!r}", "it")
     if width * height > MAX_IMAGE_PIXELS:
         return f"{width} x {height} pixels are more than {MAX_IMAGE_PIXELS}"
     return None

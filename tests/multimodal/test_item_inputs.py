@@ -1,17 +1,18 @@
 """Texts and images of every kind become inputs, or are counted by cause."""
 
 import io
+import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps, features
 
 from embedding.errors import UserError
 from multimodal.content_config import ImageTower, TextTower
-from multimodal.images import DAMAGED, NO_FILE, TOO_LARGE
+from multimodal.images import DAMAGED, NO_FILE, TOO_LARGE, read_image
 from multimodal.item_inputs import MISSING, ImagePreparer, TextPreparer
 from tests.multimodal.small_models import save_image_model, save_text_model
 
@@ -57,12 +58,31 @@ def test_every_colour_mode_becomes_rgb() -> None:
     np.testing.assert_allclose(mean_colour(encoded(deep)), 128, atol=1)
 
 
+ORIENTATION, MAKER = 0x0112, 0x010F
+
+
+def upright(orientation: int) -> Image.Image:
+    """What Pillow makes of a picture whose four quarters differ."""
+    turned = Image.fromarray(np.arange(0, 240, 60, np.uint8).reshape(2, 2)).resize((16, 16), 0)
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    value = encoded(turned, exif=exif)
+    found = read_image(value, Path(), 16, 1000)
+    assert isinstance(found, Image.Image)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(value))).convert("RGB")
+    assert found.tobytes() == expected.tobytes()
+    return found
+
+
 def test_a_turned_photograph_is_put_upright() -> None:
+    assert len({upright(orientation).tobytes() for orientation in range(1, 9)}) == 8
     picture = Image.new("RGB", (8, 16), "black")
     picture.paste("white", (0, 0, 8, 8))  # the upper half
     turned = picture.transpose(Image.Transpose.ROTATE_90)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn clockwise to view
+    # TIFF, little endian: a maker that is a fraction instead of a text, and turn clockwise to view.
+    entries = struct.pack("<HHII", MAKER, 5, 1, 38) + struct.pack("<HHIHH", ORIENTATION, 3, 1, 6, 0)
+    directory = struct.pack("<H", 2) + entries + struct.pack("<III", 0, 1, 1)
+    exif = b"Exif\x00\x00II*\x00" + struct.pack("<I", 8) + directory
     prepared = ImagePreparer(ImageTower(image_size=16), Path())([encoded(turned, exif=exif)])
     pixels = prepared.inputs["pixel_values"][0, 0]
     assert pixels[:6].mean() > 0.9
@@ -109,6 +129,12 @@ def test_images_that_cannot_be_used_are_counted_by_cause(tmp_path: Path) -> None
     assert prepared.faults == expected
     assert prepared.inputs["pixel_values"].shape == (2, 3, 16, 16)
     torch.testing.assert_close(*prepared.inputs["pixel_values"])
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_a_damaged_avif_is_counted() -> None:
+    value = encoded(Image.new("RGB", (16, 16), RED), "AVIF").replace(b"iloc", b"gone")
+    assert ImagePreparer(ImageTower(image_size=16), Path())([value]).faults == [DAMAGED]
 
 
 def test_a_batch_without_any_image_has_no_rows() -> None:

@@ -39,6 +39,7 @@ def without_item_id() -> Recipe:
     settings = recipe(in_history=False).model_dump()
     features = settings["features"]
     features["sparse"] = [f for f in features["sparse"] if f["name"] != "item_id"]
+    features["tables"] = [t for t in features["tables"] if t["name"] != "item"]
     features["histories"], features["sequences"] = [], []
     return Recipe.model_validate(settings)
 

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from PIL import Image, features
 from small_log import DAYS, event, make_recipe, write_catalogue, write_day
 
 from embedding.errors import UserError
@@ -193,6 +193,15 @@ def test_unreadable_images_are_found_among_bytes_and_paths(tmp_path: Path) -> No
         assert (facts.num_items, facts.num_missing) == (4, 1)
         assert sorted(facts.unreadable) == ["3", "4"]
     assert "no file" in check_images(as_paths, tmp_path).unreadable["4"]
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_a_damaged_avif_is_unreadable(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(buffer, "AVIF")
+    damaged = buffer.getvalue().replace(b"iloc", b"gone")
+    facts = check_images(pa.table({"item_id": [1], "image": [damaged]}), tmp_path)
+    assert list(facts.unreadable) == ["1"]
 
 
 def test_images_that_claim_to_be_huge_are_not_decoded(

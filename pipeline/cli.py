@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.data_cli import data_app
-from pipeline.plan_cli import JsonOption, bench_app, capacity_command, plan_command, traffic_command
+from pipeline.plan_cli import (
+    JsonOption,
+    RecipeOption,
+    SetOption,
+    bench_app,
+    capacity_command,
+    plan_command,
+    traffic_command,
+)
 
 if TYPE_CHECKING:
     from pipeline.command import Command
@@ -52,21 +60,8 @@ def _global_options(
     """Daily retraining of industrial ranking models on Ray and TorchRec."""
 
 
-RecipeOption = Annotated[
-    str, typer.Option("--recipe", "-r", help="Built-in recipe or path of a YAML file.")
-]
 DateOption = Annotated[str, typer.Option("--date", "-d", help="Day to train up to, YYYY-MM-DD.")]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Output directory.")]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        help="Override a recipe key: path.to.key=value; add an entry: path.to.list+=value. May be "
-        "repeated.",
-    ),
-]
-
-
 STAGE_HELP = "ingest, content, align, quantize, join, plan, train, evaluate, gate or publish."
 
 

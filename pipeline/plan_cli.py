@@ -25,7 +25,11 @@ TopologyOption = Annotated[
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Override a recipe key: path.to.key=value. May be repeated."),
+    typer.Option(
+        "--set",
+        help="Override a recipe key: path.to.key=value; add an entry: path.to.list+=value. May be "
+        "repeated.",
+    ),
 ]
 
 

@@ -10,6 +10,7 @@ Shapes: U unique items, L token positions, H width of the tower.
 """
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -18,6 +19,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 
@@ -31,6 +33,8 @@ _LAYERS = ("encoder.layer", "encoder.layers", "layers", "layer", "transformer.la
 _FINAL_NORMS = ("layernorm", "layer_norm", "norm", "post_layernorm", "encoder.layer_norm")
 _QUERY_VALUE = (("query", "value"), ("q_proj", "v_proj"), ("q_lin", "v_lin"))
 _PROBE_TOLERANCE = 1e-4
+_SHORT = 96
+"""Token positions."""
 
 
 class LowerTower(nn.Module):
@@ -75,9 +79,10 @@ class UpperTower(nn.Module):
         if self.has_padding and len(self.layers):
             readable_UL = mask_UL | ~mask_UL.any(dim=1, keepdim=True)
             mask = create_bidirectional_mask(self.config, tokens_ULH, readable_UL)
-        for layer in self.layers:
-            out = layer(tokens_ULH, mask)
-            tokens_ULH = out[0] if isinstance(out, tuple) else out
+        with _attention_for(tokens_ULH):
+            for layer in self.layers:
+                out = layer(tokens_ULH, mask)
+                tokens_ULH = out[0] if isinstance(out, tuple) else out
         return tokens_ULH if self.norm is None else self.norm(tokens_ULH)
 
     def train(self, mode: bool = True) -> Self:
@@ -88,6 +93,15 @@ class UpperTower(nn.Module):
             if isinstance(module, LoraLayer):
                 module.lora_dropout.train(mode)
         return self
+
+
+def _attention_for(tokens_ULH: Tensor) -> AbstractContextManager[None]:
+    """The faster attention: on a CPU, the fused one's backward is slow for few positions."""
+    is_short = tokens_ULH.shape[1] <= _SHORT and tokens_ULH.device.type == "cpu"
+    if not (is_short and torch.is_grad_enabled()):
+        return nullcontext()
+    context: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
+    return context
 
 
 @dataclass(frozen=True)

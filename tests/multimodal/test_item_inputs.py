@@ -58,7 +58,7 @@ def test_every_colour_mode_becomes_rgb() -> None:
     np.testing.assert_allclose(mean_colour(encoded(deep)), 128, atol=1)
 
 
-ORIENTATION, MAKER = 0x0112, 0x010F
+WIDTH, MAKER, ORIENTATION = 0x0100, 0x010F, 0x0112
 
 
 def upright(orientation: int) -> Image.Image:
@@ -74,25 +74,31 @@ def upright(orientation: int) -> Image.Image:
     return found
 
 
-def test_a_turned_photograph_is_put_upright() -> None:
-    assert len({upright(orientation).tobytes() for orientation in range(1, 9)}) == 8
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("odd", [WIDTH, MAKER])
+def test_a_turned_photograph_is_put_upright(kind: str, odd: int) -> None:
     picture = Image.new("RGB", (8, 16), "black")
     picture.paste("white", (0, 0, 8, 8))  # the upper half
     turned = picture.transpose(Image.Transpose.ROTATE_90)
-    # TIFF, little endian: a maker that is a fraction instead of a text, and turn clockwise to view.
-    entries = struct.pack("<HHII", MAKER, 5, 1, 38) + struct.pack("<HHIHH", ORIENTATION, 3, 1, 6, 0)
+    # TIFF, little endian: a fraction where none belongs, and an orientation: clockwise to view.
+    entries = struct.pack("<HHII", odd, 5, 1, 38) + struct.pack("<HHIHH", ORIENTATION, 3, 1, 6, 0)
     directory = struct.pack("<H", 2) + entries + struct.pack("<III", 0, 1, 1)
     exif = b"Exif\x00\x00II*\x00" + struct.pack("<I", 8) + directory
-    prepared = ImagePreparer(ImageTower(image_size=16), Path())([encoded(turned, exif=exif)])
-    pixels = prepared.inputs["pixel_values"][0, 0]
+    preparer = ImagePreparer(ImageTower(image_size=16), Path())
+    pixels = preparer([encoded(turned, kind, exif=exif)]).inputs["pixel_values"][0, 0]
     assert pixels[:6].mean() > 0.9
     assert pixels[-6:].mean() < -0.9
+
+
+def test_all_eight_orientations_are_those_of_pillow() -> None:
+    assert len({upright(orientation).tobytes() for orientation in range(1, 9)}) == 8
 
 
 DAMAGED_EXIF = {
     # A directory of one entry of four, cut within the entry.
     "cut": b"II*\x00\x08\x00\x00\x00\x01\x00\x12\x01",
     "no TIFF": b"not at all EXIF",
+    "cut header": b"II*\x00\x08\x00",
     # Where the directory begins: far behind the end.
     "astray": b"MM\x00*\xff\xff\xff\xff",
 }

@@ -219,8 +219,9 @@ class ContentConfig(StrictConfig):
     placement: Placement = Inline()
     tokens: TokenStage = TokenStage()
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: the encoder's matrix products of a training step run under autocast; weights, their
-    optimizer, and the vectors that are evaluated and published stay fp32."""
+    """bf16: the encoder's matrix products in training run under autocast, those that refresh the
+    bank, too; weights, their optimizer, and the vectors that are evaluated and published stay
+    fp32."""
     seed: NonNegativeInt = 0
     """Of the encoder's initial weights."""
 

@@ -66,6 +66,7 @@ class ContentActor:
             load_content_encoder(self.config),
             reader.read,
             torch.device("cuda" if self.service.gpus_per_actor else "cpu"),
+            num_rows=reader.num_items,
         )
         rows_N = rows_to_standardise(reader.num_items, self.config.seed)
         self.learner.standardise(self.learner.moments(rows_N))
@@ -132,10 +133,10 @@ class ContentActor:
         self._num_updates = step + 1
         await self._tell()
 
-    async def encode_now(self, step: int, rows_U: Rows) -> Floats:
+    async def encode_now(self, step: int, rows_U: Rows, exact: bool) -> Floats:
         """Vectors (U, D) of any rows, with the weights before a step."""
         await self._after(step)
-        vectors_UD: Floats = self.learner.encode(torch.tensor(rows_U)).cpu().numpy()
+        vectors_UD: Floats = self.learner.encode(torch.tensor(rows_U), exact=exact).cpu().numpy()
         return vectors_UD
 
     async def state(self, step: int) -> Arrays:

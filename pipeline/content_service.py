@@ -88,7 +88,7 @@ class ServiceEncoder:
             ]
         self._step = step + 1
 
-    def encode_all(self, num_rows: int) -> Tensor:
+    def encode_all(self, num_rows: int, *, exact: bool) -> Tensor:
         """Vectors of all rows, (R, D); every item is encoded by one actor for one rank."""
         own = self._ranks.share(torch.arange(num_rows))
         found = [torch.empty(0, self._dim, device=self._device)]
@@ -96,7 +96,7 @@ class ServiceEncoder:
         size = max(1, _ITEMS_PER_TURN // self._ranks.world_size)
         for piece in own.split(size * len(self._actors)):
             answers = [
-                actor.encode_now.remote(self._step, part.numpy())
+                actor.encode_now.remote(self._step, part.numpy(), exact)
                 for actor, part in zip(self._actors, self._parts(piece), strict=True)
             ]
             found.append(self._joined(self._get(answers, f"vectors of all {num_rows} items")))

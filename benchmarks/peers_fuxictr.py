@@ -89,7 +89,7 @@ def build(job):
 
 
 def loader(features, path, size, *, shuffle):
-    """The package's loader with its defaults: all rows in memory, one worker process."""
+    """The package's own, with its defaults: Ray Data reads and shuffles."""
     stage = "train" if shuffle else "test"
     data = RankDataLoader(
         features,
@@ -99,7 +99,7 @@ def loader(features, path, size, *, shuffle):
         shuffle=shuffle,
         data_format="parquet",
     )
-    return data.train_gen if shuffle else data.test_gen
+    return data[0] if shuffle else data  # for training: with batches to validate on, or None
 
 
 def endless(batches, size):

@@ -19,7 +19,13 @@ from pipeline.evaluate import SLICES, Slices
 from pipeline.recipe import load_recipe
 from pipeline.stages import StageOutput, StageSpec
 from pipeline.study import Study, Trial, read_variants, trial_slots, with_seed
-from pipeline.study_report import require_metrics, slice_metrics, slice_tables, write_study_report
+from pipeline.study_report import (
+    require_metrics,
+    slice_metrics,
+    slice_tables,
+    study_table,
+    write_study_report,
+)
 from pipeline.study_samples import identities, require_unchanged, samples_key
 from pipeline.study_statistics import StudyResult, differences, estimates, trial_metrics
 from ranking.evaluation import SliceMetrics, TaskMetrics
@@ -296,6 +302,19 @@ def test_gains_are_shown_by_slice_with_paired_differences() -> None:
     # Seed by seed +0.1000 and +0.1002, then -0.01 and +0.02; t with 1 degree of freedom: 12.706205.
     codes = [line[-3:] for line in lines if line[0] == "codes"]
     assert codes == [["+0.1001", "+-", "0.0013"], ["+0.0050", "+-", "0.1906"]]
+
+
+def test_several_metrics_with_their_intervals_fit_eighty_columns() -> None:
+    result = result_of({"ids": GAINS["ids"], "vq+rq+crosses-unaligned": GAINS["codes"]})
+
+    console = Console(width=80)
+    with console.capture() as captured:
+        console.print(study_table(result, ["click.cold.auc", "click.popular.auc"]))
+    text = captured.get()
+    assert "0.5100 +- 0.1271" in text
+    assert "0.6101 +- 0.1283  +0.1001 +- 0.0013" in text
+    assert "0.8100 +- 0.2541  +0.0050 +- 0.1906" in text
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text
 
 
 def test_the_page_of_a_study_has_the_slices_too(tmp_path: Path) -> None:

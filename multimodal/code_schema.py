@@ -4,7 +4,7 @@ Derived features have `source: codes` and columns that `pipeline.code_columns` m
 
     sid_0, ..., sid_suffix, vq      codes of the candidate
     sid_0 of a sequence             codes of the history's items
-    clicks:vq                       nearest items of all items of the history `clicks`, pooled
+    vq_nearest of a sequence        the history's items by their own VQ slots
     clicks:shared_1                 items of the history with the candidate's first code
     clicks:shared_1_count           how many
     user_code_1                     id of the user and the candidate's first code
@@ -130,41 +130,41 @@ def _histories(own: FeatureSchema, codes: Codes) -> list[HistoryConfig]:
 
 
 def _sequences(history: HistoryConfig, codes: Codes) -> list[SequenceFeature]:
-    if "history" not in codes.families or codes.rq is None:
+    if "history" not in codes.families:
         return []
     # A suffix only tells items with equal codes apart, so a sequence of suffixes says nothing.
-    columns = [f"sid_{level}" for level in range(len(codes.rq.level_sizes))]
+    levels = range(len(codes.rq.level_sizes)) if codes.rq else ()
+    columns = {f"sid_{level}": f"sid_{level}" for level in levels}
+    if codes.vq:
+        columns["vq"] = "vq_nearest"
     with_target = "candidate" in codes.families
     return [
         SequenceFeature(
-            name=f"{history.name}_{column}",
+            name=f"{history.name}_{table}",
             history=history.name,
-            table=column,
+            table=table,
             source="codes",
             column=column,
-            target=column if with_target else None,
+            target=table if with_target else None,
         )
-        for column in columns
+        for table, column in columns.items()
     ]
 
 
 def _pooled(history: HistoryConfig, own: FeatureSchema, codes: Codes) -> list[SparseFeature]:
-    names = {}
-    if "history" in codes.families and codes.vq:
-        names["vq"] = "vq"
-    if "shared" in codes.families:
-        item_table = codes.features.item_table or _item_table(own)
-        names |= {f"shared_{depth}": item_table for depth in _depths(codes)}
+    if "shared" not in codes.families:
+        return []
+    item_table = codes.features.item_table or _item_table(own)
     return [
         SparseFeature(
-            name=f"{history.name}_{name}",
-            table=table,
+            name=f"{history.name}_shared_{depth}",
+            table=item_table,
             source="codes",
-            column=f"{history.name}:{name}",
+            column=f"{history.name}:shared_{depth}",
             pooling="mean",
             max_length=history.max_length,
         )
-        for name, table in names.items()
+        for depth in _depths(codes)
     ]
 
 

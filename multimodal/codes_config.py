@@ -19,6 +19,8 @@ from embedding.config import StrictConfig
 from multimodal.content_config import ContentConfig
 
 MAX_FSQ_CODES = 1 << 20
+_CODES_FORMAT = 2
+"""Of codes artifacts; those of another format are made again."""
 
 # --- nearest items -------------------------------------------------------------------------------
 
@@ -64,10 +66,7 @@ ItemIndex = Annotated[ExactIndex | IvfIndex | HnswIndex | IndexBySize, Field(dis
 
 
 class Vq(StrictConfig):
-    """The code of an item is the list of its `top_k` nearest items, by cosine.
-
-    Nothing is excluded: an item of the set lists itself first.
-    """
+    """The code of an item is the list of its `top_k` nearest other items, by cosine."""
 
     top_k: PositiveInt = 25
     index: ItemIndex = IndexBySize()
@@ -273,11 +272,10 @@ class CodeFeatures(StrictConfig):
     """Which features of the ranker follow from the codes (`multimodal.code_schema`)."""
 
     families: tuple[CodeFamily, ...] | None = None
-    """`candidate`: codes of the candidate; `history`: code sequences of each history, and its VQ
-    codes pooled; `shared`: history items with the candidate's first code, first two codes (pooled
-    ids, counts); `user`: an id of user and code prefix. Default: the first three, as far as codes
-    allow them: ids of users and codes are many and rare, and a second epoch over little data learns
-    them by heart."""
+    """`candidate`: codes of the candidate; `history`: code sequences of each history; `shared`:
+    history items with the candidate's first code, first two codes (pooled ids, counts); `user`: an
+    id of user and code prefix. Default: the first three, as far as codes allow them: ids of users
+    and codes are many and rare, and a second epoch over little data learns them by heart."""
     histories: tuple[str, ...] | None = None
     """Histories that the families `history` and `shared` read; default: all of the recipe."""
     embedding_dim: PositiveInt = 16
@@ -332,7 +330,7 @@ class Codes(StrictConfig):
     def quantized(self) -> dict[str, Any]:
         """The settings that codes depend on, as JSON."""
         settings = self.model_dump(mode="json", exclude={"features": True, "refit": {"force_on"}})
-        return {**settings, "vector_dims": self.features.vector_dims}
+        return {**settings, "vector_dims": self.features.vector_dims, "format": _CODES_FORMAT}
 
 
 def suggested_codebook_size(num_items: int) -> int:

@@ -1,8 +1,9 @@
 """VQ codes: the codebook is the set of all aligned item vectors, frozen when it was taken.
 
-The code of an item is the list of its nearest items. Nothing is excluded, so an item of the set
-lists itself first; a later item lists the items of the set it resembles. A code is a *slot*, the
-number of a codebook item, and a code table has one row per slot behind the OOV row.
+The code of an item is the list of its nearest other items. Itself would be no content but a second
+item id, which training learns by heart and a later item, which is not in the set, does not have. A
+code is a *slot*, the number of a codebook item, and a code table has one row per slot behind the
+OOV row.
 
 Slots survive a refit: an item that is still there keeps its slot, new items take the slots of items
 that are gone, then new slots. So a slot means the same item before and after.
@@ -46,6 +47,15 @@ class ItemCodebook:
         """Slots."""
         return len(self.item_ids_N)
 
+    def slots_of(self, item_ids_B: Int64Array) -> Int64Array:
+        """Slot of each item; `FREE` for those that are not in the set."""
+        slots = np.flatnonzero(self.item_ids_N != FREE)
+        if not len(slots):
+            return np.full(len(item_ids_B), FREE)
+        slots = slots[np.argsort(self.item_ids_N[slots])]
+        at_B = np.searchsorted(self.item_ids_N[slots], item_ids_B).clip(max=len(slots) - 1)
+        return np.where(self.item_ids_N[slots[at_B]] == item_ids_B, slots[at_B], FREE)
+
     def neighbours(self, config: Vq, device: torch.device = CPU) -> "ItemNeighbours":
         """A search structure; built once, then used for many items."""
         slots = np.flatnonzero(self.item_ids_N != FREE)
@@ -62,12 +72,23 @@ class ItemNeighbours:
     index: Index
     top_k: int
 
-    def encode(self, vectors_BD: FloatArray) -> Int32Array:
-        """Slots (B, top_k) of the nearest items, the nearest first; `FREE` behind the last one."""
-        _, found = nearest_items(self.index, vectors_BD, self.top_k)
-        codes = np.full((len(found), self.top_k), FREE, np.int32)
-        codes[:, : found.shape[1]] = np.where(found < 0, FREE, self.slots[found])
-        return codes
+    def encode(self, vectors_BD: FloatArray, own_B: Int64Array | None = None) -> Int32Array:
+        """Slots (B, top_k) of the nearest items, the nearest first; `FREE` behind the last one.
+
+        Args:
+            vectors_BD: of the items.
+            own_B: their own slots, which they leave out; `FREE` for items that have none.
+        """
+        count = self.top_k if own_B is None else self.top_k + 1
+        _, found = nearest_items(self.index, vectors_BD, count)
+        codes = np.where(found < 0, FREE, self.slots[found]).astype(np.int32)
+        if own_B is not None:
+            is_own = codes == own_B[:, None]
+            codes[is_own] = FREE
+            # What is left keeps its order; free places go to the end.
+            codes = np.take_along_axis(codes, np.argsort(codes == FREE, axis=1, kind="stable"), 1)
+        missing = max(0, self.top_k - codes.shape[1])
+        return np.pad(codes[:, : self.top_k], ((0, 0), (0, missing)), constant_values=FREE)
 
 
 def take_item_codebook(

@@ -1,11 +1,12 @@
 """Semantic codes as columns of samples: of the candidate, of its user's history, and across both.
 
-Pure functions of ids and the codes artifact (item_id, sid_0, sid_1, ..., optional sid_suffix and
-vq). Join calls, per row group:
+Pure functions of ids and the codes artifact (item_id, sid_0, sid_1, ..., optional sid_suffix, vq
+and vq_nearest). Join calls, per row group:
 
     codes = ItemCodes.load(path)                     once, in `plan_join`
     candidate_columns(codes, item_ids)               sparse:<sid_l>, sparse:<vq> of the candidate
-    history_columns(codes, history lists)            sequence:<sid_l>, aligned with the history
+    history_columns(codes, history lists)            sequence:<sid_l>, sequence:<vq_nearest>,
+                                                     aligned with the history
     cross_columns(codes, item_ids, history lists)    sparse:<shared_l>, dense:<shared_l_count>
     user_code_ids(codes, item_ids, user_ids, depth)  sparse id of (user, code prefix), hashed
 
@@ -34,6 +35,8 @@ CODES_FILE = "codes.parquet"
 """Of a codes artifact."""
 VECTOR = "vector"
 """Its column with the elements of item vectors that are features."""
+NEAREST = "vq_nearest"
+"""Its column with one VQ code an item: its own slot, or the first of its code."""
 MAX_DEPTH = 2
 """Longest code prefix of the cross features: the first code, and the first two."""
 _MASK_63 = np.uint64(0x7FFF_FFFF_FFFF_FFFF)
@@ -44,7 +47,7 @@ class ItemCodes:
     """Codes by item; the last row stands for items without codes."""
 
     entities: EntityColumns
-    """`sid_0`, `sid_1`, ..., `sid_suffix` and `vq` by row."""
+    """`sid_0`, `sid_1`, ..., `sid_suffix`, `vq` and `vq_nearest` by row."""
     prefixes: tuple[Int64Array, ...]
     """Number of the first code, the first two, ... by row: equal for equal prefixes; -1 unknown."""
     vectors_ND: Float32Array | None = None
@@ -71,9 +74,8 @@ class ItemCodes:
             twice = ids[1:][ids[1:] == ids[:-1]][0]
             raise UserError(f"item {twice} has two rows of codes; give every item one")
         names = [name for name in table.column_names if name.startswith("sid_")]
-        columns = {name: with_missing(id_column(table[name])) for name in names}
-        if "vq" in table.column_names:
-            columns["vq"] = with_missing(id_column(table["vq"]))
+        of_vq = [name for name in ("vq", NEAREST) if name in table.column_names]
+        columns = {name: with_missing(id_column(table[name])) for name in (*names, *of_vq)}
         entities = EntityColumns(ids, columns, {})
         levels = [level for level in range(len(names)) if f"sid_{level}" in names]
         codes = [table[f"sid_{level}"].to_numpy() for level in levels]
@@ -111,11 +113,26 @@ class ItemCodes:
         return column if isinstance(column, IdLists) else None
 
 
+@dataclass(frozen=True)
+class NearItems:
+    """VQ codes of all items."""
+
+    own_N: Int64Array
+    """Slot of each item; -1 for items that are not in the codebook."""
+    others_Nk: Int32Array
+    """The nearest other items, the nearest first; -1 behind the last one."""
+
+    @property
+    def nearest(self) -> Int64Array:
+        """One slot that stands for the item: its own, or the most similar one."""
+        return np.where(self.own_N >= 0, self.own_N, self.others_Nk[:, 0])
+
+
 def codes_table(
     item_ids_N: Int64Array,
     codes_NL: Int32Array,
     suffix_N: Int32Array | None = None,
-    neighbours_Nk: Int32Array | None = None,
+    near: NearItems | None = None,
     vectors_ND: Float32Array | None = None,
 ) -> pa.Table:
     """What a codes artifact holds: one row an item; unused neighbours (-1) are left out."""
@@ -123,10 +140,11 @@ def codes_table(
     data |= {f"sid_{i}": pa.array(code_N) for i, code_N in enumerate(codes_NL.T)}
     if suffix_N is not None:
         data["sid_suffix"] = pa.array(suffix_N)
-    if neighbours_Nk is not None:
-        used = neighbours_Nk >= 0
+    if near is not None:
+        used = near.others_Nk >= 0
         offsets = np.concatenate([[0], np.cumsum(used.sum(axis=1))]).astype(np.int32)
-        data["vq"] = pa.ListArray.from_arrays(pa.array(offsets), pa.array(neighbours_Nk[used]))
+        data["vq"] = pa.ListArray.from_arrays(pa.array(offsets), pa.array(near.others_Nk[used]))
+        data[NEAREST] = pa.array(near.nearest)
     if vectors_ND is not None:
         flat = pa.array(np.ascontiguousarray(vectors_ND).ravel())
         data[VECTOR] = pa.FixedSizeListArray.from_arrays(flat, vectors_ND.shape[1])
@@ -145,28 +163,18 @@ def candidate_columns(codes: ItemCodes, item_ids_B: Int64Array) -> dict[str, pa.
     return found
 
 
-def history_columns(
-    codes: ItemCodes, history: pa.ListArray, neighbours_per_item: int = 1
-) -> dict[str, pa.ListArray]:
+def history_columns(codes: ItemCodes, history: pa.ListArray) -> dict[str, pa.ListArray]:
     """Codes of the history's items: sequences as long as the history, in its order.
-
-    `vq` is no sequence but a pooled list: the nearest `neighbours_per_item` items of every item.
 
     Args:
         codes: the artifact.
         history: item ids, one list a sample, offsets from 0.
-        neighbours_per_item: of each history item's VQ code.
     """
     rows = codes.entities.positions(history.values.to_numpy())
-    found = {
+    return {
         name: pa.ListArray.from_arrays(history.offsets, pa.array(column[rows]))
         for name, column in codes.levels.items()
     }
-    if codes.neighbours is not None:
-        inner = codes.neighbours.take(rows, neighbours_per_item)
-        offsets = inner.offsets.to_numpy()[history.offsets.to_numpy()]
-        found["vq"] = pa.ListArray.from_arrays(pa.array(offsets), inner.values)
-    return found
 
 
 def cross_columns(

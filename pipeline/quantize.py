@@ -40,7 +40,7 @@ from multimodal.residual_fit import codebooks_in_space
 from multimodal.residual_quantizer import CPU
 from multimodal.vector_quantizer import restate_items
 from multimodal.vectors import Float32Array, FloatArray, Int32Array
-from pipeline.code_features import CODES_FILE, codes_table
+from pipeline.code_features import CODES_FILE, NearItems, codes_table
 from pipeline.quantize_facts import QuantizeFacts
 
 
@@ -114,16 +114,18 @@ def quantize(
         coded = _encode(items, state.codebooks, device)
     assert coded
     suffixes = _suffixes(config, items, coded)
-    neighbours_Nk = None
+    near = None
     if config.vq:
-        assert state.codebooks.items
-        _check_room(config, state.codebooks.items.num_codes)
-        neighbours_Nk = state.codebooks.items.neighbours(config.vq, device).encode(items.vectors_ND)
+        book = state.codebooks.items
+        assert book
+        _check_room(config, book.num_codes)
+        own_N = book.slots_of(items.item_ids_N)
+        near = NearItems(own_N, book.neighbours(config.vq, device).encode(items.vectors_ND, own_N))
     table = codes_table(
         items.item_ids_N,
         coded.codes_NL,
         suffixes.suffix_N if suffixes else None,
-        neighbours_Nk,
+        near,
         _dense(config, items),
     )
     codebooks = f"{state.version}-{state.codebooks.fingerprint}"

@@ -48,7 +48,6 @@ def test_every_family_is_derived() -> None:
         "vq": ("vq", "vq", 3),
         "user_code_1": ("user_code_1", "user_code_1", None),
         "user_code_2": ("user_code_2", "user_code_2", None),
-        "clicks_vq": ("vq", "clicks:vq", 7),
         "clicks_shared_1": ("item", "clicks:shared_1", 7),
         "clicks_shared_2": ("item", "clicks:shared_2", 7),
     }
@@ -57,6 +56,7 @@ def test_every_family_is_derived() -> None:
     assert attended == {
         "clicks_sid_0": ("clicks", "sid_0", "sid_0"),
         "clicks_sid_1": ("clicks", "sid_1", "sid_1"),
+        "clicks_vq": ("clicks", "vq_nearest", "vq"),
     }
     assert without_codes(schema) == OWN
     assert features_with_codes(OWN, None) is OWN

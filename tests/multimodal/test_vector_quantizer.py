@@ -16,12 +16,30 @@ def test_codes_are_the_nearest_items_by_cosine(num_items: int) -> None:
     x = clustered(num_items) * np.linspace(0.5, 2, num_items, dtype=np.float32)[:, None]
     book = take_item_codebook(np.arange(num_items), x)
 
-    codes = book.neighbours(Vq(top_k=7, index=ExactIndex())).encode(x[:50])
+    near = book.neighbours(Vq(top_k=7, index=ExactIndex()))
+    own = np.where(np.arange(50) % 3 > 0, np.arange(50), FREE)  # a third is not in the set
+    codes, others = near.encode(x[:50]), near.encode(x[:50], own)
 
-    for row, code in zip(x[:50], codes, strict=True):
+    for at, row in enumerate(x[:50]):
         cosines = [float(row @ other / np.linalg.norm(row) / np.linalg.norm(other)) for other in x]
-        assert code.tolist() == sorted(range(num_items), key=lambda i: -cosines[i])[:7]
-    assert codes[:, 0].tolist() == list(range(50))  # nothing is excluded, the item itself neither
+        ranked = sorted(range(num_items), key=lambda i: -cosines[i])
+        assert codes[at].tolist() == ranked[:7]
+        assert others[at].tolist() == [i for i in ranked if i != own[at]][:7]
+
+
+def test_an_item_leaves_itself_out_wherever_it_stands_among_equals() -> None:
+    x = np.repeat(clustered(5), 4, axis=0)
+    near = take_item_codebook(np.arange(20), x).neighbours(Vq(top_k=3))
+    codes = near.encode(x, np.arange(20))
+    expected = [[4 * (i // 4) + j for j in range(4) if j != i % 4] for i in range(20)]
+    assert codes.tolist() == expected
+
+
+def test_slots_of_items() -> None:
+    book = take_item_codebook(np.array([7, 3, 9]), clustered(3))
+    shrunk = take_item_codebook(np.array([9, 3]), clustered(2), book)
+    assert book.slots_of(np.array([9, 1, 7, 3, 99])).tolist() == [2, FREE, 0, 1, FREE]
+    assert shrunk.slots_of(np.array([7, 9, FREE])).tolist() == [FREE, 2, FREE]
 
 
 def test_equal_items_are_listed_in_the_order_of_their_slots() -> None:
@@ -50,6 +68,8 @@ def test_fewer_items_than_neighbours_leaves_free_codes() -> None:
     )
     assert (codes[:, 3:] == FREE).all()
     assert sorted(codes[0, :3].tolist()) == [0, 1, 2]
+    two = take_item_codebook(np.arange(2), clustered(2)).neighbours(Vq(top_k=3))
+    assert two.encode(clustered(2), np.array([0, 1])).tolist() == [[1, FREE, FREE], [0, FREE, FREE]]
 
 
 def test_items_keep_their_slots_and_new_ones_take_those_of_the_gone() -> None:

@@ -11,7 +11,7 @@ from small_log import DAYS, event, make_recipe, run_here, write_catalogue, write
 
 from pipeline import ingest as ingest_module
 from pipeline import join as join_module
-from pipeline.code_features import codes_table
+from pipeline.code_features import NearItems, codes_table
 from pipeline.config import Recipe
 from pipeline.ingest import check_span, ingest
 from pipeline.join import join
@@ -23,7 +23,8 @@ CODES = {
     "vectors": {"kind": "column"},
 }
 SID = {1: (0, 1, 2), 3: (0, 1, 0), 4: (0, 3, 1), 5: (2, 3, 0)}  # item 2 has no codes
-NEAR = {1: [0, 1], 3: [1, 0], 4: [2, 3], 5: [3, 2]}
+NEAR = {1: [1, 2], 3: [0, 2], 4: [3, 1], 5: [2, 0]}
+OWN = {1: 0, 3: 1, 4: 2, 5: -1}  # item 5 is not in the codebook
 
 
 @pytest.fixture
@@ -44,7 +45,8 @@ def samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, A
     codes = np.array([SID[i] for i in sorted(SID)], np.int32)
     near = np.array([NEAR[i] for i in sorted(SID)], np.int32)
     path = tmp_path / "codes.parquet"
-    pq.write_table(codes_table(ids, codes[:, :2], codes[:, 2], near), path)
+    own = np.array([OWN[i] for i in sorted(SID)])
+    pq.write_table(codes_table(ids, codes[:, :2], codes[:, 2], NearItems(own, near)), path)
     for name in ("ingest", "join"):
         (tmp_path / name).mkdir()
     ingest(recipe, check_span(recipe, DAYS[:1], None), tmp_path / "ingest")
@@ -69,7 +71,8 @@ def test_derived_columns_equal_a_loop(samples: list[dict[str, Any]]) -> None:
         for level in (0, 1):
             expected = [SID.get(i, (-1, -1))[level] for i in past]
             assert row[f"sequence:clicks_sid_{level}"] == expected
-        assert row["sparse:clicks_vq"] == [NEAR.get(i, [-1])[0] for i in past]
+        nearest = {**OWN, 5: NEAR[5][0]}
+        assert row["sequence:clicks_vq"] == [nearest.get(i, -1) for i in past]
         for depth in (1, 2):
             shared = [i for i in past if i in SID and item in SID and SID[i][:depth] == sid[:depth]]
             assert row[f"sparse:clicks_shared_{depth}"] == shared

@@ -11,6 +11,7 @@ from embedding.config import MISSING_ID
 from embedding.errors import UserError
 from pipeline.code_features import (
     ItemCodes,
+    NearItems,
     candidate_columns,
     codes_table,
     cross_columns,
@@ -36,7 +37,12 @@ class Case:
         }
         suffix = np.arange(NUM_ITEMS, dtype=np.int32)
         self.suffix = dict(zip(ids.tolist(), suffix.tolist(), strict=True))
-        self.table = codes_table(ids, codes, suffix, near)
+        own = np.where(np.arange(NUM_ITEMS) % 4 > 0, np.arange(100, 100 + NUM_ITEMS), -1)
+        self.nearest = {
+            item: slot if slot >= 0 else others[0]
+            for item, slot, others in zip(ids.tolist(), own.tolist(), near.tolist(), strict=True)
+        }
+        self.table = codes_table(ids, codes, suffix, NearItems(own, near))
         self.codes = ItemCodes.of(self.table)
         self.candidates = rng.integers(1000, 1040, NUM_SAMPLES)
         lengths = rng.integers(0, 8, NUM_SAMPLES)
@@ -63,7 +69,7 @@ def test_candidate_gets_its_codes_and_neighbours(case: Case) -> None:
 def test_elements_of_vectors_are_dense_columns(case: Case) -> None:
     vectors = np.random.default_rng(1).standard_normal((NUM_ITEMS, 2)).astype(np.float32)
     ids, none = np.arange(1000, 1000 + NUM_ITEMS), np.empty((NUM_ITEMS, 0), np.int32)
-    near = np.zeros((NUM_ITEMS, 1), np.int32)
+    near = NearItems(np.arange(NUM_ITEMS), np.zeros((NUM_ITEMS, 1), np.int32))
     codes = ItemCodes.of(codes_table(ids, none, None, near, vectors).take(np.arange(29, -1, -1)))
     columns = candidate_columns(codes, case.candidates)
     for row, item in enumerate(case.candidates.tolist()):
@@ -73,15 +79,15 @@ def test_elements_of_vectors_are_dense_columns(case: Case) -> None:
 
 
 def test_history_gets_code_sequences(case: Case) -> None:
-    columns = history_columns(case.codes, case.history, neighbours_per_item=2)
+    columns = history_columns(case.codes, case.history)
 
     for level in range(3):
         assert columns[f"sid_{level}"].to_pylist() == [
             [case.code[i][level] if i in case.code else MISSING_ID for i in past]
             for past in case.histories
         ]
-    assert columns["vq"].to_pylist() == [
-        [n for i in past for n in case.near.get(i, [MISSING_ID])[:2]] for past in case.histories
+    assert columns["vq_nearest"].to_pylist() == [
+        [case.nearest.get(i, MISSING_ID) for i in past] for past in case.histories
     ]
 
 
@@ -139,8 +145,8 @@ def test_a_catalogue_without_codes_or_histories_is_missing_everywhere(case: Case
 
 
 def test_an_artifact_may_hold_vq_codes_only(case: Case) -> None:
-    only = ItemCodes.of(case.table.select(["item_id", "vq"]))
-    assert list(candidate_columns(only, case.candidates)) == ["vq"]
+    only = ItemCodes.of(case.table.select(["item_id", "vq", "vq_nearest"]))
+    assert set(candidate_columns(only, case.candidates)) == {"vq", "vq_nearest"}
     assert cross_columns(only, case.candidates, case.history) == {}
 
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from embedding.raw_ids import to_raw_ids
-from pipeline.code_features import codes_table
+from pipeline.code_features import NearItems, codes_table
 from pipeline.code_report import NUM_FIRST_CODES, NUM_ITEMS, NUM_PREFIXES, browse
 
 
@@ -66,5 +66,8 @@ def test_items_without_a_title_show_their_text_or_id(tmp_path: Path) -> None:
 def test_vq_codes_alone_have_no_browser(tmp_path: Path) -> None:
     none = np.empty((2, 0), np.int32)
     near = np.array([[0, 1], [1, 0]], np.int32)
-    pq.write_table(codes_table(np.arange(2), none, None, near), tmp_path / "codes.parquet")
+    pq.write_table(
+        codes_table(np.arange(2), none, None, NearItems(np.arange(2), near)),
+        tmp_path / "codes.parquet",
+    )
     assert browse(tmp_path / "codes.parquet", tmp_path) == []

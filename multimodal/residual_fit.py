@@ -236,10 +236,11 @@ def _mixed_batches(
     Items are stored by id, so neighbours are alike: batches in their order would pull codewords to
     and fro. Runs of rows, not rows, are drawn: a memory-mapped file is read in pieces.
     """
-    run = max(1, batch_size // _RUNS_PER_BATCH)
+    runs_per_batch = min(batch_size, _RUNS_PER_BATCH)
+    run = -(-batch_size // runs_per_batch)
     starts = random.permutation(np.arange(0, len(vectors_ND), run))
-    for first in range(0, len(starts), _RUNS_PER_BATCH):
-        chosen = np.sort(starts[first : first + _RUNS_PER_BATCH])
+    for first in range(0, len(starts), runs_per_batch):
+        chosen = np.sort(starts[first : first + runs_per_batch])
         runs = [np.arange(start, min(start + run, len(vectors_ND))) for start in chosen]
         yield read_rows(vectors_ND, np.concatenate(runs))
 

@@ -13,6 +13,8 @@ codes_app = typer.Typer(
     no_args_is_help=True,
 )
 
+_WIDTH_OF_FILES = 200
+
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Output directory of the runs.")]
 
 
@@ -67,5 +69,7 @@ def _print(*parts: "Part") -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
+    if not console.is_terminal:  # a file or a pipe folds nothing
+        console.width = _WIDTH_OF_FILES
     for part in parts:
         console.print(part, soft_wrap=isinstance(part, str))

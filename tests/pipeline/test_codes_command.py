@@ -134,11 +134,13 @@ def test_levels_and_versions(out: Path, capsys: pytest.CaptureFixture[str]) -> N
     status, said, _ = run(capsys, "versions", "--out", str(out))
     assert status == 0
     first, second = (find_version(out / "codebooks", name) for name in ("v0001", "v0002"))
-    told = "".join(said.split())
-    for manifest, day in ((first, DAYS[0]), (second, DAYS[1])):
-        assert manifest.fingerprint in told or manifest.fingerprint[:8] in told
-        assert any(row[:1] == [manifest.version] for row in rows(said))
-        assert day in told
+    found = {row[0]: row for row in rows(said)}
+    for manifest, parent, day in ((first, "-", DAYS[0]), (second, "v0001", DAYS[1])):
+        row = found[manifest.version]
+        assert row[1:6] == [parent, DAYS[0], "..", day, "60"]
+        assert manifest.metrics is not None
+        assert row[6] == f"{manifest.metrics.collision_rate:.1%}"
+        assert row[-2:] == [manifest.fingerprint, day]
     status, said, _ = run(capsys, "versions", "--out", str(out), "--version", "v0002")
     assert status == 0
     assert ["goes", "on", "with", "v0001"] in rows(said)

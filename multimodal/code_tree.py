@@ -118,12 +118,12 @@ def tell_apart(
         # Those that shared the last number try again.
         kept_N[kept_N >= num_codes - 1] = -1
     suffix_N = _fill(group_N, sizes, kept_N, item_ids_N)
-    over = suffix_N >= num_codes
-    shared = int(over.sum())
-    if shared:
-        suffix_N = np.minimum(suffix_N, num_codes - 1)
-        shared = int((suffix_N == num_codes - 1).sum())
-    return Suffixes(suffix_N.astype(np.int32), shared)
+    is_crowded = np.zeros(len(sizes), np.bool_)
+    is_crowded[group_N[suffix_N >= num_codes]] = True
+    suffix_N = np.minimum(suffix_N, num_codes - 1)
+    # In a group that just fits, the last number is one item's own.
+    shares_N = is_crowded[group_N] & (suffix_N == num_codes - 1)
+    return Suffixes(suffix_N.astype(np.int32), int(shares_N.sum()))
 
 
 def _fill(

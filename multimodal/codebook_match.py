@@ -54,6 +54,29 @@ class Carry:
         carried_K = self.carried_K & known_K & earlier.carried_K[self.source_K]
         return Carry(earlier.num_before, source_K, carried_K)
 
+    def inverse(self, num_codes: int) -> "Carry":
+        """This refit taken back: from the codes after it to those before.
+
+        An old code that went on has its row back. One that did not starts from the row of a new
+        code that had started from its own, where there is one.
+
+        Args:
+            num_codes: codes before the refit.
+        """
+        if not self.num_before:
+            return fresh(0, num_codes)
+        source = np.full(num_codes, -1, np.int64)
+        carried = np.zeros(num_codes, np.bool_)
+        for new in (np.flatnonzero(~self.carried_K & (self.source_K >= 0)), self._carried):
+            source[self.source_K[new]] = new
+        carried[self.source_K[self._carried]] = True
+        return Carry(len(self.source_K), source, carried)
+
+    @property
+    def _carried(self) -> Int64Array:
+        """New codes that go on."""
+        return np.flatnonzero(self.carried_K)
+
 
 def match_codewords(before_KD: Tensor, after_KD: Tensor) -> tuple[Int64Array, Int64Array]:
     """Pairs (old, new) that minimise the summed distance; as many as the smaller side has.

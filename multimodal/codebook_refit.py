@@ -1,6 +1,6 @@
 """A refit of all codebooks, drift since the last one, and the decision between the two."""
 
-# Shapes: N items, D vector dim.
+# Shapes: N items, D vector dim, L levels, K codewords.
 
 from dataclasses import dataclass
 from datetime import date
@@ -9,14 +9,13 @@ import numpy as np
 import torch
 
 from embedding.config import StrictConfig
-from multimodal.code_metrics import CodeMetrics
-from multimodal.codebook_match import Carry, align, carry_items, fresh
+from multimodal.codebook_match import BoolArray, Carry, align, carry_items, fresh
 from multimodal.codebook_store import Codebooks
 from multimodal.codes_config import Codes, RefitPolicy, Rq
 from multimodal.residual_fit import fit_residual, training_rows
 from multimodal.residual_quantizer import CPU, ResidualCodebooks
 from multimodal.vector_quantizer import take_item_codebook
-from multimodal.vectors import FloatArray, Int64Array, read_rows, sample_rows
+from multimodal.vectors import FloatArray, Int32Array, Int64Array, read_rows, sample_rows
 
 _HELD_OUT_SHARE = 0.1
 _MAX_HELD_OUT = 10_000
@@ -104,17 +103,21 @@ def _same_shape(books: ResidualCodebooks, config: Rq, vectors_ND: FloatArray) ->
 
 
 class Drift(StrictConfig):
-    """How far the items have moved since the codebooks were fitted; version 1."""
+    """How far the items have moved since the codebooks were fitted; version 2."""
 
-    schema_version: int = 1
+    schema_version: int = 2
     age_days: int
     num_new_items: int
     """Items that the fit did not know."""
     error_ratio: float | None
     """Quantization error of new items over `reference_mse`; None without either."""
     utilisation_ratio: float | None
-    """Codewords in use by all items of the day over those in use at the fit, on the level where it
-    is lowest; None without RQ codes."""
+    """Codewords that new items have, over those that as many items of the fit would have, on the
+    level where it is lowest: new items that crowd into few codewords have fewer. None without RQ
+    codes, new items, or items of the fit that are still there. Version 1: codewords that any item
+    ever shown had, over those of the fit; it could hardly fall."""
+    has_reference: bool = True
+    """Whether the fit had items enough to hold some out; False: `error_ratio` is never known."""
 
 
 class RefitDecision(StrictConfig):
@@ -122,14 +125,24 @@ class RefitDecision(StrictConfig):
 
     refit: bool
     reasons: tuple[str, ...]
-    """Sentences for the report."""
+    """Sentences for the report; of no refit, too: what the policy could not look at."""
+
+
+@dataclass(frozen=True)
+class CodesInUse:
+    """RQ codes of the items of a day, under codebooks that were fitted to some of them."""
+
+    codes_NL: Int32Array
+    is_new_N: BoolArray
+    """Items that the fit did not know."""
+    level_sizes: tuple[int, ...]
 
 
 def measure_drift(
     codebooks: Codebooks,
     reference_mse: float | None,
     new_vectors_ND: FloatArray,
-    metrics: tuple[CodeMetrics, CodeMetrics] | None,
+    in_use: CodesInUse | None,
     age_days: int,
 ) -> Drift:
     """Drift of a day.
@@ -138,22 +151,35 @@ def measure_drift(
         codebooks: the frozen ones.
         reference_mse: of their manifest.
         new_vectors_ND: vectors of the items that came since the fit.
-        metrics: of the fit, and of all items of the day under the same codebooks.
+        in_use: codes of the day; None without RQ codes.
         age_days: days since the last day of the training window.
     """
     ratio = None
     if codebooks.residual and reference_mse and len(new_vectors_ND):
         ratio = float(codebooks.residual.squared_errors(new_vectors_ND)[-1]) / reference_mse
-    use = None
-    if metrics:
-        levels = zip(metrics[0].levels, metrics[1].levels, strict=True)
-        use = min(now.utilisation / max(fit.utilisation, 1e-9) for fit, now in levels)
     return Drift(
         age_days=age_days,
         num_new_items=len(new_vectors_ND),
         error_ratio=ratio,
-        utilisation_ratio=use,
+        utilisation_ratio=None if in_use is None else _utilisation_ratio(in_use),
+        has_reference=codebooks.residual is None or reference_mse is not None,
     )
+
+
+def _utilisation_ratio(in_use: CodesInUse) -> float | None:
+    """Codewords of the new items, over the mean number that as many draws from the others hit.
+
+    All items ever shown would be no yardstick: codewords that old items have stay in use for ever.
+    """
+    new_NL, fitted_NL = in_use.codes_NL[in_use.is_new_N], in_use.codes_NL[~in_use.is_new_N]
+    if not len(new_NL) or not len(fitted_NL):
+        return None
+    ratios = []
+    for level, size in enumerate(in_use.level_sizes):
+        share_K = np.bincount(fitted_NL[:, level], minlength=size) / len(fitted_NL)
+        expected = float((1 - (1 - share_K) ** len(new_NL)).sum())
+        ratios.append(len(np.unique(new_NL[:, level])) / expected)
+    return min(ratios)
 
 
 def age_in_days(last_day: str, today: str) -> int:
@@ -175,9 +201,14 @@ def decide_refit(drift: Drift, policy: RefitPolicy) -> RefitDecision:
             f"error of the fit (max_error_ratio={policy.max_error_ratio})"
         )
     use, least = drift.utilisation_ratio, policy.min_utilisation_ratio
-    if use is not None and use < least:
+    if enough and use is not None and use < least:
         reasons.append(
-            f"one level uses {use:.0%} of the codewords it used at the fit "
-            f"(min_utilisation_ratio={least})"
+            f"{drift.num_new_items} new items use {use:.0%} of the codewords that as many items of "
+            f"the fit would, on one level (min_utilisation_ratio={least})"
         )
-    return RefitDecision(refit=bool(reasons), reasons=tuple(reasons))
+    refits = bool(reasons)
+    if not drift.has_reference:
+        reasons.append(
+            "max_error_ratio was not looked at: the fit had too few items to hold some out"
+        )
+    return RefitDecision(refit=refits, reasons=tuple(reasons))

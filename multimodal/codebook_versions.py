@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from embedding.config import StrictConfig
 from embedding.errors import UserError
 from multimodal.code_metrics import CodeMetrics, Stability
-from multimodal.codebook_match import Carry
+from multimodal.codebook_match import Carry, fresh
 from multimodal.codebook_store import Codebooks
 from multimodal.codes_config import Codes
 
@@ -145,44 +145,66 @@ def load_version(root: Path, version: str) -> Codebooks:
     return codebooks
 
 
-def descends(root: Path, before: str, after: str) -> bool:
-    """Whether `after` goes on with the code numbers of `before`, over any versions in between.
+def are_related(root: Path, before: str, after: str) -> bool:
+    """Whether code numbers of both go back to one version, so that rows can be carried.
 
     Raises:
         UserError: an unknown version.
     """
-    find_version(root, before)
-    version: str | None = after
-    while version is not None and version != before:
-        version = find_version(root, version).parent
-    return version == before
+    return bool({*_lineage(root, before)} & {*_lineage(root, after)})
 
 
 def carries_between(root: Path, before: str, after: str) -> dict[str, Carry]:
-    """Rows of the code tables from one version to a later one, over all versions in between.
+    """Rows of the code tables from one version to another, over all versions in between.
+
+    Back to the last version that both go back to, if `after` does not descend from `before`: a
+    rollback takes the refits since then back.
 
     Raises:
-        UserError: an unknown version, or `after` does not descend from `before`.
+        UserError: an unknown version, or versions that share no code numbers.
     """
-    found: dict[str, Carry] = {}
-    manifest = find_version(root, after)
-    find_version(root, before)
-    while manifest.version != before:
-        if manifest.parent is None:
-            raise UserError(
-                f"codebooks {after} do not descend from {before}, so no row of its code tables has "
-                "a counterpart; start the code tables anew"
-            )
-        step = _load_carries(root / manifest.version / CARRIES)
-        # A column that the later versions do not have any more is of no interest.
-        later = found or step
+    back, forth = _lineage(root, before), _lineage(root, after)
+    common = next((version for version in back if version in forth), None)
+    if common is None:
+        raise UserError(
+            f"codebooks {after} share no code numbers with {before}, so no row of its code tables "
+            "has a counterpart; start the code tables anew"
+        )
+    steps = [_taken_back(root, version) for version in back[: back.index(common)]]
+    steps += [
+        _load_carries(root / version / CARRIES)
+        for version in reversed(forth[: forth.index(common)])
+    ]
+    found = steps[0] if steps else {}
+    for step in steps[1:]:
         found = {
-            column: later[column].after(carry) if found else carry
+            column: carry.after(found[column])
+            if column in found
+            else fresh(0, len(carry.source_K))  # the versions before have no such column
             for column, carry in step.items()
-            if column in later
-        } | {column: carry for column, carry in found.items() if column not in step}
-        manifest = find_version(root, manifest.parent)
+        }
     return found
+
+
+def _lineage(root: Path, version: str) -> list[str]:
+    """A version, the one it goes on with, and so on."""
+    known = {manifest.version: manifest for manifest in versions(root)}
+    names = [find_version(root, version).version]
+    while (parent := known[names[-1]].parent) is not None:
+        names.append(find_version(root, parent).version)
+    return names
+
+
+def _taken_back(root: Path, version: str) -> dict[str, Carry]:
+    """Rows of the code tables from a version to its parent."""
+    parent = find_version(root, version).parent
+    assert parent is not None
+    sizes = find_version(root, parent).table_sizes
+    return {
+        column: carry.inverse(sizes[column])
+        for column, carry in _load_carries(root / version / CARRIES).items()
+        if column in sizes
+    }
 
 
 def _save_carries(carries: dict[str, Carry], path: Path) -> None:

@@ -163,9 +163,10 @@ class RefitPolicy(StrictConfig):
     max_error_ratio: Annotated[float, Field(gt=1.0)] = 1.25
     """Quantization error of new items over that of held-out items of the fit."""
     min_utilisation_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.8
-    """Codewords in use over those in use at the fit, on the level where it is lowest."""
+    """Codewords that new items use over those that as many items of the fit would use, on the level
+    where it is lowest."""
     min_new_items: PositiveInt = 100
-    """Fewer new items say nothing about the error."""
+    """Fewer new items say nothing about error and use."""
     keep_meaning: bool = True
     """Start from the codebooks before and keep code numbers and rows where meanings are alike.
     False renumbers all codes at every refit: only to show what that costs."""

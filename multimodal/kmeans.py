@@ -58,17 +58,23 @@ def lloyd(x_ND: Tensor, start_KD: Tensor, iterations: int) -> Tensor:
     return codebook_KD
 
 
-def move_empty_codewords(x_ND: Tensor, codebook_KD: Tensor, codes_N: Tensor) -> int:
+def move_empty_codewords(
+    x_ND: Tensor, codebook_KD: Tensor, codes_N: Tensor, kept_K: Tensor | None = None
+) -> int:
     """Put empty codewords onto the worst vectors of the clusters with the largest errors.
 
     One vector a cluster, so the new codewords are distinct. `codebook_KD` and the codes of the
-    vectors that got a codeword of their own are changed in place.
+    vectors that got a codeword of their own are changed in place. `kept_K` names codewords that
+    stay where they are, empty or not.
 
     Returns:
         How many codewords were empty.
     """
     sizes_K = torch.bincount(codes_N, minlength=len(codebook_KD))
-    empty = (sizes_K == 0).nonzero()[:, 0]
+    is_empty_K = sizes_K == 0
+    if kept_K is not None:
+        is_empty_K &= ~kept_K
+    empty = is_empty_K.nonzero()[:, 0]
     if not len(empty):
         return 0
     errors_N = (x_ND - codebook_KD[codes_N]).square().sum(1)
@@ -86,8 +92,15 @@ def move_empty_codewords(x_ND: Tensor, codebook_KD: Tensor, codes_N: Tensor) -> 
     return len(empty)
 
 
-def repair(x_ND: Tensor, codebook_KD: Tensor) -> tuple[Tensor, Tensor]:
+def repair(
+    x_ND: Tensor, codebook_KD: Tensor, kept_K: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Move empty codewords until each is the nearest of some vector, as far as vectors differ.
+
+    Args:
+        x_ND: the vectors.
+        codebook_KD: codewords.
+        kept_K: codewords that count as in use though none of these vectors has them; None: none.
 
     Returns:
         The codebook (K, D) and the codes (N,).
@@ -96,11 +109,14 @@ def repair(x_ND: Tensor, codebook_KD: Tensor) -> tuple[Tensor, Tensor]:
     codes_N = nearest_codewords(x_ND, codebook_KD)
     fewest = len(codebook_KD)
     for _ in range(_REPAIR_ROUNDS):
-        empty = move_empty_codewords(x_ND, codebook_KD, codes_N)
+        empty = move_empty_codewords(x_ND, codebook_KD, codes_N, kept_K)
         if empty == 0:
             break
         codes_N = nearest_codewords(x_ND, codebook_KD)
-        left = len(codebook_KD) - len(codes_N.unique())
+        in_use_K = torch.bincount(codes_N, minlength=len(codebook_KD)) > 0
+        if kept_K is not None:
+            in_use_K |= kept_K
+        left = int((~in_use_K).sum())
         if left >= fewest:
             break
         fewest = left

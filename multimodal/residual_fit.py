@@ -7,6 +7,8 @@ encoding, and lower the error by about 2% on clustered data.
 
 # Shapes: N items of the sample, B items of a block, D vector dim, L K-means levels, K codewords.
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -24,10 +26,10 @@ from multimodal.kmeans import (
 )
 from multimodal.residual_quantizer import CPU, ResidualCodebooks
 from multimodal.vectors import (
+    Float32Array,
     FloatArray,
     Int32Array,
     Int64Array,
-    blocks,
     check_vectors,
     read_rows,
     sample_rows,
@@ -35,6 +37,10 @@ from multimodal.vectors import (
 
 # A mean of equal vectors differs from them in the last bits.
 _ROUNDING = 1e-6
+_JUDGED_ROWS = 1 << 16
+"""Vectors that say whether a stream made the codebooks better."""
+_RUNS_PER_BATCH = 64
+"""Places of the set that a batch of the stream is taken from."""
 
 
 def fit_residual(
@@ -68,11 +74,13 @@ def fit_residual(
     else:
         # Joint rounds only: level-wise K-means would undo what they had reached before.
         codebooks_LKD = _earlier_codebooks(x_ND, config, earlier)
-        _repair_levels(x_ND, codebooks_LKD)
+        if config.streaming is None:  # else: what the sample lacks, the stream may show
+            _repair_levels(x_ND, codebooks_LKD)
         codebooks_LKD = _refine(x_ND, codebooks_LKD, config.refit_rounds)
+    used_LK = None
     if config.streaming:
-        _stream(vectors_ND, codebooks_LKD, config)
-    residual_ND = _repair_levels(x_ND, codebooks_LKD)
+        codebooks_LKD, used_LK = _stream(vectors_ND, x_ND, codebooks_LKD, config)
+    residual_ND = _repair_levels(x_ND, codebooks_LKD, used_LK)
     fsq = fit_fsq(residual_ND, config.fsq) if config.fsq else None
     return ResidualCodebooks(codebooks_LKD, fsq).to(CPU)
 
@@ -172,29 +180,95 @@ def _refine(x_ND: Tensor, codebooks_LKD: Tensor, rounds: int) -> Tensor:
     return best_LKD.clone()
 
 
-def _stream(vectors_ND: FloatArray, codebooks_LKD: Tensor, config: Rq) -> None:
-    """Mini-batch form of `_refine`: a codeword is the running mean over all batches so far."""
+def _stream(
+    vectors_ND: FloatArray, x_ND: Tensor, codebooks_LKD: Tensor, config: Rq
+) -> tuple[Tensor, Tensor]:
+    """Mini-batch form of `_refine`: a codeword is the running mean of the sample and all batches.
+
+    Args:
+        vectors_ND: the whole set.
+        x_ND: the sample that the codebooks were fitted to; its items weigh as much as a batch's.
+        codebooks_LKD: where to start.
+        config: passes and batches.
+
+    Returns:
+        The best codebooks of the start and of the end of every pass, by the error of a second
+        sample of the set, and (L, K) whether an item of the set or of either sample had the code.
+    """
     assert config.streaming
-    num_levels, num_codewords, _ = codebooks_LKD.shape
-    seen_LK = codebooks_LKD.new_zeros(num_levels, num_codewords)
+    size = min(len(vectors_ND), _JUDGED_ROWS)
+    judges = sample_rows(len(vectors_ND), size, config.seed + 1)
+    judge_ND = torch.from_numpy(read_rows(vectors_ND, judges)).to(x_ND)
+    best_LKD, least = codebooks_LKD, _error(judge_ND, codebooks_LKD)
+    best_used_LK = (_counts(x_ND, codebooks_LKD) + _counts(judge_ND, codebooks_LKD)) > 0
+    codebooks_LKD = codebooks_LKD.clone()
+    # From zero, the first batch would overwrite the codewords that the sample gave.
+    seen_LK = _counts(x_ND, codebooks_LKD)
+    random = np.random.default_rng(config.seed)
     for _ in range(config.streaming.num_passes):
-        for _, block in blocks(vectors_ND, config.streaming.batch_size):
-            x_BD = torch.from_numpy(block).to(codebooks_LKD)
-            codes, left_BD = _greedy(x_BD, codebooks_LKD)
-            for level, codes_B in enumerate(codes):
-                target_BD = left_BD + codebooks_LKD[level][codes_B]
-                sums_KD, sizes_K = cluster_sums(target_BD, codes_B, num_codewords)
-                seen_LK[level] += sizes_K
-                step_KD = sums_KD - sizes_K[:, None] * codebooks_LKD[level]
-                codebooks_LKD[level] += step_KD / seen_LK[level].clamp(min=1)[:, None]
-                left_BD = target_BD - codebooks_LKD[level][codes_B]
+        before_LK = seen_LK.clone()
+        for block in _mixed_batches(vectors_ND, config.streaming.batch_size, random):
+            _take_in(torch.from_numpy(block).to(x_ND), codebooks_LKD, seen_LK)
+        error = _error(judge_ND, codebooks_LKD)
+        if error < least:
+            best_LKD, least = codebooks_LKD.clone(), error
+            best_used_LK = seen_LK > before_LK
+    return best_LKD, best_used_LK
 
 
-def _repair_levels(x_ND: Tensor, codebooks_LKD: Tensor) -> Tensor:
-    """Leave no codeword without items; returns what the repaired levels leave."""
+def _take_in(x_BD: Tensor, codebooks_LKD: Tensor, seen_LK: Tensor) -> None:
+    """Move the codewords of a batch's items towards them, and count those items; in place."""
+    codes, left_BD = _greedy(x_BD, codebooks_LKD)
+    for level, codes_B in enumerate(codes):
+        target_BD = left_BD + codebooks_LKD[level][codes_B]
+        sums_KD, sizes_K = cluster_sums(target_BD, codes_B, codebooks_LKD.shape[1])
+        seen_LK[level] += sizes_K
+        step_KD = sums_KD - sizes_K[:, None] * codebooks_LKD[level]
+        codebooks_LKD[level] += step_KD / seen_LK[level].clamp(min=1)[:, None]
+        left_BD = target_BD - codebooks_LKD[level][codes_B]
+
+
+def _mixed_batches(
+    vectors_ND: FloatArray, batch_size: int, random: np.random.Generator
+) -> Iterator[Float32Array]:
+    """All vectors once, a batch at a time, each from several places of the set.
+
+    Items are stored by id, so neighbours are alike: batches in their order would pull codewords to
+    and fro. Runs of rows, not rows, are drawn: a memory-mapped file is read in pieces.
+    """
+    runs_per_batch = min(batch_size, _RUNS_PER_BATCH)
+    run = -(-batch_size // runs_per_batch)
+    starts = random.permutation(np.arange(0, len(vectors_ND), run))
+    for first in range(0, len(starts), runs_per_batch):
+        chosen = np.sort(starts[first : first + runs_per_batch])
+        runs = [np.arange(start, min(start + run, len(vectors_ND))) for start in chosen]
+        yield read_rows(vectors_ND, np.concatenate(runs))
+
+
+def _counts(x_ND: Tensor, codebooks_LKD: Tensor) -> Tensor:
+    """Vectors by code of each level, (L, K)."""
+    num_codewords = codebooks_LKD.shape[1]
+    codes, _ = _greedy(x_ND, codebooks_LKD)
+    counts = [torch.bincount(codes_N, minlength=num_codewords) for codes_N in codes]
+    return torch.stack(counts).to(codebooks_LKD.dtype)
+
+
+def _error(x_ND: Tensor, codebooks_LKD: Tensor) -> float:
+    return float(_greedy(x_ND, codebooks_LKD)[1].square().sum(dtype=torch.float64))
+
+
+def _repair_levels(x_ND: Tensor, codebooks_LKD: Tensor, used_LK: Tensor | None = None) -> Tensor:
+    """Leave no codeword without items; returns what the repaired levels leave.
+
+    Args:
+        x_ND: the sample.
+        codebooks_LKD: changed in place.
+        used_LK: codewords that items beyond the sample have; they stay. None: there are none.
+    """
     residual_ND = x_ND
     for level in range(len(codebooks_LKD)):
-        codebooks_LKD[level], codes_N = repair(residual_ND, codebooks_LKD[level])
+        kept_K = None if used_LK is None else used_LK[level]
+        codebooks_LKD[level], codes_N = repair(residual_ND, codebooks_LKD[level], kept_K)
         residual_ND = residual_ND - codebooks_LKD[level][codes_N]
     return residual_ND
 

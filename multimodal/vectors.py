@@ -18,6 +18,8 @@ Int32Array = np.ndarray[Any, np.dtype[np.int32]]
 Int64Array = np.ndarray[Any, np.dtype[np.int64]]
 
 ROWS_PER_BLOCK = 1 << 16
+_LEAST_VARIANCE = 1e-6
+"""Of the mean's squared length: below it, fp32 distances of vectors are rounding errors."""
 
 
 def blocks(vectors_ND: FloatArray, rows: int = ROWS_PER_BLOCK) -> Iterator[tuple[int, FloatArray]]:
@@ -30,7 +32,8 @@ def check_vectors(vectors_ND: FloatArray) -> None:
     """Refuse vectors that no quantizer can learn from.
 
     Raises:
-        UserError: no matrix of floats, no rows, values that are no numbers, or one vector only.
+        UserError: no matrix of floats, no rows, values that are no numbers, or vectors that differ
+            by rounding only, or not at all.
     """
     if vectors_ND.ndim != 2 or not np.issubdtype(vectors_ND.dtype, np.floating):
         raise UserError(
@@ -41,14 +44,47 @@ def check_vectors(vectors_ND: FloatArray) -> None:
         raise UserError(f"there are no item vectors (shape {vectors_ND.shape}); encode items first")
     first = np.asarray(vectors_ND[0], np.float32)
     differs = False
+    total_D, moved_D = np.zeros((2, vectors_ND.shape[1]))
+    squares = 0.0
     for start, block_BD in blocks(vectors_ND):
         check_finite(block_BD, start)
-        differs = differs or bool((block_BD != first).any())
-    if not differs and len(vectors_ND) > 1:
+        from_first_BD = block_BD - first
+        differs = differs or bool(from_first_BD.any())
+        total_D += block_BD.sum(axis=0, dtype=np.float64)
+        moved_D += from_first_BD.sum(axis=0, dtype=np.float64)
+        squares += float(np.square(from_first_BD, dtype=np.float64).sum())
+    number = len(vectors_ND)
+    if number == 1:
+        return
+    if not differs:
         raise UserError(
-            f"all {len(vectors_ND)} item vectors are equal, so codes cannot tell items apart; the "
+            f"all {number} item vectors are equal, so codes cannot tell items apart; the "
             "encoder has collapsed or reads no content: check its inputs and its learning rate"
         )
+    # Around the first vector, sums keep the digits that are lost around 0.
+    variance = squares / number - float(np.square(moved_D / number).sum())
+    mean = float(np.square(total_D / number).sum())
+    if variance < _LEAST_VARIANCE * mean:
+        raise UserError(
+            f"the {number} item vectors hardly differ: their variance is {variance / mean:.1e} of "
+            "their mean's squared length, so codes would be made of rounding errors; the encoder "
+            "has collapsed: check its inputs and its learning rate, or subtract the mean"
+        )
+
+
+def mean_cosine(vectors_ND: FloatArray) -> float:
+    """Mean cosine of two different items: near 1, all vectors point the same way.
+
+    0 for one item.
+    """
+    number, total_D, own = len(vectors_ND), np.zeros(vectors_ND.shape[1]), 0.0
+    for _, block_BD in blocks(vectors_ND):
+        unit_BD = unit_rows(block_BD)
+        total_D += unit_BD.sum(axis=0, dtype=np.float64)
+        own += float(np.square(unit_BD, dtype=np.float64).sum())
+    if number < 2:
+        return 0.0
+    return float((np.square(total_D).sum() - own) / (number * (number - 1)))
 
 
 def check_finite(block_BD: FloatArray, first_row: int) -> None:

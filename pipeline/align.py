@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
+from pydantic import Field
 
 from embedding.config import StrictConfig
 from embedding.errors import UserError
@@ -74,6 +75,8 @@ class AlignmentResult(StrictConfig):
     """Mean of the last tenth."""
     temperature: float
     seconds: float
+    num_pairs: dict[str, int] = Field(default_factory=dict)
+    """By source: pairs whose items both have content."""
 
 
 class AlignFacts(StrictConfig):

@@ -3,8 +3,9 @@
 # Shapes: N items, B pairs of this rank, D vector dim.
 
 import logging
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from embedding.errors import UserError
 from embedding.memory import keep_freed_memory
 from multimodal.alignment import AlignmentStep
 from multimodal.codes_config import AlignedVectors
@@ -53,6 +55,7 @@ def align_worker(config: dict[str, str]) -> None:
         if dist.get_rank() == 0:
             (job.output / RESULT).write_text(result.model_dump_json(indent=2))
     vectors_ND = _encode(encoder, reader, job, device)
+    _require_finite_vectors(vectors_ND, job)
     np.save(job.output / f"{PART}-{dist.get_rank():05d}.npy", vectors_ND)
     if dist.get_rank() == 0:
         state = {name: value.cpu().contiguous() for name, value in trained_state(encoder).items()}
@@ -76,7 +79,8 @@ def _train(
 ) -> AlignmentResult:
     started = time.monotonic()
     assert job.pairs is not None
-    sampler = PairSampler(_read_pairs(job.pairs, reader), reader.num_items, config.seed)
+    pairs = _read_pairs(job.pairs, reader)
+    sampler = PairSampler([*pairs.values()], reader.num_items, config.seed)
     start = torch.tensor(config.temperature, device=device).log()
     log_temperature = nn.Parameter(start, requires_grad=config.learn_temperature)
     step = AlignmentStep(
@@ -89,12 +93,13 @@ def _train(
     optimizer = torch.optim.AdamW(_groups(encoder, log_temperature, config))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _rate(job.num_steps))
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    losses = []
+    losses: list[float] = []
     for number in range(job.num_steps):
         trigger, target = sampler.batch(number, config.batch_size // world_size * world_size)
         mine = slice(rank * len(trigger) // world_size, (rank + 1) * len(trigger) // world_size)
         optimizer.zero_grad()
         losses.append(step.backward(trigger[mine], target[mine], seed=number))
+        require_finite(losses, config)
         optimizer.step()
         schedule.step()
     tenth = max(1, len(losses) // 10)
@@ -104,6 +109,25 @@ def _train(
         last_loss=float(np.mean(losses[-tenth:])),
         temperature=float(log_temperature.detach().exp()),
         seconds=time.monotonic() - started,
+        num_pairs={name: len(triggers) for name, (triggers, _) in pairs.items()},
+    )
+
+
+def require_finite(losses: Sequence[float], config: AlignedVectors) -> None:
+    """Refuse a training whose newest loss is not finite; it is the loss of all ranks.
+
+    Raises:
+        UserError: naming the step, and what to change.
+    """
+    if math.isfinite(losses[-1]):
+        return
+    known = [loss for loss in losses if math.isfinite(loss)]
+    before = f" (the step before: {known[-1]:.4g})" if known else ""
+    raise UserError(
+        f"codes.vectors: the alignment loss is {losses[-1]} at step {len(losses)}{before}, so its "
+        f"vectors would mean nothing; lower codes.vectors.learning_rate={config.learning_rate} and "
+        f"lora_learning_rate={config.lora_learning_rate}, or raise "
+        f"temperature={config.temperature}"
     )
 
 
@@ -128,9 +152,9 @@ def _rate(num_steps: int) -> Callable[[int], float]:
     return lambda step: min((step + 1) / warm_up, max(0.0, (num_steps - step) / num_steps))
 
 
-def _read_pairs(directory: Path, reader: ContentReader) -> list[tuple[Tensor, Tensor]]:
-    """Content rows of the pairs of each kind whose items both have content."""
-    found = []
+def _read_pairs(directory: Path, reader: ContentReader) -> dict[str, tuple[Tensor, Tensor]]:
+    """By source: content rows of the pairs whose items both have content."""
+    found = {}
     for folder, columns in (("item2item", ("item", "neighbour")), ("user2item", _TRIGGER)):
         files = sorted((directory / folder).glob("*.parquet"))
         tables = [pq.read_table(file, columns=list(columns)) for file in files]
@@ -140,7 +164,7 @@ def _read_pairs(directory: Path, reader: ContentReader) -> list[tuple[Tensor, Te
         ]
         known = np.flatnonzero((pairs[0] >= 0) & (pairs[1] >= 0))
         if len(known):
-            found.append((torch.from_numpy(pairs[0][known]), torch.from_numpy(pairs[1][known])))
+            found[folder] = (torch.from_numpy(pairs[0][known]), torch.from_numpy(pairs[1][known]))
     return found
 
 
@@ -165,6 +189,20 @@ def _encode(
         else:
             parts.append(nn.functional.normalize(encoder(batch), dim=1))
     return torch.cat(parts).float().cpu().numpy()
+
+
+def _require_finite_vectors(vectors_ND: np.ndarray, job: AlignJob) -> None:
+    """Refuse what the last step of a training broke: no loss was computed after it."""
+    num_broken = int((~np.isfinite(vectors_ND).all(axis=1)).sum())
+    if not num_broken:
+        return
+    what = "lower codes.vectors.learning_rate and lora_learning_rate"
+    if job.training is None:
+        what = f"the encoder {job.state} or its towers are damaged: remove that run's align folder"
+    raise UserError(
+        f"codes.vectors: the encoder gives {num_broken} of {len(vectors_ND)} items a vector with "
+        f"NaN or infinity; {what}"
+    )
 
 
 def _width(encoder: ContentEncoder, *, standardised: bool) -> int:

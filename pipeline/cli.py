@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline.codes_cli import codes_app
 from pipeline.data_cli import data_app
 from pipeline.plan_cli import (
     JsonOption,
@@ -37,6 +38,7 @@ models_app = typer.Typer(help="Published bundles and which of them is in product
 app.add_typer(data_app, name="data")
 app.add_typer(models_app, name="models", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
+app.add_typer(codes_app, name="codes")
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,5 +1,8 @@
 """Rows of the code tables when a ranker starts from one that was trained with other codebooks."""
 
+import math
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 
@@ -7,15 +10,25 @@ from embedding.config import FeatureSchema
 from embedding.errors import UserError
 from embedding.row_carry import RowCarry, redrawn
 from multimodal.codebook_match import Carry
-from multimodal.codebook_versions import carries_between, descends
+from multimodal.codebook_versions import are_related, carries_between
 from pipeline.train import CodebookChange
+
+USER_CODE = "user_code_"
+"""Beginning of the columns, and so the tables, of users and code prefixes."""
+LEAST_CARRIED = 0.5
+"""Share of code prefixes that go on, below which rows of users and codes start anew."""
 
 
 def row_carries(change: CodebookChange, schema: FeatureSchema) -> dict[str, RowCarry]:
     """What every row of each code table starts with, by table.
 
-    Codebooks that go on with the earlier ones carry their rows. Renumbered ones (`keep_meaning:
-    false`, or no common items) give nothing to carry: all tables that codes index start anew.
+    Codebooks that go on with the earlier ones carry their rows, and so do those of a rollback.
+    Renumbered ones (`keep_meaning: false`, or no common items) give nothing to carry: all tables
+    that codes index start anew.
+
+    Rows of a user and a code lie at a hash of both, so those of codes that changed their meaning
+    cannot be told apart. They go on with the others as long as most codes did, and what they had
+    learned of the earlier items fades as they train; else the table starts anew.
 
     Raises:
         UserError: an unknown version, or a table that is too small for its codes.
@@ -25,14 +38,25 @@ def row_carries(change: CodebookChange, schema: FeatureSchema) -> dict[str, RowC
     own = {f.table for f in schema.sparse if f.source != "codes"}
     own |= {f.table for f in schema.sequences if f.source != "codes"}
     tables = {t: column.split(":")[-1] for t, column in columns.items() if t not in own}
-    if not descends(change.root, change.before, change.after):
+    if not are_related(change.root, change.before, change.after):
         return {table: redrawn(schema.table(table).num_embeddings) for table in tables}
     carries = carries_between(change.root, change.before, change.after)
-    return {
+    found = {
         table: _row_carry(table, carries[column], schema)
         for table, column in tables.items()
         if column in carries
     }
+    for table, column in tables.items():
+        depth = column.removeprefix(USER_CODE)
+        if depth != column and _share_carried(carries, int(depth)) < LEAST_CARRIED:
+            found[table] = redrawn(schema.table(table).num_embeddings)
+    return found
+
+
+def _share_carried(carries: Mapping[str, Carry], depth: int) -> float:
+    """About the share of code prefixes whose codes all go on."""
+    levels = (carries.get(f"sid_{level}") for level in range(depth))
+    return math.prod(0.0 if level is None else level.share_carried for level in levels)
 
 
 def _row_carry(table: str, carry: Carry, schema: FeatureSchema) -> RowCarry:

@@ -15,7 +15,7 @@ from pipeline.content_tasks import Catalogue
 from pipeline.evaluate import COLD
 from pipeline.item_cards import ItemCard, item_cards
 from pipeline.metrics_file import METRICS_FILE, read_metrics
-from pipeline.quantize_facts import QuantizeFacts
+from pipeline.quantize_facts import QuantizeFacts, collapse_warning
 
 NUM_FIRST_CODES = 6
 NUM_PREFIXES = 3
@@ -35,12 +35,13 @@ def code_section(root: Path, directory: Path, task: str) -> dict[str, Any] | Non
     trained = read_manifest(directory / "train")
     if manifest is None:
         return None
-    facts = _facts(manifest)
+    facts = code_facts(manifest)
     rows = (trained.facts["warm_start"] or {}).get("rows", {}) if trained else {}
     return {
         "tiles": _tiles(facts, manifest.facts["num_without_vector"]),
         "decision": _decision(facts),
-        "levels": _levels(facts),
+        "warning": collapse_warning(facts.mean_cosine),
+        "levels": level_rows(facts),
         "task": task,
         "days": code_days(directory, task),
         "tables": [{"name": name, **counts} for name, counts in rows.items()],
@@ -74,6 +75,14 @@ def _tiles(facts: QuantizeFacts, num_without: int) -> list[dict[str, str]]:
                 "note": f"HR@10 of what a code stands for; HR@1 {facts.metrics.hit_rate_1:.1%}",
             },
         ]
+    if "sid_suffix" in facts.table_sizes:
+        tiles.append(
+            {
+                "label": "Without a suffix of their own",
+                "value": f"{facts.num_sharing_suffix:,}",
+                "note": f"items; the last of {facts.table_sizes['sid_suffix']:,} numbers is theirs",
+            }
+        )
     if facts.stability:
         tiles.append(
             {
@@ -86,8 +95,10 @@ def _tiles(facts: QuantizeFacts, num_without: int) -> list[dict[str, str]]:
 
 
 def _decision(facts: QuantizeFacts) -> str:
-    said = "Fitted anew: " if facts.refit.refit else "Not fitted anew"
-    said += "; ".join(facts.refit.reasons)
+    said = "Fitted anew" if facts.refit.refit else "Not fitted anew"
+    warning = collapse_warning(facts.mean_cosine)  # shown by itself
+    reasons = "; ".join(reason for reason in facts.refit.reasons if reason != warning)
+    said += f": {reasons}" if reasons else ""
     drift = facts.drift
     if drift is None:
         return f"{said}."
@@ -95,11 +106,15 @@ def _decision(facts: QuantizeFacts) -> str:
     if drift.error_ratio is not None:
         parts.append(f"their error is {drift.error_ratio:.2f} times that of the fit")
     if drift.utilisation_ratio is not None:
-        parts.append(f"{drift.utilisation_ratio:.0%} of the codewords of the fit are in use")
+        parts.append(
+            f"they use {drift.utilisation_ratio:.0%} of the codewords that as many items of the "
+            "fit would"
+        )
     return f"{said}. Drift: {', '.join(parts)}."
 
 
-def _levels(facts: QuantizeFacts) -> list[dict[str, str]]:
+def level_rows(facts: QuantizeFacts) -> list[dict[str, str]]:
+    """Figures of every level of the RQ codes, as text."""
     if facts.metrics is None:
         return []
     whole = facts.metrics.mean_squared_length
@@ -117,7 +132,8 @@ def _levels(facts: QuantizeFacts) -> list[dict[str, str]]:
     ]
 
 
-def _facts(manifest: Manifest) -> QuantizeFacts:
+def code_facts(manifest: Manifest) -> QuantizeFacts:
+    """What the quantize stage did, from its manifest."""
     return QuantizeFacts.model_validate(
         {name: manifest.facts[name] for name in QuantizeFacts.model_fields}
     )
@@ -153,7 +169,7 @@ def code_days(directory: Path, task: str) -> list[CodeDay]:
         metrics = read_metrics(run / "evaluate" / METRICS_FILE).get(task)
         if run.name > directory.name or manifest is None or metrics is None:
             continue
-        facts = _facts(manifest)
+        facts = code_facts(manifest)
         new = metrics.slices.get(COLD)
         days.append(
             CodeDay(

@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,12 +48,29 @@ def item_cards(catalogue: Catalogue, item_ids: Int64Array) -> dict[int, ItemCard
     names = (_TITLE, text)
     cards = {int(item): ItemCard(f"item {item}", None) for item in item_ids}
     for raw_id, row in _rows(catalogue, [name for name in (*names, image) if name], item_ids):
-        titles = (" ".join(str(row[name]).split()) for name in names if name and row.get(name))
-        title = next((title for title in titles if title), f"item {row['item_id']}")
         value = row.get(image) if image else None
         picture = picture_uri(value, catalogue.root) if value else None
-        cards[raw_id] = ItemCard(_shortened(title), picture)
+        cards[raw_id] = ItemCard(_title(row, names), picture)
     return cards
+
+
+def item_names(catalogue: Catalogue, item_ids: Int64Array) -> dict[int, tuple[str, str]]:
+    """Id as the catalogue writes it, and title, of the items that it has, by raw id.
+
+    Args:
+        catalogue: titles come from its column `text`, where there is no better one.
+        item_ids: raw ids.
+    """
+    names = [name for name in (_TITLE, catalogue.columns.get("text")) if name]
+    return {
+        raw_id: (str(row["item_id"]), _title(row, names))
+        for raw_id, row in _rows(catalogue, names, item_ids)
+    }
+
+
+def _title(row: Row, names: Iterable[str | None]) -> str:
+    titles = (" ".join(str(row[name]).split()) for name in names if name and row.get(name))
+    return _shortened(next((title for title in titles if title), f"item {row['item_id']}"))
 
 
 def _rows(

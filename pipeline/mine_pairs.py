@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import Field
 
 from embedding.config import StrictConfig
 from embedding.errors import UserError
@@ -29,6 +30,7 @@ from embedding.raw_ids import Int64Array, mix64
 from multimodal.codes_config import Swing, User2Item
 from multimodal.swing import UserLists, join_lists, swing_pairs, user_lists
 from multimodal.triggers import IdVectors, TriggerPairs, trigger_pairs
+from pipeline.pair_sample import PairSample, join_samples, sample_pairs
 from pipeline.partition import read_bucket
 from pipeline.positives import PairSource, read_positives
 from pipeline.tasks import stream_tasks
@@ -64,6 +66,9 @@ class PairFacts(StrictConfig):
     a factorisation of positives; None: such pairs were not asked for."""
     examples: tuple[tuple[int, int, float], ...]
     """Most similar item2item pairs: item, neighbour, similarity."""
+    samples: dict[str, PairSample] = Field(default_factory=dict)
+    """By source, drawn by a hash of the two items: (item, neighbour) or (trigger, target), and
+    their similarity."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,7 @@ class _BucketFacts:
     cut_users: int
     pairs: int
     without: dict[str, int]
+    sample: PairSample
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,7 @@ class _PartitionFacts:
     items: int
     cut_items: int
     examples: tuple[tuple[int, int, float], ...]
+    sample: PairSample
 
 
 def plan_mining(
@@ -155,6 +162,10 @@ def mine_pairs(plan: MiningPlan) -> PairFacts:
         user2item_pairs=sum(f.pairs for f in users),
         user2item_without=dict(without),
         examples=tuple(examples[:NUM_EXAMPLES]),
+        samples={
+            "item2item": join_samples(f.sample for f in items),
+            "user2item": join_samples(f.sample for f in users),
+        },
     )
 
 
@@ -163,15 +174,19 @@ def mine_bucket(bucket: int, plan: MiningPlan) -> _BucketFacts:
     events = read_positives(plan.source, bucket, plan.buckets, with_past=True)
     lists = user_lists(events["user_id"].to_numpy(), events["item_id"].to_numpy(), plan.swing)
     _write_lists(lists, plan.scratch / "lists" / f"bucket-{bucket:04d}.arrow", plan.num_partitions)
-    pairs, without = 0, {}
+    pairs, without = 0, dict[str, int]()
+    sample: PairSample = ()
     if plan.vectors is not None:
         found = _triggers(events, plan.vectors, plan)
         pairs, without = len(found.rows), found.counts
+        sample = sample_pairs(found.triggers, found.targets, found.similarities)
         table = pa.table(
             {"trigger": found.triggers, "target": found.targets, "similarity": found.similarities}
         )
         pq.write_table(table, plan.scratch / "user2item" / f"part-{bucket:04d}.parquet")
-    return _BucketFacts(events.num_rows, len(lists.user_ids_U), lists.num_cut, pairs, without)
+    return _BucketFacts(
+        events.num_rows, len(lists.user_ids_U), lists.num_cut, pairs, without, sample
+    )
 
 
 def mine_partition(partition: int, plan: MiningPlan) -> _PartitionFacts:
@@ -199,6 +214,7 @@ def mine_partition(partition: int, plan: MiningPlan) -> _PartitionFacts:
             (int(found.items[i]), int(found.neighbours[i]), float(found.similarities[i]))
             for i in best
         ),
+        sample=sample_pairs(found.items, found.neighbours, found.similarities),
     )
 
 

@@ -20,6 +20,7 @@ from multimodal.code_metrics import CodeMetrics, Stability, measure_codes, stabi
 from multimodal.code_tree import CodedItems, Suffixes, tell_apart
 from multimodal.codebook_match import BoolArray
 from multimodal.codebook_refit import (
+    CodesInUse,
     Drift,
     RefitDecision,
     age_in_days,
@@ -39,9 +40,9 @@ from multimodal.codes_config import Codes
 from multimodal.residual_fit import codebooks_in_space
 from multimodal.residual_quantizer import CPU
 from multimodal.vector_quantizer import restate_items
-from multimodal.vectors import Float32Array, FloatArray, Int32Array
+from multimodal.vectors import Float32Array, FloatArray, Int32Array, mean_cosine
 from pipeline.code_features import CODES_FILE, NearItems, codes_table
-from pipeline.quantize_facts import QuantizeFacts
+from pipeline.quantize_facts import QuantizeFacts, collapse_warning
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,12 @@ def quantize(
         decision = RefitDecision(refit=True, reasons=("asked for",))
     if config.version:
         decision = _keep_version(config.version, decision, fits=coded is not None)
+    cosine = mean_cosine(items.seen.vectors_ND)
     if decision.refit:
+        _check_size(config, items)
+        warning = collapse_warning(cosine)
+        if warning:
+            decision = RefitDecision(refit=True, reasons=(*decision.reasons, warning))
         version = _fit_version(config, items.seen, root, _known(items, state), device)
         state = _State.read(root, version)
         coded = _encode(items, state.codebooks, device)
@@ -144,6 +150,7 @@ def quantize(
         metrics=coded.metrics,
         stability=_stability(items, coded),
         num_sharing_suffix=suffixes.num_shared if suffixes else 0,
+        mean_cosine=cosine,
     )
 
 
@@ -179,16 +186,19 @@ class _Coded:
     """No columns without RQ codes."""
     metrics: CodeMetrics | None
     """Of the items that a fit may use."""
+    seen_codes_NL: Int32Array
+    """Of these items."""
 
 
 def _encode(items: ItemVectors, codebooks: Codebooks, device: torch.device) -> _Coded:
     if codebooks.residual is None:
-        return _Coded(np.empty((len(items.item_ids_N), 0), np.int32), None)
+        none = np.empty((len(items.item_ids_N), 0), np.int32)
+        return _Coded(none, None, none)
     codes_NL = codebooks.residual.encode(items.vectors_ND, device)
     seen = items.seen
     of_seen = codes_NL if seen is items else codes_NL[items.seen_N]
     metrics = measure_codes(seen.vectors_ND, of_seen, codebooks.residual, device=device)
-    return _Coded(codes_NL, metrics)
+    return _Coded(codes_NL, metrics, of_seen)
 
 
 def _is_new(items: ItemVectors, codebooks: Codebooks) -> np.ndarray:
@@ -198,12 +208,12 @@ def _is_new(items: ItemVectors, codebooks: Codebooks) -> np.ndarray:
 
 def _drift(items: ItemVectors, state: _State, coded: _Coded) -> Drift:
     assert state.manifest
-    fit = state.manifest.metrics
+    is_new_N, residual = _is_new(items, state.codebooks), state.codebooks.residual
     return measure_drift(
         state.codebooks,
         state.manifest.reference_mse,
-        items.vectors_ND[_is_new(items, state.codebooks)],
-        (fit, coded.metrics) if fit and coded.metrics else None,
+        items.vectors_ND[is_new_N],
+        CodesInUse(coded.seen_codes_NL, is_new_N, residual.level_sizes) if residual else None,
         age_in_days(state.manifest.last_day, items.last_day),
     )
 
@@ -237,6 +247,20 @@ def _check_room(config: Codes, num_items: int) -> None:
             f"codes.vq.max_items={config.vq.max_items} is less than the {num_items} items that the "
             f"vq codes are made of; set it to {num_items} or more (twice that leaves room to grow)"
         )
+
+
+def _check_size(config: Codes, items: ItemVectors) -> None:
+    """Refuse a fit to fewer items than codewords, and say which items there are."""
+    if config.rq is None:
+        return
+    try:
+        config.rq.for_items(len(items.seen.item_ids_N))
+    except ValueError as error:
+        raise UserError(
+            f"codes.{error}; codebooks are fitted to the {len(items.seen.item_ids_N)} of "
+            f"{len(items.item_ids_N)} items with a vector that an event has shown by "
+            f"{items.last_day} and that are not held out"
+        ) from error
 
 
 def _dense(config: Codes, items: ItemVectors) -> Float32Array | None:

@@ -4,6 +4,9 @@ from embedding.config import StrictConfig
 from multimodal.code_metrics import CodeMetrics, Stability
 from multimodal.codebook_refit import Drift, RefitDecision
 
+COLLAPSED_COSINE = 0.9
+"""Mean cosine of two items from which on vectors hardly tell items apart."""
+
 
 class QuantizeFacts(StrictConfig):
     """What the stage did; version 1."""
@@ -29,3 +32,15 @@ class QuantizeFacts(StrictConfig):
     """Codes of this day against those of the day before."""
     num_sharing_suffix: int
     """Items that no suffix could tell apart."""
+    mean_cosine: float | None = None
+    """Of two items that codebooks may be fitted to."""
+
+
+def collapse_warning(mean_cosine: float | None) -> str | None:
+    """A sentence where vectors point the same way; None where they do not."""
+    if mean_cosine is None or mean_cosine < COLLAPSED_COSINE:
+        return None
+    return (
+        f"item vectors hardly differ (mean cosine of two items {mean_cosine:.4f}): the encoder may "
+        "have collapsed, or its vectors need their mean subtracted"
+    )

@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from embedding.checkpoint import latest_step, step_directory
 from pipeline import charts
+from pipeline.align_report import align_section
 from pipeline.artifacts import Manifest, read_manifest
 from pipeline.code_report import code_section
 from pipeline.config import Recipe
@@ -42,6 +43,7 @@ def write_report(recipe: Recipe, summary: Summary, directory: Path) -> Path:
         calibration=_calibration(summary),
         stages=_stages(summary),
         recipe_yaml=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=100),
+        align=align_section(recipe, directory),
         codes=(
             code_section(recipe.data.root, directory, recipe.gate.task) if recipe.codes else None
         ),

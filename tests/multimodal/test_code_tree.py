@@ -66,7 +66,7 @@ def test_suffixes_are_unique_in_a_code_and_stay_with_their_items(
             assert max(suffixes) < num_codes
             if len(suffixes) > num_codes:
                 shared += suffixes.count(num_codes - 1)
-        assert found.num_shared >= shared
+        assert found.num_shared == shared
     assert before.suffix_N.tolist() == [
         min(first[:i].count(row), num_codes - 1) for i, row in enumerate(first)
     ]

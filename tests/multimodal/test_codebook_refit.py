@@ -4,47 +4,106 @@ import numpy as np
 import pytest
 from vector_sets import clustered
 
-from multimodal.code_metrics import CodeMetrics, measure_codes
-from multimodal.codebook_refit import Drift, age_in_days, decide_refit, measure_drift, refit
+from multimodal.codebook_refit import (
+    CodesInUse,
+    Drift,
+    age_in_days,
+    decide_refit,
+    measure_drift,
+    refit,
+)
+from multimodal.codebook_store import Codebooks
 from multimodal.codes_config import Codes, RefitPolicy, Rq
 
 CONFIG = Codes(rq=Rq(num_levels=2, codebook_size=32), vq=None)
 X = clustered(3000)
 
 
-def drift_of(new: np.ndarray, everything: np.ndarray) -> Drift:
+def drift_of(new: np.ndarray) -> Drift:
+    """Of a day that has the fitted items, too."""
     fitted = refit(CONFIG, np.arange(len(X)), X)
     books = fitted.codebooks.residual
     assert books
-
-    def metrics(x: np.ndarray) -> CodeMetrics:
-        return measure_codes(x, books.encode(x), books)
-
-    return measure_drift(
-        fitted.codebooks, fitted.reference_mse, new, (metrics(X), metrics(everything)), age_days=3
-    )
+    codes = books.encode(np.concatenate([X, new]))
+    is_new = np.arange(len(codes)) >= len(X)
+    in_use = CodesInUse(codes, is_new, books.level_sizes)
+    return measure_drift(fitted.codebooks, fitted.reference_mse, new, in_use, age_days=3)
 
 
 def test_new_items_like_the_fitted_ones_are_no_drift() -> None:
-    new = clustered(500, seed=5)
-
-    drift = drift_of(new, np.concatenate([X, new]))
+    drift = drift_of(clustered(500, seed=5))
 
     assert drift.error_ratio == pytest.approx(1, abs=0.1)
-    assert drift.utilisation_ratio == 1
+    assert drift.utilisation_ratio == pytest.approx(1, abs=0.1)
     assert not decide_refit(drift, RefitPolicy()).refit
 
 
-def test_items_of_another_kind_and_unused_codewords_call_for_a_refit() -> None:
+def test_items_of_another_kind_call_for_a_refit() -> None:
     rng = np.random.default_rng(0)
     other = rng.standard_normal((300, 16)).astype(np.float32)
     other /= np.linalg.norm(other, axis=1, keepdims=True)
 
-    decision = decide_refit(drift_of(other, X[:20]), RefitPolicy())
+    decision = decide_refit(drift_of(other), RefitPolicy())
 
     assert decision.refit
     assert "300 new items have" in decision.reasons[0]
-    assert "of the codewords it used at the fit" in decision.reasons[1]
+
+
+def test_new_items_that_crowd_into_few_codewords_call_for_a_refit() -> None:
+    """They are of kinds that the fit knew, so their error is small; and the codewords that they
+    leave out stay in use by items of before."""
+    kinds = clustered(4000, seed=5)
+    nearest = ((kinds[:, None] - X[:5]) ** 2).sum(axis=2)
+    few = kinds[nearest.min(axis=1) < 0.35][:200]
+    assert len(few) == 200
+
+    drift = drift_of(few)
+    decision = decide_refit(drift, RefitPolicy())
+
+    assert drift.utilisation_ratio is not None
+    assert drift.utilisation_ratio < 0.8
+    assert decision.refit
+    assert "200 new items use" in decision.reasons[-1]
+    rare = drift.model_copy(update={"num_new_items": 99, "error_ratio": 1.0})
+    assert not decide_refit(rare, RefitPolicy()).refit
+
+
+def test_use_of_codewords_equals_draws_from_the_items_of_the_fit() -> None:
+    rng = np.random.default_rng(1)
+    fitted = np.minimum(rng.geometric(0.2, (900, 2)) - 1, 19).astype(np.int32)
+    new = np.minimum(rng.geometric(0.5, (40, 2)) - 1, 19).astype(np.int32)
+    drawn = np.mean(
+        [
+            [len(np.unique(fitted[rng.integers(0, 900, 40), level])) for level in (0, 1)]
+            for _ in range(2000)
+        ],
+        axis=0,
+    )
+    expected = min(len(np.unique(new[:, level])) / drawn[level] for level in (0, 1))
+    is_new = np.arange(940) < 40
+    in_use = CodesInUse(np.concatenate([new, fitted]), is_new, (20, 20))
+
+    drift = measure_drift(Codebooks(), None, np.empty((40, 4), np.float32), in_use, 1)
+
+    assert drift.utilisation_ratio == pytest.approx(expected, rel=0.01)
+    nobody = CodesInUse(fitted, np.zeros(900, np.bool_), (20, 20))
+    assert measure_drift(Codebooks(), None, X[:0], nobody, 1).utilisation_ratio is None
+
+
+def test_a_fit_without_held_out_items_says_that_its_error_bound_is_off() -> None:
+    fitted = refit(CONFIG, np.arange(60), X[:60])
+    assert fitted.reference_mse is None
+    drift = measure_drift(fitted.codebooks, fitted.reference_mse, 5 * X[60:300], None, 3)
+
+    decision = decide_refit(drift, RefitPolicy())
+
+    assert not decision.refit
+    assert decision.reasons == (
+        "max_error_ratio was not looked at: the fit had too few items to hold some out",
+    )
+    old = decide_refit(drift.model_copy(update={"age_days": 28}), RefitPolicy())
+    assert old.refit
+    assert len(old.reasons) == 2
 
 
 def test_the_schedule_and_its_limits() -> None:

@@ -10,7 +10,7 @@ from vector_sets import clustered, codeword_vectors
 
 from embedding.errors import UserError
 from multimodal.codes_config import Fsq, Rq, Streaming
-from multimodal.residual_fit import fit_residual
+from multimodal.residual_fit import fit_residual, training_rows
 from multimodal.residual_quantizer import ResidualCodebooks
 
 CONFIG = Rq(num_levels=3, codebook_size=32)
@@ -106,6 +106,81 @@ def test_streaming_over_all_vectors_improves_on_the_sample(x: np.ndarray) -> Non
     streamed = fit_residual(x, few.model_copy(update={"streaming": streaming}))
 
     assert streamed.squared_errors(x)[-1] < 0.97 * on_sample.squared_errors(x)[-1]
+
+
+def by_cluster(points: np.ndarray) -> np.ndarray:
+    """The same set, items of one cluster side by side, as items of one supplier lie by id."""
+    nearest = fit_residual(points, Rq(num_levels=1, codebook_size=40)).encode(points)[:, 0]
+    return points[np.argsort(nearest, kind="stable")]
+
+
+@pytest.mark.parametrize("batch_size", [6000, 256, 32])
+def test_a_stream_over_a_set_in_order_is_no_worse_than_the_sample(
+    x: np.ndarray, batch_size: int
+) -> None:
+    """In such a set the first batches are all of one cluster: they must not take all codewords."""
+    few = CONFIG.model_copy(update={"points_per_codeword": 10})
+    ordered = by_cluster(x)
+    on_sample = fit_residual(ordered, few).squared_errors(ordered)[-1]
+    streaming = Streaming(num_passes=1, batch_size=batch_size)
+
+    streamed = fit_residual(ordered, few.model_copy(update={"streaming": streaming}))
+
+    assert streamed.squared_errors(ordered)[-1] < 0.98 * on_sample
+
+
+def test_a_codeword_is_the_mean_of_the_sample_and_the_stream(x: np.ndarray) -> None:
+    """One pass in one batch: what plain numpy gives for the weighted mean of both."""
+    config = Rq(num_levels=1, codebook_size=8, points_per_codeword=40, seed=3)
+    before = fit_residual(x, config)
+    words = before.codebooks_LKD[0].numpy()
+    in_sample = np.bincount(before.encode(x[training_rows(len(x), config)])[:, 0], minlength=8)
+    own = before.encode(x)[:, 0]
+    streaming = Streaming(num_passes=1, batch_size=len(x))
+
+    after = fit_residual(x, config.model_copy(update={"streaming": streaming}))
+
+    for code in range(8):
+        members = x[own == code].astype(np.float64)
+        both = in_sample[code] * words[code] + members.sum(axis=0)
+        expected = both / (in_sample[code] + len(members))
+        np.testing.assert_allclose(after.codebooks_LKD[0, code].numpy(), expected, atol=1e-5)
+
+
+def test_a_stream_that_makes_it_worse_is_not_kept() -> None:
+    """The sample is the whole set, and many rounds have fitted both levels to it together; batches
+    of one vector move one level after the other."""
+    rng = np.random.default_rng(0)
+    centres = 10 * rng.standard_normal((8, 4))
+    points = (centres[np.arange(64) % 8] + rng.standard_normal((64, 4))).astype(np.float32)
+    config = Rq(num_levels=2, codebook_size=8, points_per_codeword=8, refinement_rounds=30)
+    best = fit_residual(points, config)
+
+    streaming = Streaming(num_passes=3, batch_size=1)
+    streamed = fit_residual(points, config.model_copy(update={"streaming": streaming}))
+
+    assert streamed.squared_errors(points)[-1] <= best.squared_errors(points)[-1] * (1 + 1e-6)
+
+
+def test_a_codeword_of_items_beyond_the_sample_stays(x: np.ndarray) -> None:
+    """30 of 6,000 vectors lie far off, and the sample holds none of them: a refit with a stream
+    sees them, so the codeword that the earlier codebooks had for them is no empty one."""
+    config = Rq(num_levels=1, codebook_size=8, points_per_codeword=12, seed=1)
+    rare = np.setdiff1d(np.arange(len(x)), training_rows(len(x), config))[:30]
+    points = x.copy()
+    points[rare] = 5 + 0.01 * x[rare]
+    words = fit_residual(points, config).codebooks_LKD.clone()
+    words[0, 2] = torch.full((16,), 5.0)
+    earlier = ResidualCodebooks(words)
+
+    streamed = config.model_copy(update={"streaming": Streaming(batch_size=500)})
+    kept = fit_residual(points, streamed, earlier=earlier)
+    lost = fit_residual(points, config, earlier=earlier)
+
+    assert set(kept.encode(points[rare])[:, 0].tolist()) == {2}
+    assert float((kept.codebooks_LKD[0, 2] - 5).abs().max()) < 0.1
+    # Without the stream nobody has seen them, and the codeword goes where it is of use.
+    assert float((lost.codebooks_LKD[0, 2] - 5).abs().max()) > 1
 
 
 def test_fsq_codes_equal_the_formula(x: np.ndarray) -> None:

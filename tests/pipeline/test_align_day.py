@@ -38,7 +38,7 @@ CODES = {
 class Days:
     """Three days up to their codes; a text changes before the second, the third aligns anew.
 
-    The second trains a ranker, too.
+    The second is a whole run, with a ranker and a report.
     """
 
     folder: Path
@@ -52,10 +52,12 @@ class Days:
         ids, x = np.load(folder / "item_ids.npy"), np.load(folder / "vectors.npy")
         return dict(zip(ids.tolist(), x, strict=True))
 
-    def run(self, day: int, *overrides: str, stage: str = "quantize") -> int:
+    def run(self, day: int, *overrides: str, stage: str | None = "quantize") -> int:
+        """A stage of a day, or all of them."""
         sets = [part for override in overrides for part in ("--set", override)]
         recipe = ["--recipe", str(self.folder / "coded.yaml"), "--date", DAYS[day]]
-        return main(["stage", stage, *recipe, "--out", str(self.folder / "runs"), *sets])
+        command = ["run"] if stage is None else ["stage", stage]
+        return main([*command, *recipe, "--out", str(self.folder / "runs"), *sets])
 
 
 def write_texts(root: Path, *, edited: bool) -> None:
@@ -83,10 +85,11 @@ def days(tmp_path_factory: pytest.TempPathFactory) -> Days:
     recipe = make_recipe(root).model_dump(mode="json")
     recipe["codes"] = CODES
     recipe["cluster"]["num_workers"] = 2
+    recipe["gate"] = {"task": "click", "min_auc": 0.0, "calibration": [0.01, 100.0]}
     (days.folder / "coded.yaml").write_text(yaml.safe_dump(recipe))
     assert days.run(0) == 0
     write_texts(root, edited=True)
-    assert days.run(1, stage="train") == 0
+    assert days.run(1, stage=None) == 0
     assert days.run(2, "codes.vectors.realign_every_days=1") == 0
     return days
 
@@ -115,6 +118,42 @@ def test_items_keep_their_vectors_until_their_content_changes(days: Days) -> Non
     changed = [item for item in before if not np.array_equal(before[item], after[item])]
     assert changed == [EDITED]
     assert days.facts(1, "quantize")["version"] == "v0001"
+
+
+def test_the_report_of_a_later_run_shows_the_pairs(days: Days) -> None:
+    pairs = days.facts(0, "align")["pairs"]
+    kinds = {"item2item": ("item", "neighbour"), "user2item": ("trigger", "target")}
+    assert set(pairs["samples"]) == set(kinds)
+    for source, columns in kinds.items():
+        folder = days.folder / "runs" / DAYS[0] / "align" / "pairs" / source
+        files = [pq.read_table(file, columns=[*columns]) for file in folder.glob("*.parquet")]
+        mined = {(r[columns[0]], r[columns[1]]) for t in files for r in t.to_pylist()}
+        sample = [tuple(pair[:2]) for pair in pairs["samples"][source]]
+        assert sample
+        assert set(sample) <= mined
+    page = (days.folder / "runs" / DAYS[1] / "report.html").read_text()
+    section = page.partition("<h2>Item vectors</h2>")[2].partition("</section>")[0]
+    assert f"aligned in the run of {DAYS[0]}" in section
+    trained = days.facts(0, "align")["training"]["num_pairs"]
+    for source in kinds:
+        counts = (pairs[f"{source}_pairs"], trained[source])
+        cells = "".join(f'<td class="n">{count:,}</td>' for count in counts)
+        assert f"<td>{source}</td>{cells}" in section
+    first, second, _ = pairs["samples"]["item2item"][0]
+    titles = [f"kind {i % 5} word {i % 3} item {i}" for i in (first, second)]
+    both = "</figure><figure>".join(titles)
+    assert both in section or EDITED in (first, second)
+
+
+def test_a_training_that_diverges_is_refused(
+    days: Days, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert days.run(0, "codes.vectors.learning_rate=1e38") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "codes.vectors: the alignment loss is nan at step" in said
+    assert "lower codes.vectors.learning_rate=1e+38" in said
+    assert days.facts(0, "align")["training"]["steps"] == 12, "the artifact of before is there"
 
 
 def test_a_new_encoder_moves_all_vectors_and_codes_go_on(days: Days) -> None:

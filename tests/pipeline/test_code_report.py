@@ -3,15 +3,26 @@
 import base64
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from embedding.raw_ids import to_raw_ids
+from multimodal.codes_config import Codes
+from pipeline.artifacts import Manifest, publish
 from pipeline.code_features import NearItems, codes_table
-from pipeline.code_report import NUM_FIRST_CODES, NUM_ITEMS, NUM_PREFIXES, browse
+from pipeline.code_report import (
+    NUM_FIRST_CODES,
+    NUM_ITEMS,
+    NUM_PREFIXES,
+    browse,
+    code_section,
+)
+from pipeline.quantize import ItemVectors, quantize
 
 
 def catalogue(root: Path, num_items: int, *, titles: bool) -> None:
@@ -71,3 +82,51 @@ def test_vq_codes_alone_have_no_browser(tmp_path: Path) -> None:
         tmp_path / "codes.parquet",
     )
     assert browse(tmp_path / "codes.parquet", tmp_path) == []
+
+
+def test_the_section_says_what_the_stage_found(tmp_path: Path) -> None:
+    """A day of few items whose codes collide, suffixes that do not suffice, vectors all alike."""
+    catalogue(tmp_path, 40, titles=True)
+    ids = np.sort(to_raw_ids(pa.array([f"i{i}" for i in range(40)])).to_numpy())
+    rng = np.random.default_rng(0)
+    codes = Codes.model_validate(
+        {"rq": {"num_levels": 1, "codebook_size": 18}, "vq": None, "suffix": {"num_codes": 2}}
+    )
+    x = 9 + rng.standard_normal((40, 5)).astype(np.float32)
+    version = None
+    for day in ("2026-01-01", "2026-01-02"):
+        scratch = tmp_path / f"scratch-{day}"
+        scratch.mkdir()
+        items = ItemVectors(ids, x, "tower", "2026-01-01", day, version=version)
+        facts = quantize(codes, items, tmp_path / "codebooks", scratch)
+        version = facts.version
+        (tmp_path / day).mkdir()
+        told = {**facts.model_dump(mode="json"), "previous": None, "num_without_vector": 1}
+        manifest = Manifest(stage="quantize", artifact_id=day, config_hash="c", facts=told)
+        publish(scratch, tmp_path / day / "quantize", manifest)
+    own = pq.read_table(tmp_path / "2026-01-02" / "quantize" / "codes.parquet")["sid_0"].to_numpy()
+    sizes = np.bincount(own)
+    sharing = int((sizes - 1)[sizes > 2].sum())
+    assert sharing > 0
+
+    pages = [
+        " ".join(rendered(code_section(tmp_path, tmp_path / day, "click")).split())
+        for day in ("2026-01-01", "2026-01-02")
+    ]
+
+    tile = f"<small>Without a suffix of their own</small><b>{sharing}</b>"
+    assert all(tile in page for page in pages)
+    assert all("Warning: item vectors hardly differ (mean cosine" in page for page in pages)
+    assert "<p>Fitted anew: there are no codebooks yet.</p>" in pages[0]
+    # Nine tenths of 40 items are no more than two a codeword.
+    assert (
+        "<p>Not fitted anew: max_error_ratio was not looked at: the fit had too few items to hold "
+        "some out. Drift: age 1 days, 0 items since the fit.</p>" in pages[1]
+    )
+
+
+def rendered(section: dict[str, Any] | None) -> str:
+    environment = Environment(
+        loader=PackageLoader("pipeline"), autoescape=True, undefined=StrictUndefined
+    )
+    return environment.get_template("codes.html.j2").render(codes=section)

@@ -217,7 +217,7 @@ def refused(days: Days, capsys: pytest.CaptureFixture[str], *overrides: str) -> 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("codes.rq.codebook_size=64", r"codebook_size=64 needs at least as many items.*are 49"),
+        ("codes.rq.codebook_size=64", r"codebook_size=64 needs .* are 49;.* 49 of 59 items"),
         ("codes.version=v0009", r"codebook version 'v0009' is not in .*there are: v0001, v0002"),
         ("codes.vq.max_items=20", r"max_items=20 is less than the 49 items"),
         ("codes.vectors.column=weights", r"lacks the columns \['weights'\]"),

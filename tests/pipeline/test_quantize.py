@@ -141,8 +141,13 @@ def test_carries_compose_over_several_versions(tmp_path: Path) -> None:
         between = table_rows(steps[0][column], tables[0], tables[1])
         expected = table_rows(steps[1][column], between, tables[2])
         assert torch.equal(table_rows(whole[column], tables[0], tables[2]), expected)
-    with pytest.raises(UserError, match="v0001 do not descend from v0002"):
-        carries_between(root, "v0002", "v0001")
+    back = carries_between(root, "v0003", "v0001")
+    for column, carry in back.items():
+        forth = whole[column]
+        for code in np.flatnonzero(carry.carried_K).tolist():
+            assert forth.source_K[carry.source_K[code]] == code
+            assert forth.carried_K[carry.source_K[code]]
+        assert carry.carried_K.sum() == forth.carried_K.sum() > 0
 
 
 def test_a_new_encoder_goes_on_with_the_codes_of_the_items(tmp_path: Path) -> None:
@@ -170,7 +175,7 @@ def test_renumbering_refits_have_no_parent(tmp_path: Path) -> None:
     assert after.refit.reasons == ("asked for",)
     assert after.stability
     assert after.stability.levels[0] < 0.5
-    with pytest.raises(UserError, match="do not descend from v0001"):
+    with pytest.raises(UserError, match="share no code numbers with v0001"):
         carries_between(tmp_path / "codebooks", "v0001", "v0002")
 
 
@@ -207,6 +212,45 @@ def test_only_seen_items_are_fitted_and_all_get_codes(tmp_path: Path) -> None:
     codes = pq.read_table(scratch / CODES_FILE)
     expected = books.residual.encode(x)
     assert [codes["sid_0"].to_pylist(), codes["sid_1"].to_pylist()] == expected.T.tolist()
+
+
+def test_too_few_seen_items_are_counted_against_all(tmp_path: Path) -> None:
+    ids = np.arange(200)
+    items = ItemVectors(
+        ids, vectors_of(ids), "tower-1", "2026-01-01", "2026-01-02", seen_N=ids % 10 == 0
+    )
+    (tmp_path / "day").mkdir()
+    with pytest.raises(
+        UserError,
+        match=r"codes\.rq\.codebook_size=32 needs at least as many items, and there are 20; set it "
+        r"to 2 or less; codebooks are fitted to the 20 of 200 items with a vector that an event "
+        r"has shown by 2026-01-02 and that are not held out",
+    ):
+        quantize(CONFIG, items, tmp_path / "codebooks", tmp_path / "day")
+    assert not (tmp_path / "codebooks").exists()
+
+
+def test_vectors_that_point_the_same_way_are_warned_of(tmp_path: Path) -> None:
+    week = Week(tmp_path / "sound")
+    sound = week.run(0)
+    x = vectors_of(np.arange(2000)) + 4.0
+    units = x / np.linalg.norm(x, axis=1, keepdims=True)
+    cosine = (np.square(units.sum(axis=0)).sum() - 2000) / (2000 * 1999)
+    assert cosine > 0.98
+    items = ItemVectors(np.arange(2000), x, "tower-1", "2026-01-01", "2026-01-02")
+    (tmp_path / "day").mkdir()
+
+    alike = quantize(CONFIG, items, tmp_path / "codebooks", tmp_path / "day")
+
+    assert alike.mean_cosine == pytest.approx(cosine, abs=1e-5)
+    assert alike.refit.reasons[0] == "there are no codebooks yet"
+    assert (
+        f"item vectors hardly differ (mean cosine of two items {cosine:.4f})"
+        in (alike.refit.reasons[1])
+    )
+    assert sound.mean_cosine is not None
+    assert abs(sound.mean_cosine) < 0.1
+    assert sound.refit.reasons == ("there are no codebooks yet",)
 
 
 def test_a_recipe_may_name_its_codebooks(tmp_path: Path) -> None:

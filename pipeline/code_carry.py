@@ -14,7 +14,7 @@ from multimodal.codebook_versions import are_related, carries_between
 from pipeline.train import CodebookChange
 
 USER_CODE = "user_code_"
-"""Beginning of the columns, and so the tables, of users and code prefixes."""
+"""Beginning of the tables of users and code prefixes."""
 LEAST_CARRIED = 0.5
 """Share of code prefixes that go on, below which rows of users and codes start anew."""
 
@@ -33,22 +33,18 @@ def row_carries(change: CodebookChange, schema: FeatureSchema) -> dict[str, RowC
     Raises:
         UserError: an unknown version, or a table that is too small for its codes.
     """
-    columns = {f.table: f.column_name for f in schema.sparse if f.source == "codes"}
-    columns |= {f.table: f.column_name for f in schema.sequences if f.source == "codes"}
-    own = {f.table for f in schema.sparse if f.source != "codes"}
-    own |= {f.table for f in schema.sequences if f.source != "codes"}
-    tables = {t: column.split(":")[-1] for t, column in columns.items() if t not in own}
+    # A table that only codes read has the name of their column.
+    derived = {f.table for f in schema.id_features if f.source == "codes"}
+    tables = derived - {f.table for f in schema.id_features if f.source != "codes"}
     if not are_related(change.root, change.before, change.after):
         return {table: redrawn(schema.table(table).num_embeddings) for table in tables}
     carries = carries_between(change.root, change.before, change.after)
     found = {
-        table: _row_carry(table, carries[column], schema)
-        for table, column in tables.items()
-        if column in carries
+        table: _row_carry(table, carries[table], schema) for table in tables if table in carries
     }
-    for table, column in tables.items():
-        depth = column.removeprefix(USER_CODE)
-        if depth != column and _share_carried(carries, int(depth)) < LEAST_CARRIED:
+    for table in tables:
+        depth = table.removeprefix(USER_CODE)
+        if depth != table and _share_carried(carries, int(depth)) < LEAST_CARRIED:
             found[table] = redrawn(schema.table(table).num_embeddings)
     return found
 

@@ -184,6 +184,27 @@ class Service(StrictConfig):
     """Of every wait between ranks and actors."""
     cpus_per_actor: NonNegativeFloat = 1
     gpus_per_actor: NonNegativeFloat = 0
+    transport: Literal["auto", "object_store", "direct"] = "auto"
+    """How vectors and gradients travel. `direct`: from device to device, by NCCL on GPUs and gloo
+    on CPUs. `object_store`: as messages of Ray, through host memory. `auto`: direct where ranks
+    and actors have GPUs of their own."""
+
+    def obstacle(self, *, ranks_on_gpu: bool) -> str | None:
+        """What keeps ranks and actors from a common process group; None: nothing."""
+        gpus = f"gpus_per_actor={self.gpus_per_actor:g}"
+        if ranks_on_gpu and not self.gpus_per_actor:
+            return f"the ranks run on GPUs and the actors on CPUs ({gpus})"
+        if self.gpus_per_actor and not ranks_on_gpu:
+            return f"the ranks run on CPUs and the actors on GPUs ({gpus})"
+        if 0 < self.gpus_per_actor < 1:
+            return f"actors share a GPU ({gpus}), and NCCL takes one process a GPU"
+        return None
+
+    def is_direct(self, *, ranks_on_gpu: bool) -> bool:
+        """The transport that is used; `direct` stands for itself, whatever the obstacle."""
+        if self.transport == "auto":
+            return ranks_on_gpu and self.obstacle(ranks_on_gpu=True) is None
+        return self.transport == "direct"
 
 
 Placement = Annotated[Inline | Service, Field(discriminator="kind")]

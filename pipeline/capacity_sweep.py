@@ -142,6 +142,14 @@ def _check_content(content: ContentConfig, shapes: tuple[ClusterShape, ...]) -> 
                 f"to have GPUs like those of the ranks, and {without[0]} has none; set it to 0, or "
                 "leave that topology out"
             )
+    if isinstance(placement, Service) and placement.transport == "direct":
+        for shape in shapes:
+            obstacle = placement.obstacle(ranks_on_gpu=shape.machine.device == "cuda")
+            if obstacle is not None:
+                raise UserError(
+                    f"content.placement.transport=direct: on {shape.name} {obstacle}; set "
+                    "gpus_per_actor to 1, or transport to auto, or leave that topology out"
+                )
 
 
 def expand(text: str) -> Iterator[ClusterShape]:

@@ -5,12 +5,15 @@ import copy
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from multimodal.codes_config import Rq
 from multimodal.content_encoder import load_content_encoder
 from multimodal.residual_fit import fit_residual
+from tests.distributed import run_distributed
 from tests.multimodal.small_models import random_tokens, tiny_config, without
 from tests.multimodal.vector_sets import clustered
+from tests.pipeline.tensor_groups import check_operations, join
 
 pytestmark = pytest.mark.gpu
 
@@ -63,3 +66,27 @@ def test_codes_of_the_gpu_are_those_of_the_cpu(cuda) -> None:
     assert (codes == books.encode(x)).mean() > 0.999
     assert fitted.codebooks_LKD.device.type == "cpu"
     assert fitted.squared_errors(x)[-1] < 1.02 * books.squared_errors(x)[-1]
+
+
+def test_the_direct_transport_moves_tensors_between_gpus(cuda) -> None:
+    num_gpus = torch.cuda.device_count()
+    if num_gpus < 2:
+        pytest.skip("one CUDA device: NCCL takes one process a GPU")
+    run_distributed(_exchange, min(num_gpus, 4))
+
+
+def _exchange() -> None:
+    """Every process is a member with a GPU of its own; gloo only tells them where they meet."""
+    member, size = dist.get_rank(), dist.get_world_size()
+    device = torch.device("cuda", member)
+    torch.cuda.set_device(device)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ports = [store.port]
+    dist.broadcast_object_list(ports, src=0)
+    if member:
+        store = dist.TCPStore("127.0.0.1", ports[0], wait_for_workers=False)
+    group = join(store, member, size, device)
+    check_operations(group, member, size, device)
+    dist.barrier()
+    group.leave()
+    dist.barrier()  # the store is that of member 0

@@ -28,16 +28,26 @@ from tests.pipeline.content_steps import (
 pytestmark = pytest.mark.integration
 
 TOLERANCE = 1e-5
-SERVICE = {"kind": "service", "timeout_s": 30, "cpus_per_actor": 0}
+SERVICE = {
+    "kind": "service",
+    "timeout_s": 30,
+    "cpus_per_actor": 0,
+    "transport": "object_store",
+}
+DIRECT = {**SERVICE, "transport": "direct"}
 BOUNDED = {"items": "targets+sample", "sample_share": 0.5, "max_items_per_step": 6}
 """Less than what a rank shows: it draws some of its candidates and of its history items."""
 ON_RANKS: dict[str, dict[str, Any]] = {
     "inline": {},
     "one_actor": {"placement": {**SERVICE, "num_actors": 1}},
     "two_actors": {"placement": {**SERVICE, "num_actors": 2}},
+    "one_direct": {"placement": {**DIRECT, "num_actors": 1}},
+    "two_direct": {"placement": {**DIRECT, "num_actors": 2}},
     "stale": {"placement": {**SERVICE, "staleness": 1}},
+    "stale_direct": {"placement": {**DIRECT, "num_actors": 2, "staleness": 1}},
     "bounded": {"gradient": BOUNDED},
     "bounded_actors": {"gradient": BOUNDED, "placement": {**SERVICE, "num_actors": 2}},
+    "bounded_direct": {"gradient": BOUNDED, "placement": {**DIRECT, "num_actors": 2}},
 }
 
 
@@ -69,10 +79,8 @@ def test_every_placement_trains_what_one_process_trains(tmp_path: Path) -> None:
 
     expected = found["one_process"]
     assert expected["losses"][-1] < expected["losses"][0]
-    for name in ("inline", "one_actor", "two_actors"):
-        assert found[name]["losses"] == pytest.approx(expected["losses"], abs=TOLERANCE), name
-        for part in ("tables", "dense", "beside"):
-            assert difference(found[name][part], expected[part]) < TOLERANCE, (name, part)
+    for name in ("inline", "one_actor", "two_actors", "one_direct", "two_direct"):
+        _assert_same(found[name], expected, name)
     # One step behind, from the second step on: each vector was computed one step ago.
     stale = found["stale"]
     assert stale["losses"][0] == pytest.approx(expected["losses"][0], abs=TOLERANCE)
@@ -80,15 +88,22 @@ def test_every_placement_trains_what_one_process_trains(tmp_path: Path) -> None:
     assert stale["losses"] == pytest.approx(expected["losses"], abs=0.05)
     assert stale["metrics"]["content/bank_age_steps"] == 1
     assert expected["metrics"]["content/bank_age_steps"] == 0
+    _assert_same(found["stale_direct"], stale, "stale_direct")
+    assert found["stale_direct"]["metrics"]["content/bank_age_steps"] == 1
     assert len(expected["losses"]) == NUM_STEPS
     # Who encodes what was drawn makes no difference to it.
-    drawn, of_actors = found["bounded"], found["bounded_actors"]
-    assert drawn["losses"] == pytest.approx(of_actors["losses"], abs=TOLERANCE)
-    for part in ("tables", "dense", "beside"):
-        assert difference(drawn[part], of_actors[part]) < TOLERANCE, part
+    drawn = found["bounded"]
+    for name in ("bounded_actors", "bounded_direct"):
+        _assert_same(found[name], drawn, name)
     assert difference(drawn["beside"], expected["beside"]) > 100 * TOLERANCE
     assert 6 < drawn["metrics"]["content/encoded_items"] <= 12
     assert drawn["metrics"]["content/bank_age_steps"] > 0
+
+
+def _assert_same(found: dict[str, Any], expected: dict[str, Any], name: str) -> None:
+    assert found["losses"] == pytest.approx(expected["losses"], abs=TOLERANCE), name
+    for part in ("tables", "dense", "beside"):
+        assert difference(found[part], expected[part]) < TOLERANCE, (name, part)
 
 
 def test_ranks_and_actors_refuse_towers_other_than_those_of_the_stored_tokens(

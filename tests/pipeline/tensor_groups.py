@@ -1,0 +1,33 @@
+"""What every member of a `TensorGroup` does, whatever its device."""
+
+import torch
+import torch.distributed as dist
+
+from pipeline.content_group import TensorGroup, wait
+
+TIMEOUT_S = 30.0
+
+
+def join(
+    store: dist.Store, member: int, size: int, device: torch.device, timeout_s: float = TIMEOUT_S
+) -> TensorGroup:
+    """A group called `test`."""
+    return TensorGroup(store, "test", member=member, size=size, device=device, timeout_s=timeout_s)
+
+
+def check_operations(group: TensorGroup, member: int, size: int, device: torch.device) -> None:
+    """Vectors of member 0 to all, in parts of a tensor as well; gradients back; sums for all."""
+    received = torch.full((6, 3), float(member), device=device)
+    for rows in (slice(0, 0), slice(0, 4)):  # an empty part is no operation
+        wait(group.broadcast(received[rows]), TIMEOUT_S)
+    assert received[:4].cpu().eq(0).all()
+    assert received[4:].cpu().eq(member).all()
+
+    of_all = torch.randn(size, 50, 3, generator=torch.Generator().manual_seed(0))
+    own, everywhere = (of_all[member].to(device, copy=True) for _ in range(2))
+    works = [group.add_to_first(own), group.add_up(everywhere)]  # both before the first wait
+    for work in works:
+        wait(work, TIMEOUT_S)
+    if member == 0:
+        torch.testing.assert_close(own.cpu(), of_all.sum(0))
+    torch.testing.assert_close(everywhere.cpu(), of_all.sum(0))

@@ -25,7 +25,6 @@ import asyncio
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -38,7 +37,7 @@ from multimodal.content_config import ContentConfig, Service
 from multimodal.content_encoder import load_content_encoder, rows_to_standardise
 from multimodal.content_learner import ContentLearner
 from multimodal.stored_content import ContentReader
-from pipeline.content_group import OF_ACTORS, TensorGroup, of_ranks_and, wait
+from pipeline.content_group import OF_ACTORS, TensorGroup, meeting_place, of_ranks_and, wait
 from pipeline.content_paths import ContentPaths
 
 Floats = npt.NDArray[np.float32]
@@ -92,9 +91,7 @@ class ContentActor:
         def meet() -> None:
             limit_s = self.service.timeout_s
             device = self.learner.device
-            store = dist.TCPStore(
-                host, port, wait_for_workers=False, timeout=timedelta(seconds=limit_s)
-            )
+            store = meeting_place(host, port, limit_s)
             self._ranks = TensorGroup(
                 store,
                 of_ranks_and(self.actor),

@@ -24,6 +24,13 @@ OF_ACTORS = "actors"
 """Name of the group of all actors."""
 
 
+def meeting_place(host: str, port: int, timeout_s: float, *, opens: bool = False) -> Any:
+    """The store where members meet; the one who `opens` it takes a free port with port 0."""
+    return dist.TCPStore(  # type: ignore[attr-defined] # public, but not in __all__
+        host, port, is_master=opens, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
+    )
+
+
 class TensorGroup:
     """Members that post the same operations in the same order, with tensors of the same shape.
 
@@ -33,7 +40,7 @@ class TensorGroup:
 
     def __init__(
         self,
-        store: dist.Store,
+        store: Any,
         name: str,
         *,
         member: int,
@@ -44,7 +51,7 @@ class TensorGroup:
         """Returns once all members are there.
 
         Args:
-            store: where they meet.
+            store: where they meet (a `torch.distributed` store), this member's own connection.
             name: of the group; a store serves several.
             member: this one's number, 0 .. size - 1.
             size: how many there are.
@@ -54,7 +61,7 @@ class TensorGroup:
         Raises:
             TimeoutError, RuntimeError: they did not come.
         """
-        own = dist.PrefixStore(name, store)
+        own = dist.PrefixStore(name, store)  # type: ignore[attr-defined] # as above
         limit = timedelta(seconds=_LATER * timeout_s)
         self._backend: Any  # torch's stubs leave the operations of a backend out
         if device.type == "cuda":

@@ -26,7 +26,6 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any, Protocol
 
 import ray
@@ -38,7 +37,7 @@ from torch import Tensor
 from embedding.errors import UserError
 from multimodal.content_config import Service
 from multimodal.rank_group import RankGroup
-from pipeline.content_group import TensorGroup, of_ranks_and, wait
+from pipeline.content_group import TensorGroup, meeting_place, of_ranks_and, wait
 
 logger = logging.getLogger(__name__)
 
@@ -297,19 +296,16 @@ class DirectTransport:
 
     def _meet(self) -> list[TensorGroup]:
         """The groups of this rank, one an actor: the actor is member 0 of its own."""
-        limit = timedelta(seconds=self._calls.timeout_s)
         address, joined = None, []
         if self._ranks.rank == 0:
             host = ray.util.get_node_ip_address()
             # Kept: members ask it until they are connected.
-            self._store = dist.TCPStore(
-                host, 0, is_master=True, wait_for_workers=False, timeout=limit
-            )
+            self._store = meeting_place(host, 0, self._calls.timeout_s, opens=True)
             address = (host, self._store.port)
             joined = [actor.join.remote(*address) for actor in self._calls.actors]
         host, port = self._ranks.said_by_first(address)
         if self._ranks.rank != 0:
-            self._store = dist.TCPStore(host, port, wait_for_workers=False, timeout=limit)
+            self._store = meeting_place(host, port, self._calls.timeout_s)
         what = "the ranks and actors of the content service to connect"
         try:
             groups = [

@@ -10,10 +10,11 @@ import torch.distributed as dist
 from multimodal.codes_config import Rq
 from multimodal.content_encoder import load_content_encoder
 from multimodal.residual_fit import fit_residual
+from pipeline.content_group import meeting_place
 from tests.distributed import run_distributed
 from tests.multimodal.small_models import random_tokens, tiny_config, without
 from tests.multimodal.vector_sets import clustered
-from tests.pipeline.tensor_groups import check_operations, join
+from tests.pipeline.tensor_groups import TIMEOUT_S, check_operations, join
 
 pytestmark = pytest.mark.gpu
 
@@ -80,11 +81,11 @@ def _exchange() -> None:
     member, size = dist.get_rank(), dist.get_world_size()
     device = torch.device("cuda", member)
     torch.cuda.set_device(device)
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = meeting_place("127.0.0.1", 0, TIMEOUT_S, opens=True)
     ports = [store.port]
     dist.broadcast_object_list(ports, src=0)
     if member:
-        store = dist.TCPStore("127.0.0.1", ports[0], wait_for_workers=False)
+        store = meeting_place("127.0.0.1", ports[0], TIMEOUT_S)
     group = join(store, member, size, device)
     check_operations(group, member, size, device)
     dist.barrier()

@@ -1,15 +1,17 @@
 """What every member of a `TensorGroup` does, whatever its device."""
 
+import time
+from typing import Any
+
 import torch
-import torch.distributed as dist
 
-from pipeline.content_group import TensorGroup, wait
+from pipeline.content_group import TensorGroup, meeting_place, of_ranks_and, wait
 
-TIMEOUT_S = 30.0
+TIMEOUT_S = 60.0
 
 
 def join(
-    store: dist.Store, member: int, size: int, device: torch.device, timeout_s: float = TIMEOUT_S
+    store: Any, member: int, size: int, device: torch.device, timeout_s: float = TIMEOUT_S
 ) -> TensorGroup:
     """A group called `test`."""
     return TensorGroup(store, "test", member=member, size=size, device=device, timeout_s=timeout_s)
@@ -31,3 +33,18 @@ def check_operations(group: TensorGroup, member: int, size: int, device: torch.d
     if member == 0:
         torch.testing.assert_close(own.cpu(), of_all.sum(0))
     torch.testing.assert_close(everywhere.cpu(), of_all.sum(0))
+
+
+def sit_in_group(port: int) -> None:
+    """A process that is actor 0 of one rank, and does nothing; it imports little, to start fast."""
+    store = meeting_place("127.0.0.1", port, TIMEOUT_S)
+    group = TensorGroup(
+        store,
+        of_ranks_and(0),
+        member=0,
+        size=2,
+        device=torch.device("cpu"),
+        timeout_s=TIMEOUT_S,
+    )
+    time.sleep(TIMEOUT_S)
+    group.leave()

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from multimodal.rank_group import RankGroup
 from pipeline import content_transport
 from pipeline.content_actor import ContentActor
-from pipeline.content_group import TensorGroup, of_ranks_and, wait
+from pipeline.content_group import TensorGroup, meeting_place, of_ranks_and, wait
 from pipeline.content_transport import ActorCalls, ContentServiceError, DirectTransport
+from tests.pipeline.tensor_groups import sit_in_group
 from tests.pipeline.test_content_actor import ROWS, make_actor
 
 TIMEOUT_S, SHORT_S = 60.0, 0.5
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 def join(port: int, actor: int, member: int, size: int) -> TensorGroup:
-    store = dist.TCPStore("127.0.0.1", port, wait_for_workers=False)
+    store = meeting_place("127.0.0.1", port, TIMEOUT_S)
     return TensorGroup(
         store, of_ranks_and(actor), member=member, size=size, device=CPU, timeout_s=TIMEOUT_S
     )
@@ -39,7 +39,7 @@ class TwoRanks:
     """Members 1 and 2 of the group of the only actor."""
 
     def __init__(self, actor: ContentActor) -> None:
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        store = meeting_place("127.0.0.1", 0, TIMEOUT_S, opens=True)
         with ThreadPoolExecutor(2) as pool:
             joining = [pool.submit(join, store.port, 0, member, 3) for member in (1, 2)]
             asyncio.run(actor.join("127.0.0.1", store.port))
@@ -214,12 +214,6 @@ class DyingActor(RecordingActor):
         )
         self.process.start()
         return self.process
-
-
-def sit_in_group(port: int) -> None:
-    group = join(port, 0, 0, 2)
-    time.sleep(300)
-    group.leave()
 
 
 def test_an_actor_that_dies_ends_a_wait_long_before_its_timeout(

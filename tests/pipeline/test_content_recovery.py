@@ -23,7 +23,7 @@ pytestmark = pytest.mark.integration
 STEPS_BETWEEN_CHECKPOINTS = 10
 
 
-def run_on(data: Path, transport: str = "object_store") -> Run:
+def run_on(data: Path, transport: str) -> Run:
     return Run(
         {
             "data.root": data,
@@ -58,22 +58,25 @@ def kill_one_of(name: str) -> Callable[[psutil.Process], None]:
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Data, and an output directory where everything before training has run."""
     root = tmp_path_factory.mktemp("content-recovery")
-    run_on(root / "data").finish(root / "prepared", stage="plan")
+    run_on(root / "data", "object_store").finish(root / "prepared", stage="plan")
     return root / "data", root / "prepared"
 
 
+@pytest.fixture(scope="module", params=["object_store", "direct"])
+def transport(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def undisturbed(prepared: tuple[Path, Path]) -> Path:
+def undisturbed(prepared: tuple[Path, Path], transport: str) -> Path:
     """Output directory of a run that published."""
     data, before_training = prepared
-    return finished_copy(run_on(data), before_training)
+    return finished_copy(run_on(data, transport), before_training, f"undisturbed-{transport}")
 
 
-@pytest.mark.parametrize("transport", ["object_store", "direct"])
 def test_a_killed_actor_and_a_killed_rank_change_nothing(
     transport: str, prepared: tuple[Path, Path], undisturbed: Path, tmp_path: Path
 ) -> None:
-    """Sums of two ranks and of two actors have no order, so both transports give equal bits."""
     data, before_training = prepared
     out = tmp_path / "out"
     shutil.copytree(before_training, out)

@@ -1,7 +1,8 @@
 """The FuxiCTR side of `peers.py`: runs in the environment that has FuxiCTR, not in Braid's.
 
 Arguments: a JSON object. Then one command a line on stdin, one JSON object a line on stdout.
-The rows are in memory before a step begins, so reading data costs this side nothing.
+Batches come from the package's own Parquet loader, as in its `fit`; with `in_memory` they are cut
+before the clock starts, so that reading data costs this side nothing.
 """
 
 import importlib.util
@@ -13,11 +14,12 @@ from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from fuxictr.features import FeatureMap
+from fuxictr.pytorch.dataloaders import RankDataLoader
 from sklearn.metrics import log_loss, roc_auc_score
 
+LABEL = "label:click"
 MODELS = {
     "deepfm": ("DeepFM/DeepFM_torch/src/DeepFM.py", "DeepFM", {"hidden_units": [1024, 512, 256]}),
     "dcnv2": (
@@ -48,10 +50,13 @@ def feature_map(rows_per_table):
     """One categorical feature a table; ids are rows already."""
     features = FeatureMap("peers", ".")
     features.features = OrderedDict(
-        (f"s{i}", {"source": "", "type": "categorical", "vocab_size": rows, "padding_idx": None})
+        (
+            f"sparse:s{i}",
+            {"source": "", "type": "categorical", "vocab_size": rows, "padding_idx": None},
+        )
         for i, rows in enumerate(rows_per_table)
     )
-    features.labels = ["click"]
+    features.labels = [LABEL]
     features.num_fields = len(rows_per_table)
     features.default_emb_dim = 16
     features.total_features = sum(rows_per_table)
@@ -83,54 +88,52 @@ def build(job):
     return model
 
 
-def load(path, num_tables):
-    """Column tensors of one file."""
-    table = pq.read_table(path)
-    columns = {
-        f"s{i}": torch.from_numpy(table[f"sparse:s{i}"].to_numpy()) for i in range(num_tables)
-    }
-    columns["click"] = torch.from_numpy(table["label:click"].to_numpy())
-    return columns
+def loader(features, path, size, *, shuffle):
+    """The package's own, with its defaults: Ray Data reads and shuffles."""
+    stage = "train" if shuffle else "test"
+    data = RankDataLoader(
+        features,
+        stage=stage,
+        **{f"{stage}_data": path},
+        batch_size=size,
+        shuffle=shuffle,
+        data_format="parquet",
+    )
+    return data[0] if shuffle else data  # for training: with batches to validate on, or None
 
 
-def batches(columns, size, generator):
-    """Full batches of one shuffled pass."""
-    order = torch.randperm(len(columns["click"]), generator=generator)
-    for start in range(0, len(order) - size + 1, size):
-        rows = order[start : start + size]
-        yield {name: values[rows] for name, values in columns.items()}
+def endless(batches, size):
+    """Full batches of one pass after the other."""
+    while True:
+        yield from (batch for batch in batches if len(batch[LABEL]) == size)
 
 
-def train(model, data, steps):
-    """Rows per second of some steps; batches are cut before the clock starts."""
-    taken = [next(data) for _ in range(steps)]
-    started = time.perf_counter()
-    for batch in taken:
-        model.train_step(batch)
-    return sum(len(batch["click"]) for batch in taken) / (time.perf_counter() - started)
+def train(model, data, steps, *, in_memory):
+    """Rows per second of some steps."""
+    if in_memory:
+        data = iter([next(data) for _ in range(steps)])
+    started, rows = time.perf_counter(), 0
+    for _ in range(steps):
+        batch = next(data)
+        model.train_step(batch).item()  # its epoch adds up the losses
+        rows += len(batch[LABEL])
+    return rows / (time.perf_counter() - started)
 
 
-def evaluate(model, columns):
+def evaluate(model, batches):
     """AUC and logloss over all rows of a file."""
     model.eval()
-    probs = []
+    labels, scores = [], []
     with torch.no_grad():
-        for start in range(0, len(columns["click"]), 8192):
-            batch = {name: values[start : start + 8192] for name, values in columns.items()}
-            probs.append(model.forward(batch)["y_pred"].flatten().numpy())
+        for batch in batches:
+            scores.append(model.forward(batch)["y_pred"].flatten().double().numpy())
+            labels.append(batch[LABEL].numpy())
     model.train()
-    labels, scores = columns["click"].numpy(), np.concatenate(probs).astype(np.float64)
+    labels, scores = np.concatenate(labels), np.concatenate(scores)
     return {
         "auc": roc_auc_score(labels, scores),
         "logloss": log_loss(labels, scores.clip(1e-7, 1 - 1e-7)),
     }
-
-
-def endless(columns, size):
-    """Batches of one pass after the other."""
-    generator = torch.Generator().manual_seed(0)
-    while True:
-        yield from batches(columns, size, generator)
 
 
 def main():
@@ -138,19 +141,21 @@ def main():
     logging.disable(logging.INFO)
     job = json.loads(sys.argv[1])
     torch.set_num_threads(job["threads"])
-    columns = load(job["train"], len(job["rows_per_table"]))
+    size = job["batch_size"]
     model = build(job)
-    data = endless(columns, job["batch_size"])
+    batches = loader(model.feature_map, job["train"], size, shuffle=True)
+    data = endless(batches, size)
     for line in sys.stdin:
         command = json.loads(line)
         if "steps" in command:
-            answer = {"rows_per_s": train(model, data, command["steps"])}
+            rate = train(model, data, command["steps"], in_memory=job["in_memory"])
+            answer = {"rows_per_s": rate}
         else:
             model = build(job)
-            generator = torch.Generator().manual_seed(0)
-            for batch in batches(columns, job["batch_size"], generator):
-                model.train_step(batch)
-            answer = evaluate(model, load(job["test"], len(job["rows_per_table"])))
+            for batch in batches:
+                if len(batch[LABEL]) == size:
+                    model.train_step(batch)
+            answer = evaluate(model, loader(model.feature_map, job["test"], 8192, shuffle=False))
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
 

@@ -184,9 +184,9 @@ class Service(StrictConfig):
     """Of every wait between ranks and actors."""
     cpus_per_actor: NonNegativeFloat = 1
     gpus_per_actor: NonNegativeFloat = 0
-    transport: Literal["auto", "object_store", "direct"] = "auto"
-    """How vectors and gradients travel. `direct`: from device to device, by NCCL on GPUs and gloo
-    on CPUs. `object_store`: as messages of Ray, through host memory. `auto`: direct where ranks
+    transport: Literal["auto", "object_store", "direct"] = "object_store"
+    """How vectors and gradients travel. `object_store`: as messages of Ray, through host memory.
+    `direct`: from device to device, by NCCL on GPUs and gloo on CPUs. `auto`: direct where ranks
     and actors have GPUs of their own."""
 
     def obstacle(self, *, ranks_on_gpu: bool) -> str | None:
@@ -240,8 +240,9 @@ class ContentConfig(StrictConfig):
     placement: Placement = Inline()
     tokens: TokenStage = TokenStage()
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: the encoder's matrix products of a training step run under autocast; weights, their
-    optimizer, and the vectors that are evaluated and published stay fp32."""
+    """bf16: the encoder's matrix products in training run under autocast, those that refresh the
+    bank, too; weights, their optimizer, and the vectors that are evaluated and published stay
+    fp32."""
     seed: NonNegativeInt = 0
     """Of the encoder's initial weights."""
 

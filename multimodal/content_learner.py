@@ -2,7 +2,8 @@
 
 # Shapes: U items, D content dim, P elements of all trained parameters.
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -36,12 +37,16 @@ class ContentLearner:
         encoder: ContentEncoder,
         read_tokens: ReadTokens,
         device: torch.device,
+        *,
+        num_rows: int,
     ) -> None:
+        """`num_rows`: of the token store."""
         check_precision(config.precision, device, "content.precision")
         self.config = config
         self.encoder = encoder.to(device)
         self.device = device
         self._read_tokens = read_tokens
+        self._fused = _FusedRows(num_rows) if config.frozen else None
         self._trained = {n: p for n, p in encoder.named_parameters() if p.requires_grad}
         rates = config.optimizer
         lora = [p for n, p in self._trained.items() if _LORA in n]
@@ -58,12 +63,19 @@ class ContentLearner:
         """Vectors with their graph, by step."""
 
     @torch.no_grad()
-    def encode(self, rows_U: Tensor, items_at_a_time: int = 256) -> Tensor:
-        """Vectors (U, D) with the present weights, without dropout."""
+    def encode(self, rows_U: Tensor, items_at_a_time: int = 256, *, exact: bool = True) -> Tensor:
+        """Vectors (U, D) with the present weights, without dropout.
+
+        Args:
+            rows_U: the items.
+            items_at_a_time: bounds memory.
+            exact: in fp32; else in the precision of training steps.
+        """
         self.encoder.eval()
-        parts = [self._encoded(part) for part in rows_U.split(items_at_a_time) if len(part)]
-        empty = torch.empty(0, self.config.dim, device=self.device)
-        return torch.cat(parts) if parts else empty
+        empty_0D = torch.empty(0, self.config.dim, device=self.device)
+        with nullcontext() if exact else self._autocast():
+            parts = [self._encoded(part) for part in rows_U.split(items_at_a_time) if len(part)]
+        return torch.cat([empty_0D, *(part.float() for part in parts)])
 
     def moments(self, rows_N: Tensor) -> Tensor:
         """What `standardise` needs of some rows; moments of parts add up."""
@@ -72,6 +84,7 @@ class ContentLearner:
     def standardise(self, moments_3H: Tensor) -> None:
         """Standardise before training what the last layer reads; a `load` replaces it."""
         self.encoder.standardise(moments_3H)
+        self._forget_fused()
 
     def start(self, step: int, rows_U: Tensor, *, keep_graph: bool) -> Tensor:
         """Vectors (U, D) for a training step, detached.
@@ -145,6 +158,7 @@ class ContentLearner:
                 "content to null, or start a new run"
             )
         load_trained_state(self.encoder, weights)
+        self._forget_fused()
         for name, parameter in self._trained.items():
             saved: dict[str, Any] = _below(f"optimizer/{name}/", tensors)
             if saved:
@@ -158,18 +172,59 @@ class ContentLearner:
         self.encoder.train()
         if not len(rows_U):
             return torch.zeros(0, self.config.dim, device=self.device)
-        reduced = self.config.precision == "bf16"
-        with (
-            torch.random.fork_rng(devices=_generators(self.device)),
-            torch.autocast(self.device.type, torch.bfloat16, enabled=reduced),
-        ):
+        with torch.random.fork_rng(devices=_generators(self.device)), self._autocast():
             torch.manual_seed(self.config.seed * 1_000_003 + step)
             return self._encoded(rows_U).float()
 
     def _encoded(self, rows_U: Tensor) -> Tensor:
-        tokens = self._read_tokens(rows_U.cpu())
-        vectors_UD: Tensor = self.encoder(tokens.to(self.device))
+        vectors_UD: Tensor
+        if self._fused is None:
+            vectors_UD = self.encoder(self._read_tokens(rows_U.cpu()).to(self.device))
+        else:
+            vectors_UD = self.encoder.output(self._fused.read(rows_U.cpu(), self._fuse))
         return vectors_UD
+
+    @torch.no_grad()
+    def _fuse(self, rows_U: Tensor) -> Tensor:
+        self.encoder.eval()
+        with torch.autocast(self.device.type, enabled=False):
+            return self.encoder.fused(self._read_tokens(rows_U).to(self.device))
+
+    def _forget_fused(self) -> None:
+        """What stands for an absent modality has changed."""
+        if self._fused is not None:
+            self._fused.forget()
+
+    def _autocast(self) -> torch.autocast:
+        reduced = self.config.precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=reduced)
+
+
+class _FusedRows:
+    """What the last layer reads, of every row seen so far: computed once where only that trains."""
+
+    # Shapes: R rows, H width of the fused tokens.
+
+    def __init__(self, num_rows: int, items_at_a_time: int = 256) -> None:
+        self._is_known_R = torch.zeros(num_rows, dtype=torch.bool)
+        self._fused_RH: Tensor | None = None
+        self._items_at_a_time = items_at_a_time
+
+    def read(self, rows_U: Tensor, fuse: Callable[[Tensor], Tensor]) -> Tensor:
+        """(U, H), on the device of `fuse`."""
+        unknown = rows_U[~self._is_known_R[rows_U]]
+        for part in unknown.split(self._items_at_a_time):
+            fused_UH = fuse(part)
+            if self._fused_RH is None:
+                self._fused_RH = fused_UH.new_empty(len(self._is_known_R), fused_UH.shape[1])
+            self._fused_RH[part.to(fused_UH.device)] = fused_UH
+            self._is_known_R[part] = True
+        assert self._fused_RH is not None, "no rows"
+        return self._fused_RH[rows_U.to(self._fused_RH.device)]
+
+    def forget(self) -> None:
+        """Compute anew from here."""
+        self._is_known_R.fill_(False)
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

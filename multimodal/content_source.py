@@ -46,8 +46,13 @@ class EncoderPlacement(Protocol):
     def learn(self, step: int, gradient_GD: Tensor, rate_factor: float) -> None:
         """Update from this rank's gradient of a step's vectors; the ranks' are averaged."""
 
-    def encode_all(self, num_rows: int) -> Tensor:
-        """Vectors of all rows with the present weights, (R, D); equal on all ranks."""
+    def encode_all(self, num_rows: int, *, exact: bool) -> Tensor:
+        """Vectors of all rows with the present weights, (R, D); equal on all ranks.
+
+        Args:
+            num_rows: R.
+            exact: in fp32; else in the precision of training steps.
+        """
         ...
 
     def state(self) -> dict[str, Tensor]:
@@ -100,8 +105,9 @@ class TrainedContent:
         """Vectors for a training step; of those encoded in it, the gradient counts."""
         started = time.perf_counter()
         every = self.config.gradient.refresh_every_steps
-        if self.step == 0 or (every is not None and self.step % every == 0):
-            self.refresh()
+        is_due = self.step == 0 or (every is not None and self.step % every == 0)
+        if is_due and not self._is_fresh:
+            self._fill_bank(exact=False)
         if self._upcoming:
             self._upcoming.popleft()  # this step's
         if self.step not in self._requested:
@@ -140,9 +146,9 @@ class TrainedContent:
         self._meter.seconds += time.perf_counter() - started
 
     def refresh(self) -> None:
-        """Encode every item of the store with the present weights."""
+        """Encode every item of the store with the present weights, for what is published."""
         if not self._is_fresh:
-            self.bank.fill(self.placement.encode_all(self.bank.num_rows), self.step)
+            self._fill_bank(exact=True)
             self._is_fresh = True
 
     def read(self, items: ItemRows) -> ContentVectors:
@@ -207,6 +213,9 @@ class TrainedContent:
         rows_G = self._ranks.distinct(rows, policy.max_items_per_step)
         self._requested[step] = rows_G
         self.placement.request(step, rows_G)
+
+    def _fill_bank(self, *, exact: bool) -> None:
+        self.bank.fill(self.placement.encode_all(self.bank.num_rows, exact=exact), self.step)
 
     def _from_bank(self, items: ItemRows) -> ContentVectors:
         known_UD = self.bank.read(items.rows_U[1:])

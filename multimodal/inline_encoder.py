@@ -46,10 +46,11 @@ class InlineEncoder:
         self._ranks.add_up(gradient_P)
         self._learner.update(gradient_P, rate_factor)
 
-    def encode_all(self, num_rows: int) -> Tensor:
+    def encode_all(self, num_rows: int, *, exact: bool) -> Tensor:
         """Vectors of all rows, (R, D)."""
         rows = torch.arange(num_rows, device=self._learner.device)
-        return self._ranks.gather(self._learner.encode(self._ranks.share(rows)), num_rows)
+        own_UD = self._learner.encode(self._ranks.share(rows), exact=exact)
+        return self._ranks.gather(own_UD, num_rows)
 
     def state(self) -> dict[str, Tensor]:
         """That of any replica."""

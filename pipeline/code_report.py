@@ -9,36 +9,40 @@ import pyarrow.parquet as pq
 
 from multimodal.code_tree import CodeTree
 from multimodal.vectors import Int32Array
-from pipeline.artifacts import read_manifest
+from pipeline.artifacts import Manifest, read_manifest
 from pipeline.code_features import CODES_FILE
 from pipeline.content_tasks import Catalogue
+from pipeline.evaluate import COLD
 from pipeline.item_cards import ItemCard, item_cards
+from pipeline.metrics_file import METRICS_FILE, read_metrics
 from pipeline.quantize_facts import QuantizeFacts
 
 NUM_FIRST_CODES = 6
 NUM_PREFIXES = 3
 NUM_ITEMS = 8
+NUM_DAYS = 14
 
 
-def code_section(root: Path, directory: Path) -> dict[str, Any] | None:
+def code_section(root: Path, directory: Path, task: str) -> dict[str, Any] | None:
     """What the report says about codes; None for a run without them.
 
     Args:
         root: data root with the catalogue.
         directory: of the run.
+        task: whose AUC is shown day by day.
     """
     manifest = read_manifest(directory / "quantize")
     trained = read_manifest(directory / "train")
     if manifest is None:
         return None
-    facts = QuantizeFacts.model_validate(
-        {name: manifest.facts[name] for name in QuantizeFacts.model_fields}
-    )
+    facts = _facts(manifest)
     rows = (trained.facts["warm_start"] or {}).get("rows", {}) if trained else {}
     return {
         "tiles": _tiles(facts, manifest.facts["num_without_vector"]),
         "decision": _decision(facts),
         "levels": _levels(facts),
+        "task": task,
+        "days": code_days(directory, task),
         "tables": [{"name": name, **counts} for name, counts in rows.items()],
         "max_items": NUM_ITEMS,
         "browser": browse(directory / "quantize" / CODES_FILE, root),
@@ -111,6 +115,57 @@ def _levels(facts: QuantizeFacts) -> list[dict[str, str]]:
         }
         for level, metrics in enumerate(facts.metrics.levels)
     ]
+
+
+def _facts(manifest: Manifest) -> QuantizeFacts:
+    return QuantizeFacts.model_validate(
+        {name: manifest.facts[name] for name in QuantizeFacts.model_fields}
+    )
+
+
+# --- days ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CodeDay:
+    """A run with codes, for comparing days before and after a refit."""
+
+    date: str
+    version: str
+    is_refit: bool
+    stability: float | None
+    """Share of items whose full code is that of the run before."""
+    auc: float | None
+    new_auc: float | None
+    """Of candidates that no event had shown by the date."""
+
+
+def code_days(directory: Path, task: str) -> list[CodeDay]:
+    """The latest runs up to this one that have codes and were evaluated, by date.
+
+    Args:
+        directory: of the run; the others lie beside it.
+        task: whose AUC is meant.
+    """
+    days = []
+    for run in sorted(directory.parent.glob("????-??-??")):
+        manifest = read_manifest(run / "quantize")
+        metrics = read_metrics(run / "evaluate" / METRICS_FILE).get(task)
+        if run.name > directory.name or manifest is None or metrics is None:
+            continue
+        facts = _facts(manifest)
+        new = metrics.slices.get(COLD)
+        days.append(
+            CodeDay(
+                date=run.name,
+                version=facts.version,
+                is_refit=facts.refit.refit,
+                stability=facts.stability.full if facts.stability else None,
+                auc=metrics.auc,
+                new_auc=new.auc if new else None,
+            )
+        )
+    return days[-NUM_DAYS:]
 
 
 # --- browser -------------------------------------------------------------------------------------

@@ -81,6 +81,7 @@ class ContentActor:
             load_content_encoder(self.config),
             reader.read,
             torch.device("cuda" if self.service.gpus_per_actor else "cpu"),
+            num_rows=reader.num_items,
         )
         rows_N = rows_to_standardise(reader.num_items, self.config.seed)
         self.learner.standardise(self.learner.moments(rows_N))
@@ -196,11 +197,12 @@ class ContentActor:
         await self._tell()
 
     async def encode_now(
-        self, num_updates: int, rows_U: Rows, turn: int | None = None
+        self, num_updates: int, rows_U: Rows, *, exact: bool, turn: int | None = None
     ) -> Floats | None:
-        """Vectors (U, D) of any rows, with the weights before a step."""
+        """Vectors (U, D) of any rows, with weights so often updated."""
         await self._after(num_updates)
-        return await self._given(self.learner.encode(torch.tensor(rows_U)), turn, "vectors")
+        vectors_UD = self.learner.encode(torch.tensor(rows_U), exact=exact)
+        return await self._given(vectors_UD, turn, "vectors")
 
     async def state(self, step: int) -> Arrays:
         """Weights and optimizer before a step."""

@@ -65,9 +65,9 @@ class ServiceEncoder:
         self._updates[step] = self._transport.learn(step, gradient_GD, rate_factor, last_asked)
         self._step = step + 1
 
-    def encode_all(self, num_rows: int) -> Tensor:
+    def encode_all(self, num_rows: int, *, exact: bool) -> Tensor:
         """Vectors of all rows, (R, D); every item is encoded by one actor."""
-        return self._transport.encode_all(self._step, num_rows)
+        return self._transport.encode_all(self._step, num_rows, exact=exact)
 
     def state(self) -> dict[str, Tensor]:
         """That of the first actor; empty on other ranks."""

@@ -106,7 +106,8 @@ def _placement(
     if not isinstance(config.placement, Inline):
         return ServiceEncoder(config, paths, ranks, device)
     reader.require_towers(config)
-    learner = ContentLearner(config, load_content_encoder(config), reader.read, device)
+    encoder = load_content_encoder(config)
+    learner = ContentLearner(config, encoder, reader.read, device, num_rows=reader.num_items)
     if not predicts:
         share = ranks.share(rows_to_standardise(reader.num_items, config.seed))
         moments_3H = learner.moments(share)

@@ -81,7 +81,7 @@ class Transport(Protocol):
         """Wait for all of it; the actors' answers."""
         ...
 
-    def encode_all(self, num_updates: int, num_rows: int) -> Tensor:
+    def encode_all(self, num_updates: int, num_rows: int, *, exact: bool) -> Tensor:
         """Vectors of all rows, (R, D); every item is encoded by one actor."""
         ...
 
@@ -171,7 +171,7 @@ class StoreTransport:
         """Nothing but answers."""
         return self._calls.get(pending.answers, what)
 
-    def encode_all(self, num_updates: int, num_rows: int) -> Tensor:
+    def encode_all(self, num_updates: int, num_rows: int, *, exact: bool) -> Tensor:
         """Every item is encoded for one rank, and the ranks gather them."""
         own = self._ranks.share(torch.arange(num_rows))
         found = [torch.empty(0, self._dim, device=self._device)]
@@ -179,7 +179,7 @@ class StoreTransport:
         size = max(1, _ITEMS_PER_TURN // self._ranks.world_size)
         for piece in own.split(size * len(self._calls.actors)):
             answers = [
-                actor.encode_now.remote(num_updates, part.numpy())
+                actor.encode_now.remote(num_updates, part.numpy(), exact=exact)
                 for actor, part in self._by_actor(piece)
             ]
             found.append(self._joined(self._calls.get(answers, _all_of(num_rows))))
@@ -261,7 +261,7 @@ class DirectTransport:
                 ) from error
         return answers
 
-    def encode_all(self, num_updates: int, num_rows: int) -> Tensor:
+    def encode_all(self, num_updates: int, num_rows: int, *, exact: bool) -> Tensor:
         """Every item is encoded for all ranks."""
         found = [torch.empty(0, self._dim, device=self._device)]
         for piece in torch.arange(num_rows).split(_ITEMS_PER_TURN * len(self._calls.actors)):
@@ -269,7 +269,7 @@ class DirectTransport:
             answers = []
             if self._ranks.rank == 0:
                 answers = [
-                    actor.encode_now.remote(num_updates, part.numpy(), turn)
+                    actor.encode_now.remote(num_updates, part.numpy(), exact=exact, turn=turn)
                     for actor, part in zip(
                         self._calls.actors, self._calls.parts(piece), strict=True
                     )

@@ -23,7 +23,9 @@ from pipeline.train import RunWorkers, TrainedModel, run_workers
 from ranking.evaluation import TaskMetrics, evaluate_predictions
 
 PREDICTIONS = "predictions"
-SLICES = ("cold", "rare", "middle", "popular", "new_users")
+COLD = "cold"
+"""Slice of the candidates that no event had shown by the date."""
+SLICES = (COLD, "rare", "middle", "popular", "new_users")
 Mask = npt.NDArray[np.bool_]
 Ids = npt.NDArray[np.int64]
 

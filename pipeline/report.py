@@ -42,7 +42,9 @@ def write_report(recipe: Recipe, summary: Summary, directory: Path) -> Path:
         calibration=_calibration(summary),
         stages=_stages(summary),
         recipe_yaml=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=100),
-        codes=code_section(recipe.data.root, directory) if recipe.codes else None,
+        codes=(
+            code_section(recipe.data.root, directory, recipe.gate.task) if recipe.codes else None
+        ),
         content=_content(recipe, directory),
         **_warm_start(directory / "train"),
         **_data(directory / "ingest"),

@@ -32,7 +32,7 @@ from pipeline.metrics_file import METRICS_FILE, read_metrics
 from pipeline.recipe import load_recipe
 from pipeline.run import DayRun
 from pipeline.stages import STAGES, StageOutput, StageSpec, execute
-from pipeline.study_samples import identities, require_unchanged, samples_key
+from pipeline.study_samples import identities, require_unchanged, samples_key, take_over
 from pipeline.study_statistics import OF_A_TRIAL, StudyResult, differences, estimates, trial_metrics
 from pipeline.synthetic import ensure_data
 from pipeline.trial import TrialJob, TrialProcess, run_on_group
@@ -197,7 +197,10 @@ class Study:
         )
         stages = STAGES[: STAGES.index("join") + 1]
         if any(not spec.is_current for name in stages for spec in day.specs(name)):
-            day.execute(until="join")
+            for name in stages:
+                for spec in day.specs(name):
+                    take_over(spec, directory.parent)
+                    execute(spec, self.reporter)
         return day
 
     def _trial(self, variant: Variant, recipe: Recipe, seed: int, day: DayRun) -> Trial:

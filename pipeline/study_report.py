@@ -52,19 +52,17 @@ def shown_metrics(recipe: Recipe, result: StudyResult, wanted: Sequence[str]) ->
 
 
 def study_table(result: StudyResult, metrics: Sequence[str]) -> Table:
-    """One row a variant: mean and interval of every metric, and the difference to the first."""
+    """Mean and interval of every metric and variant, and the difference to the first variant."""
     first = next(iter(result.variants))
     title = (
         f"{result.recipe} {result.date}, {len(result.seeds)} seeds: mean +- 95% interval; "
         f"difference to {first}, paired by seed, bold where its interval excludes 0"
     )
-    table = Table(title=title, title_justify="left", box=SIMPLE)
-    table.add_column("variant", no_wrap=True)
+    table = _table(title, ("metric", "variant"), ("mean", "diff"))
     for metric in metrics:
-        table.add_column(metric, justify="right", no_wrap=True)
-        table.add_column("diff", justify="right", no_wrap=True)
-    for variant in result.variants:
-        table.add_row(variant, *_marked(_cells(result, variant, metrics)))
+        for variant in result.variants:
+            cells = _marked(_cells(result, variant, [metric]))
+            table.add_row(metric if variant == first else "", variant, *cells)
     return table
 
 
@@ -85,11 +83,7 @@ def slice_metrics(result: StudyResult) -> dict[str, dict[str, str]]:
 
 
 def _slice_table(result: StudyResult, task: str, metrics: Mapping[str, str]) -> Table:
-    table = Table(title=f"{task}: AUC by slice", title_justify="left", box=SIMPLE)
-    for column in ("slice", "variant"):
-        table.add_column(column, no_wrap=True)
-    for column in ("rows", "auc", "diff"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table = _table(f"{task}: AUC by slice", ("slice", "variant"), ("rows", "auc", "diff"))
     for name, metric in metrics.items():
         for variant, found in result.variants.items():
             rows = found.get(f"{task}.{name}.num_rows")
@@ -97,6 +91,16 @@ def _slice_table(result: StudyResult, task: str, metrics: Mapping[str, str]) -> 
             is_first = variant == next(iter(result.variants))
             cells = _marked(_cells(result, variant, [metric]))
             table.add_row(name if is_first else "", variant, shown, *cells)
+    return table
+
+
+def _table(title: str, names: Iterable[str], figures: Iterable[str]) -> Table:
+    """Empty, and narrow: whole intervals must fit a terminal of 80 columns."""
+    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
+    for name in names:
+        table.add_column(name, overflow="fold")
+    for name in figures:
+        table.add_column(name, justify="right", no_wrap=True)
     return table
 
 

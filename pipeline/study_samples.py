@@ -1,5 +1,7 @@
 """Samples of a study: which variants share a directory of them, and that they stay the same."""
 
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,9 +9,13 @@ from typing import Any
 from embedding.errors import UserError
 from multimodal.codes_config import ColumnVectors
 from pipeline.align_stage import alignment_settings
-from pipeline.artifacts import config_hash, read_manifest
+from pipeline.artifacts import config_hash, damaged_files, read_manifest
 from pipeline.config import Recipe
 from pipeline.identity import content_config, ingest_config, samples_config
+from pipeline.stages import StageSpec
+
+_SHARED = ("ingest", "content", "align", "join")
+"""Stages that write into their own directory only."""
 
 
 def samples_key(recipe: Recipe) -> str:
@@ -31,6 +37,37 @@ def samples_key(recipe: Recipe) -> str:
             "codes": codes,
         }
     )
+
+
+def take_over(spec: StageSpec, data: Path) -> None:
+    """Link what a stage would make from another variant's data, if it lies there.
+
+    Variants that differ in codes share days and alignments, which are equal but not cheap.
+
+    Args:
+        spec: of the stage; nothing happens where it has an artifact, current or not.
+        data: directory of the data of all variants.
+    """
+    if spec.name not in _SHARED or spec.directory.exists():
+        return
+    for other in sorted(data.glob(f"*/{spec.directory.parent.name}/{spec.name}")):
+        manifest = read_manifest(other)
+        if manifest is None or manifest.artifact_id != spec.artifact_id:
+            continue
+        if not damaged_files(other, thorough=False):
+            linked = spec.directory.with_name(f".{spec.name}.linked")
+            shutil.rmtree(linked, ignore_errors=True)
+            shutil.copytree(other, linked, copy_function=_link)
+            linked.rename(spec.directory)
+            return
+
+
+def _link(source: str, target: str) -> None:
+    """Files of an artifact never change, so two names of one file will do."""
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)
 
 
 def identities(sources: Mapping[str, Path]) -> dict[str, str]:

@@ -13,33 +13,44 @@ from embedding.items import ItemHistory, ItemRows
 from embedding.precision import cpu_has_bf16
 from multimodal.content_bank import ContentBank
 from multimodal.content_config import ContentConfig, Gradient, Service
-from multimodal.content_encoder import ContentEncoder, load_content_encoder, trained_state
+from multimodal.content_encoder import (
+    ContentEncoder,
+    load_content_encoder,
+    load_trained_state,
+    trained_state,
+)
 from multimodal.content_learner import ContentLearner
 from multimodal.content_source import TrainedContent
 from multimodal.gradient_items import own_rows
 from multimodal.inline_encoder import InlineEncoder
 from multimodal.rank_group import RankGroup
 from multimodal.token_batch import ModalityTokens, TokenBatch
-from tests.multimodal.small_models import random_tokens, tiny_config
+from tests.multimodal.small_models import random_tokens, tiny_config, without
 
 CPU = torch.device("cpu")
 NUM_ITEMS, DIM, NUM_SAMPLES = 12, 8, 5
 TOKENS = random_tokens(NUM_ITEMS)
 
 
-def read_tokens(rows_U: Tensor) -> TokenBatch:
+def _rows_of(tokens: TokenBatch, rows_U: Tensor) -> TokenBatch:
     return TokenBatch(
         {
             name: ModalityTokens(part.tokens_ULH[rows_U], part.mask_UL[rows_U])
-            for name, part in TOKENS.modalities.items()
+            for name, part in tokens.modalities.items()
         }
     )
+
+
+def read_tokens(rows_U: Tensor) -> TokenBatch:
+    return _rows_of(TOKENS, rows_U)
 
 
 def _content(
     config: ContentConfig, device: torch.device = CPU, *, tokens: int = 0
 ) -> tuple[TrainedContent, ContentLearner]:
-    learner = ContentLearner(config, load_content_encoder(config), read_tokens, device)
+    learner = ContentLearner(
+        config, load_content_encoder(config), read_tokens, device, num_rows=NUM_ITEMS
+    )
     ranks = RankGroup()
     bank = ContentBank(torch.arange(NUM_ITEMS) * 10, config.dim, device, tokens=tokens)
     return TrainedContent(config, InlineEncoder(learner, ranks), bank=bank, ranks=ranks), learner
@@ -138,6 +149,54 @@ def test_deduplicated_training_equals_encoding_every_occurrence(micro_batch: int
     assert all(norm > 0 for norm in norms.values())
 
 
+def test_a_frozen_encoder_reads_every_item_once_and_trains_its_layer_like_any_other() -> None:
+    frozen = {"text": {"lora": None}, "image": {"lora": None}, "frozen": True}
+    config = ContentConfig.model_validate(
+        {**frozen, "dim": DIM, "fusion": {"kind": "concat"}, "cic": None}
+    )
+    tokens = without(TOKENS, "text", rows=[2, 5])
+    read: list[int] = []
+
+    def counted(rows_U: Tensor) -> TokenBatch:
+        read.extend(rows_U.tolist())
+        return _rows_of(tokens, rows_U)
+
+    encoder, plain = load_content_encoder(config), load_content_encoder(config)
+    learner = ContentLearner(config, encoder, counted, CPU, num_rows=NUM_ITEMS)
+    every = torch.arange(NUM_ITEMS)
+    learner.start(0, every, keep_graph=False)  # before it is standardised: nothing of it may stay
+    moments = learner.moments(every)
+    learner.standardise(moments)
+    plain.standardise(moments)
+    read.clear()
+    random = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(
+        plain.output.parameters(), lr=config.optimizer.learning_rate, weight_decay=0.0
+    )
+    for step in range(4):
+        rows = torch.randperm(NUM_ITEMS, generator=random)[:7]
+        gradient_UD = torch.randn(len(rows), DIM, generator=random)
+        expected = plain(_rows_of(tokens, rows))
+        torch.testing.assert_close(learner.start(step, rows, keep_graph=True), expected)
+        learner.finish(step, rows, gradient_UD)
+        learner.update(learner.gradient(), 1.0)
+        optimizer.zero_grad()
+        expected.backward(gradient_UD)
+        optimizer.step()
+    torch.testing.assert_close(encoder.output.weight, plain.output.weight)
+    torch.testing.assert_close(learner.encode(every), plain(tokens).detach())
+    assert sorted(read) == every.tolist()
+
+    # Another catalogue's mean stands for what an item lacks.
+    saved = learner.state()
+    saved["encoder/output.mean_H"] = saved["encoder/output.mean_H"] + 1.0
+    learner.load(saved)
+    load_trained_state(
+        plain, {n.removeprefix("encoder/"): t for n, t in saved.items() if n.startswith("encoder/")}
+    )
+    torch.testing.assert_close(learner.encode(every), plain(tokens).detach())
+
+
 @pytest.mark.skipif(not cpu_has_bf16(), reason="this CPU has no bf16 products")
 @pytest.mark.parametrize("micro_batch", [None, 3])
 def test_bf16_steps_follow_fp32_ones_and_published_vectors_are_fp32(
@@ -164,10 +223,13 @@ def test_bf16_steps_follow_fp32_ones_and_published_vectors_are_fp32(
             assert found is not None
             assert found.dtype == torch.float32
             assert torch.cosine_similarity(found.flatten(), parameter.grad.flatten(), 0) > 0.99
-    reduced.refresh()
+    every = ItemRows.of(torch.arange(NUM_ITEMS), {})
     with torch.no_grad():
         expected = learner.encoder.eval()(TOKENS)
-    every = ItemRows.of(torch.arange(NUM_ITEMS), {})
+    in_training = reduced.read(every).vectors_UD[1:]  # of step 0, whose rates were 0
+    torch.testing.assert_close(in_training, expected, rtol=0.05, atol=0.02)
+    assert not torch.allclose(in_training, expected)
+    reduced.refresh()
     torch.testing.assert_close(reduced.read(every).vectors_UD[1:], expected)
 
 

@@ -35,7 +35,8 @@ def test_a_step_with_gradient_of_all_items_encodes_what_the_bound_allows(
     bound: dict[str, Any], expected: int
 ) -> None:
     config = tiny_config(gradient={"items": "all", **bound}, cic=None)
-    learner = ContentLearner(config, load_content_encoder(config), read_tokens, CPU)
+    encoder = load_content_encoder(config)
+    learner = ContentLearner(config, encoder, read_tokens, CPU, num_rows=NUM_ITEMS)
     ranks = RankGroup()
     bank = ContentBank(torch.arange(NUM_ITEMS), config.dim, CPU)
     content = TrainedContent(config, InlineEncoder(learner, ranks), bank=bank, ranks=ranks)

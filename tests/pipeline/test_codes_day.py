@@ -134,6 +134,40 @@ def test_code_tables_go_on_through_the_refit(days: Days) -> None:
     assert "rows of 3 code tables" in page
 
 
+def test_the_report_shows_both_sides_of_the_refit(days: Days) -> None:
+    rows = []
+    for day in (0, 1):
+        folder = days.out / DAYS[day]
+        metrics = json.loads((folder / "evaluate" / "metrics.json").read_text())
+        click = metrics["tasks"]["click"]
+        codes = [
+            {row["item_id"]: (row["sid_0"], row["sid_1"]) for row in table.to_pylist()}
+            for table in (
+                pq.read_table(days.out / DAYS[d] / "quantize" / "codes.parquet")
+                for d in range(day + 1)
+            )
+        ]
+        kept = [codes[-1][item] == code for item, code in codes[0].items() if item in codes[-1]]
+        rows.append(
+            [
+                DAYS[day],
+                "v0001 fitted anew" if day == 0 else "v0002 fitted anew",
+                "-" if day == 0 else f"{100 * np.mean(kept):.1f}%",
+                f"{click['auc']:.4f}",
+                f"{click['slices']['cold']['auc']:.4f}",
+            ]
+        )
+    page = (days.out / DAYS[1] / "report.html").read_text()
+    table = page.partition("Runs up to this one")[2].partition("</table>")[0]
+    shown = [
+        [" ".join(re.sub("<[^>]+>", "", cell).split()) for cell in re.findall(r"<td.*?</td>", row)]
+        for row in re.findall(r"<tr><td>.*?</tr>", table)
+    ]
+    assert shown == rows
+    first = (days.out / DAYS[0] / "report.html").read_text()
+    assert "Runs up to this one" not in first
+
+
 def test_a_bundle_scores_samples_of_its_own_codebooks_only(
     days: Days, capsys: pytest.CaptureFixture[str]
 ) -> None:

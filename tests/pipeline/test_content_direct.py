@@ -66,7 +66,7 @@ async def called(
     await actor.update(0, 1.0, await actor.finish(0, staleness))
     if not staleness:
         found["second"] = await actor.encode(1, 1, ROWS)
-    return found | {"now": await actor.encode_now(1, ROWS)}
+    return found | {"now": await actor.encode_now(1, ROWS, exact=True)}
 
 
 @pytest.mark.parametrize("staleness", [0, 1])
@@ -85,7 +85,7 @@ def test_it_trains_the_same_weights_however_calls_come_in(staleness: int, tmp_pa
         }
         calls = []
         for call in (
-            actor.encode_now(1, ROWS, turns["now"]),
+            actor.encode_now(1, ROWS, exact=True, turn=turns["now"]),
             actor.encode(1, 1 - staleness, ROWS, turns["second"]),
             actor.encode(0, 0, ROWS, turns["first"]),
         ):

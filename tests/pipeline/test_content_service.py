@@ -18,7 +18,7 @@ class CountingActor:
         self.requests: list[int] = []
         self.encode_now = SimpleNamespace(remote=self._encode_now)
 
-    def _encode_now(self, step: int, rows_U: np.ndarray) -> np.ndarray:
+    def _encode_now(self, step: int, rows_U: np.ndarray, *, exact: bool) -> np.ndarray:
         self.requests.append(len(rows_U))
         return np.stack([rows_U, rows_U], axis=1).astype(np.float32)
 
@@ -43,7 +43,8 @@ def test_what_all_ranks_ask_an_actor_for_at_once_does_not_grow_with_their_number
     monkeypatch.setattr(content_transport.ray, "get", lambda answers, timeout: answers)
     ranks = OneOf(num_ranks - 1, num_ranks)
     calls = ActorCalls(actors, ranks.rank, timeout_s=1.0)
-    vectors_RD = StoreTransport(calls, ranks, torch.device("cpu"), dim=2).encode_all(5, num_rows)
+    transport = StoreTransport(calls, ranks, torch.device("cpu"), dim=2)
+    vectors_RD = transport.encode_all(5, num_rows, exact=True)
 
     rows = torch.arange(num_rows)[(num_ranks - 1) * -(-num_rows // num_ranks) :]
     assert torch.equal(vectors_RD, torch.stack([rows, rows], dim=1).float())

@@ -1,6 +1,7 @@
 """A study's statistics by hand, and the variants file."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -17,10 +18,16 @@ from pipeline.config import ClusterConfig, EvaluationConfig, Recipe
 from pipeline.console import Reporter
 from pipeline.evaluate import SLICES, Slices
 from pipeline.recipe import load_recipe
-from pipeline.stages import StageOutput, StageSpec
+from pipeline.stages import StageOutput, StageSpec, execute
 from pipeline.study import Study, Trial, read_variants, trial_slots, with_seed
-from pipeline.study_report import require_metrics, slice_metrics, slice_tables, write_study_report
-from pipeline.study_samples import identities, require_unchanged, samples_key
+from pipeline.study_report import (
+    require_metrics,
+    slice_metrics,
+    slice_tables,
+    study_table,
+    write_study_report,
+)
+from pipeline.study_samples import identities, require_unchanged, samples_key, take_over
 from pipeline.study_statistics import StudyResult, differences, estimates, trial_metrics
 from ranking.evaluation import SliceMetrics, TaskMetrics
 from tests.pipeline.small_log import Row, event, make_recipe, write_catalogue, write_day
@@ -172,6 +179,43 @@ def test_a_trial_whose_samples_were_written_anew_does_not_start(tmp_path: Path) 
         require_unchanged(sources, inputs)
 
 
+def _align_spec(data: Path, variant: str, **config: Any) -> StageSpec:
+    def body(scratch: Path) -> StageOutput:
+        (scratch / "encoder").mkdir()
+        (scratch / "encoder" / "weights").write_text(f"made for {variant}")
+        return StageOutput(1, 1)
+
+    return StageSpec("align", data / variant / "2024-01-01" / "align", config, {}, body)
+
+
+def test_variants_take_over_equal_artifacts_and_no_others(tmp_path: Path) -> None:
+    quiet = Reporter(Console(quiet=True))
+    first = _align_spec(tmp_path, "first", steps=300)
+    execute(first, quiet)
+    equal, other = (_align_spec(tmp_path, f"v{n}", steps=n) for n in (300, 400))
+    for spec in (equal, other):
+        take_over(spec, tmp_path)
+        assert execute(spec, quiet).status == ("current" if spec is equal else "ran")
+    weights = Path("encoder", "weights")
+    assert (equal.directory / weights).read_text() == "made for first"
+    assert (equal.directory / weights).samefile(first.directory / weights)
+    assert (other.directory / weights).read_text() == "made for v400"
+
+    # Made anew, it leaves the one that it was linked with as it was.
+    execute(replace(equal, config={"steps": 500}), quiet)
+    assert (equal.directory / weights).read_text() == "made for v300"
+    assert (first.directory / weights).read_text() == "made for first"
+
+
+def test_what_lacks_a_file_is_not_taken_over(tmp_path: Path) -> None:
+    first = _align_spec(tmp_path, "first")
+    execute(first, Reporter(Console(quiet=True)))
+    (first.directory / "encoder" / "weights").unlink()
+    second = _align_spec(tmp_path, "second")
+    take_over(second, tmp_path)
+    assert not second.directory.exists()
+
+
 def write_id(directory: Path, artifact_id: str) -> None:
     manifest = Manifest(stage="join", artifact_id=artifact_id, config_hash="")
     (directory / MANIFEST).write_text(manifest.model_dump_json())
@@ -296,6 +340,19 @@ def test_gains_are_shown_by_slice_with_paired_differences() -> None:
     # Seed by seed +0.1000 and +0.1002, then -0.01 and +0.02; t with 1 degree of freedom: 12.706205.
     codes = [line[-3:] for line in lines if line[0] == "codes"]
     assert codes == [["+0.1001", "+-", "0.0013"], ["+0.0050", "+-", "0.1906"]]
+
+
+def test_several_metrics_with_their_intervals_fit_eighty_columns() -> None:
+    result = result_of({"ids": GAINS["ids"], "vq+rq+crosses-unaligned": GAINS["codes"]})
+
+    console = Console(width=80)
+    with console.capture() as captured:
+        console.print(study_table(result, ["click.cold.auc", "click.popular.auc"]))
+    text = captured.get()
+    assert "0.5100 +- 0.1271" in text
+    assert "0.6101 +- 0.1283  +0.1001 +- 0.0013" in text
+    assert "0.8100 +- 0.2541  +0.0050 +- 0.1906" in text
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text
 
 
 def test_the_page_of_a_study_has_the_slices_too(tmp_path: Path) -> None:

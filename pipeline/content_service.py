@@ -54,8 +54,13 @@ class ServiceEncoder:
         self._updates: dict[int, list[Any]] = {}
         """Of steps whose end was not waited for: gradients sent and, on rank 0, the updates."""
         self._dim = config.dim
-        self._actors = self._start(config, paths)
         self._owns = ranks.rank == 0
+        self._actors: list[Any] = []
+        try:
+            self._start(config, paths)
+        except BaseException:
+            self.close()  # the process may be kept for another training
+            raise
 
     def request(self, step: int, rows_G: Tensor) -> None:
         """Ask every actor for its share of a step's items, with the weights learned so far."""
@@ -144,17 +149,17 @@ class ServiceEncoder:
             for actor in self._actors:
                 ray.kill(actor)
 
-    def _start(self, config: ContentConfig, paths: ContentPaths) -> list[Any]:
+    def _start(self, config: ContentConfig, paths: ContentPaths) -> None:
         names: list[str] | None = None
         failure: str | None = None
-        created = []
-        if self._ranks.rank == 0:
+        if self._owns:
             group = uuid.uuid4().hex[:12]
             names = [f"content-{group}-{i}" for i in range(self._service.num_actors)]
-            created = [self._create(config, paths, i, name) for i, name in enumerate(names)]
+            for i, name in enumerate(names):
+                self._actors.append(self._create(config, paths, i, name))
             try:
                 self._get(
-                    [actor.ready.remote() for actor in created],
+                    [actor.ready.remote() for actor in self._actors],
                     "the actors of the content service to load their towers (they ask for "
                     f"{self._service.num_actors} x {self._service.cpus_per_actor:g} CPUs and "
                     f"{self._service.gpus_per_actor:g} GPUs beside the ranks)",
@@ -165,7 +170,7 @@ class ServiceEncoder:
         names, failure = self._said_by_rank_0((names, failure))
         if failure is not None:
             raise UserError(failure)
-        return created or [ray.get_actor(name) for name in names]
+        self._actors = self._actors or [ray.get_actor(name) for name in names]
 
     def _create(self, config: ContentConfig, paths: ContentPaths, actor: int, name: str) -> Any:
         remote = ray.remote(ContentActor).options(

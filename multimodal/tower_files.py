@@ -13,7 +13,7 @@ from typing import Any
 from embedding.errors import UserError
 from multimodal.content_config import TINY, ImageTower, TextTower
 
-TOKENS_FORMAT = 1
+TOKENS_FORMAT = 2
 """Of stored tokens and of how inputs are prepared."""
 
 TINY_VOCABULARY = 4096

@@ -21,6 +21,7 @@ from torch import Tensor
 from embedding.errors import UserError
 from embedding.raw_ids import Int64Array, to_raw_ids
 from multimodal.content_config import TextTower
+from multimodal.images import image_path
 from multimodal.token_store import PartTokens, TokenStore
 from multimodal.tower_files import Tower
 from pipeline.contract import open_parquet
@@ -112,10 +113,11 @@ def _image_digest(value: bytes | str | None, root: Path) -> int:
         return _NO_VALUE
     if isinstance(value, str):
         # Not the bytes: a daily run would read all images anew.
+        path = image_path(value, root)
         try:
-            stat = (root / value).stat()
-            seen = f"{stat.st_size}|{stat.st_mtime_ns}"
-        except OSError:
+            stat = None if path is None else path.stat()
+            seen = "outside" if stat is None else f"{stat.st_size}|{stat.st_mtime_ns}"
+        except (OSError, ValueError):  # the latter of a name with a zero byte
             seen = "absent"
         value = f"{value}|{seen}".encode()
     digest = hashlib.blake2b(value, digest_size=8).digest()

@@ -5,6 +5,7 @@ DIR/trials/<variant>/seed-<n>/      one artifact a trial: finished ones are not 
 DIR/study.json, study.html
 """
 
+import math
 import queue
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -21,7 +22,7 @@ from embedding.errors import UserError
 from embedding.memory import WORKER_ENVIRONMENT
 from embedding.yaml_text import load_yaml
 from pipeline.artifacts import read_manifest
-from pipeline.cluster import RaySession, actors_of
+from pipeline.cluster import Bundle, RaySession, actors_of
 from pipeline.config import ClusterConfig, Recipe
 from pipeline.console import Reporter, duration
 from pipeline.content import STORES
@@ -38,6 +39,9 @@ from pipeline.synthetic import ensure_data
 from pipeline.trial import TrialJob, TrialProcess, run_on_group
 
 STUDY_FILE = "study.json"
+
+_ROUNDING = 1e-9
+"""Of thirds of a GPU, say."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,7 @@ class Study:
             except UserError as error:
                 raise UserError(f"variant {variant.name!r}: {error}") from error
         self.first = self.recipes[self.variants[0].name]
+        self._actors = actors_of_any(list(self.recipes.values()))
         self.seeds = [self.first.ranking.trainer.seed + i for i in range(num_seeds)]
         self.reporter = Reporter()
         ensure_data(self.first, self.reporter)
@@ -153,8 +158,7 @@ class Study:
         Raises:
             UserError: the data cannot be prepared, or every trial failed.
         """
-        actors = [bundle for r in self.recipes.values() for bundle in actors_of(r)]
-        with RaySession(self.first.cluster, actors=actors) as session:
+        with RaySession(self.first.cluster, actors=self._actors) as session:
             trials = [
                 trial for variant in self.variants for trial in self._trials(variant, session)
             ]
@@ -276,7 +280,13 @@ class Study:
         cluster = self.first.cluster
         if any(recipe.cluster.num_workers > 1 for recipe in self.recipes.values()):
             return 1
-        slots = trial_slots(ray.cluster_resources(), cluster, num_trials, self.trials_per_gpu)
+        slots = trial_slots(
+            ray.cluster_resources(),
+            cluster,
+            num_trials,
+            trials_per_gpu=self.trials_per_gpu,
+            actors=self._actors,
+        )
         for _ in range(slots):
             self._processes.put(self._start_process())
         return slots
@@ -356,14 +366,36 @@ def with_seed(recipe: Recipe, seed: int) -> Recipe:
     )
 
 
+def actors_of_any(recipes: Sequence[Recipe]) -> list[Bundle]:
+    """What the actors beside one trial ask for, whichever of the recipes it runs.
+
+    In all as many CPUs as those of the recipe that needs most of them, and likewise GPUs.
+    """
+    groups = [actors_of(recipe) for recipe in recipes]
+    largest = max(groups, key=lambda group: _total(group, "CPU"))
+    gpus = max(_total(group, "GPU") for group in groups) - _total(largest, "GPU")
+    return largest + [{"CPU": 0.0, "GPU": 1.0}] * math.ceil(gpus)
+
+
 def trial_slots(
-    resources: Mapping[str, float], cluster: ClusterConfig, num_trials: int, trials_per_gpu: int
+    resources: Mapping[str, float],
+    cluster: ClusterConfig,
+    num_trials: int,
+    *,
+    trials_per_gpu: int,
+    actors: Sequence[Bundle],
 ) -> int:
-    """Trials of one rank that run side by side."""
-    room = int(resources.get("CPU", 1) / cluster.cpus_per_worker)
-    if cluster.use_gpu:
-        room = min(room, int(resources.get("GPU", 0)) * trials_per_gpu)
+    """Trials of one rank that run side by side, each with actors of its own beside it."""
+    cpus = cluster.cpus_per_worker + _total(actors, "CPU")
+    gpus = (1 / trials_per_gpu if cluster.use_gpu else 0.0) + _total(actors, "GPU")
+    room = math.floor(resources.get("CPU", 1) / cpus + _ROUNDING)
+    if gpus:
+        room = min(room, math.floor(resources.get("GPU", 0) / gpus + _ROUNDING))
     return max(1, min(room, num_trials))
+
+
+def _total(actors: Sequence[Bundle], kind: str) -> float:
+    return sum(actor[kind] for actor in actors)
 
 
 def _last_date(recipe: Recipe) -> str:

@@ -48,9 +48,10 @@ class AdaptedModel(StrictConfig):
 
     model: str = TINY
     """`tiny` (random, built in code), a directory, `package:NAME/DIR` (a directory in an installed
-    Python package), or a model hub id."""
-    revision: str | None = None
-    """Commit of a hub model."""
+    Python package), or a model hub id with its `revision`."""
+    revision: Annotated[str, Field(pattern="^[0-9a-f]{40}$")] | None = None
+    """Commit of a hub model, in full: a branch may move between the stage that stores tokens and
+    the ranks that train on them, and from one day to the next."""
     trainable_layers: PositiveInt = 1
     """Top layers that run in the training step and carry LoRA; those below run once per item."""
     lora: Lora | None = Lora()

@@ -272,6 +272,24 @@ def test_the_stage_is_current_until_what_its_tokens_depend_on_changes(tmp_path: 
     assert not newer.is_current
 
 
+def test_a_hub_model_is_known_by_its_commit_without_a_download(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    for day in range(3):
+        write_day(root, day, [[event(day, 1, 60)]])
+    write_items(root, items(1, 4))
+
+    def identity(revision: str | None) -> str:
+        model = {"model": "nobody/such-a-model", "revision": revision}
+        (spec,) = day_run(tmp_path, text={**model, "max_tokens": 6}).specs("content")
+        return spec.artifact_id
+
+    assert identity("a" * 40) == identity("a" * 40) != identity("b" * 40)
+    with pytest.raises(UserError, match="is a hub id, .* set `revision` beside `model`"):
+        identity(None)
+    with pytest.raises(ValidationError, match=r"text\.revision"):
+        identity("main")
+
+
 def test_a_recipe_without_content_has_no_such_stage(tmp_path: Path) -> None:
     root = tmp_path / "data"
     write_catalogue(root)

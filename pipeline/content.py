@@ -200,6 +200,7 @@ class _TowerJob:
             checked.widths[name],
             self.stage.items_per_batch,
             self.stage.items_per_part,
+            use_gpu=self.stage.gpus_per_worker > 0,
         )
 
     def tasks(self, catalogue: pd.DataFrame) -> list[EncodeTask]:

@@ -95,6 +95,10 @@ class ContentEncoder(nn.Module):
         Items that lack a modality start from its mean: 0 once it is standardised.
         """
         self.output.standardise(moments_3H)
+        self.replace_absent()
+
+    def replace_absent(self) -> None:
+        """Where a learned vector stands for an absent modality, let it be that one's mean."""
         if isinstance(self.fusion, ConcatOfModalities):
             self.fusion.replace_absent(self.output.mean_H)
 
@@ -170,11 +174,18 @@ def load_trained_state(encoder: ContentEncoder, state: Mapping[str, Tensor]) -> 
     with torch.no_grad():
         for name, value in own.items():
             value.copy_(state[name])
-    fusion = encoder.fusion
-    if isinstance(fusion, ConcatOfModalities) and not any(
-        absent_H.requires_grad for absent_H in fusion.parameters()
-    ):
-        fusion.replace_absent(encoder.output.mean_H)
+    if not any(parameter.requires_grad for parameter in encoder.fusion.parameters()):
+        encoder.replace_absent()
+
+
+def load_moments(encoder: ContentEncoder, state: Mapping[str, Tensor]) -> None:
+    """Standardise a new encoder as the one of a `trained_state` was before its training.
+
+    Training never changes these moments, so the two start equal.
+    """
+    for name, buffer in encoder.output.named_buffers():
+        buffer.copy_(state[f"output.{name}"])
+    encoder.replace_absent()
 
 
 def merged(encoder: ContentEncoder) -> ContentEncoder:

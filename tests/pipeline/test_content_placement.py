@@ -2,15 +2,12 @@
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 import torch
-import torch.distributed as dist
 
 from embedding.config import StrictConfig
 from embedding.errors import UserError
@@ -24,6 +21,7 @@ from tests.pipeline.content_steps import (
     NUM_STEPS,
     build_rank,
     difference,
+    one_process,
     recipe,
     train_cases,
     train_cases_of_job,
@@ -51,19 +49,9 @@ class _Cases(StrictConfig):
     cases: str
 
 
-@contextmanager
-def _one_process() -> Iterator[None]:
-    store = dist.HashStore()  # type: ignore[attr-defined] # public, but not in __all__
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
 def test_every_placement_trains_what_one_process_trains(tmp_path: Path) -> None:
     write_inputs(tmp_path)
-    with _one_process():
+    with one_process():
         train_cases({"folder": str(tmp_path), "cases": json.dumps({"one_process": {}})})
     cluster = ClusterConfig(num_workers=2, max_failures=0)
     with RaySession(cluster) as session:
@@ -102,7 +90,7 @@ def test_ranks_and_actors_refuse_towers_other_than_those_of_the_stored_tokens(
     write_inputs(tmp_path)
     other = {"text": {"lora": {"rank": 2}, "max_tokens": 8}}
     refusal = r"the text tower 'tiny' of host .* has fingerprint \w+, but the stored tokens come"
-    with RaySession(ClusterConfig(num_workers=1)) as session, _one_process():
+    with RaySession(ClusterConfig(num_workers=1)) as session, one_process():
         session.start()
         for placement in ({"kind": "inline"}, SERVICE):
             # The error, which is kept, keeps all that was started for it: actors, too.
@@ -133,7 +121,7 @@ def test_actors_end_with_a_training_that_fails(tmp_path: Path) -> None:
 
 def _failed_training(job: str) -> tuple[str, list[str]]:
     """What a training raised, and the actors that are left while the process keeps the error."""
-    with _one_process(), pytest.raises(Exception) as kept:  # noqa: PT011 # its type is compared
+    with one_process(), pytest.raises(Exception) as kept:  # noqa: PT011 # its type is compared
         train_worker(TrainJob.model_validate_json(job))
     return kept.type.__name__, _actors_left()
 

@@ -5,9 +5,8 @@ DIR/trials/<variant>/seed-<n>/      one artifact a trial: finished ones are not 
 DIR/study.json, study.html
 """
 
-import math
 import queue
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,8 @@ from embedding.errors import UserError
 from embedding.memory import WORKER_ENVIRONMENT
 from embedding.yaml_text import load_yaml
 from pipeline.artifacts import read_manifest
-from pipeline.cluster import Bundle, RaySession, actors_of
-from pipeline.config import ClusterConfig, Recipe
+from pipeline.cluster import RaySession
+from pipeline.config import Recipe
 from pipeline.console import Reporter, duration
 from pipeline.content import STORES
 from pipeline.days import available_days
@@ -34,14 +33,12 @@ from pipeline.recipe import load_recipe
 from pipeline.run import DayRun
 from pipeline.stages import STAGES, StageOutput, StageSpec, execute
 from pipeline.study_samples import identities, require_unchanged, samples_key, take_over
+from pipeline.study_slots import actors_of_any, trial_slots
 from pipeline.study_statistics import OF_A_TRIAL, StudyResult, differences, estimates, trial_metrics
 from pipeline.synthetic import ensure_data
 from pipeline.trial import TrialJob, TrialProcess, run_on_group
 
 STUDY_FILE = "study.json"
-
-_ROUNDING = 1e-9
-"""Of thirds of a GPU, say."""
 
 
 @dataclass(frozen=True)
@@ -364,38 +361,6 @@ def with_seed(recipe: Recipe, seed: int) -> Recipe:
     return recipe.model_copy(
         update={"ranking": ranking, "content": content, "evaluation": evaluation}
     )
-
-
-def actors_of_any(recipes: Sequence[Recipe]) -> list[Bundle]:
-    """What the actors beside one trial ask for, whichever of the recipes it runs.
-
-    In all as many CPUs as those of the recipe that needs most of them, and likewise GPUs.
-    """
-    groups = [actors_of(recipe) for recipe in recipes]
-    largest = max(groups, key=lambda group: _total(group, "CPU"))
-    gpus = max(_total(group, "GPU") for group in groups) - _total(largest, "GPU")
-    return largest + [{"CPU": 0.0, "GPU": 1.0}] * math.ceil(gpus)
-
-
-def trial_slots(
-    resources: Mapping[str, float],
-    cluster: ClusterConfig,
-    num_trials: int,
-    *,
-    trials_per_gpu: int,
-    actors: Sequence[Bundle],
-) -> int:
-    """Trials of one rank that run side by side, each with actors of its own beside it."""
-    cpus = cluster.cpus_per_worker + _total(actors, "CPU")
-    gpus = (1 / trials_per_gpu if cluster.use_gpu else 0.0) + _total(actors, "GPU")
-    room = math.floor(resources.get("CPU", 1) / cpus + _ROUNDING)
-    if gpus:
-        room = min(room, math.floor(resources.get("GPU", 0) / gpus + _ROUNDING))
-    return max(1, min(room, num_trials))
-
-
-def _total(actors: Sequence[Bundle], kind: str) -> float:
-    return sum(actor[kind] for actor in actors)
 
 
 def _last_date(recipe: Recipe) -> str:

@@ -19,7 +19,7 @@ from pipeline.console import Reporter
 from pipeline.evaluate import SLICES, Slices
 from pipeline.recipe import load_recipe
 from pipeline.stages import StageOutput, StageSpec, execute
-from pipeline.study import Study, Trial, actors_of_any, read_variants, trial_slots, with_seed
+from pipeline.study import Study, Trial, read_variants, with_seed
 from pipeline.study_report import (
     require_metrics,
     slice_metrics,
@@ -28,6 +28,7 @@ from pipeline.study_report import (
     write_study_report,
 )
 from pipeline.study_samples import identities, require_unchanged, samples_key, take_over
+from pipeline.study_slots import actors_of_any, trial_slots
 from pipeline.study_statistics import StudyResult, differences, estimates, trial_metrics
 from ranking.evaluation import SliceMetrics, TaskMetrics
 from tests.pipeline.small_log import Row, event, make_recipe, write_catalogue, write_day

@@ -48,9 +48,10 @@ class AdaptedModel(StrictConfig):
 
     model: str = TINY
     """`tiny` (random, built in code), a directory, `package:NAME/DIR` (a directory in an installed
-    Python package), or a model hub id."""
-    revision: str | None = None
-    """Commit of a hub model."""
+    Python package), or a model hub id with its `revision`."""
+    revision: Annotated[str, Field(pattern="^[0-9a-f]{40}$")] | None = None
+    """Commit of a hub model, in full: a branch may move between the stage that stores tokens and
+    the ranks that train on them, and from one day to the next."""
     trainable_layers: PositiveInt = 1
     """Top layers that run in the training step and carry LoRA; those below run once per item."""
     lora: Lora | None = Lora()
@@ -147,11 +148,15 @@ class Cic(StrictConfig):
     weight: PositiveFloat = 1e-3
     temperature: PositiveFloat = 0.1
     num_negatives: PositiveInt = 16
-    """Per item, drawn without its own."""
+    """Per item, drawn with replacement; `in_batch` takes all there are instead."""
     negatives: Literal["uniform", "in_batch", "queue"] = "uniform"
-    """`uniform`: drawn from the step's candidates; `in_batch`: all of the step's other candidates;
-    `queue`: drawn from the latest `queue_size` candidates."""
+    """Candidates of the same rank, never the item itself. `uniform`: drawn from the step's distinct
+    candidates, all equally likely; not from the catalogue, whose ID embeddings would take a second
+    lookup in the sharded table. `in_batch`: all others of the step's distinct candidates. `queue`:
+    drawn from those of earlier steps, without gradient; a draw of the item's own entry is left
+    out."""
     queue_size: PositiveInt = 4096
+    """Entries of `queue`, of the latest steps; an item has one for every step that showed it."""
 
 
 class ContentOptimizer(StrictConfig):

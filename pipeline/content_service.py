@@ -45,8 +45,14 @@ class ServiceEncoder:
         self._updates: dict[int, Pending] = {}
         """Of steps whose end was not waited for: gradients sent and, on rank 0, the updates."""
         self._owns = ranks.rank == 0
-        self._calls = self._start(config, paths)
-        self._transport = make_transport(service, self._calls, ranks, device, config.dim)
+        self._actors: list[Any] = []
+        """Those that this rank created, and other ranks look up."""
+        try:
+            self._calls = self._start(config, paths)
+            self._transport = make_transport(service, self._calls, ranks, device, config.dim)
+        except BaseException:
+            self._end_actors()  # the process may be kept for another training
+            raise
 
     def request(self, step: int, rows_G: Tensor) -> None:
         """Ask every actor for its share of a step's items, with the weights learned so far."""
@@ -106,24 +112,28 @@ class ServiceEncoder:
         )
         return dict(norms)
 
-    def close(self) -> None:
-        """End the actors."""
-        self._transport.close()
+    def close(self, *, is_orderly: bool) -> None:
+        """End the actors; where all ranks are here, after they have left the transport."""
+        if is_orderly:
+            self._transport.close()
+        self._end_actors()
+
+    def _end_actors(self) -> None:
         if self._owns:
-            for actor in self._calls.actors:
+            for actor in self._actors:
                 ray.kill(actor)
 
     def _start(self, config: ContentConfig, paths: ContentPaths) -> ActorCalls:
         names: list[str] | None = None
         failure: str | None = None
-        created: list[Any] = []
-        if self._ranks.rank == 0:
+        if self._owns:
             group = uuid.uuid4().hex[:12]
             names = [f"content-{group}-{i}" for i in range(self._service.num_actors)]
-            created = [self._create(config, paths, i, name) for i, name in enumerate(names)]
+            for i, name in enumerate(names):
+                self._actors.append(self._create(config, paths, i, name))
             try:
-                self._calls_of(created).get(
-                    [actor.ready.remote() for actor in created],
+                self._calls_of(self._actors).get(
+                    [actor.ready.remote() for actor in self._actors],
                     "the actors of the content service to load their towers (they ask for "
                     f"{self._service.num_actors} x {self._service.cpus_per_actor:g} CPUs and "
                     f"{self._service.gpus_per_actor:g} GPUs beside the ranks)",
@@ -134,7 +144,8 @@ class ServiceEncoder:
         names, failure = self._ranks.said_by_first((names, failure))
         if failure is not None:
             raise UserError(failure)
-        return self._calls_of(created or [ray.get_actor(name) for name in names])
+        self._actors = self._actors or [ray.get_actor(name) for name in names]
+        return self._calls_of(self._actors)
 
     def _calls_of(self, actors: list[Any]) -> ActorCalls:
         return ActorCalls(actors, self._ranks.rank, self._service.timeout_s)

@@ -119,7 +119,7 @@ class _Point:
     def encoder_s(self, num_items: int, *, twice: bool = False) -> float:
         """Forward and backward of so many items on a rank; `twice`: forward once more before."""
         flops, operations, core_s = _encoding(self.cost.encoder, self.config, num_items, twice)
-        read_s = self._read_s(num_items) * (2 if twice else 1)
+        read_s = self._read_s(num_items, twice=twice)
         if self.on_gpu:
             return read_s + self._gpu_s(flops, operations, self.config.precision)
         return (read_s + core_s) * self.shape.ranks_per_core
@@ -170,7 +170,7 @@ class _Point:
             return calls + self.encoder_s(share, twice=twice) / min(service.gpus_per_actor, 1.0)
         _, _, core_s = _encoding(self.cost.encoder, self.config, share, twice)
         threads = max(floor(service.cpus_per_actor), 1)
-        return calls + self._read_s(share) * (2 if twice else 1) + core_s / threads
+        return calls + self._read_s(share, twice=twice) + core_s / threads
 
     def _actor_calls_s(self, service: Service, share: int) -> float:
         """What an actor is told, sends and receives."""
@@ -188,10 +188,13 @@ class _Point:
         """Never faster than kernels are started."""
         return max(gpu_seconds(flops, self.shape, precision), operations * _OPERATION_S)
 
-    def _read_s(self, num_items: int) -> float:
+    def _read_s(self, num_items: int, *, twice: bool) -> float:
+        """Tokens come from the store once for forward and backward, to a GPU for every forward."""
         num_bytes = num_items * self.cost.encoder.token_bytes
+        from_store = _TOKEN_COPIES * num_bytes / CORE_BANDWIDTH
         over_pcie = num_bytes / self.shape.machine.pcie_bandwidth if self.on_gpu else 0.0
-        return _TOKEN_COPIES * num_bytes / CORE_BANDWIDTH + over_pcie
+        forwards = _forwards(_pieces(self.config, num_items))
+        return (1 + twice) * from_store + (forwards + twice) * over_pcie
 
     def _collective_s(self) -> float:
         return 0.0 if self.shape.world_size == 1 else self._exchange_s()
@@ -233,11 +236,15 @@ class _Point:
         return encoder.weight_bytes + _STATES_PER_VALUE * encoder.parameters * ELEMENT_BYTES
 
     def encoding_bytes(self, num_items: int) -> float:
-        """Tokens of a rank's share, and what its forward pass keeps for backward."""
+        """Tokens of a rank's share, and what its forward pass keeps for backward.
+
+        Tokens wait in host memory: a GPU holds those of one micro batch.
+        """
         size = self.config.gradient.micro_batch_items
         at_once = num_items if size is None else min(size, num_items)
         encoder = self.cost.encoder
-        return num_items * encoder.token_bytes + at_once * encoder.activation_bytes
+        held = at_once if self.on_gpu else num_items
+        return held * encoder.token_bytes + at_once * encoder.activation_bytes
 
     def _num_items(self) -> float:
         return self.growth * self.cost.items.num_items
@@ -247,15 +254,23 @@ def _encoding(
     encoder: EncoderCost, config: ContentConfig, num_items: int, twice: bool
 ) -> tuple[float, int, float]:
     """Flops, operations, and seconds on one core, of forward and backward of `num_items`."""
-    size = config.gradient.micro_batch_items
-    pieces = 1 if size is None else ceil(num_items / size)
-    # More than one piece: backward computes each one's forward pass again.
-    forwards = 1 + (pieces > 1)
+    pieces = _pieces(config, num_items)
+    forwards = _forwards(pieces)
     flops = num_items * (forwards * encoder.forward_flops + encoder.backward_flops)
     core_s = num_items * (forwards * encoder.forward_s + encoder.backward_s)
     operations = pieces * (forwards * encoder.forward_operations + encoder.backward_operations)
-    if twice:  # without gradient, in one piece
+    if twice:  # without gradient
         flops += num_items * encoder.forward_flops
         core_s += num_items * encoder.forward_s
-        operations += encoder.forward_operations
+        operations += pieces * encoder.forward_operations
     return flops, operations if num_items else 0, core_s
+
+
+def _pieces(config: ContentConfig, num_items: int) -> int:
+    size = config.gradient.micro_batch_items
+    return 1 if size is None else ceil(num_items / size)
+
+
+def _forwards(pieces: int) -> int:
+    """Of more than one piece, backward computes each one's forward pass again."""
+    return 1 + (pieces > 1)

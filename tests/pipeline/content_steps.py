@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,17 @@ def write_tokens(folder: Path) -> None:
     (folder / "index").mkdir()
     stored = StoredContent(num_items=NUM_ITEMS, modalities=modalities)
     write_index(folder / "index", np.arange(NUM_ITEMS), stored, places)
+
+
+@contextmanager
+def one_process() -> Iterator[None]:
+    """A process group of this process alone."""
+    store = dist.HashStore()  # type: ignore[attr-defined] # public, but not in __all__
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def train_cases_of_job(config: dict[str, str]) -> None:

@@ -1,24 +1,27 @@
 """Wherever the content encoder runs, the same data trains the same weights."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
-import torch.distributed as dist
 
 from embedding.config import StrictConfig
 from embedding.errors import UserError
 from pipeline.cluster import RaySession
 from pipeline.config import ClusterConfig
-from pipeline.train import run_workers
+from pipeline.content_paths import ContentPaths
+from pipeline.planning_worker import plan_recipe
+from pipeline.train import TrainJob, run_workers
+from pipeline.training_worker import train_worker
 from tests.pipeline.content_steps import (
     NUM_STEPS,
     build_rank,
     difference,
+    one_process,
     recipe,
     train_cases,
     train_cases_of_job,
@@ -55,19 +58,9 @@ class _Cases(StrictConfig):
     cases: str
 
 
-@contextmanager
-def _one_process() -> Iterator[None]:
-    store = dist.HashStore()  # type: ignore[attr-defined] # public, but not in __all__
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
 def test_every_placement_trains_what_one_process_trains(tmp_path: Path) -> None:
     write_inputs(tmp_path)
-    with _one_process():
+    with one_process():
         train_cases({"folder": str(tmp_path), "cases": json.dumps({"one_process": {}})})
     cluster = ClusterConfig(num_workers=2, max_failures=0)
     with RaySession(cluster) as session:
@@ -111,8 +104,45 @@ def test_ranks_and_actors_refuse_towers_other_than_those_of_the_stored_tokens(
     write_inputs(tmp_path)
     other = {"text": {"lora": {"rank": 2}, "max_tokens": 8}}
     refusal = r"the text tower 'tiny' of host .* has fingerprint \w+, but the stored tokens come"
-    with RaySession(ClusterConfig(num_workers=1)) as session, _one_process():
+    with RaySession(ClusterConfig(num_workers=1)) as session, one_process():
         session.start()
         for placement in ({"kind": "inline"}, SERVICE):
-            with pytest.raises(UserError, match=refusal):
+            # The error, which is kept, keeps all that was started for it: actors, too.
+            with pytest.raises(UserError, match=refusal) as kept:
                 build_rank(recipe(placement=placement, **other), tmp_path)
+            assert _actors_left() == [], kept
+
+
+def test_actors_end_with_a_training_that_fails(tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    settings = recipe(placement=SERVICE)
+    plan = tmp_path / "plan.json"
+    plan.write_text(plan_recipe(settings, 1).model_dump_json())
+    job = TrainJob(
+        recipe=settings,
+        samples=[tmp_path / "gone.parquet"],
+        validation=[],
+        plan=plan,
+        parent_checkpoint=None,
+        resume=tmp_path / "resume",
+        content=ContentPaths(index=tmp_path / "index", stores=tmp_path / "stores"),
+    )
+    with RaySession(ClusterConfig(num_workers=1)) as session:
+        session.start()
+        failed = ray.remote(_failed_training).options(num_cpus=0).remote(job.model_dump_json())
+        assert ray.get(failed) == ("FileNotFoundError", [])
+
+
+def _failed_training(job: str) -> tuple[str, list[str]]:
+    """What a training raised, and the actors that are left while the process keeps the error."""
+    with one_process(), pytest.raises(Exception) as kept:  # noqa: PT011 # its type is compared
+        train_worker(TrainJob.model_validate_json(job))
+    return kept.type.__name__, _actors_left()
+
+
+def _actors_left() -> list[str]:
+    """Named actors that do not end in a moment."""
+    deadline = time.monotonic() + 10
+    while (names := ray.util.list_named_actors()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return [str(name) for name in names]

@@ -143,6 +143,36 @@ def test_micro_batches_compute_forward_again_and_keep_one_piece() -> None:
     assert whole.rank_bytes - pieces.rank_bytes == pytest.approx((ITEMS - 100) * 1e6)
 
 
+def test_micro_batches_come_to_a_gpu_one_at_a_time_and_once_more_for_backward() -> None:
+    whole, pieces = (
+        step_of("h100:1", config_of(gradient={"max_items_per_step": None, "micro_batch_items": n}))
+        for n in (None, 100)
+    )
+    forward = ITEMS * (3e9 / (GPU_FLOPS_SHARE * 67e12) + 5e4 / 64e9)
+    assert pieces.rank_s - whole.rank_s == pytest.approx(forward)
+    assert whole.rank_bytes - pieces.rank_bytes == pytest.approx((ITEMS - 100) * (1e6 + 5e4))
+
+
+def test_stale_micro_batches_start_as_many_kernels_as_they_are_pieces() -> None:
+    """Forward, forward again for backward, backward, and the forward of the step before."""
+    small = COST.model_copy(update={"items": EVERY_ITEM.model_copy(update={"bin_items": (4.0,)})})
+    fresh, stale = (
+        step_of(
+            "h100:1",
+            config_of(
+                placement={"kind": "service", "gpus_per_actor": 1, "staleness": staleness},
+                gradient={"max_items_per_step": None, "micro_batch_items": 1},
+            ),
+            small,
+        )
+        for staleness in (0, 1)
+    )
+    operations = 4 * 100 * GPU_CALL_S / 10
+    assert operations > 4 * 3e9 / (GPU_FLOPS_SHARE * 67e12)
+    reading = 4 * 5e4 * (2 / CORE_BANDWIDTH + 1 / 64e9)
+    assert stale.actor_s - fresh.actor_s == pytest.approx(operations + reading)
+
+
 def test_a_rank_holds_bank_encoder_and_its_share() -> None:
     step = step_of("h100:8", config_of())
     bank = ITEMS * (DIM * 4 + 8)

@@ -19,6 +19,7 @@ from torch import Tensor
 from embedding.arrow import Rows, concat_rows
 from embedding.batch import RankingBatch
 from embedding.epochs import EpochPlan
+from embedding.errors import UserError
 from embedding.loader import SampleFiles
 from embedding.shard import Sharded
 from multimodal.stored_content import Places, StoredContent, StoredModality, write_index
@@ -171,9 +172,9 @@ def train_cases(config: dict[str, str]) -> None:
 
 def failed_training(job: str) -> tuple[str, list[str]]:
     """What a training raised, and the actors that are left while the process keeps the error."""
-    with one_process(), pytest.raises(Exception) as kept:  # noqa: PT011 # its type is compared
+    with one_process(), pytest.raises(UserError) as kept:
         train_worker(TrainJob.model_validate_json(job))
-    return kept.type.__name__, actors_left()
+    return str(kept.value), actors_left()
 
 
 def actors_left() -> list[str]:

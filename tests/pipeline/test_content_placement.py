@@ -1,7 +1,6 @@
 """Wherever the content encoder runs, the same data trains the same weights."""
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,12 @@ from pipeline.config import ClusterConfig
 from pipeline.content_paths import ContentPaths
 from pipeline.planning_worker import plan_recipe
 from pipeline.train import TrainJob, run_workers
-from pipeline.training_worker import train_worker
 from tests.pipeline.content_steps import (
     NUM_STEPS,
+    actors_left,
     build_rank,
     difference,
+    failed_training,
     one_process,
     recipe,
     train_cases,
@@ -110,7 +110,7 @@ def test_ranks_and_actors_refuse_towers_other_than_those_of_the_stored_tokens(
             # The error, which is kept, keeps all that was started for it: actors, too.
             with pytest.raises(UserError, match=refusal) as kept:
                 build_rank(recipe(placement=placement, **other), tmp_path)
-            assert _actors_left() == [], kept
+            assert actors_left() == [], kept
 
 
 def test_actors_end_with_a_training_that_fails(tmp_path: Path) -> None:
@@ -129,20 +129,7 @@ def test_actors_end_with_a_training_that_fails(tmp_path: Path) -> None:
     )
     with RaySession(ClusterConfig(num_workers=1)) as session:
         session.start()
-        failed = ray.remote(_failed_training).options(num_cpus=0).remote(job.model_dump_json())
-        assert ray.get(failed) == ("FileNotFoundError", [])
-
-
-def _failed_training(job: str) -> tuple[str, list[str]]:
-    """What a training raised, and the actors that are left while the process keeps the error."""
-    with one_process(), pytest.raises(Exception) as kept:  # noqa: PT011 # its type is compared
-        train_worker(TrainJob.model_validate_json(job))
-    return kept.type.__name__, _actors_left()
-
-
-def _actors_left() -> list[str]:
-    """Named actors that do not end in a moment."""
-    deadline = time.monotonic() + 10
-    while (names := ray.util.list_named_actors()) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return [str(name) for name in names]
+        failed = ray.remote(failed_training).options(num_cpus=0).remote(job.model_dump_json())
+        said, left = ray.get(failed)
+    assert "gone.parquet" in said  # read after the actors have started
+    assert left == []

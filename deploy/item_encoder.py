@@ -56,7 +56,7 @@ class ItemEncoder:
         for name, tower in config.towers.items():
             split = split_tower(model_tower(directory, name, tower))
             prepare = build_preparer(input_tower(directory, name, tower), root)
-            self.lower[name] = LowerEncoder(split, prepare, tower.precision, _CPU)
+            self.lower[name] = LowerEncoder(split, prepare, tower, _CPU)
             uppers[name] = split.upper
         self.encoder = ContentEncoder(config, uppers).requires_grad_(False).eval()
         found = self.encoder.load_state_dict(load_tensors(directory / HEAD_FILE), strict=False)

@@ -24,6 +24,7 @@ from embedding.errors import UserError
 from embedding.items import NO_CONTENT, ItemIndex
 from embedding.raw_ids import is_id_type, to_raw_ids
 from multimodal.content_config import ContentConfig
+from multimodal.token_range import TokenRangeError
 from pipeline.content_tasks import Catalogue, type_fault
 from pipeline.contract import open_parquet, read_columns
 
@@ -85,9 +86,13 @@ def add_new_items(
     if total:
         encoder = ItemEncoder(predictor.directory, config, path.parent)
         for batch in _batches(path, config, is_new):
-            encoded = encoder(
-                {name: batch[tower.column].to_pylist() for name, tower in config.towers.items()}
-            )
+            values = {
+                name: batch[tower.column].to_pylist() for name, tower in config.towers.items()
+            }
+            try:
+                encoded = encoder(values)
+            except TokenRangeError as error:
+                raise error.of_item(int(batch["item_id"][error.row].as_py())) from error
             found_ids.append(torch.tensor(batch["item_id"].to_numpy()))
             found_vectors.append(encoded.vectors_ND)
             for name, causes in encoded.faults.items():

@@ -48,9 +48,10 @@ class AdaptedModel(StrictConfig):
 
     model: str = TINY
     """`tiny` (random, built in code), a directory, `package:NAME/DIR` (a directory in an installed
-    Python package), or a model hub id."""
-    revision: str | None = None
-    """Commit of a hub model."""
+    Python package), or a model hub id with its `revision`."""
+    revision: Annotated[str, Field(pattern="^[0-9a-f]{40}$")] | None = None
+    """Commit of a hub model, in full: a branch may move between the stage that stores tokens and
+    the ranks that train on them, and from one day to the next."""
     trainable_layers: PositiveInt = 1
     """Top layers that run in the training step and carry LoRA; those below run once per item."""
     lora: Lora | None = Lora()
@@ -147,11 +148,15 @@ class Cic(StrictConfig):
     weight: PositiveFloat = 1e-3
     temperature: PositiveFloat = 0.1
     num_negatives: PositiveInt = 16
-    """Per item, drawn without its own."""
+    """Per item, drawn with replacement; `in_batch` takes all there are instead."""
     negatives: Literal["uniform", "in_batch", "queue"] = "uniform"
-    """`uniform`: drawn from the step's candidates; `in_batch`: all of the step's other candidates;
-    `queue`: drawn from the latest `queue_size` candidates."""
+    """Candidates of the same rank, never the item itself. `uniform`: drawn from the step's distinct
+    candidates, all equally likely; not from the catalogue, whose ID embeddings would take a second
+    lookup in the sharded table. `in_batch`: all others of the step's distinct candidates. `queue`:
+    drawn from those of earlier steps, without gradient; a draw of the item's own entry is left
+    out."""
     queue_size: PositiveInt = 4096
+    """Entries of `queue`, of the latest steps; an item has one for every step that showed it."""
 
 
 class ContentOptimizer(StrictConfig):
@@ -184,6 +189,27 @@ class Service(StrictConfig):
     """Of every wait between ranks and actors."""
     cpus_per_actor: NonNegativeFloat = 1
     gpus_per_actor: NonNegativeFloat = 0
+    transport: Literal["auto", "object_store", "direct"] = "object_store"
+    """How vectors and gradients travel. `object_store`: as messages of Ray, through host memory.
+    `direct`: from device to device, by NCCL on GPUs and gloo on CPUs. `auto`: direct where ranks
+    and actors have GPUs of their own."""
+
+    def obstacle(self, *, ranks_on_gpu: bool) -> str | None:
+        """What keeps ranks and actors from a common process group; None: nothing."""
+        gpus = f"gpus_per_actor={self.gpus_per_actor:g}"
+        if ranks_on_gpu and not self.gpus_per_actor:
+            return f"the ranks run on GPUs and the actors on CPUs ({gpus})"
+        if self.gpus_per_actor and not ranks_on_gpu:
+            return f"the ranks run on CPUs and the actors on GPUs ({gpus})"
+        if 0 < self.gpus_per_actor < 1:
+            return f"actors share a GPU ({gpus}), and NCCL takes one process a GPU"
+        return None
+
+    def is_direct(self, *, ranks_on_gpu: bool) -> bool:
+        """The transport that is used; `direct` stands for itself, whatever the obstacle."""
+        if self.transport == "auto":
+            return ranks_on_gpu and self.obstacle(ranks_on_gpu=True) is None
+        return self.transport == "direct"
 
 
 Placement = Annotated[Inline | Service, Field(discriminator="kind")]

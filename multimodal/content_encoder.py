@@ -50,19 +50,25 @@ class ContentEncoder(nn.Module):
             self.fusion.requires_grad_(False)
 
     def forward(self, batch: TokenBatch) -> Tensor:
-        """Content vectors (U, D), with gradient.
+        """Content vectors (U, D), with gradient where it is enabled.
+
+        Of micro batches, one at a time is on the encoder's device, from wherever the tokens lie.
 
         Raises:
             UserError: the tokens are not those of these towers.
         """
+        weight = self.output.weight
         if not batch.num_items:
-            return self.output.weight.new_zeros(0, self.output.out_features)
+            return weight.new_zeros(0, self.output.out_features)
         size = self.micro_batch_items
-        if size is None or batch.num_items <= size or not torch.is_grad_enabled():
-            return self._encode(batch)
+        if size is None or batch.num_items <= size:
+            return self._encode(weight, batch)
+        if not torch.is_grad_enabled():
+            return torch.cat([self._encode(weight, piece) for piece in batch.split(size)])
         # Memory holds the activations of one piece, not of all: backward computes them again.
         pieces = [
-            checkpoint(self._encode, piece, use_reentrant=False) for piece in batch.split(size)
+            checkpoint(self._encode, weight, piece, use_reentrant=False)
+            for piece in batch.split(size)
         ]
         return torch.cat(pieces)
 
@@ -95,6 +101,10 @@ class ContentEncoder(nn.Module):
         Items that lack a modality start from its mean: 0 once it is standardised.
         """
         self.output.standardise(moments_3H)
+        self.replace_absent()
+
+    def replace_absent(self) -> None:
+        """Where a learned vector stands for an absent modality, let it be that one's mean."""
         if isinstance(self.fusion, ConcatOfModalities):
             self.fusion.replace_absent(self.output.mean_H)
 
@@ -105,8 +115,13 @@ class ContentEncoder(nn.Module):
         present_U = torch.stack([part.present for part in batch.modalities.values()]).any(dim=0)
         return present_U.unsqueeze(1).expand(-1, self.output.in_features)
 
-    def _encode(self, batch: TokenBatch) -> Tensor:
-        vectors_UD: Tensor = self.output(self.fused(batch))
+    def _encode(self, like: Tensor, batch: TokenBatch) -> Tensor:
+        """Vectors (U, D), made on the device of `like`.
+
+        It is an argument so that a checkpoint knows the device, whose generator it sets back before
+        dropout is drawn again.
+        """
+        vectors_UD: Tensor = self.output(self.fused(batch.to(like.device)))
         return vectors_UD
 
     def _upper(self, name: str, part: ModalityTokens) -> ModalityTokens:
@@ -170,11 +185,18 @@ def load_trained_state(encoder: ContentEncoder, state: Mapping[str, Tensor]) -> 
     with torch.no_grad():
         for name, value in own.items():
             value.copy_(state[name])
-    fusion = encoder.fusion
-    if isinstance(fusion, ConcatOfModalities) and not any(
-        absent_H.requires_grad for absent_H in fusion.parameters()
-    ):
-        fusion.replace_absent(encoder.output.mean_H)
+    if not any(parameter.requires_grad for parameter in encoder.fusion.parameters()):
+        encoder.replace_absent()
+
+
+def load_moments(encoder: ContentEncoder, state: Mapping[str, Tensor]) -> None:
+    """Standardise a new encoder as the one of a `trained_state` was before its training.
+
+    Training never changes these moments, so the two start equal.
+    """
+    for name, buffer in encoder.output.named_buffers():
+        buffer.copy_(state[f"output.{name}"])
+    encoder.replace_absent()
 
 
 def merged(encoder: ContentEncoder) -> ContentEncoder:

@@ -179,7 +179,7 @@ class ContentLearner:
     def _encoded(self, rows_U: Tensor) -> Tensor:
         vectors_UD: Tensor
         if self._fused is None:
-            vectors_UD = self.encoder(self._read_tokens(rows_U.cpu()).to(self.device))
+            vectors_UD = self.encoder(self._read_tokens(rows_U.cpu()))
         else:
             vectors_UD = self.encoder.output(self._fused.read(rows_U.cpu(), self._fuse))
         return vectors_UD

@@ -12,7 +12,6 @@ and events, and every rank reads the same vectors as one process with all the ro
 # Shapes: U distinct items of this rank's batch, G items encoded in a step by all ranks together,
 # R rows of the store, D content dim.
 
-import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Protocol
@@ -29,6 +28,7 @@ from multimodal.content_bank import ContentBank
 from multimodal.content_config import ContentConfig, Service
 from multimodal.gradient_items import own_rows
 from multimodal.rank_group import RankGroup
+from multimodal.stopwatch import Stopwatch
 
 _BANK = "bank/"
 
@@ -66,8 +66,12 @@ class EncoderPlacement(Protocol):
         """Norm of the last step's gradient by part of the encoder; on rank 0."""
         ...
 
-    def close(self) -> None:
-        """Let go of what lives outside this process."""
+    def close(self, *, is_orderly: bool) -> None:
+        """Let go of what lives outside this process.
+
+        Args:
+            is_orderly: all ranks call it. False: this rank has failed, and waits for nobody.
+        """
 
 
 class TrainedContent:
@@ -95,6 +99,7 @@ class TrainedContent:
         self._current: tuple[Tensor, ContentVectors] | None = None
         self._is_fresh = False
         self._meter = _Meter()
+        self._stopwatch = Stopwatch(bank.device)
 
     def ahead(self, batches: Iterator[RankingBatch]) -> Iterator[RankingBatch]:
         """The same batches; with staleness 1 one more is taken from the loader than handed out."""
@@ -103,47 +108,13 @@ class TrainedContent:
 
     def train(self, items: ItemRows) -> ContentVectors:
         """Vectors for a training step; of those encoded in it, the gradient counts."""
-        started = time.perf_counter()
-        every = self.config.gradient.refresh_every_steps
-        is_due = self.step == 0 or (every is not None and self.step % every == 0)
-        if is_due and not self._is_fresh:
-            self._fill_bank(exact=False)
-        if self._upcoming:
-            self._upcoming.popleft()  # this step's
-        if self.step not in self._requested:
-            self._request(self.step, items)
-        rows_G = self._requested.pop(self.step)
-        computed_at = self.step - 1 if self._is_ahead else self.step
-        vectors_GD = self.placement.vectors(self.step)
-        self._meter.compare(self.bank.read(rows_G), vectors_GD)
-        self.bank.write(rows_G, vectors_GD, max(computed_at, 0))
-        if self._upcoming:
-            self._request(self.step + 1, self._upcoming[0])
-        content = self._from_bank(items)
-        content.vectors_UD.requires_grad_()
-        self._current = (rows_G, content)
-        self._meter.read(self.bank.ages(items.rows_U[1:], self.step))
-        self._meter.seconds += time.perf_counter() - started
-        return content
+        with self._stopwatch.running():
+            return self._train(items)
 
     def learn(self, rate_factor: float) -> None:
         """Update the encoder from the gradient of the vectors that `train` gave last."""
-        started = time.perf_counter()
-        assert self._current is not None
-        rows_G, content = self._current
-        gradient_UD = content.vectors_UD.grad
-        assert gradient_UD is not None, "the loss does not depend on content"
-        gradient_GD = gradient_UD.new_zeros(len(rows_G), gradient_UD.shape[1])
-        if len(rows_G):
-            rows_U = content.items.rows_U
-            places_U = torch.searchsorted(rows_G, rows_U).clamp_(max=len(rows_G) - 1)
-            is_encoded_U = rows_G[places_U] == rows_U
-            gradient_GD[places_U[is_encoded_U]] = gradient_UD[is_encoded_U]
-        self.placement.learn(self.step, gradient_GD, rate_factor)
-        self._current, self._is_fresh = None, False
-        self.step += 1
-        self._meter.steps += 1
-        self._meter.seconds += time.perf_counter() - started
+        with self._stopwatch.running():
+            self._learn(rate_factor)
 
     def refresh(self) -> None:
         """Encode every item of the store with the present weights, for what is published."""
@@ -159,9 +130,12 @@ class TrainedContent:
         """Figures since the last call, of this rank."""
         norms = self.placement.gradient_norms() if self._ranks.rank == 0 else {}
         meter, self._meter = self._meter, _Meter()
-        return meter.values() | {
-            f"content/gradient_norm_{part}": norm for part, norm in norms.items()
-        }
+        seconds = self._stopwatch.take() / max(meter.steps, 1)
+        return (
+            meter.values()
+            | {"content/seconds_per_step": seconds}
+            | {f"content/gradient_norm_{part}": norm for part, norm in norms.items()}
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds; on rank 0, the others give nothing."""
@@ -199,9 +173,47 @@ class TrainedContent:
         self._is_fresh = True
         return {}
 
-    def close(self) -> None:
-        """End what the placement holds outside this process."""
-        self.placement.close()
+    def close(self, *, is_orderly: bool = True) -> None:
+        """End what the placement holds outside this process; see `EncoderPlacement.close`."""
+        self.placement.close(is_orderly=is_orderly)
+
+    def _train(self, items: ItemRows) -> ContentVectors:
+        every = self.config.gradient.refresh_every_steps
+        is_due = self.step == 0 or (every is not None and self.step % every == 0)
+        if is_due and not self._is_fresh:
+            self._fill_bank(exact=False)
+        if self._upcoming:
+            self._upcoming.popleft()  # this step's
+        if self.step not in self._requested:
+            self._request(self.step, items)
+        rows_G = self._requested.pop(self.step)
+        computed_at = self.step - 1 if self._is_ahead else self.step
+        vectors_GD = self.placement.vectors(self.step)
+        self._meter.compare(self.bank.read(rows_G), vectors_GD)
+        self.bank.write(rows_G, vectors_GD, max(computed_at, 0))
+        if self._upcoming:
+            self._request(self.step + 1, self._upcoming[0])
+        content = self._from_bank(items)
+        content.vectors_UD.requires_grad_()
+        self._current = (rows_G, content)
+        self._meter.read(self.bank.ages(items.rows_U[1:], self.step))
+        return content
+
+    def _learn(self, rate_factor: float) -> None:
+        assert self._current is not None
+        rows_G, content = self._current
+        gradient_UD = content.vectors_UD.grad
+        assert gradient_UD is not None, "the loss does not depend on content"
+        gradient_GD = gradient_UD.new_zeros(len(rows_G), gradient_UD.shape[1])
+        if len(rows_G):
+            rows_U = content.items.rows_U
+            places_U = torch.searchsorted(rows_G, rows_U).clamp_(max=len(rows_G) - 1)
+            is_encoded_U = rows_G[places_U] == rows_U
+            gradient_GD[places_U[is_encoded_U]] = gradient_UD[is_encoded_U]
+        self.placement.learn(self.step, gradient_GD, rate_factor)
+        self._current, self._is_fresh = None, False
+        self.step += 1
+        self._meter.steps += 1
 
     def _request(self, step: int, items: ItemRows) -> None:
         generator = torch.Generator()
@@ -244,7 +256,6 @@ class _Meter:
 
     def __init__(self) -> None:
         self.steps = 0
-        self.seconds = 0.0
         self.encoded = 0
         self.num_read = 0
         self.age_sum: Tensor | float = 0.0
@@ -264,7 +275,6 @@ class _Meter:
         """Means over the steps."""
         steps, num_read = max(self.steps, 1), max(self.num_read, 1)
         return {
-            "content/seconds_per_step": self.seconds / steps,
             "content/encoded_items": self.encoded / steps,
             "content/distinct_items_per_rank": self.num_read / steps,
             "content/bank_age_steps": float(self.age_sum) / num_read,

@@ -5,12 +5,17 @@
 import io
 import struct
 import warnings
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 from PIL import ExifTags, Image
 
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+"""All that is decoded, whatever else Pillow knows: a file of the catalogue must not choose among
+decoders, one of which (of EPS) runs an interpreter."""
+
 NO_FILE = "no file"
+OUTSIDE = "outside the data root"
 TOO_LARGE = "too many pixels"
 DAMAGED = "damaged"
 
@@ -32,6 +37,15 @@ _TURNS = {
 """What puts a picture upright, by EXIF orientation."""
 
 
+def image_path(value: str, root: Path) -> Path | None:
+    """Where an image that the catalogue names lies; None if it names a place outside the data root.
+
+    A link below the root may lead out of it: whoever delivers the catalogue cannot make one there.
+    """
+    path = PurePath(value)
+    return None if path.is_absolute() or ".." in path.parts else root / path
+
+
 def read_image(value: bytes | str, root: Path, size: int, max_pixels: int) -> Image.Image | str:
     """The picture upright and in RGB, or why there is none.
 
@@ -44,12 +58,14 @@ def read_image(value: bytes | str, root: Path, size: int, max_pixels: int) -> Im
             than twice this one.
         max_pixels: refuse larger ones before they are decoded.
     """
-    source = root / value if isinstance(value, str) else io.BytesIO(value)
+    source = image_path(value, root) if isinstance(value, str) else io.BytesIO(value)
+    if source is None:
+        return OUTSIDE
     try:
         with warnings.catch_warnings():
             # Ours is the limit; Pillow's own warns below it and refuses beyond.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(source) as image:  # reads the header only
+            with Image.open(source, formats=FORMATS) as image:  # reads the header only
                 if image.width * image.height > max_pixels:
                     return TOO_LARGE
                 image.draft("RGB", (2 * size, 2 * size))  # a JPEG is decoded at a fraction

@@ -64,5 +64,5 @@ class InlineEncoder:
         """Of the last step."""
         return self._learner.gradient_norms()
 
-    def close(self) -> None:
+    def close(self, *, is_orderly: bool) -> None:
         """Nothing lives outside this process."""

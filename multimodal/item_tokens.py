@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from multimodal.content_config import Precision
 from multimodal.item_inputs import Preparer
 from multimodal.token_batch import ModalityTokens
+from multimodal.token_range import rounded
 from multimodal.token_store import DTYPES
+from multimodal.tower_files import Tower
 from multimodal.towers import SplitTower
 
 
@@ -47,26 +48,33 @@ class LowerEncoder:
     Args:
         split: the tower; of its upper part only the width counts.
         prepare: makes the model's inputs.
-        precision: tokens are rounded to it.
+        tower: the recipe's; tokens are rounded to its precision.
         device: of the lower layers.
     """
 
     def __init__(
-        self, split: SplitTower, prepare: Preparer, precision: Precision, device: torch.device
+        self, split: SplitTower, prepare: Preparer, tower: Tower, device: torch.device
     ) -> None:
         self.lower = split.lower.to(device)
         self.hidden_size = split.upper.hidden_size
         self.prepare = prepare
-        self.dtype = DTYPES[precision]
+        self.tower = tower
+        self.dtype = DTYPES[tower.precision]
         self.device = device
 
     def __call__(self, values: Sequence[Any]) -> EncodedItems:
-        """Encode values as they stand in items.parquet."""
+        """Encode values as they stand in items.parquet.
+
+        Raises:
+            TokenRangeError: a token is beyond the precision, or not finite.
+        """
         prepared = self.prepare(values)
         num_usable = len(prepared.is_cut)
         if num_usable:
             inputs = {name: value.to(self.device) for name, value in prepared.inputs.items()}
-            tokens_MLH = self.lower(inputs).to("cpu", self.dtype)
+            exact_MLH = self.lower(inputs).cpu()
+            usable = [row for row, fault in enumerate(prepared.faults) if fault is None]
+            tokens_MLH = rounded(exact_MLH, prepared.mask_ML, usable, self.tower)
         else:
             tokens_MLH = torch.empty(0, 1, self.hidden_size, dtype=self.dtype)
         lengths_M = torch.full((num_usable,), tokens_MLH.shape[1], dtype=torch.int32)

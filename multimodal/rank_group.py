@@ -2,6 +2,8 @@
 
 # Shapes: N rows of all ranks, D columns.
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -56,6 +58,14 @@ class RankGroup:
         dist.all_gather_into_tensor(gathered, padded, group=self._group)
         found = torch.unique(gathered)
         return found[found != _PADDING]
+
+    def said_by_first(self, value: Any) -> Any:
+        """The value of rank 0, which may be any object; others' are ignored."""
+        if self.world_size == 1:
+            return value
+        said = [value]
+        dist.broadcast_object_list(said, src=0, group=self._group)
+        return said[0]
 
     def barrier(self) -> None:
         """Until all ranks are here."""

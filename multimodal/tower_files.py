@@ -13,7 +13,7 @@ from typing import Any
 from embedding.errors import UserError
 from multimodal.content_config import TINY, ImageTower, TextTower
 
-TOKENS_FORMAT = 1
+TOKENS_FORMAT = 2
 """Of stored tokens and of how inputs are prepared."""
 
 TINY_VOCABULARY = 4096
@@ -47,6 +47,7 @@ def model_directory(tower: Tower) -> Path | None:
     elif Path(name).is_dir():
         directory = Path(name)
     elif is_on_hub(tower):
+        require_commit(tower)
         directory = _download(name, tower.revision)
     else:
         raise UserError(
@@ -118,6 +119,20 @@ def is_on_hub(tower: Tower) -> bool:
     name = tower.model
     is_local = name == TINY or name.startswith(("package:", ".", "/", "~")) or Path(name).is_dir()
     return not is_local and name.count("/") == 1
+
+
+def require_commit(tower: Tower) -> None:
+    """Refuse a hub model whose files may change: looks at the recipe alone.
+
+    Raises:
+        UserError: it is named without its commit.
+    """
+    if is_on_hub(tower) and tower.revision is None:
+        raise UserError(
+            f"tower model {tower.model!r} is a hub id, whose files may change from one day to the "
+            "next: set `revision` beside `model` to the commit (40 hexadecimal digits, as the "
+            "history of the model's files on the hub shows them), or give a local directory"
+        )
 
 
 def tower_fingerprint(modality: str, tower: Tower) -> str:

@@ -12,7 +12,7 @@ from embedding.cluster_shape import MACHINE_PATTERN, ClusterShape, parse_shape
 from embedding.errors import UserError
 from embedding.limits import check_support
 from multimodal.content_config import ContentConfig, Service
-from multimodal.tower_files import is_on_hub, model_directory
+from multimodal.tower_files import is_on_hub, model_directory, require_commit
 from pipeline.capacity_types import CapacityRequest, Target
 from pipeline.config import Recipe
 from pipeline.plan_request import measured_traffic, with_traffic
@@ -123,10 +123,10 @@ def _check_devices(recipe: Recipe, shapes: tuple[ClusterShape, ...]) -> None:
 def _check_content(content: ContentConfig, shapes: tuple[ClusterShape, ...]) -> None:
     """Before anything is started: costs of towers come from their files."""
     for name, tower in content.towers.items():
-        if is_on_hub(tower):
-            continue  # downloaded where it is counted
         try:
-            model_directory(tower)
+            require_commit(tower)
+            if not is_on_hub(tower):  # else it is downloaded where it is counted
+                model_directory(tower)
         except UserError as error:
             key = f"content.{name}" if len(content.towers) > 1 else "content"
             raise UserError(
@@ -142,6 +142,14 @@ def _check_content(content: ContentConfig, shapes: tuple[ClusterShape, ...]) -> 
                 f"to have GPUs like those of the ranks, and {without[0]} has none; set it to 0, or "
                 "leave that topology out"
             )
+    if isinstance(placement, Service) and placement.transport == "direct":
+        for shape in shapes:
+            obstacle = placement.obstacle(ranks_on_gpu=shape.machine.device == "cuda")
+            if obstacle is not None:
+                raise UserError(
+                    f"content.placement.transport=direct: on {shape.name} {obstacle}; set "
+                    "gpus_per_actor to 1, or transport to auto, or leave that topology out"
+                )
 
 
 def expand(text: str) -> Iterator[ClusterShape]:

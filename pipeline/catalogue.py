@@ -1,7 +1,8 @@
 """The data contract of items.parquet and users.parquet, as checks.
 
 items.parquet   item_id, categorical columns (integer, string or a list of them), dense columns,
-                text (string), image (bytes, or a path relative to the data root; may be null)
+                text (string), image (a JPEG, PNG, WEBP, GIF, BMP or TIFF file: its bytes, or a path
+                relative to the data root without `..`; may be null)
 users.parquet   optional: user_id, categorical and dense columns
 """
 
@@ -18,7 +19,7 @@ from PIL import Image
 from embedding.config import FeatureSchema, StrictConfig
 from embedding.errors import UserError
 from embedding.raw_ids import Int64Array, is_id_type, to_raw_ids
-from multimodal.images import DAMAGED, FAULTS
+from multimodal.images import DAMAGED, FAULTS, FORMATS, OUTSIDE, image_path
 from pipeline.columns import SourceColumns, source_columns
 from pipeline.contract import (
     CatalogueIds,
@@ -127,8 +128,8 @@ def check_images(items: pa.Table, root: Path) -> ImageFacts:
     for item_id, image in zip(items["item_id"], items["image"], strict=True):
         if not image.is_valid:
             continue
-        source = root / image.as_py() if is_path else io.BytesIO(image.as_py())
-        fault = _image_fault(source)
+        source = image_path(image.as_py(), root) if is_path else io.BytesIO(image.as_py())
+        fault = f"{image.as_py()!r} is {OUTSIDE}" if source is None else _image_fault(source)
         if fault:
             unreadable[str(item_id.as_py())] = fault
     return ImageFacts(
@@ -140,7 +141,7 @@ def check_images(items: pa.Table, root: Path) -> ImageFacts:
 
 def _image_fault(source: Path | io.BytesIO) -> str | None:
     try:
-        with Image.open(source) as image:  # reads the header only
+        with Image.open(source, formats=FORMATS) as image:  # reads the header only
             width, height = image.size
     except FileNotFoundError:
         return f"no file {source}"

@@ -29,7 +29,7 @@ from embedding.item_columns import candidate_field, item_sequences
 from embedding.limits import check_support
 from multimodal.code_schema import features_with_codes, without_codes
 from multimodal.codes_config import AlignedVectors, Codes, ColumnVectors
-from multimodal.content_config import ContentConfig
+from multimodal.content_config import ContentConfig, Service
 from ranking.compatibility import check_model, table_widths
 from ranking.config import RankingConfig
 
@@ -253,6 +253,7 @@ class Recipe(StrictConfig):
             item_sequences(self.features)
         if self.content is not None and self.content.cic is not None:
             candidate_field(self.features)
+        _check_transport(self.content, self.cluster)
         if self.evaluation.held_out_items is not None and self.window.warm_start:
             raise ValueError(
                 "evaluation.held_out_items keeps items from training, and a warm start would bring "
@@ -268,6 +269,18 @@ class Recipe(StrictConfig):
         if self.gate.task not in tasks:
             raise ValueError(f"gate.task: {self.gate.task!r} is not among the tasks {tasks}")
         return self
+
+
+def _check_transport(content: ContentConfig | None, cluster: ClusterConfig) -> None:
+    if content is None or not isinstance(content.placement, Service):
+        return
+    obstacle = content.placement.obstacle(ranks_on_gpu=cluster.use_gpu)
+    if content.placement.transport == "direct" and obstacle is not None:
+        raise ValueError(
+            f"content.placement.transport=direct needs ranks and actors on devices of one kind, "
+            f"each on its own, but with cluster.use_gpu={str(cluster.use_gpu).lower()} {obstacle}; "
+            f"set gpus_per_actor to {int(cluster.use_gpu)}, or transport to object_store"
+        )
 
 
 def _check_validation(window: WindowConfig, ranking: RankingConfig) -> None:

@@ -23,7 +23,13 @@ from embedding.raw_ids import Int64Array
 from multimodal.content_config import ContentConfig
 from multimodal.stored_content import Places, StoredContent, StoredModality, write_index
 from multimodal.token_store import NO_ROW, TokenStore
-from multimodal.tower_files import Tower, is_on_hub, model_files, tower_fingerprint
+from multimodal.tower_files import (
+    Tower,
+    is_on_hub,
+    model_files,
+    require_commit,
+    tower_fingerprint,
+)
 from pipeline.cluster import RaySession
 from pipeline.config import Recipe
 from pipeline.console import Reporter
@@ -194,6 +200,7 @@ class _TowerJob:
             checked.widths[name],
             self.stage.items_per_batch,
             self.stage.items_per_part,
+            use_gpu=self.stage.gpus_per_worker > 0,
         )
 
     def tasks(self, catalogue: pd.DataFrame) -> list[EncodeTask]:
@@ -278,10 +285,15 @@ def content_stage(
         catalogue: fingerprint of the catalogue's files.
         session: starts Ray.
         reporter: shows progress.
+
+    Raises:
+        UserError: the files of a tower are not there, or may change unseen.
     """
     config = recipe.content
     assert config is not None
-    files = {
+    for tower in config.towers.values():
+        require_commit(tower)
+    files = {  # those of a hub model are what its commit, part of the settings, says
         name: fingerprint(model_files(tower))
         for name, tower in config.towers.items()
         if not is_on_hub(tower)

@@ -5,6 +5,7 @@ Reads the run's content artifact and its checkpoint.
 
 # Shapes: N items of the sample, D columns.
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from embedding.initialization import initialize_shard
 from embedding.item_columns import candidate_feature
 from embedding.raw_ids import Int64Array
 from multimodal.content_config import ContentConfig
-from multimodal.content_encoder import load_content_encoder
+from multimodal.content_encoder import load_content_encoder, load_moments
 from multimodal.stored_content import ContentReader
 from multimodal.vectors import sample_rows
 from pipeline.config import Recipe
@@ -48,10 +49,10 @@ def vector_sets(
     reader = ContentReader(paths.index, paths.stores)
     rows = sample_rows(reader.num_items, MAX_ITEMS, seed=0)
     item_ids_N = reader.item_ids_N[rows]
-    bank = read_companion(checkpoint, "bank/")
+    bank, encoder = (read_companion(checkpoint, part) for part in ("bank/", "encoder/"))
     known = torch.searchsorted(bank["item_ids"], torch.from_numpy(item_ids_N.copy()))
     pairs = [
-        ("content, before training", start_vectors(config, reader, torch.from_numpy(rows))),
+        ("content, before training", start_vectors(config, reader, rows, encoder)),
         ("content, after training", bank["vectors"][known]),
     ]
     table = _item_table(recipe)
@@ -65,10 +66,14 @@ def vector_sets(
 
 
 @torch.no_grad()
-def start_vectors(config: ContentConfig, reader: ContentReader, rows_N: Tensor) -> Tensor:
-    """Content vectors (N, D) of the encoder as it is initialised."""
+def start_vectors(
+    config: ContentConfig, reader: ContentReader, rows_N: Int64Array, trained: Mapping[str, Tensor]
+) -> Tensor:
+    """Content vectors (N, D) of the encoder as the training of a `trained_state` started."""
     encoder = load_content_encoder(config).eval()
-    return torch.cat([encoder(reader.read(part)) for part in rows_N.split(_ITEMS_AT_A_TIME)])
+    load_moments(encoder, trained)
+    pieces = torch.from_numpy(rows_N).split(_ITEMS_AT_A_TIME)
+    return torch.cat([encoder(reader.read(part)) for part in pieces])
 
 
 def _item_table(recipe: Recipe) -> TableConfig | None:

@@ -6,6 +6,9 @@ anything else. With a service, actors do that, each for its share, on devices of
 
     staleness 0    step = ranks + actor
     staleness 1    step = max(ranks, actor); backward encodes again, as the weights have moved on
+
+Vectors and gradients are messages that each rank and each actor exchange, or, in the direct
+transport, collectives: an actor's vectors leave it once, for all ranks together.
 """
 
 from dataclasses import dataclass
@@ -116,7 +119,7 @@ class _Point:
     def encoder_s(self, num_items: int, *, twice: bool = False) -> float:
         """Forward and backward of so many items on a rank; `twice`: forward once more before."""
         flops, operations, core_s = _encoding(self.cost.encoder, self.config, num_items, twice)
-        read_s = self._read_s(num_items) * (2 if twice else 1)
+        read_s = self._read_s(num_items, twice=twice)
         if self.on_gpu:
             return read_s + self._gpu_s(flops, operations, self.config.precision)
         return (read_s + core_s) * self.shape.ranks_per_core
@@ -151,38 +154,61 @@ class _Point:
     def ray_s(self, service: Service) -> float:
         """A rank's calls of the actors, with vectors coming and gradients going."""
         moved = 2 * self.items.encoded * self.vector_bytes
+        if self._is_direct(service):
+            # Rank 0 calls for all ranks, and they wait for it.
+            each = 3 * _RAY_CALL_S + 2 * self._exchange_s()
+            return service.num_actors * each + moved / self._direct_bandwidth()
         return 2 * service.num_actors * _RAY_CALL_S + moved / self._message_bandwidth()
 
     def actor_s(self, service: Service) -> float:
         """An actor's share of the items: encoded once for all ranks, whose gradients it adds up."""
         share = ceil(self.items.encoded / service.num_actors)
         twice = service.staleness == 1
-        calls = 2 * self.shape.world_size * _RAY_CALL_S
-        moved = (
-            2 * self.shape.world_size * share * self.vector_bytes
-            + service.num_actors * self.cost.encoder.parameters * ELEMENT_BYTES
-        )
-        calls += moved / self._message_bandwidth()
+        calls = self._actor_calls_s(service, share)
         if service.gpus_per_actor:
             # The same kind of GPU as the ranks'; several actors on one take turns.
             return calls + self.encoder_s(share, twice=twice) / min(service.gpus_per_actor, 1.0)
         _, _, core_s = _encoding(self.cost.encoder, self.config, share, twice)
         threads = max(floor(service.cpus_per_actor), 1)
-        return calls + self._read_s(share) * (2 if twice else 1) + core_s / threads
+        return calls + self._read_s(share, twice=twice) + core_s / threads
+
+    def _actor_calls_s(self, service: Service, share: int) -> float:
+        """What an actor is told, sends and receives."""
+        vectors = share * self.vector_bytes
+        values = self.cost.encoder.parameters * ELEMENT_BYTES
+        if self._is_direct(service):
+            others = service.num_actors - 1
+            moved = 2 * vectors + 2 * others / service.num_actors * values
+            collectives = (3 if others else 2) * self._exchange_s()
+            return 3 * _RAY_CALL_S + collectives + moved / self._direct_bandwidth()
+        moved = 2 * self.shape.world_size * vectors + service.num_actors * values
+        return 2 * self.shape.world_size * _RAY_CALL_S + moved / self._message_bandwidth()
 
     def _gpu_s(self, flops: float, operations: int, precision: str) -> float:
         """Never faster than kernels are started."""
         return max(gpu_seconds(flops, self.shape, precision), operations * _OPERATION_S)
 
-    def _read_s(self, num_items: int) -> float:
+    def _read_s(self, num_items: int, *, twice: bool) -> float:
+        """Tokens come from the store once for forward and backward, to a GPU for every forward."""
         num_bytes = num_items * self.cost.encoder.token_bytes
+        from_store = _TOKEN_COPIES * num_bytes / CORE_BANDWIDTH
         over_pcie = num_bytes / self.shape.machine.pcie_bandwidth if self.on_gpu else 0.0
-        return _TOKEN_COPIES * num_bytes / CORE_BANDWIDTH + over_pcie
+        forwards = _forwards(_pieces(self.config, num_items))
+        return (1 + twice) * from_store + (forwards + twice) * over_pcie
 
     def _collective_s(self) -> float:
-        if self.shape.world_size == 1:
-            return 0.0
+        return 0.0 if self.shape.world_size == 1 else self._exchange_s()
+
+    def _exchange_s(self) -> float:
         return GPU_EXCHANGE_S if self.on_gpu else CPU_CALL_S
+
+    def _is_direct(self, service: Service) -> bool:
+        return service.is_direct(ranks_on_gpu=self.on_gpu)
+
+    def _direct_bandwidth(self) -> float:
+        """Between devices: actors are taken to be on other hosts than ranks."""
+        bandwidth = self.shape.machine.inter_host_bandwidth
+        return bandwidth if self.on_gpu else min(CORE_BANDWIDTH, bandwidth)
 
     def _message_bandwidth(self) -> float:
         """Ray's messages are copied by a core, whatever the network."""
@@ -210,11 +236,15 @@ class _Point:
         return encoder.weight_bytes + _STATES_PER_VALUE * encoder.parameters * ELEMENT_BYTES
 
     def encoding_bytes(self, num_items: int) -> float:
-        """Tokens of a rank's share, and what its forward pass keeps for backward."""
+        """Tokens of a rank's share, and what its forward pass keeps for backward.
+
+        Tokens wait in host memory: a GPU holds those of one micro batch.
+        """
         size = self.config.gradient.micro_batch_items
         at_once = num_items if size is None else min(size, num_items)
         encoder = self.cost.encoder
-        return num_items * encoder.token_bytes + at_once * encoder.activation_bytes
+        held = at_once if self.on_gpu else num_items
+        return held * encoder.token_bytes + at_once * encoder.activation_bytes
 
     def _num_items(self) -> float:
         return self.growth * self.cost.items.num_items
@@ -224,15 +254,23 @@ def _encoding(
     encoder: EncoderCost, config: ContentConfig, num_items: int, twice: bool
 ) -> tuple[float, int, float]:
     """Flops, operations, and seconds on one core, of forward and backward of `num_items`."""
-    size = config.gradient.micro_batch_items
-    pieces = 1 if size is None else ceil(num_items / size)
-    # More than one piece: backward computes each one's forward pass again.
-    forwards = 1 + (pieces > 1)
+    pieces = _pieces(config, num_items)
+    forwards = _forwards(pieces)
     flops = num_items * (forwards * encoder.forward_flops + encoder.backward_flops)
     core_s = num_items * (forwards * encoder.forward_s + encoder.backward_s)
     operations = pieces * (forwards * encoder.forward_operations + encoder.backward_operations)
-    if twice:  # without gradient, in one piece
+    if twice:  # without gradient
         flops += num_items * encoder.forward_flops
         core_s += num_items * encoder.forward_s
-        operations += encoder.forward_operations
+        operations += pieces * encoder.forward_operations
     return flops, operations if num_items else 0, core_s
+
+
+def _pieces(config: ContentConfig, num_items: int) -> int:
+    size = config.gradient.micro_batch_items
+    return 1 if size is None else ceil(num_items / size)
+
+
+def _forwards(pieces: int) -> int:
+    """Of more than one piece, backward computes each one's forward pass again."""
+    return 1 + (pieces > 1)

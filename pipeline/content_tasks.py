@@ -21,6 +21,8 @@ from torch import Tensor
 from embedding.errors import UserError
 from embedding.raw_ids import Int64Array, to_raw_ids
 from multimodal.content_config import TextTower
+from multimodal.images import image_path
+from multimodal.token_range import TokenRangeError
 from multimodal.token_store import PartTokens, TokenStore
 from multimodal.tower_files import Tower
 from pipeline.contract import open_parquet
@@ -112,10 +114,11 @@ def _image_digest(value: bytes | str | None, root: Path) -> int:
         return _NO_VALUE
     if isinstance(value, str):
         # Not the bytes: a daily run would read all images anew.
+        path = image_path(value, root)
         try:
-            stat = (root / value).stat()
-            seen = f"{stat.st_size}|{stat.st_mtime_ns}"
-        except OSError:
+            stat = None if path is None else path.stat()
+            seen = "outside" if stat is None else f"{stat.st_size}|{stat.st_mtime_ns}"
+        except (OSError, ValueError):  # the latter of a name with a zero byte
             seen = "absent"
         value = f"{value}|{seen}".encode()
     digest = hashlib.blake2b(value, digest_size=8).digest()
@@ -147,6 +150,8 @@ class EncoderSettings:
     hidden_size: int
     items_per_batch: int
     items_per_part: int
+    use_gpu: bool
+    """The stage reserved one for the worker."""
 
 
 class EncodeItems:
@@ -163,17 +168,24 @@ class EncodeItems:
         self.encode = LowerEncoder(
             split_tower(tower),
             build_preparer(tower, settings.catalogue.root),
-            tower.precision,
-            torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+            tower,
+            torch.device("cuda" if settings.use_gpu else "cpu"),
         )
         self.store = TokenStore(settings.store, settings.fingerprint, settings.tower.precision)
 
     def __call__(self, task: EncodeTask) -> Iterator[int]:
-        """Encode and store; yields the number of items of every part."""
+        """Encode and store; yields the number of items of every part.
+
+        Raises:
+            UserError: the precision of the stored tokens does not hold an item's.
+        """
         size = self.settings.items_per_part
         pending: list[_Encoded] = []
         for piece in self._pieces(task):
-            encoded = self.encode(piece.values)
+            try:
+                encoded = self.encode(piece.values)
+            except TokenRangeError as error:
+                raise error.of_item(int(piece.item_ids_N[error.row])) from error
             pending.append(_Encoded(piece.item_ids_N, piece.digests_N, encoded))
             if sum(len(encoded.item_ids_N) for encoded in pending) >= size:
                 yield self._write(pending)

@@ -67,16 +67,13 @@ def rank_content(
     reader = ContentReader(paths.index, paths.stores)
     ranks = RankGroup(dist.new_group())
     item_ids = torch.from_numpy(reader.item_ids_N.copy())
+    bank = ContentBank(item_ids, config.dim, device, tokens=reader.identity)
+    items = item_source(config, recipe.features, item_ids)
+    shape, penalty = content_shape(config, recipe.features), content_penalty(recipe)
+    # Last, for it may start actors, and only who gets the source can end them.
+    placement = _placement(config, paths, reader, ranks, device, predicts=predicts)
     return RankContent(
-        source=TrainedContent(
-            config,
-            _placement(config, paths, reader, ranks, device, predicts=predicts),
-            bank=ContentBank(item_ids, config.dim, device, tokens=reader.identity),
-            ranks=ranks,
-        ),
-        items=item_source(config, recipe.features, item_ids),
-        shape=content_shape(config, recipe.features),
-        penalty=content_penalty(recipe),
+        TrainedContent(config, placement, bank=bank, ranks=ranks), items, shape, penalty
     )
 
 

@@ -6,7 +6,7 @@ DIR/study.json, study.html
 """
 
 import queue
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +21,8 @@ from embedding.errors import UserError
 from embedding.memory import WORKER_ENVIRONMENT
 from embedding.yaml_text import load_yaml
 from pipeline.artifacts import read_manifest
-from pipeline.cluster import RaySession, actors_of
-from pipeline.config import ClusterConfig, Recipe
+from pipeline.cluster import RaySession
+from pipeline.config import Recipe
 from pipeline.console import Reporter, duration
 from pipeline.content import STORES
 from pipeline.days import available_days
@@ -33,6 +33,7 @@ from pipeline.recipe import load_recipe
 from pipeline.run import DayRun
 from pipeline.stages import STAGES, StageOutput, StageSpec, execute
 from pipeline.study_samples import identities, require_unchanged, samples_key, take_over
+from pipeline.study_slots import actors_of_any, trial_slots
 from pipeline.study_statistics import OF_A_TRIAL, StudyResult, differences, estimates, trial_metrics
 from pipeline.synthetic import ensure_data
 from pipeline.trial import TrialJob, TrialProcess, run_on_group
@@ -142,6 +143,7 @@ class Study:
             except UserError as error:
                 raise UserError(f"variant {variant.name!r}: {error}") from error
         self.first = self.recipes[self.variants[0].name]
+        self._actors = actors_of_any(list(self.recipes.values()))
         self.seeds = [self.first.ranking.trainer.seed + i for i in range(num_seeds)]
         self.reporter = Reporter()
         ensure_data(self.first, self.reporter)
@@ -153,8 +155,7 @@ class Study:
         Raises:
             UserError: the data cannot be prepared, or every trial failed.
         """
-        actors = [bundle for r in self.recipes.values() for bundle in actors_of(r)]
-        with RaySession(self.first.cluster, actors=actors) as session:
+        with RaySession(self.first.cluster, actors=self._actors) as session:
             trials = [
                 trial for variant in self.variants for trial in self._trials(variant, session)
             ]
@@ -276,7 +277,13 @@ class Study:
         cluster = self.first.cluster
         if any(recipe.cluster.num_workers > 1 for recipe in self.recipes.values()):
             return 1
-        slots = trial_slots(ray.cluster_resources(), cluster, num_trials, self.trials_per_gpu)
+        slots = trial_slots(
+            ray.cluster_resources(),
+            cluster,
+            num_trials,
+            trials_per_gpu=self.trials_per_gpu,
+            actors=self._actors,
+        )
         for _ in range(slots):
             self._processes.put(self._start_process())
         return slots
@@ -354,16 +361,6 @@ def with_seed(recipe: Recipe, seed: int) -> Recipe:
     return recipe.model_copy(
         update={"ranking": ranking, "content": content, "evaluation": evaluation}
     )
-
-
-def trial_slots(
-    resources: Mapping[str, float], cluster: ClusterConfig, num_trials: int, trials_per_gpu: int
-) -> int:
-    """Trials of one rank that run side by side."""
-    room = int(resources.get("CPU", 1) / cluster.cpus_per_worker)
-    if cluster.use_gpu:
-        room = min(room, int(resources.get("GPU", 0)) * trials_per_gpu)
-    return max(1, min(room, num_trials))
 
 
 def _last_date(recipe: Recipe) -> str:

@@ -44,9 +44,22 @@ logger = logging.getLogger(__name__)
 
 def train_worker(job: TrainJob) -> None:
     """Train on this rank from the last checkpoint, the parent's, or the start."""
+    device = _prepare_process(job.recipe, job.resume / LOGS)
+    content = _rank_content(job.recipe, job.content, device)
+    try:
+        _train(job, content, device)
+    except BaseException:
+        # A process that is kept for the next training would keep its actors, too.
+        if content is not None:
+            content.source.close(is_orderly=False)
+        raise
+    if content is not None:
+        content.source.close()
+    dist.barrier()
+
+
+def _train(job: TrainJob, content: "RankContent | None", device: torch.device) -> None:
     recipe = job.recipe
-    device = _prepare_process(recipe, job.resume / LOGS)
-    content = _rank_content(recipe, job.content, device)
     sharded = build(recipe, job.plan, device, content)
     checkpointer = Checkpointer(job.checkpoints, keep=recipe.ranking.trainer.keep_checkpoints)
     progress, carried = _restore(job, sharded, checkpointer)
@@ -73,8 +86,6 @@ def train_worker(job: TrainJob) -> None:
     held_out = _loader(recipe, job.validation, content) if job.validation else None
     summary = trainer.fit(loader, progress, validation=held_out)
     checkpointer.close()
-    if content is not None:
-        content.source.close()
     if record is not None:
         record.close()
         best_step = summary.validation.best_step
@@ -93,7 +104,6 @@ def train_worker(job: TrainJob) -> None:
         partial = job.resume / f"{RESULT}.partial"
         partial.write_text(result.model_dump_json(indent=2))
         partial.replace(job.resume / RESULT)
-    dist.barrier()
 
 
 def predict_worker(job: EvaluateJob) -> None:

@@ -60,7 +60,7 @@ def unmerged_vectors(config: ContentConfig, encoder: ContentEncoder, root: Path)
     tokens = {}
     for (name, tower), values in zip(config.towers.items(), (TEXTS, PICTURES), strict=True):
         prepare = build_preparer(tower, root)
-        lower = LowerEncoder(load_tower(tower), prepare, tower.precision, torch.device("cpu"))
+        lower = LowerEncoder(load_tower(tower), prepare, tower, torch.device("cpu"))
         tokens[name] = lower(values).of_all_items()
     with torch.no_grad():
         vectors_ND: Tensor = encoder(TokenBatch(tokens))

@@ -1,16 +1,22 @@
 """Content encoder and quantizer on a GPU against the CPU."""
 
 import copy
+import time
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from multimodal.codes_config import Rq
 from multimodal.content_encoder import load_content_encoder
 from multimodal.residual_fit import fit_residual
+from multimodal.stopwatch import Stopwatch
+from pipeline.content_group import meeting_place
+from tests.distributed import run_distributed
 from tests.multimodal.small_models import random_tokens, tiny_config, without
 from tests.multimodal.vector_sets import clustered
+from tests.pipeline.tensor_groups import TIMEOUT_S, check_operations, join
 
 pytestmark = pytest.mark.gpu
 
@@ -52,6 +58,55 @@ def test_vectors_and_gradients_are_those_of_the_cpu(cuda, fusion: dict[str, obje
     assert trained
 
 
+def test_micro_batches_draw_the_dropout_of_backward_again_from_tokens_on_the_host(cuda) -> None:
+    dropout = {"fusion": {"kind": "fq_former", "dropout": 0.5}}
+    gradient = {"micro_batch_items": 3}
+    encoder = load_content_encoder(tiny_config(**dropout, gradient=gradient)).to(cuda)
+    batch = random_tokens(8)
+    gradients = []
+    for is_checkpointed in (True, False):
+        encoder.zero_grad()
+        torch.manual_seed(0)
+        pieces = [encoder._encode(encoder.output.weight, piece) for piece in batch.split(3)]
+        if is_checkpointed:
+            torch.manual_seed(0)
+            pieces = [encoder(batch)]
+        torch.cat(pieces).square().sum().backward()
+        gradients.append(encoder.output.weight.grad)
+    torch.testing.assert_close(*gradients, **CLOSE)
+
+
+def test_of_micro_batches_one_is_on_the_device_at_a_time(cuda) -> None:
+    tokens = random_tokens(4000)
+    size = sum(part.tokens_ULH.nbytes for part in tokens.modalities.values())
+    most: dict[tuple[int | None, bool], int] = {}
+    for pieces in (None, 100):
+        encoder = load_content_encoder(tiny_config(gradient={"micro_batch_items": pieces})).to(cuda)
+        for with_gradient in (True, False):
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            with torch.set_grad_enabled(with_gradient):
+                encoder(tokens).sum()
+            most[pieces, with_gradient] = torch.cuda.max_memory_allocated() - before
+    for with_gradient in (True, False):
+        assert most[None, with_gradient] > size
+        assert most[100, with_gradient] < most[None, with_gradient] / 4
+
+
+def test_a_stopwatch_counts_the_work_of_the_device_without_waiting_for_it(cuda) -> None:
+    watch = Stopwatch(torch.device("cuda"))
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(3):
+        with watch.running():
+            torch.cuda._sleep(200_000_000)  # cycles: a tenth of a second
+    started_in = time.perf_counter() - started
+    counted = watch.take()
+    whole = time.perf_counter() - started
+    assert started_in < 0.1 * whole
+    assert 0.8 * whole < counted <= whole
+
+
 def test_codes_of_the_gpu_are_those_of_the_cpu(cuda) -> None:
     x: np.ndarray = clustered(6000)
     books = fit_residual(x, CONFIG)
@@ -63,3 +118,27 @@ def test_codes_of_the_gpu_are_those_of_the_cpu(cuda) -> None:
     assert (codes == books.encode(x)).mean() > 0.999
     assert fitted.codebooks_LKD.device.type == "cpu"
     assert fitted.squared_errors(x)[-1] < 1.02 * books.squared_errors(x)[-1]
+
+
+def test_the_direct_transport_moves_tensors_between_gpus(cuda) -> None:
+    num_gpus = torch.cuda.device_count()
+    if num_gpus < 2:
+        pytest.skip("one CUDA device: NCCL takes one process a GPU")
+    run_distributed(_exchange, min(num_gpus, 4))
+
+
+def _exchange() -> None:
+    """Every process is a member with a GPU of its own; gloo only tells them where they meet."""
+    member, size = dist.get_rank(), dist.get_world_size()
+    device = torch.device("cuda", member)
+    torch.cuda.set_device(device)
+    store = meeting_place("127.0.0.1", 0, TIMEOUT_S, opens=True)
+    ports = [store.port]
+    dist.broadcast_object_list(ports, src=0)
+    if member:
+        store = meeting_place("127.0.0.1", ports[0], TIMEOUT_S)
+    group = join(store, member, size, device)
+    check_operations(group, member, size, device)
+    dist.barrier()
+    group.leave()
+    dist.barrier()  # the store is that of member 0

@@ -1,5 +1,6 @@
 """Recipes of content are checked without torch, and errors name the remedy."""
 
+import re
 import subprocess
 import sys
 
@@ -67,3 +68,30 @@ def test_the_config_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "on_gpu", "obstacle"),
+    [
+        (0, False, None),
+        (1, True, None),
+        (2, True, None),
+        (0, True, r"ranks run on GPUs and the actors on CPUs \(gpus_per_actor=0\)"),
+        (1, False, r"ranks run on CPUs and the actors on GPUs \(gpus_per_actor=1\)"),
+        (0.5, True, r"actors share a GPU \(gpus_per_actor=0.5\), and NCCL takes one process"),
+    ],
+)
+def test_the_direct_transport_is_taken_where_all_have_gpus_of_their_own(
+    gpus: float, on_gpu: bool, obstacle: str | None
+) -> None:
+    found = Service(gpus_per_actor=gpus).obstacle(ranks_on_gpu=on_gpu)
+    assert found is None if obstacle is None else re.search(obstacle, found or "")
+    chosen = {
+        transport: Service(gpus_per_actor=gpus, transport=transport).is_direct(ranks_on_gpu=on_gpu)
+        for transport in ("auto", "object_store", "direct")
+    }
+    assert chosen == {
+        "auto": on_gpu and obstacle is None,
+        "object_store": False,
+        "direct": True,
+    }

@@ -206,6 +206,17 @@ def test_micro_batches_give_the_same_vectors_and_gradients(tmp_path: Path) -> No
         torch.testing.assert_close(parameter.grad, other.grad, atol=1e-5, rtol=1e-5, msg=name)
 
 
+def test_without_gradient_micro_batches_give_the_same_vectors_piece_by_piece() -> None:
+    whole = load_content_encoder(tiny_config())
+    pieces = load_content_encoder(tiny_config(gradient={"micro_batch_items": 3}))
+    batch = without(random_tokens(8), "image", [1, 7])
+    sizes: list[int] = []
+    pieces.fusion.register_forward_hook(lambda _, __, out: sizes.append(len(out)))
+    with torch.no_grad():
+        torch.testing.assert_close(pieces(batch), whole(batch))
+    assert sizes == [3, 3, 2]
+
+
 def test_micro_batches_draw_the_dropout_of_backward_again() -> None:
     dropout = {"fusion": {"kind": "fq_former", "dropout": 0.5}}
     encoder = load_content_encoder(tiny_config(**dropout, gradient={"micro_batch_items": 3}))
@@ -214,7 +225,7 @@ def test_micro_batches_draw_the_dropout_of_backward_again() -> None:
     for is_checkpointed in (True, False):
         encoder.zero_grad()
         torch.manual_seed(0)
-        pieces = [encoder._encode(piece) for piece in batch.split(3)]
+        pieces = [encoder._encode(encoder.output.weight, piece) for piece in batch.split(3)]
         if is_checkpointed:
             torch.manual_seed(0)
             pieces = [encoder(batch)]

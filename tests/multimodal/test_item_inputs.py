@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps, features
+from PIL import Image, ImageOps
 
 from embedding.errors import UserError
 from multimodal.content_config import ImageTower, TextTower
-from multimodal.images import DAMAGED, NO_FILE, TOO_LARGE, read_image
+from multimodal.images import DAMAGED, NO_FILE, OUTSIDE, TOO_LARGE, read_image
 from multimodal.item_inputs import MISSING, ImagePreparer, TextPreparer
 from tests.multimodal.small_models import save_image_model, save_text_model
 
@@ -37,7 +37,7 @@ def mean_colour(value: bytes | str, root: Path = Path()) -> np.ndarray:
 # --- images --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "WEBP"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "MPO", "GIF", "BMP", "WEBP", "TIFF"])
 def test_the_file_format_does_not_matter(kind: str) -> None:
     value = encoded(Image.new("RGB", (40, 20), RED), kind)
     np.testing.assert_allclose(mean_colour(value), RED, atol=6)
@@ -137,10 +137,27 @@ def test_images_that_cannot_be_used_are_counted_by_cause(tmp_path: Path) -> None
     torch.testing.assert_close(*prepared.inputs["pixel_values"])
 
 
-@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
-def test_a_damaged_avif_is_counted() -> None:
-    value = encoded(Image.new("RGB", (16, 16), RED), "AVIF").replace(b"iloc", b"gone")
+@pytest.mark.parametrize("kind", ["PPM", "TGA", "ICO", "EPS", "PCX"])
+def test_a_sound_picture_of_a_format_that_is_not_read_is_damaged(kind: str) -> None:
+    value = encoded(Image.new("RGB", (16, 16), RED), kind)
+    with Image.open(io.BytesIO(value)) as image:
+        assert image.format == kind
     assert ImagePreparer(ImageTower(image_size=16), Path())([value]).faults == [DAMAGED]
+
+
+def test_paths_do_not_leave_the_data_root(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    (root / "posters").mkdir(parents=True)
+    sound = encoded(Image.new("RGB", (16, 16), RED))
+    for folder in (tmp_path, root, root / "posters"):
+        (folder / "a.png").write_bytes(sound)
+    preparer = ImagePreparer(ImageTower(image_size=16), root)
+
+    inside = ["a.png", "./a.png", "posters/a.png"]
+    outside = ["../a.png", "posters/../../a.png", str(tmp_path / "a.png"), str(root / "a.png")]
+
+    assert preparer(inside).faults == [None] * 3
+    assert preparer(outside).faults == [OUTSIDE] * 4
 
 
 def test_a_batch_without_any_image_has_no_rows() -> None:

@@ -1,13 +1,17 @@
 """Training steps on content with given placements, on the ranks of any process group."""
 
 import json
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
+import ray
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,6 +19,7 @@ from torch import Tensor
 from embedding.arrow import Rows, concat_rows
 from embedding.batch import RankingBatch
 from embedding.epochs import EpochPlan
+from embedding.errors import UserError
 from embedding.loader import SampleFiles
 from embedding.shard import Sharded
 from multimodal.stored_content import Places, StoredContent, StoredModality, write_index
@@ -24,7 +29,8 @@ from pipeline.config import Recipe
 from pipeline.content_paths import ContentPaths
 from pipeline.content_training import RankContent, rank_content
 from pipeline.planning_worker import plan_recipe
-from pipeline.training_worker import build
+from pipeline.train import TrainJob
+from pipeline.training_worker import build, train_worker
 from ranking.losses import TaskLoss
 from ranking.steps import PlainSteps
 from tests.embedding.toy import gather_tables
@@ -138,6 +144,17 @@ def write_tokens(folder: Path) -> None:
     write_index(folder / "index", np.arange(NUM_ITEMS), stored, places)
 
 
+@contextmanager
+def one_process() -> Iterator[None]:
+    """A process group of this process alone."""
+    store = dist.HashStore()  # type: ignore[attr-defined] # public, but not in __all__
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
 def train_cases_of_job(config: dict[str, str]) -> None:
     """`train_cases` as a Ray Train worker."""
     train_cases(json.loads(config["job"]))
@@ -151,6 +168,21 @@ def train_cases(config: dict[str, str]) -> None:
         found = _train(recipe(**content), folder)
         if dist.get_rank() == 0:
             torch.save(found, folder / f"{name}.pt")
+
+
+def failed_training(job: str) -> tuple[str, list[str]]:
+    """What a training raised, and the actors that are left while the process keeps the error."""
+    with one_process(), pytest.raises(UserError) as kept:
+        train_worker(TrainJob.model_validate_json(job))
+    return str(kept.value), actors_left()
+
+
+def actors_left() -> list[str]:
+    """Named actors that do not end in a moment."""
+    deadline = time.monotonic() + 10
+    while (names := ray.util.list_named_actors()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return [str(name) for name in names]
 
 
 def build_rank(settings: Recipe, folder: Path) -> tuple[RankContent, Sharded]:

@@ -60,9 +60,9 @@ class Run:
             driver.wait()
 
 
-def finished_copy(run: Run, prepared: Path) -> Path:
+def finished_copy(run: Run, prepared: Path, name: str = "undisturbed") -> Path:
     """Output directory of an undisturbed run that published, from a prepared one."""
-    out = prepared.with_name("undisturbed")
+    out = prepared.with_name(name)
     shutil.copytree(prepared, out)
     run.finish(out, stage="publish")
     return out

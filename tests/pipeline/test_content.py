@@ -10,13 +10,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 
 from embedding.errors import UserError
-from multimodal import token_store
+from multimodal import item_tokens, token_store, towers
 from multimodal.content_config import ContentConfig
 from multimodal.item_inputs import build_preparer
+from multimodal.item_tokens import LowerEncoder
 from multimodal.stored_content import ContentReader
 from multimodal.token_store import part_fault
+from multimodal.tower_files import Tower
+from multimodal.tower_models import load_model
 from multimodal.towers import load_tower
 from pipeline import content as stage
 from pipeline import content_tasks
@@ -235,6 +239,52 @@ def test_what_does_not_fit_shows_before_ray_starts(
         check_content(small_content(**changes), tmp_path / "data")
 
 
+def test_tokens_beyond_the_precision_are_refused_and_name_the_item(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model whose layers end in values that half precision does not hold."""
+
+    def loud(tower: Tower) -> torch.nn.Module:
+        model = load_model(tower)
+        for layer in model.encoder.layer:
+            layer.output.LayerNorm.weight.data.mul_(1e5)
+        return model
+
+    monkeypatch.setattr(towers, "load_model", loud)
+    rows = items(1, 3)
+    rows[0]["text"] = None
+    write_items(tmp_path / "data", rows)
+    refusal = (
+        r"the text tower 'tiny' gives item 2 a token value of -?\d\S+, beyond the largest of "
+        r"float16, 65504; set content\.text\.precision=bfloat16"
+    )
+    text = {"max_tokens": 6}
+    with pytest.raises(UserError, match=refusal):
+        run_stage(tmp_path, "d1", image=None, text={**text, "precision": "float16"})
+    for day, precision in (("d2", "bfloat16"), ("d3", "float32")):
+        _, reader = run_stage(tmp_path, day, image=None, text={**text, "precision": precision})
+        stored = reader.read(torch.arange(3)).modalities["text"]
+        assert stored.tokens_ULH[stored.mask_UL].isfinite().all()
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(0, "cpu"), (0.5, "cuda")])
+def test_workers_use_a_gpu_only_where_the_stage_reserved_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: float, device: str
+) -> None:
+    used: list[str] = []
+
+    class Watched(LowerEncoder):
+        def __init__(self, split: Any, prepare: Any, tower: Tower, where: torch.device) -> None:
+            used.append(where.type)
+            super().__init__(split, prepare, tower, torch.device("cpu"))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(item_tokens, "LowerEncoder", Watched)
+    write_items(tmp_path / "data", items(1, 2))
+    run_stage(tmp_path, "d1", image=None, tokens={"gpus_per_worker": gpus})
+    assert used == [device]
+
+
 # --- the stage of a run --------------------------------------------------------------------------
 
 
@@ -270,6 +320,24 @@ def test_the_stage_is_current_until_what_its_tokens_depend_on_changes(tmp_path: 
     write_items(root, items(1, 5))
     (newer,) = day_run(tmp_path).specs("content")
     assert not newer.is_current
+
+
+def test_a_hub_model_is_known_by_its_commit_without_a_download(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    for day in range(3):
+        write_day(root, day, [[event(day, 1, 60)]])
+    write_items(root, items(1, 4))
+
+    def identity(revision: str | None) -> str:
+        model = {"model": "nobody/such-a-model", "revision": revision}
+        (spec,) = day_run(tmp_path, text={**model, "max_tokens": 6}).specs("content")
+        return spec.artifact_id
+
+    assert identity("a" * 40) == identity("a" * 40) != identity("b" * 40)
+    with pytest.raises(UserError, match="is a hub id, .* set `revision` beside `model`"):
+        identity(None)
+    with pytest.raises(ValidationError, match=r"text\.revision"):
+        identity("main")
 
 
 def test_a_recipe_without_content_has_no_such_stage(tmp_path: Path) -> None:

@@ -1,18 +1,30 @@
-"""Rows of the item table before and after training, without the table in memory."""
+"""Content and rows of the item table as they were before training, and after it."""
 
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from embedding.config import TableConfig
 from embedding.initialization import initialize_shard
+from multimodal.content_encoder import load_content_encoder, trained_state
+from multimodal.stored_content import ContentReader
 from pipeline import content_moments
 from pipeline.config import Recipe
 from pipeline.content_paths import ContentPaths
-from tests.pipeline.content_steps import NUM_ITEMS, recipe, write_tokens
+from ranking.steps import PlainSteps
+from tests.pipeline.content_steps import (
+    NUM_ITEMS,
+    announced_batches,
+    build_rank,
+    one_process,
+    recipe,
+    write_inputs,
+    write_tokens,
+)
 
 TABLE = TableConfig(name="item", num_embeddings=50, embedding_dim=8)
 ROWS = torch.tensor([49, 0, 7, 7])
@@ -50,11 +62,45 @@ def test_without_a_feature_of_item_ids_content_alone_is_shown(
     write_tokens(tmp_path)
     trained = torch.randn(NUM_ITEMS, 8)
     bank = {"item_ids": torch.arange(NUM_ITEMS), "vectors": trained}
-    monkeypatch.setattr(content_moments, "read_companion", lambda *_: bank)
+    settings = without_item_id()
+    assert settings.content is not None
+    encoder = trained_state(load_content_encoder(settings.content))
+    saved = {"bank/": bank, "encoder/": encoder}
+    monkeypatch.setattr(content_moments, "read_companion", lambda _, prefix: saved[prefix])
     paths = ContentPaths(index=tmp_path / "index", stores=tmp_path / "stores")
 
-    item_ids_N, sets = content_moments.vector_sets(without_item_id(), paths, tmp_path)
+    item_ids_N, sets = content_moments.vector_sets(settings, paths, tmp_path)
 
     assert item_ids_N.tolist() == list(range(NUM_ITEMS))
     assert [s.title for s in sets] == ["content, before training", "content, after training"]
     assert torch.equal(torch.from_numpy(sets[1].vectors_ND), trained)
+
+
+@pytest.mark.parametrize("fusion", [{"kind": "fq_former"}, {"kind": "concat"}])
+def test_content_before_training_is_what_the_first_step_read(
+    tmp_path: Path, fusion: dict[str, str]
+) -> None:
+    write_inputs(tmp_path)
+    settings = recipe(fusion=fusion, optimizer={"learning_rate": 0.1})
+    assert settings.content is not None
+    with one_process():
+        content, sharded = build_rank(settings, tmp_path)
+        sharded.model.train()
+        steps = PlainSteps(sharded.model, sharded.optimizer)
+        batches = announced_batches(content, settings, tmp_path)
+        content.source.refresh()
+        at_step_0 = content.source.tensors()["bank/vectors"].clone()
+        for _ in range(2):
+            steps.run(batches)
+            content.source.learn(1.0)
+        content.source.refresh()
+        saved = content.source.tensors()
+    trained = {n.removeprefix("encoder/"): t for n, t in saved.items() if n.startswith("encoder/")}
+    reader = ContentReader(tmp_path / "index", tmp_path / "stores")
+
+    found = content_moments.start_vectors(
+        settings.content, reader, np.arange(NUM_ITEMS)[::2], trained
+    )
+
+    torch.testing.assert_close(found, at_step_0[::2], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(saved["bank/vectors"], at_step_0, atol=0.01)

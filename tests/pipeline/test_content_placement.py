@@ -1,24 +1,27 @@
 """Wherever the content encoder runs, the same data trains the same weights."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
-import torch.distributed as dist
 
 from embedding.config import StrictConfig
 from embedding.errors import UserError
 from pipeline.cluster import RaySession
 from pipeline.config import ClusterConfig
-from pipeline.train import run_workers
+from pipeline.content_paths import ContentPaths
+from pipeline.planning_worker import plan_recipe
+from pipeline.train import TrainJob, run_workers
 from tests.pipeline.content_steps import (
     NUM_STEPS,
+    actors_left,
     build_rank,
     difference,
+    failed_training,
+    one_process,
     recipe,
     train_cases,
     train_cases_of_job,
@@ -28,16 +31,25 @@ from tests.pipeline.content_steps import (
 pytestmark = pytest.mark.integration
 
 TOLERANCE = 1e-5
-SERVICE = {"kind": "service", "timeout_s": 30, "cpus_per_actor": 0}
+SERVICE = {
+    "kind": "service",
+    "timeout_s": 30,
+    "cpus_per_actor": 0,
+    "transport": "object_store",
+}
+DIRECT = {**SERVICE, "transport": "direct"}
 BOUNDED = {"items": "targets+sample", "sample_share": 0.5, "max_items_per_step": 6}
 """Less than what a rank shows: it draws some of its candidates and of its history items."""
 ON_RANKS: dict[str, dict[str, Any]] = {
     "inline": {},
     "one_actor": {"placement": {**SERVICE, "num_actors": 1}},
     "two_actors": {"placement": {**SERVICE, "num_actors": 2}},
+    "two_direct": {"placement": {**DIRECT, "num_actors": 2}},
     "stale": {"placement": {**SERVICE, "staleness": 1}},
+    "stale_direct": {"placement": {**DIRECT, "num_actors": 2, "staleness": 1}},
     "bounded": {"gradient": BOUNDED},
     "bounded_actors": {"gradient": BOUNDED, "placement": {**SERVICE, "num_actors": 2}},
+    "bounded_direct": {"gradient": BOUNDED, "placement": {**DIRECT, "num_actors": 2}},
 }
 
 
@@ -46,19 +58,9 @@ class _Cases(StrictConfig):
     cases: str
 
 
-@contextmanager
-def _one_process() -> Iterator[None]:
-    store = dist.HashStore()  # type: ignore[attr-defined] # public, but not in __all__
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
 def test_every_placement_trains_what_one_process_trains(tmp_path: Path) -> None:
     write_inputs(tmp_path)
-    with _one_process():
+    with one_process():
         train_cases({"folder": str(tmp_path), "cases": json.dumps({"one_process": {}})})
     cluster = ClusterConfig(num_workers=2, max_failures=0)
     with RaySession(cluster) as session:
@@ -69,10 +71,8 @@ def test_every_placement_trains_what_one_process_trains(tmp_path: Path) -> None:
 
     expected = found["one_process"]
     assert expected["losses"][-1] < expected["losses"][0]
-    for name in ("inline", "one_actor", "two_actors"):
-        assert found[name]["losses"] == pytest.approx(expected["losses"], abs=TOLERANCE), name
-        for part in ("tables", "dense", "beside"):
-            assert difference(found[name][part], expected[part]) < TOLERANCE, (name, part)
+    for name in ("inline", "one_actor", "two_actors", "two_direct"):
+        _assert_same(found[name], expected, name)
     # One step behind, from the second step on: each vector was computed one step ago.
     stale = found["stale"]
     assert stale["losses"][0] == pytest.approx(expected["losses"][0], abs=TOLERANCE)
@@ -80,15 +80,22 @@ def test_every_placement_trains_what_one_process_trains(tmp_path: Path) -> None:
     assert stale["losses"] == pytest.approx(expected["losses"], abs=0.05)
     assert stale["metrics"]["content/bank_age_steps"] == 1
     assert expected["metrics"]["content/bank_age_steps"] == 0
+    _assert_same(found["stale_direct"], stale, "stale_direct")
+    assert found["stale_direct"]["metrics"]["content/bank_age_steps"] == 1
     assert len(expected["losses"]) == NUM_STEPS
     # Who encodes what was drawn makes no difference to it.
-    drawn, of_actors = found["bounded"], found["bounded_actors"]
-    assert drawn["losses"] == pytest.approx(of_actors["losses"], abs=TOLERANCE)
-    for part in ("tables", "dense", "beside"):
-        assert difference(drawn[part], of_actors[part]) < TOLERANCE, part
+    drawn = found["bounded"]
+    for name in ("bounded_actors", "bounded_direct"):
+        _assert_same(found[name], drawn, name)
     assert difference(drawn["beside"], expected["beside"]) > 100 * TOLERANCE
     assert 6 < drawn["metrics"]["content/encoded_items"] <= 12
     assert drawn["metrics"]["content/bank_age_steps"] > 0
+
+
+def _assert_same(found: dict[str, Any], expected: dict[str, Any], name: str) -> None:
+    assert found["losses"] == pytest.approx(expected["losses"], abs=TOLERANCE), name
+    for part in ("tables", "dense", "beside"):
+        assert difference(found[part], expected[part]) < TOLERANCE, (name, part)
 
 
 def test_ranks_and_actors_refuse_towers_other_than_those_of_the_stored_tokens(
@@ -97,8 +104,32 @@ def test_ranks_and_actors_refuse_towers_other_than_those_of_the_stored_tokens(
     write_inputs(tmp_path)
     other = {"text": {"lora": {"rank": 2}, "max_tokens": 8}}
     refusal = r"the text tower 'tiny' of host .* has fingerprint \w+, but the stored tokens come"
-    with RaySession(ClusterConfig(num_workers=1)) as session, _one_process():
+    with RaySession(ClusterConfig(num_workers=1)) as session, one_process():
         session.start()
         for placement in ({"kind": "inline"}, SERVICE):
-            with pytest.raises(UserError, match=refusal):
+            # The error, which is kept, keeps all that was started for it: actors, too.
+            with pytest.raises(UserError, match=refusal) as kept:
                 build_rank(recipe(placement=placement, **other), tmp_path)
+            assert actors_left() == [], kept
+
+
+def test_actors_end_with_a_training_that_fails(tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    settings = recipe(placement=SERVICE)
+    plan = tmp_path / "plan.json"
+    plan.write_text(plan_recipe(settings, 1).model_dump_json())
+    job = TrainJob(
+        recipe=settings,
+        samples=[tmp_path / "gone.parquet"],
+        validation=[],
+        plan=plan,
+        parent_checkpoint=None,
+        resume=tmp_path / "resume",
+        content=ContentPaths(index=tmp_path / "index", stores=tmp_path / "stores"),
+    )
+    with RaySession(ClusterConfig(num_workers=1)) as session:
+        session.start()
+        failed = ray.remote(failed_training).options(num_cpus=0).remote(job.model_dump_json())
+        said, left = ray.get(failed)
+    assert "gone.parquet" in said  # read after the actors have started
+    assert left == []

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.integration
 STEPS_BETWEEN_CHECKPOINTS = 10
 
 
-def run_on(data: Path) -> Run:
+def run_on(data: Path, transport: str) -> Run:
     return Run(
         {
             "data.root": data,
@@ -38,7 +38,8 @@ def run_on(data: Path) -> Run:
             "content": (
                 "{text: {max_tokens: 8}, image: {image_size: 16}, dim: 16, "
                 "gradient: {max_items_per_step: 40}, fusion: {kind: fq_former, dropout: 0.1}, "
-                "placement: {kind: service, num_actors: 2, timeout_s: 120, cpus_per_actor: 0.5}}"
+                "placement: {kind: service, num_actors: 2, timeout_s: 120, cpus_per_actor: 0.5, "
+                f"transport: {transport}}}}}"
             ),
         }
     )
@@ -57,19 +58,24 @@ def kill_one_of(name: str) -> Callable[[psutil.Process], None]:
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Data, and an output directory where everything before training has run."""
     root = tmp_path_factory.mktemp("content-recovery")
-    run_on(root / "data").finish(root / "prepared", stage="plan")
+    run_on(root / "data", "object_store").finish(root / "prepared", stage="plan")
     return root / "data", root / "prepared"
 
 
+@pytest.fixture(scope="module", params=["object_store", "direct"])
+def transport(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def undisturbed(prepared: tuple[Path, Path]) -> Path:
+def undisturbed(prepared: tuple[Path, Path], transport: str) -> Path:
     """Output directory of a run that published."""
     data, before_training = prepared
-    return finished_copy(run_on(data), before_training)
+    return finished_copy(run_on(data, transport), before_training, f"undisturbed-{transport}")
 
 
 def test_a_killed_actor_and_a_killed_rank_change_nothing(
-    prepared: tuple[Path, Path], undisturbed: Path, tmp_path: Path
+    transport: str, prepared: tuple[Path, Path], undisturbed: Path, tmp_path: Path
 ) -> None:
     data, before_training = prepared
     out = tmp_path / "out"
@@ -77,7 +83,7 @@ def test_a_killed_actor_and_a_killed_rank_change_nothing(
     actor_step = random.randrange(STEPS_BETWEEN_CHECKPOINTS + 5, 25)
     rank_step = random.randrange(STEPS_BETWEEN_CHECKPOINTS + 25, 50)
     kills = {actor_step: kill_one_of("ContentActor"), rank_step: kill_one_of("RayTrainWorker")}
-    code = run_on(data).interrupt(out, kills)
+    code = run_on(data, transport).interrupt(out, kills)
     text = (out / "output.txt").read_text()
     assert code == 0, text
     assert text.count("workers restarted") == len(kills), text

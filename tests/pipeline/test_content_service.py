@@ -1,15 +1,14 @@
 """A rank's end of the content service, with actors that only count what they are asked for."""
 
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from multimodal.rank_group import RankGroup
-from pipeline import content_service
-from pipeline.content_service import ServiceEncoder
+from pipeline import content_transport
+from pipeline.content_transport import ActorCalls, StoreTransport
 
 
 class CountingActor:
@@ -19,7 +18,7 @@ class CountingActor:
         self.requests: list[int] = []
         self.encode_now = SimpleNamespace(remote=self._encode_now)
 
-    def _encode_now(self, step: int, rows_U: np.ndarray, exact: bool) -> np.ndarray:
+    def _encode_now(self, step: int, rows_U: np.ndarray, *, exact: bool) -> np.ndarray:
         self.requests.append(len(rows_U))
         return np.stack([rows_U, rows_U], axis=1).astype(np.float32)
 
@@ -41,17 +40,11 @@ def test_what_all_ranks_ask_an_actor_for_at_once_does_not_grow_with_their_number
 ) -> None:
     num_rows = 9000
     actors = [CountingActor(), CountingActor()]
-    monkeypatch.setattr(content_service.ray, "get", lambda answers, timeout: answers)
-    encoder: Any = object.__new__(ServiceEncoder)
-    encoder.__dict__ |= {
-        "_actors": actors,
-        "_ranks": OneOf(num_ranks - 1, num_ranks),
-        "_service": SimpleNamespace(timeout_s=1.0),
-        "_device": torch.device("cpu"),
-        "_dim": 2,
-        "_step": 5,
-    }
-    vectors_RD = encoder.encode_all(num_rows, exact=True)
+    monkeypatch.setattr(content_transport.ray, "get", lambda answers, timeout: answers)
+    ranks = OneOf(num_ranks - 1, num_ranks)
+    calls = ActorCalls(actors, ranks.rank, timeout_s=1.0)
+    transport = StoreTransport(calls, ranks, torch.device("cpu"), dim=2)
+    vectors_RD = transport.encode_all(5, num_rows, exact=True)
 
     rows = torch.arange(num_rows)[(num_ranks - 1) * -(-num_rows // num_ranks) :]
     assert torch.equal(vectors_RD, torch.stack([rows, rows], dim=1).float())

@@ -143,6 +143,36 @@ def test_micro_batches_compute_forward_again_and_keep_one_piece() -> None:
     assert whole.rank_bytes - pieces.rank_bytes == pytest.approx((ITEMS - 100) * 1e6)
 
 
+def test_micro_batches_come_to_a_gpu_one_at_a_time_and_once_more_for_backward() -> None:
+    whole, pieces = (
+        step_of("h100:1", config_of(gradient={"max_items_per_step": None, "micro_batch_items": n}))
+        for n in (None, 100)
+    )
+    forward = ITEMS * (3e9 / (GPU_FLOPS_SHARE * 67e12) + 5e4 / 64e9)
+    assert pieces.rank_s - whole.rank_s == pytest.approx(forward)
+    assert whole.rank_bytes - pieces.rank_bytes == pytest.approx((ITEMS - 100) * (1e6 + 5e4))
+
+
+def test_stale_micro_batches_start_as_many_kernels_as_they_are_pieces() -> None:
+    """Forward, forward again for backward, backward, and the forward of the step before."""
+    small = COST.model_copy(update={"items": EVERY_ITEM.model_copy(update={"bin_items": (4.0,)})})
+    fresh, stale = (
+        step_of(
+            "h100:1",
+            config_of(
+                placement={"kind": "service", "gpus_per_actor": 1, "staleness": staleness},
+                gradient={"max_items_per_step": None, "micro_batch_items": 1},
+            ),
+            small,
+        )
+        for staleness in (0, 1)
+    )
+    operations = 4 * 100 * GPU_CALL_S / 10
+    assert operations > 4 * 3e9 / (GPU_FLOPS_SHARE * 67e12)
+    reading = 4 * 5e4 * (2 / CORE_BANDWIDTH + 1 / 64e9)
+    assert stale.actor_s - fresh.actor_s == pytest.approx(operations + reading)
+
+
 def test_a_rank_holds_bank_encoder_and_its_share() -> None:
     step = step_of("h100:8", config_of())
     bank = ITEMS * (DIM * 4 + 8)
@@ -158,8 +188,10 @@ def test_a_rank_holds_bank_encoder_and_its_share() -> None:
     assert large.rank_bytes == pytest.approx(10**9 * (DIM * 4 + 8) + encoder + copies)
 
 
-def service(**changes: object) -> ContentConfig:
-    return config_of(placement={"kind": "service", "num_actors": 4, **changes})
+def service(transport: str = "object_store", **changes: object) -> ContentConfig:
+    return config_of(
+        placement={"kind": "service", "num_actors": 4, "transport": transport, **changes}
+    )
 
 
 def test_ranks_of_a_service_do_not_run_the_encoder() -> None:
@@ -178,6 +210,34 @@ def test_ranks_of_a_service_do_not_run_the_encoder() -> None:
     assert step.rank_s == pytest.approx(loss + ids + calls)
     # One after the other: the ranks wait for vectors of the weights after the last step.
     assert step.added_seconds(0.5) == pytest.approx(step.rank_s + step.actor_s)
+
+
+def test_the_direct_transport_sends_vectors_once_for_all_ranks() -> None:
+    """Over the network cards; calls are those of rank 0, whatever the number of ranks."""
+    few, many = (
+        step_of(name, service("direct", gpus_per_actor=1)) for name in ("h100:8", "h100:4x8")
+    )
+    encoding = 250 * 7e9 / (GPU_FLOPS_SHARE * 67e12)
+    reading = 250 * 5e4 * (2 / CORE_BANDWIDTH + 1 / 64e9)
+    moved = (2 * 250 * DIM * 4 + 2 * 3 / 4 * 10**5 * 4) / 50e9
+    talk = 3 * 0.25e-3 + 3 * GPU_EXCHANGE_S
+    for step in (few, many):
+        assert step.actor_s == pytest.approx(encoding + reading + moved + talk)
+    loss = max(1.1e8 / (GPU_FLOPS_SHARE * 67e12), 60 * GPU_CALL_S / 10)
+    ids = 7 / 8 * 8 * ITEMS * 8 / 450e9 + GPU_EXCHANGE_S
+    calls = 4 * (3 * 0.25e-3 + 2 * GPU_EXCHANGE_S) + 2 * ITEMS * DIM * 4 / 50e9
+    assert few.rank_s == pytest.approx(loss + ids + calls)
+
+
+def test_the_transport_of_a_step_is_the_one_that_devices_allow() -> None:
+    for changes, same in (
+        ({"gpus_per_actor": 1}, "direct"),
+        ({"gpus_per_actor": 0.5}, "object_store"),
+        ({}, "object_store"),
+    ):
+        chosen, expected = (step_of("h100:8", service(t, **changes)) for t in ("auto", same))
+        assert chosen == expected, changes
+    assert step_of("cpu:2", service("auto")) == step_of("cpu:2", service("object_store"))
 
 
 def test_stale_vectors_are_made_beside_the_ranks_and_once_more_for_backward() -> None:
@@ -303,6 +363,14 @@ def test_a_service_on_gpus_needs_a_topology_that_has_some() -> None:
     recipe = load_recipe("demo", [CONTENT, override])
     with pytest.raises(UserError, match=r"gpus_per_actor=1: .*cpu:2 has none; set it to 0"):
         sweep_request(recipe, SweepOptions(("h100:8", "cpu:2")))
+
+
+def test_a_direct_transport_needs_topologies_that_allow_it() -> None:
+    override = "content.placement={kind: service, transport: direct}"
+    recipe = load_recipe("demo", [CONTENT, override])
+    refusal = r"transport=direct: on h100:8 the ranks run on GPUs .*gpus_per_actor to 1"
+    with pytest.raises(UserError, match=refusal):
+        sweep_request(recipe, SweepOptions(("cpu:2", "h100:8")))
 
 
 def test_costs_of_a_recipe_are_taken_from_its_towers_and_ranker(tmp_path: Path) -> None:

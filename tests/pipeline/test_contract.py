@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image, features
+from PIL import Image
 from small_log import DAYS, event, make_recipe, write_catalogue, write_day
 
 from embedding.errors import UserError
@@ -195,13 +195,19 @@ def test_unreadable_images_are_found_among_bytes_and_paths(tmp_path: Path) -> No
     assert "no file" in check_images(as_paths, tmp_path).unreadable["4"]
 
 
-@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
-def test_a_damaged_avif_is_unreadable(tmp_path: Path) -> None:
+def test_formats_that_are_not_read_and_paths_outside_the_root_are_unreadable(
+    tmp_path: Path,
+) -> None:
+    root = tmp_path / "data"
+    root.mkdir()
     buffer = io.BytesIO()
-    Image.new("RGB", (4, 4)).save(buffer, "AVIF")
-    damaged = buffer.getvalue().replace(b"iloc", b"gone")
-    facts = check_images(pa.table({"item_id": [1], "image": [damaged]}), tmp_path)
+    Image.new("RGB", (4, 4)).save(buffer, "PPM")
+    (tmp_path / "a.png").write_bytes(png())
+    paths = pa.table({"item_id": [1], "image": ["../a.png"]})
+
+    facts = check_images(pa.table({"item_id": [1], "image": [buffer.getvalue()]}), root)
     assert list(facts.unreadable) == ["1"]
+    assert check_images(paths, root).unreadable == {"1": "'../a.png' is outside the data root"}
 
 
 def test_images_that_claim_to_be_huge_are_not_decoded(

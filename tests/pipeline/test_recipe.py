@@ -198,6 +198,30 @@ def test_what_needs_gpus_is_valid_where_the_recipe_uses_them(tmp_path: Path) -> 
     assert load_recipe(write(tmp_path, data), ["cluster.use_gpu=true"]).cluster.use_gpu
 
 
+@pytest.mark.parametrize(
+    ("gpus", "use_gpu", "remedy"),
+    [
+        (0.5, "true", "gpus_per_actor to 1"),
+        (0, "true", "gpus_per_actor to 1"),
+        (1, "false", "to 0"),
+    ],
+)
+def test_a_direct_transport_that_devices_do_not_allow_is_refused(
+    gpus: float, use_gpu: str, remedy: str
+) -> None:
+    content = "content={text: {max_tokens: 8}, dim: 16, placement: {kind: service, transport: %s"
+    overrides = [f"cluster.use_gpu={use_gpu}", content % f"direct, gpus_per_actor: {gpus}}}}}"]
+    with pytest.raises(UserError) as caught:
+        load_recipe("demo", overrides)
+    said = str(caught.value)
+    assert "content.placement.transport=direct" in said
+    assert f"cluster.use_gpu={use_gpu}" in said
+    assert f"gpus_per_actor={gpus:g}" in said
+    assert remedy in said
+    overrides[1] = overrides[1].replace("direct", "auto")
+    assert load_recipe("demo", overrides).content is not None
+
+
 def test_every_fault_is_reported_at_once(tmp_path: Path) -> None:
     data = changed("nmae", 1)
     data["gaet"] = 2

@@ -19,7 +19,7 @@ from pipeline.console import Reporter
 from pipeline.evaluate import SLICES, Slices
 from pipeline.recipe import load_recipe
 from pipeline.stages import StageOutput, StageSpec, execute
-from pipeline.study import Study, Trial, read_variants, trial_slots, with_seed
+from pipeline.study import Study, Trial, read_variants, with_seed
 from pipeline.study_report import (
     require_metrics,
     slice_metrics,
@@ -28,6 +28,7 @@ from pipeline.study_report import (
     write_study_report,
 )
 from pipeline.study_samples import identities, require_unchanged, samples_key, take_over
+from pipeline.study_slots import actors_of_any, trial_slots
 from pipeline.study_statistics import StudyResult, differences, estimates, trial_metrics
 from ranking.evaluation import SliceMetrics, TaskMetrics
 from tests.pipeline.small_log import Row, event, make_recipe, write_catalogue, write_day
@@ -116,7 +117,47 @@ def test_trials_side_by_side_are_bound_by_cpus_gpus_and_their_number(
     changes: dict[str, Any], trials: int, per_gpu: int, expected: int
 ) -> None:
     cluster = ClusterConfig(num_workers=1, **changes)
-    assert trial_slots({"CPU": 16.0, "GPU": 2.0}, cluster, trials, per_gpu) == expected
+    room = {"CPU": 16.0, "GPU": 2.0}
+    assert trial_slots(room, cluster, trials, trials_per_gpu=per_gpu, actors=[]) == expected
+
+
+def service(**changes: Any) -> str:
+    return f"content.placement={ {'kind': 'service', **changes} }"
+
+
+@pytest.mark.parametrize(
+    ("variants", "changes", "expected"),
+    [
+        # 16 CPUs: a trial's own and two for its actors.
+        ([service(num_actors=2)], {}, 5),
+        # Beside any trial the actors of one variant, not of all.
+        ([None, service(num_actors=2), service(), service(num_actors=2)], {}, 5),
+        ([service(), service(num_actors=7)], {}, 2),
+        ([service(num_actors=20)], {}, 1),
+        # Two GPUs: a third of one for a trial's rank, a half for its actor.
+        ([service(cpus_per_actor=0, gpus_per_actor=0.5)], {"use_gpu": True}, 2),
+        ([service(cpus_per_actor=0, gpus_per_actor=0.5)], {}, 4),
+        # One variant needs 7 CPUs beside the rank, another both GPUs.
+        ([service(num_actors=7), service(num_actors=2, gpus_per_actor=1)], {}, 1),
+        ([service(num_actors=7), service(num_actors=2, gpus_per_actor=0.5)], {}, 2),
+    ],
+)
+def test_every_trial_has_room_for_the_actors_of_any_variant(
+    variants: list[str | None], changes: dict[str, Any], expected: int
+) -> None:
+    cluster = ClusterConfig(num_workers=1, cpus_per_worker=1, **changes)
+    content = "content={text: {}, image: {}}"
+    recipes = [load_recipe("demo", [content, v] if v else []) for v in variants]
+
+    found = trial_slots(
+        {"CPU": 16.0, "GPU": 2.0},
+        cluster,
+        99,
+        trials_per_gpu=3,
+        actors=actors_of_any(recipes),
+    )
+
+    assert found == expected
 
 
 ALIGNED = {

@@ -140,9 +140,9 @@ def test_the_report_of_a_later_run_shows_the_pairs(days: Days) -> None:
         cells = "".join(f'<td class="n">{count:,}</td>' for count in counts)
         assert f"<td>{source}</td>{cells}" in section
     first, second, _ = pairs["samples"]["user2item"][0]
-    titles = [f"kind {i % 5} word {i % 3} item {i}" for i in (first, second)]
-    both = "</figure><figure>".join(titles)
-    assert both in section or EDITED in (first, second)
+    titles = {i: f"kind {i % 5} word {i % 3} item {i}" for i in (first, second)}
+    titles |= {NO_TEXT: f"item {NO_TEXT}", EDITED: "something else"}
+    assert f"<figure>{titles[first]}</figure><figure>{titles[second]}</figure>" in section
 
 
 def test_a_training_that_diverges_is_refused(

@@ -110,7 +110,7 @@ def _aligned(recipe: Recipe, source: AlignedVectors, directory: Path) -> dict[st
             {
                 "name": name,
                 "pairs": f"{mined:,}",
-                "trained": f"{training.num_pairs[name]:,}" if training.num_pairs else "-",
+                "trained": f"{training.num_pairs.get(name, 0):,}" if training.num_pairs else "-",
                 "note": note,
             }
             for name, mined, note in _counts(pairs)

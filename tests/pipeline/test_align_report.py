@@ -148,6 +148,19 @@ def test_pairs_of_another_encoder_are_not_shown(tmp_path: Path) -> None:
     assert "item2item" not in html
 
 
+def test_a_source_without_pairs_has_a_row_and_no_examples(tmp_path: Path) -> None:
+    write_titles(tmp_path)
+    samples = {**PAIRS.samples, "item2item": ()}
+    pairs = PAIRS.model_copy(update={"item2item_pairs": 0, "samples": samples})
+    trained = TRAINING.model_copy(update={"num_pairs": {"user2item": 700}})
+    out, settings = tmp_path / "runs", recipe(tmp_path, "aligned")
+    run = write_run(out, "2024-01-02", previous=None, encoder="e", pairs=pairs, training=trained)
+    html = page(align_section(settings, run))
+    assert '<td>item2item</td><td class="n">0</td><td class="n">0</td>' in html
+    assert "<h3>User2Item" in html
+    assert "<h3>Item2Item" not in html
+
+
 def test_artifacts_of_before_samples_were_kept_show_counts_only(tmp_path: Path) -> None:
     before = PairFacts.model_validate(PAIRS.model_dump(exclude={"samples"}))
     trained = AlignmentResult.model_validate(TRAINING.model_dump(exclude={"num_pairs"}))

@@ -327,6 +327,20 @@ class Codes(StrictConfig):
             return self.features.families
         return ("candidate", "history", "shared") if self.rq else ("candidate", "history")
 
+    def with_seed_offset(self, offset: int) -> Self:
+        """The same with other draws of the alignment and of the codebooks."""
+        changes: dict[str, Any] = {}
+        if self.rq is not None:
+            changes["rq"] = self.rq.model_copy(update={"seed": self.rq.seed + offset})
+        vectors = self.vectors
+        if isinstance(vectors, AlignedVectors):
+            content = vectors.content
+            if content is not None:
+                content = content.model_copy(update={"seed": content.seed + offset})
+            drawn = {"seed": vectors.seed + offset, "content": content}
+            changes["vectors"] = vectors.model_copy(update=drawn)
+        return self.model_copy(update=changes)
+
     @property
     def quantized(self) -> dict[str, Any]:
         """The settings that codes depend on, as JSON."""

@@ -70,9 +70,13 @@ class TensorGroup:
             self._backend = dist.ProcessGroupNCCL(own, member, size, options)
         else:
             self._backend = dist.ProcessGroupGloo(own, member, size, limit)
-        # NCCL connects members by the first operation of a kind, and blocks until all are there.
-        for post in (self.broadcast, self.add_to_first, self.add_up):
-            wait(post(torch.zeros(1, device=device)), timeout_s)
+        try:
+            # NCCL connects members by the first operation of a kind, which blocks until all come.
+            for post in (self.broadcast, self.add_to_first, self.add_up):
+                wait(post(torch.zeros(1, device=device)), timeout_s)
+        except BaseException:
+            self.leave()
+            raise
 
     def broadcast(self, tensor: Tensor) -> dist.Work | None:
         """Replace the tensor by that of member 0. None, as below: it is empty, nothing to do."""
@@ -97,7 +101,10 @@ class TensorGroup:
         return self._backend.allreduce([tensor], dist.AllreduceOptions())
 
     def leave(self) -> None:
-        """Close the connections without a word to the others."""
+        """Close the connections without a word to the others, and give up what is posted.
+
+        Whoever drops a group with something posted waits for it, at the garbage collector's time.
+        """
         self._backend.abort()
 
 

@@ -113,9 +113,8 @@ class ServiceEncoder:
         return dict(norms)
 
     def close(self, *, is_orderly: bool) -> None:
-        """End the actors; where all ranks are here, after they have left the transport."""
-        if is_orderly:
-            self._transport.close()
+        """Leave the transport, and end the actors."""
+        self._transport.close(is_orderly=is_orderly)
         self._end_actors()
 
     def _end_actors(self) -> None:

@@ -85,8 +85,8 @@ class Transport(Protocol):
         """Vectors of all rows, (R, D); every item is encoded by one actor."""
         ...
 
-    def close(self) -> None:
-        """Before the actors end."""
+    def close(self, *, is_orderly: bool) -> None:
+        """Before the actors end; `is_orderly`: all ranks call it."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ class StoreTransport:
             found.append(self._joined(self._calls.get(answers, _all_of(num_rows))))
         return self._ranks.gather(torch.cat(found), num_rows)
 
-    def close(self) -> None:
+    def close(self, *, is_orderly: bool) -> None:
         """Nothing is open."""
 
     def _by_actor(self, of_all: Tensor) -> list[tuple[Any, Tensor]]:
@@ -277,11 +277,12 @@ class DirectTransport:
             found.append(self.received(self._listening(answers, len(piece)), _all_of(num_rows)))
         return torch.cat(found)
 
-    def close(self) -> None:
-        """All ranks leave the groups before an actor does."""
+    def close(self, *, is_orderly: bool) -> None:
+        """All ranks leave the groups before an actor does, if they all do."""
         for group in self._groups:
             group.leave()
-        self._ranks.barrier()
+        if is_orderly:
+            self._ranks.barrier()
 
     def _listening(self, answers: list[Any], count: int) -> Pending:
         vectors_GD = torch.empty(count, self._dim, device=self._device)

@@ -347,20 +347,25 @@ class Study:
 
 
 def with_seed(recipe: Recipe, seed: int) -> Recipe:
-    """The recipe as a trial runs it; of held-out items, every seed holds out others."""
+    """The recipe as a trial runs it: everything that is drawn is drawn anew with every seed.
+
+    Also which items are held out, and the alignment and the codebooks that codes come from.
+    """
     offset = seed - recipe.ranking.trainer.seed
-    trainer = recipe.ranking.trainer.model_copy(update={"seed": seed})
-    content, evaluation = recipe.content, recipe.evaluation
-    if content is not None:
-        content = content.model_copy(update={"seed": seed})
-    if evaluation.held_out_items is not None:
-        held_out = evaluation.held_out_items
-        held_out = held_out.model_copy(update={"seed": held_out.seed + offset})
-        evaluation = evaluation.model_copy(update={"held_out_items": held_out})
-    ranking = recipe.ranking.model_copy(update={"trainer": trainer})
-    return recipe.model_copy(
-        update={"ranking": ranking, "content": content, "evaluation": evaluation}
-    )
+    changes: dict[str, Any] = {
+        "ranking": recipe.ranking.model_copy(
+            update={"trainer": recipe.ranking.trainer.model_copy(update={"seed": seed})}
+        )
+    }
+    if recipe.content is not None:
+        changes["content"] = recipe.content.model_copy(update={"seed": seed})
+    if recipe.codes is not None:
+        changes["codes"] = recipe.codes.with_seed_offset(offset)
+    held_out = recipe.evaluation.held_out_items
+    if held_out is not None:
+        other = held_out.model_copy(update={"seed": held_out.seed + offset})
+        changes["evaluation"] = recipe.evaluation.model_copy(update={"held_out_items": other})
+    return recipe.model_copy(update=changes)
 
 
 def _last_date(recipe: Recipe) -> str:

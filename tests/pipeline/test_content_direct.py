@@ -131,7 +131,10 @@ def test_an_actor_that_waits_for_ranks_lets_calls_in_and_says_for_whom_it_waited
             await ending
 
     actor = make_actor(tmp_path, actor=0, timeout_s=TIMEOUT_S)
-    asyncio.run(lonely(actor, TwoRanks(actor)))
+    ranks = TwoRanks(actor)
+    asyncio.run(lonely(actor, ranks))
+    for group in (actor._ranks, *ranks.groups):
+        group.leave()
 
 
 class RecordingActor:
@@ -167,7 +170,7 @@ def connected(
     transport = DirectTransport(calls, RankGroup(), CPU, dim=2)
     groups = [actor.joining.result() for actor in actors]
     yield transport, actors, groups
-    transport.close()
+    transport.close(is_orderly=True)
 
 
 def test_a_rank_goes_on_before_vectors_come_and_gradients_are_taken(connected: Any) -> None:
@@ -231,4 +234,4 @@ def test_an_actor_that_dies_ends_a_wait_long_before_its_timeout(
     with pytest.raises(ContentServiceError, match="rank 0 waited for .* but actor 0 or .* died"):
         transport.received(asked, "vectors of step 3")
     assert time.monotonic() - started < TIMEOUT_S / 2
-    transport.close()
+    transport.close(is_orderly=False)

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from deploy.app import main
 from embedding.errors import UserError
+from multimodal.codes_config import AlignedVectors
 from pipeline.artifacts import MANIFEST, Manifest
 from pipeline.config import ClusterConfig, EvaluationConfig, Recipe
 from pipeline.console import Reporter
@@ -99,6 +100,23 @@ def test_every_seed_holds_out_other_items_and_draws_another_model() -> None:
     assert [trial.ranking.trainer.seed for trial in trials] == [5, 6, 7]
     held_out = [trial.evaluation.held_out_items for trial in trials]
     assert [part.seed for part in held_out if part] == [40, 41, 42]
+
+
+def test_every_seed_draws_another_alignment_and_other_codebooks() -> None:
+    content = "{text: {model: tiny, lora: null}, seed: 3}"
+    codes = f"codes={{vectors: {{kind: aligned, content: {content}}}, rq: {{seed: 20}}}}"
+    recipe = load_recipe("demo", ["ranking.trainer.seed=5", codes])
+
+    first, second = (with_seed(recipe, seed).codes for seed in (5, 6))
+
+    assert first == recipe.codes
+    assert second is not None
+    assert second.rq is not None
+    assert isinstance(second.vectors, AlignedVectors)
+    assert second.vectors.content is not None
+    drawn = (second.rq.seed, second.vectors.seed, second.vectors.content.seed)
+    assert drawn == (21, 1, 4)
+    assert samples_key(with_seed(recipe, 5)) != samples_key(with_seed(recipe, 6))
 
 
 @pytest.mark.parametrize(

@@ -101,9 +101,10 @@ class TensorGroup:
         return self._backend.allreduce([tensor], dist.AllreduceOptions())
 
     def leave(self) -> None:
-        """Close the connections without a word to the others, and give up what is posted.
+        """Close the connections without a word to the others.
 
-        Whoever drops a group with something posted waits for it, at the garbage collector's time.
+        What is posted and lacks a member ends by the group's own limit, and dropping the group
+        waits for that.
         """
         self._backend.abort()
 

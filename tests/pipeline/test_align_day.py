@@ -85,11 +85,12 @@ def days(tmp_path_factory: pytest.TempPathFactory) -> Days:
     recipe = make_recipe(root).model_dump(mode="json")
     recipe["codes"] = CODES
     recipe["cluster"]["num_workers"] = 2
-    recipe["gate"] = {"task": "click", "min_auc": 0.0, "calibration": [0.01, 100.0]}
     (days.folder / "coded.yaml").write_text(yaml.safe_dump(recipe))
     assert days.run(0) == 0
     write_texts(root, edited=True)
-    assert days.run(1, stage=None) == 0
+    # Every event of this log is a click, so there is no AUC and the gate refuses; the report comes.
+    assert days.run(1, stage=None) == 1
+    assert (days.folder / "runs" / DAYS[1] / "report.html").exists()
     assert days.run(2, "codes.vectors.realign_every_days=1") == 0
     return days
 

@@ -43,7 +43,7 @@ def features_with_codes(own: FeatureSchema, codes: Codes | None) -> FeatureSchem
     sequences: list[SequenceFeature] = []
     for history in _histories(own, codes):
         sequences += _sequences(history, codes)
-        sparse += _pooled(history, own, codes)
+        sparse += _shared(history, own, codes)
         dense += _counts(history, codes)
     _refuse_taken(
         "feature",
@@ -151,7 +151,7 @@ def _sequences(history: HistoryConfig, codes: Codes) -> list[SequenceFeature]:
     ]
 
 
-def _pooled(history: HistoryConfig, own: FeatureSchema, codes: Codes) -> list[SparseFeature]:
+def _shared(history: HistoryConfig, own: FeatureSchema, codes: Codes) -> list[SparseFeature]:
     if "shared" not in codes.families:
         return []
     item_table = codes.features.item_table or _item_table(own)

@@ -32,6 +32,7 @@ from ranking.field_dropout import FieldDropout
 from ranking.fields import FieldGenerator
 from ranking.history import HistoryInterest
 from ranking.losses import TaskLoss
+from ranking.mlp import in_float32
 from ranking.regularization import LookupPenalty
 from ranking.tasks import EntireSpaceLabels, TaskChain
 
@@ -214,7 +215,10 @@ class Ranker(nn.Module):
             dense_BX=dense_BX.to(dtype),
             interests_BX=interests_BX.to(dtype),
         )
-        logits_BT: Tensor = self.heads(self.classifier(inputs))
+        representation_BX = self.classifier(inputs)
+        if isinstance(self.heads, nn.Linear):
+            return in_float32(self.heads, representation_BX)
+        logits_BT: Tensor = self.heads(representation_BX)
         return logits_BT
 
 

@@ -202,6 +202,7 @@ def _prepare_process(recipe: Recipe, logs: Path) -> torch.device:
     if recipe.cluster.use_gpu:
         device = own_device()
         torch.cuda.set_device(device)
+        torch.cuda.reset_peak_memory_stats(device)  # of trainings before, in a process that is kept
         return device
     torch.set_num_threads(max(int(recipe.cluster.cpus_per_worker), 1))
     return torch.device("cpu")

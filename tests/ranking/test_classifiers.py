@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from embedding.errors import UserError
 from ranking import classifier_config as config
-from ranking.cin import compress, compress_plain
+from ranking.cin import chunk_rows, compress, compress_plain
 from ranking.classifiers.build import build_classifier
 from ranking.classifiers.inputs import ClassifierInputs, InputDims
 from ranking.interactions import FieldPairs, InnerProducts
@@ -405,6 +405,14 @@ def test_chunked_compression_agrees_with_its_plain_twin(rows: int) -> None:
     ours, twin = (torch.autograd.grad((x * weights).sum(), inputs) for x in (fast, plain))
     for a, b in zip(ours, twin, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)  # sums over up to 1,200 rows
+
+
+def test_a_gpu_compresses_as_many_rows_at_a_time_as_its_budget_holds() -> None:
+    bytes_per_row = 64 * 26 * 2  # bf16
+    assert chunk_rows("cpu", bytes_per_row) == 512
+    rows = chunk_rows("cuda", bytes_per_row)
+    assert rows * bytes_per_row <= 256 * 2**20 < (rows + 1) * bytes_per_row
+    assert chunk_rows("cuda", 2**40) == 1
 
 
 def test_autoint_attends_between_fields() -> None:

@@ -60,6 +60,7 @@ class RankingModel(nn.Module):
         """
         super().__init__()
         check_model(schema, config.model)
+        self.schema = schema
         self.tables = EmbeddingTables(table_widths(schema, config.model), tables_device)
         self.chain = TaskChain(config.tasks)
         with torch.random.fork_rng(devices=[]):
@@ -99,7 +100,7 @@ class RankingStep(nn.Module):
         self.model = model
         self.labels = EntireSpaceLabels(config.tasks)
         self.loss = TaskLoss([task.weight for task in config.tasks])
-        self.penalty = LookupPenalty(model.tables.schema, embedding_l2) if embedding_l2 else None
+        self.penalty = LookupPenalty(model.schema, embedding_l2) if embedding_l2 else None
         decay = config.trainer.ema_decay
         self.average = None if decay is None else DenseAverage(model.ranker, decay)
         self.content = None if content is None else ContentPort(content.source)

@@ -234,7 +234,7 @@ def prediction_schema(tasks: list[str]) -> pa.Schema:
     return pa.schema(
         [pa.field(columns.key_column(key), pa.int64()) for key in columns.KEYS]
         + [pa.field(columns.label_column(task), pa.float32()) for task in tasks]
-        + [pa.field(columns.probability_column(task), pa.float32()) for task in tasks]
+        + [pa.field(columns.probability_column(task), pa.float64()) for task in tasks]
     )
 
 

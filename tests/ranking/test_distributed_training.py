@@ -25,6 +25,7 @@ from embedding.config import (
 )
 from embedding.loader import SampleFiles, SampleLoader
 from embedding.shard import Sharded, shard
+from ranking.averaging import DenseAverage
 from ranking.classifier_config import DeepFm
 from ranking.config import ModelConfig, RankingConfig, TaskConfig
 from ranking.experts_config import ProgressiveExtractionConfig
@@ -229,11 +230,18 @@ def _check_moments(rank: int) -> None:
     norm = torch.nn.BatchNorm1d(3)
     norm.running_mean.copy_(rows_RBC[rank].mean(dim=0))
     norm.running_var.copy_(rows_RBC[rank].var(dim=0, correction=0))
-    agree_on_moments(norm)
-    torch.testing.assert_close(norm.running_mean, rows_RBC.mean(dim=(0, 1)))
-    torch.testing.assert_close(norm.running_var, rows_RBC.var(dim=(0, 1), correction=0))
+    average = DenseAverage(torch.nn.Sequential(norm), decay=0.9)
+    both = torch.nn.ModuleList([norm, average])
+    agree_on_moments(both)
+    (average_mean,), (average_variance,) = average.moments()
+    for mean, variance in (
+        (norm.running_mean, norm.running_var),
+        (average_mean, average_variance),
+    ):
+        torch.testing.assert_close(mean, rows_RBC.mean(dim=(0, 1)))
+        torch.testing.assert_close(variance, rows_RBC.var(dim=(0, 1), correction=0))
     before = norm.state_dict()["running_var"].clone()
-    agree_on_moments(norm)
+    agree_on_moments(both)
     assert norm.running_var.equal(before)
 
 

@@ -28,7 +28,9 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from embedding.errors import UserError
 from pipeline.study import Study, Variant
-from pipeline.study_statistics import Estimate, StudyResult, differences
+from pipeline.study_report import signed
+from pipeline.study_samples import samples_key
+from pipeline.study_statistics import Difference, Estimate, StudyResult, differences
 
 DATE = "2015-01-02"
 TRAIN, VALIDATION, TEST = "dt=2015-01-01", "dt=2015-01-02", "dt=2015-01-03"
@@ -78,9 +80,9 @@ def by_seed(result: StudyResult, name: str) -> dict[int, dict[str, float]]:
     }
 
 
-def gbdt(out: Path, seeds: list[int]) -> dict[str, list[float]]:
-    """LightGBM on the sample columns, all of them categories."""
-    (root,) = {path.parents[3] for path in out.glob(f"data/*/{DATE}/join/samples/dt=*")}
+def gbdt(study: Study) -> dict[str, list[float]]:
+    """LightGBM on the sample columns that the study trains on, all of them categories."""
+    root = study.out / "data" / samples_key(study.first)
     parts = {
         name: pa.concat_tables(
             pq.read_table(path) for path in sorted(root.glob(f"*/join/samples/{name}/*.parquet"))
@@ -94,7 +96,7 @@ def gbdt(out: Path, seeds: list[int]) -> dict[str, list[float]]:
     }
     labels = {part: table["label:use"].to_numpy() for part, table in parts.items()}
     found: dict[str, list[float]] = {metric: [] for metric in METRICS}
-    for seed in seeds:
+    for seed in study.seeds:
         model = lightgbm.LGBMClassifier(
             n_estimators=2000,
             learning_rate=0.1,
@@ -160,40 +162,54 @@ def main() -> None:
         trials_per_gpu=args.trials_per_gpu or 1,
     )
     result = study.run()
-    figures: dict[str, Any] = {"gbdt": gbdt(args.out, study.seeds), "failed": result.failed}
-    for kind in kinds:
-        alone, augmented = by_seed(result, kind), by_seed(result, f"{kind}+fgcnn")
-        paired = differences(augmented, alone)
-        figures[kind] = {
-            "alone": {metric: [trial[metric] for trial in alone.values()] for metric in METRICS},
-            "fgcnn": {
-                metric: [trial[metric] for trial in augmented.values()] for metric in METRICS
-            },
-            "gain": {metric: paired[metric].model_dump() for metric in METRICS},
-        }
-    Console(width=120).print(_table(figures, kinds, seeds))
+    figures: dict[str, Any] = {"gbdt": gbdt(study), "failed": result.failed}
+    figures |= {kind: compared(result, kind) for kind in kinds}
+    console = Console(width=120)
+    console.print(summary(figures, kinds, seeds))
+    for name, reason in result.failed.items():
+        console.print(f"failed: {name}: {reason}", markup=False)
     if args.json:
         args.json.write_text(json.dumps({**figures, **describe()}, indent=2))
 
 
-def _table(figures: dict[str, Any], kinds: list[str], seeds: int) -> Table:
-    table = Table(title=f"Frappe, random 7:2:1 split, {seeds} seeds: means; gain with 95% interval")
+def compared(result: StudyResult, kind: str) -> dict[str, Any]:
+    """Both variants of a classifier by metric; lists are empty where all trials of one failed."""
+    alone, augmented = by_seed(result, kind), by_seed(result, f"{kind}+fgcnn")
+    paired = differences(augmented, alone)
+    return {
+        "alone": {metric: [trial[metric] for trial in alone.values()] for metric in METRICS},
+        "fgcnn": {metric: [trial[metric] for trial in augmented.values()] for metric in METRICS},
+        "gain": {metric: paired[metric].model_dump() for metric in METRICS if metric in paired},
+    }
+
+
+def summary(figures: dict[str, Any], kinds: list[str], seeds: int) -> Table:
+    """A classifier a row; a dash where no trial finished."""
+    title = (
+        f"Frappe, random 7:2:1 split, {seeds} seeds: means; gain with 95% interval over seeds, "
+        "given this test set"
+    )
+    table = Table(title=title)
     for column in ("classifier", "AUC", "with FGCNN", "gain", "logloss", "with FGCNN", "gain"):
         table.add_column(column, justify="left" if column == "classifier" else "right")
-    means = [f"{statistics.mean(figures['gbdt'][metric]):.4f}" for metric in METRICS]
+    means = [_mean(figures["gbdt"][metric]) for metric in METRICS]
     table.add_row("gbdt (LightGBM)", means[0], "", "", means[1])
     for kind in kinds:
         cells = [kind]
         for metric in METRICS:
             row = figures[kind]
-            cells += [f"{statistics.mean(row[side][metric]):.4f}" for side in ("alone", "fgcnn")]
-            gain = row["gain"][metric]
-            width = "" if gain["ci95"] is None else f" +- {gain['ci95']:.4f}"
-            cells.append(f"{gain['diff']:+.4f}{width}")
+            cells += [_mean(row[side][metric]) for side in ("alone", "fgcnn")]
+            gain = row["gain"].get(metric)
+            cells.append("-" if gain is None else signed(Difference(**gain)))
         table.add_row(*cells)
-    lifted = [k for k in LIFTED if k in kinds and figures[k]["gain"]["use.auc"]["diff"] > 0]
-    table.caption = f"FGCNN lifts the AUC of {len(lifted)} of {', '.join(LIFTED)}: {lifted}"
+    gains = {k: figures[k]["gain"].get("use.auc") for k in LIFTED if k in kinds}
+    lifted = [kind for kind, gain in gains.items() if gain is not None and gain["diff"] > 0]
+    table.caption = f"FGCNN raises the mean AUC of {len(lifted)} of {', '.join(gains)}: {lifted}"
     return table
+
+
+def _mean(values: list[float]) -> str:
+    return f"{statistics.mean(values):.4f}" if values else "-"
 
 
 if __name__ == "__main__":

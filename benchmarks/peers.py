@@ -5,9 +5,11 @@ Run: .venv/bin/python benchmarks/peers.py --fuxictr-python PYTHON --fuxictr-mode
 
 PYTHON is the interpreter of an environment with fuxictr 2.3.10, DIR the `model_zoo` of a checkout
 of its repository (docs/peers.md says how to get both). Runs of the two sides alternate; figures are
-medians. Both train from the same Parquet file through their own loaders; the row "from memory" is
-FuxiCTR with batches that lie ready before the clock starts. It trains in fp32 with Adam on dense
-gradients, Braid with row-wise Adagrad fused into the backward pass.
+medians; each table is printed, and FILE written, as soon as its runs are done. Both train from the
+same Parquet file through their own loaders; the row "bare" is FuxiCTR with batches that lie ready
+before the clock starts, and without the clipping of all gradients that its training step always
+does (Braid clips nothing here). It trains in fp32 with Adam on dense gradients, Braid with row-wise
+Adagrad fused into the backward pass.
 """
 
 import argparse
@@ -19,7 +21,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -42,9 +44,10 @@ NUM_TABLES = workload.NUM_SPARSE
 ROWS_PER_TABLE = [workload.ROWS_PER_TABLE] * NUM_TABLES
 NUM_LARGE_TABLES = 3
 LARGE_TABLE_ROWS = (100_000, 1_000_000, 10_000_000)
+GROWTH = "growth"
 STEPS = {"deepfm": 12, "dcnv2": 12, "fgcnn": 5}
 GEMM_SIZE = 2048
-PEER, FROM_MEMORY = "fuxictr", "fuxictr, from memory"
+PEER, BARE = "fuxictr", "fuxictr, bare"
 
 
 @dataclass(frozen=True)
@@ -106,11 +109,13 @@ class Sides:
     fuxictr_python: Path
     fuxictr_models: Path
     folder: Path
+    train: str = "train.parquet"
+    """Name of the file to train from."""
 
-    def fuxictr(self, model: str, rows_per_table: list[int], *, in_memory: bool = False) -> Worker:
+    def fuxictr(self, model: str, rows_per_table: list[int], *, bare: bool = False) -> Worker:
         """The peer."""
         job = self._job(model, rows_per_table) | {
-            "in_memory": in_memory,
+            "bare": bare,
             "models": str(self.fuxictr_models),
             "scratch": str(self.folder / "scratch"),
         }
@@ -129,24 +134,34 @@ class Sides:
         return {
             "model": model,
             "rows_per_table": rows_per_table,
-            "train": str(self.folder / "train.parquet"),
+            "train": str(self.folder / self.train),
             "test": str(self.folder / "test.parquet"),
             "batch_size": workload.BATCH_SIZE,
             "threads": THREADS,
         }
 
 
-def write_data(path: Path, num_rows: int, seed: int) -> None:
-    """Skewed ids; the label's log-odds add an effect of each id and products of some of them."""
+def write_data(path: Path, rows_per_table: list[int], num_rows: int, seed: int) -> None:
+    """Ids of all tables, and a label: its log-odds add effects of ids and products of some of them.
+
+    Ids of a table of the usual size are skewed. Those of a larger one are uniform over all of its
+    rows, so that next to every look-up of a batch touches a row of its own, which no cache holds:
+    the hardest case for an optimizer that touches the rows of the batch only. Effects repeat along
+    such a table.
+    """
     rng = np.random.default_rng(seed)
     truth = np.random.default_rng(7)
     rows = workload.ROWS_PER_TABLE
     effects = truth.normal(0, 0.35, (NUM_TABLES, rows))
     tastes = truth.normal(0, 0.6, (6, rows, 4))
     ids = np.minimum(rng.pareto(0.9, (NUM_TABLES, num_rows)) * 8, rows - 1).astype(np.int64)
-    log_odds = sum(effects[i][ids[i]] for i in range(NUM_TABLES)) - 1.0
+    for i, size in enumerate(rows_per_table):
+        if size > rows:
+            ids[i] = rng.integers(0, size, num_rows)
+    kinds = ids % rows
+    log_odds = sum(effects[i][kinds[i]] for i in range(NUM_TABLES)) - 1.0
     for a, b in ((0, 1), (2, 3), (4, 5)):
-        log_odds = log_odds + (tastes[a][ids[a]] * tastes[b][ids[b]]).sum(axis=1)
+        log_odds = log_odds + (tastes[a][kinds[a]] * tastes[b][kinds[b]]).sum(axis=1)
     labels = rng.random(num_rows) < 1 / (1 + np.exp(-log_odds))
     columns: dict[str, Any] = {f"key:{key}": np.arange(num_rows) for key in KEYS}
     columns["label:click"] = labels.astype(np.float32)
@@ -158,14 +173,12 @@ def compare(sides: Sides, model: str, plan: Plan, *, compiled: bool) -> dict[str
     """Alternating rounds of one model; the AUC of an epoch at the end."""
     precisions = ["fp32", *(["bf16"] if cpu_has_bf16() else [])]
     ours = [*precisions, *(f"{name} compiled" for name in precisions if compiled)]
-    rates: dict[str, list[float]] = {name: [] for name in (PEER, FROM_MEMORY, *ours)}
+    rates: dict[str, list[float]] = {name: [] for name in (PEER, BARE, *ours)}
     gemms: dict[str, list[float]] = {name: [] for name in precisions}
     with ExitStack() as stack:
         workers = {
-            name: stack.enter_context(
-                sides.fuxictr(model, ROWS_PER_TABLE, in_memory=name == FROM_MEMORY)
-            )
-            for name in (PEER, FROM_MEMORY)
+            name: stack.enter_context(sides.fuxictr(model, ROWS_PER_TABLE, bare=name == BARE))
+            for name in (PEER, BARE)
         }
         for port, name in enumerate(ours, start=29_801):
             workers[name] = stack.enter_context(sides.braid(model, ROWS_PER_TABLE, name, port))
@@ -179,21 +192,20 @@ def compare(sides: Sides, model: str, plan: Plan, *, compiled: bool) -> dict[str
         quality = {}
         if plan.with_auc:
             quality = {
-                name: worker.ask(epoch=True)
-                for name, worker in workers.items()
-                if name != FROM_MEMORY
+                name: worker.ask(epoch=True) for name, worker in workers.items() if name != BARE
             }
     flop = workload.gemm_flop_per_row(model, schema(ROWS_PER_TABLE))
-    peer, from_memory = (statistics.median(rates[name]) for name in (PEER, FROM_MEMORY))
+    peer, bare = (statistics.median(rates[name]) for name in (PEER, BARE))
     figures: dict[str, Any] = {
         PEER: {"rows_per_s": peer, **quality.get(PEER, {})},
-        FROM_MEMORY: {"rows_per_s": from_memory},
+        BARE: {"rows_per_s": bare},
     }
     for name in ours:
         rate, gemm = statistics.median(rates[name]), statistics.median(gemms[name.split()[0]])
         figures[name] = {
             "rows_per_s": rate,
             "ratio": rate / peer,
+            "ratio_to_bare": rate / bare,
             "share_of_gemm_limit": rate * flop / (gemm * 1e9),
             "gemm_gflop_per_s": gemm,
             **quality.get(name, {}),
@@ -202,24 +214,30 @@ def compare(sides: Sides, model: str, plan: Plan, *, compiled: bool) -> dict[str
 
 
 def growth(sides: Sides, plan: Plan) -> dict[str, dict[str, float]]:
-    """DeepFM with some tables grown: rows/s of both sides by rows of a large table."""
+    """DeepFM with some tables grown: rows/s of both sides by rows of a large table.
+
+    The peer is bare: neither its loader nor its clipping, which reads and scales the gradients of
+    all rows, is part of what grows.
+    """
     found = {}
     for rows in LARGE_TABLE_ROWS:
         tables = [rows] * NUM_LARGE_TABLES + ROWS_PER_TABLE[NUM_LARGE_TABLES:]
-        rates: dict[str, list[float]] = {PEER: [], "fp32": []}
+        grown = replace(sides, train=f"train-{rows}.parquet")
+        write_data(sides.folder / grown.train, tables, plan.train_rows, seed=1)
+        rates: dict[str, list[float]] = {BARE: [], "fp32": []}
         with (
-            sides.fuxictr("deepfm", tables) as theirs,
-            sides.braid("deepfm", tables, "fp32", 29_811) as ours,
+            grown.fuxictr("deepfm", tables, bare=True) as theirs,
+            grown.braid("deepfm", tables, "fp32", 29_811) as ours,
         ):
-            workers = {PEER: theirs, "fp32": ours}
+            workers = {BARE: theirs, "fp32": ours}
             for worker in workers.values():
                 worker.ask(steps=1)
             for _ in range(plan.rounds):
                 for name, worker in workers.items():
-                    steps = 3 if name == PEER and rows > 10**6 else STEPS["deepfm"]
+                    steps = 3 if name == BARE and rows > 10**6 else STEPS["deepfm"]
                     rates[name].append(worker.ask(steps=steps)["rows_per_s"])
         medians = {name: statistics.median(values) for name, values in rates.items()}
-        found[str(rows)] = medians | {"ratio": medians["fp32"] / medians[PEER]}
+        found[str(rows)] = medians | {"ratio": medians["fp32"] / medians[BARE]}
     return found
 
 
@@ -245,45 +263,53 @@ def main() -> None:
         "--compiled", action="store_true", help="also with ranking.model.compile; needs g++"
     )
     parser.add_argument(
-        "--only", choices=(*STEPS, "growth"), action="append", help="a part of the comparison"
+        "--only", choices=(*STEPS, GROWTH), action="append", help="a part of the comparison"
     )
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     plan = Plan(2, 98_304, 1, with_auc=False) if args.quick else Plan(5, 262_144, 65_536, True)
     with tempfile.TemporaryDirectory() as folder:
-        write_data(Path(folder) / "train.parquet", plan.train_rows, seed=1)
-        write_data(Path(folder) / "test.parquet", plan.test_rows, seed=2)
+        write_data(Path(folder) / "train.parquet", ROWS_PER_TABLE, plan.train_rows, seed=1)
+        write_data(Path(folder) / "test.parquet", ROWS_PER_TABLE, plan.test_rows, seed=2)
         sides = Sides(args.fuxictr_python, args.fuxictr_models, Path(folder))
-        parts = args.only or [*STEPS, *([] if args.quick else ["growth"])]
-        figures: dict[str, Any] = {
-            model: compare(sides, model, plan, compiled=args.compiled)
-            for model in STEPS
-            if model in parts
-        }
-        if "growth" in parts:
-            figures["growth"] = growth(sides, plan)
-    Console().print(_table(figures))
-    if args.json:
-        args.json.write_text(json.dumps({**figures, **describe()}, indent=2))
+        parts = args.only or [*STEPS, *([] if args.quick else [GROWTH])]
+        figures: dict[str, Any] = {}
+        for part in (*STEPS, GROWTH):
+            if part not in parts:
+                continue
+            if part == GROWTH:
+                figures[part] = growth(sides, plan)
+                table = _growth_table(figures[part])
+            else:
+                figures[part] = compare(sides, part, plan, compiled=args.compiled)
+                table = _table(part, figures[part])
+            Console().print(table)
+            if args.json:
+                args.json.write_text(json.dumps({**figures, **describe()}, indent=2))
 
 
-def _table(figures: dict[str, Any]) -> Table:
-    title = "26 tables, 0.9 M rows, D 16, batch 4096, 2 threads"
-    table = Table("model", "side", "rows/s", "ratio", "of GEMM limit", "AUC, 1 epoch", title=title)
-    for model in STEPS:
-        for side, row in figures.get(model, {}).items():
-            table.add_row(
-                model,
-                side,
-                f"{row['rows_per_s']:,.0f}",
-                f"{row['ratio']:.2f}" if "ratio" in row else "",
-                f"{row['share_of_gemm_limit']:.0%}" if "ratio" in row else "",
-                f"{row['auc']:.4f}" if "auc" in row else "",
-            )
-    for rows, row in figures.get("growth", {}).items():
-        name = f"deepfm, {NUM_LARGE_TABLES} tables of {int(rows):,} rows"
-        table.add_row(name, PEER, f"{row[PEER]:,.0f}")
-        table.add_row("", "fp32", f"{row['fp32']:,.0f}", f"{row['ratio']:.2f}")
+def _table(model: str, figures: dict[str, Any]) -> Table:
+    title = f"{model}: 26 tables, 0.9 M rows, D 16, batch 4096, 2 threads"
+    names = ("side", "rows/s", "ratio", "ratio to bare", "of GEMM limit", "AUC, 1 epoch, 1 seed")
+    table = Table(*names, title=title)
+    for side, row in figures.items():
+        table.add_row(
+            side,
+            f"{row['rows_per_s']:,.0f}",
+            f"{row['ratio']:.2f}" if "ratio" in row else "",
+            f"{row['ratio_to_bare']:.2f}" if "ratio" in row else "",
+            f"{row['share_of_gemm_limit']:.0%}" if "ratio" in row else "",
+            f"{row['auc']:.4f}" if "auc" in row else "",
+        )
+    return table
+
+
+def _growth_table(figures: dict[str, Any]) -> Table:
+    title = f"deepfm, {NUM_LARGE_TABLES} of 26 tables grown; their ids uniform over all rows"
+    table = Table("rows each", BARE, "fp32", "ratio", title=title)
+    for rows, row in figures.items():
+        rates = (f"{row[name]:,.0f}" for name in (BARE, "fp32"))
+        table.add_row(f"{int(rows):,}", *rates, f"{row['ratio']:.2f}")
     return table
 
 

@@ -90,7 +90,6 @@ class Side:
 
     def epoch(self) -> dict[str, float]:
         """AUC and logloss on the test file after one epoch from the start values."""
-        self.sharded.initialize(seed=0)
         self.sharded = self._fresh()
         self.sharded.model.train()
         with self.source.shuffled(Position()) as stream:

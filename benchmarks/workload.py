@@ -134,11 +134,14 @@ def build_sharded(
 ) -> Sharded:
     """The model, sharded over the process group."""
     model = RankingModel(schema, settings, tables_device=torch.device("meta"))
+    adam = settings.trainer.dense_optimizer
     sharded = shard(
         RankingStep(model, settings),
         optimizer=optimizer,
         sharding=ShardingConfig(),
-        dense_optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, fused=True),
+        dense_optimizer=lambda parameters: torch.optim.AdamW(
+            parameters, lr=adam.learning_rate, weight_decay=adam.weight_decay, fused=True
+        ),
         device=device,
     )
     sharded.initialize(seed=0)

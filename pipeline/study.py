@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
 from rich.console import Console
 from rich.markup import escape
 
@@ -27,12 +26,13 @@ from pipeline.console import Reporter, duration
 from pipeline.content import STORES
 from pipeline.days import available_days
 from pipeline.failures import user_error
-from pipeline.identity import training_config
+from pipeline.identity import computation_marks, training_config
 from pipeline.metrics_file import METRICS_FILE, read_metrics
 from pipeline.recipe import load_recipe
 from pipeline.run import DayRun
 from pipeline.stages import STAGES, StageOutput, StageSpec, execute
 from pipeline.study_samples import identities, require_unchanged, samples_key, take_over
+from pipeline.study_seeds import require_comparable, with_seed
 from pipeline.study_slots import actors_of_any, trial_slots
 from pipeline.study_statistics import OF_A_TRIAL, StudyResult, differences, estimates, trial_metrics
 from pipeline.synthetic import ensure_data
@@ -131,7 +131,8 @@ class Study:
             trials_per_gpu: trials of one rank that share a GPU: a small model does not fill one.
 
         Raises:
-            UserError: a variant's recipe is not valid; all of them are checked before any work.
+            UserError: a variant's recipe is not valid, or differs from the first one in what a
+                study holds equal; all of them are checked before any work.
         """
         self.variants = list(variants)
         self.out = out
@@ -142,6 +143,7 @@ class Study:
                 self.recipes[variant.name] = load_recipe(recipe, [*overrides, *variant.overrides])
             except UserError as error:
                 raise UserError(f"variant {variant.name!r}: {error}") from error
+        require_comparable(self.recipes)
         self.first = self.recipes[self.variants[0].name]
         self._actors = actors_of_any(list(self.recipes.values()))
         self.seeds = [self.first.ranking.trainer.seed + i for i in range(num_seeds)]
@@ -212,6 +214,7 @@ class Study:
             "num_workers": recipe.cluster.num_workers,
             "days": day.training_days(),
             "validation_days": day.split.validation,
+            **computation_marks(recipe),
         }
         directories = sorted({path.parents[2] for path in (*samples, *validation, *evaluation)})
         sources = {f"join:{directory.parent.name}": directory for directory in directories}
@@ -249,8 +252,10 @@ class Study:
         pool = ThreadPoolExecutor(slots)
         try:
             with self.reporter.stage("study", unit="trials"):
+                # Seed by seed: whatever changes on the machine meanwhile meets all variants alike.
                 running: dict[Future[Any], Trial] = {
-                    pool.submit(execute, trial.spec, silent): trial for trial in trials
+                    pool.submit(execute, trial.spec, silent): trial
+                    for trial in sorted(trials, key=lambda trial: trial.seed)
                 }
                 for future in as_completed(running):
                     trial, error = running[future], future.exception()
@@ -284,19 +289,23 @@ class Study:
             trials_per_gpu=self.trials_per_gpu,
             actors=self._actors,
         )
-        for _ in range(slots):
-            self._processes.put(self._start_process())
+        for process in self._start_processes(slots):
+            self._processes.put(process)
         return slots
 
-    def _start_process(self) -> Any:
+    def _start_processes(self, count: int) -> list[Any]:
+        """Processes that have imported what trials need, so that no trial's time holds it."""
         cluster = self.first.cluster
         process = ray.remote(TrialProcess).options(
             num_cpus=cluster.cpus_per_worker,
             num_gpus=1 / self.trials_per_gpu if cluster.use_gpu else 0,
             runtime_env={"env_vars": WORKER_ENVIRONMENT},
         )
-        self._started.append(process.remote())
-        return self._started[-1]
+        started = [process.remote() for _ in range(count)]
+        self._started += started
+        has_content = any(recipe.content is not None for recipe in self.recipes.values())
+        ray.get([one.warm_up.remote(cluster.use_gpu, has_content) for one in started])
+        return started
 
     def _dispatch(self, job: TrialJob) -> StageOutput:
         if job.recipe.cluster.num_workers > 1:
@@ -304,8 +313,11 @@ class Study:
         process = self._processes.get()
         try:
             output: StageOutput = ray.get(process.run.remote(job.model_dump_json()))
-        except RayActorError:
-            process = self._start_process()  # the next trial must not meet a dead one
+        except Exception as error:
+            if user_error(error) is None:
+                # The next trial must meet neither a dead process nor one whose device has failed.
+                ray.kill(process)
+                (process,) = self._start_processes(1)
             raise
         finally:
             self._processes.put(process)
@@ -344,28 +356,6 @@ class Study:
         partial.write_text(result.model_dump_json(indent=2))
         partial.replace(path)
         return result
-
-
-def with_seed(recipe: Recipe, seed: int) -> Recipe:
-    """The recipe as a trial runs it: everything that is drawn is drawn anew with every seed.
-
-    Also which items are held out, and the alignment and the codebooks that codes come from.
-    """
-    offset = seed - recipe.ranking.trainer.seed
-    changes: dict[str, Any] = {
-        "ranking": recipe.ranking.model_copy(
-            update={"trainer": recipe.ranking.trainer.model_copy(update={"seed": seed})}
-        )
-    }
-    if recipe.content is not None:
-        changes["content"] = recipe.content.model_copy(update={"seed": seed})
-    if recipe.codes is not None:
-        changes["codes"] = recipe.codes.with_seed_offset(offset)
-    held_out = recipe.evaluation.held_out_items
-    if held_out is not None:
-        other = held_out.model_copy(update={"seed": held_out.seed + offset})
-        changes["evaluation"] = recipe.evaluation.model_copy(update={"held_out_items": other})
-    return recipe.model_copy(update=changes)
 
 
 def _last_date(recipe: Recipe) -> str:

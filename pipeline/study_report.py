@@ -1,6 +1,7 @@
 """The table and the page of a study."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,41 @@ from pipeline import charts
 from pipeline.config import Recipe
 from pipeline.evaluate import SLICES
 from pipeline.recipe import nearest_name
-from pipeline.study_statistics import METRICS, OF_A_TRIAL, Difference, Estimate, StudyResult
+from pipeline.study_statistics import (
+    METRICS,
+    OF_A_TRIAL,
+    Difference,
+    Estimate,
+    StudyResult,
+    is_better,
+)
 
 STUDY_REPORT = "study.html"
+SCOPE = "over seeds, given these evaluation days"
+"""What an interval is an interval over; it says nothing about other days."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A metric of a variant, and its difference to the first."""
+
+    estimate: str
+    difference: str
+    stands_out: bool
+    """Its interval excludes 0, and it is no figure of the machine."""
+    tone: str
+    """Class of the difference in the page: good, bad, soft or none."""
+
+    @classmethod
+    def of(cls, metric: str, found: Estimate | None, difference: Difference | None) -> "Cell":
+        """As it is shown."""
+        stands_out = (
+            difference is not None and difference.excludes_zero and metric not in OF_A_TRIAL
+        )
+        tone = "soft"
+        if difference is not None and stands_out:
+            tone = {True: "good", False: "bad", None: ""}[is_better(metric, difference.diff)]
+        return cls(estimate(found), signed(difference), stands_out, tone)
 
 
 def require_metrics(recipes: Iterable[Recipe], wanted: Sequence[str]) -> None:
@@ -55,7 +88,7 @@ def study_table(result: StudyResult, metrics: Sequence[str]) -> Table:
     """Mean and interval of every metric and variant, and the difference to the first variant."""
     first = next(iter(result.variants))
     title = (
-        f"{result.recipe} {result.date}, {len(result.seeds)} seeds: mean +- 95% interval; "
+        f"{result.recipe} {result.date}, {len(result.seeds)} seeds: mean +- 95% interval {SCOPE}; "
         f"difference to {first}, paired by seed, bold where its interval excludes 0"
     )
     table = _table(title, ("metric", "variant"), ("mean", "diff"))
@@ -104,20 +137,17 @@ def _table(title: str, names: Iterable[str], figures: Iterable[str]) -> Table:
     return table
 
 
-def _marked(cells: Iterable[tuple[str, Difference | None]]) -> Iterator[str]:
+def _marked(cells: Iterable[Cell]) -> Iterator[str]:
     """For a terminal: bold where an interval excludes 0."""
-    for text, difference in cells:
-        shown = signed(difference)
-        yield text
-        yield f"[bold]{shown}[/]" if difference and difference.sure else shown
+    for cell in cells:
+        yield cell.estimate
+        yield f"[bold]{cell.difference}[/]" if cell.stands_out else cell.difference
 
 
-def _cells(
-    result: StudyResult, variant: str, metrics: Iterable[str]
-) -> list[tuple[str, Difference | None]]:
-    """Every metric of a variant, and its difference to the first."""
+def _cells(result: StudyResult, variant: str, metrics: Iterable[str]) -> list[Cell]:
+    """Every metric of a variant."""
     found, paired = result.variants[variant], result.paired.get(variant, {})
-    return [(estimate(found.get(metric)), paired.get(metric)) for metric in metrics]
+    return [Cell.of(metric, found.get(metric), paired.get(metric)) for metric in metrics]
 
 
 def write_study_report(result: StudyResult, metrics: Sequence[str], directory: Path) -> Path:
@@ -136,7 +166,7 @@ def write_study_report(result: StudyResult, metrics: Sequence[str], directory: P
             ),
         ],
         charts=[(metric, _chart(result, metric)) for metric in metrics],
-        signed=signed,
+        scope=SCOPE,
     )
     partial = directory / f"{STUDY_REPORT}.partial"
     partial.write_text(page)

@@ -12,9 +12,17 @@ from embedding.config import StrictConfig
 from ranking.evaluation import SliceMetrics, TaskMetrics
 
 CONFIDENCE = 0.95
-METRICS = ("auc", "gauc", "logloss", "ne", "calibration", "num_rows")
-"""Of every task, and of every slice of its rows."""
+METRICS: dict[str, Literal["higher", "lower"] | None] = {
+    "auc": "higher",
+    "gauc": "higher",
+    "logloss": "lower",
+    "ne": "lower",
+    "calibration": None,
+    "num_rows": None,
+}
+"""Of every task, and of every slice of its rows; which values are better, where one can say."""
 OF_A_TRIAL = ("train.rows_per_s", "trial.seconds")
+"""Of the machine as much as of the variant: trials run side by side and share it."""
 
 
 class Estimate(StrictConfig):
@@ -37,8 +45,8 @@ class Difference(StrictConfig):
     """Half the width of the paired 95% interval; None with one seed."""
 
     @property
-    def sure(self) -> bool:
-        """Whether the interval excludes 0."""
+    def excludes_zero(self) -> bool:
+        """Whether the interval does."""
         return self.ci95 is not None and abs(self.diff) > self.ci95
 
 
@@ -58,6 +66,18 @@ class StudyResult(StrictConfig):
     failed: dict[str, str] = {}
     """Trials that did not finish, as `variant/seed-N`, and why; their seeds count for no variant's
     comparison."""
+
+
+def is_better(metric: str, diff: float) -> bool | None:
+    """Whether a variant that differs by `diff` in a metric is the better one; None: not said.
+
+    Args:
+        metric: `task.metric`, `task.slice.metric`, or one of `OF_A_TRIAL`; names hold dots only
+            between those parts, or in the task.
+        diff: to the first variant.
+    """
+    direction = METRICS.get(metric.rpartition(".")[2])
+    return None if direction is None else (diff > 0) == (direction == "higher")
 
 
 def half_width(values: Sequence[float]) -> float | None:

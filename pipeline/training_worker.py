@@ -202,6 +202,7 @@ def _prepare_process(recipe: Recipe, logs: Path) -> torch.device:
     if recipe.cluster.use_gpu:
         device = own_device()
         torch.cuda.set_device(device)
+        torch.cuda.reset_peak_memory_stats(device)  # of trainings before, in a process that is kept
         return device
     torch.set_num_threads(max(int(recipe.cluster.cpus_per_worker), 1))
     return torch.device("cpu")
@@ -233,7 +234,7 @@ def prediction_schema(tasks: list[str]) -> pa.Schema:
     return pa.schema(
         [pa.field(columns.key_column(key), pa.int64()) for key in columns.KEYS]
         + [pa.field(columns.label_column(task), pa.float32()) for task in tasks]
-        + [pa.field(columns.probability_column(task), pa.float32()) for task in tasks]
+        + [pa.field(columns.probability_column(task), pa.float64()) for task in tasks]
     )
 
 

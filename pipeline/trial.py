@@ -4,6 +4,7 @@ Small trials run inside a process that is kept for the next one, so that imports
 group are paid for once; trials of several ranks run on a Ray Train worker group each.
 """
 
+import importlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +55,22 @@ def run_on_group(job: TrialJob) -> StageOutput:
 class TrialProcess:
     """Runs trials of one rank, one after the other; a Ray actor."""
 
+    def warm_up(self, use_gpu: bool, has_content: bool) -> None:
+        """Import what trials import, and start device and process group.
+
+        Else the first trial's time would hold it, and the first variant's mean.
+        """
+        modules = ["pipeline.planning_worker", "pipeline.training_worker"]
+        for name in (*modules, *(["pipeline.content_training"] if has_content else [])):
+            importlib.import_module(name)
+        self._join_group(use_gpu)
+        if use_gpu:
+            import torch
+
+            from pipeline.devices import own_device
+
+            torch.zeros(1, device=own_device())
+
     def run(self, text: str) -> StageOutput:
         """The trial of a `TrialJob` as JSON."""
         job = TrialJob.model_validate_json(text)
@@ -67,13 +84,17 @@ class TrialProcess:
     def _run_here(
         self, worker: Worker, job: StrictConfig, cluster: ClusterConfig, scratch: Path
     ) -> None:
+        self._join_group(cluster.use_gpu)
+        worker({"job": job.model_dump_json()})
+
+    def _join_group(self, use_gpu: bool) -> None:
+        """A group of this process alone, which all of its trials use."""
         import torch.distributed as dist
 
         if not dist.is_initialized():
-            backend = "cpu:gloo,cuda:nccl" if cluster.use_gpu else "gloo"
+            backend = "cpu:gloo,cuda:nccl" if use_gpu else "gloo"
             store = dist.HashStore()  # type: ignore[attr-defined] # public, but not in __all__
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
-        worker({"job": job.model_dump_json()})
 
 
 def _run(job: TrialJob, make_plan: Callable[[Path], StageOutput], run: RunWorkers) -> StageOutput:

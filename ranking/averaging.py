@@ -1,19 +1,24 @@
-"""An exponential moving average of the dense weights, held as buffers beside them."""
+"""An exponential moving average of the dense weights, held as buffers beside them.
+
+Running moments of batch norm are part of it: those of the weights do not belong to their average.
+"""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 _MODULE = "average"
 """Name of the module in a `RankingStep`."""
 _RANKER = "model.ranker."
 _SEPARATOR = "/"  # a buffer's name may hold no dot
+_MEAN, _VARIANCE = "running_mean", "running_var"
 
 
 class DenseAverage(nn.Module):
-    """The average of a module's parameters.
+    """The average of a module's parameters and running moments.
 
     Buffers are saved and restored with the model, need no gradient and are not sharded. Tables are
     not averaged: their rows are updated in backward, a few at a time.
@@ -22,8 +27,8 @@ class DenseAverage(nn.Module):
     def __init__(self, averaged: nn.Module, decay: float) -> None:
         super().__init__()
         self.decay = decay
-        for name, parameter in averaged.named_parameters():
-            self.register_buffer(name.replace(".", _SEPARATOR), parameter.detach().clone())
+        for name, tensor in _averaged(averaged):
+            self.register_buffer(name.replace(".", _SEPARATOR), tensor.clone())
 
     @torch.no_grad()
     def update(self, averaged: nn.Module, step: int) -> None:
@@ -33,22 +38,29 @@ class DenseAverage(nn.Module):
         or one that starts from another model, is not held back by where it began.
         """
         decay = min(self.decay, step / (step + 9))
-        weights = [parameter.detach() for parameter in averaged.parameters()]
-        torch._foreach_lerp_(list(self.buffers()), weights, 1 - decay)
+        tensors = [tensor for _, tensor in _averaged(averaged)]
+        torch._foreach_lerp_(list(self.buffers()), tensors, 1 - decay)
 
     @contextmanager
     def in_use(self, averaged: nn.Module) -> Iterator[None]:
         """In the block, the module computes with its average."""
-        weights = [parameter.detach().clone() for parameter in averaged.parameters()]
+        before = [tensor.clone() for _, tensor in _averaged(averaged)]
         self.install(averaged)
         try:
             yield
         finally:
-            _copy(weights, averaged)
+            _copy(before, averaged)
 
     def install(self, averaged: nn.Module) -> None:
-        """Overwrite the module's parameters with their average."""
+        """Overwrite the module's parameters and running moments with their average."""
         _copy(list(self.buffers()), averaged)
+
+    def moments(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The averages of all running means, and of the variances that belong to them."""
+        buffers = dict(self.named_buffers())
+        means = [name for name in buffers if name.endswith(_MEAN)]
+        variances = [name.removesuffix(_MEAN) + _VARIANCE for name in means]
+        return [buffers[name] for name in means], [buffers[name] for name in variances]
 
 
 def published_weights(dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -67,4 +79,14 @@ def published_weights(dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _copy(values: list[Tensor], module: nn.Module) -> None:
-    torch._foreach_copy_([parameter.detach() for parameter in module.parameters()], values)
+    torch._foreach_copy_([tensor for _, tensor in _averaged(module)], values)
+
+
+def _averaged(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """All that is averaged, by name, without gradient: parameters, then running moments."""
+    found = [(name, parameter.detach()) for name, parameter in module.named_parameters()]
+    for prefix, norm in module.named_modules():
+        if isinstance(norm, _BatchNorm) and norm.track_running_stats:
+            moments = ((_MEAN, norm.running_mean), (_VARIANCE, norm.running_var))
+            found += [(f"{prefix}.{name}", m) for name, m in moments if m is not None]
+    return found

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_ROWS = 512  # outer products of so many rows stay in the cache
+_CPU_ROWS = 512
+"""Outer products of so many rows stay in the cache."""
+_GPU_BYTES = 256 * 2**20
+"""Of outer products at a time: a GPU wants few and large kernels, and has memory for them."""
 
 
 class InteractionLayer(nn.Module):
@@ -53,7 +56,7 @@ class _Compression(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, maps_RH: Tensor, fields_RF: Tensor, weight_OX: Tensor) -> Tensor:
         out_RO = maps_RH.new_empty(maps_RH.shape[0], weight_OX.shape[0])
-        for rows in _chunks(maps_RH):
+        for rows in _chunks(maps_RH, fields_RF):
             outer_RX = _outer(maps_RH[rows], fields_RF[rows])
             torch.mm(outer_RX, weight_OX.t(), out=out_RO[rows])
         ctx.save_for_backward(maps_RH, fields_RF, weight_OX)
@@ -66,7 +69,7 @@ class _Compression(torch.autograd.Function):
         maps_grad_RH, fields_grad_RF = torch.empty_like(maps_RH), torch.empty_like(fields_RF)
         # In float32, as many small parts are added up.
         weight_grad_OX = torch.zeros_like(weight_OX, dtype=torch.float32)
-        for rows in _chunks(maps_RH):
+        for rows in _chunks(maps_RH, fields_RF):
             maps, fields, grad = maps_RH[rows], fields_RF[rows], grad_RO[rows]
             weight_grad_OX += grad.t() @ _outer(maps, fields)
             outer_grad_RHF = (grad @ weight_OX).unflatten(1, (-1, fields.shape[1]))
@@ -75,5 +78,12 @@ class _Compression(torch.autograd.Function):
         return maps_grad_RH, fields_grad_RF, weight_grad_OX.to(weight_OX.dtype)
 
 
-def _chunks(rows: Tensor) -> list[slice]:
-    return [slice(start, start + _ROWS) for start in range(0, rows.shape[0], _ROWS)]
+def _chunks(maps_RH: Tensor, fields_RF: Tensor) -> list[slice]:
+    bytes_per_row = maps_RH.shape[1] * fields_RF.shape[1] * maps_RH.element_size()
+    size = chunk_rows(maps_RH.device.type, bytes_per_row)
+    return [slice(start, start + size) for start in range(0, maps_RH.shape[0], size)]
+
+
+def chunk_rows(device_type: str, bytes_per_row: int) -> int:
+    """Rows whose outer products are formed at a time."""
+    return _CPU_ROWS if device_type == "cpu" else max(1, _GPU_BYTES // bytes_per_row)

@@ -30,9 +30,13 @@ class InterestEvolution(nn.Module):
         self, query_BD: Tensor, keys_ND: Tensor, side_NS: Tensor, lengths_B: Tensor
     ) -> Tensor:
         """The interest vectors, (B, H), float32; zeros where a history is empty."""
+        has_events_B1 = (lengths_B > 0).unsqueeze(1)
         lengths_B = lengths_B.long()
         if not keys_ND.shape[0]:
-            return query_BD.new_zeros(len(lengths_B), self.output_dim)
+            # One event of zeros, which is masked below: the gradient must reach all parameters and
+            # tables in every batch, or ranks whose samples have events would wait for this one.
+            keys_ND, side_NS = (nn.functional.pad(x, (0, 0, 0, 1)) for x in (keys_ND, side_NS))
+            lengths_B = (torch.arange(len(lengths_B), device=lengths_B.device) == 0).long()
         steps = TimeSteps.of(lengths_B, keys_ND.shape[0])
         # Small products one after the other: bf16 would round the state at every step.
         with torch.autocast(query_BD.device.type, enabled=False):
@@ -44,7 +48,7 @@ class InterestEvolution(nn.Module):
             weights_N = segment_softmax(scores_N, steps.samples_N, len(lengths_B))
             evolved_NH = self.evolution(states_NH, weights_N, steps.sizes)
             interest_BH = expand(evolved_NH, steps.last_B)
-        return interest_BH * (lengths_B > 0).unsqueeze(1)
+        return interest_BH * has_events_B1
 
 
 class AttentionalGru(nn.Module):

@@ -15,6 +15,7 @@ from ranking.experts_config import (
     ProgressiveExtractionConfig,
     SharedBottom,
 )
+from ranking.mlp import in_float32
 
 
 class StackedLinear(nn.Module):
@@ -42,8 +43,8 @@ class Towers(nn.Module):
         self.output = StackedLinear(num_tasks, out_dim, 1)
 
     def forward(self, x_TBD: Tensor) -> Tensor:
-        """One logit a task, (B, T)."""
-        return self.output(self.hidden(x_TBD)).squeeze(2).t()
+        """One logit a task, (B, T), float32."""
+        return in_float32(self.output, self.hidden(x_TBD)).squeeze(2).t()
 
 
 class SharedBottomTowers(nn.Module):

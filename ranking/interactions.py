@@ -73,16 +73,15 @@ class _CrossLayers(torch.autograd.Function):
 
 
 def fm_second_order(fields_BFD: Tensor) -> Tensor:
-    """Sum of the inner products of all pairs of fields (B, 1), in time linear in F.
+    """Sum of the inner products of all pairs of fields, (B, 1) float32, in time linear in F.
 
     The identity of Rendle's factorisation machines: 2 sum_{a<b} <v_a, v_b> = |sum v|^2 - sum |v|^2.
     """
-    # In float32, as the two squares nearly cancel.
+    # In float32, as the two squares nearly cancel, and as the sum is part of a logit.
     wide_BFD = fields_BFD.float()
     square_of_sum_BD = wide_BFD.sum(dim=1).square()
     sum_of_squares_BD = wide_BFD.square().sum(dim=1)
-    second_B1 = 0.5 * (square_of_sum_BD - sum_of_squares_BD).sum(dim=1, keepdim=True)
-    return second_B1.to(fields_BFD.dtype)
+    return 0.5 * (square_of_sum_BD - sum_of_squares_BD).sum(dim=1, keepdim=True)
 
 
 class InnerProducts(nn.Module):

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt
 
 from embedding.config import StrictConfig
+from ranking.classifier_config import Hidden
 
 
 class Din(StrictConfig):
@@ -12,7 +13,7 @@ class Din(StrictConfig):
 
     kind: Literal["din"] = "din"
     history: str
-    hidden: tuple[PositiveInt, ...] = (64, 32)
+    hidden: Hidden = (64, 32)
     """Widths of the attention MLP."""
     softmax: bool = False
     """Normalise the attention weights; the paper does not."""

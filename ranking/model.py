@@ -32,6 +32,7 @@ from ranking.field_dropout import FieldDropout
 from ranking.fields import FieldGenerator
 from ranking.history import HistoryInterest
 from ranking.losses import TaskLoss
+from ranking.mlp import in_float32
 from ranking.regularization import LookupPenalty
 from ranking.tasks import EntireSpaceLabels, TaskChain
 
@@ -59,6 +60,7 @@ class RankingModel(nn.Module):
         """
         super().__init__()
         check_model(schema, config.model)
+        self.schema = schema
         self.tables = EmbeddingTables(table_widths(schema, config.model), tables_device)
         self.chain = TaskChain(config.tasks)
         with torch.random.fork_rng(devices=[]):
@@ -98,7 +100,7 @@ class RankingStep(nn.Module):
         self.model = model
         self.labels = EntireSpaceLabels(config.tasks)
         self.loss = TaskLoss([task.weight for task in config.tasks])
-        self.penalty = LookupPenalty(model.tables.schema, embedding_l2) if embedding_l2 else None
+        self.penalty = LookupPenalty(model.schema, embedding_l2) if embedding_l2 else None
         decay = config.trainer.ema_decay
         self.average = None if decay is None else DenseAverage(model.ranker, decay)
         self.content = None if content is None else ContentPort(content.source)
@@ -214,7 +216,10 @@ class Ranker(nn.Module):
             dense_BX=dense_BX.to(dtype),
             interests_BX=interests_BX.to(dtype),
         )
-        logits_BT: Tensor = self.heads(self.classifier(inputs))
+        representation_BX = self.classifier(inputs)
+        if isinstance(self.heads, nn.Linear):
+            return in_float32(self.heads, representation_BX)
+        logits_BT: Tensor = self.heads(representation_BX)
         return logits_BT
 
 

@@ -23,6 +23,7 @@ class Predictions:
     weights_RT: Tensor
     """0 where the label is missing."""
     probs_RT: Tensor
+    """float64: float32 has no number between 1 - 6e-8 and 1, where a logloss still differs."""
 
 
 def predict(
@@ -39,7 +40,7 @@ def predict(
     for batch in batches:
         with torch.no_grad():
             _, (logits_BT, labels_BT, weights_BT) = step(batch.to(device))
-        probs_BT = probabilities(logits_BT).cpu()
+        probs_BT = probabilities(logits_BT.double()).cpu()
         real = batch.num_rows
         yield Predictions(
             keys_RK=batch.keys_BK[:real].cpu(),

@@ -280,13 +280,14 @@ class _Run:
         if self.validation_source is None or self.validation.last_step == self.step:
             return
         trainer, config = self.trainer, self.trainer.config
-        with self.clock.paused("validation"), trainer.ranking.averaged():
+        with self.clock.paused("validation"):
             trainer.steps.pause()
             agree_on_moments(trainer.model)
             if trainer.content is not None:
                 trainer.content.refresh()
             source, device = self.validation_source, trainer.device
-            values = validate(trainer.model, source, device, len(trainer.tasks))
+            with trainer.ranking.averaged():
+                values = validate(trainer.model, source, device, len(trainer.tasks))
         value = deciding_value(config.validation, trainer.tasks, values)
         self.validation = self.validation.after(self.step, value, config)
         metrics = validation_metrics(trainer.tasks, values, self.validation)

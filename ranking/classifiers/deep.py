@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ranking.classifier_config import DcnV2, DeepFm, Dnn, FinalMlp, MaskNet, WideDeep
 from ranking.classifiers.inputs import ClassifierInputs, InputDims
 from ranking.interactions import CrossNetwork, fm_second_order
-from ranking.mlp import mlp
+from ranking.mlp import in_float32, mlp
 
 
 class DnnClassifier(nn.Module):
@@ -36,7 +36,7 @@ class WideDeepClassifier(nn.Module):
     def forward(self, inputs: ClassifierInputs) -> Tensor:
         """The representation, (B, output_dim): hidden units, first order."""
         flat_BX = inputs.flat()
-        return torch.cat([self.mlp(flat_BX), self.first_order(flat_BX)], dim=1)
+        return torch.cat([self.mlp(flat_BX), in_float32(self.first_order, flat_BX)], dim=1)
 
 
 class DeepFmClassifier(nn.Module):
@@ -53,7 +53,8 @@ class DeepFmClassifier(nn.Module):
         """The representation, (B, output_dim): hidden units, first order, second order."""
         flat_BX = inputs.flat()
         second_B1 = fm_second_order(inputs.stacked(self.dim))
-        return torch.cat([self.mlp(flat_BX), self.first_order(flat_BX), second_B1], dim=1)
+        first_B1 = in_float32(self.first_order, flat_BX)
+        return torch.cat([self.mlp(flat_BX), first_B1, second_B1], dim=1)
 
 
 class DcnV2Classifier(nn.Module):
@@ -154,5 +155,6 @@ class FinalMlpClassifier(nn.Module):
         second_BX = self.second(flat_BX * gates[1])
         first_HBX = first_BX.unflatten(1, (self.num_heads, -1)).transpose(0, 1)
         second_HBX = second_BX.unflatten(1, (self.num_heads, -1)).transpose(0, 1)
-        fused_HB = (torch.bmm(first_HBX, self.fusion_HXX) * second_HBX).sum(dim=2)
+        fused_HBX = torch.bmm(first_HBX, self.fusion_HXX) * second_HBX
+        fused_HB = fused_HBX.sum(dim=2, dtype=torch.float32)
         return torch.cat([first_BX, second_BX, fused_HB.t()], dim=1)

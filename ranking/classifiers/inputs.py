@@ -2,8 +2,8 @@
 
 Fields (embeddings, and the generator's new features) are what interactions multiply. Dense features
 and interest vectors enter as columns: of the first-order term, and of the MLP where there is one.
-The first-order weight of an id is a linear map of its embedding, so it needs no second table. Its
-one column goes to the head, which weighs it for every task.
+The first-order weight of an id is a linear map of its embedding, where the papers have a number of
+its own (docs/models.md says why). Its one column goes to the head, which weighs it for every task.
 """
 
 # Shapes: B samples, F fields, D embedding dim, X any width.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ranking.cin import InteractionLayer
 from ranking.classifier_config import AutoInt, Ccpm, XDeepFm
 from ranking.classifiers.inputs import ClassifierInputs, InputDims
-from ranking.mlp import mlp
+from ranking.mlp import in_float32, mlp
 
 _LAST_POOL = 3  # fields that CCPM keeps after its last layer
 
@@ -44,7 +44,8 @@ class CcpmClassifier(nn.Module):
         maps_BCFD = inputs.stacked(self.dim).unsqueeze(1)
         for convolution, kept in zip(self.convolutions, self.kept, strict=True):
             maps_BCFD = k_max(convolution(maps_BCFD), kept).tanh()
-        return torch.cat([maps_BCFD.flatten(1), self.first_order(inputs.flat())], dim=1)
+        first_B1 = in_float32(self.first_order, inputs.flat())
+        return torch.cat([maps_BCFD.flatten(1), first_B1], dim=1)
 
 
 def k_max(maps_BCFD: Tensor, k: int) -> Tensor:
@@ -76,9 +77,10 @@ class XDeepFmClassifier(nn.Module):
         sums = []
         for layer in self.layers:
             maps_RH = layer(maps_RH, fields_RF)
-            sums.append(maps_RH.unflatten(0, (-1, self.dim)).sum(dim=1))
+            sums.append(maps_RH.unflatten(0, (-1, self.dim)).sum(dim=1, dtype=torch.float32))
         flat_BX = inputs.flat()
-        return torch.cat([*sums, self.mlp(flat_BX), self.first_order(flat_BX)], dim=1)
+        first_B1 = in_float32(self.first_order, flat_BX)
+        return torch.cat([*sums, self.mlp(flat_BX), first_B1], dim=1)
 
 
 class AutoIntClassifier(nn.Module):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ranking.classifier_config import Ffm, Fm, LogisticRegression
 from ranking.classifiers.inputs import ClassifierInputs, InputDims
 from ranking.interactions import fm_second_order
+from ranking.mlp import in_float32
 
 
 class LogisticRegressionClassifier(nn.Module):
@@ -36,7 +37,7 @@ class FmClassifier(nn.Module):
     def forward(self, inputs: ClassifierInputs) -> Tensor:
         """The representation, (B, 2): first order, second order."""
         second_B1 = fm_second_order(inputs.stacked(self.dim))
-        return torch.cat([self.first_order(inputs.flat()), second_B1], dim=1)
+        return torch.cat([in_float32(self.first_order, inputs.flat()), second_B1], dim=1)
 
 
 class FfmClassifier(nn.Module):
@@ -67,5 +68,6 @@ class FfmClassifier(nn.Module):
         blocks_FDFD = torch.einsum("abkd,bake,ab->adbe", projection, projection, self.upper_FF)
         form_XX = blocks_FDFD.flatten(2).flatten(0, 1)
         fields_BX = inputs.fields_BX
-        second_B = (torch.mm(fields_BX, form_XX) * fields_BX).sum(dim=1)
-        return torch.cat([self.first_order(inputs.flat()), second_B.unsqueeze(1)], dim=1)
+        products_BX = torch.mm(fields_BX, form_XX) * fields_BX
+        second_B1 = products_BX.sum(dim=1, keepdim=True, dtype=torch.float32)
+        return torch.cat([in_float32(self.first_order, inputs.flat()), second_B1], dim=1)

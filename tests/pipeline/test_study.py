@@ -1,10 +1,11 @@
 """A study's statistics by hand, and the variants file."""
 
+import queue
 import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
@@ -18,9 +19,10 @@ from pipeline.artifacts import MANIFEST, Manifest
 from pipeline.config import ClusterConfig, EvaluationConfig, Recipe
 from pipeline.console import Reporter
 from pipeline.evaluate import SLICES, Slices
+from pipeline.identity import computation_marks
 from pipeline.recipe import load_recipe
 from pipeline.stages import StageOutput, StageSpec, execute
-from pipeline.study import Study, Trial, read_variants, with_seed
+from pipeline.study import Study, Trial, read_variants
 from pipeline.study_report import (
     require_metrics,
     slice_metrics,
@@ -29,10 +31,22 @@ from pipeline.study_report import (
     write_study_report,
 )
 from pipeline.study_samples import identities, require_unchanged, samples_key, take_over
+from pipeline.study_seeds import require_comparable, with_seed
 from pipeline.study_slots import actors_of_any, trial_slots
-from pipeline.study_statistics import StudyResult, differences, estimates, trial_metrics
+from pipeline.study_statistics import (
+    METRICS,
+    OF_A_TRIAL,
+    StudyResult,
+    differences,
+    estimates,
+    is_better,
+    trial_metrics,
+)
 from ranking.evaluation import SliceMetrics, TaskMetrics
 from tests.pipeline.small_log import Row, event, make_recipe, write_catalogue, write_day
+
+FGCNN = "ranking.model.generator={kind: fgcnn}"
+ONE_DIM = "ranking.model.field_dim=16"
 
 
 def test_interval_of_three_seeds_is_students() -> None:
@@ -55,7 +69,7 @@ def test_differences_are_paired_by_seed() -> None:
     assert found.diff == pytest.approx(0.02)
     # Differences 0.03 and 0.01: standard deviation 0.0141421; t with 1 degree: 12.706205.
     assert found.ci95 == pytest.approx(12.706205 * 0.0141421 / 2**0.5, rel=1e-5)
-    assert not found.sure
+    assert not found.excludes_zero
 
 
 def test_one_seed_has_no_interval() -> None:
@@ -100,6 +114,62 @@ def test_every_seed_holds_out_other_items_and_draws_another_model() -> None:
     assert [trial.ranking.trainer.seed for trial in trials] == [5, 6, 7]
     held_out = [trial.evaluation.held_out_items for trial in trials]
     assert [part.seed for part in held_out if part] == [40, 41, 42]
+
+
+def test_every_seed_shifts_the_recipes_own_seeds() -> None:
+    content = "content={text: {model: tiny, lora: null}, seed: 9}"
+    generator = "ranking.model.generator={kind: fgcnn, shuffle_seed: 4}"
+    recipe = load_recipe("demo", ["ranking.trainer.seed=5", content, ONE_DIM, generator])
+
+    trials = [with_seed(recipe, seed) for seed in (5, 6, 7)]
+
+    assert trials[0] == recipe
+    assert [trial.content.seed for trial in trials if trial.content] == [9, 10, 11]
+    orders = [trial.ranking.model.generator for trial in trials]
+    assert [order.shuffle_seed for order in orders if order] == [4, 5, 6]
+    unordered = with_seed(load_recipe("demo", [ONE_DIM, FGCNN]), 8).ranking.model.generator
+    assert unordered is not None
+    assert unordered.shuffle_seed is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("cluster.num_workers=1", r"cluster.num_workers is 1, but 2 in 'a'"),
+        ("cluster.cpus_per_worker=2", r"cluster.cpus_per_worker is 2.0, but 1 in 'a'"),
+        ("cluster.use_gpu=true", r"cluster.use_gpu is True, .*--set cluster.use_gpu="),
+        ("ranking.trainer.seed=3", r"ranking.trainer.seed is 3, but 0 in 'a'.*leave it out"),
+    ],
+)
+def test_variants_of_another_cluster_or_seed_are_refused(change: str, message: str) -> None:
+    """One of one worker waited for ever for a process that only studies of one worker start."""
+    recipes = {name: load_recipe("demo", overrides) for name, overrides in (("a", []), ("b", []))}
+    require_comparable(recipes)
+    with pytest.raises(UserError, match=f"variant 'b': {message}"):
+        require_comparable(recipes | {"b": load_recipe("demo", [change])})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "marks"),
+    [
+        ([], {}),
+        (["ranking.trainer.ema_decay=0.9", "embedding.l2=0.1"], {}),
+        (["cluster.cpus_per_worker=3"], {}),
+        (["cluster.use_gpu=true"], {"device": "cuda"}),
+        (["ranking.trainer.precision=bf16"], {"logits": "float32"}),
+        (["ranking.trainer.ema_decay=0.9", FGCNN], {}),
+        (["embedding.l2=0.1", FGCNN], {"l2_of_sequences": "classifier"}),
+        (["embedding.l2=0.1", FGCNN.replace("fgcnn", "fgcnn, embeddings: shared")], {}),
+        (
+            ["ranking.trainer.ema_decay=0.9", FGCNN.replace("fgcnn", "fgcnn, batch_norm: true")],
+            {"moments": "averaged"},
+        ),
+    ],
+)
+def test_finished_trials_stay_valid_where_their_result_would_be_the_same(
+    overrides: list[str], marks: Row
+) -> None:
+    assert computation_marks(load_recipe("demo", [ONE_DIM, *overrides])) == marks
 
 
 def test_every_seed_draws_another_alignment_and_other_codebooks() -> None:
@@ -307,6 +377,66 @@ def test_the_error_of_a_trial_is_shown_as_it_is_and_the_others_go_on(tmp_path: P
     assert f"x a/seed-1: {text}" in captured.get()
 
 
+def test_trials_run_seed_by_seed(tmp_path: Path) -> None:
+    ran: list[str] = []
+    recipe = make_recipe(tmp_path)  # two ranks: trials run one after the other
+
+    def trial(variant: str, seed: int) -> Trial:
+        def body(scratch: Path) -> StageOutput:
+            ran.append(f"{variant}{seed}")
+            raise UserError("enough")
+
+        spec = StageSpec("trial", tmp_path / f"{variant}{seed}", {}, {}, body)
+        return Trial(variant, seed, recipe, spec)
+
+    study = object.__new__(Study)
+    study.first, study.recipes = recipe, {"a": recipe, "b": recipe}
+    study.reporter = Reporter(Console(quiet=True))
+    study._run_missing([trial(v, seed) for v in "ab" for seed in (0, 1)], Mock())
+
+    assert ran == ["a0", "b0", "a1", "b1"]
+
+
+@pytest.mark.parametrize(
+    ("error", "is_kept"),
+    [(UserError("lower the rates"), True), (RuntimeError("CUDA error: an illegal access"), False)],
+)
+def test_a_process_is_replaced_after_any_error_but_the_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, is_kept: bool
+) -> None:
+    data = make_recipe(tmp_path).model_dump(mode="json")
+    recipe = Recipe.model_validate(merged(data, {"cluster": {"num_workers": 1}}))
+    processes = [Mock(name="first"), Mock(name="second")]
+    ray = Mock()
+    ray.remote.return_value.options.return_value.remote.side_effect = processes
+    ray.get.side_effect = [None, error, None]  # warmed up, the trial, warmed up
+    monkeypatch.setattr("pipeline.study.ray", ray)
+    study = object.__new__(Study)
+    study.first, study.recipes, study.trials_per_gpu = recipe, {"a": recipe}, 1
+    study._started, study._processes = [], queue.Queue()
+    (first,) = study._start_processes(1)
+    study._processes.put(first)
+
+    with pytest.raises(type(error)):
+        study._dispatch(Mock(recipe=recipe))
+
+    assert study._processes.get_nowait() is (first if is_kept else processes[1])
+    assert ray.kill.call_args_list == ([] if is_kept else [call(first)])
+    assert all(one.warm_up.remote.called for one in study._started)
+
+
+def test_which_metrics_are_better_higher() -> None:
+    found = {name: is_better(f"next.like.cold.{name}", 0.1) for name in METRICS}
+    # A slice or task whose name begins like a metric is not taken for it.
+    assert found == {
+        **{"auc": True, "gauc": True, "logloss": False, "ne": False},
+        **{"calibration": None, "num_rows": None},
+    }
+    assert is_better("click.new_users.auc", -0.1) is False
+    assert is_better("click.new_users.logloss", -0.1) is True
+    assert [is_better(name, 1.0) for name in OF_A_TRIAL] == [None, None]
+
+
 @pytest.mark.parametrize(
     ("metric", "hint"),
     [
@@ -421,6 +551,38 @@ def test_the_page_of_a_study_has_the_slices_too(tmp_path: Path) -> None:
     assert "popular (1,200)" in page
     assert re.search(r'class="n good">\+0\.1001 \+- 0\.0013<', page)
     assert re.search(r'class="n soft">\+0\.0050 \+- 0\.1906<', page)
+
+
+def test_only_metrics_with_a_better_side_are_coloured_and_times_do_not_stand_out(
+    tmp_path: Path,
+) -> None:
+    found = {
+        "click.new_users.auc": ([0.50, 0.51], [0.60, 0.6101]),
+        "click.logloss": ([0.50, 0.51], [0.60, 0.6101]),
+        "click.calibration": ([0.50, 0.51], [0.60, 0.6101]),
+        "trial.seconds": ([50.0, 51.0], [60.0, 61.01]),
+    }
+    trials = [
+        {seed: {name: values[side][seed] for name, values in found.items()} for seed in (0, 1)}
+        for side in (0, 1)
+    ]
+    result = result_of(GAINS).model_copy(
+        update={
+            "variants": {n: estimates(t) for n, t in zip(("ids", "codes"), trials, strict=True)},
+            "paired": {"codes": differences(trials[1], trials[0])},
+        }
+    )
+    assert all(difference.excludes_zero for difference in result.paired["codes"].values())
+
+    page = write_study_report(result, list(found), tmp_path).read_text()
+    tones = re.findall(r'class="(n[a-z ]*)">\+', page)
+    assert tones[:4] == ["n good", "n bad", "n", "n soft"]
+    table = study_table(result, list(found))
+    console = Console(width=200, force_terminal=True, color_system="standard")
+    with console.capture() as captured:
+        console.print(table)
+    assert len(re.findall(r"\x1b\[1m\+", captured.get())) == 3
+    assert "over seeds, given these evaluation days" in str(table.title)
 
 
 def test_a_slice_that_no_trial_can_measure_is_left_out() -> None:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from embedding.config import (
@@ -149,6 +150,11 @@ def test_a_missing_label_gives_no_gradient() -> None:
     TaskLoss([1.0, 1.0])(logits_BT, torch.zeros(3, 2), weights_BT).backward()
     assert logits_BT.grad is not None
     assert logits_BT.grad.ne(0).equal(weights_BT.ne(0))
+
+
+def test_attention_without_a_hidden_layer_is_refused() -> None:
+    with pytest.raises(ValidationError, match="hidden"):
+        Din(history="past", hidden=())
 
 
 def test_an_interest_without_a_target_is_refused() -> None:

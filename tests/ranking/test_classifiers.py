@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from embedding.errors import UserError
 from ranking import classifier_config as config
-from ranking.cin import compress, compress_plain
+from ranking.cin import chunk_rows, compress, compress_plain
 from ranking.classifiers.build import build_classifier
 from ranking.classifiers.inputs import ClassifierInputs, InputDims
 from ranking.interactions import FieldPairs, InnerProducts
@@ -103,7 +103,10 @@ def test_every_classifier_has_the_width_it_says_and_trains_in_both_precisions(
                 )
             )
         assert out.shape == (B, classifier.output_dim)
-        assert out.dtype == dtype  # nothing on the way widened it
+        # Nothing on the way widened it, except beside columns that are sums of a logit.
+        sums = (config.Fm, config.Ffm, config.WideDeep, config.DeepFm, config.Ccpm)
+        has_sums = issubclass(kind, (*sums, config.XDeepFm, config.FinalMlp))
+        assert out.dtype == (torch.float32 if has_sums else dtype)
         out.float().square().sum().backward()
         assert inputs.fields_BX.grad is not None
         assert inputs.fields_BX.grad.isfinite().all()
@@ -402,6 +405,14 @@ def test_chunked_compression_agrees_with_its_plain_twin(rows: int) -> None:
     ours, twin = (torch.autograd.grad((x * weights).sum(), inputs) for x in (fast, plain))
     for a, b in zip(ours, twin, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)  # sums over up to 1,200 rows
+
+
+def test_a_gpu_compresses_as_many_rows_at_a_time_as_its_budget_holds() -> None:
+    bytes_per_row = 64 * 26 * 2  # bf16
+    assert chunk_rows("cpu", bytes_per_row) == 512
+    rows = chunk_rows("cuda", bytes_per_row)
+    assert rows * bytes_per_row <= 256 * 2**20 < (rows + 1) * bytes_per_row
+    assert chunk_rows("cuda", 2**40) == 1
 
 
 def test_autoint_attends_between_fields() -> None:

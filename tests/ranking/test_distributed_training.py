@@ -6,6 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
@@ -23,6 +25,7 @@ from embedding.config import (
 )
 from embedding.loader import SampleFiles, SampleLoader
 from embedding.shard import Sharded, shard
+from ranking.averaging import DenseAverage
 from ranking.classifier_config import DeepFm
 from ranking.config import ModelConfig, RankingConfig, TaskConfig
 from ranking.experts_config import ProgressiveExtractionConfig
@@ -227,11 +230,18 @@ def _check_moments(rank: int) -> None:
     norm = torch.nn.BatchNorm1d(3)
     norm.running_mean.copy_(rows_RBC[rank].mean(dim=0))
     norm.running_var.copy_(rows_RBC[rank].var(dim=0, correction=0))
-    agree_on_moments(norm)
-    torch.testing.assert_close(norm.running_mean, rows_RBC.mean(dim=(0, 1)))
-    torch.testing.assert_close(norm.running_var, rows_RBC.var(dim=(0, 1), correction=0))
+    average = DenseAverage(torch.nn.Sequential(norm), decay=0.9)
+    both = torch.nn.ModuleList([norm, average])
+    agree_on_moments(both)
+    (average_mean,), (average_variance,) = average.moments()
+    for mean, variance in (
+        (norm.running_mean, norm.running_var),
+        (average_mean, average_variance),
+    ):
+        torch.testing.assert_close(mean, rows_RBC.mean(dim=(0, 1)))
+        torch.testing.assert_close(variance, rows_RBC.var(dim=(0, 1), correction=0))
     before = norm.state_dict()["running_var"].clone()
-    agree_on_moments(norm)
+    agree_on_moments(both)
     assert norm.running_var.equal(before)
 
 
@@ -293,6 +303,45 @@ def test_two_ranks_report_and_save_the_same(tmp_path: Path) -> None:
     ):
         assert ours.equal(theirs)
         assert not ours.equal(start)
+
+
+def _without_events(folder: Path) -> None:
+    table = pq.read_table(folder / "part.parquet")
+    index = table.schema.get_field_index("sequence:past_item")
+    nothing = pa.array([[]] * len(table), pa.list_(pa.int64()))
+    pq.write_table(table.set_column(index, "sequence:past_item", nothing), folder / "empty.parquet")
+
+
+def _spawned_without_events(rank: int, port: int, folder: str) -> None:
+    """Rank 1 has events in the first and the last step only."""
+    _join(rank, 2, port)
+    tasks = ["click", "like"]
+    batches = {}
+    for name in ("part", "empty"):
+        files = SampleFiles([Path(folder) / f"{name}.parquet"], SCHEMA, tasks)
+        with SampleLoader(files, batch_size_per_rank=16).sequential() as stream:
+            batches[name] = list(stream)[:4]
+    sharded = _sharded(_demanding_config())
+    start = _state(sharded)
+    for step in range(4):
+        name = "empty" if rank == 1 and step in (1, 2) else "part"
+        sharded.optimizer.zero_grad()
+        loss, _ = sharded.model(batches[name][step])
+        loss.backward()
+        sharded.optimizer.step()
+    assert any(not ours.equal(before) for ours, before in zip(_state(sharded), start, strict=True))
+    for parameter in sharded.dense_parameters.values():
+        of_rank_0 = parameter.detach().clone()
+        dist.broadcast(of_rank_0, 0)
+        assert of_rank_0.equal(parameter)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_a_rank_without_any_event_trains_on(tmp_path: Path) -> None:
+    write_samples(tmp_path / "part.parquet")
+    _without_events(tmp_path)
+    mp.spawn(_spawned_without_events, (_free_port(), str(tmp_path)), nprocs=2)
 
 
 SHARDINGS = ("data_parallel", "row_wise", "table_wise")

@@ -16,6 +16,7 @@ from embedding.errors import UserError
 from ranking.dien import InterestEvolution
 from ranking.history import HistoryInterest
 from ranking.hstu import Block, SequenceTransduction
+from ranking.interest import TargetAttention
 from ranking.interest_config import Dien, Hstu
 
 # float32 sums of up to some hundred terms of order one, in another order.
@@ -97,6 +98,23 @@ def test_interest_evolution_of_empty_histories_is_zero() -> None:
     block = InterestEvolution(QUERY, SIDE, 7)
     out = block(torch.randn(3, QUERY), torch.empty(0, QUERY), torch.empty(0, SIDE), torch.zeros(3))
     assert out.equal(torch.zeros(3, 7))
+
+
+@pytest.mark.parametrize("kind", ["din", "dien", "hstu"])
+def test_without_any_event_a_batch_still_reaches_everything_that_is_trained(kind: str) -> None:
+    """Data parallelism waits for the gradient of every parameter, and so do sharded tables."""
+    block: nn.Module = {
+        "din": TargetAttention(QUERY, SIDE, (4,), softmax=True),
+        "dien": InterestEvolution(QUERY, SIDE, 7),
+        "hstu": SequenceTransduction(
+            QUERY, SIDE, Hstu(history="past"), max_length=9, num_gaps=None
+        ),
+    }[kind]
+    inputs = [torch.randn(3, QUERY), torch.empty(0, QUERY), torch.empty(0, SIDE)]
+    leaves = [x.requires_grad_() for x in inputs] + list(block.parameters())
+    out = block(*inputs, torch.zeros(3, dtype=torch.int64))
+    gradients = torch.autograd.grad(out.sum(), leaves, allow_unused=True)
+    assert all(gradient is not None for gradient in gradients)
 
 
 def _block_by_loop(block: Block, x_SD: Tensor, gaps: list[int] | None) -> Tensor:

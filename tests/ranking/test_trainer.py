@@ -5,12 +5,14 @@ import math
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from embedding.errors import UserError
 from embedding.loader import SampleFiles
 from ranking.classifier_config import DeepFm
+from ranking.evaluation import evaluate_predictions
 from ranking.prediction import predict
 from ranking.progress import Progress
 from ranking.steps import dense_parameters
@@ -142,6 +144,23 @@ def test_autocast_keeps_tables_and_logits_in_fp32(files: SampleFiles) -> None:
     }
 
 
+def test_probabilities_near_one_keep_their_logloss(files: SampleFiles) -> None:
+    """exp(-20) from 1 is 1 in float32, and a row that is not positive would cost 27.6, not 20."""
+    harness = Harness(files, small_config())
+    output = harness.model.ranker.heads.towers.output
+    with torch.no_grad():
+        output.weight_EDH.zero_()
+        output.bias_E1H.fill_(20.0)
+    with harness.source.sequential() as stream:
+        parts = list(predict(harness.step, stream, CPU))
+    probs, labels = (
+        torch.cat([getattr(part, name)[:, 0] for part in parts]).numpy()
+        for name in ("probs_RT", "labels_RT")
+    )
+    found = evaluate_predictions(labels=labels, probs=probs, groups=np.zeros(len(labels)))
+    assert found.logloss == pytest.approx(20.0 * (labels == 0).mean(), rel=1e-6)
+
+
 def test_the_step_line_has_everything(files: SampleFiles, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         Harness(files, small_config()).fit()
@@ -173,6 +192,6 @@ def test_predictions_cover_every_row_once_with_the_model_s_probabilities(
     assert keys[:, 0].tolist() == list(range(NUM_ROWS))
     with harness.source.sequential() as stream:
         batch = next(stream)
-    expected = torch.sigmoid(harness.model(batch))
+    expected = torch.sigmoid(harness.model(batch).double())
     torch.testing.assert_close(parts[0].probs_RT, expected)
     assert parts[-1].probs_RT.shape == (NUM_ROWS % 16, 2)

@@ -1,0 +1,63 @@
+"""What a study draws anew with every seed, and what it holds equal for all of its variants."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from embedding.errors import UserError
+from pipeline.config import ClusterConfig, Recipe
+
+
+def require_comparable(recipes: Mapping[str, Recipe]) -> None:
+    """Refuse variants that change what a study holds equal: the cluster and the seeds of trials.
+
+    Raises:
+        UserError: the variant, the setting, and what to do.
+    """
+    first_name = next(iter(recipes))
+    first = recipes[first_name]
+    for name, recipe in recipes.items():
+        for key in ClusterConfig.model_fields:
+            own, theirs = getattr(recipe.cluster, key), getattr(first.cluster, key)
+            if own != theirs:
+                raise UserError(
+                    f"variant {name!r}: cluster.{key} is {own}, but {theirs} in {first_name!r}; "
+                    "the trials of a study run on one kind of worker, side by side: leave it out "
+                    f"of the variants and set it for all with --set cluster.{key}=..., or run two "
+                    "studies, each with an --out of its own"
+                )
+        seed = recipe.ranking.trainer.seed
+        if seed != first.ranking.trainer.seed:
+            raise UserError(
+                f"variant {name!r}: ranking.trainer.seed is {seed}, but "
+                f"{first.ranking.trainer.seed} in {first_name!r}; a study gives every variant the "
+                "same seeds: leave it out of the variants, and set the first seed for all with "
+                "--set ranking.trainer.seed=..."
+            )
+
+
+def with_seed(recipe: Recipe, seed: int) -> Recipe:
+    """The recipe as a trial runs it: everything that is drawn is drawn anew with every seed.
+
+    Also which items are held out, the alignment and the codebooks that codes come from, and the
+    order in which a generator reads the fields. The first seed's trial is the recipe itself.
+    """
+    ranking = recipe.ranking
+    offset = seed - ranking.trainer.seed
+    model, generator = ranking.model, ranking.model.generator
+    if generator is not None and generator.shuffle_seed is not None:
+        drawn = {"shuffle_seed": generator.shuffle_seed + offset}
+        model = model.model_copy(update={"generator": generator.model_copy(update=drawn)})
+    trainer = ranking.trainer.model_copy(update={"seed": seed})
+    changes: dict[str, Any] = {
+        "ranking": ranking.model_copy(update={"model": model, "trainer": trainer})
+    }
+    content = recipe.content
+    if content is not None:
+        changes["content"] = content.model_copy(update={"seed": content.seed + offset})
+    if recipe.codes is not None:
+        changes["codes"] = recipe.codes.with_seed_offset(offset)
+    held_out = recipe.evaluation.held_out_items
+    if held_out is not None:
+        other = held_out.model_copy(update={"seed": held_out.seed + offset})
+        changes["evaluation"] = recipe.evaluation.model_copy(update={"held_out_items": other})
+    return recipe.model_copy(update=changes)

@@ -121,7 +121,11 @@ Fusion = Annotated[FqFormer | MeanFusion | ConcatFusion, Field(discriminator="ki
 
 
 class Gradient(StrictConfig):
-    """Which items of a step are encoded with gradient; the others are read from the bank."""
+    """Which items of a step are encoded with gradient; the others are read from the bank.
+
+    That is of towers and fusion: the last layer is applied to all items of a step, and learns from
+    them.
+    """
 
     items: Literal["targets", "targets+sample", "all"] = "targets+sample"
     """The candidates; those and a sample of the history items; or all: of each, no more than
@@ -163,8 +167,10 @@ class ContentOptimizer(StrictConfig):
     """AdamW of everything in the content encoder."""
 
     learning_rate: PositiveFloat = 1e-3
-    """Of fusion, projections and heads."""
+    """Of the fusion."""
     lora_learning_rate: PositiveFloat = 1e-3
+    head_learning_rate: PositiveFloat = 1e-3
+    """Of the last layer, which learns from every item of a step, encoded or not."""
     weight_decay: NonNegativeFloat = 0.0
 
 

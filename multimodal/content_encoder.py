@@ -52,6 +52,15 @@ class ContentEncoder(nn.Module):
     def forward(self, batch: TokenBatch) -> Tensor:
         """Content vectors (U, D), with gradient where it is enabled.
 
+        Raises:
+            UserError: the tokens are not those of these towers.
+        """
+        vectors_UD: Tensor = self.output(self.fused(batch))
+        return vectors_UD
+
+    def fused(self, batch: TokenBatch) -> Tensor:
+        """What the last linear layer reads (U, width of the fusion).
+
         Of micro batches, one at a time is on the encoder's device, from wherever the tokens lie.
 
         Raises:
@@ -59,24 +68,18 @@ class ContentEncoder(nn.Module):
         """
         weight = self.output.weight
         if not batch.num_items:
-            return weight.new_zeros(0, self.output.out_features)
+            return weight.new_zeros(0, self.output.in_features)
         size = self.micro_batch_items
         if size is None or batch.num_items <= size:
-            return self._encode(weight, batch)
+            return self._fused(weight, batch)
         if not torch.is_grad_enabled():
-            return torch.cat([self._encode(weight, piece) for piece in batch.split(size)])
+            return torch.cat([self._fused(weight, piece) for piece in batch.split(size)])
         # Memory holds the activations of one piece, not of all: backward computes them again.
         pieces = [
-            checkpoint(self._encode, weight, piece, use_reentrant=False)
+            checkpoint(self._fused, weight, piece, use_reentrant=False)
             for piece in batch.split(size)
         ]
         return torch.cat(pieces)
-
-    def fused(self, batch: TokenBatch) -> Tensor:
-        """What the last linear layer reads (U, width of the fusion)."""
-        tokens = {name: self._upper(name, batch.modalities[name]) for name in self.towers}
-        fused_UH: Tensor = self.fusion(tokens)
-        return fused_UH
 
     @torch.no_grad()
     def moments(self, read: ReadTokens, rows_N: Tensor) -> Tensor:
@@ -115,14 +118,16 @@ class ContentEncoder(nn.Module):
         present_U = torch.stack([part.present for part in batch.modalities.values()]).any(dim=0)
         return present_U.unsqueeze(1).expand(-1, self.output.in_features)
 
-    def _encode(self, like: Tensor, batch: TokenBatch) -> Tensor:
-        """Vectors (U, D), made on the device of `like`.
+    def _fused(self, like: Tensor, batch: TokenBatch) -> Tensor:
+        """(U, width of the fusion), made on the device of `like`.
 
         It is an argument so that a checkpoint knows the device, whose generator it sets back before
         dropout is drawn again.
         """
-        vectors_UD: Tensor = self.output(self.fused(batch.to(like.device)))
-        return vectors_UD
+        batch = batch.to(like.device)
+        tokens = {name: self._upper(name, batch.modalities[name]) for name in self.towers}
+        fused_UH: Tensor = self.fusion(tokens)
+        return fused_UH
 
     def _upper(self, name: str, part: ModalityTokens) -> ModalityTokens:
         tower = self.towers[name]

@@ -96,6 +96,9 @@ class FqFormer(StrictConfig):
     num_layers: PositiveInt = 1
     num_heads: PositiveInt = 4
     num_queries: PositiveInt = 2
+    dim: PositiveInt | None = None
+    """Of queries and projected tokens; None: `content.dim`. What the projection of a tower's tokens
+    drops, training must find again: several times `content.dim` starts from more of them."""
     feed_forward: bool = False
     modality_embedding: bool = False
     """Add a learned vector to the tokens of each modality."""
@@ -267,11 +270,14 @@ class ContentConfig(StrictConfig):
     def _check_parts(self) -> Self:
         if not self.towers:
             raise ValueError("content: text and image are both null; set at least one of them")
-        if isinstance(self.fusion, FqFormer) and self.dim % self.fusion.num_heads:
-            raise ValueError(
-                f"content.dim={self.dim} must be a multiple of fusion.num_heads="
-                f"{self.fusion.num_heads}; use {self.dim + -self.dim % self.fusion.num_heads}"
-            )
+        if isinstance(self.fusion, FqFormer):
+            name = "content.dim" if self.fusion.dim is None else "content.fusion.dim"
+            dim, heads = self.fusion.dim or self.dim, self.fusion.num_heads
+            if dim % heads:
+                raise ValueError(
+                    f"{name}={dim} must be a multiple of fusion.num_heads={heads}; use "
+                    f"{dim + -dim % heads}"
+                )
         trained = [name for name, tower in self.towers.items() if tower.lora is not None]
         if self.frozen and trained:
             raise ValueError(

@@ -41,7 +41,7 @@ def build_fusion(fusion: Fusion, widths: Mapping[str, int], dim: int) -> nn.Modu
     """
     match fusion:
         case FqFormer():
-            return FusionQFormer(fusion, widths, dim)
+            return FusionQFormer(fusion, widths, fusion.dim or dim)
         case MeanFusion():
             return MeanOfModalities(widths, dim)
         case ConcatFusion():

@@ -99,6 +99,10 @@ class FqFormer(StrictConfig):
     dim: PositiveInt | None = None
     """Of queries and projected tokens; None: `content.dim`. What the projection of a tower's tokens
     drops, training must find again: several times `content.dim` starts from more of them."""
+    mean_tokens: bool = False
+    """Let the last layer read the mean token of every modality, too, beside the queries' outputs:
+    what pretrained towers say reaches the ranker from the first step, and not only as far as the
+    queries have learned to ask for it. Not part of the published method."""
     feed_forward: bool = False
     modality_embedding: bool = False
     """Add a learned vector to the tokens of each modality."""

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from embedding.errors import UserError
 from multimodal.content_config import ContentConfig
-from multimodal.fusion import ConcatOfModalities, build_fusion
+from multimodal.fusion import build_fusion
 from multimodal.standardised import StandardisedLinear
 from multimodal.token_batch import ModalityTokens, TokenBatch
 from multimodal.towers import UpperTower, load_tower, merge_lora
@@ -44,7 +44,6 @@ class ContentEncoder(nn.Module):
             torch.manual_seed(config.seed)
             widths = {name: towers[name].hidden_size for name in config.towers}
             self.fusion = build_fusion(config.fusion, widths, config.dim)
-            assert isinstance(self.fusion.width, int)
             self.output = StandardisedLinear(self.fusion.width, config.dim)
         if config.frozen:
             self.fusion.requires_grad_(False)
@@ -91,7 +90,7 @@ class ContentEncoder(nn.Module):
         self.eval()
         for chunk in rows_N.split(_ITEMS_PER_CHUNK):
             batch = read(chunk).to(moments_3H.device)
-            present_UH = self._columns_present(batch)
+            present_UH = self.fusion.columns_present(batch.modalities)
             fused_UH = self.fused(batch).double() * present_UH
             moments_3H += torch.stack(
                 [present_UH.sum(0), fused_UH.sum(0), fused_UH.square().sum(0)]
@@ -108,15 +107,7 @@ class ContentEncoder(nn.Module):
 
     def replace_absent(self) -> None:
         """Where a learned vector stands for an absent modality, let it be that one's mean."""
-        if isinstance(self.fusion, ConcatOfModalities):
-            self.fusion.replace_absent(self.output.mean_H)
-
-    def _columns_present(self, batch: TokenBatch) -> Tensor:
-        """(U, H): False where nothing of the item is read."""
-        if isinstance(self.fusion, ConcatOfModalities):
-            return self.fusion.columns_present(batch.modalities)
-        present_U = torch.stack([part.present for part in batch.modalities.values()]).any(dim=0)
-        return present_U.unsqueeze(1).expand(-1, self.output.in_features)
+        self.fusion.replace_absent(self.output.mean_H)
 
     def _fused(self, like: Tensor, batch: TokenBatch) -> Tensor:
         """(U, width of the fusion), made on the device of `like`.

@@ -34,7 +34,7 @@ NUM_ITEMS = 6
 FUSIONS: list[dict[str, object]] = [
     {"kind": "fq_former", "modality_embedding": True},
     {"kind": "fq_former", "num_layers": 2, "feed_forward": True},
-    {"kind": "fq_former", "dim": 24},
+    {"kind": "fq_former", "dim": 24, "mean_tokens": True},
     {"kind": "mean"},
     {"kind": "concat"},
 ]

@@ -28,6 +28,7 @@ from embedding.checkpoint import (
 from embedding.config import ManagedCollision, StrictConfig
 from embedding.errors import UserError
 from embedding.id_map import NO_ID
+from multimodal.content_head import trained_head
 from pipeline.config import Recipe
 from ranking.averaging import published_weights
 
@@ -179,8 +180,8 @@ def _content(checkpoint: Path) -> dict[str, Tensor]:
     """Vectors of all items: only further ones need the towers."""
     (state,) = read_companion(checkpoint, "step").values()
     assert state[1], f"the content bank of {checkpoint} is older than its weights"
-    bank = read_companion(checkpoint, "bank/")
-    return {name: bank[name].contiguous() for name in ("item_ids", "vectors")}
+    bank, encoder = (read_companion(checkpoint, part) for part in ("bank/", "encoder/"))
+    return {"item_ids": bank["item_ids"], "vectors": trained_head(encoder)(bank["fused"])}
 
 
 def _sha256(path: Path) -> str:

@@ -1,6 +1,9 @@
-"""The content bank: the last known vector of every item, and when it was written."""
+"""The content bank: the last known fused vector of every item, and when it was written.
 
-# Shapes: R rows of the store, U items, D content dim.
+Fused vectors are what the encoder's last layer reads (`multimodal.content_head`).
+"""
+
+# Shapes: R rows of the store, U items, H width of the fused vectors.
 
 from collections.abc import Mapping
 
@@ -14,13 +17,13 @@ class ContentBank:
     """One vector a store row, on the device of its rank; equal on all ranks."""
 
     def __init__(
-        self, item_ids_R: Tensor, dim: int, device: torch.device, *, tokens: int = 0
+        self, item_ids_R: Tensor, width: int, device: torch.device, *, tokens: int = 0
     ) -> None:
         """An empty bank.
 
         Args:
             item_ids_R: int64 raw id of every row of the store, on the CPU.
-            dim: D.
+            width: H.
             device: of the vectors.
             tokens: identity of the stored tokens that vectors are made of.
         """
@@ -28,7 +31,7 @@ class ContentBank:
         self.device = device
         self.tokens = torch.tensor([tokens])
         self.item_ids_R = item_ids_R
-        self.vectors_RD = torch.zeros(num_rows, dim, device=device)
+        self.fused_RH = torch.zeros(num_rows, width, device=device)
         self.written_R = torch.zeros(num_rows, dtype=torch.int64, device=device)
         """Step before which a vector was computed."""
 
@@ -37,19 +40,19 @@ class ContentBank:
         """Items of the store."""
         return len(self.item_ids_R)
 
-    def write(self, rows_U: Tensor, vectors_UD: Tensor, step: int) -> None:
+    def write(self, rows_U: Tensor, fused_UH: Tensor, step: int) -> None:
         """Replace the vectors of distinct rows by those of step `step`."""
-        self.vectors_RD.index_copy_(0, rows_U, vectors_UD)
+        self.fused_RH.index_copy_(0, rows_U, fused_UH)
         self.written_R[rows_U] = step
 
-    def fill(self, vectors_RD: Tensor, step: int) -> None:
+    def fill(self, fused_RH: Tensor, step: int) -> None:
         """Replace all vectors."""
-        self.vectors_RD.copy_(vectors_RD)
+        self.fused_RH.copy_(fused_RH)
         self.written_R.fill_(step)
 
     def read(self, rows_U: Tensor) -> Tensor:
-        """A copy of the last known vectors, (U, D)."""
-        return self.vectors_RD.index_select(0, rows_U)
+        """A copy of the last known vectors, (U, H)."""
+        return self.fused_RH.index_select(0, rows_U)
 
     def ages(self, rows_U: Tensor, step: int) -> Tensor:
         """Steps since the vectors were computed, (U,)."""
@@ -59,7 +62,7 @@ class ContentBank:
         """What a checkpoint holds."""
         return {
             "item_ids": self.item_ids_R,
-            "vectors": self.vectors_RD,
+            "fused": self.fused_RH,
             "written": self.written_R,
             "tokens": self.tokens,
         }
@@ -67,7 +70,7 @@ class ContentBank:
     def fits(self, tensors: Mapping[str, Tensor]) -> bool:
         """Whether a `state` is one of the same items."""
         same_items = "item_ids" in tensors and self.item_ids_R.equal(tensors["item_ids"])
-        return same_items and tensors["vectors"].shape == self.vectors_RD.shape
+        return same_items and "fused" in tensors and tensors["fused"].shape == self.fused_RH.shape
 
     def has_tokens_of(self, tensors: Mapping[str, Tensor]) -> bool:
         """Whether a `state` is one of the same items, and their texts and images are the same."""
@@ -81,9 +84,9 @@ class ContentBank:
         """
         if self.num_rows and not self.fits(tensors):
             raise UserError(
-                "the content bank of the checkpoint is of other items or another content.dim than "
-                "this run's content: start a new run, or restore the content artifact"
+                "the content bank of the checkpoint is of other items or another content.fusion "
+                "than this run's content: start a new run, or restore the content artifact"
             )
         if self.num_rows:
-            self.vectors_RD.copy_(tensors["vectors"])
+            self.fused_RH.copy_(tensors["fused"])
             self.written_R.copy_(tensors["written"])

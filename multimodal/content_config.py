@@ -96,6 +96,13 @@ class FqFormer(StrictConfig):
     num_layers: PositiveInt = 1
     num_heads: PositiveInt = 4
     num_queries: PositiveInt = 2
+    dim: PositiveInt | None = None
+    """Of queries and projected tokens; None: `content.dim`. What the projection of a tower's tokens
+    drops, training must find again: several times `content.dim` starts from more of them."""
+    mean_tokens: bool = False
+    """Let the last layer read the mean token of every modality, too, beside the queries' outputs:
+    what pretrained towers say reaches the ranker from the first step, and not only as far as the
+    queries have learned to ask for it. Not part of the published method."""
     feed_forward: bool = False
     modality_embedding: bool = False
     """Add a learned vector to the tokens of each modality."""
@@ -121,7 +128,11 @@ Fusion = Annotated[FqFormer | MeanFusion | ConcatFusion, Field(discriminator="ki
 
 
 class Gradient(StrictConfig):
-    """Which items of a step are encoded with gradient; the others are read from the bank."""
+    """Which items of a step are encoded with gradient; the others are read from the bank.
+
+    That is of towers and fusion: the last layer is applied to all items of a step, and learns from
+    them.
+    """
 
     items: Literal["targets", "targets+sample", "all"] = "targets+sample"
     """The candidates; those and a sample of the history items; or all: of each, no more than
@@ -163,8 +174,10 @@ class ContentOptimizer(StrictConfig):
     """AdamW of everything in the content encoder."""
 
     learning_rate: PositiveFloat = 1e-3
-    """Of fusion, projections and heads."""
+    """Of the fusion."""
     lora_learning_rate: PositiveFloat = 1e-3
+    head_learning_rate: PositiveFloat = 1e-3
+    """Of the last layer, which learns from every item of a step, encoded or not."""
     weight_decay: NonNegativeFloat = 0.0
 
 
@@ -261,11 +274,14 @@ class ContentConfig(StrictConfig):
     def _check_parts(self) -> Self:
         if not self.towers:
             raise ValueError("content: text and image are both null; set at least one of them")
-        if isinstance(self.fusion, FqFormer) and self.dim % self.fusion.num_heads:
-            raise ValueError(
-                f"content.dim={self.dim} must be a multiple of fusion.num_heads="
-                f"{self.fusion.num_heads}; use {self.dim + -self.dim % self.fusion.num_heads}"
-            )
+        if isinstance(self.fusion, FqFormer):
+            name = "content.dim" if self.fusion.dim is None else "content.fusion.dim"
+            dim, heads = self.fusion.dim or self.dim, self.fusion.num_heads
+            if dim % heads:
+                raise ValueError(
+                    f"{name}={dim} must be a multiple of fusion.num_heads={heads}; use "
+                    f"{dim + -dim % heads}"
+                )
         trained = [name for name, tower in self.towers.items() if tower.lora is not None]
         if self.frozen and trained:
             raise ValueError(

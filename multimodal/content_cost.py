@@ -24,7 +24,9 @@ class EncoderCost(StrictConfig):
     weight_bytes: NonNegativeInt
     """Of the whole encoder."""
     parameters: NonNegativeInt
-    """Trained values: their gradients are added up over the ranks."""
+    """Trained values of towers and fusion, whose gradients are added up."""
+    fused_width: NonNegativeInt
+    """Values of an item that the last layer reads, and that the bank holds."""
 
 
 class CicCost(StrictConfig):

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from embedding.errors import UserError
 from multimodal.content_config import ContentConfig
-from multimodal.fusion import ConcatOfModalities, build_fusion
+from multimodal.fusion import build_fusion
 from multimodal.standardised import StandardisedLinear
 from multimodal.token_batch import ModalityTokens, TokenBatch
 from multimodal.towers import UpperTower, load_tower, merge_lora
@@ -44,13 +44,21 @@ class ContentEncoder(nn.Module):
             torch.manual_seed(config.seed)
             widths = {name: towers[name].hidden_size for name in config.towers}
             self.fusion = build_fusion(config.fusion, widths, config.dim)
-            assert isinstance(self.fusion.width, int)
             self.output = StandardisedLinear(self.fusion.width, config.dim)
         if config.frozen:
             self.fusion.requires_grad_(False)
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """Content vectors (U, D), with gradient where it is enabled.
+
+        Raises:
+            UserError: the tokens are not those of these towers.
+        """
+        vectors_UD: Tensor = self.output(self.fused(batch))
+        return vectors_UD
+
+    def fused(self, batch: TokenBatch) -> Tensor:
+        """What the last linear layer reads (U, width of the fusion).
 
         Of micro batches, one at a time is on the encoder's device, from wherever the tokens lie.
 
@@ -59,24 +67,18 @@ class ContentEncoder(nn.Module):
         """
         weight = self.output.weight
         if not batch.num_items:
-            return weight.new_zeros(0, self.output.out_features)
+            return weight.new_zeros(0, self.output.in_features)
         size = self.micro_batch_items
         if size is None or batch.num_items <= size:
-            return self._encode(weight, batch)
+            return self._fused(weight, batch)
         if not torch.is_grad_enabled():
-            return torch.cat([self._encode(weight, piece) for piece in batch.split(size)])
+            return torch.cat([self._fused(weight, piece) for piece in batch.split(size)])
         # Memory holds the activations of one piece, not of all: backward computes them again.
         pieces = [
-            checkpoint(self._encode, weight, piece, use_reentrant=False)
+            checkpoint(self._fused, weight, piece, use_reentrant=False)
             for piece in batch.split(size)
         ]
         return torch.cat(pieces)
-
-    def fused(self, batch: TokenBatch) -> Tensor:
-        """What the last linear layer reads (U, width of the fusion)."""
-        tokens = {name: self._upper(name, batch.modalities[name]) for name in self.towers}
-        fused_UH: Tensor = self.fusion(tokens)
-        return fused_UH
 
     @torch.no_grad()
     def moments(self, read: ReadTokens, rows_N: Tensor) -> Tensor:
@@ -88,7 +90,7 @@ class ContentEncoder(nn.Module):
         self.eval()
         for chunk in rows_N.split(_ITEMS_PER_CHUNK):
             batch = read(chunk).to(moments_3H.device)
-            present_UH = self._columns_present(batch)
+            present_UH = self.fusion.columns_present(batch.modalities)
             fused_UH = self.fused(batch).double() * present_UH
             moments_3H += torch.stack(
                 [present_UH.sum(0), fused_UH.sum(0), fused_UH.square().sum(0)]
@@ -105,24 +107,18 @@ class ContentEncoder(nn.Module):
 
     def replace_absent(self) -> None:
         """Where a learned vector stands for an absent modality, let it be that one's mean."""
-        if isinstance(self.fusion, ConcatOfModalities):
-            self.fusion.replace_absent(self.output.mean_H)
+        self.fusion.replace_absent(self.output.mean_H)
 
-    def _columns_present(self, batch: TokenBatch) -> Tensor:
-        """(U, H): False where nothing of the item is read."""
-        if isinstance(self.fusion, ConcatOfModalities):
-            return self.fusion.columns_present(batch.modalities)
-        present_U = torch.stack([part.present for part in batch.modalities.values()]).any(dim=0)
-        return present_U.unsqueeze(1).expand(-1, self.output.in_features)
-
-    def _encode(self, like: Tensor, batch: TokenBatch) -> Tensor:
-        """Vectors (U, D), made on the device of `like`.
+    def _fused(self, like: Tensor, batch: TokenBatch) -> Tensor:
+        """(U, width of the fusion), made on the device of `like`.
 
         It is an argument so that a checkpoint knows the device, whose generator it sets back before
         dropout is drawn again.
         """
-        vectors_UD: Tensor = self.output(self.fused(batch.to(like.device)))
-        return vectors_UD
+        batch = batch.to(like.device)
+        tokens = {name: self._upper(name, batch.modalities[name]) for name in self.towers}
+        fused_UH: Tensor = self.fusion(tokens)
+        return fused_UH
 
     def _upper(self, name: str, part: ModalityTokens) -> ModalityTokens:
         tower = self.towers[name]

@@ -1,19 +1,21 @@
 """Content vectors for the ranker's steps: deduplicated, from encoder and bank, learning back.
 
     rank 0 wants rows 3 5 | rank 1 wants 5 8         distinct over all ranks: 3 5 8
-    placement encodes them, each once          -->   the bank of every rank holds them
-    vectors of a batch = the bank's            -->   gradient of rows 3 5 8, summed over ranks
-                                                     goes back to the placement
+    placement encodes them, each once          -->   the bank of every rank holds what its last
+                                                     layer reads of them, and of all other items
+    vectors of a batch = last layer of bank    -->   gradient of the last layer, from all items;
+                                                     of rows 3 5 8 it goes on to the placement
 
 So a step costs what its distinct items with gradient cost, whatever the number of ranks, samples
 and events, and every rank reads the same vectors as one process with all the rows would.
 """
 
 # Shapes: U distinct items of this rank's batch, G items encoded in a step by all ranks together,
-# R rows of the store, D content dim.
+# R rows of the store, H width of the fused vectors, D content dim.
 
 from collections import deque
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -26,6 +28,7 @@ from embedding.errors import UserError
 from embedding.items import ContentVectors, ItemRows
 from multimodal.content_bank import ContentBank
 from multimodal.content_config import ContentConfig, Service
+from multimodal.content_head import ContentHead
 from multimodal.gradient_items import own_rows
 from multimodal.rank_group import RankGroup
 from multimodal.stopwatch import Stopwatch
@@ -34,20 +37,27 @@ _BANK = "bank/"
 
 
 class EncoderPlacement(Protocol):
-    """Where the encoder runs. Every rank makes the same calls with the same rows."""
+    """Where towers and fusion run. Every rank makes the same calls with the same rows.
+
+    Vectors are fused ones: what the last layer of the encoder reads.
+    """
+
+    def head(self) -> dict[str, Tensor]:
+        """State of the last layer, a `StandardisedLinear`, as training starts; on all ranks."""
+        ...
 
     def request(self, step: int, rows_G: Tensor) -> None:
         """Begin to encode the rows of a step."""
 
     def vectors(self, step: int) -> Tensor:
-        """What was requested, (G, D), without gradient; equal on all ranks."""
+        """What was requested, (G, H), without gradient; equal on all ranks."""
         ...
 
-    def learn(self, step: int, gradient_GD: Tensor, rate_factor: float) -> None:
+    def learn(self, step: int, gradient_GH: Tensor, rate_factor: float) -> None:
         """Update from this rank's gradient of a step's vectors; the ranks' are averaged."""
 
     def encode_all(self, num_rows: int, *, exact: bool) -> Tensor:
-        """Vectors of all rows with the present weights, (R, D); equal on all ranks.
+        """Vectors of all rows with the present weights, (R, H); equal on all ranks.
 
         Args:
             num_rows: R.
@@ -56,11 +66,11 @@ class EncoderPlacement(Protocol):
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """Everything training changes; on rank 0, elsewhere it may be empty."""
+        """All that training changes but the last layer; on rank 0, elsewhere it may be empty."""
         ...
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from a `state`."""
+        """Go on from a checkpoint of the whole encoder."""
 
     def gradient_norms(self) -> dict[str, float]:
         """Norm of the last step's gradient by part of the encoder; on rank 0."""
@@ -82,21 +92,33 @@ class TrainedContent:
         config: ContentConfig,
         placement: EncoderPlacement,
         *,
+        head: ContentHead,
         bank: ContentBank,
         ranks: RankGroup,
     ) -> None:
-        """`bank`: an empty one, of all rows of the content store."""
+        """Content that no step has been trained on.
+
+        Args:
+            config: the recipe's.
+            placement: of towers and fusion.
+            head: the last layer of this rank, as the placement's starts.
+            bank: an empty one, of all rows of the content store.
+            ranks: all training ranks.
+        """
         self.config = config
         self.placement = placement
+        self.head = head
         self.bank = bank
         self.step = 0
         """Number of the next training step."""
         self._ranks = ranks
         placed = config.placement
-        self._is_ahead = isinstance(placed, Service) and placed.staleness == 1
+        self._encodes = not config.frozen
+        """Whether steps train more than the head; else the bank is filled once."""
+        self._is_ahead = self._encodes and isinstance(placed, Service) and placed.staleness == 1
         self._upcoming: deque[ItemRows] = deque()
         self._requested: dict[int, Tensor] = {}
-        self._current: tuple[Tensor, ContentVectors] | None = None
+        self._current: _Step | None = None
         self._is_fresh = False
         self._meter = _Meter()
         self._stopwatch = Stopwatch(bank.device)
@@ -107,12 +129,15 @@ class TrainedContent:
         return self._announced(batches) if self._is_ahead else batches
 
     def train(self, items: ItemRows) -> ContentVectors:
-        """Vectors for a training step; of those encoded in it, the gradient counts."""
+        """Vectors for a training step; their gradients count, see `learn`."""
         with self._stopwatch.running():
             return self._train(items)
 
     def learn(self, rate_factor: float) -> None:
-        """Update the encoder from the gradient of the vectors that `train` gave last."""
+        """Update the encoder from the gradient of the vectors that `train` gave last.
+
+        The last layer learns from all of them, towers and fusion from those encoded in the step.
+        """
         with self._stopwatch.running():
             self._learn(rate_factor)
 
@@ -124,11 +149,14 @@ class TrainedContent:
 
     def read(self, items: ItemRows) -> ContentVectors:
         """Vectors as of the last `refresh`."""
-        return self._from_bank(items)
+        with torch.no_grad():
+            return _content(self.head.vectors(self.bank.read(items.rows_U[1:])), items)
 
     def metrics(self) -> dict[str, float]:
         """Figures since the last call, of this rank."""
-        norms = self.placement.gradient_norms() if self._ranks.rank == 0 else {}
+        norms = {}
+        if self._ranks.rank == 0:
+            norms = {**self.placement.gradient_norms(), "heads": self.head.gradient_norm()}
         meter, self._meter = self._meter, _Meter()
         seconds = self._stopwatch.take() / max(meter.steps, 1)
         return (
@@ -143,11 +171,17 @@ class TrainedContent:
         if self._ranks.rank != 0:
             return {}
         bank = {f"{_BANK}{name}": value for name, value in self.bank.state().items()}
-        return state | bank | {"step": torch.tensor([self.step, int(self._is_fresh)])}
+        return (
+            state
+            | self.head.state()
+            | bank
+            | {"step": torch.tensor([self.step, int(self._is_fresh)])}
+        )
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from a checkpoint of this run."""
         self.placement.load(tensors)
+        self.head.load(tensors)
         self.bank.load(_bank_of(tensors))
         self.step, is_fresh = tensors["step"].tolist()
         self._is_fresh = bool(is_fresh)
@@ -166,10 +200,11 @@ class TrainedContent:
             self.placement.load(learned)
         except UserError as error:
             return {"encoder": str(error)}
+        self.head.load(learned)
         bank = _bank_of(tensors)
         if not tensors["step"][1] or not self.bank.has_tokens_of(bank):
             return {"bank": "encoded anew with the weights that were carried"}
-        self.bank.fill(bank["vectors"], self.step)
+        self.bank.fill(bank["fused"], self.step)
         self._is_fresh = True
         return {}
 
@@ -178,40 +213,48 @@ class TrainedContent:
         self.placement.close(is_orderly=is_orderly)
 
     def _train(self, items: ItemRows) -> ContentVectors:
-        every = self.config.gradient.refresh_every_steps
+        every = self.config.gradient.refresh_every_steps if self._encodes else None
         is_due = self.step == 0 or (every is not None and self.step % every == 0)
         if is_due and not self._is_fresh:
-            self._fill_bank(exact=False)
+            # What is frozen is encoded once: as exactly as what is published.
+            self._fill_bank(exact=not self._encodes)
+            self._is_fresh = True
+        rows_G = self._encode(items) if self._encodes else None
+        fused_UH = self.bank.read(items.rows_U[1:]).requires_grad_(self._encodes)
+        vectors_UD = self.head.vectors(fused_UH)
+        content = _content(vectors_UD.detach(), items)
+        content.vectors_UD.requires_grad_()
+        self._current = _Step(content, vectors_UD, fused_UH, rows_G)
+        self._meter.read(self.bank.ages(items.rows_U[1:], self.step))
+        return content
+
+    def _encode(self, items: ItemRows) -> Tensor:
+        """Have this step's items encoded into the bank; their rows (G,)."""
         if self._upcoming:
             self._upcoming.popleft()  # this step's
         if self.step not in self._requested:
             self._request(self.step, items)
         rows_G = self._requested.pop(self.step)
         computed_at = self.step - 1 if self._is_ahead else self.step
-        vectors_GD = self.placement.vectors(self.step)
-        self._meter.compare(self.bank.read(rows_G), vectors_GD)
-        self.bank.write(rows_G, vectors_GD, max(computed_at, 0))
+        fused_GH = self.placement.vectors(self.step)
+        with torch.no_grad():
+            before_GD = self.head.vectors(self.bank.read(rows_G))
+            self._meter.compare(before_GD, self.head.vectors(fused_GH))
+        self.bank.write(rows_G, fused_GH, max(computed_at, 0))
         if self._upcoming:
             self._request(self.step + 1, self._upcoming[0])
-        content = self._from_bank(items)
-        content.vectors_UD.requires_grad_()
-        self._current = (rows_G, content)
-        self._meter.read(self.bank.ages(items.rows_U[1:], self.step))
-        return content
+        return rows_G
 
     def _learn(self, rate_factor: float) -> None:
         assert self._current is not None
-        rows_G, content = self._current
-        gradient_UD = content.vectors_UD.grad
+        step, self._current = self._current, None
+        gradient_UD = step.content.vectors_UD.grad
         assert gradient_UD is not None, "the loss does not depend on content"
-        gradient_GD = gradient_UD.new_zeros(len(rows_G), gradient_UD.shape[1])
-        if len(rows_G):
-            rows_U = content.items.rows_U
-            places_U = torch.searchsorted(rows_G, rows_U).clamp_(max=len(rows_G) - 1)
-            is_encoded_U = rows_G[places_U] == rows_U
-            gradient_GD[places_U[is_encoded_U]] = gradient_UD[is_encoded_U]
-        self.placement.learn(self.step, gradient_GD, rate_factor)
-        self._current, self._is_fresh = None, False
+        self.head.learn(step.vectors_UD, gradient_UD[1:], rate_factor)
+        if step.rows_G is not None:
+            gradient_GH = step.fused_gradient(step.rows_G)
+            self.placement.learn(self.step, gradient_GH, rate_factor)
+            self._is_fresh = False
         self.step += 1
         self._meter.steps += 1
 
@@ -229,11 +272,6 @@ class TrainedContent:
     def _fill_bank(self, *, exact: bool) -> None:
         self.bank.fill(self.placement.encode_all(self.bank.num_rows, exact=exact), self.step)
 
-    def _from_bank(self, items: ItemRows) -> ContentVectors:
-        known_UD = self.bank.read(items.rows_U[1:])
-        nothing_1D = known_UD.new_zeros(1, known_UD.shape[1])
-        return ContentVectors(torch.cat([nothing_1D, known_UD]), items)
-
     def _announced(self, batches: Iterator[RankingBatch]) -> Iterator[RankingBatch]:
         """Each batch when the next one is known, too."""
         waiting: RankingBatch | None = None
@@ -245,6 +283,38 @@ class TrainedContent:
             waiting = batch
         if waiting is not None:
             yield waiting
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A training step between `train` and `learn`."""
+
+    content: ContentVectors
+    """What the ranker reads, with its gradient."""
+    vectors_UD: Tensor
+    """The same, with the graph of the last layer."""
+    fused_UH: Tensor
+    """What it was computed from."""
+    rows_G: Tensor | None
+    """Ascending store rows that were encoded; None where nothing but the last layer trains."""
+
+    def fused_gradient(self, rows_G: Tensor) -> Tensor:
+        """Gradient (G, H) of the encoded rows; 0 for those that only other ranks read."""
+        gradient_UH = self.fused_UH.grad
+        assert gradient_UH is not None
+        gradient_GH = gradient_UH.new_zeros(len(rows_G), gradient_UH.shape[1])
+        if len(rows_G):
+            rows_U = self.content.items.rows_U[1:]
+            places_U = torch.searchsorted(rows_G, rows_U).clamp_(max=len(rows_G) - 1)
+            is_encoded_U = rows_G[places_U] == rows_U
+            gradient_GH[places_U[is_encoded_U]] = gradient_UH[is_encoded_U]
+        return gradient_GH
+
+
+def _content(vectors_UD: Tensor, items: ItemRows) -> ContentVectors:
+    """With the zeros that stand for no item."""
+    nothing_1D = vectors_UD.new_zeros(1, vectors_UD.shape[1])
+    return ContentVectors(torch.cat([nothing_1D, vectors_UD]), items)
 
 
 def _bank_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

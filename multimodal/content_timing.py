@@ -68,7 +68,12 @@ def encoder_cost(config: ContentConfig) -> EncoderCost:
         activation_bytes=held,
         token_bytes=sum(part.tokens_ULH.nbytes + part.mask_UL.nbytes for part in one),
         weight_bytes=sum(t.nbytes for t in (*encoder.parameters(), *encoder.buffers())),
-        parameters=sum(p.numel() for p in encoder.parameters() if p.requires_grad),
+        parameters=sum(
+            p.numel()
+            for name, p in encoder.named_parameters()
+            if p.requires_grad and not name.startswith("output.")
+        ),
+        fused_width=encoder.output.in_features,
     )
 
 

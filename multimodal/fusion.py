@@ -8,7 +8,6 @@ J = Q + all modalities' positions (the joint sequence), N heads.
 """
 
 from collections.abc import Mapping
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,18 +19,21 @@ from multimodal.token_batch import ModalityTokens
 Tokens = Mapping[str, ModalityTokens]
 
 
-class FusionModule(Protocol):
-    """Reads the tokens of U items."""
+class FusionModule(nn.Module):
+    """Reads the tokens of U items, and gives (U, width)."""
 
     width: int
     """Columns of its output."""
 
-    def __call__(self, tokens: Tokens) -> Tensor:
-        """(U, width)."""
-        ...
+    def columns_present(self, tokens: Tokens) -> Tensor:
+        """(U, width) False where nothing of the item is read."""
+        return _any_present(tokens, self.width)
+
+    def replace_absent(self, vector_H: Tensor) -> None:
+        """Where a learned vector stands for an absent modality, let it be these columns (width)."""
 
 
-def build_fusion(fusion: Fusion, widths: Mapping[str, int], dim: int) -> nn.Module:
+def build_fusion(fusion: Fusion, widths: Mapping[str, int], dim: int) -> FusionModule:
     """The fusion that the recipe asks for, with random weights.
 
     Args:
@@ -41,23 +43,24 @@ def build_fusion(fusion: Fusion, widths: Mapping[str, int], dim: int) -> nn.Modu
     """
     match fusion:
         case FqFormer():
-            return FusionQFormer(fusion, widths, dim)
+            return FusionQFormer(fusion, widths, fusion.dim or dim)
         case MeanFusion():
             return MeanOfModalities(widths, dim)
         case ConcatFusion():
             return ConcatOfModalities(widths)
 
 
-class FusionQFormer(nn.Module):
+class FusionQFormer(FusionModule):
     """Learned queries P and the projected tokens X attend to one another as [P ; X].
 
     The first Q positions of the last layer, side by side, are the output (Q * D). EM3,
-    arXiv 2404.06078.
+    arXiv 2404.06078. An option of ours adds the mean token of every modality (sum of H).
     """
 
     def __init__(self, config: FqFormer, widths: Mapping[str, int], dim: int) -> None:
         super().__init__()
-        self.width = config.num_queries * dim
+        self.means = ConcatOfModalities(widths) if config.mean_tokens else None
+        self.width = config.num_queries * dim + (self.means.width if self.means else 0)
         self.queries_QD = nn.Parameter(torch.empty(config.num_queries, dim))
         nn.init.xavier_uniform_(self.queries_QD)
         self.projections = nn.ModuleDict(
@@ -72,7 +75,7 @@ class FusionQFormer(nn.Module):
         )
 
     def forward(self, tokens: Tokens) -> Tensor:
-        """(U, Q * D)."""
+        """(U, Q * D), and the mean tokens beside it."""
         parts, masks = [], []
         for name, projection in self.projections.items():
             part_ULD = projection(_normed(tokens[name].tokens_ULH))
@@ -89,7 +92,22 @@ class FusionQFormer(nn.Module):
             # Nobody reads the other positions of the last layer.
             wanted = num_queries if number == len(self.layers) else joint_UJD.shape[1]
             joint_UJD = layer(joint_UJD, mask_UJ, wanted)
-        return joint_UJD.flatten(start_dim=1)
+        queried_UX = joint_UJD.flatten(start_dim=1)
+        if self.means is None:
+            return queried_UX
+        return torch.cat([queried_UX, self.means(tokens).to(queried_UX.dtype)], dim=1)
+
+    def columns_present(self, tokens: Tokens) -> Tensor:
+        """See `FusionModule`."""
+        queried_UX = _any_present(tokens, self.queries_QD.numel())
+        if self.means is None:
+            return queried_UX
+        return torch.cat([queried_UX, self.means.columns_present(tokens)], dim=1)
+
+    def replace_absent(self, vector_H: Tensor) -> None:
+        """See `FusionModule`."""
+        if self.means is not None:
+            self.means.replace_absent(vector_H[self.queries_QD.numel() :])
 
 
 class FqLayer(nn.Module):
@@ -132,7 +150,7 @@ class FqLayer(nn.Module):
         return x_UJD.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
-class MeanOfModalities(nn.Module):
+class MeanOfModalities(FusionModule):
     """Mean over the item's modalities of the mean of their projected tokens (D)."""
 
     def __init__(self, widths: Mapping[str, int], dim: int) -> None:
@@ -157,7 +175,7 @@ class MeanOfModalities(nn.Module):
         return torch.where(count_U1 > 0, total_UD / count_U1.clamp(min=1), self.absent_D)
 
 
-class ConcatOfModalities(nn.Module):
+class ConcatOfModalities(FusionModule):
     """The mean token of every modality, side by side; an absent one is a learned vector."""
 
     def __init__(self, widths: Mapping[str, int]) -> None:
@@ -176,7 +194,7 @@ class ConcatOfModalities(nn.Module):
         return torch.cat(vectors, dim=1)
 
     def columns_present(self, tokens: Tokens) -> Tensor:
-        """(U, sum of H) False where an absent modality's learned vector stands."""
+        """See `FusionModule`."""
         parts = [
             tokens[name].present.unsqueeze(1).expand(-1, len(absent_H))
             for name, absent_H in self.absent_H.items()
@@ -185,10 +203,16 @@ class ConcatOfModalities(nn.Module):
 
     @torch.no_grad()
     def replace_absent(self, vector_H: Tensor) -> None:
-        """Let absent modalities be these columns (sum of H)."""
+        """See `FusionModule`."""
         widths = [len(absent_H) for absent_H in self.absent_H.values()]
         for absent_H, part in zip(self.absent_H.values(), vector_H.split(widths), strict=True):
             absent_H.copy_(part)
+
+
+def _any_present(tokens: Tokens, width: int) -> Tensor:
+    """(U, width) True for items that have any modality."""
+    present_U = torch.stack([part.present for part in tokens.values()]).any(dim=0)
+    return present_U.unsqueeze(1).expand(-1, width)
 
 
 def _normed(tokens_ULH: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The content encoder on the training ranks: each encodes its share of a step's distinct items."""
 
-# Shapes: G items encoded in a step by all ranks, D content dim, P elements of all parameters,
-# R rows of the store.
+# Shapes: G items encoded in a step by all ranks, H width of the fused vectors, R rows of the store,
+# P elements of all parameters.
 
 from collections.abc import Mapping
 
@@ -26,31 +26,35 @@ class InlineEncoder:
         self._shares: dict[int, Tensor] = {}
         self._vectors: dict[int, Tensor] = {}
 
+    def head(self) -> dict[str, Tensor]:
+        """That of any replica."""
+        return self._learner.head()
+
     def request(self, step: int, rows_G: Tensor) -> None:
         """Encode the rows of a step."""
         share = self._ranks.share(rows_G)
-        own_UD = self._learner.start(step, share, keep_graph=True)
+        own_UH = self._learner.start(step, share, keep_graph=True)
         self._shares[step] = share
-        self._vectors[step] = self._ranks.gather(own_UD, len(rows_G))
+        self._vectors[step] = self._ranks.gather(own_UH, len(rows_G))
 
     def vectors(self, step: int) -> Tensor:
-        """What was requested, (G, D)."""
+        """What was requested, (G, H)."""
         return self._vectors.pop(step)
 
-    def learn(self, step: int, gradient_GD: Tensor, rate_factor: float) -> None:
+    def learn(self, step: int, gradient_GH: Tensor, rate_factor: float) -> None:
         """Update from the mean over ranks of the gradients of a step's vectors."""
-        self._ranks.add_up(gradient_GD)
-        own_UD = self._ranks.share(gradient_GD) / self._ranks.world_size
-        self._learner.finish(step, self._shares.pop(step), own_UD)
+        self._ranks.add_up(gradient_GH)
+        own_UH = self._ranks.share(gradient_GH) / self._ranks.world_size
+        self._learner.finish(step, self._shares.pop(step), own_UH)
         gradient_P = self._learner.gradient()
         self._ranks.add_up(gradient_P)
         self._learner.update(gradient_P, rate_factor)
 
     def encode_all(self, num_rows: int, *, exact: bool) -> Tensor:
-        """Vectors of all rows, (R, D)."""
+        """Vectors of all rows, (R, H)."""
         rows = torch.arange(num_rows, device=self._learner.device)
-        own_UD = self._learner.encode(self._ranks.share(rows), exact=exact)
-        return self._ranks.gather(own_UD, num_rows)
+        own_UH = self._learner.encode(self._ranks.share(rows), exact=exact)
+        return self._ranks.gather(own_UH, num_rows)
 
     def state(self) -> dict[str, Tensor]:
         """That of any replica."""

@@ -1,5 +1,7 @@
 """A Ray actor that owns a replica of the content encoder, and trains it for the ranks.
 
+Vectors are fused ones: the encoder's last layer is the ranks' (`multimodal.content_head`).
+
     ranks --- encode(t, rows) ------> every actor: its share of the step's items, once for all ranks
           <-- vectors --------------
           --- contribute(t, grad) --> waits until all ranks have
@@ -19,7 +21,8 @@ from never depends on timing. No wait lasts longer than the timeout, and its err
 for what.
 """
 
-# Shapes: U rows of this actor's share, D content dim, P elements of all trained parameters.
+# Shapes: U rows of this actor's share, H width of the fused vectors, P elements of all trained
+# parameters.
 
 import asyncio
 import math
@@ -81,10 +84,13 @@ class ContentActor:
             load_content_encoder(self.config),
             reader.read,
             torch.device("cuda" if self.service.gpus_per_actor else "cpu"),
-            num_rows=reader.num_items,
         )
         rows_N = rows_to_standardise(reader.num_items, self.config.seed)
         self.learner.standardise(self.learner.moments(rows_N))
+
+    async def head(self) -> Arrays:
+        """State of the encoder's last layer as training starts; the ranks train it."""
+        return {name: tensor.cpu().numpy().copy() for name, tensor in self.learner.head().items()}
 
     async def join(self, host: str, port: int) -> None:
         """Meet the ranks, and then the other actors, for the direct transport."""
@@ -115,7 +121,7 @@ class ContentActor:
     async def encode(
         self, step: int, num_updates: int, rows_U: Rows, turn: int | None = None
     ) -> Floats | None:
-        """Vectors (U, D) of this actor's share of a step's items, with weights so often updated."""
+        """Vectors (U, H) of this actor's share of a step's items, with weights so often updated."""
         await self._until(
             lambda: self._num_updates >= num_updates,
             lambda: f"encode items of step {step}, the update of step {self._num_updates}",
@@ -123,19 +129,19 @@ class ContentActor:
         encoding = self._encodings.get(step)
         if encoding is None:
             assert self._num_updates == num_updates, (self._num_updates, num_updates)
-            vectors_UD = self.learner.start(
+            vectors_UH = self.learner.start(
                 step, torch.tensor(rows_U), keep_graph=self.service.staleness == 0
             )
             if turn is None:
-                vectors_UD = vectors_UD.cpu()
-            encoding = _Encoding(torch.tensor(rows_U), vectors_UD)
+                vectors_UH = vectors_UH.cpu()
+            encoding = _Encoding(torch.tensor(rows_U), vectors_UH)
             self._encodings[step] = encoding
             await self._tell()
-        return await self._given(encoding.vectors_UD, turn, f"vectors of step {step}")
+        return await self._given(encoding.vectors_UH, turn, f"vectors of step {step}")
 
-    async def contribute(self, step: int, rank: int, gradient_UD: Floats) -> None:
+    async def contribute(self, step: int, rank: int, gradient_UH: Floats) -> None:
         """Take one rank's gradient of a step's vectors."""
-        self._encodings[step].gradients[rank] = gradient_UD
+        self._encodings[step].gradients[rank] = gradient_UH
         await self._tell()
 
     async def finish(self, step: int, last_asked: int, turn: int | None = None) -> Floats | None:
@@ -157,16 +163,16 @@ class ContentActor:
         )
         encoding = self._encodings[step]
         if turn is None:
-            total_UD = await self._contributed(step, encoding)
+            total_UH = await self._contributed(step, encoding)
         else:
-            total_UD = torch.zeros(encoding.vectors_UD.shape, device=self.learner.device)
+            total_UH = torch.zeros(encoding.vectors_UH.shape, device=self.learner.device)
             await self._in_turn(
                 turn,
-                lambda: self._ranks.add_to_first(total_UD),
+                lambda: self._ranks.add_to_first(total_UH),
                 f"finish step {step}, the gradients of the ranks",
             )
         del self._encodings[step]
-        self.learner.finish(step, encoding.rows_U, total_UD / self.num_ranks)
+        self.learner.finish(step, encoding.rows_U, total_UH / self.num_ranks)
         return self.learner.gradient().cpu().numpy() if turn is None else None
 
     async def update(
@@ -199,10 +205,10 @@ class ContentActor:
     async def encode_now(
         self, num_updates: int, rows_U: Rows, *, exact: bool, turn: int | None = None
     ) -> Floats | None:
-        """Vectors (U, D) of any rows, with weights so often updated."""
+        """Vectors (U, H) of any rows, with weights so often updated."""
         await self._after(num_updates)
-        vectors_UD = self.learner.encode(torch.tensor(rows_U), exact=exact)
-        return await self._given(vectors_UD, turn, "vectors")
+        vectors_UH = self.learner.encode(torch.tensor(rows_U), exact=exact)
+        return await self._given(vectors_UH, turn, "vectors")
 
     async def state(self, step: int) -> Arrays:
         """Weights and optimizer before a step."""
@@ -221,12 +227,12 @@ class ContentActor:
         await self._after(step)
         return self.learner.gradient_norms()
 
-    async def _given(self, vectors_UD: Tensor, turn: int | None, what: str) -> Floats | None:
+    async def _given(self, vectors_UH: Tensor, turn: int | None, what: str) -> Floats | None:
         if turn is None:
-            return vectors_UD.cpu().numpy()
+            return vectors_UH.cpu().numpy()
         await self._in_turn(
             turn,
-            lambda: self._ranks.broadcast(vectors_UD.contiguous()),
+            lambda: self._ranks.broadcast(vectors_UH.contiguous()),
             f"broadcast {what}, the ranks to take them",
         )
         return None
@@ -237,10 +243,10 @@ class ContentActor:
             return f"finish step {step}, the gradients of ranks {ranks}"
 
         await self._until(lambda: len(encoding.gradients) == self.num_ranks, lacking)
-        total_UD = torch.zeros(encoding.vectors_UD.shape)
+        total_UH = torch.zeros(encoding.vectors_UH.shape)
         for rank in range(self.num_ranks):
-            total_UD += torch.tensor(encoding.gradients[rank])
-        return total_UD
+            total_UH += torch.tensor(encoding.gradients[rank])
+        return total_UH
 
     async def _in_turn(self, turn: int, post: Callable[[], dist.Work | None], what: str) -> None:
         """Carry an operation of a group out after those of earlier turns, one at a time."""
@@ -291,8 +297,8 @@ class ContentActor:
 class _Encoding:
     """A step between its encoding and its update."""
 
-    def __init__(self, rows_U: Tensor, vectors_UD: Tensor) -> None:
+    def __init__(self, rows_U: Tensor, vectors_UH: Tensor) -> None:
         self.rows_U = rows_U
-        self.vectors_UD = vectors_UD
+        self.vectors_UH = vectors_UH
         self.gradients: dict[int, Floats] = {}
         """By rank."""

@@ -4,7 +4,7 @@ Rank 0 creates the actors, so they end with the ranks: a group of ranks that res
 of a rank or an actor, gets new actors and restores them from its checkpoint.
 """
 
-# Shapes: G items encoded in a step, D content dim, R rows of the store.
+# Shapes: G items encoded in a step, H width of the fused vectors, R rows of the store.
 
 import uuid
 from collections.abc import Mapping
@@ -49,30 +49,36 @@ class ServiceEncoder:
         """Those that this rank created, and other ranks look up."""
         try:
             self._calls = self._start(config, paths)
-            self._transport = make_transport(service, self._calls, ranks, device, config.dim)
+            self._head = self._start_of_head()
+            width = self._head["weight"].shape[1]
+            self._transport = make_transport(service, self._calls, ranks, device, width)
         except BaseException:
             self._end_actors()  # the process may be kept for another training
             raise
+
+    def head(self) -> dict[str, Tensor]:
+        """That of the first actor."""
+        return self._head
 
     def request(self, step: int, rows_G: Tensor) -> None:
         """Ask every actor for its share of a step's items, with the weights learned so far."""
         self._encodings[step] = self._transport.request(step, self._step, rows_G)
 
     def vectors(self, step: int) -> Tensor:
-        """What was requested, (G, D)."""
+        """What was requested, (G, H)."""
         # First the updates that come before: their errors are the cause of what encoding waits for.
         for done in [s for s in self._updates if s < step - self._service.staleness]:
             self._transport.settle(self._updates.pop(done), f"the update of step {done}")
         return self._transport.received(self._encodings.pop(step), f"vectors of step {step}")
 
-    def learn(self, step: int, gradient_GD: Tensor, rate_factor: float) -> None:
+    def learn(self, step: int, gradient_GH: Tensor, rate_factor: float) -> None:
         """Send this rank's gradient; rank 0 has the actors step. Does not wait for them."""
         last_asked = max(self._encodings, default=step)  # asked for ahead, or none was
-        self._updates[step] = self._transport.learn(step, gradient_GD, rate_factor, last_asked)
+        self._updates[step] = self._transport.learn(step, gradient_GH, rate_factor, last_asked)
         self._step = step + 1
 
     def encode_all(self, num_rows: int, *, exact: bool) -> Tensor:
-        """Vectors of all rows, (R, D); every item is encoded by one actor."""
+        """Vectors of all rows, (R, H); every item is encoded by one actor."""
         return self._transport.encode_all(self._step, num_rows, exact=exact)
 
     def state(self) -> dict[str, Tensor]:
@@ -83,7 +89,7 @@ class ServiceEncoder:
             [self._calls.actors[0].state.remote(self._step)],
             f"the weights before step {self._step}",
         )
-        return {name: torch.tensor(array) for name, array in arrays.items()}
+        return _tensors(arrays)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Into all actors; returns once they go on from it."""
@@ -146,6 +152,10 @@ class ServiceEncoder:
         self._actors = self._actors or [ray.get_actor(name) for name in names]
         return self._calls_of(self._actors)
 
+    def _start_of_head(self) -> dict[str, Tensor]:
+        (arrays,) = self._calls.get([self._calls.actors[0].head.remote()], "the last layer's start")
+        return _tensors(arrays)
+
     def _calls_of(self, actors: list[Any]) -> ActorCalls:
         return ActorCalls(actors, self._ranks.rank, self._service.timeout_s)
 
@@ -163,3 +173,7 @@ class ServiceEncoder:
             actor=actor,
             num_ranks=self._ranks.world_size,
         )
+
+
+def _tensors(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: torch.tensor(array) for name, array in arrays.items()}

@@ -1,8 +1,9 @@
 """What content adds to a step of a cluster: seconds of ranks and actors, bytes of every rank.
 
-Inline, a step of every rank encodes its share of the items, gathers the vectors of all, adds up
-their gradients, goes backward and adds up the gradients of the encoder; nothing of it runs beside
-anything else. With a service, actors do that, each for its share, on devices of their own:
+The last layer of the encoder is the ranks': each applies it to all items that its batch reads.
+Inline, a step of every rank also encodes its share of the items, gathers the fused vectors of all,
+adds up their gradients, goes backward and adds up the gradients of the encoder; nothing of it runs
+beside anything else. With a service, actors do that, each for its share, on devices of their own:
 
     staleness 0    step = ranks + actor
     staleness 1    step = max(ranks, actor); backward encodes again, as the weights have moved on
@@ -11,13 +12,13 @@ Vectors and gradients are messages that each rank and each actor exchange, or, i
 transport, collectives: an actor's vectors leave it once, for all ranks together.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, floor
 
 from embedding.cluster_shape import ClusterShape
 from embedding.cost_constants import CORE_BANDWIDTH, CPU_CALL_S, GPU_CALL_S, GPU_EXCHANGE_S
 from embedding.limits import ELEMENT_BYTES
-from multimodal.content_config import ContentConfig, Service
+from multimodal.content_config import ContentConfig, Inline, Service
 from multimodal.content_cost import EncoderCost
 from pipeline.capacity_step import all_gather_seconds, all_reduce_seconds, gpu_seconds
 from pipeline.capacity_types import ContentCost
@@ -33,7 +34,12 @@ _ID_BYTES = 8
 _STATES_PER_VALUE = 4
 """Two gradients of every trained value, its own and the sum over ranks, and two moments of Adam."""
 _VECTORS_PER_ITEM = 4
-"""Copies of a read vector: from the bank, with the one for no content, its gradient, normalised."""
+"""Copies of a read vector: of the last layer, with the one for no content, its gradient, and
+normalised."""
+_FUSED_PER_ITEM = 3
+"""Copies of what the last layer reads: from the bank, standardised, its gradient."""
+_PASSES = 3
+"""Products of the last layer in a step: forward, and two gradients."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +80,24 @@ def content_step(
         growth: factor of the number of items.
     """
     items = step_items(cost.items, config.gradient, batch_size_per_rank, shape.world_size, growth)
+    if config.frozen:  # the bank is filled once
+        items = replace(items, encoded=0.0)
     point = _Point(cost, config, shape, items, growth)
     placement = config.placement
+    every_rank_s = point.loss_s() + point.head_s()
+    if config.frozen:
+        held = point.encoder_bytes() if isinstance(placement, Inline) else 0.0
+        return ContentStep(
+            items=items,
+            rank_s=every_rank_s,
+            actor_s=0.0,
+            waits_for_actors=False,
+            rank_bytes=point.bank_bytes() + held + max(point.batch_bytes(), point.refresh_bytes()),
+        )
     if isinstance(placement, Service):
         return ContentStep(
             items=items,
-            rank_s=point.loss_s() + point.items_s() + point.ray_s(placement),
+            rank_s=every_rank_s + point.items_s() + point.ray_s(placement),
             actor_s=point.actor_s(placement),
             waits_for_actors=placement.staleness == 0,
             rank_bytes=point.bank_bytes() + max(point.batch_bytes(), point.refresh_bytes()),
@@ -87,7 +105,7 @@ def content_step(
     share = ceil(items.encoded / shape.world_size)
     return ContentStep(
         items=items,
-        rank_s=point.loss_s() + point.items_s() + point.ranks_s() + point.encoder_s(share),
+        rank_s=every_rank_s + point.items_s() + point.ranks_s() + point.encoder_s(share),
         actor_s=0.0,
         waits_for_actors=True,
         rank_bytes=point.bank_bytes()
@@ -114,6 +132,10 @@ class _Point:
     def vector_bytes(self) -> int:
         return self.config.dim * ELEMENT_BYTES
 
+    @property
+    def fused_bytes(self) -> int:
+        return self.cost.encoder.fused_width * ELEMENT_BYTES
+
     # --- seconds -----------------------------------------------------------------------------
 
     def encoder_s(self, num_items: int, *, twice: bool = False) -> float:
@@ -123,6 +145,17 @@ class _Point:
         if self.on_gpu:
             return read_s + self._gpu_s(flops, operations, self.config.precision)
         return (read_s + core_s) * self.shape.ranks_per_core
+
+    def head_s(self) -> float:
+        """The last layer, of all items that the rank reads, and its gradients added up."""
+        encoder = self.cost.encoder
+        num_values = encoder.fused_width * self.config.dim
+        flops = _PASSES * 2 * self.items.read * num_values
+        added_up = self._collective_s() + all_reduce_seconds(num_values * ELEMENT_BYTES, self.shape)
+        if self.on_gpu:
+            return added_up + self._gpu_s(flops, _PASSES, "fp32")
+        cpu_s_per_flop = encoder.forward_s / max(encoder.forward_flops, 1.0)
+        return added_up + flops * cpu_s_per_flop * self.shape.ranks_per_core
 
     def loss_s(self) -> float:
         """The contrastive loss of the rank's candidates."""
@@ -143,7 +176,7 @@ class _Point:
 
     def ranks_s(self) -> float:
         """Vectors to all ranks, their gradients and those of the encoder added up."""
-        vectors = self.items.encoded * self.vector_bytes
+        vectors = self.items.encoded * self.fused_bytes
         values = self.cost.encoder.parameters * ELEMENT_BYTES
         return (
             3 * self._collective_s()
@@ -153,7 +186,7 @@ class _Point:
 
     def ray_s(self, service: Service) -> float:
         """A rank's calls of the actors, with vectors coming and gradients going."""
-        moved = 2 * self.items.encoded * self.vector_bytes
+        moved = 2 * self.items.encoded * self.fused_bytes
         if self._is_direct(service):
             # Rank 0 calls for all ranks, and they wait for it.
             each = 3 * _RAY_CALL_S + 2 * self._exchange_s()
@@ -174,7 +207,7 @@ class _Point:
 
     def _actor_calls_s(self, service: Service, share: int) -> float:
         """What an actor is told, sends and receives."""
-        vectors = share * self.vector_bytes
+        vectors = share * self.fused_bytes
         values = self.cost.encoder.parameters * ELEMENT_BYTES
         if self._is_direct(service):
             others = service.num_actors - 1
@@ -217,18 +250,19 @@ class _Point:
     # --- bytes -------------------------------------------------------------------------------
 
     def bank_bytes(self) -> float:
-        """A vector and the number of a step, of every item."""
-        return self._num_items() * (self.vector_bytes + _ID_BYTES)
+        """A fused vector and the number of a step, of every item."""
+        return self._num_items() * (self.fused_bytes + _ID_BYTES)
 
     def refresh_bytes(self) -> float:
         """New vectors of all items beside the bank: a rank's own, twice, and those of all."""
-        return self._num_items() * self.vector_bytes * (1 + 2 / self.shape.world_size)
+        return self._num_items() * self.fused_bytes * (1 + 2 / self.shape.world_size)
 
     def batch_bytes(self) -> float:
         """Vectors of a rank's batch, and the contrastive loss."""
-        vectors = _VECTORS_PER_ITEM * self.items.read + 2 * self.items.encoded
+        vectors = _VECTORS_PER_ITEM * self.items.read * self.vector_bytes
+        fused = (_FUSED_PER_ITEM * self.items.read + 2 * self.items.encoded) * self.fused_bytes
         loss = 0.0 if self.cost.cic is None else self.cost.cic.peak_bytes(self.items.candidates)
-        return vectors * self.vector_bytes + loss
+        return vectors + fused + loss
 
     def encoder_bytes(self) -> float:
         """Weights, gradients and optimizer states."""

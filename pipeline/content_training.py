@@ -14,6 +14,7 @@ from multimodal.cic import CicLoss
 from multimodal.content_bank import ContentBank
 from multimodal.content_config import ContentConfig, Inline
 from multimodal.content_encoder import load_content_encoder, rows_to_standardise
+from multimodal.content_head import ContentHead
 from multimodal.content_learner import ContentLearner
 from multimodal.content_source import EncoderPlacement, TrainedContent
 from multimodal.inline_encoder import InlineEncoder
@@ -67,14 +68,17 @@ def rank_content(
     reader = ContentReader(paths.index, paths.stores)
     ranks = RankGroup(dist.new_group())
     item_ids = torch.from_numpy(reader.item_ids_N.copy())
-    bank = ContentBank(item_ids, config.dim, device, tokens=reader.identity)
     items = item_source(config, recipe.features, item_ids)
     shape, penalty = content_shape(config, recipe.features), content_penalty(recipe)
-    # Last, for it may start actors, and only who gets the source can end them.
     placement = _placement(config, paths, reader, ranks, device, predicts=predicts)
-    return RankContent(
-        TrainedContent(config, placement, bank=bank, ranks=ranks), items, shape, penalty
-    )
+    try:
+        head = ContentHead(placement.head(), config, ranks, device)
+        bank = ContentBank(item_ids, head.width, device, tokens=reader.identity)
+    except BaseException:
+        placement.close(is_orderly=False)  # it may have started actors
+        raise
+    source = TrainedContent(config, placement, head=head, bank=bank, ranks=ranks)
+    return RankContent(source, items, shape, penalty)
 
 
 def content_penalty(recipe: Recipe) -> ContentPenalty | None:
@@ -104,7 +108,7 @@ def _placement(
         return ServiceEncoder(config, paths, ranks, device)
     reader.require_towers(config)
     encoder = load_content_encoder(config)
-    learner = ContentLearner(config, encoder, reader.read, device, num_rows=reader.num_items)
+    learner = ContentLearner(config, encoder, reader.read, device)
     if not predicts:
         share = ranks.share(rows_to_standardise(reader.num_items, config.seed))
         moments_3H = learner.moments(share)

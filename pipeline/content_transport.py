@@ -20,7 +20,7 @@ Whoever dies or hangs ends those waits by an error or the timeout, and all proce
 groups live as long as ranks and actors do, and those that restart meet in new ones.
 """
 
-# Shapes: G items encoded in a step, D content dim, R rows of the store.
+# Shapes: G items encoded in a step, H width of the fused vectors, R rows of the store.
 
 import logging
 import time
@@ -70,10 +70,10 @@ class Transport(Protocol):
         ...
 
     def received(self, asked: Pending, what: str) -> Tensor:
-        """The vectors (G, D) of a request."""
+        """The vectors (G, H) of a request."""
         ...
 
-    def learn(self, step: int, gradient_GD: Tensor, rate_factor: float, last_asked: int) -> Pending:
+    def learn(self, step: int, gradient_GH: Tensor, rate_factor: float, last_asked: int) -> Pending:
         """Send this rank's gradient; rank 0 has the actors step. Does not wait."""
         ...
 
@@ -82,7 +82,7 @@ class Transport(Protocol):
         ...
 
     def encode_all(self, num_updates: int, num_rows: int, *, exact: bool) -> Tensor:
-        """Vectors of all rows, (R, D); every item is encoded by one actor."""
+        """Vectors of all rows, (R, H); every item is encoded by one actor."""
         ...
 
     def close(self, *, is_orderly: bool) -> None:
@@ -133,12 +133,12 @@ class StoreTransport:
     """As messages of Ray: numpy arrays, through host memory and the object store."""
 
     def __init__(
-        self, calls: ActorCalls, ranks: RankGroup, device: torch.device, *, dim: int
+        self, calls: ActorCalls, ranks: RankGroup, device: torch.device, *, width: int
     ) -> None:
         self._calls = calls
         self._ranks = ranks
         self._device = device
-        self._dim = dim
+        self._width = width
 
     def request(self, step: int, num_updates: int, rows_G: Tensor) -> Pending:
         """Every rank asks every actor: the answer is what it waits for."""
@@ -153,12 +153,12 @@ class StoreTransport:
         """Joined on the rank's device."""
         return self._joined(self.settle(asked, what))
 
-    def learn(self, step: int, gradient_GD: Tensor, rate_factor: float, last_asked: int) -> Pending:
+    def learn(self, step: int, gradient_GH: Tensor, rate_factor: float, last_asked: int) -> Pending:
         """Gradients of parameters go from actor to actor, without passing rank 0."""
         sent = Pending(
             [
                 actor.contribute.remote(step, self._ranks.rank, part.numpy())
-                for actor, part in self._by_actor(gradient_GD.cpu())
+                for actor, part in self._by_actor(gradient_GH.cpu())
             ]
         )
         if self._ranks.rank == 0:
@@ -174,7 +174,7 @@ class StoreTransport:
     def encode_all(self, num_updates: int, num_rows: int, *, exact: bool) -> Tensor:
         """Every item is encoded for one rank, and the ranks gather them."""
         own = self._ranks.share(torch.arange(num_rows))
-        found = [torch.empty(0, self._dim, device=self._device)]
+        found = [torch.empty(0, self._width, device=self._device)]
         # An actor serves the ranks one after another, and all of them ask it at once.
         size = max(1, _ITEMS_PER_TURN // self._ranks.world_size)
         for piece in own.split(size * len(self._calls.actors)):
@@ -199,13 +199,13 @@ class DirectTransport:
     """From device to device; see the module's docstring."""
 
     def __init__(
-        self, calls: ActorCalls, ranks: RankGroup, device: torch.device, *, dim: int
+        self, calls: ActorCalls, ranks: RankGroup, device: torch.device, *, width: int
     ) -> None:
         """Returns once all ranks and actors are connected."""
         self._calls = calls
         self._ranks = ranks
         self._device = device
-        self._dim = dim
+        self._width = width
         self._turn = 0
         self._groups = self._meet()
 
@@ -227,10 +227,10 @@ class DirectTransport:
         assert asked.tensor is not None
         return asked.tensor
 
-    def learn(self, step: int, gradient_GD: Tensor, rate_factor: float, last_asked: int) -> Pending:
+    def learn(self, step: int, gradient_GH: Tensor, rate_factor: float, last_asked: int) -> Pending:
         """Two turns: gradients of vectors to their actor, those of parameters among actors."""
         turn = self._turns(2)
-        sent = Pending([], tensor=gradient_GD.contiguous())
+        sent = Pending([], tensor=gradient_GH.contiguous())
         if self._ranks.rank == 0:
             actors = self._calls.actors
             done = [actor.finish.remote(step, last_asked, turn) for actor in actors]
@@ -263,7 +263,7 @@ class DirectTransport:
 
     def encode_all(self, num_updates: int, num_rows: int, *, exact: bool) -> Tensor:
         """Every item is encoded for all ranks."""
-        found = [torch.empty(0, self._dim, device=self._device)]
+        found = [torch.empty(0, self._width, device=self._device)]
         for piece in torch.arange(num_rows).split(_ITEMS_PER_TURN * len(self._calls.actors)):
             turn = self._turns(1)
             answers = []
@@ -285,10 +285,10 @@ class DirectTransport:
             self._ranks.barrier()
 
     def _listening(self, answers: list[Any], count: int) -> Pending:
-        vectors_GD = torch.empty(count, self._dim, device=self._device)
-        parts = self._calls.parts(vectors_GD)
+        vectors_GH = torch.empty(count, self._width, device=self._device)
+        parts = self._calls.parts(vectors_GH)
         works = [g.broadcast(part) for g, part in zip(self._groups, parts, strict=True)]
-        return Pending(answers, works, vectors_GD)
+        return Pending(answers, works, vectors_GH)
 
     def _turns(self, count: int) -> int:
         first = self._turn
@@ -331,16 +331,16 @@ class DirectTransport:
 
 
 def make_transport(
-    service: Service, calls: ActorCalls, ranks: RankGroup, device: torch.device, dim: int
+    service: Service, calls: ActorCalls, ranks: RankGroup, device: torch.device, width: int
 ) -> Transport:
     """The one that the recipe asks for, or that suits the devices."""
     on_gpu = device.type == "cuda"
     if service.is_direct(ranks_on_gpu=on_gpu):
-        return DirectTransport(calls, ranks, device, dim=dim)
+        return DirectTransport(calls, ranks, device, width=width)
     obstacle = service.obstacle(ranks_on_gpu=on_gpu)
     if service.transport == "auto" and obstacle is not None and ranks.rank == 0:
         logger.warning("content vectors travel through Ray's object store: %s", obstacle)
-    return StoreTransport(calls, ranks, device, dim=dim)
+    return StoreTransport(calls, ranks, device, width=width)
 
 
 def _all_of(num_rows: int) -> str:

@@ -34,6 +34,7 @@ NUM_ITEMS = 6
 FUSIONS: list[dict[str, object]] = [
     {"kind": "fq_former", "modality_embedding": True},
     {"kind": "fq_former", "num_layers": 2, "feed_forward": True},
+    {"kind": "fq_former", "dim": 24, "mean_tokens": True},
     {"kind": "mean"},
     {"kind": "concat"},
 ]
@@ -225,11 +226,11 @@ def test_micro_batches_draw_the_dropout_of_backward_again() -> None:
     for is_checkpointed in (True, False):
         encoder.zero_grad()
         torch.manual_seed(0)
-        pieces = [encoder._encode(encoder.output.weight, piece) for piece in batch.split(3)]
+        pieces = [encoder._fused(encoder.output.weight, piece) for piece in batch.split(3)]
         if is_checkpointed:
             torch.manual_seed(0)
-            pieces = [encoder(batch)]
-        torch.cat(pieces).square().sum().backward()
+            pieces = [encoder.fused(batch)]
+        encoder.output(torch.cat(pieces)).square().sum().backward()
         gradients.append(encoder.output.weight.grad)
     torch.testing.assert_close(*gradients)
 

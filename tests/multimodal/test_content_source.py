@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from embedding.items import ItemHistory, ItemRows
 from embedding.precision import cpu_has_bf16
@@ -19,6 +19,7 @@ from multimodal.content_encoder import (
     load_trained_state,
     trained_state,
 )
+from multimodal.content_head import ContentHead
 from multimodal.content_learner import ContentLearner
 from multimodal.content_source import TrainedContent
 from multimodal.gradient_items import own_rows
@@ -48,12 +49,29 @@ def read_tokens(rows_U: Tensor) -> TokenBatch:
 def _content(
     config: ContentConfig, device: torch.device = CPU, *, tokens: int = 0
 ) -> tuple[TrainedContent, ContentLearner]:
-    learner = ContentLearner(
-        config, load_content_encoder(config), read_tokens, device, num_rows=NUM_ITEMS
-    )
-    ranks = RankGroup()
-    bank = ContentBank(torch.arange(NUM_ITEMS) * 10, config.dim, device, tokens=tokens)
-    return TrainedContent(config, InlineEncoder(learner, ranks), bank=bank, ranks=ranks), learner
+    learner = ContentLearner(config, load_content_encoder(config), read_tokens, device)
+    return _source(config, learner, tokens=tokens), learner
+
+
+def _source(config: ContentConfig, learner: ContentLearner, *, tokens: int = 0) -> TrainedContent:
+    ranks, placement = RankGroup(), InlineEncoder(learner, RankGroup())
+    head = ContentHead(placement.head(), config, ranks, learner.device)
+    item_ids = torch.arange(NUM_ITEMS) * 10
+    bank = ContentBank(item_ids, head.width, learner.device, tokens=tokens)
+    return TrainedContent(config, placement, head=head, bank=bank, ranks=ranks)
+
+
+def _whole(content: TrainedContent, learner: ContentLearner) -> ContentEncoder:
+    """A copy of the encoder as it is now, with its last layer."""
+    encoder = copy.deepcopy(learner.encoder)
+    encoder.output.load_state_dict(content.head.layer.state_dict())
+    return encoder.eval()
+
+
+def _gradient(content: TrainedContent, learner: ContentLearner, name: str) -> Tensor | None:
+    inner = name.removeprefix("output.")
+    module = learner.encoder if inner == name else content.head.layer
+    return module.get_parameter(inner).grad
 
 
 def _config(items: str, **changes: object) -> ContentConfig:
@@ -89,14 +107,12 @@ class Plain:
     def __init__(self, config: ContentConfig) -> None:
         self.encoder: ContentEncoder = load_content_encoder(config)
         rates = config.optimizer
-        groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-        for name, parameter in self.encoder.named_parameters():
-            if parameter.requires_grad:
-                groups["lora_" in name].append(parameter)
+        lora, head, rest = rates.lora_learning_rate, rates.head_learning_rate, rates.learning_rate
         self.optimizer = torch.optim.AdamW(
             [
-                {"params": groups[True], "lr": rates.lora_learning_rate},
-                {"params": groups[False], "lr": rates.learning_rate},
+                {"params": p, "lr": lora if "lora_" in n else head if "output." in n[:7] else rest}
+                for n, p in self.encoder.named_parameters()
+                if p.requires_grad
             ],
             weight_decay=rates.weight_decay,
         )
@@ -117,7 +133,11 @@ def test_deduplicated_training_equals_encoding_every_occurrence(micro_batch: int
     config = config.model_copy(
         update={
             "optimizer": config.optimizer.model_copy(
-                update={"lora_learning_rate": 4e-3, "weight_decay": 0.01}
+                update={
+                    "lora_learning_rate": 4e-3,
+                    "head_learning_rate": 2e-3,
+                    "weight_decay": 0.01,
+                }
             )
         }
     )
@@ -136,20 +156,19 @@ def test_deduplicated_training_equals_encoding_every_occurrence(micro_batch: int
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
         for name, parameter in plain.encoder.named_parameters():
             if parameter.grad is not None:
-                found = learner.encoder.get_parameter(name).grad
+                found = _gradient(content, learner, name)
                 torch.testing.assert_close(found, parameter.grad, rtol=1e-5, atol=1e-5)
     trained = trained_state(plain.encoder)
-    for name, value in learner.encoder.state_dict().items():
+    for name, value in _whole(content, learner).state_dict().items():
         if name in trained:
             torch.testing.assert_close(value, trained[name], rtol=1e-5, atol=1e-5)
         else:
             assert value.equal(start[name])
-    norms = learner.gradient_norms()
-    assert set(norms) == {"tower", "fusion", "heads"}
-    assert all(norm > 0 for norm in norms.values())
+    metrics = content.metrics()
+    assert all(metrics[f"content/gradient_norm_{p}"] > 0 for p in ("tower", "fusion", "heads"))
 
 
-def test_a_frozen_encoder_reads_every_item_once_and_trains_its_layer_like_any_other() -> None:
+def test_of_a_frozen_encoder_every_item_is_read_once_and_all_items_train_its_last_layer() -> None:
     frozen = {"text": {"lora": None}, "image": {"lora": None}, "frozen": True}
     config = ContentConfig.model_validate(
         {**frozen, "dim": DIM, "fusion": {"kind": "concat"}, "cic": None}
@@ -162,39 +181,42 @@ def test_a_frozen_encoder_reads_every_item_once_and_trains_its_layer_like_any_ot
         return _rows_of(tokens, rows_U)
 
     encoder, plain = load_content_encoder(config), load_content_encoder(config)
-    learner = ContentLearner(config, encoder, counted, CPU, num_rows=NUM_ITEMS)
-    every = torch.arange(NUM_ITEMS)
-    learner.start(0, every, keep_graph=False)  # before it is standardised: nothing of it may stay
-    moments = learner.moments(every)
+    learner = ContentLearner(config, encoder, counted, CPU)
+    moments = learner.moments(torch.arange(NUM_ITEMS))
     learner.standardise(moments)
     plain.standardise(moments)
+    content = _source(config, learner)
     read.clear()
-    random = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(
-        plain.output.parameters(), lr=config.optimizer.learning_rate, weight_decay=0.0
+        plain.output.parameters(), lr=config.optimizer.head_learning_rate, weight_decay=0.0
     )
-    for step in range(4):
-        rows = torch.randperm(NUM_ITEMS, generator=random)[:7]
-        gradient_UD = torch.randn(len(rows), DIM, generator=random)
-        expected = plain(_rows_of(tokens, rows))
-        torch.testing.assert_close(learner.start(step, rows, keep_graph=True), expected)
-        learner.finish(step, rows, gradient_UD)
-        learner.update(learner.gradient(), 1.0)
+    for items, weights in _batches(4):
+        rows = _read_rows(items)
+        expected = plain(_rows_of(tokens, rows.clamp(min=0)))
+        expected = torch.where(rows.unsqueeze(1) >= 0, expected, 0.0)
+        places = torch.cat([items.candidate_B, items.histories["past"].items_N])
+        found = content.train(items).vectors_UD[places]
+        torch.testing.assert_close(found, expected)
+        _loss(found, weights).backward()
+        content.learn(1.0)
         optimizer.zero_grad()
-        expected.backward(gradient_UD)
+        _loss(expected, weights).backward()
         optimizer.step()
-    torch.testing.assert_close(encoder.output.weight, plain.output.weight)
-    torch.testing.assert_close(learner.encode(every), plain(tokens).detach())
-    assert sorted(read) == every.tolist()
+    torch.testing.assert_close(content.head.layer.weight, plain.output.weight)
+    content.refresh()
+    every = ItemRows.of(torch.arange(NUM_ITEMS), {})
+    torch.testing.assert_close(content.read(every).vectors_UD[1:], plain(tokens).detach())
+    assert sorted(read) == list(range(NUM_ITEMS))
 
     # Another catalogue's mean stands for what an item lacks.
-    saved = learner.state()
-    saved["encoder/output.mean_H"] = saved["encoder/output.mean_H"] + 1.0
-    learner.load(saved)
+    saved = {name: value.clone() for name, value in content.tensors().items()}
+    saved["encoder/output.mean_H"] += 1.0
+    assert "bank" in _source(config, learner, tokens=1).warm_start(saved)
     load_trained_state(
         plain, {n.removeprefix("encoder/"): t for n, t in saved.items() if n.startswith("encoder/")}
     )
-    torch.testing.assert_close(learner.encode(every), plain(tokens).detach())
+    expected = plain.fused(tokens).detach()
+    torch.testing.assert_close(learner.encode(torch.arange(NUM_ITEMS)), expected)
 
 
 @pytest.mark.skipif(not cpu_has_bf16(), reason="this CPU has no bf16 products")
@@ -219,13 +241,13 @@ def test_bf16_steps_follow_fp32_ones_and_published_vectors_are_fp32(
     assert not vectors[1].equal(vectors[0])
     for name, parameter in whole_learner.encoder.named_parameters():
         if parameter.grad is not None and parameter.grad.norm() > 0:
-            found = learner.encoder.get_parameter(name).grad
+            found = _gradient(reduced, learner, name)
             assert found is not None
             assert found.dtype == torch.float32
             assert torch.cosine_similarity(found.flatten(), parameter.grad.flatten(), 0) > 0.99
     every = ItemRows.of(torch.arange(NUM_ITEMS), {})
     with torch.no_grad():
-        expected = learner.encoder.eval()(TOKENS)
+        expected = _whole(reduced, learner)(TOKENS)
     in_training = reduced.read(every).vectors_UD[1:]  # of step 0, whose rates were 0
     torch.testing.assert_close(in_training, expected, rtol=0.05, atol=0.02)
     assert not torch.allclose(in_training, expected)
@@ -236,7 +258,7 @@ def test_bf16_steps_follow_fp32_ones_and_published_vectors_are_fp32(
 @pytest.mark.parametrize("every", [None, 2])
 def test_history_items_are_read_as_of_their_last_encoding(every: int | None) -> None:
     content, learner = _content(_config("targets", refresh_every_steps=every))
-    encoders: list[nn.Module] = [copy.deepcopy(learner.encoder)]
+    encoders: list[ContentEncoder] = [copy.deepcopy(learner.encoder)]
     last = torch.zeros(NUM_ITEMS, dtype=torch.int64)  # step of the last encoding
     ages, cosines = [], []
     for step, (items, weights) in enumerate(_batches(5)):
@@ -247,7 +269,9 @@ def test_history_items_are_read_as_of_their_last_encoding(every: int | None) -> 
         with torch.no_grad():
             for row in encoded.tolist():
                 before, now = (
-                    encoders[number](read_tokens(torch.tensor([row])))[0]
+                    content.head.vectors(encoders[number].fused(read_tokens(torch.tensor([row]))))[
+                        0
+                    ]
                     for number in (last[row], step)
                 )
                 cosines.append(float(before @ now / (before.norm() * now.norm())))
@@ -255,7 +279,8 @@ def test_history_items_are_read_as_of_their_last_encoding(every: int | None) -> 
         given = content.train(items)
         for place, row in enumerate(items.rows_U.tolist()[1:], start=1):
             with torch.no_grad():
-                expected = encoders[last[row]](read_tokens(torch.tensor([row])))[0]
+                fused = encoders[last[row]].fused(read_tokens(torch.tensor([row])))
+                expected = content.head.vectors(fused)[0]  # the last layer is never behind
             torch.testing.assert_close(given.vectors_UD[place].detach(), expected)
             ages.append(step - int(last[row]))
         read = torch.cat([items.candidate_B, items.histories["past"].items_N])
@@ -278,7 +303,7 @@ def test_evaluation_reads_every_item_with_the_present_weights() -> None:
     content.refresh()
     items = ItemRows.of(torch.arange(-1, NUM_ITEMS), {})
     with torch.no_grad():
-        expected = learner.encoder.eval()(TOKENS)
+        expected = _whole(content, learner)(TOKENS)
     found = content.read(items).vectors_UD
     assert not found.requires_grad
     torch.testing.assert_close(found, torch.cat([torch.zeros(1, DIM), expected]))
@@ -300,16 +325,18 @@ def test_a_restored_run_goes_on_as_if_it_had_not_stopped() -> None:
             read = torch.cat([items.candidate_B, items.histories["past"].items_N])
             _loss(given.vectors_UD[read], weights).backward()
             each.learn(0.5)
-    for name, value in learner.encoder.state_dict().items():
-        assert value.equal(other_learner.encoder.state_dict()[name])
-    assert content.bank.vectors_RD.equal(other.bank.vectors_RD)
+    found = _whole(other, other_learner).state_dict()
+    for name, value in _whole(content, learner).state_dict().items():
+        assert value.equal(found[name])
+    assert content.bank.fused_RH.equal(other.bank.fused_RH)
 
 
 def test_a_warm_start_keeps_the_bank_only_for_the_same_texts_and_images() -> None:
     config = _config("targets")
     yesterday, _ = _content(config, tokens=1)
+    content_head = copy.deepcopy(yesterday.head.layer)
     yesterday.refresh()
-    yesterday.bank.vectors_RD[3] = 7.0  # not what the encoder gives
+    yesterday.bank.fused_RH[3] = 7.0  # not what the encoder gives
     saved = {name: value.clone() for name, value in yesterday.tensors().items()}
     items = ItemRows.of(torch.arange(NUM_ITEMS), {})
     anew = {"bank": "encoded anew with the weights that were carried"}
@@ -318,10 +345,11 @@ def test_a_warm_start_keeps_the_bank_only_for_the_same_texts_and_images() -> Non
         assert today.warm_start(saved) == reason
         today.refresh()
         with torch.no_grad():
-            expected = learner.encoder.eval()(TOKENS)[3]
-        is_kept = tokens == 1
-        found = today.read(items).vectors_UD[1 + 3]
-        torch.testing.assert_close(found, torch.full((DIM,), 7.0) if is_kept else expected)
+            expected = learner.encoder.eval().fused(TOKENS)[3]
+            if tokens == 1:
+                expected = torch.full_like(expected, 7.0)
+            expected = content_head(expected.unsqueeze(0))[0]
+        torch.testing.assert_close(today.read(items).vectors_UD[1 + 3], expected)
 
 
 def _bank_after_announced_steps(device: torch.device) -> Tensor:
@@ -332,7 +360,7 @@ def _bank_after_announced_steps(device: torch.device) -> Tensor:
     for batch in content.ahead(batches):
         content.train(batch.content.to(device)).vectors_UD.square().sum().backward()
         content.learn(1.0)
-    return content.bank.vectors_RD.cpu()
+    return content.bank.fused_RH.cpu()
 
 
 @pytest.mark.gpu
@@ -419,7 +447,9 @@ def test_what_is_drawn_depends_on_seed_step_and_rank_alone() -> None:
         content.step, content._ranks = step, Ranks(rank)
         content.train(items)
         assert content._current is not None
-        found: list[int] = content._current[0].tolist()
+        rows_G = content._current.rows_G
+        assert rows_G is not None
+        found: list[int] = rows_G.tolist()
         return found
 
     assert requested() == requested()

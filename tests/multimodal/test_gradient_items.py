@@ -9,6 +9,7 @@ from embedding.items import ItemRows
 from multimodal.content_bank import ContentBank
 from multimodal.content_config import Gradient
 from multimodal.content_encoder import load_content_encoder
+from multimodal.content_head import ContentHead
 from multimodal.content_learner import ContentLearner
 from multimodal.content_source import TrainedContent
 from multimodal.inline_encoder import InlineEncoder
@@ -36,10 +37,12 @@ def test_a_step_with_gradient_of_all_items_encodes_what_the_bound_allows(
 ) -> None:
     config = tiny_config(gradient={"items": "all", **bound}, cic=None)
     encoder = load_content_encoder(config)
-    learner = ContentLearner(config, encoder, read_tokens, CPU, num_rows=NUM_ITEMS)
+    learner = ContentLearner(config, encoder, read_tokens, CPU)
     ranks = RankGroup()
-    bank = ContentBank(torch.arange(NUM_ITEMS), config.dim, CPU)
-    content = TrainedContent(config, InlineEncoder(learner, ranks), bank=bank, ranks=ranks)
+    head = ContentHead(learner.head(), config, ranks, CPU)
+    bank = ContentBank(torch.arange(NUM_ITEMS), head.width, CPU)
+    placement = InlineEncoder(learner, ranks)
+    content = TrainedContent(config, placement, head=head, bank=bank, ranks=ranks)
     before = {name: p.detach().clone() for name, p in learner.encoder.named_parameters()}
     past = torch.arange(100, NUM_ITEMS)
     items = ItemRows.of(torch.arange(100), {"past": (past, torch.tensor([len(past)] + [0] * 99))})

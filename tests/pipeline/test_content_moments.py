@@ -7,14 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from embedding.config import TableConfig
 from embedding.initialization import initialize_shard
+from embedding.items import ItemRows
 from multimodal.content_encoder import load_content_encoder, trained_state
 from multimodal.stored_content import ContentReader
 from pipeline import content_moments
 from pipeline.config import Recipe
 from pipeline.content_paths import ContentPaths
+from pipeline.content_training import RankContent
 from ranking.steps import PlainSteps
 from tests.pipeline.content_steps import (
     NUM_ITEMS,
@@ -60,11 +63,14 @@ def test_without_a_feature_of_item_ids_content_alone_is_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_tokens(tmp_path)
-    trained = torch.randn(NUM_ITEMS, 8)
-    bank = {"item_ids": torch.arange(NUM_ITEMS), "vectors": trained}
     settings = without_item_id()
     assert settings.content is not None
-    encoder = trained_state(load_content_encoder(settings.content))
+    built = load_content_encoder(settings.content)
+    fused = torch.randn(NUM_ITEMS, built.output.in_features)
+    with torch.no_grad():
+        trained = built.output(fused)
+    bank = {"item_ids": torch.arange(NUM_ITEMS), "fused": fused}
+    encoder = trained_state(built)
     saved = {"bank/": bank, "encoder/": encoder}
     monkeypatch.setattr(content_moments, "read_companion", lambda _, prefix: saved[prefix])
     paths = ContentPaths(index=tmp_path / "index", stores=tmp_path / "stores")
@@ -89,12 +95,12 @@ def test_content_before_training_is_what_the_first_step_read(
         steps = PlainSteps(sharded.model, sharded.optimizer)
         batches = announced_batches(content, settings, tmp_path)
         content.source.refresh()
-        at_step_0 = content.source.tensors()["bank/vectors"].clone()
+        at_step_0 = _vectors(content)
         for _ in range(2):
             steps.run(batches)
             content.source.learn(1.0)
         content.source.refresh()
-        saved = content.source.tensors()
+        saved, now = content.source.tensors(), _vectors(content)
     trained = {n.removeprefix("encoder/"): t for n, t in saved.items() if n.startswith("encoder/")}
     reader = ContentReader(tmp_path / "index", tmp_path / "stores")
 
@@ -103,4 +109,10 @@ def test_content_before_training_is_what_the_first_step_read(
     )
 
     torch.testing.assert_close(found, at_step_0[::2], rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(saved["bank/vectors"], at_step_0, atol=0.01)
+    assert not torch.allclose(now, at_step_0, atol=0.01)
+
+
+def _vectors(content: RankContent) -> Tensor:
+    """Of all items, as they are read now."""
+    items = ItemRows.of(torch.arange(NUM_ITEMS), {})
+    return content.source.read(items).vectors_UD[1:].clone()

@@ -49,7 +49,7 @@ def _load(folder: Path) -> None:
     source = content.source
     # On every rank, not on the first alone: replicas that differ would drift apart.
     bank = {f"bank/{name}": value for name, value in source.bank.state().items()}
-    beside = source.placement.state() | bank
+    beside = source.placement.state() | source.head.state() | bank
     assert source.step == NUM_TRAINED
     assert beside.keys() == saved["beside"].keys() - {"step"}
     for name, value in beside.items():
@@ -61,7 +61,7 @@ def _load(folder: Path) -> None:
         assert table.weight.equal(saved["tables"][name]), name
     source.refresh()
     if dist.get_rank() == 0:
-        torch.save(source.bank.vectors_RD, folder / f"vectors-{dist.get_world_size()}.pt")
+        torch.save(source.bank.fused_RH, folder / f"vectors-{dist.get_world_size()}.pt")
 
 
 def test_content_of_two_ranks_goes_on_on_one_and_on_three(tmp_path: Path) -> None:

@@ -28,7 +28,10 @@ from pipeline.dense_cost import dense_cost
 from pipeline.item_load import ItemLoad
 from pipeline.recipe import load_recipe
 
-DIM, ITEMS = 16, 1000
+DIM, WIDTH, ITEMS = 16, 24, 1000
+HEAD_FLOPS = 6 * ITEMS * WIDTH * DIM
+"""Of the last layer: forward and two gradients, of every item."""
+HEAD_BYTES = WIDTH * DIM * 4
 ENCODER = EncoderCost(
     forward_flops=3e9,
     backward_flops=4e9,
@@ -40,6 +43,7 @@ ENCODER = EncoderCost(
     token_bytes=5e4,
     weight_bytes=10**7,
     parameters=10**5,
+    fused_width=WIDTH,
 )
 CIC = CicCost(
     flops_per_item=1e4,
@@ -82,10 +86,12 @@ def test_gpu_ranks_share_the_items_and_add_up_gradients() -> None:
     loss = (1e4 * ITEMS + 100 * ITEMS**2) / (GPU_FLOPS_SHARE * 67e12)
     loss = max(loss, 60 * GPU_CALL_S / 10)
     links = min(450e9, 8 * 50e9)
-    vectors, values = ITEMS * DIM * 4, 10**5 * 4
+    vectors, values = ITEMS * WIDTH * 4, 10**5 * 4
     ids = 15 / 16 * 16 * ITEMS * 8 / links
-    rings = 15 / 16 * vectors / links + 2 * 15 / 16 * (vectors + values) / links
-    expected = encoding + reading + loss + ids + rings + 4 * GPU_EXCHANGE_S
+    rings = 15 / 16 * vectors / links + 2 * 15 / 16 * (vectors + values + HEAD_BYTES) / links
+    head = HEAD_FLOPS / (GPU_FLOPS_SHARE * 67e12)
+    assert head < 3 * GPU_CALL_S / 10
+    expected = encoding + reading + loss + ids + rings + 5 * GPU_EXCHANGE_S + 3 * GPU_CALL_S / 10
     assert step.rank_s == pytest.approx(expected)
     assert step.actor_s == 0
     assert step.added_seconds(0.5) == step.rank_s
@@ -98,7 +104,7 @@ def test_few_items_wait_for_their_kernels_to_be_started() -> None:
     step = step_of("h100:1", config_of(), one)
     assert 7e9 / (GPU_FLOPS_SHARE * 67e12) < 300 * GPU_CALL_S / 10
     reading = 5e4 * (2 / CORE_BANDWIDTH + 1 / 64e9)
-    assert step.rank_s == pytest.approx(300 * GPU_CALL_S / 10 + reading)
+    assert step.rank_s == pytest.approx((300 + 3) * GPU_CALL_S / 10 + reading)
 
 
 def test_an_encoder_in_bf16_computes_at_that_peak() -> None:
@@ -115,9 +121,10 @@ def test_cpu_ranks_take_the_measured_time(monkeypatch: pytest.MonkeyPatch) -> No
     step = step_of("cpu:4", config_of(cic=None), COST.model_copy(update={"cic": None}))
     reading = 250 * 5e4 * 2 / CORE_BANDWIDTH
     ids = 3 / 4 * 4 * ITEMS * 8 / 10e9
-    vectors, values = ITEMS * DIM * 4, 10**5 * 4
-    rings = (3 / 4 * vectors + 2 * 3 / 4 * (vectors + values)) / 10e9
-    assert step.rank_s == pytest.approx(250 * 0.03 + reading + ids + rings + 4 * CPU_CALL_S)
+    vectors, values = ITEMS * WIDTH * 4, 10**5 * 4
+    rings = (3 / 4 * vectors + 2 * 3 / 4 * (vectors + values + HEAD_BYTES)) / 10e9
+    head = HEAD_FLOPS * 0.01 / 3e9
+    assert step.rank_s == pytest.approx(250 * 0.03 + reading + head + ids + rings + 5 * CPU_CALL_S)
     with_loss = step_of("cpu:4", config_of())
     assert with_loss.rank_s - step.rank_s == pytest.approx(1e-9 * (1e7 + 1e8))
 
@@ -130,7 +137,7 @@ def test_more_cpu_ranks_than_cores_take_turns(monkeypatch: pytest.MonkeyPatch) -
         seconds[cores] = step_of("cpu:6", config_of()).rank_s
     share = 167  # of 1000 items
     loss = 1e-9 * (1e4 * ITEMS + 100 * ITEMS**2)
-    alone = share * (0.03 + 5e4 * 2 / CORE_BANDWIDTH) + loss
+    alone = share * (0.03 + 5e4 * 2 / CORE_BANDWIDTH) + loss + HEAD_FLOPS * 0.01 / 3e9
     assert seconds[2] - seconds[64] == pytest.approx(2 * alone)
 
 
@@ -175,17 +182,17 @@ def test_stale_micro_batches_start_as_many_kernels_as_they_are_pieces() -> None:
 
 def test_a_rank_holds_bank_encoder_and_its_share() -> None:
     step = step_of("h100:8", config_of())
-    bank = ITEMS * (DIM * 4 + 8)
+    bank = ITEMS * (WIDTH * 4 + 8)
     encoder = 10**7 + 4 * 4 * 10**5
     encoding = 125 * (5e4 + 1e6)
-    vectors = (4 + 2) * ITEMS * DIM * 4
+    vectors = 4 * ITEMS * DIM * 4 + (3 + 2) * ITEMS * WIDTH * 4
     loss = 50 * ITEMS + 8 * ITEMS**2
     assert step.rank_bytes == pytest.approx(bank + encoder + encoding + vectors + loss)
     # A bank of very many items is copied whole when it is made anew.
     items = EVERY_ITEM.model_copy(update={"num_items": 10**9})
     large = step_of("h100:8", config_of(), COST.model_copy(update={"items": items}))
-    copies = 10**9 * DIM * 4 * (1 + 2 / 8)
-    assert large.rank_bytes == pytest.approx(10**9 * (DIM * 4 + 8) + encoder + copies)
+    copies = 10**9 * WIDTH * 4 * (1 + 2 / 8)
+    assert large.rank_bytes == pytest.approx(10**9 * (WIDTH * 4 + 8) + encoder + copies)
 
 
 def service(transport: str = "object_store", **changes: object) -> ContentConfig:
@@ -202,12 +209,13 @@ def test_ranks_of_a_service_do_not_run_the_encoder() -> None:
     )
     encoding = 250 * 7e9 / (GPU_FLOPS_SHARE * 67e12)
     reading = 250 * 5e4 * (2 / CORE_BANDWIDTH + 1 / 64e9)
-    messages = (2 * 8 * 250 * DIM * 4 + 4 * 10**5 * 4) / CORE_BANDWIDTH
+    messages = (2 * 8 * 250 * WIDTH * 4 + 4 * 10**5 * 4) / CORE_BANDWIDTH
     assert step.actor_s == pytest.approx(encoding + reading + messages + 2 * 8 * 0.25e-3)
     loss = max(1.1e8 / (GPU_FLOPS_SHARE * 67e12), 60 * GPU_CALL_S / 10)
     ids = 7 / 8 * 8 * ITEMS * 8 / 450e9 + GPU_EXCHANGE_S
-    calls = 2 * 4 * 0.25e-3 + 2 * ITEMS * DIM * 4 / CORE_BANDWIDTH
-    assert step.rank_s == pytest.approx(loss + ids + calls)
+    calls = 2 * 4 * 0.25e-3 + 2 * ITEMS * WIDTH * 4 / CORE_BANDWIDTH
+    head = 3 * GPU_CALL_S / 10 + 2 * 7 / 8 * HEAD_BYTES / 450e9 + GPU_EXCHANGE_S
+    assert step.rank_s == pytest.approx(loss + head + ids + calls)
     # One after the other: the ranks wait for vectors of the weights after the last step.
     assert step.added_seconds(0.5) == pytest.approx(step.rank_s + step.actor_s)
 
@@ -219,14 +227,15 @@ def test_the_direct_transport_sends_vectors_once_for_all_ranks() -> None:
     )
     encoding = 250 * 7e9 / (GPU_FLOPS_SHARE * 67e12)
     reading = 250 * 5e4 * (2 / CORE_BANDWIDTH + 1 / 64e9)
-    moved = (2 * 250 * DIM * 4 + 2 * 3 / 4 * 10**5 * 4) / 50e9
+    moved = (2 * 250 * WIDTH * 4 + 2 * 3 / 4 * 10**5 * 4) / 50e9
     talk = 3 * 0.25e-3 + 3 * GPU_EXCHANGE_S
     for step in (few, many):
         assert step.actor_s == pytest.approx(encoding + reading + moved + talk)
     loss = max(1.1e8 / (GPU_FLOPS_SHARE * 67e12), 60 * GPU_CALL_S / 10)
     ids = 7 / 8 * 8 * ITEMS * 8 / 450e9 + GPU_EXCHANGE_S
-    calls = 4 * (3 * 0.25e-3 + 2 * GPU_EXCHANGE_S) + 2 * ITEMS * DIM * 4 / 50e9
-    assert few.rank_s == pytest.approx(loss + ids + calls)
+    calls = 4 * (3 * 0.25e-3 + 2 * GPU_EXCHANGE_S) + 2 * ITEMS * WIDTH * 4 / 50e9
+    head = 3 * GPU_CALL_S / 10 + 2 * 7 / 8 * HEAD_BYTES / 450e9 + GPU_EXCHANGE_S
+    assert few.rank_s == pytest.approx(loss + head + ids + calls)
 
 
 def test_the_transport_of_a_step_is_the_one_that_devices_allow() -> None:
@@ -257,6 +266,19 @@ def test_actors_without_gpus_run_on_cores() -> None:
     encoding = 250 * 7e9 / (GPU_FLOPS_SHARE * 67e12)
     reading = 250 * 5e4 * (2 / CORE_BANDWIDTH + 1 / 64e9)
     assert shared - alone == pytest.approx(encoding + reading)
+
+
+def test_a_frozen_encoder_costs_a_step_its_last_layer() -> None:
+    """The bank is filled once: nothing is encoded, exchanged or waited for."""
+    lora = {"text": {"lora": None}, "frozen": True, "cic": None}
+    cost = COST.model_copy(update={"cic": None})
+    inline = step_of("h100:1", config_of(**lora), cost)
+    assert inline.items.encoded == 0
+    assert inline.rank_s == pytest.approx(3 * GPU_CALL_S / 10)
+    served = step_of("h100:1", config_of(**lora, placement={"kind": "service"}), cost)
+    assert served.rank_s == inline.rank_s
+    assert served.added_seconds(0.5) == pytest.approx(served.rank_s)
+    assert inline.rank_bytes - served.rank_bytes == pytest.approx(10**7 + 4 * 4 * 10**5)
 
 
 # --- points --------------------------------------------------------------------------------------

@@ -9,13 +9,13 @@ import pyarrow.parquet as pq
 
 from multimodal.code_tree import CodeTree
 from multimodal.vectors import Int32Array
-from pipeline.artifacts import Manifest, read_manifest
+from pipeline.artifacts import read_manifest
 from pipeline.code_features import CODES_FILE
 from pipeline.content_tasks import Catalogue
 from pipeline.evaluate import COLD
 from pipeline.item_cards import ItemCard, item_cards
 from pipeline.metrics_file import METRICS_FILE, read_metrics
-from pipeline.quantize_facts import QuantizeFacts, collapse_warning
+from pipeline.quantize_facts import QuantizeFacts, code_facts, collapse_warning
 
 NUM_FIRST_CODES = 6
 NUM_PREFIXES = 3
@@ -39,6 +39,7 @@ def code_section(root: Path, directory: Path, task: str) -> dict[str, Any] | Non
     rows = (trained.facts["warm_start"] or {}).get("rows", {}) if trained else {}
     return {
         "tiles": _tiles(facts, manifest.facts["num_without_vector"]),
+        "taken_from": manifest.facts.get("taken_from"),
         "decision": _decision(facts),
         "warning": collapse_warning(facts.mean_cosine),
         "levels": level_rows(facts),
@@ -130,13 +131,6 @@ def level_rows(facts: QuantizeFacts) -> list[dict[str, str]]:
         }
         for level, metrics in enumerate(facts.metrics.levels)
     ]
-
-
-def code_facts(manifest: Manifest) -> QuantizeFacts:
-    """What the quantize stage did, from its manifest."""
-    return QuantizeFacts.model_validate(
-        {name: manifest.facts[name] for name in QuantizeFacts.model_fields}
-    )
 
 
 # --- days ----------------------------------------------------------------------------------------

@@ -148,7 +148,7 @@ def quantize(
         table_sizes=state.codebooks.table_sizes
         | ({"sid_suffix": config.suffix.num_codes} if config.suffix else {}),
         metrics=coded.metrics,
-        stability=_stability(items, coded),
+        stability=stability_of_items(items.earlier, items.item_ids_N, coded.codes_NL),
         num_sharing_suffix=suffixes.num_shared if suffixes else 0,
         mean_cosine=cosine,
     )
@@ -288,7 +288,7 @@ def _known(items: ItemVectors, state: _State) -> "_State | None":
     if not len(now):
         return None
     if rq:
-        codes_NL = _codes_of(earlier)[before]
+        codes_NL = codes_of(earlier)[before]
         residual = codebooks_in_space(codes_NL, items.vectors_ND[now], rq)
     if state.codebooks.items:
         slots = restate_items(state.codebooks.items, items.item_ids_N, items.vectors_ND)
@@ -334,28 +334,28 @@ def _suffixes(config: Codes, items: ItemVectors, coded: _Coded) -> Suffixes | No
         return None
     before, earlier = None, items.earlier
     if earlier is not None and "sid_suffix" in earlier.column_names:
-        codes_NL = _codes_of(earlier)
+        codes_NL = codes_of(earlier)
         if codes_NL.shape[1] == coded.codes_NL.shape[1]:
             ids, suffix = (earlier[name].to_numpy() for name in ("item_id", "sid_suffix"))
             before = CodedItems(ids, codes_NL, suffix)
     return tell_apart(items.item_ids_N, coded.codes_NL, config.suffix.num_codes, before)
 
 
-def _stability(items: ItemVectors, coded: _Coded) -> Stability | None:
+def stability_of_items(
+    earlier: pa.Table | None, item_ids_N: Int64Array, codes_NL: Int32Array
+) -> Stability | None:
     """Codes of the items of both days; None where there are none to compare."""
-    earlier = items.earlier
     if earlier is None:
         return None
-    codes_NL = _codes_of(earlier)
-    _, now, before = np.intersect1d(
-        items.item_ids_N, earlier["item_id"].to_numpy(), return_indices=True
-    )
-    if not len(now) or not codes_NL.shape[1] or codes_NL.shape[1] != coded.codes_NL.shape[1]:
+    before_NL = codes_of(earlier)
+    _, now, before = np.intersect1d(item_ids_N, earlier["item_id"].to_numpy(), return_indices=True)
+    if not len(now) or not before_NL.shape[1] or before_NL.shape[1] != codes_NL.shape[1]:
         return None
-    return stability(codes_NL[before], coded.codes_NL[now])
+    return stability(before_NL[before], codes_NL[now])
 
 
-def _codes_of(table: pa.Table) -> Int32Array:
+def codes_of(table: pa.Table) -> Int32Array:
+    """The RQ codes of a codes artifact; no columns where it has none."""
     levels: list[Int32Array] = []
     while f"sid_{len(levels)}" in table.column_names:
         levels.append(table[f"sid_{len(levels)}"].to_numpy())

@@ -265,6 +265,25 @@ ItemVectorSource = Annotated[
 ]
 
 
+# --- looking codes up ---------------------------------------------------------------------------
+
+
+class EncodeWorkers(StrictConfig):
+    """Where codes are looked up; they do not depend on it.
+
+    Of items whose vectors have not changed since the run before, with the same codebooks, nothing
+    is looked up. Up to `items_per_task` others are in the run's own process, more on Ray workers.
+    """
+
+    num_workers: PositiveInt = 4
+    """At most; as many as the cluster has room for."""
+    items_per_task: PositiveInt = 1 << 20
+    """Items whose vectors a worker holds at a time."""
+    cpus_per_worker: PositiveFloat = 1
+    gpus_per_worker: NonNegativeFloat = 0
+    """With one, workers look up on it."""
+
+
 # --- features -----------------------------------------------------------------------------------
 
 CodeFamily = Literal["candidate", "history", "shared", "user"]
@@ -306,10 +325,11 @@ class Codes(StrictConfig):
     """Codebooks to use, like v0003, whatever the refit policy says; default: those of the run
     before, or a refit."""
     features: CodeFeatures = CodeFeatures()
+    encode: EncodeWorkers = EncodeWorkers()
     taken_from: Path | None = None
     """Output directory whose runs make the codes, for another ranker: this recipe's runs take those
     of their date, and have code tables of their own. rq, vq and suffix are those of the other
-    recipe; vectors and refit of this one are not read. None: the runs make their own codes."""
+    recipe; vectors, refit and encode of this one are not read. None: they make their own."""
 
     @model_validator(mode="after")
     def _check_parts(self) -> Self:
@@ -361,7 +381,7 @@ class Codes(StrictConfig):
     @property
     def quantized(self) -> dict[str, Any]:
         """The settings that codes depend on, as JSON."""
-        others = {"features": True, "refit": {"force_on"}, "taken_from": True}
+        others: Any = {"features": True, "refit": {"force_on"}, "taken_from": True, "encode": True}
         return {**self.model_dump(mode="json", exclude=others), **self._format}
 
     @property

@@ -52,6 +52,9 @@ def code_section(root: Path, directory: Path, task: str) -> dict[str, Any] | Non
 
 
 def _tiles(facts: QuantizeFacts, num_without: int) -> list[dict[str, str]]:
+    looked_up = ""
+    if facts.num_encoded is not None and facts.num_encoded < facts.num_items:
+        looked_up = f", {facts.num_encoded:,} of them looked up"
     unseen = f", {facts.num_unseen_items} not seen yet" if facts.num_unseen_items else ""
     without = f", {num_without} without a vector" if num_without else ""
     tiles = [
@@ -60,7 +63,11 @@ def _tiles(facts: QuantizeFacts, num_without: int) -> list[dict[str, str]]:
             "value": facts.version,
             "note": "refit" if facts.refit.refit else "",
         },
-        {"label": "Items", "value": f"{facts.num_items:,}", "note": f"coded{unseen}{without}"},
+        {
+            "label": "Items",
+            "value": f"{facts.num_items:,}",
+            "note": f"coded{looked_up}{unseen}{without}",
+        },
     ]
     if facts.metrics:
         shared = f"at most {facts.metrics.largest_collision} items a code"
@@ -97,8 +104,7 @@ def _tiles(facts: QuantizeFacts, num_without: int) -> list[dict[str, str]]:
 
 def _decision(facts: QuantizeFacts) -> str:
     said = "Fitted anew" if facts.refit.refit else "Not fitted anew"
-    warning = collapse_warning(facts.mean_cosine)  # shown by itself
-    reasons = "; ".join(reason for reason in facts.refit.reasons if reason != warning)
+    reasons = "; ".join(facts.refit.reasons)
     said += f": {reasons}" if reasons else ""
     drift = facts.drift
     if drift is None:

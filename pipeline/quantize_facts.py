@@ -35,12 +35,19 @@ class QuantizeFacts(StrictConfig):
     """Items that no suffix could tell apart."""
     mean_cosine: float | None = None
     """Of two items that codebooks may be fitted to."""
+    num_encoded: int | None = None
+    """Items whose codes were looked up: the vectors of the others are those of the run before, and
+    so are the codebooks. None: not by this run."""
 
 
 def code_facts(manifest: Manifest) -> QuantizeFacts:
     """What the quantize stage did, from its manifest."""
     return QuantizeFacts.model_validate(
-        {name: manifest.facts[name] for name in QuantizeFacts.model_fields}
+        {
+            name: manifest.facts[name]
+            for name in QuantizeFacts.model_fields
+            if name in manifest.facts
+        }
     )
 
 

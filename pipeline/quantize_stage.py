@@ -24,10 +24,13 @@ from pipeline.codes_paths import STAGE, codebook_versions, codes_directory, code
 from pipeline.config import Recipe
 from pipeline.console import Reporter
 from pipeline.days import Split
+from pipeline.encode_items import Machines
+from pipeline.encode_workers import RayPieces
 from pipeline.held_out import is_held_out
-from pipeline.item_vectors import read_column_vectors
-from pipeline.quantize import ItemVectors, quantize
-from pipeline.quantize_facts import QuantizeFacts
+from pipeline.item_vectors import ItemVectors, read_column_vectors
+from pipeline.kept_codes import KeptCodes
+from pipeline.quantize import quantize
+from pipeline.quantize_facts import QuantizeFacts, collapse_warning
 from pipeline.stages import StageOutput, StageSpec
 from pipeline.taken_codes import SETTINGS, TAKEN_FROM, TakenCodes, require_codes
 from pipeline.train import CodebookChange
@@ -46,6 +49,8 @@ class CodesOfDay:
     """Makes the vectors; None: they are a column of the catalogue, or the codes are taken."""
     taken: TakenCodes | None
     """From another output directory; None: this one makes its own."""
+    session: RaySession
+    """Started where codes of many items are looked up."""
     reporter: Reporter
 
     @property
@@ -144,8 +149,9 @@ class CodesOfDay:
             assert isinstance(codes.vectors, ColumnVectors)
             found = read_column_vectors(self.recipe.data.root, codes.vectors)
         counts = pq.read_table(self.out / self.date / "ingest" / "item_counts.parquet")
-        earlier, before = None, None
+        earlier, before, kept = None, None, None
         if previous is not None:
+            kept = KeptCodes.read(self._directory(previous))
             earlier = pq.read_table(self._directory(previous) / CODES_FILE)
             before = codes_version(self._directory(previous))
         seen_N = np.isin(found.item_ids_N, counts["item_id"].to_numpy())
@@ -161,9 +167,12 @@ class CodesOfDay:
             earlier,
             before,
             seen_N,
+            kept,
+            found.file,
         )
         root = codebook_versions(self.out)
-        facts = quantize(codes, items, root, scratch, force_refit=force_refit)
+        machines = Machines(RayPieces(self.session.start, self.reporter.advance))
+        facts = quantize(codes, items, root, scratch, force_refit=force_refit, machines=machines)
         self._say(facts, previous)
         return StageOutput(
             rows_in=facts.num_items + found.num_without,
@@ -180,6 +189,9 @@ class CodesOfDay:
     def _say(self, facts: QuantizeFacts, previous: str | None) -> None:
         before = None if previous is None else codes_version(self._directory(previous))
         self.reporter.line(escape(f"  {decision_line(facts, before)}"))
+        warning = collapse_warning(facts.mean_cosine)
+        if warning is not None:
+            self.reporter.line(f"  [yellow]warning[/] {escape(warning)}")
 
     def _previous(self) -> str | None:
         """Date of the run whose codes these go on with: the latest earlier one."""
@@ -217,7 +229,7 @@ def codes_of_day(
     if recipe.codes.taken_from is not None:
         require_codes(recipe, out, date)
         taken = TakenCodes(recipe, out, date)
-    return CodesOfDay(recipe, out, date, split.known[0], alignment, taken, reporter)
+    return CodesOfDay(recipe, out, date, split.known[0], alignment, taken, session, reporter)
 
 
 def decision_line(facts: QuantizeFacts, before: str | None) -> str:
@@ -232,4 +244,6 @@ def decision_line(facts: QuantizeFacts, before: str | None) -> str:
         line += f": collisions {metrics.collision_rate:.1%}"
     if facts.stability is not None:
         line += f", stability {facts.stability.full:.1%}"
+    if facts.num_encoded is not None and facts.num_encoded < facts.num_items:
+        line += f"; {facts.num_encoded:,} of {facts.num_items:,} items looked up"
     return line

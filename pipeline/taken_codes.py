@@ -226,8 +226,9 @@ class TakenCodes:
         self, facts: QuantizeFacts, codes: Path, previous: str | None
     ) -> QuantizeFacts:
         """The figures that compare with the run before: that of OUT, whichever days it has."""
+        facts = facts.model_copy(update={"stability": None, "num_encoded": None})
         if previous is None:
-            return facts.model_copy(update={"stability": None})
+            return facts
         before = codes_directory(self.out, previous)
         now = pq.read_table(codes)
         kept = stability_of_items(

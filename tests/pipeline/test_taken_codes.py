@@ -21,7 +21,8 @@ from pipeline.config import HeldOutItems, Recipe
 from pipeline.console import Reporter
 from pipeline.days import Split
 from pipeline.held_out import is_held_out
-from pipeline.quantize import ItemVectors, quantize
+from pipeline.item_vectors import ItemVectors
+from pipeline.quantize import quantize
 from pipeline.quantize_stage import CodesOfDay, codes_of_day
 from pipeline.stages import StageRecord, execute
 from pipeline.taken_codes import SETTINGS, TAKEN_FROM

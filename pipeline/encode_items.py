@@ -7,7 +7,7 @@ kept nor how the rest is cut into pieces can be seen in the result.
 # Shapes: N items of the day, B of a piece, L levels, k neighbours, D vector dim.
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,8 +139,10 @@ class ItemEncoder:
         )
 
 
-RunPieces = Callable[[Iterator[Piece], int, LookUp, EncodeWorkers], Iterator[tuple[int, Encoded]]]
-"""Runs pieces, of which there are so many, on workers; numbers and codes in any order."""
+RunPieces = Callable[
+    [Iterator[Piece], Sequence[int], LookUp, EncodeWorkers], Iterator[tuple[int, Encoded]]
+]
+"""Runs pieces, which have so many items each, on workers; numbers and codes in any order."""
 
 
 class DayEncoder:
@@ -236,7 +238,8 @@ class DayEncoder:
             )
             del near
             pieces = (self._piece(part, own_N) for part in parts)
-            for number, found in self._run(pieces, len(parts), look_up, self.config.encode):
+            sizes = [len(part) for part in parts]
+            for number, found in self._run(pieces, sizes, look_up, self.config.encode):
                 yield parts[number], found
 
     def _piece(self, rows: Int64Array, own_N: Int64Array) -> Piece:

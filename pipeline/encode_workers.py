@@ -1,6 +1,6 @@
 """Ray workers that look codes up, for sets that would keep one process busy for too long."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,10 +47,10 @@ class RayPieces:
     start: Callable[[], None]
     """Starts Ray, once."""
     progress: Callable[[int, int], None]
-    """Called with pieces done and in all."""
+    """Called with items done and in all."""
 
     def __call__(
-        self, pieces: Iterator[Piece], number: int, look_up: LookUp, config: EncodeWorkers
+        self, pieces: Iterator[Piece], sizes: Sequence[int], look_up: LookUp, config: EncodeWorkers
     ) -> Iterator[tuple[int, Encoded]]:
         """Numbers and codes of the pieces, as they are done; one piece a worker at a time.
 
@@ -58,7 +58,7 @@ class RayPieces:
             UserError: the cluster has no room for a worker, or a worker raised it.
         """
         self.start()
-        size = min(number, workers_that_fit(ray.cluster_resources(), config))
+        num_workers = min(len(sizes), workers_that_fit(ray.cluster_resources(), config))
         actor_class = ray.remote(EncodeActor).options(
             num_cpus=config.cpus_per_worker,
             num_gpus=config.gpus_per_worker,
@@ -66,7 +66,7 @@ class RayPieces:
             max_task_retries=_RETRIES,
             runtime_env={"env_vars": WORKER_ENVIRONMENT},
         )
-        actors = [actor_class.remote(look_up, config) for _ in range(size)]
+        actors = [actor_class.remote(look_up, config) for _ in range(num_workers)]
         try:
             todo, done = enumerate(pieces), 0
             running: dict[Any, tuple[int, Any]] = {}
@@ -81,8 +81,8 @@ class RayPieces:
                 following = next(todo, None)
                 if following is not None:
                     running[actor.encode.remote(following[1])] = (following[0], actor)
-                done += 1
-                self.progress(done, number)
+                done += sizes[at]
+                self.progress(done, sum(sizes))
                 yield at, found
         finally:
             for actor in actors:

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import yaml
 from safetensors.numpy import load_file
 from small_log import DAYS, event, make_recipe, write_catalogue, write_day
@@ -130,6 +131,19 @@ def test_codes_are_made_without_a_ranker(outs: Outs) -> None:
     assert [outs.manifest("codes", d, "quantize")["facts"]["version"] for d in range(3)] == [
         *("v0001", "v0002", "v0003")
     ]
+
+
+def test_codes_made_by_workers_are_the_same(outs: Outs, tmp_path: Path) -> None:
+    recipe, out = str(outs.folder / "codes.yaml"), str(tmp_path / "codes")
+    words = ["--recipe", recipe, "--date", DAYS[0], "--out", out]
+    workers = "codes.encode={num_workers: 2, items_per_task: 25}"
+    assert main(["stage", "quantize", *words, "--set", workers]) == 0
+    assert not ray.is_initialized()
+    theirs = outs.manifest("codes", 0, "quantize")
+    ours = json.loads((tmp_path / "codes" / DAYS[0] / "quantize" / "manifest.json").read_text())
+    assert ours["checksums"] == theirs["checksums"]
+    assert ours["facts"] == theirs["facts"]
+    assert ours["artifact_id"] == theirs["artifact_id"]
 
 
 @pytest.mark.parametrize(("name", "day"), [("first", 0), ("first", 2), ("second", 2)])

@@ -1,6 +1,6 @@
 """Codes that are kept, looked up in pieces, or on Ray workers are those of one look-up of all."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,11 +47,12 @@ def pieces(codes: Codes, size: int) -> Codes:
 
 
 def run_here(
-    todo: Iterator[Piece], number: int, look_up: LookUp, _: EncodeWorkers
+    todo: Iterator[Piece], sizes: Sequence[int], look_up: LookUp, _: EncodeWorkers
 ) -> Iterator[tuple[int, Encoded]]:
     """Workers in this process: each piece by one of its own, the last one first."""
     found = list(enumerate(todo))
-    assert len(found) == number > 1
+    assert [len(piece.own_B) for _, piece in found] == [*sizes]
+    assert len(sizes) > 1
     for at, piece in reversed(found):
         yield at, ItemEncoder.load(look_up, CPU)(piece)
 
@@ -217,8 +218,9 @@ def test_ray_workers_give_the_codes_of_the_driver(days: Days) -> None:
         for name, where in (("memory", None), ("file", file)):
             days.day(1, name, pieces(CODES, 150), Machines(run), kept=None, file=where)
             assert days.table(name) == days.table("driver")
-        # RQ, then VQ, in 6 pieces each.
-        assert done == [(i, 6) for i in range(1, 7)] * 4
+        # RQ, then VQ, in 6 pieces each, in the order in which they came.
+        assert len(done) == 4 * 6
+        assert [counts for counts in done if counts[0] == 800] == [(800, 800)] * 4
         # What a worker says is wrong arrives as a sentence, and no worker is left.
         broken = np.zeros((800, 7), np.float32)
         np.save(file, broken)

@@ -10,6 +10,10 @@ from multimodal.code_tree import code_groups
 from multimodal.residual_quantizer import CPU, ResidualCodebooks
 from multimodal.vectors import FloatArray, Int32Array, Int64Array, blocks, sample_rows, unit_rows
 
+_MAX_COMPARED = 4_000_000_000
+"""Pairs of a query and an item."""
+_LEAST_QUERIES = 100
+
 
 class LevelMetrics(StrictConfig):
     """Use and error of one level."""
@@ -49,8 +53,12 @@ def measure_codes(
     max_queries: int = 2000,
     device: torch.device = CPU,
 ) -> CodeMetrics:
-    """All figures; self-retrieval on at most `max_queries` items drawn reproducibly."""
-    errors = books.squared_errors(vectors_ND, device)
+    """All figures; self-retrieval on at most `max_queries` items drawn reproducibly.
+
+    Of very large sets on fewer of them: each is compared with all items.
+    """
+    errors = books.errors_of_codes(vectors_ND, codes_NL, device)
+    max_queries = min(max_queries, max(_LEAST_QUERIES, _MAX_COMPARED // max(1, len(vectors_ND))))
     levels = []
     for level, num_codes in enumerate(books.level_sizes):
         counts = np.bincount(codes_NL[:, level], minlength=num_codes)

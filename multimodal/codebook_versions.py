@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from embedding.config import StrictConfig
 from embedding.errors import UserError
+from embedding.links import link_tree
 from multimodal.code_metrics import CodeMetrics, Stability
 from multimodal.codebook_match import Carry, fresh
 from multimodal.codebook_store import Codebooks
@@ -143,6 +144,32 @@ def load_version(root: Path, version: str) -> Codebooks:
             f"{manifest.fingerprint}: the file was changed; restore it, or fit new codebooks"
         )
     return codebooks
+
+
+def take_version(source: Path, root: Path, version: str) -> None:
+    """Give a version of another directory, and those it goes on with, a second place in `root`.
+
+    Args:
+        source: directory of the other versions.
+        root: directory of the versions, those taken earlier among them.
+        version: of `source`.
+
+    Raises:
+        UserError: unknown or damaged there, or `root` has other codebooks of that name.
+    """
+    known = {manifest.version: manifest for manifest in versions(root)}
+    for name in reversed(_lineage(source, version)):  # a version is never without its parent
+        theirs, ours = find_version(source, name), known.get(name)
+        if ours is None:
+            load_version(source, name)
+            root.mkdir(parents=True, exist_ok=True)
+            link_tree(source / name, root / name)
+        elif (ours.fingerprint, ours.parent) != (theirs.fingerprint, theirs.parent):
+            raise UserError(
+                f"{root} has codebooks {name} ({ours.fingerprint}) already, and those of {source} "
+                f"are others ({theirs.fingerprint}): tables that were trained with one would be "
+                "read with the other; use an output directory of their own"
+            )
 
 
 def are_related(root: Path, before: str, after: str) -> bool:

@@ -4,6 +4,7 @@ Imports pydantic and nothing heavy, so that a recipe is checked without torch or
 """
 
 from datetime import date
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -264,6 +265,25 @@ ItemVectorSource = Annotated[
 ]
 
 
+# --- looking codes up ---------------------------------------------------------------------------
+
+
+class EncodeWorkers(StrictConfig):
+    """Where codes are looked up; they do not depend on it.
+
+    Of items whose vectors have not changed since the run before, with the same codebooks, nothing
+    is looked up. Up to `items_per_task` others are in the run's own process, more on Ray workers.
+    """
+
+    num_workers: PositiveInt = 4
+    """At most; as many as the cluster has room for."""
+    items_per_task: PositiveInt = 1 << 20
+    """Items whose vectors a worker holds at a time."""
+    cpus_per_worker: PositiveFloat = 1
+    gpus_per_worker: NonNegativeFloat = 0
+    """With one, workers look up on it."""
+
+
 # --- features -----------------------------------------------------------------------------------
 
 CodeFamily = Literal["candidate", "history", "shared", "user"]
@@ -305,9 +325,19 @@ class Codes(StrictConfig):
     """Codebooks to use, like v0003, whatever the refit policy says; default: those of the run
     before, or a refit."""
     features: CodeFeatures = CodeFeatures()
+    encode: EncodeWorkers = EncodeWorkers()
+    taken_from: Path | None = None
+    """Output directory whose runs make the codes, for another ranker: this recipe's runs take those
+    of their date, and have code tables of their own. rq, vq and suffix are those of the other
+    recipe; vectors, refit and encode of this one are not read. None: they make their own."""
 
     @model_validator(mode="after")
     def _check_parts(self) -> Self:
+        if self.taken_from is not None and self.version is not None:
+            raise ValueError(
+                f"codes.version={self.version} chooses codebooks where codes are made, and these "
+                f"are taken from {self.taken_from}; set it in the recipe that makes them"
+            )
         if self.vq is None and self.rq is None:
             raise ValueError("codes: vq and rq are both null; keep at least one of them")
         if self.suffix is not None and self.rq is None:
@@ -327,8 +357,15 @@ class Codes(StrictConfig):
             return self.features.families
         return ("candidate", "history", "shared") if self.rq else ("candidate", "history")
 
+    @property
+    def has_alignment(self) -> bool:
+        """Whether a stage makes the vectors: they are no column, and the codes are not taken."""
+        return self.taken_from is None and not isinstance(self.vectors, ColumnVectors)
+
     def with_seed_offset(self, offset: int) -> Self:
-        """The same with other draws of the alignment and of the codebooks."""
+        """The same with other draws of the alignment and of the codebooks; taken ones stay."""
+        if self.taken_from is not None:
+            return self
         changes: dict[str, Any] = {}
         if self.rq is not None:
             changes["rq"] = self.rq.model_copy(update={"seed": self.rq.seed + offset})
@@ -344,8 +381,18 @@ class Codes(StrictConfig):
     @property
     def quantized(self) -> dict[str, Any]:
         """The settings that codes depend on, as JSON."""
-        settings = self.model_dump(mode="json", exclude={"features": True, "refit": {"force_on"}})
-        return {**settings, "vector_dims": self.features.vector_dims, "format": _CODES_FORMAT}
+        others: Any = {"features": True, "refit": {"force_on"}, "taken_from": True, "encode": True}
+        return {**self.model_dump(mode="json", exclude=others), **self._format}
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """The settings that a recipe has in common with that of codes it takes, as JSON."""
+        settings = self.model_dump(mode="json", include={"rq", "vq", "suffix"})
+        return {**settings, **self._format}
+
+    @property
+    def _format(self) -> dict[str, Any]:
+        return {"vector_dims": self.features.vector_dims, "format": _CODES_FORMAT}
 
 
 def suggested_codebook_size(num_items: int) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from embedding.errors import UserError
 from multimodal.codes_config import Fsq
+from multimodal.exact_lookup import exact_products, rounding
 from multimodal.kmeans import principal_directions
 
 # sigmoid(1.702 t) is within 0.01 of the standard normal distribution function.
@@ -36,10 +37,20 @@ class FsqLevel:
         return int(self.values_PV.shape[1] ** self.values_PV.shape[0])
 
     def encode(self, x_ND: Tensor) -> Tensor:
-        """Codes (N,)."""
+        """Codes (N,); where rounding could decide, the projection is taken exactly."""
         top = self.values_PV.shape[1] - 1
-        z_NP = torch.round(top * torch.sigmoid(x_ND @ self.weights_DP)).long()
-        return (z_NP * self._radix()).sum(1)
+        projected_NP = x_ND @ self.weights_DP
+        z_NP = top * torch.sigmoid(projected_NP)
+        # The sigmoid's slope is at most 1/4; its own rounding is that of numbers up to `top`.
+        longest = x_ND.norm(dim=1, keepdim=True) * self.weights_DP.norm(dim=0)
+        error_NP = top * rounding(x_ND.shape[1]) * (longest / 4 + 1)
+        unsure = ((z_NP - z_NP.floor() - 0.5).abs() <= error_NP).nonzero()
+        if len(unsure):
+            row_P, direction_P = unsure.unbind(1)
+            exact_P = exact_products(x_ND, row_P, self.weights_DP.t(), direction_P)
+            z_NP = z_NP.double()
+            z_NP[row_P, direction_P] = top * torch.sigmoid(exact_P)
+        return (torch.round(z_NP).long() * self._radix()).sum(1)
 
     def decode(self, codes_N: Tensor) -> Tensor:
         """The vector (N, D) that each code stands for."""

@@ -5,6 +5,8 @@ The same code runs on a CPU and on a GPU.
 
 # Shapes: N vectors, B vectors of a block, D vector dim, K codewords.
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -18,21 +20,27 @@ _COARSE_POINTS = 64
 
 
 def nearest_codewords(x_ND: Tensor, codebook_KD: Tensor) -> Tensor:
-    """Index (N,) of the codeword with the smallest Euclidean distance; the first one of equals.
+    """Index (N,) of the codeword with the smallest Euclidean distance; the first one of equals."""
+    codes_N = torch.empty(len(x_ND), dtype=torch.int64, device=x_ND.device)
+    for start, scores_BK in codeword_scores(x_ND, codebook_KD):
+        torch.argmax(scores_BK, 1, out=codes_N[start : start + len(scores_BK)])
+    return codes_N
 
-    |x|^2 is the same for all codewords, so the largest x.c - |c|^2 / 2 decides.
+
+def codeword_scores(x_ND: Tensor, codebook_KD: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """First row of a block, and its scores (B, K): the largest is that of the nearest codeword.
+
+    |x|^2 is the same for all codewords, so the score is x.c - |c|^2 / 2. The next block overwrites
+    the scores.
     """
     minus_half_norms_K = codebook_KD.square().sum(1).div_(-2)
     codebook_DK = codebook_KD.t().contiguous()
-    codes_N = torch.empty(len(x_ND), dtype=torch.int64, device=x_ND.device)
     rows = _ROWS_PER_BLOCK.get(x_ND.device.type, 1 << 14)
     rows = max(1, min(rows, _MAX_SCORES // max(1, len(codebook_KD))))
     scores = x_ND.new_empty(min(rows, len(x_ND)), len(codebook_KD))
     for start in range(0, len(x_ND), rows):
         x_BD = x_ND[start : start + rows]
-        scores_BK = torch.addmm(minus_half_norms_K, x_BD, codebook_DK, out=scores[: len(x_BD)])
-        torch.argmax(scores_BK, 1, out=codes_N[start : start + len(x_BD)])
-    return codes_N
+        yield start, torch.addmm(minus_half_norms_K, x_BD, codebook_DK, out=scores[: len(x_BD)])
 
 
 def cluster_sums(x_ND: Tensor, codes_N: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@
 
 from dataclasses import dataclass
 from math import sqrt
+from pathlib import Path
 from typing import Any, Protocol
 
 import faiss
@@ -12,12 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from multimodal.codes_config import ExactIndex, HnswIndex, IndexBySize, ItemIndex, IvfIndex
+from multimodal.exact_lookup import exact_products, rounding
 from multimodal.vectors import Float32Array, FloatArray, Int64Array, unit_rows
 
 _GROUP = 128
 _MAX_SCORES = 1 << 25
 """Scores in memory at once."""
-_QUERIES_PER_BLOCK = 256
+_QUERIES_PER_BLOCK = {"cpu": 256, "cuda": 4096}
+_SPARE = 8
+"""Candidates beyond those that are wanted: the exact order may bring some of them in."""
 _IVF_POINTS_PER_LIST = 64
 
 
@@ -38,7 +42,8 @@ class ExactSearch:
     def search(self, queries_BD: Float32Array, k: int) -> tuple[Float32Array, Int64Array]:
         """See `Index`."""
         k = min(k, len(self.items_ND))
-        rows = max(1, min(_QUERIES_PER_BLOCK, _MAX_SCORES // len(self.items_ND)))
+        rows = _QUERIES_PER_BLOCK.get(self.items_ND.device.type, 256)
+        rows = max(1, min(rows, _MAX_SCORES // len(self.items_ND)))
         found = [
             _top(torch.from_numpy(queries_BD[i : i + rows]).to(self.items_ND) @ self.items_ND.T, k)
             for i in range(0, len(queries_BD), rows)
@@ -81,14 +86,61 @@ def build_index(vectors_ND: FloatArray, config: ItemIndex, device: torch.device)
             return FaissSearch(hnsw)
 
 
-def nearest_items(index: Index, vectors_ND: FloatArray, k: int) -> tuple[Float32Array, Int64Array]:
-    """Cosine similarities and item numbers (N, k), best first, equal ones by item number.
+def save_index(index: Index, file: Path) -> Path | None:
+    """Write an approximate index; None for an exact one, which is its vectors."""
+    if not isinstance(index, FaissSearch):
+        return None
+    faiss.write_index(getattr(index.index, "ivf", index.index), str(file))
+    return file
 
-    Rows of an approximate index that found fewer than `k` end with -1.
+
+def read_index(file: Path) -> Index:
+    """What `save_index` wrote."""
+    return FaissSearch(faiss.read_index(str(file)))
+
+
+def exact_order(index: Index, items_ND: Float32Array, vectors_BD: FloatArray, k: int) -> Int64Array:
+    """Item numbers (B, k) of the largest products, the largest first, equal ones by item number.
+
+    The index proposes, fp64 products decide (`multimodal.exact_lookup`). Of an exact index the
+    result depends on the vector and the items alone; an approximate one proposes what it finds.
+
+    Args:
+        index: over the items.
+        items_ND: their vectors, of length 1 up to rounding.
+        vectors_BD: any vectors.
+        k: how many; rows that found fewer end with -1.
     """
-    scores_Nk, ids_Nk = index.search(unit_rows(vectors_ND), k)
-    order = np.lexsort((ids_Nk, -scores_Nk), axis=1)
-    return np.take_along_axis(scores_Nk, order, 1), np.take_along_axis(ids_Nk, order, 1)
+    k = min(k, len(items_ND))
+    found_Bk = np.full((len(vectors_BD), k), -1)
+    found_Bk[:] = np.arange(k)  # what vectors of length 0 have: all items are equal for them
+    queries_BD = unit_rows(vectors_BD)
+    left, width = np.flatnonzero(queries_BD.any(axis=1)), k + _SPARE
+    while len(left):
+        width = min(width, len(items_ND))
+        scores_Lm, ids_Lm = index.search(queries_BD[left], width)
+        found_Bk[left] = _by_product(vectors_BD[left], items_ND, ids_Lm)[:, :k]
+        if width == len(items_ND) or not isinstance(index, ExactSearch):
+            break
+        # All others have scores no better than the last one's, and k have better ones for sure.
+        scores_Lm = -np.sort(-scores_Lm, axis=1)
+        gap = scores_Lm[:, k - 1] - scores_Lm[:, -1]
+        left, width = left[gap <= 2 * rounding(items_ND.shape[1])], 4 * width
+    return found_Bk
+
+
+def _by_product(vectors_BD: FloatArray, items_ND: Float32Array, ids_Bm: Int64Array) -> Int64Array:
+    row_P, at_P = np.nonzero(ids_Bm >= 0)
+    id_P = ids_Bm[row_P, at_P]
+    products_Bm = np.full(ids_Bm.shape, -np.inf)
+    products_Bm[row_P, at_P] = exact_products(
+        torch.from_numpy(np.ascontiguousarray(vectors_BD, np.float32)),
+        torch.from_numpy(row_P),
+        torch.from_numpy(items_ND),
+        torch.from_numpy(id_P),
+    ).numpy()
+    order = np.lexsort((ids_Bm, -products_Bm), axis=1)
+    return np.take_along_axis(ids_Bm, order, 1)
 
 
 def _ivf(unit_ND: Float32Array, config: IvfIndex) -> FaissSearch:
@@ -109,11 +161,11 @@ class _KeepsCoarse:
     """An inverted-list index together with the coarse index it points to."""
 
     def __init__(self, ivf: Any, coarse: Any) -> None:
-        self._ivf, self._coarse = ivf, coarse
+        self.ivf, self._coarse = ivf, coarse
         self.ntotal = ivf.ntotal
 
     def search(self, queries_BD: Float32Array, k: int) -> tuple[Float32Array, Int64Array]:
-        scores, ids = self._ivf.search(queries_BD, k)
+        scores, ids = self.ivf.search(queries_BD, k)
         return scores, ids
 
 

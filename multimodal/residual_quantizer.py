@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from embedding.errors import UserError
+from multimodal.exact_lookup import exact_codewords
 from multimodal.fsq import FsqLevel
-from multimodal.kmeans import nearest_codewords
 from multimodal.vectors import Float32Array, FloatArray, Int32Array, blocks, check_finite
 
 Float64Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -72,6 +72,25 @@ class ResidualCodebooks:
             totals += errors.cpu().numpy()
         return totals / max(1, len(vectors_ND))
 
+    def errors_of_codes(
+        self, vectors_ND: FloatArray, codes_NL: Int32Array, device: torch.device = CPU
+    ) -> Float64Array:
+        """What `squared_errors` says of vectors whose codes are known: nothing is looked up."""
+        self.check_dim(vectors_ND)
+        books, totals = self.to(device), np.zeros(len(self.level_sizes) + 1)
+        for start, block_BD in blocks(vectors_ND):
+            code_BL = torch.from_numpy(codes_NL[start : start + len(block_BD)]).to(device).long()
+            left_BD = torch.from_numpy(block_BD).to(device)
+            errors = [left_BD.square().sum(dtype=torch.float64)]
+            for level, codebook_KD in enumerate(books.codebooks_LKD):
+                left_BD = left_BD - codebook_KD[code_BL[:, level]]
+                errors.append(left_BD.square().sum(dtype=torch.float64))
+            if books.fsq:
+                left_BD = left_BD - books.fsq.decode(code_BL[:, -1])
+                errors.append(left_BD.square().sum(dtype=torch.float64))
+            totals += torch.stack(errors).cpu().numpy()
+        return totals / max(1, len(vectors_ND))
+
     def decode(self, codes_NL: Int32Array) -> Float32Array:
         """The vectors (N, D) that codes stand for."""
         codes = torch.from_numpy(np.asarray(codes_NL, np.int64))
@@ -99,7 +118,7 @@ class ResidualCodebooks:
         residual_BD = x_BD
         codes, errors = [], [residual_BD.square().sum(dtype=torch.float64)]
         for codebook_KD in self.codebooks_LKD:
-            code_B = nearest_codewords(residual_BD, codebook_KD)
+            code_B = exact_codewords(residual_BD, codebook_KD)
             residual_BD = residual_BD - codebook_KD[code_B]
             codes.append(code_B)
             errors.append(residual_BD.square().sum(dtype=torch.float64))

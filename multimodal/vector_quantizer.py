@@ -12,23 +12,28 @@ that are gone, then new slots. So a slot means the same item before and after.
 # Shapes: N slots, B items, D vector dim, k neighbours.
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from embedding.errors import UserError
 from multimodal.codes_config import Vq
-from multimodal.neighbours import Index, build_index, nearest_items
+from multimodal.neighbours import Index, build_index, exact_order, read_index, save_index
 from multimodal.residual_quantizer import CPU
 from multimodal.vectors import (
     Float32Array,
     FloatArray,
     Int32Array,
     Int64Array,
+    blocks,
+    check_finite,
     check_vectors,
+    row_digests,
     unit_rows,
 )
 
+_ROWS_PER_BLOCK = 1 << 13
 FREE = -1
 """Item id of a slot that no item has, and the code where fewer than `top_k` items were found."""
 
@@ -56,12 +61,22 @@ class ItemCodebook:
         at_B = np.searchsorted(self.item_ids_N[slots], item_ids_B).clip(max=len(slots) - 1)
         return np.where(self.item_ids_N[slots[at_B]] == item_ids_B, slots[at_B], FREE)
 
-    def neighbours(self, config: Vq, device: torch.device = CPU) -> "ItemNeighbours":
-        """A search structure; built once, then used for many items."""
+    def neighbours(
+        self, config: Vq, device: torch.device = CPU, file: Path | None = None
+    ) -> "ItemNeighbours":
+        """A search structure; built once, then used for many items.
+
+        Args:
+            config: how many neighbours, and how they are found.
+            device: of an exact search.
+            file: of an approximate index of these items (`ItemNeighbours.save`); None: build it.
+        """
         slots = np.flatnonzero(self.item_ids_N != FREE)
-        return ItemNeighbours(
-            slots, build_index(self.vectors_ND[slots], config.index, device), config.top_k
-        )
+        # Behind so many equal items, of lower slots, nobody finds another one.
+        slots = slots[_ranks_among_equals(self.vectors_ND[slots]) <= config.top_k]
+        vectors_ND = np.ascontiguousarray(self.vectors_ND[slots])
+        index = build_index(vectors_ND, config.index, device) if file is None else read_index(file)
+        return ItemNeighbours(slots, vectors_ND, index, config.top_k)
 
 
 @dataclass(frozen=True)
@@ -69,8 +84,14 @@ class ItemNeighbours:
     """Looks up VQ codes."""
 
     slots: Int64Array
+    vectors_ND: Float32Array
+    """Of these slots."""
     index: Index
     top_k: int
+
+    def save(self, file: Path) -> Path | None:
+        """Write the index where building it takes long; None: nothing worth it."""
+        return save_index(self.index, file)
 
     def encode(self, vectors_BD: FloatArray, own_B: Int64Array | None = None) -> Int32Array:
         """Slots (B, top_k) of the nearest items, the nearest first; `FREE` behind the last one.
@@ -78,9 +99,26 @@ class ItemNeighbours:
         Args:
             vectors_BD: of the items.
             own_B: their own slots, which they leave out; `FREE` for items that have none.
+
+        Raises:
+            UserError: vectors of another dimension, or with NaN or infinity.
         """
+        if vectors_BD.ndim != 2 or vectors_BD.shape[1] != self.vectors_ND.shape[1]:
+            raise UserError(
+                f"the codebooks hold item vectors of {self.vectors_ND.shape[1]} dimensions, these "
+                f"have shape {vectors_BD.shape}; use the encoder they were made with, or fit new "
+                "codebooks"
+            )
+        codes = np.empty((len(vectors_BD), self.top_k), np.int32)
+        for start, block_BD in blocks(vectors_BD, _ROWS_PER_BLOCK):
+            check_finite(block_BD, start)
+            rows = slice(start, start + len(block_BD))
+            codes[rows] = self._encode_block(block_BD, None if own_B is None else own_B[rows])
+        return codes
+
+    def _encode_block(self, vectors_BD: FloatArray, own_B: Int64Array | None) -> Int32Array:
         count = self.top_k if own_B is None else self.top_k + 1
-        _, found = nearest_items(self.index, vectors_BD, count)
+        found = exact_order(self.index, self.vectors_ND, vectors_BD, count)
         codes = np.where(found < 0, FREE, self.slots[found]).astype(np.int32)
         if own_B is not None:
             is_own = codes == own_B[:, None]
@@ -124,6 +162,16 @@ def restate_items(
     _, now, slots = np.intersect1d(item_ids_B, book.item_ids_N, return_indices=True)
     ids[slots], vectors[slots] = item_ids_B[now], unit_rows(vectors_BD[now])
     return ItemCodebook(ids, vectors)
+
+
+def _ranks_among_equals(vectors_ND: Float32Array) -> Int64Array:
+    """How many equal rows stand before each row."""
+    _, group_N, sizes = np.unique(row_digests(vectors_ND), return_inverse=True, return_counts=True)
+    order = np.argsort(group_N, kind="stable")
+    first = np.cumsum(sizes) - sizes
+    ranks = np.empty(len(vectors_ND), np.int64)
+    ranks[order] = np.arange(len(order)) - np.repeat(first, sizes)
+    return ranks
 
 
 def _slots(item_ids_B: Int64Array, earlier: ItemCodebook | None) -> Int64Array:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from embedding.errors import UserError
+from embedding.raw_ids import mix64
 
 FloatArray = np.ndarray[Any, np.dtype[np.floating[Any]]]
 Float32Array = np.ndarray[Any, np.dtype[np.float32]]
@@ -18,6 +19,7 @@ Int32Array = np.ndarray[Any, np.dtype[np.int32]]
 Int64Array = np.ndarray[Any, np.dtype[np.int64]]
 
 ROWS_PER_BLOCK = 1 << 16
+_ROWS_PER_DIGEST = 1 << 14
 _LEAST_VARIANCE = 1e-6
 """Of the mean's squared length: below it, fp32 distances of vectors are rounding errors."""
 
@@ -102,6 +104,23 @@ def check_finite(block_BD: FloatArray, first_row: int) -> None:
         f"block of {len(block_BD)}); encode these items again, or leave them out so that they get "
         "no code"
     )
+
+
+def row_digests(vectors_ND: FloatArray) -> Int64Array:
+    """A number (N,) of the bytes of each row: another row has another one, but once in 2^64.
+
+    Raises:
+        UserError: a row holds NaN or infinity.
+    """
+    digests_N = np.empty(len(vectors_ND), np.int64)
+    for start, block_BD in blocks(vectors_ND, rows=_ROWS_PER_DIGEST):
+        check_finite(block_BD, start)
+        word = np.uint32 if block_BD.shape[1] % 2 else np.uint64
+        digest_B = np.zeros(len(block_BD), np.int64)
+        for word_B in np.ascontiguousarray(block_BD.view(word).T).astype(np.uint64, copy=False):
+            digest_B = mix64(digest_B ^ word_B.view(np.int64)).view(np.int64)
+        digests_N[start : start + len(block_BD)] = digest_B
+    return digests_N
 
 
 def sample_rows(num_rows: int, size: int, seed: int) -> Int64Array:

@@ -58,6 +58,11 @@ def align_section(recipe: Recipe, directory: Path) -> dict[str, Any] | None:
     """
     if recipe.codes is None:
         return None
+    if recipe.codes.taken_from is not None:
+        return _section(
+            f"Codes are taken from the runs of {recipe.codes.taken_from}, whose reports say how "
+            "item vectors were made: nothing is aligned here."
+        )
     match recipe.codes.vectors:
         case ColumnVectors(column=column, encoder=encoder):
             said = f"Item vectors are the column {column} of items.parquet (encoder {encoder})"

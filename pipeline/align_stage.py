@@ -90,6 +90,7 @@ class AlignmentOfDay:
             np.load(self.directory / VECTORS, mmap_mode="c"),
             f"{self.source.kind}:{manifest.facts['encoder']}",
             manifest.facts["num_without_content"],
+            self.directory / VECTORS,
         )
 
     def spec(self, catalogue: str, ingests: tuple[Path, ...], parent: str | None) -> StageSpec:

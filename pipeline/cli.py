@@ -311,7 +311,10 @@ def _derived(recipe: "Recipe") -> list[str]:
     names = [f.name for f in features.id_features if f.source == "codes"]
     names += [f.name for f in features.dense if f.source == "codes"]
     sizes = ", ".join(f"{t.name} {t.num_embeddings} x {t.embedding_dim}" for t in tables)
-    return [f"tables of codes: {sizes}", f"features of codes: {', '.join(names)}"]
+    lines = [f"tables of codes: {sizes}", f"features of codes: {', '.join(names)}"]
+    if recipe.codes is not None and recipe.codes.taken_from is not None:
+        lines.append(f"codes are taken from the runs of {recipe.codes.taken_from}")
+    return lines
 
 
 def _load(recipe: str, overrides: list[str] | None) -> "Recipe":

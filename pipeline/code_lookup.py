@@ -18,12 +18,11 @@ from multimodal.codebook_versions import CodebookManifest, find_version, load_ve
 from multimodal.vectors import Int32Array
 from pipeline.artifacts import read_manifest
 from pipeline.code_features import CODES_FILE
-from pipeline.code_report import code_facts
+from pipeline.codes_paths import codebook_versions, coded_dates, codes_directory
 from pipeline.config import Recipe
 from pipeline.content_tasks import Catalogue
 from pipeline.item_cards import item_names
-from pipeline.quantize_facts import QuantizeFacts
-from pipeline.quantize_stage import CODEBOOKS, STAGE
+from pipeline.quantize_facts import QuantizeFacts, code_facts
 from pipeline.recipe import RECIPE_FILE, read_recipe
 from pipeline.registry import require_output
 
@@ -63,7 +62,7 @@ class CodesOfRun:
                 f"--date {chosen}: {out} holds no codes of that date (there are: "
                 f"{', '.join(known)}); name one of these"
             )
-        directory = out / chosen / STAGE
+        directory = codes_directory(out, chosen)
         manifest = read_manifest(directory)
         assert manifest is not None
         has_recipe = (out / chosen / RECIPE_FILE).is_file()
@@ -83,7 +82,7 @@ class CodesOfRun:
         Raises:
             UserError: they are gone.
         """
-        return find_version(self.out / CODEBOOKS, self.facts.version)
+        return find_version(codebook_versions(self.out), self.facts.version)
 
     @cached_property
     def item_ids(self) -> Int64Array:
@@ -186,14 +185,9 @@ class CodesOfRun:
         Raises:
             UserError: the codebooks are gone.
         """
-        items = load_version(self.out / CODEBOOKS, self.facts.version).items
+        items = load_version(codebook_versions(self.out), self.facts.version).items
         assert items is not None
         return [int(items.item_ids_N[slot]) for slot in self.table["vq"][row].as_py()]
-
-
-def coded_dates(out: Path) -> list[str]:
-    """Dates of the runs with codes, ascending."""
-    return sorted(path.parts[-3] for path in out.glob(f"????-??-??/{STAGE}/manifest.json"))
 
 
 def spelled(prefix: Iterable[int]) -> str:

@@ -9,13 +9,13 @@ import pyarrow.parquet as pq
 
 from multimodal.code_tree import CodeTree
 from multimodal.vectors import Int32Array
-from pipeline.artifacts import Manifest, read_manifest
+from pipeline.artifacts import read_manifest
 from pipeline.code_features import CODES_FILE
 from pipeline.content_tasks import Catalogue
 from pipeline.evaluate import COLD
 from pipeline.item_cards import ItemCard, item_cards
 from pipeline.metrics_file import METRICS_FILE, read_metrics
-from pipeline.quantize_facts import QuantizeFacts, collapse_warning
+from pipeline.quantize_facts import QuantizeFacts, code_facts, collapse_warning
 
 NUM_FIRST_CODES = 6
 NUM_PREFIXES = 3
@@ -39,6 +39,7 @@ def code_section(root: Path, directory: Path, task: str) -> dict[str, Any] | Non
     rows = (trained.facts["warm_start"] or {}).get("rows", {}) if trained else {}
     return {
         "tiles": _tiles(facts, manifest.facts["num_without_vector"]),
+        "taken_from": manifest.facts.get("taken_from"),
         "decision": _decision(facts),
         "warning": collapse_warning(facts.mean_cosine),
         "levels": level_rows(facts),
@@ -51,6 +52,9 @@ def code_section(root: Path, directory: Path, task: str) -> dict[str, Any] | Non
 
 
 def _tiles(facts: QuantizeFacts, num_without: int) -> list[dict[str, str]]:
+    looked_up = ""
+    if facts.num_encoded is not None and facts.num_encoded < facts.num_items:
+        looked_up = f", {facts.num_encoded:,} of them looked up"
     unseen = f", {facts.num_unseen_items} not seen yet" if facts.num_unseen_items else ""
     without = f", {num_without} without a vector" if num_without else ""
     tiles = [
@@ -59,7 +63,11 @@ def _tiles(facts: QuantizeFacts, num_without: int) -> list[dict[str, str]]:
             "value": facts.version,
             "note": "refit" if facts.refit.refit else "",
         },
-        {"label": "Items", "value": f"{facts.num_items:,}", "note": f"coded{unseen}{without}"},
+        {
+            "label": "Items",
+            "value": f"{facts.num_items:,}",
+            "note": f"coded{looked_up}{unseen}{without}",
+        },
     ]
     if facts.metrics:
         shared = f"at most {facts.metrics.largest_collision} items a code"
@@ -96,8 +104,7 @@ def _tiles(facts: QuantizeFacts, num_without: int) -> list[dict[str, str]]:
 
 def _decision(facts: QuantizeFacts) -> str:
     said = "Fitted anew" if facts.refit.refit else "Not fitted anew"
-    warning = collapse_warning(facts.mean_cosine)  # shown by itself
-    reasons = "; ".join(reason for reason in facts.refit.reasons if reason != warning)
+    reasons = "; ".join(facts.refit.reasons)
     said += f": {reasons}" if reasons else ""
     drift = facts.drift
     if drift is None:
@@ -130,13 +137,6 @@ def level_rows(facts: QuantizeFacts) -> list[dict[str, str]]:
         }
         for level, metrics in enumerate(facts.metrics.levels)
     ]
-
-
-def code_facts(manifest: Manifest) -> QuantizeFacts:
-    """What the quantize stage did, from its manifest."""
-    return QuantizeFacts.model_validate(
-        {name: manifest.facts[name] for name in QuantizeFacts.model_fields}
-    )
 
 
 # --- days ----------------------------------------------------------------------------------------

@@ -7,9 +7,9 @@ from rich.table import Table
 
 from embedding.errors import UserError
 from multimodal.codebook_versions import CodebookManifest, find_version, versions
-from pipeline.code_lookup import CodesOfRun, Prefix, coded_dates, spelled
+from pipeline.code_lookup import CodesOfRun, Prefix, spelled
 from pipeline.code_report import level_rows
-from pipeline.quantize_stage import CODEBOOKS, codes_version
+from pipeline.codes_paths import codebook_versions, coded_dates, codes_directory, codes_version
 from pipeline.registry import require_output
 
 _LEVELS = {
@@ -136,13 +136,13 @@ def versions_table(out: Path) -> Table:
         UserError: there are none.
     """
     require_output(out)
-    known = versions(out / CODEBOOKS)
+    known = versions(codebook_versions(out))
     if not known:
         raise UserError(
             f"--out {out} holds no codebooks; give the recipe a section codes, and run "
             f"`braid run --out {out} ...`"
         )
-    dates = [(date, codes_version(out / date / "quantize")) for date in coded_dates(out)]
+    dates = [(date, codes_version(codes_directory(out, date))) for date in coded_dates(out)]
     table = _table(
         *("version", "parent", "days", "items", "collisions", "error left", "kept"),
         *("fingerprint", "runs"),
@@ -168,7 +168,7 @@ def version_tables(out: Path, version: str) -> list[Part]:
         UserError: there is no such version.
     """
     require_output(out)
-    manifest = find_version(out / CODEBOOKS, version)
+    manifest = find_version(codebook_versions(out), version)
     collisions, left, kept = _figures(manifest)
     about = _table("codebooks", manifest.version)
     held_out = manifest.reference_mse

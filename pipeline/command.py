@@ -21,6 +21,7 @@ from pipeline.run import DayRun
 from pipeline.stages import STAGES
 from pipeline.summary import SUMMARY, Summary, read_summary, summarize, write_summary
 from pipeline.synthetic import ensure_data
+from pipeline.taken_codes import require_codes
 from ranking.evaluation import SliceMetrics
 
 
@@ -53,6 +54,12 @@ class Command:
             raise UserError(f"stage {name!r} does not exist; stages are {', '.join(STAGES)}")
         if name in ("align", "quantize") and self.recipe.codes is None:
             raise UserError(f"stage {name} makes codes of items, and codes is null; set it")
+        if name == "align" and self.recipe.codes is not None and self.recipe.codes.taken_from:
+            origin = self.recipe.codes.taken_from
+            raise UserError(
+                f"stage align makes item vectors, and codes.taken_from={origin} takes codes that "
+                f"are there; run the stage with the recipe and --out of {origin}"
+            )
         if name == "content" and self.recipe.content is None:
             raise UserError(
                 "stage content reads items' text and images, and content is null; set it"
@@ -86,6 +93,7 @@ class Command:
             )
         for day in days:
             split_days(available, day, self.recipe.window)
+            require_codes(self.recipe, self.out, day)
         summaries = []
         for day in days:
             self.reporter.line(f"[bold]{day}[/]")

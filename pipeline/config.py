@@ -217,9 +217,10 @@ class Recipe(StrictConfig):
 
     @model_validator(mode="after")
     def _check_vectors(self) -> Self:
-        if self.codes is None or isinstance(self.codes.vectors, ColumnVectors):
+        if self.codes is None or not self.codes.has_alignment:
             return self
         vectors = self.codes.vectors
+        assert not isinstance(vectors, ColumnVectors)
         if vectors.content is None and self.content is None:
             raise ValueError(
                 f"codes.vectors: vectors of kind {vectors.kind!r} are made of towers, and there "

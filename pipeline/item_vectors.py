@@ -1,6 +1,7 @@
-"""Item vectors that users deliver with the catalogue, checked item by item."""
+"""Item vectors of a day; those that users deliver with the catalogue are checked item by item."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,11 @@ import pyarrow.compute as pc
 
 from embedding.errors import UserError
 from embedding.raw_ids import Int64Array, to_raw_ids
+from multimodal.codebook_match import BoolArray
 from multimodal.codes_config import ColumnVectors
-from multimodal.vectors import Float32Array
+from multimodal.vectors import Float32Array, FloatArray, row_digests
 from pipeline.contract import check_present, open_parquet, read_columns
+from pipeline.kept_codes import KeptCodes
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,55 @@ class CatalogueVectors:
     """Identity of the model that made them, their dimension included."""
     num_without: int
     """Items of the catalogue without a vector: they get no codes."""
+    file: Path | None = None
+    """Where the vectors lie as an .npy file; None: in memory only."""
+
+
+@dataclass(frozen=True)
+class ItemVectors:
+    """Aligned vectors of all items of a day, in memory or memory-mapped."""
+
+    item_ids_N: Int64Array
+    vectors_ND: FloatArray
+    encoder: str
+    """Identity of the encoder."""
+    first_day: str
+    """Of the days whose items these are."""
+    last_day: str
+    earlier: pa.Table | None = None
+    """Codes of the day before: suffixes stay with their items, and codebooks for a new encoder are
+    matched through the items of both days."""
+    version: str | None = None
+    """Codebooks of the day before; None on the first day."""
+    seen_N: BoolArray | None = None
+    """Items that codebooks may be fitted to; the others only get codes. None: all of them."""
+    kept: KeptCodes | None = None
+    """Codes of the day before that may still hold; None: all are looked up."""
+    file: Path | None = None
+    """Where the vectors lie as an .npy file, for processes that read a part of them."""
+
+    @cached_property
+    def seen(self) -> "ItemVectors":
+        """The items that codebooks may be fitted to; a copy of their vectors, made once."""
+        if self.seen_N is None or self.seen_N.all():
+            return self
+        return replace(
+            self,
+            item_ids_N=self.item_ids_N[self.seen_N],
+            vectors_ND=self.vectors_ND[self.seen_N],
+            seen_N=None,
+            kept=None,
+            file=None,
+        )
+
+    @cached_property
+    def digests(self) -> Int64Array:
+        """Of the vectors (N,).
+
+        Raises:
+            UserError: one of them holds NaN or infinity.
+        """
+        return row_digests(self.vectors_ND)
 
 
 def read_column_vectors(root: Path, source: ColumnVectors) -> CatalogueVectors:

@@ -4,21 +4,18 @@ Reads item vectors and the versions of the codebooks. Writes `codes.parquet` (it
 optional sid_suffix and vq) and, on a refit, a new codebook version.
 """
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from embedding.errors import UserError
 from embedding.raw_ids import Int64Array
 from embedding.samples import CODEBOOKS
 from multimodal.code_metrics import CodeMetrics, Stability, measure_codes, stability
 from multimodal.code_tree import CodedItems, Suffixes, tell_apart
-from multimodal.codebook_match import BoolArray
 from multimodal.codebook_refit import (
     CodesInUse,
     Drift,
@@ -38,43 +35,13 @@ from multimodal.codebook_versions import (
 )
 from multimodal.codes_config import Codes
 from multimodal.residual_fit import codebooks_in_space
-from multimodal.residual_quantizer import CPU
 from multimodal.vector_quantizer import restate_items
-from multimodal.vectors import Float32Array, FloatArray, Int32Array, mean_cosine
+from multimodal.vectors import Float32Array, Int32Array, mean_cosine
 from pipeline.code_features import CODES_FILE, NearItems, codes_table
-from pipeline.quantize_facts import QuantizeFacts, collapse_warning
-
-
-@dataclass(frozen=True)
-class ItemVectors:
-    """Aligned vectors of all items of a day, in memory or memory-mapped."""
-
-    item_ids_N: Int64Array
-    vectors_ND: FloatArray
-    encoder: str
-    """Identity of the encoder."""
-    first_day: str
-    """Of the days whose items these are."""
-    last_day: str
-    earlier: pa.Table | None = None
-    """Codes of the day before: suffixes stay with their items, and codebooks for a new encoder are
-    matched through the items of both days."""
-    version: str | None = None
-    """Codebooks of the day before; None on the first day."""
-    seen_N: BoolArray | None = None
-    """Items that codebooks may be fitted to; the others only get codes. None: all of them."""
-
-    @cached_property
-    def seen(self) -> "ItemVectors":
-        """The items that codebooks may be fitted to; a copy of their vectors, made once."""
-        if self.seen_N is None or self.seen_N.all():
-            return self
-        return replace(
-            self,
-            item_ids_N=self.item_ids_N[self.seen_N],
-            vectors_ND=self.vectors_ND[self.seen_N],
-            seen_N=None,
-        )
+from pipeline.encode_items import HERE, Books, DayEncoder, Encoded, Machines
+from pipeline.item_vectors import ItemVectors
+from pipeline.kept_codes import write_digests
+from pipeline.quantize_facts import QuantizeFacts
 
 
 def quantize(
@@ -84,7 +51,7 @@ def quantize(
     scratch: Path,
     *,
     force_refit: bool = False,
-    device: torch.device = CPU,
+    machines: Machines = HERE,
 ) -> QuantizeFacts:
     """Write the codes of a day into `scratch`, and new codebooks into `root` where they are due.
 
@@ -94,15 +61,19 @@ def quantize(
         root: directory of the codebook versions.
         scratch: an existing directory.
         force_refit: fit anew whatever the policy says.
-        device: for the arithmetic.
+        machines: where codes are looked up, and codebooks fitted.
 
     Raises:
         UserError: unusable vectors, unknown or damaged codebooks, or codebooks that belong to other
             settings.
     """
-    _check_room(config, len(items.seen.item_ids_N))
+    _ = items.digests  # refuses NaN before anything is fitted
     state = _State.read(root, config.version or items.version)
-    coded = _encode(items, state.codebooks, device) if state.fits(config, items) else None
+    encoder = DayEncoder(config, items, scratch, machines)
+    coded = None
+    if state.fits(config, items):
+        found = encoder.encode(state.books, with_vq=False)
+        coded = _measure(encoder, state.codebooks, found)
     drift = _drift(items.seen, state, coded) if coded else None
     decision = _decide(config, items, state, drift)
     if force_refit and not decision.refit:
@@ -111,13 +82,11 @@ def quantize(
         decision = _keep_version(config.version, decision, fits=coded is not None)
     cosine = mean_cosine(items.seen.vectors_ND)
     if decision.refit:
+        _check_room(config, len(items.seen.item_ids_N))
         _check_size(config, items)
-        warning = collapse_warning(cosine)
-        if warning:
-            decision = RefitDecision(refit=True, reasons=(*decision.reasons, warning))
-        version = _fit_version(config, items.seen, root, _known(items, state), device)
-        state = _State.read(root, version)
-        coded = _encode(items, state.codebooks, device)
+        state, found, coded = _fit_version(encoder, root, state, coded)
+    else:
+        found = encoder.encode(state.books, with_rq=False)
     assert coded
     suffixes = _suffixes(config, items, coded)
     near = None
@@ -125,8 +94,8 @@ def quantize(
         book = state.codebooks.items
         assert book
         _check_room(config, book.num_codes)
-        own_N = book.slots_of(items.item_ids_N)
-        near = NearItems(own_N, book.neighbours(config.vq, device).encode(items.vectors_ND, own_N))
+        assert found.near_Bk is not None
+        near = NearItems(book.slots_of(items.item_ids_N), found.near_Bk)
     table = codes_table(
         items.item_ids_N,
         coded.codes_NL,
@@ -134,12 +103,12 @@ def quantize(
         near,
         _dense(config, items),
     )
-    codebooks = f"{state.version}-{state.codebooks.fingerprint}"
-    table = table.replace_schema_metadata({CODEBOOKS: codebooks})
+    table = table.replace_schema_metadata({CODEBOOKS: state.books.name})
     pq.write_table(table, scratch / CODES_FILE, compression="zstd")
+    write_digests(scratch, items.item_ids_N, items.digests, state.books.name, config.vq)
     return QuantizeFacts(
         version=state.version,
-        codebooks=codebooks,
+        codebooks=state.books.name,
         refit=decision,
         drift=drift,
         num_items=len(items.item_ids_N),
@@ -148,9 +117,10 @@ def quantize(
         table_sizes=state.codebooks.table_sizes
         | ({"sid_suffix": config.suffix.num_codes} if config.suffix else {}),
         metrics=coded.metrics,
-        stability=_stability(items, coded),
+        stability=stability_of_items(items.earlier, items.item_ids_N, coded.codes_NL),
         num_sharing_suffix=suffixes.num_shared if suffixes else 0,
         mean_cosine=cosine,
+        num_encoded=encoder.num_encoded,
     )
 
 
@@ -160,17 +130,25 @@ class _State:
 
     codebooks: Codebooks
     manifest: CodebookManifest | None
+    directory: Path | None = None
 
     @classmethod
     def read(cls, root: Path, version: str | None) -> "_State":
         if version is None:
             return cls(Codebooks(), None)
-        return cls(load_version(root, version), find_version(root, version))
+        return cls(load_version(root, version), find_version(root, version), root / version)
 
     @property
     def version(self) -> str:
         assert self.manifest
         return self.manifest.version
+
+    @property
+    def books(self) -> Books:
+        """For looking codes up."""
+        assert self.manifest
+        name = f"{self.version}-{self.manifest.fingerprint}"
+        return Books(self.codebooks, name, self.directory)
 
     def fits(self, config: Codes, items: ItemVectors) -> bool:
         """True if these codebooks can code the items as the config asks."""
@@ -190,14 +168,14 @@ class _Coded:
     """Of these items."""
 
 
-def _encode(items: ItemVectors, codebooks: Codebooks, device: torch.device) -> _Coded:
-    if codebooks.residual is None:
+def _measure(encoder: DayEncoder, codebooks: Codebooks, found: Encoded) -> _Coded:
+    items, codes_NL = encoder.items, found.codes_BL
+    if codebooks.residual is None or codes_NL is None:
         none = np.empty((len(items.item_ids_N), 0), np.int32)
         return _Coded(none, None, none)
-    codes_NL = codebooks.residual.encode(items.vectors_ND, device)
     seen = items.seen
     of_seen = codes_NL if seen is items else codes_NL[items.seen_N]
-    metrics = measure_codes(seen.vectors_ND, of_seen, codebooks.residual, device=device)
+    metrics = measure_codes(seen.vectors_ND, of_seen, codebooks.residual, device=encoder.device)
     return _Coded(codes_NL, metrics, of_seen)
 
 
@@ -288,7 +266,7 @@ def _known(items: ItemVectors, state: _State) -> "_State | None":
     if not len(now):
         return None
     if rq:
-        codes_NL = _codes_of(earlier)[before]
+        codes_NL = codes_of(earlier)[before]
         residual = codebooks_in_space(codes_NL, items.vectors_ND[now], rq)
     if state.codebooks.items:
         slots = restate_items(state.codebooks.items, items.item_ids_N, items.vectors_ND)
@@ -296,37 +274,54 @@ def _known(items: ItemVectors, state: _State) -> "_State | None":
 
 
 def _fit_version(
-    config: Codes, items: ItemVectors, root: Path, known: _State | None, device: torch.device
-) -> str:
+    encoder: DayEncoder, root: Path, state: _State, before: _Coded | None
+) -> tuple[_State, Encoded, _Coded]:
+    """New codebooks, published, and the codes that they give.
+
+    Args:
+        encoder: of the day.
+        root: directory of the versions.
+        state: the codebooks before.
+        before: codes that they give, where they suit the day's vectors.
+    """
+    config, seen = encoder.config, encoder.items.seen
+    known = _known(encoder.items, state)
     fitted = refit(
-        config, items.item_ids_N, items.vectors_ND, known.codebooks if known else None, device
+        config,
+        seen.item_ids_N,
+        seen.vectors_ND,
+        known.codebooks if known else None,
+        encoder.device,
     )
-    after = _encode(items, fitted.codebooks, device)
+    found = encoder.encode(Books(fitted.codebooks))
+    coded = _measure(encoder, fitted.codebooks, found)
     change = None
     if known and known.codebooks.residual and config.refit.keep_meaning:
-        before_NL = known.codebooks.residual.encode(items.vectors_ND, device)
-        levels = min(before_NL.shape[1], after.codes_NL.shape[1])
+        before_NL = before.seen_codes_NL if before is not None and known is state else None
+        if before_NL is None:
+            before_NL = known.codebooks.residual.encode(seen.vectors_ND, encoder.device)
+        levels = min(before_NL.shape[1], coded.seen_codes_NL.shape[1])
         if levels:
-            change = stability(before_NL[:, :levels], after.codes_NL[:, :levels])
+            change = stability(before_NL[:, :levels], coded.seen_codes_NL[:, :levels])
     version = next_version(root)
     manifest = CodebookManifest(
         version=version,
         parent=known.version if known and config.refit.keep_meaning else None,
         fingerprint="",
-        encoder=items.encoder,
-        first_day=items.first_day,
-        last_day=items.last_day,
+        encoder=seen.encoder,
+        first_day=seen.first_day,
+        last_day=seen.last_day,
         config=config,
-        num_items=len(items.item_ids_N),
-        dim=items.vectors_ND.shape[1],
+        num_items=len(seen.item_ids_N),
+        dim=seen.vectors_ND.shape[1],
         table_sizes=fitted.codebooks.table_sizes,
         reference_mse=fitted.reference_mse,
-        metrics=after.metrics,
+        metrics=coded.metrics,
         stability=change,
         share_carried={name: carry.share_carried for name, carry in fitted.carries.items()},
     )
     publish_version(root, manifest, fitted.codebooks, fitted.carries)
-    return version
+    return _State.read(root, version), found, coded
 
 
 def _suffixes(config: Codes, items: ItemVectors, coded: _Coded) -> Suffixes | None:
@@ -334,28 +329,28 @@ def _suffixes(config: Codes, items: ItemVectors, coded: _Coded) -> Suffixes | No
         return None
     before, earlier = None, items.earlier
     if earlier is not None and "sid_suffix" in earlier.column_names:
-        codes_NL = _codes_of(earlier)
+        codes_NL = codes_of(earlier)
         if codes_NL.shape[1] == coded.codes_NL.shape[1]:
             ids, suffix = (earlier[name].to_numpy() for name in ("item_id", "sid_suffix"))
             before = CodedItems(ids, codes_NL, suffix)
     return tell_apart(items.item_ids_N, coded.codes_NL, config.suffix.num_codes, before)
 
 
-def _stability(items: ItemVectors, coded: _Coded) -> Stability | None:
+def stability_of_items(
+    earlier: pa.Table | None, item_ids_N: Int64Array, codes_NL: Int32Array
+) -> Stability | None:
     """Codes of the items of both days; None where there are none to compare."""
-    earlier = items.earlier
     if earlier is None:
         return None
-    codes_NL = _codes_of(earlier)
-    _, now, before = np.intersect1d(
-        items.item_ids_N, earlier["item_id"].to_numpy(), return_indices=True
-    )
-    if not len(now) or not codes_NL.shape[1] or codes_NL.shape[1] != coded.codes_NL.shape[1]:
+    before_NL = codes_of(earlier)
+    _, now, before = np.intersect1d(item_ids_N, earlier["item_id"].to_numpy(), return_indices=True)
+    if not len(now) or not before_NL.shape[1] or before_NL.shape[1] != codes_NL.shape[1]:
         return None
-    return stability(codes_NL[before], coded.codes_NL[now])
+    return stability(before_NL[before], codes_NL[now])
 
 
-def _codes_of(table: pa.Table) -> Int32Array:
+def codes_of(table: pa.Table) -> Int32Array:
+    """The RQ codes of a codes artifact; no columns where it has none."""
     levels: list[Int32Array] = []
     while f"sid_{len(levels)}" in table.column_names:
         levels.append(table[f"sid_{len(levels)}"].to_numpy())

@@ -3,6 +3,7 @@
 from embedding.config import StrictConfig
 from multimodal.code_metrics import CodeMetrics, Stability
 from multimodal.codebook_refit import Drift, RefitDecision
+from pipeline.artifacts import Manifest
 
 COLLAPSED_COSINE = 0.9
 """Mean cosine of two items from which on vectors hardly tell items apart."""
@@ -34,6 +35,20 @@ class QuantizeFacts(StrictConfig):
     """Items that no suffix could tell apart."""
     mean_cosine: float | None = None
     """Of two items that codebooks may be fitted to."""
+    num_encoded: int | None = None
+    """Items whose codes were looked up: the vectors of the others are those of the run before, and
+    so are the codebooks. None: not by this run."""
+
+
+def code_facts(manifest: Manifest) -> QuantizeFacts:
+    """What the quantize stage did, from its manifest."""
+    return QuantizeFacts.model_validate(
+        {
+            name: manifest.facts[name]
+            for name in QuantizeFacts.model_fields
+            if name in manifest.facts
+        }
+    )
 
 
 def collapse_warning(mean_cosine: float | None) -> str | None:

@@ -1,7 +1,8 @@
 """The quantize stage: the codes of all items for the run of one date.
 
 Reads items.parquet, the events of every item up to the date, and the codes of the run before.
-Writes `codes.parquet`; new codebooks go to OUT/codebooks, which all runs share.
+Writes `codes.parquet`; new codebooks go to OUT/codebooks, which all runs share. A recipe may take
+the codes of another output directory instead (`pipeline.taken_codes`).
 """
 
 from collections.abc import Iterator
@@ -19,18 +20,20 @@ from pipeline.align_stage import AlignmentOfDay
 from pipeline.artifacts import read_manifest
 from pipeline.cluster import RaySession
 from pipeline.code_features import CODES_FILE
+from pipeline.codes_paths import STAGE, codebook_versions, codes_directory, codes_version
 from pipeline.config import Recipe
 from pipeline.console import Reporter
 from pipeline.days import Split
+from pipeline.encode_items import Machines
+from pipeline.encode_workers import RayPieces
 from pipeline.held_out import is_held_out
-from pipeline.item_vectors import read_column_vectors
-from pipeline.quantize import ItemVectors, quantize
-from pipeline.quantize_facts import QuantizeFacts
+from pipeline.item_vectors import ItemVectors, read_column_vectors
+from pipeline.kept_codes import KeptCodes
+from pipeline.quantize import quantize
+from pipeline.quantize_facts import QuantizeFacts, collapse_warning
 from pipeline.stages import StageOutput, StageSpec
+from pipeline.taken_codes import SETTINGS, TAKEN_FROM, TakenCodes, require_codes
 from pipeline.train import CodebookChange
-
-STAGE = "quantize"
-CODEBOOKS = "codebooks"
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,11 @@ class CodesOfDay:
     first_day: str
     """Of the event log."""
     alignment: AlignmentOfDay | None
-    """Makes the vectors; None: they are a column of the catalogue."""
+    """Makes the vectors; None: they are a column of the catalogue, or the codes are taken."""
+    taken: TakenCodes | None
+    """From another output directory; None: this one makes its own."""
+    session: RaySession
+    """Started where codes of many items are looked up."""
     reporter: Reporter
 
     @property
@@ -74,7 +81,8 @@ class CodesOfDay:
         after = codes_version(self.directory)
         if before is None or after is None or before == after:
             return None
-        return CodebookChange(root=(self.out / CODEBOOKS).absolute(), before=before, after=after)
+        root = codebook_versions(self.out).absolute()
+        return CodebookChange(root=root, before=before, after=after)
 
     def specs(
         self, name: str, catalogue: str, ingests: tuple[Path, ...], parent: str | None
@@ -96,6 +104,8 @@ class CodesOfDay:
         codes = self.recipe.codes
         assert codes is not None
         previous = self._previous()
+        if self.taken is not None:
+            return self._spec_of_taken(self.taken, catalogue, previous)
         forced = calendar_date.fromisoformat(self.date) in codes.refit.force_on
         inputs = {"catalogue": catalogue, "ingest": self._artifact_id("ingest", self.date)}
         if self.alignment is not None:
@@ -109,6 +119,21 @@ class CodesOfDay:
             inputs,
             lambda scratch: self._write(scratch, previous, force_refit=forced),
         )
+
+    def _spec_of_taken(self, taken: TakenCodes, catalogue: str, previous: str | None) -> StageSpec:
+        codes = self.recipe.codes
+        assert codes is not None
+        own = {"catalogue": catalogue}
+        if previous is not None:
+            own["previous"] = self._artifact_id(STAGE, previous)
+
+        def body(scratch: Path) -> StageOutput:
+            facts, output = taken.take(scratch, previous)
+            self._say(facts, previous)
+            return output
+
+        config = {"taken": codes.shared, "held_out": self._held_out}
+        return StageSpec(STAGE, self.directory, config, taken.inputs(own), body)
 
     @property
     def _held_out(self) -> dict[str, Any] | None:
@@ -124,8 +149,9 @@ class CodesOfDay:
             assert isinstance(codes.vectors, ColumnVectors)
             found = read_column_vectors(self.recipe.data.root, codes.vectors)
         counts = pq.read_table(self.out / self.date / "ingest" / "item_counts.parquet")
-        earlier, before = None, None
+        earlier, before, kept = None, None, None
         if previous is not None:
+            kept = KeptCodes.read(self._directory(previous))
             earlier = pq.read_table(self._directory(previous) / CODES_FILE)
             before = codes_version(self._directory(previous))
         seen_N = np.isin(found.item_ids_N, counts["item_id"].to_numpy())
@@ -141,9 +167,13 @@ class CodesOfDay:
             earlier,
             before,
             seen_N,
+            kept,
+            found.file,
         )
-        facts = quantize(codes, items, self.out / CODEBOOKS, scratch, force_refit=force_refit)
-        self.reporter.line(escape(f"  {decision_line(facts, before)}"))
+        root = codebook_versions(self.out)
+        machines = Machines(RayPieces(self.session.start, self.reporter.advance))
+        facts = quantize(codes, items, root, scratch, force_refit=force_refit, machines=machines)
+        self._say(facts, previous)
         return StageOutput(
             rows_in=facts.num_items + found.num_without,
             rows_out=facts.num_items,
@@ -151,13 +181,23 @@ class CodesOfDay:
                 **facts.model_dump(mode="json"),
                 "previous": previous,
                 "num_without_vector": found.num_without,
+                SETTINGS: codes.shared,
+                TAKEN_FROM: None,
             },
         )
+
+    def _say(self, facts: QuantizeFacts, previous: str | None) -> None:
+        before = None if previous is None else codes_version(self._directory(previous))
+        self.reporter.line(escape(f"  {decision_line(facts, before)}"))
+        warning = collapse_warning(facts.mean_cosine)
+        if warning is not None:
+            self.reporter.line(f"  [yellow]warning[/] {escape(warning)}")
 
     def _previous(self) -> str | None:
         """Date of the run whose codes these go on with: the latest earlier one."""
         recorded = read_manifest(self.directory)
-        if recorded is not None:
+        # Codes that were taken before go on with others than those that are made now.
+        if recorded is not None and (recorded.facts.get(TAKEN_FROM) is None) == (not self.taken):
             day: str | None = recorded.facts["previous"]
             if day is None or self._artifact_id(STAGE, day) == recorded.inputs["previous"]:
                 return day
@@ -166,7 +206,7 @@ class CodesOfDay:
         return max((d for d in days if d < self.date), default=None)
 
     def _directory(self, day: str) -> Path:
-        return self.out / day / STAGE
+        return codes_directory(self.out, day)
 
     def _artifact_id(self, stage: str, day: str) -> str:
         manifest = read_manifest(self.out / day / stage)
@@ -176,19 +216,20 @@ class CodesOfDay:
 def codes_of_day(
     recipe: Recipe, out: Path, split: Split, session: RaySession, reporter: Reporter
 ) -> CodesOfDay | None:
-    """The codes of a run; None for a recipe without."""
+    """The codes of a run; None for a recipe without.
+
+    Raises:
+        UserError: they are taken from a directory that does not have them, or has others.
+    """
     if recipe.codes is None:
         return None
-    date, alignment = split.known[-1], None
-    if not isinstance(recipe.codes.vectors, ColumnVectors):
+    date, alignment, taken = split.known[-1], None, None
+    if recipe.codes.has_alignment:
         alignment = AlignmentOfDay(recipe, out, date, split.train, session, reporter)
-    return CodesOfDay(recipe, out, date, split.known[0], alignment, reporter)
-
-
-def codes_version(directory: Path) -> str | None:
-    """Codebook version of a quantize artifact; None where there is none."""
-    manifest = read_manifest(directory)
-    return None if manifest is None else str(manifest.facts["version"])
+    if recipe.codes.taken_from is not None:
+        require_codes(recipe, out, date)
+        taken = TakenCodes(recipe, out, date)
+    return CodesOfDay(recipe, out, date, split.known[0], alignment, taken, session, reporter)
 
 
 def decision_line(facts: QuantizeFacts, before: str | None) -> str:
@@ -203,4 +244,6 @@ def decision_line(facts: QuantizeFacts, before: str | None) -> str:
         line += f": collisions {metrics.collision_rate:.1%}"
     if facts.stability is not None:
         line += f", stability {facts.stability.full:.1%}"
+    if facts.num_encoded is not None and facts.num_encoded < facts.num_items:
+        line += f"; {facts.num_encoded:,} of {facts.num_items:,} items looked up"
     return line

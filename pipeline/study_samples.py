@@ -1,13 +1,11 @@
 """Samples of a study: which variants share a directory of them, and that they stay the same."""
 
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from embedding.errors import UserError
-from multimodal.codes_config import ColumnVectors
+from embedding.links import link_tree
 from pipeline.align_stage import alignment_settings
 from pipeline.artifacts import config_hash, damaged_files, read_manifest
 from pipeline.config import Recipe
@@ -23,8 +21,10 @@ def samples_key(recipe: Recipe) -> str:
     codes: dict[str, Any] = {}
     if recipe.codes is not None:
         codes = {**recipe.codes.quantized, "force_on": [*map(str, recipe.codes.refit.force_on)]}
-        if not isinstance(recipe.codes.vectors, ColumnVectors):
+        if recipe.codes.has_alignment:
             codes["alignment"] = alignment_settings(recipe)
+        if recipe.codes.taken_from is not None:
+            codes["taken_from"] = str(recipe.codes.taken_from)
     held_out = recipe.evaluation.held_out_items
     return config_hash(
         {
@@ -55,19 +55,8 @@ def take_over(spec: StageSpec, data: Path) -> None:
         if manifest is None or manifest.artifact_id != spec.artifact_id:
             continue
         if not damaged_files(other, thorough=False):
-            linked = spec.directory.with_name(f".{spec.name}.linked")
-            shutil.rmtree(linked, ignore_errors=True)
-            shutil.copytree(other, linked, copy_function=_link)
-            linked.rename(spec.directory)
+            link_tree(other, spec.directory)
             return
-
-
-def _link(source: str, target: str) -> None:
-    """Files of an artifact never change, so two names of one file will do."""
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copy2(source, target)
 
 
 def identities(sources: Mapping[str, Path]) -> dict[str, str]:

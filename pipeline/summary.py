@@ -7,7 +7,9 @@ from pydantic import Field, ValidationError
 
 from embedding.config import StrictConfig
 from pipeline.artifacts import read_manifest
+from pipeline.codes_paths import STAGE as QUANTIZE
 from pipeline.metrics_file import METRICS_FILE, ORACLE_FILE, read_metrics
+from pipeline.quantize_facts import collapse_warning
 from pipeline.stages import StageRecord
 from ranking.evaluation import TaskMetrics
 
@@ -56,6 +58,8 @@ class Summary(StrictConfig):
     gate: dict[str, Any]
     bundle: str | None
     """Path of the published bundle; None when the gate refused."""
+    warnings: list[str] = Field(default_factory=list)
+    """Sentences on what the run did not stop for, but somebody should look at."""
     artifacts: dict[str, str] = Field(default_factory=dict)
     """Artifact ids of the run's own stages, by stage: whose figures these are."""
 
@@ -77,6 +81,7 @@ def summarize(directory: Path, recipe: str, records: list[StageRecord]) -> Summa
         oracle=read_metrics(directory / "evaluate" / ORACLE_FILE),
         gate=gate.facts,
         bundle=None if published is None else str(directory / "publish" / "bundle"),
+        warnings=_warnings(records),
         artifacts=_artifacts(records),
     )
 
@@ -91,6 +96,15 @@ def read_summary(directory: Path, records: list[StageRecord]) -> Summary | None:
     except ValidationError:  # of another version
         return None
     return summary if summary.artifacts == _artifacts(records) else None
+
+
+def _warnings(records: list[StageRecord]) -> list[str]:
+    found = (
+        collapse_warning(record.manifest.facts.get("mean_cosine"))
+        for record in records
+        if record.name == QUANTIZE
+    )
+    return [warning for warning in found if warning is not None]
 
 
 def _artifacts(records: list[StageRecord]) -> dict[str, str]:

@@ -13,7 +13,8 @@ from multimodal.code_schema import features_with_codes
 from multimodal.codebook_versions import are_related, carries_between, load_version
 from multimodal.codes_config import Codes
 from pipeline.code_carry import LEAST_CARRIED, row_carries
-from pipeline.quantize import ItemVectors, quantize
+from pipeline.item_vectors import ItemVectors
+from pipeline.quantize import quantize
 from pipeline.train import CodebookChange
 from tests.multimodal.code_rows import optimizer_rows, table_rows
 

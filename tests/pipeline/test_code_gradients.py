@@ -24,7 +24,8 @@ from multimodal.codes_config import Codes
 from multimodal.content_encoder import ContentEncoder, load_content_encoder
 from pipeline.code_columns import code_columns
 from pipeline.code_features import CODES_FILE, ItemCodes
-from pipeline.quantize import ItemVectors, quantize
+from pipeline.item_vectors import ItemVectors
+from pipeline.quantize import quantize
 from ranking.config import RankingConfig
 from ranking.model import RankingModel, RankingStep
 from tests.multimodal.small_models import random_tokens, tiny_config

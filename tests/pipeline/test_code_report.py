@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,10 @@ from pipeline.code_report import (
     browse,
     code_section,
 )
-from pipeline.quantize import ItemVectors, quantize
+from pipeline.item_vectors import ItemVectors
+from pipeline.quantize import quantize
+from pipeline.stages import StageRecord
+from pipeline.summary import summarize, write_summary
 
 
 def catalogue(root: Path, num_items: int, *, titles: bool) -> None:
@@ -130,3 +134,26 @@ def rendered(section: dict[str, Any] | None) -> str:
         loader=PackageLoader("pipeline"), autoescape=True, undefined=StrictUndefined
     )
     return environment.get_template("codes.html.j2").render(codes=section)
+
+
+def test_the_summary_warns_of_vectors_that_hardly_differ(tmp_path: Path) -> None:
+    directory, records = tmp_path / "2026-01-01", []
+    training = {"rows_per_s": 1.0, "steps": 1, "world_size": 1, "data_wait_share": 0.0}
+    training |= {"best_step": None, "stopped_early": False}
+    for stage, facts in (
+        ("quantize", {"mean_cosine": 0.97}),
+        ("train", training),
+        ("gate", {"passed": False, "reasons": []}),
+    ):
+        scratch = tmp_path / f"scratch-{stage}"
+        scratch.mkdir()
+        directory.mkdir(exist_ok=True)
+        manifest = Manifest(stage=stage, artifact_id=stage, config_hash="c", facts=facts)
+        records.append(StageRecord(stage, "ran", publish(scratch, directory / stage, manifest)))
+
+    summary = summarize(directory, "small", records)
+
+    (warning,) = json.loads(write_summary(summary, directory).read_text())["warnings"]
+    assert "item vectors hardly differ (mean cosine of two items 0.9700)" in warning
+    records[0].manifest.facts["mean_cosine"] = 0.2
+    assert summarize(directory, "small", records).warnings == []

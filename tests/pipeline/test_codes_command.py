@@ -15,7 +15,8 @@ from multimodal.codes_config import Codes
 from pipeline.artifacts import Manifest, publish
 from pipeline.code_features import CODES_FILE
 from pipeline.code_lookup import CodesOfRun
-from pipeline.quantize import ItemVectors, quantize
+from pipeline.item_vectors import ItemVectors
+from pipeline.quantize import quantize
 from pipeline.recipe import write_recipe
 from tests.pipeline.small_log import make_recipe
 

@@ -12,7 +12,8 @@ import torch
 from pipeline.code_columns import code_columns
 from pipeline.code_features import CODES_FILE, ItemCodes
 from pipeline.config import Recipe
-from pipeline.quantize import ItemVectors, quantize
+from pipeline.item_vectors import ItemVectors
+from pipeline.quantize import quantize
 from ranking.losses import TaskLoss
 from ranking.steps import PlainSteps
 from tests.distributed import run_distributed

@@ -12,8 +12,9 @@ from embedding.errors import UserError
 from multimodal.codebook_versions import carries_between, find_version, load_version
 from multimodal.codes_config import Codes, RefitPolicy, Rq, Suffix, Vq
 from pipeline.code_features import CODES_FILE, ItemCodes, candidate_columns
-from pipeline.quantize import ItemVectors, quantize
-from pipeline.quantize_facts import QuantizeFacts
+from pipeline.item_vectors import ItemVectors
+from pipeline.quantize import quantize
+from pipeline.quantize_facts import QuantizeFacts, collapse_warning
 from tests.multimodal.code_rows import table_rows
 
 CONFIG = Codes(
@@ -243,11 +244,11 @@ def test_vectors_that_point_the_same_way_are_warned_of(tmp_path: Path) -> None:
     alike = quantize(CONFIG, items, tmp_path / "codebooks", tmp_path / "day")
 
     assert alike.mean_cosine == pytest.approx(cosine, abs=1e-5)
-    assert alike.refit.reasons[0] == "there are no codebooks yet"
-    assert (
-        f"item vectors hardly differ (mean cosine of two items {cosine:.4f})"
-        in (alike.refit.reasons[1])
-    )
+    assert alike.refit.reasons == ("there are no codebooks yet",)
+    warning = collapse_warning(alike.mean_cosine)
+    assert warning is not None
+    assert f"item vectors hardly differ (mean cosine of two items {cosine:.4f})" in warning
+    assert collapse_warning(sound.mean_cosine) is None
     assert sound.mean_cosine is not None
     assert abs(sound.mean_cosine) < 0.1
     assert sound.refit.reasons == ("there are no codebooks yet",)
@@ -278,3 +279,33 @@ def test_more_items_than_the_vq_table_has_rows_are_refused_before_a_fit(tmp_path
     with pytest.raises(UserError, match="max_items=1999 is less than the 2000 items"):
         week.run(0)
     assert not (tmp_path / "codebooks").exists()
+
+
+def test_a_table_that_has_become_too_small_stops_the_next_fit_only(tmp_path: Path) -> None:
+    week = Week(tmp_path, CONFIG.model_copy(update={"vq": Vq(top_k=5, max_items=2000)}))
+    week.run(0)
+    ids = np.arange(100, 2200)  # 100 more than the table has rows
+    items = ItemVectors(
+        ids, vectors_of(ids), "tower-1", "2026-01-01", "2026-01-02", week.earlier, "v0001"
+    )
+    scratch = tmp_path / "many"
+    scratch.mkdir()
+
+    facts = quantize(week.config, items, tmp_path / "codebooks", scratch)
+
+    assert (facts.version, facts.num_items) == ("v0001", 2100)
+    with pytest.raises(UserError, match="max_items=2000 is less than the 2100 items"):
+        quantize(week.config, items, tmp_path / "codebooks", scratch, force_refit=True)
+
+
+@pytest.mark.parametrize("rq", [None, CONFIG.rq])
+def test_vectors_with_nan_are_named(tmp_path: Path, rq: Rq | None) -> None:
+    week = Week(tmp_path, Codes(rq=rq, vq=Vq(top_k=5)))
+    week.run(0)
+    ids = np.arange(2000)
+    x = vectors_of(ids)
+    x[77, 3] = np.nan
+    items = ItemVectors(ids, x, "tower-1", "2026-01-01", "2026-01-02", week.earlier, "v0001")
+    (tmp_path / "broken").mkdir()
+    with pytest.raises(UserError, match=r"item vector 77 holds NaN or infinity \(1 such rows"):
+        quantize(week.config, items, tmp_path / "codebooks", tmp_path / "broken")

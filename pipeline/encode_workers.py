@@ -1,0 +1,109 @@
+"""Ray workers that look codes up, for sets that would keep one process busy for too long."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+
+from embedding.errors import UserError
+from embedding.memory import WORKER_ENVIRONMENT
+from multimodal.codes_config import EncodeWorkers
+from multimodal.residual_quantizer import CPU
+from pipeline.devices import own_device
+from pipeline.encode_items import Encoded, ItemEncoder, LookUp, Piece
+
+_RETRIES = 2
+"""Of a piece whose worker died, with its node perhaps."""
+
+
+class EncodeActor:
+    """Looks up piece after piece; codebooks are loaded with the first one."""
+
+    def __init__(self, look_up: LookUp, config: EncodeWorkers) -> None:
+        self._look_up = look_up
+        self._config = config
+        self._encoder: ItemEncoder | None = None
+
+    def encode(self, piece: Piece) -> Encoded | UserError:
+        """The codes of a piece; a fault of the user travels as data, and stays whole."""
+        try:
+            if self._encoder is None:
+                torch.set_num_threads(max(1, int(self._config.cpus_per_worker)))
+                # Some container images ask for TF32, whose products would propose too little.
+                torch.backends.cuda.matmul.allow_tf32 = False
+                device = own_device() if self._config.gpus_per_worker else CPU
+                self._encoder = ItemEncoder.load(self._look_up, device)
+            return self._encoder(piece)
+        except UserError as error:
+            return error
+
+
+@dataclass(frozen=True)
+class RayPieces:
+    """`RunPieces` on the cluster of a command."""
+
+    start: Callable[[], None]
+    """Starts Ray, once."""
+    progress: Callable[[int, int], None]
+    """Called with items done and in all."""
+
+    def __call__(
+        self, pieces: Iterator[Piece], sizes: Sequence[int], look_up: LookUp, config: EncodeWorkers
+    ) -> Iterator[tuple[int, Encoded]]:
+        """Numbers and codes of the pieces, as they are done; one piece a worker at a time.
+
+        Raises:
+            UserError: the cluster has no room for a worker, or a worker raised it.
+        """
+        self.start()
+        num_workers = min(len(sizes), workers_that_fit(ray.cluster_resources(), config))
+        actor_class = ray.remote(EncodeActor).options(
+            num_cpus=config.cpus_per_worker,
+            num_gpus=config.gpus_per_worker,
+            max_restarts=_RETRIES,
+            max_task_retries=_RETRIES,
+            runtime_env={"env_vars": WORKER_ENVIRONMENT},
+        )
+        actors = [actor_class.remote(look_up, config) for _ in range(num_workers)]
+        try:
+            todo, done = enumerate(pieces), 0
+            running: dict[Any, tuple[int, Any]] = {}
+            for actor, (at, piece) in zip(actors, todo, strict=False):
+                running[actor.encode.remote(piece)] = (at, actor)
+            while running:
+                (finished,), _ = ray.wait(list(running), num_returns=1)
+                at, actor = running.pop(finished)
+                found = ray.get(finished)
+                if isinstance(found, UserError):
+                    raise found
+                following = next(todo, None)
+                if following is not None:
+                    running[actor.encode.remote(following[1])] = (following[0], actor)
+                done += sizes[at]
+                self.progress(done, sum(sizes))
+                yield at, found
+        finally:
+            for actor in actors:
+                ray.kill(actor)
+
+
+def workers_that_fit(resources: dict[str, float], config: EncodeWorkers) -> int:
+    """How many of the workers that are asked for the cluster has room for.
+
+    Raises:
+        UserError: not even one.
+    """
+    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+    room = int(cpus // config.cpus_per_worker)
+    if config.gpus_per_worker:
+        room = min(room, int(gpus // config.gpus_per_worker))
+    if room < 1:
+        raise UserError(
+            f"codes.encode: a worker with cpus_per_worker={config.cpus_per_worker:g} and "
+            f"gpus_per_worker={config.gpus_per_worker:g} does not fit into the cluster, which has "
+            f"{cpus:g} CPUs and {gpus:g} GPUs; lower them, or raise items_per_task="
+            f"{config.items_per_task} so that the run's own process looks codes up"
+        )
+    return min(room, config.num_workers)

@@ -276,11 +276,19 @@ def recipes() -> None:
 
 
 @app.command()
-def schema() -> None:
+def schema(
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="As a page to read, docs/recipe.md.")
+    ] = False,
+) -> None:
     """Print the JSON schema of a recipe, for editors and checks."""
     from pipeline.config import Recipe
+    from pipeline.recipe_page import recipe_page
 
-    typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
+    if markdown:
+        typer.echo(recipe_page(), nl=False)
+    else:
+        typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
 
 
 @app.command()

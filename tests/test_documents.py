@@ -7,6 +7,8 @@ import pytest
 import typer
 
 from deploy.app import app
+from pipeline.recipe import load_recipe
+from pipeline.recipe_page import recipe_page
 
 ROOT = Path(__file__).parents[1]
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -58,7 +60,8 @@ def unknown_commands(text: str) -> list[str]:
 
 @pytest.mark.parametrize("path", [*GUIDES, *OTHERS], ids=lambda path: path.name)
 def test_commands_in_guides_have_the_options_they_need_and_no_others(path: Path) -> None:
-    assert wrong_options(path.read_text()) == []
+    # Docstrings make the reference of the recipe, and they name single options.
+    assert wrong_options(path.read_text(), whole=path.name != "recipe.md") == []
 
 
 def test_sources_name_options_that_exist() -> None:
@@ -89,6 +92,25 @@ def wrong_options(text: str, *, whole: bool = True) -> list[str]:
             needed = [p for p in options if p.required]
             found += [f"{name} lacks {p.opts[0]}" for p in needed if not given & set(p.opts)]
     return found
+
+
+def test_the_reference_of_the_recipe_is_that_of_its_models() -> None:
+    page = (ROOT / "docs" / "recipe.md").read_text()
+
+    assert page == recipe_page(), "run: braid schema --markdown > docs/recipe.md"
+
+
+def test_every_section_of_the_recipe_is_in_the_reference_and_every_link_leads_to_one() -> None:
+    """Sections by path, as a recipe that is written out has them."""
+    page = recipe_page()
+    paths = re.findall(r"^##+ `(.*)`$", page, re.MULTILINE)
+    wanted = [k for k, v in load_recipe("demo").model_dump().items() if isinstance(v, dict)]
+    assert set(wanted) <= set(paths)
+    assert {"features.tables.ids", "ranking.model.classifier", "codes.vectors.swing"} < set(paths)
+    links = set(re.findall(r"\]\(#(.*?)\)", page))
+    assert links == {path.replace(".", "") for path in paths}
+    for key in ("ranks_per_host", "init_bound", "popular_share", "max_failures", "user_buckets"):
+        assert len(re.findall(rf"^\| `{key}` \| .+ \| .+ \| .+ \|$", page, re.MULTILINE)) == 1, key
 
 
 def test_sources_name_no_file_outside_of_the_repository() -> None:

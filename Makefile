@@ -1,5 +1,6 @@
 # Two commands: `make demo` and `make test`. ACCEL=gpu installs the CUDA kernels instead, and the
-# demo trains on one GPU; without ACCEL the environment stays what it is.
+# demo trains on one GPU; without ACCEL the environment stays what it is. `make test-gpu` runs the
+# tests that need a GPU.
 VENV := .venv
 ifndef ACCEL
 ACCEL := $(if $(wildcard $(VENV)/.installed-gpu),gpu,cpu)
@@ -11,13 +12,17 @@ DEMO_DATE := 2024-01-07
 DEMO_CLUSTER_cpu :=
 DEMO_CLUSTER_gpu := --set cluster.use_gpu=true --set cluster.num_workers=1
 
-.PHONY: demo test lint towers clean pins
+.PHONY: demo test test-gpu lint towers clean pins
 
 demo: $(VENV)/.installed-$(ACCEL)  ## The whole daily pipeline on the synthetic marketplace.
 	$(BIN)/braid run --recipe demo --date $(DEMO_DATE) --out runs/demo $(DEMO_CLUSTER_$(ACCEL))
 
-test: lint  ## Lint, types, tests, and the commands the README shows.
+test: lint  ## Lint, types and tests; guides may only name commands, options and files that exist.
 	$(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: $(VENV)/.installed-dev  ## The tests that need a GPU; `make ACCEL=gpu test-gpu` installs for it.
+	@test $(ACCEL) = gpu || { echo "error: this environment is for CPUs; run make ACCEL=gpu test-gpu" >&2; exit 2; }
+	$(BIN)/python -m pytest -m gpu tests/gpu
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
@@ -38,7 +43,8 @@ pins: $(VENV)/.installed-dev  ## Rewrites requirements/constraints.txt from the 
 # Exactly one fbgemm wheel: the stamp of the other accelerator means a fresh environment.
 $(VENV)/.installed-$(ACCEL): requirements/base.txt requirements/constraints.txt \
     requirements/$(ACCEL).txt requirements/torchrec.txt pyproject.toml
-	@test -n "$(PYTHON)" || { echo "error: no python3.11 or python3.12 on PATH; install one, or set PYTHON=" >&2; exit 2; }
+	@test -n "$(PYTHON)" && $(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' \
+	  || { echo "error: Braid needs Python 3.11 or 3.12, and $(or $(PYTHON),python3) is none; install one, or set PYTHON=" >&2; exit 2; }
 	@for stamp in $(VENV)/.installed-cpu $(VENV)/.installed-gpu; do \
 	  if [ -e $$stamp ] && [ $$stamp != $@ ]; then rm -rf $(VENV); fi; done
 	@echo "installing into $(VENV) (ACCEL=$(ACCEL)), a few minutes the first time"

@@ -6,7 +6,8 @@ and aligned. What users watched together on the days *behind* the date decides: 
 each of its co-watched films (Swing over those days), is that film among the ten nearest? The
 interval is a paired bootstrap over films. Codes are reported with and without an FSQ level.
 
-Run: .venv/bin/python benchmarks/alignment.py [--quick] [--src DIR] [--json FILE] [--work DIR]
+Run: .venv/bin/python benchmarks/alignment.py --src DIR [--image DIR] [--quick] [--json FILE]
+         [--work DIR]
 """
 
 import argparse

@@ -23,7 +23,7 @@ app.command()(score)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `braid ...`: 0 ok, 1 failed, 2 the user must change something."""
+    """Run `braid ...`: 0 ok, 1 failed, 2 the user must change something, 3 the gate refused."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
         # Typer prints usage errors itself and ends with SystemExit.

@@ -227,7 +227,7 @@ class TowerVectors(StrictConfig):
 
 
 class AlignedVectors(StrictConfig):
-    """Vectors of the content encoder, trained on pairs of items that users hold for alike."""
+    """Vectors of the content encoder, trained on pairs of items that the same users engage with."""
 
     kind: Literal["aligned"] = "aligned"
     content: ContentConfig | None = None

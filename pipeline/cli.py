@@ -64,6 +64,8 @@ def _global_options(
 
 DateOption = Annotated[str, typer.Option("--date", "-d", help="Day to train up to, YYYY-MM-DD.")]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Output directory.")]
+GATE_REFUSED = 3
+"""Exit code of a run whose stages all ended well, and whose model the gate did not let through."""
 STAGE_HELP = "ingest, content, align, quantize, join, plan, train, evaluate, gate or publish."
 
 
@@ -75,10 +77,14 @@ def run(
     out: OutOption,
     overrides: SetOption = None,
 ) -> None:
-    """Run all stages of one day, from the raw events to the published bundle."""
+    """Run all stages of one day, from the raw events to the published bundle.
+
+    Ends with 0 if the model was published, 1 if something failed, 2 if you must change something
+    first, 3 if the gate refused the model.
+    """
     with _command(context, recipe, out, overrides, f"braid run --date {date}") as command:
         refused = command.run_day(date)
-    raise typer.Exit(1 if refused else 0)
+    raise typer.Exit(GATE_REFUSED if refused else 0)
 
 
 @app.command()
@@ -90,9 +96,13 @@ def stage(
     out: OutOption,
     overrides: SetOption = None,
 ) -> None:
-    """Run one stage of one day, and the stages before it that are not current."""
+    """Run one stage of one day, and the stages before it that are not current.
+
+    Ends as `braid run` does; with 3 if the gate, the last stage or one before it, refused.
+    """
     with _command(context, recipe, out, overrides, f"braid stage {name} --date {date}") as command:
-        command.run_stage(name, date)
+        refused = command.run_stage(name, date)
+    raise typer.Exit(GATE_REFUSED if refused else 0)
 
 
 @app.command()
@@ -104,11 +114,14 @@ def backfill(
     out: OutOption,
     overrides: SetOption = None,
 ) -> None:
-    """Run day after day, each started from the day before and evaluated on the day after."""
+    """Run day after day, each started from the day before and evaluated on the day after.
+
+    Ends as `braid run` does; with 3 if the gate refused the model of any day.
+    """
     title = f"braid backfill --from {first} --to {last}"
     with _command(context, recipe, out, overrides, title) as command:
         refused = command.run_days(first, last)
-    raise typer.Exit(1 if refused else 0)
+    raise typer.Exit(GATE_REFUSED if refused else 0)
 
 
 @app.command()
@@ -263,11 +276,19 @@ def recipes() -> None:
 
 
 @app.command()
-def schema() -> None:
+def schema(
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="As a page to read, docs/recipe.md.")
+    ] = False,
+) -> None:
     """Print the JSON schema of a recipe, for editors and checks."""
     from pipeline.config import Recipe
+    from pipeline.recipe_page import recipe_page
 
-    typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
+    if markdown:
+        typer.echo(recipe_page(), nl=False)
+    else:
+        typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """What `braid run`, `stage` and `backfill` do once the recipe is loaded and the directory held."""
 
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from rich.box import SIMPLE
 from rich.markup import escape
@@ -48,8 +48,8 @@ class Command:
     def __exit__(self, *error: object) -> None:
         self.session.__exit__(*error)
 
-    def run_stage(self, name: str, date: str) -> None:
-        """Run one stage and those before it that are not current."""
+    def run_stage(self, name: str, date: str) -> bool:
+        """Run one stage and those before it that are not current; whether the gate refused."""
         if name not in STAGES:
             raise UserError(f"stage {name!r} does not exist; stages are {', '.join(STAGES)}")
         if name in ("align", "quantize") and self.recipe.codes is None:
@@ -66,7 +66,8 @@ class Command:
             )
         run = self._day(date)
         self._write_recipe(date)
-        run.execute(until=name)
+        last = run.execute(until=name)[-1]
+        return last.name == "gate" and self._refused(date, last.manifest.facts)
 
     def run_day(self, date: str) -> bool:
         """Run one day and show its figures; whether the gate refused the model."""
@@ -74,7 +75,7 @@ class Command:
         self.reporter.console.print(_metrics_table(summary))
         directory = self.out / date
         self.reporter.line(escape(f"summary {directory / SUMMARY}\nreport  {directory / REPORT}"))
-        return self._refused(summary)
+        return self._refused(date, summary.gate)
 
     def run_days(self, first: str, last: str) -> bool:
         """Run every day of the log from `first` to `last`; whether any gate refused.
@@ -99,7 +100,8 @@ class Command:
             self.reporter.line(f"[bold]{day}[/]")
             summaries.append(self._run(day))
         self.reporter.console.print(_progressive_table(summaries))
-        return any([self._refused(summary) for summary in summaries])  # noqa: C419 # all reasons are shown
+        refused = [self._refused(summary.date, summary.gate) for summary in summaries]
+        return any(refused)
 
     def _day(self, date: str) -> DayRun:
         return DayRun(
@@ -120,7 +122,7 @@ class Command:
             if current is not None:
                 self.reporter.line(
                     f"published, not promoted: production is of {current}; `braid models promote "
-                    f"--date {date}` changes that"
+                    f"--out {escape(str(self.out))} --date {date}` changes that"
                 )
         known = read_summary(directory, records)
         if (
@@ -140,10 +142,11 @@ class Command:
         write_recipe(self.recipe, directory)
         return directory
 
-    def _refused(self, summary: Summary) -> bool:
-        for reason in summary.gate["reasons"]:
-            self.reporter.line(f"[red]gate refused {summary.date}[/]: {escape(reason)}")
-        return not summary.gate["passed"]
+    def _refused(self, date: str, decision: dict[str, Any]) -> bool:
+        """Whether the gate refused the model of a day; says why."""
+        for reason in decision["reasons"]:
+            self.reporter.line(f"[red]gate refused {date}[/]: {escape(reason)}")
+        return not decision["passed"]
 
 
 def _metrics_table(summary: Summary) -> Table:

@@ -162,9 +162,11 @@ class GateConfig(StrictConfig):
     """What a model must show before it is published."""
 
     task: str
+    """The task that counts."""
     min_auc: float = Field(default=0.5, ge=0, le=1)
+    """The least AUC."""
     max_auc_drop: PositiveFloat | None = None
-    """Against the bundle in production; None: not compared."""
+    """Against the bundle in production, each on the days after its own date; None: not compared."""
     calibration: tuple[float, float] = (0.5, 2.0)
     """Allowed range of sum of predictions / sum of labels."""
 

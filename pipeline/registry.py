@@ -139,7 +139,7 @@ def rollback(out: Path) -> PublishedModel:
         if len(stack) < 2:
             raise UserError(
                 f"{out} has {len(stack)} promotion(s), so there is nothing to roll back to; "
-                "choose a bundle with `braid models promote`"
+                f"choose a bundle with `braid models promote --out {out} --date DATE`"
             )
         entry = stack[-1].model_copy(update={"rollback": True, "at": _now()})
         _kept(out, stack[-2])
@@ -187,7 +187,7 @@ def _kept(out: Path, change: Promotion) -> PublishedModel:
     if manifest is None:
         raise UserError(
             f"the bundle of {change.date} ({change.artifact_id}) is no longer in {out / MODELS}; "
-            "restore it, or choose another one with `braid models promote`"
+            f"restore it, or choose another one with `braid models promote --out {out} --date DATE`"
         )
     return PublishedModel(date=change.date, directory=directory, manifest=manifest)
 

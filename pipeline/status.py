@@ -17,7 +17,13 @@ from pipeline.registry import production, published, require_output
 from pipeline.run import DayRun
 from pipeline.stages import STAGES, StageSpec, failure_file
 
-_STYLE = {"current": "green", "stale": "yellow", "failed": "red", "missing": "dim"}
+_STYLE = {
+    "current": "green",
+    "stale": "yellow",
+    "failed": "red",
+    "missing": "dim",
+    "refused": "yellow",
+}
 
 
 def status_table(out: Path, publish: Publish) -> Table:
@@ -84,6 +90,8 @@ def _stage_rows(out: Path, date: str, publish: Publish) -> Iterator[tuple[str, .
         figures = ("", "")
         if manifest is not None:
             figures = (human(manifest.rows_out), duration(manifest.seconds))
+            if name == "gate" and state == "current" and not manifest.facts["passed"]:
+                state, note = "refused", "; ".join(manifest.facts["reasons"])
         yield (date, name, f"[{_STYLE[state]}]{state}[/]", *figures, escape(note))
 
 

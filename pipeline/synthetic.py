@@ -277,7 +277,19 @@ _EPOCH = parse_day("1970-01-01", "epoch")
 
 
 def ensure_data(recipe: Recipe, reporter: Reporter) -> None:
-    """Generate the synthetic marketplace where the recipe asks for it and it is not there."""
-    if recipe.data.synthetic is not None:
-        with reporter.stage("generate", unit="events"):
-            generate(recipe.data.synthetic, recipe.data.root, progress=reporter.advance)
+    """Generate the synthetic marketplace where the recipe asks for it and it is not there.
+
+    Raises:
+        UserError: another dataset is there.
+    """
+    root = recipe.data.root
+    if recipe.data.synthetic is None:
+        return
+    if root.is_dir() and any(root.iterdir()) and not (root / RECEIPT).exists():
+        raise UserError(
+            f"data.root={root} holds data that is not the synthetic marketplace for which "
+            "data.synthetic asks; if it is your own, delete data.synthetic from the recipe (or "
+            "--set data.synthetic=null), else choose another data.root"
+        )
+    with reporter.stage("generate", unit="events"):
+        generate(recipe.data.synthetic, root, progress=reporter.advance)

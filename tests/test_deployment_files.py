@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import jsonschema
@@ -24,6 +25,19 @@ def test_cluster_file_is_valid_for_the_ray_cluster_launcher() -> None:
     jsonschema.validate(config, schema)
 
     assert config["head_node_type"] in config["available_node_types"]
+
+
+def test_no_node_starts_with_an_image_that_cannot_run_braid_or_without_a_token() -> None:
+    """Where a node type names no image, Ray's default is one without a Python that fits."""
+    config = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())
+    nodes = config["available_node_types"].values()
+
+    assert [node["node_config"]["ImageId"] for node in nodes] == ["FILL-IN", "FILL-IN"]
+    assert "~/.ray/auth_token" in config["file_mounts"].values()
+    starts = [*config["head_start_ray_commands"], *config["worker_start_ray_commands"]]
+    starts = [line for line in starts if "ray start" in line]
+    assert len(starts) == 2
+    assert all(line.startswith("RAY_AUTH_MODE=token ") for line in starts)
 
 
 def test_shared_storage_has_one_path_and_a_node_without_it_does_not_start() -> None:
@@ -52,17 +66,24 @@ def clone(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def planned(clone: Path, *arguments: str) -> str:
-    """The commands that make would run."""
+def make(clone: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run make without what the make that runs these tests has set."""
     environment = {k: v for k, v in os.environ.items() if k not in ("ACCEL", "MAKEFLAGS")}
     return subprocess.run(
-        ["make", "--dry-run", *arguments],
+        ["make", *arguments],
         cwd=clone,
         env=environment,
         capture_output=True,
         text=True,
-        check=True,
-    ).stdout
+        check=False,
+    )
+
+
+def planned(clone: Path, *arguments: str) -> str:
+    """The commands that make would run."""
+    done = make(clone, "--dry-run", *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def install(clone: Path, accelerator: str) -> None:
@@ -86,6 +107,34 @@ def test_tests_run_in_the_environment_that_is_there(clone: Path, accelerator: st
 
     assert "pip" not in planned(clone, "test")
     assert ("use_gpu=true" in planned(clone, "demo")) == (accelerator == "gpu")
+
+
+def test_gpu_tests_install_what_they_need_and_run_on_gpus_only(clone: Path) -> None:
+    commands = planned(clone, "ACCEL=gpu", "test-gpu")
+    assert commands.index("requirements/gpu.txt") < commands.index("requirements/dev.txt")
+    assert commands.index("requirements/dev.txt") < commands.index("pytest -m gpu tests/gpu")
+
+    install(clone, "cpu")
+    done = make(clone, "test-gpu")
+    assert done.returncode == 2
+    assert "run make ACCEL=gpu test-gpu" in done.stderr
+
+
+@pytest.mark.parametrize("version", ["(3, 10, 14)", "(3, 13, 0)"])
+def test_a_python_that_does_not_fit_is_refused_before_anything_is_installed(
+    clone: Path, version: str
+) -> None:
+    python = clone / "other_python"
+    python.write_text(
+        f'#!/bin/sh\nexec {sys.executable} -c "import sys; sys.version_info = {version}; $2"\n'
+    )
+    python.chmod(0o755)
+
+    done = make(clone, f"PYTHON={python}", "demo")
+
+    assert done.returncode == 2
+    assert f"needs Python 3.11 or 3.12, and {python} is none" in done.stderr
+    assert not (clone / ".venv").exists()
 
 
 def test_another_accelerator_means_a_fresh_environment(clone: Path) -> None:

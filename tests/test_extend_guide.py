@@ -1,4 +1,4 @@
-"""The guide's blocks, run as they stand."""
+"""The guide's blocks, applied as they stand."""
 
 import re
 import shutil
@@ -11,10 +11,11 @@ import pytest
 import yaml
 
 from pipeline.config import Recipe
-from pipeline.study import read_variants
 
 ROOT = Path(__file__).parents[1]
-MAX_LINES = 30
+CHANGED = ("ranking/classifier_config.py", "ranking/classifiers/build.py")
+NEW = "ranking/classifiers/gated.py"
+MAX_LINES = 50
 
 STEP = """
 import torch
@@ -39,11 +40,20 @@ for generator in (None, {"maps": [2], "heights": [2], "pools": [2], "new_maps": 
     assert not gate.equal(before)
     assert gate.isfinite().all()
 """
+VARIANTS = """
+from pathlib import Path
+from pipeline.recipe import load_recipe
+from pipeline.study import read_variants
+
+for variant in read_variants(Path("variants.yaml")):
+    model = load_recipe("demo", variant.overrides).ranking.model
+    print(variant.name, model.classifier.kind, model.generator is not None)
+"""
 
 
 def block(name: str) -> str:
     text = (ROOT / "docs" / "extend.md").read_text()
-    found = re.findall(rf"```\w+ {name}\n(.*?)```", text, re.DOTALL)
+    found = re.findall(rf"```\w+ {re.escape(name)}\n(.*?)```", text, re.DOTALL)
     assert len(found) == 1, name
     return str(found[0])
 
@@ -70,50 +80,57 @@ def test_task_block_adds_a_post_click_task() -> None:
     assert (task.label_name, task.weight, task.after) == ("bought", 2.0, "click")
 
 
-def test_variants_block_is_a_variants_file(tmp_path: Path) -> None:
-    path = tmp_path / "variants.yaml"
-    path.write_text(block("variants"))
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the code in which the guide's steps for a model were taken."""
+    folder = tmp_path_factory.mktemp("extended")
+    for package in ("embedding", "multimodal", "ranking", "pipeline", "tests"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / package, folder / package, ignore=ignored)
+    for name in CHANGED:
+        apply(block(name), folder / name)
+    (folder / NEW).write_text(block(NEW))
+    (folder / "variants.yaml").write_text(block("variants"))
+    return folder
 
-    assert [v.name for v in read_variants(path)] == ["dnn", "gated", "gated_fgcnn"]
+
+def test_a_model_takes_few_lines() -> None:
+    assert sum(block(name).count("\n") for name in (*CHANGED, NEW)) <= MAX_LINES
 
 
 @pytest.mark.integration
-def test_model_blocks_make_a_classifier_that_trains(tmp_path: Path) -> None:
-    lines = sum(block(name).count("\n") for name in ("config", "module", "case"))
-    assert lines <= MAX_LINES + 5, "imports and blank lines included"
-    for package in ("embedding", "ranking", "pipeline", "tests"):
-        ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / package, tmp_path / package, ignore=ignored)
-    insert(tmp_path / "ranking/classifier_config.py", "Classifier = Annotated[", block("config"))
-    replace(
-        tmp_path / "ranking/classifier_config.py", "    | FinalMlp,", "    | FinalMlp\n    | Gated,"
-    )
-    replace(
-        tmp_path / "ranking/classifier_config.py", "DcnV2, FinalMlp)", "DcnV2, FinalMlp, Gated)"
-    )
-    (tmp_path / "ranking/classifiers/gated.py").write_text(block("module"))
-    build = tmp_path / "ranking/classifiers/build.py"
-    replace(build, "import deep, maps", "import deep, gated, maps")
-    replace(build, "    match settings:\n", "    match settings:\n" + block("case"), count=1)
+def test_model_blocks_make_a_classifier_that_trains(extended: Path) -> None:
+    run(STEP, extended)
 
+
+def test_variants_are_recipes_with_the_new_model(extended: Path) -> None:
+    said = run(VARIANTS, extended)
+
+    expected = ["dcn_v2 dcn_v2 False", "gated gated False", "gated_fgcnn gated True"]
+    assert said.splitlines() == expected
+
+
+def run(code: str, folder: Path) -> str:
+    """What a process says that imports from a copy of the code."""
     done = subprocess.run(
-        [sys.executable, "-c", STEP],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"},
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env={"PYTHONPATH": str(folder), "PATH": "/usr/bin:/bin"},
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
-
     assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-def insert(path: Path, before: str, text: str) -> None:
-    replace(path, before, f"{text}\n\n{before}")
-
-
-def replace(path: Path, old: str, new: str, count: int = -1) -> None:
-    content = path.read_text()
-    assert old in content, old
-    path.write_text(content.replace(old, new, count))
+def apply(diff: str, path: Path) -> None:
+    """Make the changes of a diff; each of its parts must name one place."""
+    for part in diff.split("@@\n"):
+        lines = part.splitlines(keepends=True)
+        old = "".join(line[1:] for line in lines if line[0] != "+")
+        new = "".join(line[1:] for line in lines if line[0] != "-")
+        content = path.read_text()
+        assert content.count(old) == 1, old
+        path.write_text(content.replace(old, new))

@@ -156,7 +156,7 @@ def import_movielens(
                     "like": num_likes / len(ratings.users),
                     "watch": len(ratings.users) / num_events,
                 },
-                notes={name: count for name, count in notes.items() if count},
+                notes=notes,
             ),
         )
 
@@ -239,6 +239,7 @@ def _write_items(
     for movie in movies.values():
         for genre in movie.genres:
             genre_counts[genre] = genre_counts.get(genre, 0) + 1
+    notes["items with genres"] = sum(bool(movie.genres) for movie in movies.values())
     notes["items with a plot text"] = sum(bool(movie.overview) for movie in movies.values())
     notes["items with tags"] = len(tags)
     with pq.ParquetWriter(root / "items.parquet", ITEMS, compression="zstd") as writer:

@@ -5,7 +5,8 @@
     20M, 25M, latest  ratings.csv, movies.csv, tags.csv (camelCase headers, half stars)
     with plots      ratings.csv, items.csv (genre flags, overview, poster), users.csv
 
-Users, tags, plot texts and posters (`posters/<id>.jpg`) are each optional in all of them.
+Users, tags, plot texts and posters (`posters/<id>.jpg`) are each optional in all of them; an
+`items.csv`, `users.csv` or `tags.csv` beside the ratings of any layout is read instead of its own.
 """
 
 import csv
@@ -110,8 +111,13 @@ def find_source(src: Path) -> Source:
     """
     require_directory(src)
     layouts = (
-        ("u.data", ("u.item",), ("u.user",), ()),
-        ("ratings.dat", ("movies.dat",), ("users.dat",), ("tags.dat",)),
+        ("u.data", ("items.csv", "u.item"), ("users.csv", "u.user"), ("tags.csv",)),
+        (
+            "ratings.dat",
+            ("items.csv", "movies.dat"),
+            ("users.csv", "users.dat"),
+            ("tags.csv", "tags.dat"),
+        ),
         ("ratings.csv", ("items.csv", "movies.csv"), ("users.csv",), ("tags.csv",)),
     )
     for folder in (src, *sorted(path for path in src.iterdir() if path.is_dir())):

@@ -77,6 +77,20 @@ def test_unknown_key_suggests_the_nearest(root: Path, capsys: pytest.CaptureFixt
     assert "ranking.trainer.epoch: unknown key; did you mean 'epochs'?" in said
 
 
+def test_a_recipe_of_the_marketplace_on_data_of_ones_own(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = braid_run(root, capsys, "data.synthetic={num_days: 2}")
+
+    assert f"data.root={root} holds data" in said
+    assert "--set data.synthetic=null" in said
+    assert sorted(path.name for path in root.iterdir()) == [
+        "events",
+        "items.parquet",
+        "users.parquet",
+    ]
+
+
 def test_missing_column(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = change_events(root, lambda table: table.drop_columns(["device"]))
 

@@ -194,6 +194,32 @@ def test_posters_in_a_folder_are_found_in_every_layout(tmp_path: Path) -> None:
     assert [items[key]["image"] for key in (10, 20)] == [None, b"png"]
 
 
+def test_items_and_users_in_csv_are_read_beside_the_ratings_of_any_layout(tmp_path: Path) -> None:
+    """Who adds plots to a download of GroupLens puts them beside its ratings."""
+    write_plots(tmp_path / "plots")
+    for layout in ("100k", "1m"):
+        src = tmp_path / layout
+        LAYOUTS[layout](src)
+        for name in ("items.csv", "users.csv", "posters"):
+            (tmp_path / "plots" / name).rename(src / name)
+        summary = import_movielens(src, tmp_path / f"{layout}.out")
+        items = read_rows(tmp_path / f"{layout}.out/items.parquet", "item_id")
+        assert items[10]["text"] == 'Cité (1995) Two\nlines, of "plot".'
+        assert items[10]["image"] == b"\xff\xd8poster"
+        assert summary.notes["items with a plot text"] == 1
+        users = read_rows(tmp_path / f"{layout}.out/users.parquet", "user_id")
+        assert users[2]["age"] == 53
+        for name in ("items.csv", "users.csv", "posters"):
+            (src / name).rename(tmp_path / "plots" / name)
+
+
+def test_what_is_missing_is_counted_too(tmp_path: Path) -> None:
+    write_100k(tmp_path / "src")
+    notes = import_movielens(tmp_path / "src", tmp_path / "out").notes
+    assert notes["items with genres"] == 1
+    assert (notes["items with a plot text"], notes["items with a poster"]) == (0, 0)
+
+
 # --- sampled rows --------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,30 @@ def test_scores_of_the_bundle_equal_the_trainers_predictions(day: Day) -> None:
     assert len(set(scored["probability:click"].to_pylist())) > 10
 
 
+def test_rows_that_nobody_has_seen_are_scored_as_a_day_without_labels(
+    day: Day, tmp_path: Path
+) -> None:
+    root, out = shutil.copytree(day.folder / "data", tmp_path / "data"), tmp_path / "runs"
+    rows = [event(2, 1 + k % 5, 60 * k, item_id=1 + k % 4, click=None) for k in range(8)]
+    write_day(root, 2, [rows])
+    scores = tmp_path / "scores.parquet"
+
+    recipe, before = day.command[:2], ["--date", DAYS[1]]
+    data = ["--out", str(out), "--set", f"data.root={root}"]
+    assert main(["stage", "join", *recipe, *before, *data]) == 0
+    bundle = ["--bundle", str(day.out / DAYS[0] / "publish" / "bundle")]
+    samples = ["--samples", str(out / DAYS[2] / "join" / "samples")]
+    assert main(["score", *bundle, *samples, "--output", str(scores)]) == 0
+
+    scored = read_rows(scores)
+    keys = [f"key:{name}" for name in ("request_id", "user_id", "item_id", "timestamp")]
+    assert scored.column_names == [*keys, "probability:click"]
+    found = scored.select(keys).to_pylist()
+    assert [list(row.values()) for row in found] == [
+        [row["request_id"], row["user_id"], row["item_id"], row["timestamp"]] for row in rows
+    ]
+
+
 def test_an_exported_bundle_is_the_published_one(day: Day, tmp_path: Path) -> None:
     to = tmp_path / "handed-over"
     assert main(["export", "--out", str(day.out), "--date", DAYS[0], "--to", str(to)]) == 0
@@ -150,6 +175,26 @@ def test_status_says_what_became_stale(day: Day, capsys: pytest.CaptureFixture[s
         assert "changed: events" in capsys.readouterr().out
     finally:
         events.write_bytes(content)
+
+
+def test_a_refused_model_ends_with_a_code_of_its_own(
+    day: Day, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing failed and nothing is to be changed: an operator must be able to tell."""
+    out = ["--out", str(shutil.copytree(day.out, tmp_path / "runs"))]
+    days = ["--from", DAYS[0], "--to", DAYS[0]]
+    strict = ["--set", "gate.calibration=[90, 100]"]
+
+    for command in (["run"], ["stage", "gate"], ["stage", "publish"]):
+        assert main([*command, *day.command, *out, *strict]) == 3, command
+        said = capsys.readouterr().out
+        assert "gate refused" in said
+        assert "outside gate.calibration=[90.0, 100.0]" in " ".join(said.split())
+    assert main(["backfill", *day.command[:2], *days, *out, *strict]) == 3
+    assert main(["stage", "evaluate", *day.command, *out, *strict]) == 0
+    capsys.readouterr()
+    assert main(["status", *out]) == 0
+    assert re.search(r" gate +\S refused ", capsys.readouterr().out), "beside a column's border"
 
 
 def test_status_reads_every_file_where_it_is_asked_to(

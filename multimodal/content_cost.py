@@ -27,6 +27,8 @@ class EncoderCost(StrictConfig):
     """Trained values of towers and fusion, whose gradients are added up."""
     fused_width: NonNegativeInt
     """Values of an item that the last layer reads, and that the bank holds."""
+    head_s: NonNegativeFloat
+    """Of the last layer, forward and backward in float32, measured on one core."""
 
 
 class CicCost(StrictConfig):

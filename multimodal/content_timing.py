@@ -1,6 +1,7 @@
 """Runs the content encoder and its loss on made-up tokens, to count and time what they cost."""
 
-# Shapes: U items, L token positions, H width of a tower, D content dim, X width of an ID embedding.
+# Shapes: U items, L token positions, H width of a tower or of the fused vectors, D content dim,
+# X width of an ID embedding.
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from multimodal.cic import CicLoss
 from multimodal.content_config import ContentConfig, TextTower
 from multimodal.content_cost import CicCost, EncoderCost
 from multimodal.content_encoder import ContentEncoder
+from multimodal.standardised import StandardisedLinear
 from multimodal.token_batch import ModalityTokens, TokenBatch
 from multimodal.token_store import DTYPES
 from multimodal.tower_files import Tower
@@ -27,6 +29,7 @@ _HELD_ITEMS = (4, 8)
 _TIMED_ITEMS = (8, 64)
 _ENOUGH_S = 0.2
 """What takes less is timed with more items: small towers spend their time between products."""
+_HEAD_ITEMS = 1024
 _CIC_ITEMS = (128, 256, 512)
 
 
@@ -74,6 +77,7 @@ def encoder_cost(config: ContentConfig) -> EncoderCost:
             if p.requires_grad and not name.startswith("output.")
         ),
         fused_width=encoder.output.in_features,
+        head_s=_head_seconds(encoder.output),
     )
 
 
@@ -91,17 +95,18 @@ class _Run:
     def __init__(self, encoder: ContentEncoder, tokens: TokenBatch, precision: str) -> None:
         self.encoder, self.tokens = encoder, tokens
         self.reduced = precision == "bf16"
-        self.vectors_UD: Tensor | None = None
+        self.fused_UH: Tensor | None = None
 
     def forward(self) -> None:
         self.encoder.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=self.reduced):
-            self.vectors_UD = self.encoder(self.tokens).float()
+            self.fused_UH = self.encoder.fused(self.tokens).float()
 
     def backward(self) -> None:
-        assert self.vectors_UD is not None
-        self.vectors_UD.backward(torch.ones_like(self.vectors_UD))
-        self.vectors_UD = None
+        assert self.fused_UH is not None
+        if self.fused_UH.requires_grad:  # not where all of it is frozen
+            self.fused_UH.backward(torch.ones_like(self.fused_UH))
+        self.fused_UH = None
 
     def flops(self) -> tuple[int, int]:
         """Of both passes. The counter knows no attention kernel of the CPU: plain products do."""
@@ -128,6 +133,20 @@ def _seconds(run: Callable[[int], _Run]) -> tuple[float, float]:
         if forward_s + backward_s > _ENOUGH_S:
             break
     return forward_s / num_items, backward_s / num_items
+
+
+def _head_seconds(layer: StandardisedLinear) -> float:
+    """Of one item, forward and backward."""
+    fused_UH = torch.randn(_HEAD_ITEMS, layer.in_features, requires_grad=True)
+    vectors: list[Tensor] = []
+
+    def forward() -> None:
+        vectors[:] = [layer(fused_UH)]
+
+    def backward() -> None:
+        vectors[0].backward(torch.ones_like(vectors[0]))
+
+    return sum(seconds_on_one_core(forward, backward)) / _HEAD_ITEMS
 
 
 def _tokens(config: ContentConfig, sizes: dict[str, tuple[int, int]], num_items: int) -> TokenBatch:

@@ -19,21 +19,7 @@ from multimodal.token_batch import ModalityTokens
 Tokens = Mapping[str, ModalityTokens]
 
 
-class FusionModule(nn.Module):
-    """Reads the tokens of U items, and gives (U, width)."""
-
-    width: int
-    """Columns of its output."""
-
-    def columns_present(self, tokens: Tokens) -> Tensor:
-        """(U, width) False where nothing of the item is read."""
-        return _any_present(tokens, self.width)
-
-    def replace_absent(self, vector_H: Tensor) -> None:
-        """Where a learned vector stands for an absent modality, let it be these columns (width)."""
-
-
-def build_fusion(fusion: Fusion, widths: Mapping[str, int], dim: int) -> FusionModule:
+def build_fusion(fusion: Fusion, widths: Mapping[str, int], dim: int) -> "FusionModule":
     """The fusion that the recipe asks for, with random weights.
 
     Args:
@@ -50,7 +36,7 @@ def build_fusion(fusion: Fusion, widths: Mapping[str, int], dim: int) -> FusionM
             return ConcatOfModalities(widths)
 
 
-class FusionQFormer(FusionModule):
+class FusionQFormer(nn.Module):
     """Learned queries P and the projected tokens X attend to one another as [P ; X].
 
     The first Q positions of the last layer, side by side, are the output (Q * D). EM3,
@@ -98,16 +84,16 @@ class FusionQFormer(FusionModule):
         return torch.cat([queried_UX, self.means(tokens).to(queried_UX.dtype)], dim=1)
 
     def columns_present(self, tokens: Tokens) -> Tensor:
-        """See `FusionModule`."""
+        """(U, width) False where nothing of the item is read."""
         queried_UX = _any_present(tokens, self.queries_QD.numel())
         if self.means is None:
             return queried_UX
         return torch.cat([queried_UX, self.means.columns_present(tokens)], dim=1)
 
-    def replace_absent(self, vector_H: Tensor) -> None:
-        """See `FusionModule`."""
+    def replace_absent(self, vector_X: Tensor) -> None:
+        """Where a learned vector stands for an absent modality, let it be these columns (width)."""
         if self.means is not None:
-            self.means.replace_absent(vector_H[self.queries_QD.numel() :])
+            self.means.replace_absent(vector_X[self.queries_QD.numel() :])
 
 
 class FqLayer(nn.Module):
@@ -150,7 +136,7 @@ class FqLayer(nn.Module):
         return x_UJD.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
-class MeanOfModalities(FusionModule):
+class MeanOfModalities(nn.Module):
     """Mean over the item's modalities of the mean of their projected tokens (D)."""
 
     def __init__(self, widths: Mapping[str, int], dim: int) -> None:
@@ -174,8 +160,15 @@ class MeanOfModalities(FusionModule):
             count_U1 = count_U1 + present_U1
         return torch.where(count_U1 > 0, total_UD / count_U1.clamp(min=1), self.absent_D)
 
+    def columns_present(self, tokens: Tokens) -> Tensor:
+        """(U, width) False where nothing of the item is read."""
+        return _any_present(tokens, self.width)
 
-class ConcatOfModalities(FusionModule):
+    def replace_absent(self, vector_X: Tensor) -> None:
+        """Nothing: items that lack one modality read the other, and `absent_D` has no start."""
+
+
+class ConcatOfModalities(nn.Module):
     """The mean token of every modality, side by side; an absent one is a learned vector."""
 
     def __init__(self, widths: Mapping[str, int]) -> None:
@@ -194,7 +187,7 @@ class ConcatOfModalities(FusionModule):
         return torch.cat(vectors, dim=1)
 
     def columns_present(self, tokens: Tokens) -> Tensor:
-        """See `FusionModule`."""
+        """(U, width) False where an absent modality's learned vector stands."""
         parts = [
             tokens[name].present.unsqueeze(1).expand(-1, len(absent_H))
             for name, absent_H in self.absent_H.items()
@@ -202,11 +195,14 @@ class ConcatOfModalities(FusionModule):
         return torch.cat(parts, dim=1)
 
     @torch.no_grad()
-    def replace_absent(self, vector_H: Tensor) -> None:
-        """See `FusionModule`."""
+    def replace_absent(self, vector_X: Tensor) -> None:
+        """Let absent modalities be these columns (width)."""
         widths = [len(absent_H) for absent_H in self.absent_H.values()]
-        for absent_H, part in zip(self.absent_H.values(), vector_H.split(widths), strict=True):
+        for absent_H, part in zip(self.absent_H.values(), vector_X.split(widths), strict=True):
             absent_H.copy_(part)
+
+
+FusionModule = FusionQFormer | MeanOfModalities | ConcatOfModalities
 
 
 def _any_present(tokens: Tokens, width: int) -> Tensor:

@@ -36,10 +36,13 @@ _STATES_PER_VALUE = 4
 _VECTORS_PER_ITEM = 4
 """Copies of a read vector: of the last layer, with the one for no content, its gradient, and
 normalised."""
+_HEAD_STATES = 1 + _STATES_PER_VALUE
+"""Values of the last layer, and what training holds of each."""
 _FUSED_PER_ITEM = 3
 """Copies of what the last layer reads: from the bank, standardised, its gradient."""
 _PASSES = 3
-"""Products of the last layer in a step: forward, and two gradients."""
+"""Products of the last layer in a step: forward, and two gradients (one where all before it is
+frozen)."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,10 @@ class _Point:
     def fused_bytes(self) -> int:
         return self.cost.encoder.fused_width * ELEMENT_BYTES
 
+    @property
+    def head_bytes(self) -> int:
+        return self.cost.encoder.fused_width * self.config.dim * ELEMENT_BYTES
+
     # --- seconds -----------------------------------------------------------------------------
 
     def encoder_s(self, num_items: int, *, twice: bool = False) -> float:
@@ -149,13 +156,11 @@ class _Point:
     def head_s(self) -> float:
         """The last layer, of all items that the rank reads, and its gradients added up."""
         encoder = self.cost.encoder
-        num_values = encoder.fused_width * self.config.dim
-        flops = _PASSES * 2 * self.items.read * num_values
-        added_up = self._collective_s() + all_reduce_seconds(num_values * ELEMENT_BYTES, self.shape)
+        added_up = self._collective_s() + all_reduce_seconds(self.head_bytes, self.shape)
         if self.on_gpu:
+            flops = _PASSES * 2 * self.items.read * encoder.fused_width * self.config.dim
             return added_up + self._gpu_s(flops, _PASSES, "fp32")
-        cpu_s_per_flop = encoder.forward_s / max(encoder.forward_flops, 1.0)
-        return added_up + flops * cpu_s_per_flop * self.shape.ranks_per_core
+        return added_up + self.items.read * encoder.head_s * self.shape.ranks_per_core
 
     def loss_s(self) -> float:
         """The contrastive loss of the rank's candidates."""
@@ -250,8 +255,8 @@ class _Point:
     # --- bytes -------------------------------------------------------------------------------
 
     def bank_bytes(self) -> float:
-        """A fused vector and the number of a step, of every item."""
-        return self._num_items() * (self.fused_bytes + _ID_BYTES)
+        """A fused vector and the number of a step, of every item; and the layer that reads them."""
+        return self._num_items() * (self.fused_bytes + _ID_BYTES) + _HEAD_STATES * self.head_bytes
 
     def refresh_bytes(self) -> float:
         """New vectors of all items beside the bank: a rank's own, twice, and those of all."""

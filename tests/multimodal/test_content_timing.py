@@ -18,7 +18,7 @@ def text_config(**changes: object) -> ContentConfig:
 
 
 def test_flops_of_a_text_tower_with_lora_are_those_of_its_products() -> None:
-    """One BERT layer with LoRA on query and value, then the mean token and two linear layers."""
+    """One BERT layer with LoRA on query and value, then the mean token and its projection."""
     cost = encoder_cost(text_config(fusion={"kind": "mean"}))
 
     square = 2 * TOKENS * HIDDEN * HIDDEN
@@ -26,17 +26,18 @@ def test_flops_of_a_text_tower_with_lora_are_those_of_its_products() -> None:
     scores = 2 * TOKENS * TOKENS * HIDDEN
     lora = 2 * TOKENS * HIDDEN * RANK
     mean = 2 * TOKENS * HIDDEN
-    head = 2 * HIDDEN * DIM + 2 * DIM * DIM
+    projection = 2 * HIDDEN * DIM
     # Query, key, value, output; scores, and values by them; two adapters of two products each.
-    forward = 4 * square + 2 * scores + feed_forward + 4 * lora + mean + head
+    forward = 4 * square + 2 * scores + feed_forward + 4 * lora + mean + projection
     assert cost.forward_flops == forward
     # Frozen weights get no gradient, and the stored tokens need none: behind the attention only
     # what flows through. Of the attention all but the keys' gradient; of LoRA, gradients of both
     # matrices, and of what lies between them.
-    backward = square + feed_forward + 3 * scores + 2 * (2 * lora + lora) + mean + 2 * head
+    backward = square + feed_forward + 3 * scores + 2 * (2 * lora + lora) + mean + 2 * projection
     assert cost.backward_flops == backward
-    # A and B of two adapters, projection, absent, output.
-    assert cost.parameters == 2 * (2 * RANK * HIDDEN) + (HIDDEN + 1) * DIM + DIM + (DIM + 1) * DIM
+    # A and B of two adapters, projection, absent; the last layer is the ranks'.
+    assert cost.parameters == 2 * (2 * RANK * HIDDEN) + (HIDDEN + 1) * DIM + DIM
+    assert cost.fused_width == DIM
 
 
 def test_flops_of_an_fq_former_over_a_frozen_tower() -> None:
@@ -52,8 +53,7 @@ def test_flops_of_an_fq_former_over_a_frozen_tower() -> None:
     of_queries = 2 * (2 * queries * DIM * DIM)
     keys_and_values = 2 * joint * DIM * 2 * DIM
     attention = 2 * (2 * queries * joint * DIM)
-    output = 2 * queries * DIM * DIM
-    behind = of_queries + keys_and_values + attention + output
+    behind = of_queries + keys_and_values + attention
     assert cost.forward_flops == projection + behind
     # Twice each, but tokens of a frozen tower need no gradient.
     assert cost.backward_flops == projection + 2 * behind
@@ -65,14 +65,15 @@ def test_memory_is_that_of_tokens_weights_and_at_least_what_backward_needs() -> 
     encoder = load_content_encoder(config)
     held = (*encoder.parameters(), *encoder.buffers())
     assert cost.weight_bytes == sum(part.numel() * part.element_size() for part in held)
-    assert cost.parameters == sum(p.numel() for p in encoder.parameters() if p.requires_grad)
+    trained = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
+    assert cost.parameters == trained - sum(p.numel() for p in encoder.output.parameters())
     # 32 words, and 16 patches with a class token, in half precision with a mask.
     positions = 32 + 17
     assert cost.token_bytes == positions * (2 * HIDDEN + 1)
     # The layer's input and the wide activation of its feed-forward block, in single precision.
     assert cost.activation_bytes > positions * 4 * (HIDDEN + INNER)
     assert cost.activation_bytes < positions * 4 * 100 * INNER
-    assert min(cost.forward_s, cost.backward_s) > 0
+    assert min(cost.forward_s, cost.backward_s, cost.head_s) > 0
     assert min(cost.forward_operations, cost.backward_operations) > 20
 
 

@@ -17,6 +17,8 @@ from pipeline.content_paths import ContentPaths
 from tests.pipeline.content_steps import recipe, write_inputs
 
 ROWS = np.array([1, 4, 7])
+WIDTH = 16
+"""Of the fused vectors: two queries of `recipe`'s dim."""
 
 
 def make_actor(folder: Path, text: Any = None, actor: int = 1, **placement: Any) -> ContentActor:
@@ -31,9 +33,9 @@ def make_actor(folder: Path, text: Any = None, actor: int = 1, **placement: Any)
     return made
 
 
-async def _update(actor: ContentActor, step: int, gradient_UD: np.ndarray) -> None:
+async def _update(actor: ContentActor, step: int, gradient_UH: np.ndarray) -> None:
     for rank in (1, 0):
-        await actor.contribute(step, rank, gradient_UD)
+        await actor.contribute(step, rank, gradient_UH)
     await actor.update(step, 1.0, await actor.finish(step, step))
 
 
@@ -41,15 +43,15 @@ def test_ranks_get_equal_vectors_and_their_gradients_are_averaged(tmp_path: Path
     async def steps(actor: ContentActor, gradients: list[np.ndarray]) -> np.ndarray:
         vectors = [await actor.encode(0, 0, ROWS) for _ in range(2)]
         assert np.array_equal(*vectors)
-        for rank, gradient_UD in enumerate(gradients):
-            await actor.contribute(0, rank, gradient_UD)
+        for rank, gradient_UH in enumerate(gradients):
+            await actor.contribute(0, rank, gradient_UH)
         gradient_P = await actor.finish(0, 0)
         await actor.update(0, 1.0, gradient_P)
         assert not np.array_equal(await actor.encode(1, 1, ROWS), vectors[0])
         return gradient_P
 
     random = np.random.default_rng(0)
-    first, second = random.standard_normal((2, 3, 8)).astype(np.float32)
+    first, second = random.standard_normal((2, 3, WIDTH)).astype(np.float32)
     mean = (first + second) / 2
     apart = asyncio.run(steps(make_actor(tmp_path), [first, second]))
     together = asyncio.run(steps(make_actor(tmp_path), [mean, mean]))
@@ -63,7 +65,7 @@ def test_items_wait_for_the_update_before_and_a_stale_service_for_the_one_before
         before = await actor.encode(0, 0, ROWS)
         asked = asyncio.create_task(actor.encode(1, num_updates, ROWS))
         await asyncio.sleep(0)
-        await _update(actor, 0, np.ones((3, 8), np.float32))
+        await _update(actor, 0, np.ones((3, WIDTH), np.float32))
         return before, await asked
 
     before, after = asyncio.run(ahead(make_actor(tmp_path), 1))
@@ -73,17 +75,17 @@ def test_items_wait_for_the_update_before_and_a_stale_service_for_the_one_before
 
 
 def test_calls_that_come_in_another_order_train_the_same_weights(tmp_path: Path) -> None:
-    gradient_UD = np.random.default_rng(0).standard_normal((3, 8)).astype(np.float32)
+    gradient_UH = np.random.default_rng(0).standard_normal((3, WIDTH)).astype(np.float32)
 
     async def contribute(actor: ContentActor, step: int) -> None:
         for rank in (0, 1):
-            await actor.contribute(step, rank, gradient_UD)
+            await actor.contribute(step, rank, gradient_UH)
 
     async def in_order(actor: ContentActor) -> np.ndarray:
         await actor.encode(0, 0, ROWS)
         ahead = await actor.encode(1, 0, ROWS)
-        await _update(actor, 0, gradient_UD)
-        await _update(actor, 1, gradient_UD)
+        await _update(actor, 0, gradient_UH)
+        await _update(actor, 1, gradient_UH)
         return ahead
 
     async def finished_before_the_update(actor: ContentActor) -> np.ndarray:
@@ -108,7 +110,7 @@ def test_calls_that_come_in_another_order_train_the_same_weights(tmp_path: Path)
         await asyncio.sleep(0.02)
         ahead = await actor.encode(1, 0, ROWS)
         await ending
-        await _update(actor, 1, gradient_UD)
+        await _update(actor, 1, gradient_UH)
         return ahead
 
     async def run(
@@ -133,7 +135,7 @@ def test_an_update_out_of_turn_is_refused(tmp_path: Path) -> None:
 def test_a_wait_that_is_too_long_says_who_waited_for_what(tmp_path: Path) -> None:
     async def one_rank_only(actor: ContentActor) -> None:
         await actor.encode(0, 0, ROWS)
-        await actor.contribute(0, 1, np.zeros((3, 8), np.float32))
+        await actor.contribute(0, 1, np.zeros((3, WIDTH), np.float32))
         with pytest.raises(TimeoutError, match=r"actor 1 .* finish step 0 for the gradients of"):
             await actor.finish(0, 0)
         with pytest.raises(TimeoutError, match="finish step 1 for the update of step 0"):
@@ -146,13 +148,14 @@ def test_a_wait_that_is_too_long_says_who_waited_for_what(tmp_path: Path) -> Non
 
 def test_an_actor_goes_on_from_the_state_of_another(tmp_path: Path) -> None:
     async def run(first: ContentActor, second: ContentActor) -> None:
-        gradient_UD = np.ones((3, 8), np.float32)
+        gradient_UH = np.ones((3, WIDTH), np.float32)
         await first.encode(0, 0, ROWS)
-        await _update(first, 0, gradient_UD)
-        await second.load(1, await first.state(1))
+        await _update(first, 0, gradient_UH)
+        head = {f"encoder/output.{name}": array for name, array in (await first.head()).items()}
+        await second.load(1, {**await first.state(1), **head})
         for actor in (first, second):
             await actor.encode(1, 1, ROWS)
-            await _update(actor, 1, gradient_UD)
+            await _update(actor, 1, gradient_UH)
         found = [await actor.encode_now(2, ROWS, exact=True) for actor in (first, second)]
         assert np.array_equal(*found)
 

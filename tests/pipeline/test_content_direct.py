@@ -167,7 +167,7 @@ def connected(
     monkeypatch.setattr(content_transport.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
     actors = [RecordingActor(0), RecordingActor(1)]
     calls = ActorCalls(actors, rank=0, timeout_s=TIMEOUT_S)
-    transport = DirectTransport(calls, RankGroup(), CPU, dim=2)
+    transport = DirectTransport(calls, RankGroup(), CPU, width=2)
     groups = [actor.joining.result() for actor in actors]
     yield transport, actors, groups
     transport.close(is_orderly=True)
@@ -226,7 +226,7 @@ def test_an_actor_that_dies_ends_a_wait_long_before_its_timeout(
     monkeypatch.setattr(content_transport.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
     actor = DyingActor(0)
     transport = DirectTransport(
-        ActorCalls([actor], rank=0, timeout_s=TIMEOUT_S), RankGroup(), CPU, dim=2
+        ActorCalls([actor], rank=0, timeout_s=TIMEOUT_S), RankGroup(), CPU, width=2
     )
     asked = transport.request(3, 3, torch.arange(4))
     actor.process.kill()

@@ -43,10 +43,10 @@ def test_what_all_ranks_ask_an_actor_for_at_once_does_not_grow_with_their_number
     monkeypatch.setattr(content_transport.ray, "get", lambda answers, timeout: answers)
     ranks = OneOf(num_ranks - 1, num_ranks)
     calls = ActorCalls(actors, ranks.rank, timeout_s=1.0)
-    transport = StoreTransport(calls, ranks, torch.device("cpu"), dim=2)
-    vectors_RD = transport.encode_all(5, num_rows, exact=True)
+    transport = StoreTransport(calls, ranks, torch.device("cpu"), width=2)
+    vectors_RH = transport.encode_all(5, num_rows, exact=True)
 
     rows = torch.arange(num_rows)[(num_ranks - 1) * -(-num_rows // num_ranks) :]
-    assert torch.equal(vectors_RD, torch.stack([rows, rows], dim=1).float())
+    assert torch.equal(vectors_RH, torch.stack([rows, rows], dim=1).float())
     largest = max(max(actor.requests) for actor in actors)
     assert largest * num_ranks <= max(1024, num_ranks)

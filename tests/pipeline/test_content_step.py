@@ -44,6 +44,7 @@ ENCODER = EncoderCost(
     weight_bytes=10**7,
     parameters=10**5,
     fused_width=WIDTH,
+    head_s=2e-6,
 )
 CIC = CicCost(
     flops_per_item=1e4,
@@ -123,7 +124,7 @@ def test_cpu_ranks_take_the_measured_time(monkeypatch: pytest.MonkeyPatch) -> No
     ids = 3 / 4 * 4 * ITEMS * 8 / 10e9
     vectors, values = ITEMS * WIDTH * 4, 10**5 * 4
     rings = (3 / 4 * vectors + 2 * 3 / 4 * (vectors + values + HEAD_BYTES)) / 10e9
-    head = HEAD_FLOPS * 0.01 / 3e9
+    head = ITEMS * 2e-6
     assert step.rank_s == pytest.approx(250 * 0.03 + reading + head + ids + rings + 5 * CPU_CALL_S)
     with_loss = step_of("cpu:4", config_of())
     assert with_loss.rank_s - step.rank_s == pytest.approx(1e-9 * (1e7 + 1e8))
@@ -137,7 +138,7 @@ def test_more_cpu_ranks_than_cores_take_turns(monkeypatch: pytest.MonkeyPatch) -
         seconds[cores] = step_of("cpu:6", config_of()).rank_s
     share = 167  # of 1000 items
     loss = 1e-9 * (1e4 * ITEMS + 100 * ITEMS**2)
-    alone = share * (0.03 + 5e4 * 2 / CORE_BANDWIDTH) + loss + HEAD_FLOPS * 0.01 / 3e9
+    alone = share * (0.03 + 5e4 * 2 / CORE_BANDWIDTH) + loss + ITEMS * 2e-6
     assert seconds[2] - seconds[64] == pytest.approx(2 * alone)
 
 
@@ -182,7 +183,7 @@ def test_stale_micro_batches_start_as_many_kernels_as_they_are_pieces() -> None:
 
 def test_a_rank_holds_bank_encoder_and_its_share() -> None:
     step = step_of("h100:8", config_of())
-    bank = ITEMS * (WIDTH * 4 + 8)
+    bank = ITEMS * (WIDTH * 4 + 8) + 5 * HEAD_BYTES
     encoder = 10**7 + 4 * 4 * 10**5
     encoding = 125 * (5e4 + 1e6)
     vectors = 4 * ITEMS * DIM * 4 + (3 + 2) * ITEMS * WIDTH * 4
@@ -192,7 +193,9 @@ def test_a_rank_holds_bank_encoder_and_its_share() -> None:
     items = EVERY_ITEM.model_copy(update={"num_items": 10**9})
     large = step_of("h100:8", config_of(), COST.model_copy(update={"items": items}))
     copies = 10**9 * WIDTH * 4 * (1 + 2 / 8)
-    assert large.rank_bytes == pytest.approx(10**9 * (WIDTH * 4 + 8) + encoder + copies)
+    assert large.rank_bytes == pytest.approx(
+        10**9 * (WIDTH * 4 + 8) + 5 * HEAD_BYTES + encoder + copies
+    )
 
 
 def service(transport: str = "object_store", **changes: object) -> ContentConfig:

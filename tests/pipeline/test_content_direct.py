@@ -22,7 +22,7 @@ from pipeline.content_actor import ContentActor
 from pipeline.content_group import TensorGroup, meeting_place, of_ranks_and, wait
 from pipeline.content_transport import ActorCalls, ContentServiceError, DirectTransport
 from tests.pipeline.tensor_groups import sit_in_group
-from tests.pipeline.test_content_actor import ROWS, make_actor
+from tests.pipeline.test_content_actor import ROWS, WIDTH, make_actor
 
 TIMEOUT_S, SHORT_S = 60.0, 0.5
 CPU = torch.device("cpu")
@@ -46,11 +46,11 @@ class TwoRanks:
             self.groups = [future.result() for future in joining]
 
     def listen(self) -> list[tuple[Tensor, Any]]:
-        tensors = [torch.empty(len(ROWS), 8) for _ in self.groups]
+        tensors = [torch.empty(len(ROWS), WIDTH) for _ in self.groups]
         return [(t, g.broadcast(t)) for t, g in zip(tensors, self.groups, strict=True)]
 
     def contribute(self, gradients: np.ndarray) -> list[tuple[Tensor, Any]]:
-        tensors = [torch.tensor(gradient_UD) for gradient_UD in gradients]
+        tensors = [torch.tensor(gradient_UH) for gradient_UH in gradients]
         return [(t, g.add_to_first(t)) for t, g in zip(tensors, self.groups, strict=True)]
 
 
@@ -61,8 +61,8 @@ async def called(
     found = {"first": await actor.encode(0, 0, ROWS)}
     if staleness:
         found["second"] = await actor.encode(1, 0, ROWS)
-    for rank, gradient_UD in enumerate(gradients):
-        await actor.contribute(0, rank, gradient_UD)
+    for rank, gradient_UH in enumerate(gradients):
+        await actor.contribute(0, rank, gradient_UH)
     await actor.update(0, 1.0, await actor.finish(0, staleness))
     if not staleness:
         found["second"] = await actor.encode(1, 1, ROWS)
@@ -71,7 +71,7 @@ async def called(
 
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_it_trains_the_same_weights_however_calls_come_in(staleness: int, tmp_path: Path) -> None:
-    gradients = np.random.default_rng(0).standard_normal((2, 3, 8)).astype(np.float32)
+    gradients = np.random.default_rng(0).standard_normal((2, 3, WIDTH)).astype(np.float32)
     in_turn = ["first", "sum", "update", "second", "now"]
     if staleness:
         in_turn = ["first", "second", "sum", "update", "now"]
@@ -106,8 +106,8 @@ def test_it_trains_the_same_weights_however_calls_come_in(staleness: int, tmp_pa
     actor = make_actor(tmp_path, actor=0, staleness=staleness, timeout_s=TIMEOUT_S)
     found = asyncio.run(directly(actor, TwoRanks(actor)))
     # Sums of two numbers have no order.
-    for name, vectors_UD in expected.items():
-        np.testing.assert_array_equal(found[name], vectors_UD, err_msg=name)
+    for name, vectors_UH in expected.items():
+        np.testing.assert_array_equal(found[name], vectors_UH, err_msg=name)
     assert not np.array_equal(expected["first"], expected["now"])
 
 
@@ -120,10 +120,10 @@ def test_an_actor_that_waits_for_ranks_lets_calls_in_and_says_for_whom_it_waited
         for _, work in posted:
             wait(work, TIMEOUT_S)
         actor.service = actor.service.model_copy(update={"timeout_s": SHORT_S})
-        ranks.groups[0].add_to_first(torch.zeros(3, 8))
+        ranks.groups[0].add_to_first(torch.zeros(3, WIDTH))
         ending = asyncio.create_task(actor.finish(0, 0, 1))
         await asyncio.sleep(0.05)
-        await actor.contribute(0, 1, np.zeros((3, 8), np.float32))
+        await actor.contribute(0, 1, np.zeros((3, WIDTH), np.float32))
         assert not ending.done()
         with pytest.raises(
             TimeoutError, match="actor 0 .* 0.5 s to finish step 0 for the gradients"
@@ -134,7 +134,7 @@ def test_an_actor_that_waits_for_ranks_lets_calls_in_and_says_for_whom_it_waited
     ranks = TwoRanks(actor)
     asyncio.run(lonely(actor, ranks))
     # The other rank comes at last: who drops a group waits for what is posted in it.
-    ranks.groups[1].add_to_first(torch.zeros(3, 8))
+    ranks.groups[1].add_to_first(torch.zeros(3, WIDTH))
 
 
 class RecordingActor:

@@ -28,7 +28,7 @@ from embedding.checkpoint import (
 from embedding.config import ManagedCollision, StrictConfig
 from embedding.errors import UserError
 from embedding.id_map import NO_ID
-from multimodal.content_head import trained_head
+from multimodal.content_head import trained_vectors
 from pipeline.config import Recipe
 from ranking.averaging import published_weights
 
@@ -64,7 +64,9 @@ class Bundle(StrictConfig):
 def write_bundle(
     recipe: Recipe, checkpoint: Path, directory: Path, codebooks: str | None = None
 ) -> Bundle:
-    """Write the bundle of one checkpoint; memory is bounded by one block of rows.
+    """Write the bundle of one checkpoint.
+
+    Of tables, memory holds one block of rows; of content, what the bank holds of all items.
 
     Args:
         recipe: what the checkpoint was trained with.
@@ -181,7 +183,7 @@ def _content(checkpoint: Path) -> dict[str, Tensor]:
     (state,) = read_companion(checkpoint, "step").values()
     assert state[1], f"the content bank of {checkpoint} is older than its weights"
     bank, encoder = (read_companion(checkpoint, part) for part in ("bank/", "encoder/"))
-    return {"item_ids": bank["item_ids"], "vectors": trained_head(encoder)(bank["fused"])}
+    return {"item_ids": bank["item_ids"], "vectors": trained_vectors(encoder, bank)}
 
 
 def _sha256(path: Path) -> str:

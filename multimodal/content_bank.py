@@ -85,7 +85,8 @@ class ContentBank:
         if self.num_rows and not self.fits(tensors):
             raise UserError(
                 "the content bank of the checkpoint is of other items or another content.fusion "
-                "than this run's content: start a new run, or restore the content artifact"
+                "than this run's content, or an earlier version wrote it: start a new run, or "
+                "restore the content artifact"
             )
         if self.num_rows:
             self.fused_RH.copy_(tensors["fused"])

@@ -174,7 +174,7 @@ class ContentOptimizer(StrictConfig):
     """AdamW of everything in the content encoder."""
 
     learning_rate: PositiveFloat = 1e-3
-    """Of the fusion."""
+    """Of the fusion, and of the vectors that stand for what an item lacks."""
     lora_learning_rate: PositiveFloat = 1e-3
     head_learning_rate: PositiveFloat = 1e-3
     """Of the last layer, which learns from every item of a step, encoded or not."""
@@ -249,7 +249,8 @@ class ContentConfig(StrictConfig):
     """Of the content vector."""
     fusion: Fusion = FqFormer()
     frozen: bool = False
-    """Train nothing of the encoder but its last linear layer: an ablation."""
+    """Train nothing of the encoder but its last linear layer: an ablation. Items are encoded once,
+    in float32, so `gradient`, `precision`, and all rates but `head_learning_rate` have no say."""
     in_history: bool = True
     """Attend from the candidate's content over that of the history."""
     gradient: Gradient = Gradient()
@@ -287,6 +288,11 @@ class ContentConfig(StrictConfig):
             raise ValueError(
                 f"content.frozen trains no tower, but {', '.join(trained)} has lora; set "
                 f"content.{trained[0]}.lora=null"
+            )
+        if self.frozen and isinstance(self.placement, Service):
+            raise ValueError(
+                "content.frozen trains only the encoder's last layer, which is the ranks': actors "
+                "would have nothing to do; set content.placement={kind: inline}"
             )
         if self.text and self.image and self.text.column == self.image.column:
             raise ValueError(

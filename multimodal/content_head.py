@@ -12,11 +12,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from embedding.errors import UserError
 from multimodal.content_config import ContentConfig
 from multimodal.rank_group import RankGroup
 from multimodal.standardised import StandardisedLinear
 from multimodal.trained_parameters import TrainedParameters
 
+_ITEMS_AT_A_TIME = 65_536
 _LAYER = "output."
 _ENCODER = "encoder/"
 """In a checkpoint it is a layer of the encoder like the others."""
@@ -83,13 +85,31 @@ class ContentHead:
         self._trained.load_optimizer_state(tensors)
 
 
-def trained_head(encoder: Mapping[str, Tensor]) -> StandardisedLinear:
-    """The layer among the weights of a checkpoint's encoder, on the CPU."""
+def trained_vectors(
+    encoder: Mapping[str, Tensor], bank: Mapping[str, Tensor], rows_N: Tensor | None = None
+) -> Tensor:
+    """Content vectors (N, D) of a checkpoint, on the CPU.
+
+    Args:
+        encoder: its tensors below `encoder/`.
+        bank: its tensors below `bank/`.
+        rows_N: of the bank; None: all.
+
+    Raises:
+        UserError: an earlier version of this program wrote it.
+    """
+    if "fused" not in bank:
+        raise UserError(
+            "the content bank of this checkpoint was written by an earlier version: it holds "
+            "vectors without what their last layer reads; train the day again, a warm start from "
+            "it carries the encoder over"
+        )
     weights = _below(_LAYER, encoder)
     dim, width = weights["weight"].shape
     layer = StandardisedLinear(width, dim).requires_grad_(False)
     layer.load_state_dict(weights)
-    return layer
+    fused_NH = bank["fused"] if rows_N is None else bank["fused"][rows_N]
+    return torch.cat([layer(part) for part in fused_NH.split(_ITEMS_AT_A_TIME)])
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

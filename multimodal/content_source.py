@@ -115,7 +115,7 @@ class TrainedContent:
         placed = config.placement
         self._encodes = not config.frozen
         """Whether steps train more than the head; else the bank is filled once."""
-        self._is_ahead = self._encodes and isinstance(placed, Service) and placed.staleness == 1
+        self._is_ahead = isinstance(placed, Service) and placed.staleness == 1
         self._upcoming: deque[ItemRows] = deque()
         self._requested: dict[int, Tensor] = {}
         self._current: _Step | None = None
@@ -148,7 +148,7 @@ class TrainedContent:
             self._is_fresh = True
 
     def read(self, items: ItemRows) -> ContentVectors:
-        """Vectors as of the last `refresh`."""
+        """Vectors with the present last layer, of what was fused at the last `refresh`."""
         with torch.no_grad():
             return _content(self.head.vectors(self.bank.read(items.rows_U[1:])), items)
 
@@ -218,14 +218,16 @@ class TrainedContent:
         if is_due and not self._is_fresh:
             # What is frozen is encoded once: as exactly as what is published.
             self._fill_bank(exact=not self._encodes)
-            self._is_fresh = True
+            self._is_fresh = not self._encodes
         rows_G = self._encode(items) if self._encodes else None
         fused_UH = self.bank.read(items.rows_U[1:]).requires_grad_(self._encodes)
         vectors_UD = self.head.vectors(fused_UH)
         content = _content(vectors_UD.detach(), items)
         content.vectors_UD.requires_grad_()
         self._current = _Step(content, vectors_UD, fused_UH, rows_G)
-        self._meter.read(self.bank.ages(items.rows_U[1:], self.step))
+        self._meter.num_read += len(vectors_UD)
+        if self._encodes:
+            self._meter.add_ages(self.bank.ages(items.rows_U[1:], self.step))
         return content
 
     def _encode(self, items: ItemRows) -> Tensor:
@@ -237,13 +239,18 @@ class TrainedContent:
         rows_G = self._requested.pop(self.step)
         computed_at = self.step - 1 if self._is_ahead else self.step
         fused_GH = self.placement.vectors(self.step)
-        with torch.no_grad():
-            before_GD = self.head.vectors(self.bank.read(rows_G))
-            self._meter.compare(before_GD, self.head.vectors(fused_GH))
+        self._meter.encoded += len(rows_G)
+        self._compare(self._ranks.share(rows_G), self._ranks.share(fused_GH))
         self.bank.write(rows_G, fused_GH, max(computed_at, 0))
         if self._upcoming:
             self._request(self.step + 1, self._upcoming[0])
         return rows_G
+
+    @torch.no_grad()
+    def _compare(self, rows: Tensor, fused: Tensor) -> None:
+        """Of this rank's share of the encoded items: what encoding them anew has changed."""
+        before, now = (self.head.vectors(each) for each in (self.bank.read(rows), fused))
+        self._meter.add_cosines(cosine_similarity(before, now, dim=1))
 
     def _learn(self, rate_factor: float) -> None:
         assert self._current is not None
@@ -328,25 +335,28 @@ class _Meter:
         self.steps = 0
         self.encoded = 0
         self.num_read = 0
-        self.age_sum: Tensor | float = 0.0
+        self.num_compared = 0
+        self.age_sum: Tensor | None = None
         self.cosine_sum: Tensor | float = 0.0
 
-    def compare(self, before_GD: Tensor, after_GD: Tensor) -> None:
-        """Count the vectors encoded in a step; nothing here waits for the device."""
-        self.encoded += len(after_GD)
-        self.cosine_sum = self.cosine_sum + cosine_similarity(before_GD, after_GD, dim=1).sum()
+    def add_cosines(self, cosines: Tensor) -> None:
+        """Of items before and after they are encoded; nothing here waits for the device."""
+        self.num_compared += len(cosines)
+        self.cosine_sum = self.cosine_sum + cosines.sum()
 
-    def read(self, ages_U: Tensor) -> None:
-        """Count the vectors that a step reads."""
-        self.num_read += len(ages_U)
-        self.age_sum = self.age_sum + ages_U.sum()
+    def add_ages(self, ages_U: Tensor) -> None:
+        """Of the vectors that a step reads."""
+        self.age_sum = ages_U.sum() + (0 if self.age_sum is None else self.age_sum)
 
     def values(self) -> dict[str, float]:
-        """Means over the steps."""
-        steps, num_read = max(self.steps, 1), max(self.num_read, 1)
-        return {
+        """Means over the steps; without what there was nothing of."""
+        steps = max(self.steps, 1)
+        values = {
             "content/encoded_items": self.encoded / steps,
             "content/distinct_items_per_rank": self.num_read / steps,
-            "content/bank_age_steps": float(self.age_sum) / num_read,
-            "content/bank_cosine": float(self.cosine_sum) / max(self.encoded, 1),
         }
+        if self.age_sum is not None:
+            values["content/bank_age_steps"] = float(self.age_sum) / max(self.num_read, 1)
+        if self.num_compared:
+            values["content/bank_cosine"] = float(self.cosine_sum) / self.num_compared
+        return values

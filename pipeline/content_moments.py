@@ -19,7 +19,7 @@ from embedding.item_columns import candidate_feature
 from embedding.raw_ids import Int64Array
 from multimodal.content_config import ContentConfig
 from multimodal.content_encoder import load_content_encoder, load_moments
-from multimodal.content_head import trained_head
+from multimodal.content_head import trained_vectors
 from multimodal.stored_content import ContentReader
 from multimodal.vectors import sample_rows
 from pipeline.config import Recipe
@@ -54,7 +54,7 @@ def vector_sets(
     known = torch.searchsorted(bank["item_ids"], torch.from_numpy(item_ids_N.copy()))
     pairs = [
         ("content, before training", start_vectors(config, reader, rows, encoder)),
-        ("content, after training", trained_head(encoder)(bank["fused"][known])),
+        ("content, after training", trained_vectors(encoder, bank, known)),
     ]
     table = _item_table(recipe)
     if table is not None and not isinstance(table.ids, ManagedCollision):

@@ -18,7 +18,7 @@ from math import ceil, floor
 from embedding.cluster_shape import ClusterShape
 from embedding.cost_constants import CORE_BANDWIDTH, CPU_CALL_S, GPU_CALL_S, GPU_EXCHANGE_S
 from embedding.limits import ELEMENT_BYTES
-from multimodal.content_config import ContentConfig, Inline, Service
+from multimodal.content_config import ContentConfig, Service
 from multimodal.content_cost import EncoderCost
 from pipeline.capacity_step import all_gather_seconds, all_reduce_seconds, gpu_seconds
 from pipeline.capacity_types import ContentCost
@@ -89,7 +89,7 @@ def content_step(
     placement = config.placement
     every_rank_s = point.loss_s() + point.head_s()
     if config.frozen:
-        held = point.encoder_bytes() if isinstance(placement, Inline) else 0.0
+        held = point.encoder_bytes()
         return ContentStep(
             items=items,
             rank_s=every_rank_s,

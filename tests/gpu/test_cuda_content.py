@@ -27,6 +27,7 @@ CLOSE = {"rtol": 1e-3, "atol": 1e-5}  # float32 through towers, fusion and back
 FUSIONS: list[dict[str, object]] = [
     {"kind": "fq_former", "modality_embedding": True},
     {"kind": "fq_former", "num_layers": 2, "feed_forward": True},
+    {"kind": "fq_former", "dim": 24, "mean_tokens": True},
     {"kind": "mean"},
     {"kind": "concat"},
 ]

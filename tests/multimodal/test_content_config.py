@@ -45,6 +45,10 @@ def test_a_written_config_reads_back_equal() -> None:
             "content.fusion.dim=30 .* use 32",
         ),
         ({"text": {}, "frozen": True}, "content.text.lora=null"),
+        (
+            {"text": {"lora": None}, "frozen": True, "placement": {"kind": "service"}},
+            "content.placement={kind: inline}",
+        ),
         ({"text": {"column": "a"}, "image": {"column": "a"}}, "name two"),
         ({"text": {"lora": {"target_modules": []}}}, "leave it out"),
         ({"text": {}, "fusion": {"kind": "sum"}}, "fq_former"),

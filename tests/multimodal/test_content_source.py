@@ -203,6 +203,7 @@ def test_of_a_frozen_encoder_every_item_is_read_once_and_all_items_train_its_las
         _loss(expected, weights).backward()
         optimizer.step()
     torch.testing.assert_close(content.head.layer.weight, plain.output.weight)
+    assert "content/bank_age_steps" not in content.metrics()  # it is never behind
     content.refresh()
     every = ItemRows.of(torch.arange(NUM_ITEMS), {})
     torch.testing.assert_close(content.read(every).vectors_UD[1:], plain(tokens).detach())
@@ -230,12 +231,14 @@ def test_bf16_steps_follow_fp32_ones_and_published_vectors_are_fp32(
     reduced, learner = _content(config)
     items, weights = next(_batches(1))
     read = torch.cat([items.candidate_B, items.histories["past"].items_N])
+    start = whole.head.layer.weight.clone()
     vectors = []
     for content in (whole, reduced):
         given = content.train(items).vectors_UD
         vectors.append(given.detach())
         (weights * given[read]).sum().backward()
         content.learn(0.0)
+    assert whole.head.layer.weight.equal(start)  # rates times 0
     assert vectors[1].dtype == torch.float32
     torch.testing.assert_close(vectors[1], vectors[0], rtol=0.05, atol=0.02)
     assert not vectors[1].equal(vectors[0])
@@ -334,7 +337,13 @@ def test_a_restored_run_goes_on_as_if_it_had_not_stopped() -> None:
 def test_a_warm_start_keeps_the_bank_only_for_the_same_texts_and_images() -> None:
     config = _config("targets")
     yesterday, _ = _content(config, tokens=1)
+    start = yesterday.head.layer.weight.clone()
+    for batch, weights in _batches(2):
+        given = yesterday.train(batch)
+        _loss(given.vectors_UD[batch.candidate_B], weights[:NUM_SAMPLES]).backward()
+        yesterday.learn(1.0)
     content_head = copy.deepcopy(yesterday.head.layer)
+    assert not content_head.weight.equal(start)
     yesterday.refresh()
     yesterday.bank.fused_RH[3] = 7.0  # not what the encoder gives
     saved = {name: value.clone() for name, value in yesterday.tensors().items()}

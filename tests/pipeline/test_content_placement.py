@@ -40,6 +40,12 @@ SERVICE = {
 DIRECT = {**SERVICE, "transport": "direct"}
 BOUNDED = {"items": "targets+sample", "sample_share": 0.5, "max_items_per_step": 6}
 """Less than what a rank shows: it draws some of its candidates and of its history items."""
+FROZEN: dict[str, Any] = {
+    "text": {"lora": None},
+    "image": {"lora": None},
+    "fusion": {"kind": "concat"},
+    "frozen": True,
+}
 ON_RANKS: dict[str, dict[str, Any]] = {
     "inline": {},
     "one_actor": {"placement": {**SERVICE, "num_actors": 1}},
@@ -47,6 +53,7 @@ ON_RANKS: dict[str, dict[str, Any]] = {
     "two_direct": {"placement": {**DIRECT, "num_actors": 2}},
     "stale": {"placement": {**SERVICE, "staleness": 1}},
     "stale_direct": {"placement": {**DIRECT, "num_actors": 2, "staleness": 1}},
+    "frozen": FROZEN,
     "bounded": {"gradient": BOUNDED},
     "bounded_actors": {"gradient": BOUNDED, "placement": {**SERVICE, "num_actors": 2}},
     "bounded_direct": {"gradient": BOUNDED, "placement": {**DIRECT, "num_actors": 2}},
@@ -61,18 +68,21 @@ class _Cases(StrictConfig):
 def test_every_placement_trains_what_one_process_trains(tmp_path: Path) -> None:
     write_inputs(tmp_path)
     with one_process():
-        train_cases({"folder": str(tmp_path), "cases": json.dumps({"one_process": {}})})
+        alone = {"one_process": {}, "frozen_alone": FROZEN}
+        train_cases({"folder": str(tmp_path), "cases": json.dumps(alone)})
     cluster = ClusterConfig(num_workers=2, max_failures=0)
     with RaySession(cluster) as session:
         session.start()
         job = _Cases(folder=str(tmp_path), cases=json.dumps(ON_RANKS))
         run_workers(train_cases_of_job, job, cluster, tmp_path)
-    found = {name: torch.load(tmp_path / f"{name}.pt") for name in ("one_process", *ON_RANKS)}
+    found = {name: torch.load(tmp_path / f"{name}.pt") for name in (*alone, *ON_RANKS)}
 
     expected = found["one_process"]
     assert expected["losses"][-1] < expected["losses"][0]
     for name in ("inline", "one_actor", "two_actors", "two_direct"):
         _assert_same(found[name], expected, name)
+    _assert_same(found["frozen"], found["frozen_alone"], "frozen")
+    assert difference(found["frozen"]["dense"], expected["dense"]) > 100 * TOLERANCE
     # One step behind, from the second step on: each vector was computed one step ago.
     stale = found["stale"]
     assert stale["losses"][0] == pytest.approx(expected["losses"][0], abs=TOLERANCE)

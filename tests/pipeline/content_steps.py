@@ -84,10 +84,10 @@ def recipe(**content: Any) -> Recipe:
     )
 
 
-def write_inputs(folder: Path) -> None:
+def write_inputs(folder: Path, **content: Any) -> None:
     """Samples of `NUM_STEPS` global batches, and the stored tokens of the items."""
     write_samples(folder / "samples.parquet")
-    write_tokens(folder)
+    write_tokens(folder, **content)
 
 
 def write_samples(path: Path) -> None:
@@ -110,10 +110,10 @@ def write_samples(path: Path) -> None:
     pq.write_table(table, path)
 
 
-def write_tokens(folder: Path) -> None:
+def write_tokens(folder: Path, **settings: Any) -> None:
     """Random tokens of the items, as if the towers of `recipe` had made them, and their index."""
     tokens = random_tokens(NUM_ITEMS)
-    content = recipe().content
+    content = recipe(**settings).content
     assert content is not None
     modalities, places = {}, {}
     for name, part in tokens.modalities.items():

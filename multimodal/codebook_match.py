@@ -14,7 +14,6 @@ codewords of level l is how far those of level l - 1 moved, and then the distanc
 # D vector dim, P FSQ directions.
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +24,7 @@ from multimodal.fsq import FsqLevel
 from multimodal.kmeans import nearest_codewords
 from multimodal.residual_quantizer import ResidualCodebooks
 from multimodal.vector_quantizer import FREE, ItemCodebook
-from multimodal.vectors import Int64Array
-
-BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
+from multimodal.vectors import BoolArray, Int64Array
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 
 from embedding.config import StrictConfig
-from multimodal.codebook_match import BoolArray, Carry, align, carry_items, fresh
+from multimodal.codebook_match import Carry, align, carry_items, fresh
 from multimodal.codebook_store import Codebooks
 from multimodal.codes_config import Codes, RefitPolicy, Rq
 from multimodal.residual_fit import fit_residual, training_rows
 from multimodal.residual_quantizer import CPU, ResidualCodebooks
 from multimodal.vector_quantizer import take_item_codebook
-from multimodal.vectors import FloatArray, Int32Array, Int64Array, read_rows, sample_rows
+from multimodal.vectors import BoolArray, FloatArray, Int32Array, Int64Array, read_rows, sample_rows
 
 _HELD_OUT_SHARE = 0.1
 _MAX_HELD_OUT = 10_000

@@ -20,7 +20,7 @@ from embedding.config import StrictConfig
 from multimodal.content_config import ContentConfig
 
 MAX_FSQ_CODES = 1 << 20
-_CODES_FORMAT = 2
+CODES_FORMAT = 3
 """Of codes artifacts; those of another format are made again."""
 
 # --- nearest items -------------------------------------------------------------------------------
@@ -392,7 +392,7 @@ class Codes(StrictConfig):
 
     @property
     def _format(self) -> dict[str, Any]:
-        return {"vector_dims": self.features.vector_dims, "format": _CODES_FORMAT}
+        return {"vector_dims": self.features.vector_dims, "format": CODES_FORMAT}
 
 
 def suggested_codebook_size(num_items: int) -> int:

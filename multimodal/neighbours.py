@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from multimodal.codes_config import ExactIndex, HnswIndex, IndexBySize, ItemIndex, IvfIndex
 from multimodal.exact_lookup import exact_products, rounding
-from multimodal.vectors import Float32Array, FloatArray, Int64Array, unit_rows
+from multimodal.vectors import BoolArray, Float32Array, FloatArray, Int64Array, unit_rows
 
 _GROUP = 128
 _MAX_SCORES = 1 << 25
 """Scores in memory at once."""
 _QUERIES_PER_BLOCK = {"cpu": 256, "cuda": 4096}
+_MAX_CANDIDATES = 1 << 20
+"""Pairs of query and item that are put in order at once: some 250 bytes each."""
 _SPARE = 8
 """Candidates beyond those that are wanted: the exact order may bring some of them in."""
 _IVF_POINTS_PER_LIST = 64
@@ -118,15 +120,36 @@ def exact_order(index: Index, items_ND: Float32Array, vectors_BD: FloatArray, k:
     left, width = np.flatnonzero(queries_BD.any(axis=1)), k + _SPARE
     while len(left):
         width = min(width, len(items_ND))
-        scores_Lm, ids_Lm = index.search(queries_BD[left], width)
-        found_Bk[left] = _by_product(vectors_BD[left], items_ND, ids_Lm)[:, :k]
+        size = max(1, _MAX_CANDIDATES // width)
+        unsure = []
+        for rows in np.split(left, range(size, len(left), size)):
+            found_Bk[rows], is_unsure = _best(
+                index, items_ND, vectors_BD[rows], queries_BD[rows], width, k
+            )
+            unsure.append(rows[is_unsure])
         if width == len(items_ND) or not isinstance(index, ExactSearch):
             break
-        # All others have scores no better than the last one's, and k have better ones for sure.
-        scores_Lm = -np.sort(-scores_Lm, axis=1)
-        gap = scores_Lm[:, k - 1] - scores_Lm[:, -1]
-        left, width = left[gap <= 2 * rounding(items_ND.shape[1])], 4 * width
+        left, width = np.concatenate(unsure), 4 * width
     return found_Bk
+
+
+def _best(
+    index: Index,
+    items_ND: Float32Array,
+    vectors_BD: FloatArray,
+    queries_BD: Float32Array,
+    width: int,
+    k: int,
+) -> tuple[Int64Array, BoolArray]:
+    """The best k (B, k) of `width` candidates, and whether others may be better (B,)."""
+    scores_Bm, ids_Bm = index.search(queries_BD, width)
+    sorted_Bm = -np.sort(-scores_Bm, axis=1)
+    # Two scores are off by so much at most: what is further below the k-th one is worse for sure,
+    # and all that were not proposed are no better than the last one.
+    least_B1 = sorted_Bm[:, [k - 1]] - 2 * rounding(items_ND.shape[1])
+    proposed_Bm = np.where(scores_Bm >= least_B1, ids_Bm, -1)
+    is_unsure_B = sorted_Bm[:, -1] >= least_B1[:, 0]
+    return _by_product(vectors_BD, items_ND, proposed_Bm)[:, :k], is_unsure_B
 
 
 def _by_product(vectors_BD: FloatArray, items_ND: Float32Array, ids_Bm: Int64Array) -> Int64Array:

@@ -17,6 +17,7 @@ FloatArray = np.ndarray[Any, np.dtype[np.floating[Any]]]
 Float32Array = np.ndarray[Any, np.dtype[np.float32]]
 Int32Array = np.ndarray[Any, np.dtype[np.int32]]
 Int64Array = np.ndarray[Any, np.dtype[np.int64]]
+BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
 
 ROWS_PER_BLOCK = 1 << 16
 _ROWS_PER_DIGEST = 1 << 14

@@ -220,7 +220,7 @@ class DayEncoder:
         if self._run is None or len(parts) == 1:
             encoder = ItemEncoder(books.codebooks, with_rq=with_rq, near=near, device=self.device)
             for part in parts:
-                vectors_BD = self.items.vectors_ND[part]
+                vectors_BD = _some(self.items.vectors_ND, part)
                 yield part, encoder(Piece(own_N[part], vectors_BD))
             return
         with ExitStack() as after:
@@ -244,5 +244,11 @@ class DayEncoder:
 
     def _piece(self, rows: Int64Array, own_N: Int64Array) -> Piece:
         if self.items.file is None:
-            return Piece(own_N[rows], self.items.vectors_ND[rows])
+            return Piece(own_N[rows], _some(self.items.vectors_ND, rows))
         return Piece(own_N[rows], None, self.items.file.absolute(), rows)
+
+
+def _some(vectors_ND: FloatArray, rows: Int64Array) -> FloatArray:
+    """Some ascending rows; a view where they are consecutive, for it may be a file."""
+    first, last = int(rows[0]), int(rows[-1])
+    return vectors_ND[first : last + 1] if last - first + 1 == len(rows) else vectors_ND[rows]

@@ -10,9 +10,8 @@ import pyarrow.compute as pc
 
 from embedding.errors import UserError
 from embedding.raw_ids import Int64Array, to_raw_ids
-from multimodal.codebook_match import BoolArray
 from multimodal.codes_config import ColumnVectors
-from multimodal.vectors import Float32Array, FloatArray, row_digests
+from multimodal.vectors import BoolArray, Float32Array, FloatArray, row_digests
 from pipeline.contract import check_present, open_parquet, read_columns
 from pipeline.kept_codes import KeptCodes
 

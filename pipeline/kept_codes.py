@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from embedding.raw_ids import Int64Array
 from embedding.samples import CODEBOOKS
-from multimodal.codes_config import Vq
+from multimodal.codes_config import CODES_FORMAT, Vq
 from multimodal.vector_quantizer import FREE
 from multimodal.vectors import Int32Array
 from pipeline.code_features import CODES_FILE
@@ -24,6 +24,8 @@ from pipeline.code_features import CODES_FILE
 DIGESTS_FILE = "digests.parquet"
 _VQ = b"vq"
 """Key of the file's metadata: how VQ codes were looked up."""
+_FORMAT = b"format"
+"""Key of the file's metadata: of how codes are made; those of another are not kept."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class KeptCodes:
         """
         places_N = np.full(len(item_ids_N), -1)
         said = self.digests.schema.metadata or {}
+        if said.get(_FORMAT) != b"%d" % CODES_FORMAT:
+            return places_N
         if said.get(CODEBOOKS) != codebooks.encode():
             return places_N
         if vq is not None and said.get(_VQ) != _look_up(vq):
@@ -84,7 +88,9 @@ def write_digests(
 ) -> None:
     """Write `DIGESTS_FILE` beside the codes of the same items."""
     table = pa.table({"item_id": item_ids_N, "digest": digests_N})
-    said = {CODEBOOKS: codebooks.encode()} | ({_VQ: _look_up(vq)} if vq is not None else {})
+    said = {_FORMAT: b"%d" % CODES_FORMAT, CODEBOOKS: codebooks.encode()} | (
+        {_VQ: _look_up(vq)} if vq is not None else {}
+    )
     pq.write_table(table.replace_schema_metadata(said), directory / DIGESTS_FILE)
 
 

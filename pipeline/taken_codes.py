@@ -103,7 +103,8 @@ class TakenCodes:
         if damaged:
             raise UserError(
                 f"{source / damaged[0]} is missing or damaged (its SHA-256 is not the recorded "
-                f"one); delete {source}, and make the codes again: {self._command()}"
+                f"one); delete {source}, and make the codes again: "
+                f"{self._again(manifest)}"
             )
         facts = code_facts(manifest)
         self._require_unknown(facts.version)
@@ -159,13 +160,21 @@ class TakenCodes:
         recipe = self.origin / dates[-1] / RECIPE_FILE if dates else "RECIPE"
         return f"`braid stage quantize --recipe {recipe} --date {self.date} --out {self.origin}`"
 
+    def _again(self, manifest: Manifest) -> str:
+        """What makes codes anew with the codebooks that they had.
+
+        Others would know nothing of those that later days go on with.
+        """
+        return f"{self._command()[:-1]} --set codes.version={manifest.facts['version']}`"
+
     def _require_settings(self, manifest: Manifest) -> None:
         theirs, ours = manifest.facts.get(SETTINGS), self._codes.shared
         what = f"codes.taken_from={self.origin}: the codes of {self.date}"
         if theirs is None or theirs["format"] != ours["format"]:
             raise UserError(
                 f"{what} were made by another version of Braid; delete "
-                f"{codes_directory(self.origin, self.date)} and make them again: {self._command()}"
+                f"{codes_directory(self.origin, self.date)} and make them again: "
+                f"{self._again(manifest)}"
             )
         compared = ("rq", "vq", "suffix")
         there, here = ({name: settings[name] for name in compared} for settings in (theirs, ours))
@@ -183,7 +192,7 @@ class TakenCodes:
                 f"{what} hold {theirs['vector_dims']} elements of the item vectors, and "
                 f"codes.features.vector_dims={ours['vector_dims']} asks for more; lower it, or "
                 f"make them again with codes.features.vector_dims={ours['vector_dims']}: "
-                f"{self._command()}"
+                f"{self._again(manifest)}"
             )
 
     def _require_unknown(self, version: str) -> None:

@@ -1,15 +1,22 @@
 """Codes are a matter of the vector and the codebook: near ties, equal codewords, any pieces."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
+from multimodal import neighbours
 from multimodal.codes_config import ExactIndex, Fsq, Rq, Vq
-from multimodal.exact_lookup import exact_codewords, exact_distances
+from multimodal.exact_lookup import exact_codewords, exact_distances, exact_products
 from multimodal.fsq import FsqLevel
 from multimodal.kmeans import nearest_codewords
+from multimodal.neighbours import build_index, exact_order
 from multimodal.residual_fit import fit_residual
+from multimodal.residual_quantizer import CPU
 from multimodal.vector_quantizer import take_item_codebook
+from multimodal.vectors import unit_rows
 
 
 def half_way(num: int, codewords: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -120,6 +127,28 @@ def test_neighbours_do_not_depend_on_the_piece() -> None:
     for size in (1, 10):
         pieces = [near.encode(x[i : i + size], own[i : i + size]) for i in range(0, 340, size)]
         assert np.array_equal(np.concatenate(pieces), whole)
+
+
+def test_a_crowd_of_items_is_put_in_order_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Near ties widen a search, at the worst to all items: memory stays bounded all the same."""
+    rng = np.random.default_rng(0)
+    crowd = rng.standard_normal(16) + 1e-7 * rng.standard_normal((300, 16))
+    x = unit_rows(np.concatenate([rng.standard_normal((300, 16)), crowd]).astype(np.float32))
+    index = build_index(x, ExactIndex(), CPU)
+    whole = exact_order(index, x, x, 5)
+    pairs: list[int] = []
+
+    def counted(*args: Any) -> Tensor:
+        pairs.append(len(args[1]))
+        return exact_products(*args)
+
+    monkeypatch.setattr(neighbours, "exact_products", counted)
+    monkeypatch.setattr(neighbours, "_MAX_CANDIDATES", 5000)
+    assert np.array_equal(exact_order(index, x, x, 5), whole)
+    assert 0 < max(pairs) <= 5000
+    expected = np.lexsort((np.tile(np.arange(600), (600, 1)), -(x.astype(np.float64) @ x.T)))[:, :5]
+    others = np.arange(300)
+    assert np.array_equal(whole[others], expected[others])
 
 
 def test_distances_of_no_pairs() -> None:

@@ -13,7 +13,7 @@ import ray
 from embedding.errors import UserError
 from multimodal.codebook_store import Codebooks
 from multimodal.codebook_versions import load_version
-from multimodal.codes_config import Codes, EncodeWorkers, RefitPolicy
+from multimodal.codes_config import CODES_FORMAT, Codes, EncodeWorkers, RefitPolicy
 from multimodal.residual_quantizer import CPU
 from pipeline.cluster import RaySession
 from pipeline.code_features import CODES_FILE
@@ -147,6 +147,11 @@ def test_other_codebooks_and_other_look_ups_keep_nothing(days: Days) -> None:
     assert {c: days.table("after")[c] for c in COLUMNS} == {
         c: days.table("refitted")[c] for c in COLUMNS
     }
+
+
+def test_codes_of_another_format_are_not_kept(days: Days, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.kept_codes.CODES_FORMAT", CODES_FORMAT + 1)
+    assert days.day(1, "daily", CODES).num_encoded == 800
 
 
 def test_artifacts_without_digests_are_looked_up_whole(days: Days) -> None:

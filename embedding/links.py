@@ -1,15 +1,21 @@
 """A second name for files that never change; a copy where the file system has no hard links."""
 
+import errno
 import os
 import shutil
 from pathlib import Path
+
+_NO_LINKS = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
+"""What file systems say that have none, or no more."""
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:
     """One file; `target` does not exist."""
     try:
         os.link(source, target)
-    except OSError:
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
         shutil.copy2(source, target)
 
 

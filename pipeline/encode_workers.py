@@ -1,6 +1,6 @@
 """Ray workers that look codes up, for sets that would keep one process busy for too long."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,10 @@ from pipeline.devices import own_device
 from pipeline.encode_items import Encoded, ItemEncoder, LookUp, Piece
 
 _RETRIES = 2
-"""Of a piece whose worker died, with its node perhaps."""
+"""So often a worker that died, with its node perhaps, is started again and gets its piece again."""
+
+_ROUNDING = 1e-6
+"""Ten workers of a tenth of a GPU fit on one."""
 
 
 class EncodeActor:
@@ -58,7 +61,8 @@ class RayPieces:
             UserError: the cluster has no room for a worker, or a worker raised it.
         """
         self.start()
-        num_workers = min(len(sizes), workers_that_fit(ray.cluster_resources(), config))
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        num_workers = min(len(sizes), workers_that_fit(nodes, config))
         actor_class = ray.remote(EncodeActor).options(
             num_cpus=config.cpus_per_worker,
             num_gpus=config.gpus_per_worker,
@@ -89,20 +93,26 @@ class RayPieces:
                 ray.kill(actor)
 
 
-def workers_that_fit(resources: dict[str, float], config: EncodeWorkers) -> int:
+def workers_that_fit(nodes: Sequence[Mapping[str, float]], config: EncodeWorkers) -> int:
     """How many of the workers that are asked for the cluster has room for.
+
+    Args:
+        nodes: resources of each: a worker is on one.
+        config: what a worker asks for.
 
     Raises:
         UserError: not even one.
     """
-    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-    room = int(cpus // config.cpus_per_worker)
-    if config.gpus_per_worker:
-        room = min(room, int(gpus // config.gpus_per_worker))
+    asked = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker}
+    room = sum(
+        min(int(node.get(kind, 0.0) / each + _ROUNDING) for kind, each in asked.items() if each)
+        for node in nodes
+    )
     if room < 1:
+        cpus, gpus = (max((node.get(k, 0.0) for node in nodes), default=0.0) for k in asked)
         raise UserError(
             f"codes.encode: a worker with cpus_per_worker={config.cpus_per_worker:g} and "
-            f"gpus_per_worker={config.gpus_per_worker:g} does not fit into the cluster, which has "
+            f"gpus_per_worker={config.gpus_per_worker:g} fits on no node: none has more than "
             f"{cpus:g} CPUs and {gpus:g} GPUs; lower them, or raise items_per_task="
             f"{config.items_per_task} so that the run's own process looks codes up"
         )

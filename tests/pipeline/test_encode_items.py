@@ -205,11 +205,15 @@ def test_where_codes_are_looked_up_is_not_part_of_what_they_are() -> None:
 
 def test_a_cluster_without_room_is_refused() -> None:
     config = EncodeWorkers(num_workers=5, cpus_per_worker=2, gpus_per_worker=0.5)
-    assert workers_that_fit({"CPU": 16.0, "GPU": 1.0}, config) == 2
-    assert workers_that_fit({"CPU": 7.0, "GPU": 8.0}, config) == 3
-    assert workers_that_fit({"CPU": 70.0, "GPU": 8.0}, config) == 5
-    with pytest.raises(UserError, match=r"gpus_per_worker=0.5 does not fit .* 64 CPUs and 0 GPUs"):
-        workers_that_fit({"CPU": 64.0}, config)
+    assert workers_that_fit([{"CPU": 16.0, "GPU": 1.0}], config) == 2
+    assert workers_that_fit([{"CPU": 7.0, "GPU": 8.0}], config) == 3
+    assert workers_that_fit([{"CPU": 70.0, "GPU": 8.0}], config) == 5
+    # A worker is on one node: three CPUs on each of two are room for one each.
+    assert workers_that_fit([{"CPU": 3.0, "GPU": 4.0}, {"CPU": 3.0, "GPU": 4.0}], config) == 2
+    tenths = EncodeWorkers(num_workers=20, cpus_per_worker=1, gpus_per_worker=0.1)
+    assert workers_that_fit([{"CPU": 32.0, "GPU": 1.0}], tenths) == 10
+    with pytest.raises(UserError, match=r"gpus_per_worker=0.5 fits on no .* 64 CPUs and 0 GPUs"):
+        workers_that_fit([{"CPU": 64.0}, {"CPU": 1.0}], config)
 
 
 @pytest.mark.integration

@@ -158,7 +158,7 @@ def take_version(source: Path, root: Path, version: str) -> None:
         UserError: unknown or damaged there, or `root` has other codebooks of that name.
     """
     known = {manifest.version: manifest for manifest in versions(root)}
-    for name in reversed(_lineage(source, version)):  # a version is never without its parent
+    for name in reversed(lineage(source, version)):  # a version is never without its parent
         theirs, ours = find_version(source, name), known.get(name)
         if ours is None:
             load_version(source, name)
@@ -178,7 +178,7 @@ def are_related(root: Path, before: str, after: str) -> bool:
     Raises:
         UserError: an unknown version.
     """
-    return bool({*_lineage(root, before)} & {*_lineage(root, after)})
+    return bool({*lineage(root, before)} & {*lineage(root, after)})
 
 
 def carries_between(root: Path, before: str, after: str) -> dict[str, Carry]:
@@ -190,7 +190,7 @@ def carries_between(root: Path, before: str, after: str) -> dict[str, Carry]:
     Raises:
         UserError: an unknown version, or versions that share no code numbers.
     """
-    back, forth = _lineage(root, before), _lineage(root, after)
+    back, forth = lineage(root, before), lineage(root, after)
     common = next((version for version in back if version in forth), None)
     if common is None:
         raise UserError(
@@ -213,7 +213,7 @@ def carries_between(root: Path, before: str, after: str) -> dict[str, Carry]:
     return found
 
 
-def _lineage(root: Path, version: str) -> list[str]:
+def lineage(root: Path, version: str) -> list[str]:
     """A version, the one it goes on with, and so on."""
     known = {manifest.version: manifest for manifest in versions(root)}
     names = [find_version(root, version).version]

@@ -203,7 +203,16 @@ class CodesOfDay:
                 return day
         earlier = self.out.glob(f"????-??-??/{STAGE}/manifest.json")
         days = (path.parts[-3] for path in earlier)
-        return max((d for d in days if d < self.date), default=None)
+        return max((d for d in days if d < self.date and self._goes_on_with(d)), default=None)
+
+    def _goes_on_with(self, day: str) -> bool:
+        """Whether these codes may go on with those of a day.
+
+        Codes that are made here do not with codes that were taken: their vectors are another's,
+        even where column and encoder have the same names.
+        """
+        manifest = read_manifest(self._directory(day))
+        return bool(self.taken) or manifest is None or manifest.facts.get(TAKEN_FROM) is None
 
     def _directory(self, day: str) -> Path:
         return codes_directory(self.out, day)

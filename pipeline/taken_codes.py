@@ -21,7 +21,7 @@ from embedding.errors import UserError
 from embedding.links import link_or_copy
 from embedding.raw_ids import to_raw_ids
 from multimodal.codebook_refit import RefitDecision
-from multimodal.codebook_versions import load_version, take_version
+from multimodal.codebook_versions import lineage, load_version, take_version
 from multimodal.codes_config import Codes
 from pipeline.artifacts import Manifest, damaged_files, read_manifest
 from pipeline.code_features import CODES_FILE
@@ -207,12 +207,17 @@ class TakenCodes:
         held_out = self.recipe.evaluation.held_out_items
         if held_out is None:
             return
-        fitted_ids = load_version(codebook_versions(self.origin), version).fitted_ids
-        known = int(is_held_out(fitted_ids, held_out).sum()) if fitted_ids is not None else 0
-        if known:
-            assert fitted_ids is not None
+        root = codebook_versions(self.origin)
+        for name in lineage(root, version):  # codebooks start from those that they go on with
+            fitted_ids = load_version(root, name).fitted_ids
+            if fitted_ids is None:
+                continue
+            known = int(is_held_out(fitted_ids, held_out).sum())
+            if not known:
+                continue
+            here = name if name == version else f"{name}, which {version} goes on with,"
             raise UserError(
-                f"codes.taken_from={self.origin}: codebooks {version} were fitted to "
+                f"codes.taken_from={self.origin}: codebooks {here} were fitted to "
                 f"{len(fitted_ids)} items, {known} of them held out here "
                 f"(evaluation.held_out_items: share={held_out.share:g}, seed={held_out.seed}); "
                 "make codes with the same evaluation.held_out_items in a directory of their own"

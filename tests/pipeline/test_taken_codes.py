@@ -249,11 +249,29 @@ def test_codebooks_that_know_held_out_items_are_refused(tmp_path: Path, maker: P
         UserError, match=rf"v0001 were fitted to 50 items, {known} of them held out here"
     ):
         run(taker(tmp_path, maker, **changes), tmp_path / "taker", 0)
-    # Codes whose makers held out these items, and more of them, know none.
+    # Nor does a refit without them forget what the codebooks before it were fitted to.
     ids = np.arange(1, NUM_ITEMS + 1)
+    unseen = ~is_held_out(ids, held_out)
+    late = tmp_path / "late"
+    make_codes(late, 0)
+    make_codes(late, 1, seen=unseen)
+    with pytest.raises(UserError, match=r"v0001, which v0002 goes on with, were fitted to 50"):
+        run(taker(tmp_path, late, **changes), tmp_path / "taker", 1)
+    # Codes whose makers held out these items, and more of them, know none.
     careful = tmp_path / "careful"
     make_codes(careful, 0, seen=~is_held_out(ids, HeldOutItems(share=0.5)))
     assert run(taker(tmp_path, careful, **changes), tmp_path / "taker", 0).status == "ran"
+
+
+def test_codes_of_its_own_do_not_go_on_with_codes_that_were_taken(
+    tmp_path: Path, maker: Path
+) -> None:
+    out = tmp_path / "taker"
+    run(taker(tmp_path, maker), out, 0)
+    own = {"taken_from": None, "vectors": {"kind": "column"}}
+    made = of_day(taker(tmp_path, maker, codes=own), out, 1)
+    assert made._previous() is None
+    assert of_day(taker(tmp_path, maker), out, 1)._previous() == DAYS[0]
 
 
 def test_a_recipe_states_no_codebooks_of_codes_it_takes(tmp_path: Path, maker: Path) -> None:

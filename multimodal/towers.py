@@ -198,15 +198,15 @@ def _check_split(
             parts_ULH[mask_UL], whole_ULH[mask_UL], atol=_PROBE_TOLERANCE, rtol=_PROBE_TOLERANCE
         )
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise _not_understood(tower) from error
+        raise _not_understood(tower, str(error)) from error
     if differs:
-        raise _not_understood(tower)
+        raise _not_understood(tower, "both halves together compute something else")
 
 
-def _not_understood(tower: Tower) -> UserError:
+def _not_understood(tower: Tower, why: str) -> UserError:
     return UserError(
         f"tower model {tower.model!r}: its upper {tower.layers_in_step} layers do not run apart "
-        "from the rest; use a BERT-like text or a ViT-like vision model"
+        f"from the rest ({why}); use a BERT-like text or a ViT-like vision model"
     )
 
 

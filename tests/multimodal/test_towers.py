@@ -64,27 +64,32 @@ def test_the_real_vision_tower_is_split_exactly() -> None:
 
 
 @pytest.mark.parametrize(
-    "config",
+    ("config", "why"),
     [
-        GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=64),
-        ModernBertConfig(
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=16,
-            vocab_size=64,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-            cls_token_id=1,
-            sep_token_id=2,
+        (GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=64), "keeps its layers in none of"),
+        (
+            ModernBertConfig(
+                hidden_size=16,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                intermediate_size=16,
+                vocab_size=64,
+                pad_token_id=0,
+                bos_token_id=1,
+                eos_token_id=2,
+                cls_token_id=1,
+                sep_token_id=2,
+            ),
+            r"do not run apart from the rest \(.+\)",
         ),
     ],
     ids=["layers_elsewhere", "layers_that_need_more"],
 )
-def test_an_architecture_that_cannot_be_split_is_refused(tmp_path: Path, config: object) -> None:
+def test_an_architecture_that_cannot_be_split_is_refused(
+    tmp_path: Path, config: object, why: str
+) -> None:
     AutoModel.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="use a BERT-like text or a ViT-like vision model"):
+    with pytest.raises(UserError, match=f"{why}.*use a BERT-like text or a ViT-like vision model"):
         load_tower(TextTower(model=str(tmp_path), max_tokens=8))
 
 

@@ -24,6 +24,8 @@ from multimodal.tower_models import load_model
 from multimodal.towers import load_tower
 from pipeline import content as stage
 from pipeline import content_tasks
+from pipeline.cluster import RaySession
+from pipeline.config import ClusterConfig
 from pipeline.console import Reporter
 from pipeline.content import STORES, ContentFacts, check_content, content
 from pipeline.run import DayRun
@@ -354,17 +356,13 @@ def test_a_recipe_without_content_has_no_such_stage(tmp_path: Path) -> None:
 def test_ray_workers_store_what_this_process_would(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import ray
-
     write_items(tmp_path / "data", items(1, 9), row_group_size=5)
     _, here = run_stage(tmp_path, "d1", image=None)
     monkeypatch.undo()
     (tmp_path / STORES).rename(tmp_path / "kept")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.2")
-    try:
+    with RaySession(ClusterConfig()) as session:
+        session.start()
         facts, there = run_stage(tmp_path, "d2", image=None)
-    finally:
-        ray.shutdown()
     assert facts.modalities["text"].num_computed == 9
     one, two = (reader.read(torch.arange(9)).modalities["text"] for reader in (here, there))
     assert torch.equal(one.mask_UL, two.mask_UL)

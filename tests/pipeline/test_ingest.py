@@ -13,7 +13,8 @@ from small_log import DAYS, Row, event, file_bytes, make_recipe, write_catalogue
 
 from embedding.errors import UserError
 from pipeline import ingest as ingest_module
-from pipeline.config import Recipe
+from pipeline.cluster import RaySession
+from pipeline.config import ClusterConfig, Recipe
 from pipeline.ingest import IngestFacts, check_span, ingest
 
 
@@ -274,23 +275,14 @@ def test_other_histories_cannot_be_continued(tmp_path: Path) -> None:
 def test_files_do_not_depend_on_parallelism_and_errors_come_through(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import ray
-
     root = small_root(tmp_path)
     recipe = make_recipe(root)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ingest_module, "stream_tasks", small_log.run_here)
         run(recipe, DAYS[:2], None, tmp_path / "serial")
     monkeypatch.setattr("pipeline.tasks.ROWS_PER_BUNDLE", 1)  # every task on its own
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        object_store_memory=100 << 20,
-        log_to_driver=False,
-        _node_ip_address="127.0.0.2",
-    )
-    try:
+    with RaySession(ClusterConfig()) as session:
+        session.start()
         run(recipe, DAYS[:2], None, tmp_path / "parallel")
         last = sorted((root / "events").rglob("*.parquet"))[-1]
         content = last.read_bytes()
@@ -298,7 +290,5 @@ def test_files_do_not_depend_on_parallelism_and_errors_come_through(
         last.write_bytes(content[:4] + bytes(200) + content[204:])
         with pytest.raises(UserError, match=f"{last} is not a complete Parquet file"):
             run(recipe, DAYS[:2], None, tmp_path / "damaged")
-    finally:
-        ray.shutdown()
 
     assert file_bytes(tmp_path / "parallel") == file_bytes(tmp_path / "serial")

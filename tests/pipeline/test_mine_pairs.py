@@ -15,6 +15,8 @@ from multimodal.codes_config import Swing, User2Item
 from multimodal.triggers import IdVectors
 from pipeline import ingest as ingest_module
 from pipeline import mine_pairs as mining
+from pipeline.cluster import RaySession
+from pipeline.config import ClusterConfig
 from pipeline.ingest import check_span, ingest
 from pipeline.mine_pairs import MiningPlan, PairFacts, mine_pairs, plan_mining
 from pipeline.positives import PairSource
@@ -157,20 +159,9 @@ def test_days_without_events_are_named(tmp_path: Path, log: list[Row]) -> None:
 def test_ray_writes_the_same_bytes(
     tmp_path: Path, log: list[Row], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import ray
-
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        object_store_memory=100 << 20,
-        log_to_driver=False,
-        _node_ip_address="127.0.0.2",
-    )
-    try:
+    with RaySession(ClusterConfig()) as session:
+        session.start()
         distributed = mine(tmp_path, "ray", days=DAYS)
-    finally:
-        ray.shutdown()
     monkeypatch.setattr(mining, "stream_tasks", small_log.run_here)
 
     assert mine(tmp_path, "here", days=DAYS) == distributed

@@ -69,7 +69,7 @@ def write_vectors(root: Path, x: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def days(tmp_path_factory: pytest.TempPathFactory) -> Days:
+def days(one_process: None, tmp_path_factory: pytest.TempPathFactory) -> Days:
     """Items 41 .. 50 are first seen on the second day, 51 .. 60 on the third."""
     days = Days(tmp_path_factory.mktemp("codes"))
     root = days.folder / "data"

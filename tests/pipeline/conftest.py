@@ -1,0 +1,87 @@
+"""Stages of the command line without Ray, for tests of what does not depend on it."""
+
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any, Self
+
+import pytest
+import torch.distributed as dist
+
+from pipeline import plan, tasks, train
+from pipeline.cluster import RaySession
+
+
+class _Rows:
+    """A Ray Data dataset of rows, in this process."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self._rows = rows
+
+    def map(self, call: Callable[[dict[str, Any]], dict[str, Any]]) -> Self:
+        return type(self)([call(row) for row in self._rows])
+
+    def iter_rows(self) -> Iterator[dict[str, Any]]:
+        yield from reversed(self._rows)  # tasks finish in any order
+
+
+class _Remote:
+    """A remote function, in this process."""
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        self.remote = run
+
+    def options(self, **_: float) -> Self:
+        return self
+
+
+class _RayHere:
+    """As much of Ray as the tasks of stages use: one node of two CPUs."""
+
+    put = get = staticmethod(lambda value: value)
+    remote = _Remote
+
+    @staticmethod
+    def nodes() -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": {"CPU": 2.0}}]
+
+    class data:
+        @staticmethod
+        def from_items(items: list[dict[str, Any]], *, override_num_blocks: int) -> _Rows:
+            assert override_num_blocks == len(items)
+            return _Rows(items)
+
+
+class _TrainerHere:
+    """A Ray Train worker group of one rank, in this process."""
+
+    def __init__(
+        self,
+        worker: Callable[[dict[str, str]], None],
+        *,
+        train_loop_config: dict[str, str],
+        scaling_config: Any,
+        **_: Any,
+    ) -> None:
+        assert scaling_config.num_workers == 1
+        assert not scaling_config.use_gpu
+        self._worker, self._config = worker, train_loop_config
+
+    def fit(self) -> None:
+        if not dist.is_initialized():
+            store = dist.HashStore()  # type: ignore[attr-defined] # public, but not in __all__
+            dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        self._worker(self._config)
+
+
+@pytest.fixture(scope="module")
+def one_process() -> Iterator[None]:
+    """Commands of single-rank recipes start neither Ray nor processes: a fraction of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RaySession, "start", lambda self: None)
+        for module in (plan, tasks):
+            patch.setattr(module, "ray", _RayHere)
+        patch.setattr(train, "TorchTrainer", _TrainerHere)
+        yield
+    if dist.is_initialized():
+        gc.collect()
+        dist.destroy_process_group()

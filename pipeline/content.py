@@ -1,4 +1,4 @@
-"""Tokens of all items of a day, from the frozen lower layers of the towers, on Ray Data.
+"""Tokens of all items of a day, from the frozen lower layers of the towers, on Ray workers.
 
 Reads the text and image columns of items.parquet. Computes the tokens of items whose content is
 new or changed, adds them to the token stores that all runs of an output directory share, and writes

@@ -1,4 +1,4 @@
-"""Tasks that Ray workers of tests import."""
+"""Tasks and an actor that Ray workers of tests import."""
 
 import os
 import time
@@ -37,3 +37,7 @@ def crash(task: int, directory: Path) -> int:
 def sleep(task: int, seconds: float) -> int:
     time.sleep(seconds)
     return task
+
+
+class Holder:
+    """A process of another job."""

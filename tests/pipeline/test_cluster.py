@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import ray
+from ray.cluster_utils import Cluster as RayCluster
 
 from embedding.errors import UserError
 from pipeline import cluster as cluster_module
 from pipeline.cluster import Bundle, RaySession, fitting, lacking_resources, require_absolute
 from pipeline.config import ClusterConfig
+from tests.pipeline.cluster_tasks import Holder, times
 
 GROUP = {"num_workers": 4, "cpus_per_worker": 2, "use_gpu": True}
 NODE = {"CPU": 8.0, "GPU": 2.0}
@@ -171,3 +173,35 @@ def test_a_relative_path_is_refused_on_a_cluster_only(monkeypatch: pytest.Monkey
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     with pytest.raises(UserError, match="^--out=runs is relative, and with RAY_ADDRESS set"):
         require_absolute(paths)
+
+
+@pytest.mark.integration
+def test_waiting_for_what_another_job_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster_module, "POLL_S", 1.0)
+    head = RayCluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 2,
+            "node_ip_address": cluster_module.LOOPBACK,
+            "include_dashboard": False,
+        },
+    )
+    try:
+        monkeypatch.setenv("RAY_ADDRESS", head.address)
+        ray.init(log_to_driver=False, namespace="other")
+        holder = ray.remote(Holder).options(num_cpus=2, lifetime="detached", name="holder")
+        ray.get(holder.remote().__ray_ready__.remote())
+        ray.shutdown()
+
+        lines: list[str] = []
+        config = ClusterConfig(num_workers=2, wait_timeout_s=4)
+        with RaySession(config, say=lines.append) as session:
+            with pytest.raises(UserError, match="train waits for 2 x .1 CPU., and 0 of 2 CPUs"):
+                session.wait_for("train", session.group())
+            assert lines
+            ray.kill(ray.get_actor("holder", namespace="other"))
+            session.wait_for("train", session.group())
+            assert ray.get(ray.remote(times).options(num_cpus=2).remote(2, 3), timeout=60) == 6
+    finally:
+        ray.shutdown()
+        head.shutdown()

@@ -31,7 +31,7 @@ from pipeline.align import (
     same_towers,
 )
 from pipeline.artifacts import config_hash, read_manifest
-from pipeline.cluster import RaySession, worker_bundle
+from pipeline.cluster import RaySession, rank_bundles
 from pipeline.config import Recipe
 from pipeline.console import Reporter
 from pipeline.content import STORES, ContentFacts, check_content, content
@@ -131,7 +131,7 @@ class AlignmentOfDay:
     ) -> StageOutput:
         checked = check_content(self.content, self.recipe.data.root)  # faults show before Ray
         cluster = self.recipe.cluster
-        self.session.wait_for("align", [worker_bundle(cluster)] * cluster.num_workers)
+        self.session.wait_for("align", rank_bundles(cluster))
         index = scratch / INDEX
         index.mkdir()
         tokens = content(checked, self.out / STORES, index, self.reporter.advance)

@@ -104,7 +104,7 @@ class RaySession:
 
     def group(self) -> list[Bundle]:
         """What the training group needs: its ranks and the actors beside them."""
-        return [worker_bundle(self.cluster)] * self.cluster.num_workers + self.actors
+        return rank_bundles(self.cluster) + self.actors
 
     def wait_for(self, who: str, bundles: Sequence[Bundle]) -> None:
         """Start, and wait until all of this is free at once: others may hold it for hours.
@@ -192,6 +192,11 @@ def require_absolute(paths: Mapping[str, Path]) -> None:
 def worker_bundle(cluster: ClusterConfig) -> Bundle:
     """What a rank asks for."""
     return {"CPU": cluster.cpus_per_worker} | ({"GPU": 1.0} if cluster.use_gpu else {})
+
+
+def rank_bundles(cluster: ClusterConfig) -> list[Bundle]:
+    """What all ranks ask for, one entry each."""
+    return [worker_bundle(cluster)] * cluster.num_workers
 
 
 def actors_of(recipe: Recipe) -> list[Bundle]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from embedding.errors import UserError
 from pipeline.artifacts import Manifest, read_manifest
-from pipeline.cluster import ONE_CPU, RaySession, worker_bundle
+from pipeline.cluster import ONE_CPU, RaySession, rank_bundles, worker_bundle
 from pipeline.config import Recipe
 from pipeline.console import Reporter
 from pipeline.content import STORES, content_stage
@@ -292,7 +292,7 @@ class DayRun:
         config = {"evaluation": self._dump("evaluation"), "days": days}
 
         def body(scratch: Path) -> StageOutput:
-            self.session.wait_for("evaluate", self.session.group())
+            self.session.wait_for("evaluate", rank_bundles(self.recipe.cluster))
             return evaluate(
                 TrainedModel.of(self.recipe, self.directory("train"), self.content_paths()),
                 samples=self.evaluation_samples(),

@@ -170,6 +170,25 @@ def test_items_that_lack_something_are_kept_and_counted(tmp_path: Path) -> None:
     assert bombs.modalities["image"].faults["too many pixels"] == 4
 
 
+def test_more_unreadable_images_than_the_recipe_allows_are_refused(tmp_path: Path) -> None:
+    rows = items(1, 10)
+    rows[0]["image"] = None
+    rows[3]["image"] = b"no image"
+    rows[4]["image"] = rows[4]["image"][:200]
+    rows[5]["text"] = None
+    write_items(tmp_path / "data", rows)
+
+    def run_with(limit: float) -> ContentFacts:
+        (tmp_path / f"{limit}").mkdir()
+        checked = check_content(small_content(), tmp_path / "data", limit)
+        return content(checked, tmp_path / STORES, tmp_path / f"{limit}")
+
+    assert run_with(0.2).modalities["image"].num_present == 7
+    refusal = r"the images of 2 of 10 items .*max_quarantined_share=0.19 .*\(2 x damaged\).* 4;"
+    with pytest.raises(UserError, match=refusal):
+        run_with(0.19)
+
+
 def test_a_catalogue_without_any_image_still_has_an_index(tmp_path: Path) -> None:
     write_items(tmp_path / "data", [{**row, "image": None} for row in items(1, 3)])
     facts, reader = run_stage(tmp_path, "d1")

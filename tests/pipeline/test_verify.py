@@ -15,13 +15,24 @@ from pipeline.verify import verify
 DATE = "2024-01-01"
 
 
-def write_artifact(out: Path, stage: str) -> Path:
+def write_artifact(out: Path, stage: str, **facts: Any) -> Path:
     directory = out / DATE / stage
     with writing(directory, "i") as scratch:
         (scratch / "bundle").mkdir()
         (scratch / "bundle" / "weights").write_bytes(b"weights of " + stage.encode())
-        publish(scratch, directory, Manifest(stage=stage, artifact_id=stage, config_hash=""))
+        manifest = Manifest(stage=stage, artifact_id=stage, config_hash="", facts=facts)
+        publish(scratch, directory, manifest)
     return directory
+
+
+def write_log(out: Path, days: list[str]) -> Path:
+    """An event log that has these days, and a run of `DATE` that read it."""
+    root = out / "data"
+    for day in days:
+        (root / "events" / f"dt={day}").mkdir(parents=True)
+    (out / DATE).mkdir(parents=True, exist_ok=True)
+    write_recipe(make_recipe(root), out / DATE)
+    return root
 
 
 def write_part(out: Path) -> Path:
@@ -44,6 +55,7 @@ def test_damage_of_artifacts_bundles_and_stored_tokens_is_found(tmp_path: Path) 
     train, published = (write_artifact(tmp_path, stage) for stage in ("train", "publish"))
     promote(tmp_path, DATE)
     part = write_part(tmp_path)
+    write_log(tmp_path, [DATE])
     told: list[tuple[int, int]] = []
     assert verify(tmp_path, lambda done, total: told.append((done, total))) == []
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
@@ -64,6 +76,46 @@ def test_damage_of_artifacts_bundles_and_stored_tokens_is_found(tmp_path: Path) 
     assert f"delete {train}, and the next run writes it again" in found[1]
     assert f"restore {kept}, or promote another date; do not delete it" in found[2]
     assert f"delete {part.stem}.* there" in found[3]
+
+
+def test_what_no_run_can_write_again_is_not_to_be_deleted(tmp_path: Path) -> None:
+    """Once ingested, days may be deleted from the event log: their span is then the only copy."""
+    before = "2023-12-31"
+    ingest = write_artifact(tmp_path, "ingest", days=[before, DATE])
+    train = write_artifact(tmp_path, "train")
+    root = write_log(tmp_path, [before, DATE])
+    for directory in (ingest, train):
+        damage(directory / "bundle" / "weights")
+    assert [s.split("; ")[1] for s in verify(tmp_path, lambda *_: None)] == [
+        f"delete {directory}, and the next run writes it again" for directory in (ingest, train)
+    ]
+
+    (root / "events" / f"dt={before}").rmdir()
+    of_ingest, of_train = verify(tmp_path, lambda *_: None)
+    assert f"restore {ingest} from a copy, and do not delete it: the event log no longer" in of_ingest
+    assert before in of_ingest
+    assert f"delete {train}" in of_train
+
+    (root / "events" / f"dt={DATE}").rmdir()
+    assert f"restore {train} from a copy" in verify(tmp_path, lambda *_: None)[1]
+
+
+@pytest.mark.parametrize("name", ["codebooks.safetensors", "carries.safetensors", "manifest.json"])
+def test_damaged_codebooks_are_found(tmp_path: Path, name: str) -> None:
+    root = codebook_versions(tmp_path)
+    codebooks = Codebooks(ResidualCodebooks(torch.arange(8.0).reshape(1, 4, 2)))
+    publish_version(root, a_manifest(), codebooks, {"sid_0": fresh(0, 4)})
+    assert verify(tmp_path, lambda *_: None) == []
+
+    path = root / "v0001" / name
+    if name == "codebooks.safetensors":
+        damage(path)  # other numbers, and still a sound file
+    else:
+        path.write_bytes(path.read_bytes()[:20])
+    (found,) = verify(tmp_path, lambda *_: None)
+
+    assert str(root / "v0001") in found
+    assert "restore" in found
 
 
 def test_an_empty_directory_has_nothing_damaged(tmp_path: Path) -> None:

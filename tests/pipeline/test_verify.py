@@ -2,13 +2,23 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
+from small_log import make_recipe
 
+from multimodal.codebook_match import fresh
+from multimodal.codebook_store import Codebooks
+from multimodal.codebook_versions import CodebookManifest, publish_version
+from multimodal.codes_config import Codes, Rq
+from multimodal.residual_quantizer import ResidualCodebooks
 from multimodal.token_store import PartTokens, TokenStore
 from pipeline.artifacts import Manifest, publish, writing
+from pipeline.codes_paths import codebook_versions
 from pipeline.content import STORES
+from pipeline.recipe import write_recipe
 from pipeline.registry import promote
 from pipeline.verify import verify
 
@@ -92,7 +102,9 @@ def test_what_no_run_can_write_again_is_not_to_be_deleted(tmp_path: Path) -> Non
 
     (root / "events" / f"dt={before}").rmdir()
     of_ingest, of_train = verify(tmp_path, lambda *_: None)
-    assert f"restore {ingest} from a copy, and do not delete it: the event log no longer" in of_ingest
+    assert (
+        f"restore {ingest} from a copy, and do not delete it: the event log no longer" in of_ingest
+    )
     assert before in of_ingest
     assert f"delete {train}" in of_train
 
@@ -104,7 +116,23 @@ def test_what_no_run_can_write_again_is_not_to_be_deleted(tmp_path: Path) -> Non
 def test_damaged_codebooks_are_found(tmp_path: Path, name: str) -> None:
     root = codebook_versions(tmp_path)
     codebooks = Codebooks(ResidualCodebooks(torch.arange(8.0).reshape(1, 4, 2)))
-    publish_version(root, a_manifest(), codebooks, {"sid_0": fresh(0, 4)})
+    manifest = CodebookManifest(
+        version="v0001",
+        parent=None,
+        fingerprint="",
+        encoder="tower-1",
+        first_day=DATE,
+        last_day=DATE,
+        config=Codes(rq=Rq(num_levels=2, codebook_size=4)),
+        num_items=8,
+        dim=2,
+        table_sizes=codebooks.table_sizes,
+        reference_mse=None,
+        metrics=None,
+        stability=None,
+        share_carried={},
+    )
+    publish_version(root, manifest, codebooks, {"sid_0": fresh(0, 4)})
     assert verify(tmp_path, lambda *_: None) == []
 
     path = root / "v0001" / name

@@ -123,9 +123,10 @@ class TrainResult(StrictConfig):
     stopped_early: bool
     rows_per_s: float
     world_size: int
+    """Over all steps of the training, those before a restart included."""
     data_wait_share: float
     warm_start: dict[str, Any] | None
-    """What came from the parent and what did not (`embedding.restore.WarmStartReport`)."""
+    """What came from the parent and what did not (`embedding.warm_start.WarmStartReport`)."""
     content: dict[str, float] | None = None
     """Of the last window of steps: cost, age of the bank, norms of gradients; None without."""
 

@@ -155,8 +155,8 @@ class EvaluationConfig(StrictConfig):
     rare_max_events: PositiveInt = 10
     """Items with 1 .. this many events are `rare`; items with none are `cold`."""
     popular_share: float = Field(default=0.1, gt=0, le=1)
-    """The most frequent items, as a share of all seen ones, are `popular`; those between `rare` and
-    `popular` are `middle`."""
+    """The most frequent items, as a share of all seen ones, are `popular`, but for those that are
+    `rare`; of equally frequent ones the lowest ids are. All other seen items are `middle`."""
     held_out_items: HeldOutItems | None = None
     """Evaluate on items that were kept from training instead of on all."""
 

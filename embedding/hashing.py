@@ -1,14 +1,13 @@
 """Raw ids to rows of a table, vectorised and independent of batch, rank and process."""
 
 import hashlib
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from embedding.config import OOV_ROW, Hashed, Identity, ManagedCollision, TableConfig
 
-# Shapes: F features, R samples, N ids.
+# Shapes: N ids.
 
 MANAGED_ID_BITS = 62
 MANAGED_ID_RANGE = 1 << MANAGED_ID_BITS
@@ -34,15 +33,6 @@ def rows_of(raw_ids: Tensor, table: TableConfig) -> Tensor:
     for start in range(0, flat.numel(), _CHUNK):
         _rows_of_chunk(flat[start : start + _CHUNK], table, out[start : start + _CHUNK])
     return rows
-
-
-def rows_of_features(raw_FR: Tensor, tables: Sequence[TableConfig]) -> Tensor:
-    """Rows of stacked single-valued features: int64 (F, R); `tables[f]` is the table of row f."""
-    rows_FR = torch.empty_like(raw_FR, memory_format=torch.contiguous_format)
-    for raw_R, table, out_R in zip(raw_FR, tables, rows_FR, strict=True):
-        for start in range(0, raw_R.numel(), _CHUNK):
-            _rows_of_chunk(raw_R[start : start + _CHUNK], table, out_R[start : start + _CHUNK])
-    return rows_FR
 
 
 def out_of_range(raw_ids: Tensor, table: TableConfig) -> Tensor:

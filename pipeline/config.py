@@ -3,6 +3,7 @@
 Imports pydantic and nothing heavy, so that `braid validate` and `--help` never load torch.
 """
 
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -37,8 +38,8 @@ from ranking.config import RankingConfig
 class SyntheticConfig(StrictConfig):
     """The synthetic marketplace: its truth, size and seed (`braid data synth`)."""
 
-    num_days: PositiveInt = 4
-    first_day: str = "2024-01-01"
+    num_days: PositiveInt = 8
+    first_day: date = date(2024, 1, 1)
     events_per_day: PositiveInt = 20_000
     num_users: PositiveInt = 2_000
     num_items: PositiveInt = 1_000

@@ -87,9 +87,8 @@ def generate(config: SyntheticConfig, root: Path, *, progress: Progress | None =
         progress: Called with rows written so far (items and events) and all rows.
 
     Raises:
-        UserError: `root` holds something else, or `first_day` is not a day.
+        UserError: `root` holds something else.
     """
-    first_day = parse_day(config.first_day, "data.synthetic.first_day")
     receipt: Receipt = {"version": GENERATOR_VERSION, "config": config.model_dump(mode="json")}
     if is_written(root, RECEIPT, receipt):
         return
@@ -101,8 +100,8 @@ def generate(config: SyntheticConfig, root: Path, *, progress: Progress | None =
         _write_users(market, scratch)
         _write_items(market, scratch, rows)
         for day in range(config.num_days):
-            name = (first_day + timedelta(days=day)).isoformat()
-            start_ms = (first_day - _EPOCH).days * MS_PER_DAY + day * MS_PER_DAY
+            name = (config.first_day + timedelta(days=day)).isoformat()
+            start_ms = (config.first_day - _EPOCH).days * MS_PER_DAY + day * MS_PER_DAY
             with DayWriter(scratch, name, EVENTS) as writer:
                 for events in day_events(market, day, start_ms):
                     writer.write(events)

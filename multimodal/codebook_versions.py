@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from pydantic import ValidationError
@@ -31,7 +32,7 @@ CARRIES = "carries.safetensors"
 class CodebookManifest(StrictConfig):
     """What a version is made of; schema version 1."""
 
-    schema_version: int = 1
+    schema_version: Literal[1] = 1
     version: str
     parent: str | None
     """The version whose code numbers it goes on with."""

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -74,7 +74,7 @@ class ModalityFacts(StrictConfig):
 class ContentFacts(StrictConfig):
     """What the stage did; version 1."""
 
-    schema_version: int = 1
+    schema_version: Literal[1] = 1
     num_items: int
     num_without_content: int
     """Items with neither text nor image: their vector is a learned one."""

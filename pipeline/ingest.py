@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pyarrow.parquet as pq
 
@@ -56,7 +57,7 @@ Progress = Callable[[int, int], None]
 class IngestState(StrictConfig):
     """How an ingest artifact can be continued; version 1."""
 
-    schema_version: int = 1
+    schema_version: Literal[1] = 1
     last_day: str
     num_buckets: int
     histories: tuple[HistoryConfig, ...]

@@ -35,12 +35,7 @@ def verify(out: Path, progress: Callable[[int, int], None]) -> list[str]:
     logged = _days_in_log(out)
     found = []
     for done, path in enumerate(artifacts, start=1):
-        directory = path.parent
-        found += [
-            f"{directory / name} is missing or damaged (its SHA-256 is not the recorded one); "
-            f"{_remedy(directory, logged)}"
-            for name in damaged_files(directory, thorough=True)
-        ]
+        found += _faults(path.parent, logged)
         progress(done, total)
     for done, root in enumerate(codebooks, start=len(artifacts) + 1):
         found += damaged_versions(root)
@@ -49,6 +44,18 @@ def verify(out: Path, progress: Callable[[int, int], None]) -> list[str]:
         found += [str(fault) for fault in damaged_parts(store)]
         progress(done, total)
     return found
+
+
+def _faults(directory: Path, logged: frozenset[str]) -> list[str]:
+    try:
+        damaged = damaged_files(directory, thorough=True)
+    except UserError as error:  # of the manifest
+        return [str(error)]
+    return [
+        f"{directory / name} is missing or damaged (its SHA-256 is not the recorded one); "
+        f"{_remedy(directory, logged)}"
+        for name in damaged
+    ]
 
 
 def _remedy(directory: Path, logged: frozenset[str]) -> str:

@@ -146,5 +146,18 @@ def test_damaged_codebooks_are_found(tmp_path: Path, name: str) -> None:
     assert "restore" in found
 
 
+def test_a_damaged_manifest_is_one_finding_among_others(tmp_path: Path) -> None:
+    train, published = (write_artifact(tmp_path, stage) for stage in ("train", "publish"))
+    text = (published / "manifest.json").read_text()
+    (published / "manifest.json").write_text(text.replace('version": 1', 'version": 9'))
+    damage(train / "bundle" / "weights")
+
+    of_publish, of_train = verify(tmp_path, lambda *_: None)
+
+    assert f"{published / 'manifest.json'} is damaged or of another version of Braid" in of_publish
+    assert "schema_version" in of_publish
+    assert str(train / "bundle" / "weights") in of_train
+
+
 def test_an_empty_directory_has_nothing_damaged(tmp_path: Path) -> None:
     assert verify(tmp_path, lambda *_: None) == []

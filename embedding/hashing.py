@@ -62,8 +62,12 @@ def expected_collision_rate(num_ids: int, table: TableConfig) -> float:
     return float(1 - (1 - 1 / rows) ** (num_ids - 1))
 
 
-def mix64(ids: Tensor, salt: int, out: Tensor) -> Tensor:
-    """SplitMix64's finaliser of `ids + salt` into `out`: a bijection of 64-bit integers."""
+def salted_mix64(ids: Tensor, salt: int, out: Tensor) -> Tensor:
+    """SplitMix64's finaliser of `ids + salt` into `out`: a bijection of 64-bit integers.
+
+    In place and on tensors; `raw_ids.finalised64` is the same of numpy arrays. Rows of tables
+    depend on it: it must not change.
+    """
     torch.add(ids, salt, out=out)
     shifted = torch.empty_like(out)
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, None)):
@@ -85,7 +89,7 @@ def _rows_of_chunk(raw_N: Tensor, table: TableConfig, out_N: Tensor) -> None:
     missing_N = raw_N < 0
     match table.ids:
         case Hashed():
-            mix64(raw_N, name_salt(table.name), out_N)
+            salted_mix64(raw_N, name_salt(table.name), out_N)
             out_N.bitwise_and_(torch.iinfo(torch.int64).max)
             out_N.remainder_(table.num_embeddings - 1).add_(1)
             out_N.masked_fill_(missing_N, OOV_ROW)
@@ -95,6 +99,6 @@ def _rows_of_chunk(raw_N: Tensor, table: TableConfig, out_N: Tensor) -> None:
         case ManagedCollision():
             # The mixed id decides the owner rank (its high bits) and names the row: 62 of 64 bits
             # of a bijection, so two ids share one with probability 2**-62.
-            mix64(raw_N, name_salt(table.name), out_N)
+            salted_mix64(raw_N, name_salt(table.name), out_N)
             out_N.bitwise_and_(MANAGED_ID_RANGE - 1).clamp_(max=MANAGED_MISSING_ID - 1)
             out_N.masked_fill_(missing_N, MANAGED_MISSING_ID)

@@ -14,7 +14,7 @@ from pipeline.align_report import align_section
 from pipeline.artifacts import Manifest, read_manifest
 from pipeline.code_report import code_section
 from pipeline.config import Recipe
-from pipeline.console import duration, human
+from pipeline.console import duration, figure, human
 from pipeline.content import STORES
 from pipeline.content_paths import ContentPaths
 from pipeline.content_view import content_charts
@@ -88,11 +88,6 @@ def _training_note(train: TrainSummary) -> str:
     if train.best_step is not None:
         note += f", best {train.best_step}"
     return f"{note}, stopped early" if train.stopped_early else note
-
-
-def figure(value: float | None) -> str:
-    """A metric with four decimals, or a dash."""
-    return "-" if value is None else f"{value:.4f}"
 
 
 def _quality(summary: Summary) -> list[dict[str, Any]]:

@@ -17,9 +17,10 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from embedding.errors import UserError
+from embedding.raw_ids import Int64Array
 from pipeline.config import Recipe, SyntheticConfig
 from pipeline.console import Reporter
-from pipeline.counter_random import FloatArray, Int64Array
+from pipeline.counter_random import FloatArray
 from pipeline.dataset import TIMESTAMP, DayWriter, Receipt, is_written, writing_dataset
 from pipeline.days import parse_day
 from pipeline.marketplace import CALIBRATION_ROWS, DEVICES, Marketplace, sigmoid

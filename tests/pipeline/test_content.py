@@ -72,7 +72,7 @@ def _serial(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage, "stream_tasks", run_here)
 
     def encode_here(tasks: list[Any], settings: Any, _: Any) -> Any:
-        encode = content_tasks.EncodeItems(settings) if tasks else None
+        encode = content_tasks.TokenWriter(settings) if tasks else None
         for task in reversed(tasks):
             assert encode
             yield from encode(task)
@@ -136,7 +136,7 @@ def test_only_new_and_changed_items_are_computed(tmp_path: Path) -> None:
 def test_nothing_is_computed_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_items(tmp_path / "data", items(1, 5))
     run_stage(tmp_path, "d1")
-    monkeypatch.setattr(content_tasks, "EncodeItems", None)
+    monkeypatch.setattr(content_tasks, "TokenWriter", None)
     facts, _ = run_stage(tmp_path, "d2", tokens={"items_per_batch": 1})
     assert [found.num_computed for found in facts.modalities.values()] == [0, 0]
 

@@ -313,7 +313,7 @@ def day_run(tmp_path: Path, **changes: Any) -> DayRun:
     recipe = make_recipe(tmp_path / "data").model_copy(update={"content": small_content(**changes)})
 
     class NoSession:
-        def start(self) -> None:
+        def wait_for(self, *_: Any) -> None:
             """Tasks run here."""
 
     return DayRun(

@@ -32,6 +32,7 @@ from embedding.config import (
     TableConfig,
 )
 from embedding.notices import divert_library_notices
+from embedding.plan_timing import status_bytes
 from embedding.shard import Sharded, shard
 from embedding.tables import EmbeddingTables
 
@@ -123,14 +124,6 @@ def peak_of(call: Callable[[], object]) -> tuple[float, float]:
     before, started = status_bytes("VmRSS"), time.perf_counter()
     call()
     return time.perf_counter() - started, status_bytes("VmHWM") - before
-
-
-def status_bytes(key: str) -> int:
-    """A figure of /proc/self/status."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(key)
 
 
 def hardware() -> str:

@@ -13,6 +13,8 @@ from typing import Any, Self
 
 import psutil
 
+from embedding.calibration import processor_name
+
 PACKAGES = (
     *("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "ray", "pyarrow", "numpy", "pandas"),
     *("pydantic", "transformers", "peft", "faiss-cpu"),
@@ -83,21 +85,12 @@ class PeakMemory:
 
 def _hardware() -> dict[str, Any]:
     return {
-        "cpu": _cpu_name(),
+        "cpu": processor_name(),
         "num_cpus": os.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
         "gpus": _gpus(),
         "system": f"{platform.system()} {platform.release()}",
     }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def _gpus() -> list[str]:

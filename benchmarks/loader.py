@@ -49,7 +49,7 @@ def data_wait_share(files: SampleFiles) -> float:
     )
     summary = trainer.fit(SampleLoader(files, batch_size_per_rank=workload.BATCH_SIZE))
     dist.destroy_process_group()
-    return summary.data_wait_share
+    return summary.totals.data_wait_share
 
 
 def main() -> None:

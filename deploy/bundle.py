@@ -8,9 +8,9 @@ content.safetensors                        where the model reads content: `item_
 encoder/                                   and what encodes further items (deploy.encoder_files)
 """
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 from pydantic import ValidationError
@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from embedding.checkpoint_files import read_manifest
+from embedding.checksums import file_sha256
 from embedding.config import ManagedCollision, StrictConfig
 from embedding.errors import UserError
 from embedding.hashing import NO_ID
@@ -47,7 +48,7 @@ class BundledTable(StrictConfig):
 class Bundle(StrictConfig):
     """The contents of `bundle.json`; version 1."""
 
-    schema_version: int = 1
+    schema_version: Literal[1] = 1
     recipe: Recipe
     tables: dict[str, BundledTable]
     files: dict[str, str]
@@ -90,7 +91,7 @@ def write_bundle(
         recipe=recipe,
         tables=tables,
         files={
-            str(path.relative_to(directory)): _sha256(path)
+            str(path.relative_to(directory)): file_sha256(path)
             for path in sorted(directory.rglob("*"))
             if path.is_file()
         },
@@ -120,7 +121,7 @@ def read_bundle(directory: Path) -> Bundle:
         ) from error
     for name, checksum in bundle.files.items():
         file = directory / name
-        if not file.is_file() or _sha256(file) != checksum:
+        if not file.is_file() or file_sha256(file) != checksum:
             raise UserError(
                 f"bundle file {file} is missing or damaged (its SHA-256 is not the published one); "
                 "copy the bundle again or publish it again"
@@ -179,8 +180,3 @@ def _content(checkpoint: Path) -> dict[str, Tensor]:
     assert state[1], f"the content bank of {checkpoint} is older than its weights"
     bank, encoder = (read_companion(checkpoint, part) for part in ("bank/", "encoder/"))
     return {"item_ids": bank["item_ids"], "vectors": trained_vectors(encoder, bank)}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,6 +2,7 @@
 
 # Shapes: B samples, T tasks, N jagged values, R items with content, U items of a batch, D dim.
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,16 +15,25 @@ from embedding.batch import RankingBatch
 from embedding.config import FeatureSchema, Hashed, ManagedCollision
 from embedding.id_map import owner_of
 from embedding.items import ContentVectors, ItemRows, ItemSource
+from embedding.precision import cpu_has_bf16
 from pipeline.content_items import content_shape, item_source
+from ranking.config import RankingConfig
 from ranking.model import RankingModel
 from ranking.tasks import probabilities
+
+logger = logging.getLogger(__name__)
 
 
 class Predictor:
     """Scores batches with a published bundle on the CPU."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, compiled: bool = False) -> None:
         """Load a bundle.
+
+        Args:
+            directory: of the bundle.
+            compiled: fuse steps with `torch.compile`, if the model was trained so; it needs g++,
+                and the first batch takes minutes.
 
         Raises:
             UserError: It is no bundle, or a file is missing or damaged.
@@ -42,7 +52,7 @@ class Predictor:
         # Ids are mapped before the model sees them, so managed tables are plain ones here.
         self.model = RankingModel(
             plain_schema(self.schema),
-            recipe.ranking,
+            serving_config(recipe.ranking, compiled=compiled),
             tables_device=torch.device("cpu"),
             content=None if recipe.content is None else content_shape(recipe.content, self.schema),
         )
@@ -149,6 +159,22 @@ class IdMap:
             return unknown_N
         index_N = torch.searchsorted(self.ids, ids_N).clamp_(max=len(self.ids) - 1)
         return torch.where(self.ids[index_N] == ids_N, self.rows[index_N], unknown_N)
+
+
+def serving_config(trained: RankingConfig, *, compiled: bool) -> RankingConfig:
+    """The model on this CPU: what it computes is trained, how it computes is this machine's.
+
+    Emulated bf16 products are hundreds of times slower than fp32 ones, which are no less exact.
+    """
+    model, trainer = trained.model, trained.trainer
+    if trainer.precision == "bf16" and not cpu_has_bf16():
+        logger.warning(
+            "this CPU has no bf16 instructions: the model, trained in bf16, runs in fp32"
+        )
+        trainer = trainer.model_copy(update={"precision": "fp32"})
+    if not compiled:
+        model = model.model_copy(update={"compile": False})
+    return trained.model_copy(update={"model": model, "trainer": trainer})
 
 
 def plain_schema(schema: FeatureSchema) -> FeatureSchema:

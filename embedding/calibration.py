@@ -22,10 +22,7 @@ from embedding.machines import Machine
 
 VERSIONED = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu")
 """Packages whose kernels and collectives the constants describe."""
-_MEASURED = (
-    *("device", "hbm_bandwidth", "host_bandwidth"),
-    *("intra_host_bandwidth", "pcie_bandwidth"),
-)
+_MEASURED = ("device", "hbm_bandwidth", "intra_host_bandwidth", "pcie_bandwidth")
 """Figures of a machine that calibrated constants stand for."""
 _BETWEEN_RANKS = (
     *("input_calls", "input_sent_ids", "input_lengths", "exchange_calls", "exchange_bytes"),

@@ -11,13 +11,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import PositiveInt, ValidationError
 
 from embedding.config import StrictConfig
 from embedding.errors import UserError
 from embedding.host_memory import memory_of_this_machine
 from embedding.machines import MACHINES, Machine
+from embedding.yaml_text import load_yaml
 
 MACHINE_PATTERN = r"(?P<name>[A-Za-z0-9_-]+|.+\.ya?ml)"
 """A known machine, or a file."""
@@ -155,10 +155,7 @@ def read_shape(path: Path) -> ClusterShape:
     """
     if not path.is_file():
         raise UserError(f"topology file {path} does not exist; check the path")
-    try:
-        data: Any = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"topology file {path} is not valid YAML: {error}") from error
+    data = load_yaml(path.read_text(), f"topology file {path}")
     if not isinstance(data, dict):
         raise UserError(f"topology file {path} must be a mapping with base, hosts and ranks")
     changes = dict(data)

@@ -3,10 +3,12 @@
 Imports pydantic and nothing heavy, so that `braid validate` and `--help` never load torch.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -24,9 +26,27 @@ OOV_ROW = 0
 
 
 class StrictConfig(BaseModel):
-    """Frozen; unknown keys are errors; the string under a field is its documentation."""
+    """Frozen; unknown keys, NaN and infinity are errors; a field's docstring documents it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+def _check_name(name: str) -> str:
+    if re.fullmatch(NAME_PATTERN, name) is None:
+        raise ValueError(
+            f"{name!r} is no name; use letters, digits, _ and -, and name the data's column by a "
+            "key of its own (`column`, `label`)"
+        )
+    return name
+
+
+NAME_PATTERN = r"[A-Za-z0-9_][A-Za-z0-9_-]*"
+Name = Annotated[
+    str, AfterValidator(_check_name), Field(json_schema_extra={"pattern": f"^{NAME_PATTERN}$"})
+]
+"""Of a table, feature, history, sequence or task: part of paths, of columns and of modules."""
 
 
 # --- id schemes: raw id -> row of the table ------------------------------------------------------
@@ -142,8 +162,8 @@ class Adam(StrictConfig):
 
     kind: Literal["adam"] = "adam"
     learning_rate: PositiveFloat = 1e-3
-    beta1: float = 0.9
-    beta2: float = 0.999
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
 
@@ -165,7 +185,7 @@ SparseOptimizer = Annotated[RowWiseAdagrad | Adagrad | Adam | Sgd, Field(discrim
 class TableConfig(StrictConfig):
     """One embedding table; several features may share it."""
 
-    name: str
+    name: Name
     num_embeddings: PositiveInt
     """Rows, the OOV row included."""
     embedding_dim: PositiveInt = 16
@@ -201,7 +221,7 @@ Source = Literal["events", "items", "users", "codes"]
 class SparseFeature(StrictConfig):
     """Ids of one column, looked up in a table; list columns are pooled."""
 
-    name: str
+    name: Name
     table: str
     source: Source = "events"
     column: str | None = None
@@ -219,7 +239,7 @@ class SparseFeature(StrictConfig):
 class DenseFeature(StrictConfig):
     """One float column."""
 
-    name: str
+    name: Name
     source: Source = "events"
     column: str | None = None
     """Column of the source; default: the feature's name."""
@@ -241,7 +261,7 @@ class DenseFeature(StrictConfig):
 class HistoryConfig(StrictConfig):
     """The user's latest events strictly before each event, computed point-in-time by ingest."""
 
-    name: str
+    name: Name
     label: str | None = None
     """Only events whose label column is 1 enter; by default every event enters."""
     max_length: PositiveInt = 50
@@ -251,7 +271,7 @@ class HistoryConfig(StrictConfig):
 class SequenceFeature(StrictConfig):
     """One attribute of every event of a history, oldest first, looked up without pooling."""
 
-    name: str
+    name: Name
     history: str
     table: str
     source: Literal["events", "items", "gap", "codes"] = "items"
@@ -358,11 +378,9 @@ class ShardingConfig(StrictConfig):
     """Default: what the cluster reports. Set it to test hierarchical sharding on one machine."""
     hbm_gib: PositiveFloat | None = None
     """Memory per rank the plan may use; default: what the device has."""
-    kernels: tuple[Literal["fused", "fused_uvm", "fused_uvm_caching"], ...] = (
-        "fused",
-        "fused_uvm",
-        "fused_uvm_caching",
-    )
+    kernels: Annotated[
+        tuple[Literal["fused", "fused_uvm", "fused_uvm_caching"], ...], Field(min_length=1)
+    ] = ("fused", "fused_uvm", "fused_uvm_caching")
     """Kernels the plan may use on CUDA; the last two keep a table in host memory."""
     plan: Path | None = None
     """A plan file to train with (`braid plan --json`); default: plan for the cluster."""

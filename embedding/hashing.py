@@ -1,14 +1,13 @@
 """Raw ids to rows of a table, vectorised and independent of batch, rank and process."""
 
 import hashlib
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from embedding.config import OOV_ROW, Hashed, Identity, ManagedCollision, TableConfig
 
-# Shapes: F features, R samples, N ids.
+# Shapes: N ids.
 
 MANAGED_ID_BITS = 62
 MANAGED_ID_RANGE = 1 << MANAGED_ID_BITS
@@ -38,15 +37,6 @@ def rows_of(raw_ids: Tensor, table: TableConfig) -> Tensor:
     return rows
 
 
-def rows_of_features(raw_FR: Tensor, tables: Sequence[TableConfig]) -> Tensor:
-    """Rows of stacked single-valued features: int64 (F, R); `tables[f]` is the table of row f."""
-    rows_FR = torch.empty_like(raw_FR, memory_format=torch.contiguous_format)
-    for raw_R, table, out_R in zip(raw_FR, tables, rows_FR, strict=True):
-        for start in range(0, raw_R.numel(), _CHUNK):
-            _rows_of_chunk(raw_R[start : start + _CHUNK], table, out_R[start : start + _CHUNK])
-    return rows_FR
-
-
 def out_of_range(raw_ids: Tensor, table: TableConfig) -> Tensor:
     """True for ids that an `Identity` table sends to the OOV row: it has no row for them."""
     if not isinstance(table.ids, Identity):
@@ -74,8 +64,12 @@ def expected_collision_rate(num_ids: int, table: TableConfig) -> float:
     return float(1 - (1 - 1 / rows) ** (num_ids - 1))
 
 
-def mix64(ids: Tensor, salt: int, out: Tensor) -> Tensor:
-    """SplitMix64's finaliser of `ids + salt` into `out`: a bijection of 64-bit integers."""
+def salted_mix64(ids: Tensor, salt: int, out: Tensor) -> Tensor:
+    """SplitMix64's finaliser of `ids + salt` into `out`: a bijection of 64-bit integers.
+
+    In place and on tensors; `raw_ids.finalised64` is the same of numpy arrays. Rows of tables
+    depend on it: it must not change.
+    """
     torch.add(ids, salt, out=out)
     shifted = torch.empty_like(out)
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, None)):
@@ -97,7 +91,7 @@ def _rows_of_chunk(raw_N: Tensor, table: TableConfig, out_N: Tensor) -> None:
     missing_N = raw_N < 0
     match table.ids:
         case Hashed():
-            mix64(raw_N, name_salt(table.name), out_N)
+            salted_mix64(raw_N, name_salt(table.name), out_N)
             out_N.bitwise_and_(torch.iinfo(torch.int64).max)
             out_N.remainder_(table.num_embeddings - 1).add_(1)
             out_N.masked_fill_(missing_N, OOV_ROW)
@@ -107,6 +101,6 @@ def _rows_of_chunk(raw_N: Tensor, table: TableConfig, out_N: Tensor) -> None:
         case ManagedCollision():
             # The mixed id decides the owner rank (its high bits) and names the row: 62 of 64 bits
             # of a bijection, so two ids share one with probability 2**-62.
-            mix64(raw_N, name_salt(table.name), out_N)
+            salted_mix64(raw_N, name_salt(table.name), out_N)
             out_N.bitwise_and_(MANAGED_ID_RANGE - 1).clamp_(max=MANAGED_MISSING_ID - 1)
             out_N.masked_fill_(missing_N, MANAGED_MISSING_ID)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from embedding.config import TableConfig
-from embedding.hashing import mix64, name_salt
+from embedding.hashing import name_salt, salted_mix64
 
 _ELEMENTS_PER_BLOCK = 1 << 18  # int64 temporaries stay around 2 MiB each
 
@@ -34,5 +34,5 @@ def initialize_shard(
         piece = weight[start : start + block]
         rows = torch.arange(start, start + piece.shape[0], device=weight.device) + row_offset
         counters = rows[:, None] * table.embedding_dim + columns_D
-        bits = mix64(counters, salt, counters).bitwise_and_((1 << 24) - 1)
+        bits = salted_mix64(counters, salt, counters).bitwise_and_((1 << 24) - 1)
         piece.copy_(bits.to(torch.float32).mul_(2 * bound / (1 << 24)).sub_(bound))

@@ -36,8 +36,6 @@ class LoaderStats:
 
     rows: int = 0
     """Real rows handed out."""
-    read_s: float = 0.0
-    """Seconds the background thread spent decoding and slicing."""
     wait_s: float = 0.0
     """Seconds the consumer waited for a batch."""
 
@@ -221,9 +219,8 @@ class BatchStream:
 
     @property
     def stats(self) -> LoaderStats:
-        """Rows handed out and seconds spent so far."""
-        read_s = self._decoded.work_s + self._batches.work_s - self._decoded.wait_s
-        return LoaderStats(self._rows, read_s, self._batches.wait_s)
+        """Rows handed out and seconds waited for them so far."""
+        return LoaderStats(self._rows, self._batches.wait_s)
 
     def __iter__(self) -> Iterator[RankingBatch]:
         return self

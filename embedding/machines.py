@@ -32,7 +32,6 @@ class Machine(StrictConfig):
     """Of one rank's device memory; on CPU of one host's memory."""
     host_bytes: NonNegativeInt
     """Memory of one host; 0: that of the machine that plans."""
-    host_bandwidth: PositiveFloat
     intra_host_bandwidth: PositiveFloat
     """Of one rank to the other ranks of its host."""
     inter_host_bandwidth: PositiveFloat
@@ -55,7 +54,6 @@ _HOPPER = {
     "device": "cuda",
     "ranks_per_host": 8,
     "host_bytes": 2048 * GIB,
-    "host_bandwidth": 2 * 307.2 * GB,
     "intra_host_bandwidth": 450 * GB,
     "inter_host_bandwidth": 50 * GB,
     "pcie_bandwidth": 64 * GB,
@@ -65,7 +63,6 @@ _HOPPER = {
 _AMPERE = {
     "device": "cuda",
     "ranks_per_host": 8,
-    "host_bandwidth": 2 * 204.8 * GB,
     "intra_host_bandwidth": 300 * GB,
     "inter_host_bandwidth": 25 * GB,
     "pcie_bandwidth": 32 * GB,
@@ -204,7 +201,6 @@ MACHINES: tuple[Machine, ...] = (
         hbm_bytes=44 * GIB,
         hbm_bandwidth=864 * GB,
         host_bytes=1024 * GIB,
-        host_bandwidth=2 * 307.2 * GB,
         intra_host_bandwidth=32 * GB,
         inter_host_bandwidth=12.5 * GB,
         pcie_bandwidth=32 * GB,
@@ -221,7 +217,6 @@ MACHINES: tuple[Machine, ...] = (
         hbm_bytes=32 * GIB,
         hbm_bandwidth=900 * GB,
         host_bytes=512 * GIB,
-        host_bandwidth=2 * 68.3 * GB,
         intra_host_bandwidth=150 * GB,
         inter_host_bandwidth=6.25 * GB,
         pcie_bandwidth=16 * GB,
@@ -239,7 +234,6 @@ MACHINES: tuple[Machine, ...] = (
         hbm_bytes=0,
         hbm_bandwidth=460.8 * GB,
         host_bytes=0,
-        host_bandwidth=460.8 * GB,
         intra_host_bandwidth=10 * GB,
         inter_host_bandwidth=12.5 * GB,
         pcie_bandwidth=64 * GB,

@@ -32,10 +32,10 @@ from embedding.lookup_timing import (
 EXCHANGED_BYTES = (1 << 16, 1 << 19, 1 << 21, 1 << 23)
 
 
-def time_parts(device: torch.device, *, quick: bool = False) -> dict[str, float]:
+def time_parts(device: torch.device) -> dict[str, float]:
     """Constants of `embedding.demand` that can be measured alone, in seconds per unit."""
     parts = collective_parts(device) if dist.get_world_size() > 1 else {}
-    parts |= lookup_parts(device, quick=quick)
+    parts |= lookup_parts(device)
     parts["input_bucketized_ids"] = _bucketize_id_s(device)
     if device.type == "cuda":
         parts |= offloading_parts(device)
@@ -82,9 +82,9 @@ def collective_parts(device: torch.device) -> dict[str, float]:
     return parts
 
 
-def lookup_parts(device: torch.device, *, quick: bool) -> dict[str, float]:
+def lookup_parts(device: torch.device) -> dict[str, float]:
     """Seconds per id, byte and distinct row of the fused kernel, forward and backward."""
-    cases = calibration_cases(device)[:: 3 if quick else 1]
+    cases = calibration_cases(device)
     # The calls of the bare kernel are left out: TorchRec's own cost more.
     return fit_lookups(cases, [time_lookup(case, device) for case in cases]).seconds
 

@@ -243,13 +243,13 @@ def measure_peak_bytes(make: Callable[[], PlanRun], steps: int, device: torch.de
     else:
         give_back_freed_memory()
         Path("/proc/self/clear_refs").write_text("5")  # resets the kernel's high-water mark
-        before = _status_bytes("VmRSS")
+        before = status_bytes("VmRSS")
     run = make()
     for _ in range(steps):
         run.step()
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) - before
-    return _status_bytes("VmHWM") - before
+    return status_bytes("VmHWM") - before
 
 
 def give_back_freed_memory() -> None:
@@ -258,7 +258,8 @@ def give_back_freed_memory() -> None:
     ctypes.CDLL(None).malloc_trim(0)
 
 
-def _status_bytes(key: str) -> int:
+def status_bytes(key: str) -> int:
+    """A figure of /proc/self/status."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024

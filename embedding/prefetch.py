@@ -20,7 +20,6 @@ class Prefetched(Generic[T]):
 
     def __init__(self, source: Callable[[], Iterator[T]], depth: int) -> None:
         self.wait_s = 0.0
-        self.work_s = 0.0
         self._queue: queue.Queue[T | _End] = queue.Queue(maxsize=depth)
         self._stop = threading.Event()
         self._ended = False
@@ -56,12 +55,9 @@ class Prefetched(Generic[T]):
     def _run(self, source: Callable[[], Iterator[T]]) -> None:
         error: BaseException | None = None
         try:
-            started = time.perf_counter()
             for item in source():
-                self.work_s += time.perf_counter() - started
                 if not self._put(item):
                     break
-                started = time.perf_counter()
         except BaseException as caught:  # noqa: BLE001 - handed to the consumer, who raises it
             error = caught
         self._put(_End(error))

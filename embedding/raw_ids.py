@@ -17,7 +17,11 @@ from embedding.config import MISSING_ID
 
 _MASK_63 = np.uint64(0x7FFF_FFFF_FFFF_FFFF)
 
+GOLDEN_GAMMA = 0x9E3779B97F4A7C15
+"""The step of SplitMix64."""
+
 Int64Array = np.ndarray[Any, np.dtype[np.int64]]
+UInt64Array = np.ndarray[Any, np.dtype[np.uint64]]
 
 
 def hash_strings(array: pa.Array) -> Int64Array:
@@ -82,10 +86,18 @@ def ids_or_missing(column: pa.Array) -> Int64Array:
     return np.asarray(column.fill_null(MISSING_ID).to_numpy(zero_copy_only=False), np.int64)
 
 
-def mix64(ids: Int64Array) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    """SplitMix64's finaliser: spreads consecutive ids over all 64 bits, one to one."""
+def mix64(ids: Int64Array) -> UInt64Array:
+    """SplitMix64's first draw from every id: spreads them over all 64 bits, one to one.
+
+    What is stored depends on it (buckets, held-out items, samples): it must not change.
+    """
     with np.errstate(over="ignore"):
-        x = ids.view(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+        return finalised64(ids.view(np.uint64) + np.uint64(GOLDEN_GAMMA))
+
+
+def finalised64(x: UInt64Array) -> UInt64Array:
+    """SplitMix64's finaliser, without its step: a bijection of 64-bit integers."""
+    with np.errstate(over="ignore"):
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return np.asarray(x ^ (x >> np.uint64(31)))

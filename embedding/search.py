@@ -23,7 +23,6 @@ from embedding.proposers import (
     uniform,
 )
 
-PROPOSERS = ("greedy", "grid", "uniform", "dynamic_programming", "exhaustive", "pinned")
 EXHAUSTIVE_LIMIT = 5000
 """Placements that are all tried instead of searched."""
 Tables = tuple[int, ...]
@@ -44,8 +43,6 @@ class Found:
     cost_s: float
     proposer: str
     search_s: float
-    costs_by_proposer: dict[str, float]
-    """The best of every proposer before local search; infinite where none fits."""
     shortlist: tuple[dict[str, Placed], ...]
     """The cheapest distinct placements that were met, `placement` first."""
 
@@ -69,12 +66,10 @@ def search(
     """
     began = time.perf_counter()
     base = layout_of(model, pinned or {})
-    costs: dict[str, float] = {}
     candidates: list[tuple[float, int, str, Layout]] = []
 
     def offer(name: str, layout: Layout | None) -> None:
         cost = layout.cost() if layout is not None and layout.fits() else math.inf
-        costs[name] = min(cost, costs.get(name, math.inf))
         if layout is not None and math.isfinite(cost):
             candidates.append((cost, len(candidates), name, layout))
 
@@ -101,7 +96,6 @@ def search(
         cost_s=best.cost(),
         proposer=name if options else "pinned",
         search_s=time.perf_counter() - began,
-        costs_by_proposer=costs,
         shortlist=tuple(_cheapest_distinct(met, keep)),
     )
 

@@ -28,8 +28,6 @@ class TableFacts:
     """Rows looked up at least once, of all rows."""
     once_share: float
     """Rows looked up exactly once, of the touched ones."""
-    lookups_per_row: float
-    """Of a touched row."""
     top_share: float
     """Lookups that go to the hottest 1% of the touched rows."""
     hit_rates: dict[float, float]
@@ -65,7 +63,6 @@ def _facts(table: TableConfig, measured: TableTraffic) -> TableFacts:
         table=table,
         touched_share=touched,
         once_share=measured.rows_seen_once / measured.rows_touched,
-        lookups_per_row=measured.lookups / measured.rows_touched,
         top_share=ids.share_of_hottest(0.01 * measured.rows_touched),
         hit_rates=hits,
         advice=tuple(advice),

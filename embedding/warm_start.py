@@ -1,7 +1,7 @@
 """Starts a run from another run's checkpoint: what fits is carried over, the rest is named."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 
@@ -17,7 +17,7 @@ from embedding.stored import CheckpointReader
 class WarmStartReport(StrictConfig):
     """What a warm start took from another run, on this rank's pieces; version 1."""
 
-    schema_version: int = 1
+    schema_version: Literal[1] = 1
     carried: tuple[str, ...]
     """Tables and parameters whose values came from the checkpoint."""
     initialised: dict[str, str]

@@ -2,6 +2,8 @@
 
 # Shapes: N items, B queries, L levels, D vector dim.
 
+from typing import Literal
+
 import numpy as np
 import torch
 
@@ -30,7 +32,7 @@ class LevelMetrics(StrictConfig):
 class CodeMetrics(StrictConfig):
     """Figures of one set of codes; version 1."""
 
-    schema_version: int = 1
+    schema_version: Literal[1] = 1
     num_items: int
     collision_rate: float
     """Share of items whose full code another item has too."""

@@ -4,6 +4,7 @@
 
 from dataclasses import dataclass
 from datetime import date
+from typing import Literal
 
 import numpy as np
 import torch
@@ -105,7 +106,7 @@ def _same_shape(books: ResidualCodebooks, config: Rq, vectors_ND: FloatArray) ->
 class Drift(StrictConfig):
     """How far the items have moved since the codebooks were fitted; version 2."""
 
-    schema_version: int = 2
+    schema_version: Literal[1, 2] = 2
     age_days: int
     num_new_items: int
     """Items that the fit did not know."""

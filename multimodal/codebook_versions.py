@@ -10,9 +10,11 @@ import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from pydantic import ValidationError
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from embedding.config import StrictConfig
@@ -30,7 +32,7 @@ CARRIES = "carries.safetensors"
 class CodebookManifest(StrictConfig):
     """What a version is made of; schema version 1."""
 
-    schema_version: int = 1
+    schema_version: Literal[1] = 1
     version: str
     parent: str | None
     """The version whose code numbers it goes on with."""
@@ -144,6 +146,27 @@ def load_version(root: Path, version: str) -> Codebooks:
             f"{manifest.fingerprint}: the file was changed; restore it, or fit new codebooks"
         )
     return codebooks
+
+
+def damaged_versions(root: Path) -> list[str]:
+    """What is wrong with the versions, a sentence each; empty if they are as they were written."""
+    try:
+        known = versions(root)
+    except UserError as error:
+        return [str(error)]
+    return [fault for m in known if (fault := _fault(root, m.version)) is not None]
+
+
+def _fault(root: Path, version: str) -> str | None:
+    path = root / version / CARRIES
+    try:
+        load_version(root, version)
+        _load_carries(path)
+    except UserError as error:
+        return str(error)
+    except (OSError, SafetensorError, KeyError) as error:
+        return f"{path} cannot be read ({error}); restore it: rows of code tables are carried by it"
+    return None
 
 
 def take_version(source: Path, root: Path, version: str) -> None:

@@ -60,7 +60,7 @@ class IndexBySize(StrictConfig):
     """Of the inverted lists."""
 
 
-ItemIndex = Annotated[ExactIndex | IvfIndex | HnswIndex | IndexBySize, Field(discriminator="kind")]
+VqIndex = Annotated[ExactIndex | IvfIndex | HnswIndex | IndexBySize, Field(discriminator="kind")]
 
 
 # --- quantizers ----------------------------------------------------------------------------------
@@ -70,7 +70,7 @@ class Vq(StrictConfig):
     """The code of an item is the list of its `top_k` nearest other items, by cosine."""
 
     top_k: PositiveInt = 25
-    index: ItemIndex = IndexBySize()
+    index: VqIndex = IndexBySize()
     max_items: PositiveInt = 10_000
     """Items that the set can hold: the rows of the code table. Slots of items that are gone are
     used again at a refit."""

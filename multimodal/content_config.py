@@ -18,6 +18,8 @@ from embedding.config import StrictConfig
 
 TINY = "tiny"
 """Model name of the randomly initialised small towers."""
+MAX_PIXELS = 100_000_000
+"""Of an image, unless a recipe says otherwise."""
 
 # --- towers --------------------------------------------------------------------------------------
 
@@ -81,7 +83,7 @@ class ImageTower(AdaptedModel):
     """Of items.parquet."""
     image_size: Annotated[int, Field(ge=8, le=2048)] = 32
     """Images are resized to a square of so many pixels; a multiple of the model's patch size."""
-    max_pixels: PositiveInt = 100_000_000
+    max_pixels: PositiveInt = MAX_PIXELS
     """Larger images are refused before they are decoded, and counted: a small file can claim to be
     huge."""
 

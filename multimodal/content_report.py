@@ -3,8 +3,6 @@
 Shapes: N items, D columns of a vector, A items asked for, K neighbours.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 from sklearn.manifold import TSNE
 
@@ -16,19 +14,10 @@ _ITEMS_PER_PERPLEXITY = 4
 """t-SNE needs more items than its perplexity; with few, neighbourhoods are smaller, too."""
 
 
-@dataclass(frozen=True)
-class Neighbours:
-    """The nearest items of some items, nearest first."""
-
-    asked_A: Int64Array
-    neighbours_AK: Int64Array
-    cosines_AK: FloatArray
-
-
 def nearest_neighbours(
     vectors_ND: FloatArray, asked_A: Int64Array, num_neighbours: int
-) -> Neighbours:
-    """Nearest items by cosine, without the item itself.
+) -> Int64Array:
+    """Rows (A, K) of the nearest items by cosine, nearest first, without the item itself.
 
     Args:
         vectors_ND: of all items.
@@ -39,8 +28,8 @@ def nearest_neighbours(
     cosines_AN = unit_ND[asked_A] @ unit_ND.T
     cosines_AN[np.arange(len(asked_A)), asked_A] = -np.inf
     count = min(num_neighbours, len(vectors_ND) - 1)
-    nearest_AK = np.argsort(-cosines_AN, axis=1, kind="stable")[:, :count]
-    return Neighbours(asked_A, nearest_AK, np.take_along_axis(cosines_AN, nearest_AK, axis=1))
+    nearest_AK: Int64Array = np.argsort(-cosines_AN, axis=1, kind="stable")[:, :count]
+    return nearest_AK
 
 
 def two_dimensional_map(vectors_ND: FloatArray, *, seed: int = 0) -> FloatArray:
@@ -72,9 +61,9 @@ def likeness(vectors_ND: FloatArray, labels_N: Int64Array, num_neighbours: int =
     known_N = np.flatnonzero(labels_N >= 0)
     if len(known_N) < 2:
         return float("nan")
-    found = nearest_neighbours(vectors_ND[known_N], np.arange(len(known_N)), num_neighbours)
+    near_NK = nearest_neighbours(vectors_ND[known_N], np.arange(len(known_N)), num_neighbours)
     labels = labels_N[known_N]
-    return float((labels[found.neighbours_AK] == labels[:, None]).mean())
+    return float((labels[near_NK] == labels[:, None]).mean())
 
 
 def spread_items(vectors_ND: FloatArray, count: int) -> Int64Array:

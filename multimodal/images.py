@@ -14,6 +14,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """All that is decoded, whatever else Pillow knows: a file of the catalogue must not choose among
 decoders, one of which (of EPS) runs an interpreter."""
 
+MISSING = "missing"
+"""A null, or a blank text: not a fault, but no input either."""
 NO_FILE = "no file"
 OUTSIDE = "outside the data root"
 TOO_LARGE = "too many pixels"

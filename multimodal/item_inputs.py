@@ -18,11 +18,8 @@ from transformers import AutoTokenizer
 
 from embedding.errors import UserError
 from multimodal.content_config import ImageTower, TextTower
-from multimodal.images import read_image, square_pixels
+from multimodal.images import MISSING, read_image, square_pixels
 from multimodal.tower_files import TINY_VOCABULARY, Tower, model_directory
-
-MISSING = "missing"
-"""Null or blank."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
 _WORD = re.compile(r"\w+")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from multimodal.codes_config import ExactIndex, HnswIndex, IndexBySize, ItemIndex, IvfIndex
+from multimodal.codes_config import ExactIndex, HnswIndex, IndexBySize, IvfIndex, VqIndex
 from multimodal.exact_lookup import exact_products, rounding
 from multimodal.vectors import BoolArray, Float32Array, FloatArray, Int64Array, unit_rows
 
@@ -66,7 +66,7 @@ class FaissSearch:
         return scores, ids
 
 
-def build_index(vectors_ND: FloatArray, config: ItemIndex, device: torch.device) -> Index:
+def build_index(vectors_ND: FloatArray, config: VqIndex, device: torch.device) -> Index:
     """An index over vectors, which are scaled to length 1."""
     unit_ND = unit_rows(vectors_ND)
     match config:

@@ -13,6 +13,7 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -47,7 +48,7 @@ class StoredModality(StrictConfig):
 class StoredContent(StrictConfig):
     """Description of an index; version 1."""
 
-    schema_version: int = 1
+    schema_version: Literal[1] = 1
     num_items: int
     modalities: dict[str, StoredModality]
 

@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from embedding.checksums import file_sha256
 from embedding.errors import UserError
 from multimodal.content_config import TINY, ImageTower, TextTower
 
@@ -147,7 +148,7 @@ def tower_fingerprint(modality: str, tower: Tower) -> str:
         "format": TOKENS_FORMAT,
         "modality": modality,
         "tiny": TINY_SIZE if tower.model == TINY else None,
-        "files": {path.name: _sha256(path) for path in model_files(tower)},
+        "files": {path.name: file_sha256(path) for path in model_files(tower)},
         "layers_in_step": tower.layers_in_step,
         "inputs": input_settings(tower),
         "precision": tower.precision,
@@ -160,8 +161,3 @@ def input_settings(tower: Tower) -> dict[str, Any]:
     if isinstance(tower, TextTower):
         return {"max_tokens": tower.max_tokens}
     return {"image_size": tower.image_size, "max_pixels": tower.max_pixels}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -15,6 +15,7 @@ stays.
 
 import hashlib
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -67,7 +68,7 @@ class AlignJob(StrictConfig):
 class AlignmentResult(StrictConfig):
     """Rank 0's account of a training; version 1."""
 
-    schema_version: int = 1
+    schema_version: Literal[1] = 1
     steps: int
     first_loss: float
     """Mean of the first tenth of the steps."""
@@ -82,7 +83,7 @@ class AlignmentResult(StrictConfig):
 class AlignFacts(StrictConfig):
     """What the stage did; version 1."""
 
-    schema_version: int = 1
+    schema_version: Literal[1] = 1
     encoder: str
     """Identity of the encoder: equal ones make equal vectors."""
     trained_on: str | None

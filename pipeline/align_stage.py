@@ -129,7 +129,9 @@ class AlignmentOfDay:
         ingests: tuple[Path, ...],
         ranker: RankerItems | None,
     ) -> StageOutput:
-        checked = check_content(self.content, self.recipe.data.root)  # faults show before Ray
+        data = self.recipe.data
+        # Faults show before Ray starts.
+        checked = check_content(self.content, data.root, data.max_quarantined_share)
         cluster = self.recipe.cluster
         self.session.wait_for("align", rank_bundles(cluster))
         index = scratch / INDEX

@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 
+from embedding.checksums import file_sha256
 from embedding.config import StrictConfig
+from embedding.errors import UserError
 
-SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 RESUME = "resume"
 
@@ -26,7 +27,7 @@ RESUME = "resume"
 class Manifest(StrictConfig):
     """What an artifact is made of; version 1."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     stage: str
     artifact_id: str
     """Hash of stage, config and inputs: equal ids mean equal content."""
@@ -58,9 +59,23 @@ def artifact_id(stage: str, config: str, inputs: dict[str, str]) -> str:
 
 
 def read_manifest(directory: Path) -> Manifest | None:
-    """The manifest of a finished artifact, or None where there is none."""
+    """The manifest of a finished artifact, or None where there is none.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     path = directory / MANIFEST
-    return Manifest.model_validate_json(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        return Manifest.model_validate_json(path.read_text())
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise UserError(
+            f"{path} is damaged or of another version of Braid "
+            f"({'.'.join(map(str, fault['loc']))}: {fault['msg']}); restore it, or choose another "
+            "output directory"
+        ) from error
 
 
 @contextmanager
@@ -108,7 +123,7 @@ def publish(scratch: Path, directory: Path, manifest: Manifest) -> Manifest:
     `finish_interrupted` completes the renaming.
     """
     checksums = {
-        str(path.relative_to(scratch)): _sha256(path)
+        str(path.relative_to(scratch)): file_sha256(path)
         for path in sorted(scratch.rglob("*"))
         if path.is_file() and path.relative_to(scratch).parts[0] not in (RESUME, MANIFEST)
     }
@@ -139,7 +154,8 @@ def damaged_files(directory: Path, *, thorough: bool) -> list[str]:
     return [
         name
         for name, checksum in manifest.checksums.items()
-        if not (directory / name).is_file() or (thorough and _sha256(directory / name) != checksum)
+        if not (directory / name).is_file()
+        or (thorough and file_sha256(directory / name) != checksum)
     ]
 
 
@@ -172,11 +188,3 @@ def _has_work(resume: Path) -> bool:
 
 def _beside(directory: Path, what: str) -> Path:
     return directory.parent / f".{directory.name}.{what}"
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

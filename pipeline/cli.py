@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.codes_cli import codes_app
+from pipeline.codes_cli import OutOption, codes_app
 from pipeline.data_cli import data_app
 from pipeline.plan_cli import (
     JsonOption,
@@ -63,7 +63,6 @@ def _global_options(
 
 
 DateOption = Annotated[str, typer.Option("--date", "-d", help="Day to train up to, YYYY-MM-DD.")]
-OutOption = Annotated[Path, typer.Option("--out", "-o", help="Output directory.")]
 GATE_REFUSED = 3
 """Exit code of a run whose stages all ended well, and whose model the gate did not let through."""
 STAGE_HELP = "ingest, content, align, quantize, join, plan, train, evaluate, gate or publish."

@@ -10,7 +10,7 @@ from rich.table import Table
 from embedding.errors import UserError
 from pipeline.cluster import RaySession, actors_of, require_absolute
 from pipeline.config import Recipe
-from pipeline.console import Reporter, duration, human
+from pipeline.console import Reporter, duration, figure, human
 from pipeline.days import available_days, parse_day, split_days
 from pipeline.plan_request import check_plan_files
 from pipeline.publication import Publish
@@ -167,7 +167,7 @@ def _metrics_table(summary: Summary) -> Table:
             figures = [part.auc, part.gauc, part.ne, part.calibration]
             if summary.oracle:
                 figures.insert(1, best.auc if best else None)
-            shown = [_figure(value) for value in figures]
+            shown = [figure(value) for value in figures]
             table.add_row(task if name == "all" else "", name, human(part.num_rows), *shown)
     return table
 
@@ -186,11 +186,7 @@ def _progressive_table(summaries: list[Summary]) -> Table:
         table.add_row(
             summary.date,
             human(summary.train.rows_per_s),
-            *(_figure(summary.eval[task].auc) for task in tasks),
+            *(figure(summary.eval[task].auc) for task in tasks),
             duration(seconds),
         )
     return table
-
-
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"

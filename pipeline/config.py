@@ -3,6 +3,7 @@
 Imports pydantic and nothing heavy, so that `braid validate` and `--help` never load torch.
 """
 
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -37,8 +38,8 @@ from ranking.config import RankingConfig
 class SyntheticConfig(StrictConfig):
     """The synthetic marketplace: its truth, size and seed (`braid data synth`)."""
 
-    num_days: PositiveInt = 4
-    first_day: str = "2024-01-01"
+    num_days: PositiveInt = 8
+    first_day: date = date(2024, 1, 1)
     events_per_day: PositiveInt = 20_000
     num_users: PositiveInt = 2_000
     num_items: PositiveInt = 1_000
@@ -78,7 +79,8 @@ class DataConfig(StrictConfig):
     synthetic: SyntheticConfig | None = None
     """Generate the synthetic marketplace in `root` when it is not there yet."""
     max_quarantined_share: float = Field(default=0.01, ge=0, le=1)
-    """Ingest fails when more than this share of a span's rows is quarantined."""
+    """Ingest fails when more than this share of a span's rows is quarantined; where towers read
+    images, also their stage when those of more than this share of the items cannot be read."""
     user_buckets: PositiveInt = 8
     """Users are hashed into this many buckets; one bucket of a span fits in a worker's memory."""
 
@@ -154,8 +156,8 @@ class EvaluationConfig(StrictConfig):
     rare_max_events: PositiveInt = 10
     """Items with 1 .. this many events are `rare`; items with none are `cold`."""
     popular_share: float = Field(default=0.1, gt=0, le=1)
-    """The most frequent items, as a share of all seen ones, are `popular`; those between `rare` and
-    `popular` are `middle`."""
+    """The most frequent items, as a share of all seen ones, are `popular`, but for those that are
+    `rare`; of equally frequent ones the lowest ids are. All other seen items are `middle`."""
     held_out_items: HeldOutItems | None = None
     """Evaluate on items that were kept from training instead of on all."""
 

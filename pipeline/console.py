@@ -92,6 +92,11 @@ def human(number: float) -> str:
     return f"{number:.0f}" if abs(number) >= 10 else f"{number:.3g}"
 
 
+def figure(value: float | None) -> str:
+    """A metric with four decimals, or a dash."""
+    return "-" if value is None else f"{value:.4f}"
+
+
 def duration(seconds: float) -> str:
     """3723 -> 1h02m."""
     if seconds < 60:

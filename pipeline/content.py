@@ -13,14 +13,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
 from embedding.config import StrictConfig
+from embedding.errors import UserError
 from embedding.raw_ids import Int64Array
 from multimodal.content_config import ContentConfig
+from multimodal.images import MISSING
 from multimodal.stored_content import Places, StoredContent, StoredModality, write_index
 from multimodal.token_store import NO_ROW, TokenStore
 from multimodal.tower_files import (
@@ -44,6 +46,7 @@ from pipeline.content_tasks import (
 from pipeline.content_workers import encode_on_workers, worker_of
 from pipeline.days import fingerprint
 from pipeline.identity import content_config
+from pipeline.item_cards import item_names
 from pipeline.stages import StageOutput, StageSpec
 from pipeline.tasks import stream_tasks
 
@@ -71,7 +74,7 @@ class ModalityFacts(StrictConfig):
 class ContentFacts(StrictConfig):
     """What the stage did; version 1."""
 
-    schema_version: int = 1
+    schema_version: Literal[1] = 1
     num_items: int
     num_without_content: int
     """Items with neither text nor image: their vector is a learned one."""
@@ -90,10 +93,19 @@ class CheckedContent:
     """Of the towers."""
     widths: dict[str, int]
     """Of their tokens."""
+    max_unreadable_share: float
+    """Of the items; more images that are there and cannot be decoded fail the stage."""
 
 
-def check_content(config: ContentConfig, root: Path) -> CheckedContent:
+def check_content(
+    config: ContentConfig, root: Path, max_unreadable_share: float = 1.0
+) -> CheckedContent:
     """Check everything that can be said without reading items: it needs no Ray.
+
+    Args:
+        config: names towers and columns.
+        root: the data root.
+        max_unreadable_share: `data.max_quarantined_share` of the recipe.
 
     Raises:
         UserError: a column is not there or has a wrong type, or a tower cannot be loaded or
@@ -106,7 +118,7 @@ def check_content(config: ContentConfig, root: Path) -> CheckedContent:
     fingerprints = {name: tower_fingerprint(name, tower) for name, tower in config.towers.items()}
     uppers = {name: load_tower(tower).upper for name, tower in config.towers.items()}
     widths = {name: upper.hidden_size for name, upper in uppers.items()}
-    return CheckedContent(config, catalogue, group_rows, fingerprints, widths)
+    return CheckedContent(config, catalogue, group_rows, fingerprints, widths, max_unreadable_share)
 
 
 def content(
@@ -123,7 +135,7 @@ def content(
         progress: called with items encoded and items to encode.
 
     Raises:
-        UserError: a store or the catalogue is damaged.
+        UserError: a store or the catalogue is damaged, or too many images are.
     """
     catalogue = _read_digests(checked)
     jobs = {
@@ -143,6 +155,7 @@ def content(
     has_content_N = np.zeros(len(ordered), bool)
     for name, job in jobs.items():
         found = job.find(ordered)
+        _refuse_unreadable(checked, name, found)
         places[name], modalities[name] = job.index(found)
         computed = sum(len(task.rows_N) for task in tasks[name])
         facts[name] = _facts(found, computed, job.stored_bytes(modalities[name].parts))
@@ -263,11 +276,31 @@ class _TowerJob:
         return sum((self.store.directory / f"{part}.safetensors").stat().st_size for part in parts)
 
 
-def _facts(found: pd.DataFrame, num_computed: int, stored_bytes: int) -> ModalityFacts:
+def _refuse_unreadable(checked: CheckedContent, name: str, found: pd.DataFrame) -> None:
+    """Fail where more values than allowed are there but cannot be used: an upload went wrong."""
+    faulty = found[found["fault"].notna() & (found["fault"] != MISSING)]
+    if len(faulty) <= checked.max_unreadable_share * len(found):
+        return
+    causes = ", ".join(f"{count} x {cause}" for cause, count in _causes(faulty).items())
+    raw_id = int(faulty["item_id"].iloc[0])
+    item, _ = item_names(checked.catalogue, np.array([raw_id]))[raw_id]
+    raise UserError(
+        f"{checked.catalogue.path}: the {name}s of {len(faulty)} of {len(found)} items cannot be "
+        f"read, more than data.max_quarantined_share={checked.max_unreadable_share} allows "
+        f"({causes}), among them that of item_id {item}; repair them, write null, or raise the "
+        "limit"
+    )
+
+
+def _causes(found: pd.DataFrame) -> dict[str, int]:
     faults: dict[Any, int] = found["fault"].dropna().value_counts().to_dict()
+    return {str(cause): int(count) for cause, count in sorted(faults.items())}
+
+
+def _facts(found: pd.DataFrame, num_computed: int, stored_bytes: int) -> ModalityFacts:
     return ModalityFacts(
         num_present=int((found["row"] != NO_ROW).sum()),
-        faults={str(cause): int(count) for cause, count in sorted(faults.items())},
+        faults=_causes(found),
         num_cut=int(found["is_cut"].sum()),
         num_computed=num_computed,
         stored_mib=stored_bytes / 2**20,
@@ -300,7 +333,8 @@ def content_stage(
     }
 
     def body(scratch: Path) -> StageOutput:
-        checked = check_content(config, recipe.data.root)  # faults show before Ray starts
+        limit = recipe.data.max_quarantined_share
+        checked = check_content(config, recipe.data.root, limit)  # faults show before Ray starts
         session.wait_for("content", [worker_of(config.tokens)])
         stores = directory.parents[1] / STORES
         facts = content(checked, stores, scratch, reporter.advance)

@@ -67,7 +67,7 @@ def content_pictures(
     kinds = item_kinds(catalogue, item_ids_N)
     asked = spread_items(sets[0].vectors_ND, NUM_STRIPS)
     found = {s.title: nearest_neighbours(s.vectors_ND, asked, NUM_NEIGHBOURS) for s in sets}
-    shown = np.unique(np.concatenate([asked, *(f.neighbours_AK.ravel() for f in found.values())]))
+    shown = np.unique(np.concatenate([asked, *(near_AK.ravel() for near_AK in found.values())]))
     cards = item_cards(catalogue, item_ids_N[shown])
     strips = [
         {
@@ -75,9 +75,9 @@ def content_pictures(
             "sets": [
                 {
                     "title": title,
-                    "items": [cards[int(item_ids_N[other])] for other in near.neighbours_AK[at]],
+                    "items": [cards[int(item_ids_N[other])] for other in near_AK[at]],
                 }
-                for title, near in found.items()
+                for title, near_AK in found.items()
             ],
         }
         for at, row in enumerate(asked)

@@ -154,7 +154,7 @@ class EncoderSettings:
     """The stage reserved one for the worker."""
 
 
-class EncodeItems:
+class TokenWriter:
     """Writes the lower-layer tokens of new items into the store. Built once per process."""
 
     def __init__(self, settings: EncoderSettings) -> None:

@@ -6,14 +6,14 @@ from functools import lru_cache
 
 from multimodal.content_config import TokenStage
 from pipeline.cluster import Bundle
-from pipeline.content_tasks import EncodeItems, EncoderSettings, EncodeTask
+from pipeline.content_tasks import EncoderSettings, EncodeTask, TokenWriter
 from pipeline.tasks import stream_results
 
 
 @lru_cache(maxsize=1)
-def _encoder(settings: bytes) -> EncodeItems:
+def _encoder(settings: bytes) -> TokenWriter:
     """Loaded once a worker process, which Ray uses for task after task."""
-    return EncodeItems(pickle.loads(settings))
+    return TokenWriter(pickle.loads(settings))
 
 
 def encode_items(task: EncodeTask, settings: bytes) -> Iterator[int]:

@@ -9,11 +9,9 @@ from typing import Any
 
 import numpy as np
 
-Int64Array = np.ndarray[Any, np.dtype[np.int64]]
-UInt64Array = np.ndarray[Any, np.dtype[np.uint64]]
-FloatArray = np.ndarray[Any, np.dtype[np.floating[Any]]]
+from embedding.raw_ids import GOLDEN_GAMMA, Int64Array, finalised64
 
-_GOLDEN = 0x9E3779B97F4A7C15
+FloatArray = np.ndarray[Any, np.dtype[np.floating[Any]]]
 
 
 class CounterRandom:
@@ -27,8 +25,10 @@ class CounterRandom:
         name = hashlib.blake2b(f"{self._seed}/{stream}".encode(), digest_size=8).digest()
         key = int.from_bytes(name, "little")
         columns = np.arange(1, width + 1, dtype=np.uint64) * np.uint64(0xD1B54A32D192ED03)
-        rows = _mix(np.asarray(ids).astype(np.uint64) * np.uint64(_GOLDEN) + np.uint64(key))
-        bits = _mix(rows[:, None] + columns[None, :])
+        rows = finalised64(
+            np.asarray(ids).astype(np.uint64) * np.uint64(GOLDEN_GAMMA) + np.uint64(key)
+        )
+        bits = finalised64(rows[:, None] + columns[None, :])
         return ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
 
     def normal(self, stream: str, ids: Int64Array, width: int = 1) -> FloatArray:
@@ -42,10 +42,3 @@ class CounterRandom:
     def integers(self, stream: str, ids: Int64Array, high: int) -> Int64Array:
         """Integers in [0, high), shape (len(ids),)."""
         return (self.uniform(stream, ids)[:, 0] * high).astype(np.int64)
-
-
-def _mix(x: UInt64Array) -> UInt64Array:
-    """The finaliser of SplitMix64."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

@@ -17,14 +17,14 @@ import_app = typer.Typer(help="Import a public dataset.", no_args_is_help=True)
 data_app.add_typer(import_app, name="import")
 
 SrcOption = Annotated[Path, typer.Option("--src", help="Folder of the unpacked download.")]
-OutOption = Annotated[Path, typer.Option("--out", "-o", help="Directory to create.")]
+NewDirectoryOption = Annotated[Path, typer.Option("--out", "-o", help="Directory to create.")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of all random draws.")]
 
 
 @import_app.command()
 def movielens(
     src: SrcOption,
-    out: OutOption,
+    out: NewDirectoryOption,
     negatives: Annotated[
         int, typer.Option("--negatives", min=0, help="Sampled unrated items for each rating.")
     ] = 4,
@@ -43,7 +43,7 @@ def movielens(
 
 
 @import_app.command()
-def frappe(src: SrcOption, out: OutOption, seed: SeedOption = 0) -> None:
+def frappe(src: SrcOption, out: NewDirectoryOption, seed: SeedOption = 0) -> None:
     """Frappe, apps used in context: task `use`, three pseudo-days (train, validation, test)."""
     from pipeline.adapters.frappe import import_frappe
 
@@ -53,7 +53,7 @@ def frappe(src: SrcOption, out: OutOption, seed: SeedOption = 0) -> None:
 @import_app.command()
 def criteo(
     src: SrcOption,
-    out: OutOption,
+    out: NewDirectoryOption,
     days: Annotated[int, typer.Option("--days", min=1, help="Pseudo-days to split into.")] = 7,
     first_day: Annotated[
         str, typer.Option("--first-day", help="Name of the first pseudo-day, YYYY-MM-DD.")
@@ -70,7 +70,7 @@ def criteo(
 
 
 @import_app.command()
-def avazu(src: SrcOption, out: OutOption) -> None:
+def avazu(src: SrcOption, out: NewDirectoryOption) -> None:
     """Avazu mobile ads (train.csv or train.gz): task `click`."""
     from pipeline.adapters.avazu import import_avazu
 
@@ -79,7 +79,7 @@ def avazu(src: SrcOption, out: OutOption) -> None:
 
 @data_app.command()
 def synth(  # noqa: PLR0913 # every option of a command is a parameter
-    out: OutOption,
+    out: NewDirectoryOption,
     days: Annotated[int, typer.Option("--days", min=1, help="Days of events.")] = 8,
     users: Annotated[int, typer.Option("--users", min=1, help="Users.")] = 2_000,
     items: Annotated[int, typer.Option("--items", min=1, help="Items alive on one day.")] = 1_000,

@@ -39,9 +39,13 @@ def parse_day(text: str, where: str) -> date:
         UserError: It is not one.
     """
     try:
-        return date.fromisoformat(text)
+        day = date.fromisoformat(text)
     except ValueError as error:
         raise UserError(f"{where}: {text!r} is not a day; write it as YYYY-MM-DD") from error
+    # ISO also writes days as 20240107 and 2024-W02-1: such a directory is found by nobody later.
+    if day.isoformat() != text:
+        raise UserError(f"{where}: {text!r} is a day, but must be written as {day.isoformat()}")
+    return day
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from pipeline.failures import last_line
 GIB = 1 << 30
 MIN_FREE_MEMORY_GIB = 4
 MIN_SHARED_MEMORY_GIB = 1
-MIN_FREE_DISK_GIB = 5
+MIN_FREE_DISK_GIB = 6
 # Torch, torchrec and fbgemm share one binary interface: these triples were built together.
 COMPATIBLE = {"2.13": "1.8", "2.11": "1.6"}
 

@@ -96,8 +96,8 @@ class Encoded:
             self.near_Bk[rows] = codes.near_Bk
 
 
-class ItemEncoder:
-    """Looks codes up; what that takes is loaded once."""
+class CodeAssigner:
+    """Assigns codes to vectors; what that takes is loaded once."""
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ class ItemEncoder:
         self._device = device
 
     @classmethod
-    def load(cls, look_up: LookUp, device: torch.device) -> "ItemEncoder":
+    def load(cls, look_up: LookUp, device: torch.device) -> "CodeAssigner":
         """On a worker.
 
         Raises:
@@ -218,10 +218,10 @@ class DayEncoder:
             near = books.codebooks.items.neighbours(vq, self.device)
         parts = [rows[start : start + size] for start in range(0, len(rows), size)]
         if self._run is None or len(parts) == 1:
-            encoder = ItemEncoder(books.codebooks, with_rq=with_rq, near=near, device=self.device)
+            assign = CodeAssigner(books.codebooks, with_rq=with_rq, near=near, device=self.device)
             for part in parts:
                 vectors_BD = _some(self.items.vectors_ND, part)
-                yield part, encoder(Piece(own_N[part], vectors_BD))
+                yield part, assign(Piece(own_N[part], vectors_BD))
             return
         with ExitStack() as after:
             folder = self._scratch / ".look_up"

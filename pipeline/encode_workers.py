@@ -13,7 +13,7 @@ from multimodal.codes_config import EncodeWorkers
 from multimodal.residual_quantizer import CPU
 from pipeline.cluster import Bundle, RaySession, fitting
 from pipeline.devices import own_device
-from pipeline.encode_items import Encoded, ItemEncoder, LookUp, Piece
+from pipeline.encode_items import CodeAssigner, Encoded, LookUp, Piece
 
 _RETRIES = 2
 """So often a worker that died, with its node perhaps, is started again and gets its piece again."""
@@ -25,7 +25,7 @@ class EncodeActor:
     def __init__(self, look_up: LookUp, config: EncodeWorkers) -> None:
         self._look_up = look_up
         self._config = config
-        self._encoder: ItemEncoder | None = None
+        self._assign: CodeAssigner | None = None
 
     def ready(self) -> None:
         """Answers once the process runs."""
@@ -33,13 +33,13 @@ class EncodeActor:
     def encode(self, piece: Piece) -> Encoded | UserError:
         """The codes of a piece; a fault of the user travels as data, and stays whole."""
         try:
-            if self._encoder is None:
+            if self._assign is None:
                 torch.set_num_threads(max(1, int(self._config.cpus_per_worker)))
                 # Some container images ask for TF32, whose products would propose too little.
                 torch.backends.cuda.matmul.allow_tf32 = False
                 device = own_device() if self._config.gpus_per_worker else CPU
-                self._encoder = ItemEncoder.load(self._look_up, device)
-            return self._encoder(piece)
+                self._assign = CodeAssigner.load(self._look_up, device)
+            return self._assign(piece)
         except UserError as error:
             return error
 

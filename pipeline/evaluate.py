@@ -105,14 +105,24 @@ class Slices:
         )
 
     def masks(self, item_ids: Ids, user_ids: Ids) -> dict[str, Mask]:
-        """Rows of every slice."""
+        """Rows of every slice; those of items have no row in common."""
         index = np.searchsorted(self.item_ids, item_ids).clip(max=len(self.item_ids) - 1)
         events = np.where(self.item_ids[index] == item_ids, self.item_events[index], 0)
-        threshold = np.quantile(self.item_events, 1 - self.config.popular_share)
-        cold, popular = events == 0, events >= max(threshold, 1)
+        cold = events == 0
         rare = ~cold & (events <= self.config.rare_max_events)
+        popular = ~(cold | rare) & self._is_most_frequent()[index]
         middle, new_users = ~(cold | rare | popular), ~np.isin(user_ids, self.user_ids)
         return dict(zip(SLICES, (cold, rare, middle, popular, new_users), strict=True))
+
+    def _is_most_frequent(self) -> Mask:
+        """The `popular_share` of the items; of equally frequent ones those of the lowest ids.
+
+        A share and not a number of events: where most items have as many, all would reach it.
+        """
+        num_popular = max(1, round(self.config.popular_share * len(self.item_ids)))
+        is_popular = np.zeros(len(self.item_ids), bool)
+        is_popular[np.argsort(-self.item_events, kind="stable")[:num_popular]] = True
+        return is_popular
 
 
 def task_metrics(

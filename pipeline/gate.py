@@ -5,6 +5,7 @@ published with them (on the days after its own date); writes `gate.json`.
 """
 
 from pathlib import Path
+from typing import Literal
 
 from embedding.config import StrictConfig
 from pipeline.config import GateConfig, Recipe
@@ -19,7 +20,7 @@ GATE = "gate.json"
 class GateDecision(StrictConfig):
     """Whether a model may be published, and why not; version 1."""
 
-    schema_version: int = 1
+    schema_version: Literal[1] = 1
     passed: bool
     reasons: tuple[str, ...]
     """One sentence per broken rule; empty when it passed."""

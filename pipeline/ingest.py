@@ -7,7 +7,6 @@ span before. Writes an artifact directory:
     state/bucket-NNNN.parquet                 latest history events of every user, for the next span
     quarantine/part-NNNNNN.parquet            rows that break the contract, with reason and source
     item_counts.parquet, user_counts.parquet  id, events, positives, first_day; all spans so far
-    unreadable_images.parquet                 item_id, reason; to be treated as missing
     ingest.json                               `IngestState`
 
 Two streaming passes over the span, and never over earlier ones: split by user, then sort within a
@@ -20,8 +19,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedding.config import HistoryConfig, StrictConfig
@@ -34,16 +33,10 @@ from pipeline.buckets import (
     build_bucket,
     merge_counts,
 )
-from pipeline.catalogue import (
-    ImageFacts,
-    check_catalogue,
-    check_images,
-    has_images,
-    refuse_many_unreadable,
-)
+from pipeline.catalogue import check_catalogue
 from pipeline.columns import EventColumns
 from pipeline.config import Recipe
-from pipeline.contract import CatalogueIds, EventFile, event_files, open_parquet, read_columns
+from pipeline.contract import CatalogueIds, EventFile, event_files
 from pipeline.partition import (
     PartitionFacts,
     PartitionPlan,
@@ -64,7 +57,7 @@ Progress = Callable[[int, int], None]
 class IngestState(StrictConfig):
     """How an ingest artifact can be continued; version 1."""
 
-    schema_version: int = 1
+    schema_version: Literal[1] = 1
     last_day: str
     num_buckets: int
     histories: tuple[HistoryConfig, ...]
@@ -98,7 +91,6 @@ class IngestFacts(StrictConfig):
     num_users: int
     """Distinct ids in all events so far."""
     num_buckets: int
-    images: ImageFacts | None
 
 
 @dataclass(frozen=True)
@@ -114,7 +106,6 @@ class CheckedSpan:
     known: CatalogueIds
     columns: EventColumns
     num_buckets: int
-    images: ImageFacts | None
 
     @property
     def num_rows(self) -> int:
@@ -154,7 +145,6 @@ def check_span(recipe: Recipe, days: Sequence[str], previous: Path | None) -> Ch
         known=check_catalogue(root, recipe.features),
         columns=columns.model_copy(update={"oracles": oracles}),
         num_buckets=num_buckets,
-        images=_images(root, recipe.data.max_quarantined_share) if has_images(root) else None,
     )
 
 
@@ -195,7 +185,6 @@ def ingest(
         report.add(facts.num_rows)
     counts = {key: _write_counts(key, plan, checked.previous) for key in ("item_id", "user_id")}
     shutil.rmtree(parts)
-    _write_images(checked.images, scratch)
     _write_state(recipe, plan, scratch)
     return _facts(checked, partitioned, buckets, counts)
 
@@ -229,23 +218,6 @@ def _earlier_state(recipe: Recipe, first: str, previous: Path | None) -> Earlier
             "ask for; ingest again from the first day"
         )
     return EarlierState(previous / "state", state.num_buckets)
-
-
-def _images(root: Path, max_share: float) -> ImageFacts:
-    path = root / "items.parquet"
-    with open_parquet(path) as file:
-        groups = range(file.num_row_groups)
-    found = [check_images(read_columns(path, ["item_id", "image"], [g]), root) for g in groups]
-    unreadable: dict[str, str] = {}
-    for facts in found:
-        unreadable |= facts.unreadable
-    images = ImageFacts(
-        num_items=sum(facts.num_items for facts in found),
-        num_missing=sum(facts.num_missing for facts in found),
-        unreadable=unreadable,
-    )
-    refuse_many_unreadable(images, max_share, root)
-    return images
 
 
 def _partition(
@@ -287,17 +259,6 @@ def _write_counts(key: str, plan: BucketPlan, previous: Path | None) -> int:
     return int(counts.num_rows)
 
 
-def _write_images(images: ImageFacts | None, scratch: Path) -> None:
-    unreadable = images.unreadable if images else {}
-    table = pa.table(
-        {
-            "item_id": pa.array(list(unreadable), pa.string()),
-            "reason": pa.array(list(unreadable.values()), pa.string()),
-        }
-    )
-    pq.write_table(table, scratch / "unreadable_images.parquet")
-
-
 def _write_state(recipe: Recipe, plan: BucketPlan, scratch: Path) -> None:
     state = IngestState(
         last_day=plan.days[-1],
@@ -336,5 +297,4 @@ def _facts(
         num_items=counts["item_id"],
         num_users=counts["user_id"],
         num_buckets=span.num_buckets,
-        images=span.images,
     )

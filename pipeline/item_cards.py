@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from embedding.raw_ids import Int64Array, to_raw_ids
+from multimodal.content_config import MAX_PIXELS
 from multimodal.images import read_image
 from pipeline.content_tasks import Catalogue
 from pipeline.contract import open_parquet
@@ -21,7 +22,6 @@ PICTURE_PIXELS = 72
 _TITLE = "title"
 """Column that goes before that of the texts, where the catalogue has it."""
 _TITLE_LENGTH = 40
-_MAX_PIXELS = 100_000_000
 _ROWS_AT_A_TIME = 256
 """Images of so many items are in memory."""
 
@@ -100,7 +100,7 @@ def picture_uri(value: bytes | str, root: Path) -> str | None:
 
     What cannot be used is counted where content is encoded; here only the picture is left out.
     """
-    image = read_image(value, root, PICTURE_PIXELS, _MAX_PIXELS)
+    image = read_image(value, root, PICTURE_PIXELS, MAX_PIXELS)
     if isinstance(image, str):
         return None
     image.thumbnail((PICTURE_PIXELS, PICTURE_PIXELS))

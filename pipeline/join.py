@@ -7,6 +7,7 @@ Reads the event files of an ingest artifact, items.parquet and users.parquet. Wr
     ids.arrow                                  the ids that features look up (`pipeline.id_use`)
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,8 @@ from pipeline.lookup import (
     transform_dense,
 )
 from pipeline.tasks import stream_tasks
+
+logger = logging.getLogger(__name__)
 
 SAMPLES = "samples"
 HELD_OUT = "held_out"
@@ -129,11 +132,15 @@ def join(
     write_uses(uses, scratch / FILE)
     days = sorted({facts.day for facts in done})
     rows = sum(facts.rows for facts in done)
+    unknown_users = sum(facts.unknown_users for facts in done)
+    read = source_columns(recipe.features, "users")
+    if unknown_users and (read.ids or read.dense):
+        logger.warning("%d of %d rows lack the columns of their user", unknown_users, rows)
     return JoinFacts(
         rows=rows,
         rows_per_day={day: sum(f.rows for f in done if f.day == day) for day in days},
         rows_held_out=sum(facts.rows_held_out for facts in done),
-        unknown_users=sum(facts.unknown_users for facts in done),
+        unknown_users=unknown_users,
         mean_sequence_length={
             h.name: sum(f.history_events[h.name] for f in done) / max(rows, 1)
             for h in recipe.features.histories

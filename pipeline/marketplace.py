@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from embedding.raw_ids import Int64Array
 from pipeline.config import SyntheticConfig
-from pipeline.counter_random import CounterRandom, FloatArray, Int64Array
+from pipeline.counter_random import CounterRandom, FloatArray
 
 BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
 

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.counter_random import CounterRandom, FloatArray, Int64Array
+from embedding.raw_ids import Int64Array
+from pipeline.counter_random import CounterRandom, FloatArray
 from pipeline.marketplace import Marketplace, sigmoid
 
 Uint8Array = np.ndarray[Any, np.dtype[np.uint8]]

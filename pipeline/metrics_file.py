@@ -1,6 +1,7 @@
 """`metrics.json` and `oracle.json` of an evaluate artifact: metrics by task."""
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel
 
@@ -13,7 +14,7 @@ ORACLE_FILE = "oracle.json"
 class TasksMetrics(BaseModel):
     """Metrics by task; version 1."""
 
-    schema_version: int = 1
+    schema_version: Literal[1] = 1
     tasks: dict[str, TaskMetrics] = {}
 
 

@@ -46,7 +46,7 @@ _LISTS = pa.schema(
 class PairFacts(StrictConfig):
     """What was mined; version 1."""
 
-    schema_version: int = 1
+    schema_version: Literal[1] = 1
     first_day: str
     last_day: str
     num_positives: int

@@ -12,7 +12,7 @@ from rich.table import Table
 from embedding.calibration import Calibration, constants_for
 from embedding.choices import FUSED, Choice, choices_of
 from embedding.cluster_shape import ClusterShape
-from embedding.config import RowWiseAdagrad, SparseOptimizer
+from embedding.config import RowWiseAdagrad
 from embedding.cost import CostModel
 from embedding.errors import UserError
 from embedding.plan_description import PlanDescription, read_plan
@@ -207,12 +207,7 @@ def finalists_of(case: BenchCase, report: BenchReport) -> tuple[PlanDescription,
     return tuple(case.plans[i] for i in order[:FINALISTS])
 
 
-def sampled_cases(
-    shape: ClusterShape,
-    seeds: Sequence[int],
-    plans_per_set: int,
-    optimizer: SparseOptimizer = RowWiseAdagrad(),  # noqa: B008 # frozen
-) -> list[BenchCase]:
+def sampled_cases(shape: ClusterShape, seeds: Sequence[int], plans_per_set: int) -> list[BenchCase]:
     """Random table sets, each with random plans; a seed always gives the same."""
     cases = []
     for seed in seeds:
@@ -222,7 +217,7 @@ def sampled_cases(
             features=tables.schema,
             exponent=tables.exponent,
             batch_size_per_rank=tables.batch_size_per_rank,
-            optimizer=optimizer,
+            optimizer=RowWiseAdagrad(),
             plans=(),
         )
         cases.append(with_plans(case, shape, plans_per_set, seed))

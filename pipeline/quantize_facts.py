@@ -1,5 +1,7 @@
 """What the quantize stage did with the items of a day."""
 
+from typing import Literal
+
 from embedding.config import StrictConfig
 from multimodal.code_metrics import CodeMetrics, Stability
 from multimodal.codebook_refit import Drift, RefitDecision
@@ -12,7 +14,7 @@ COLLAPSED_COSINE = 0.9
 class QuantizeFacts(StrictConfig):
     """What the stage did; version 1."""
 
-    schema_version: int = 1
+    schema_version: Literal[1] = 1
     version: str
     """Codebooks that the codes belong to."""
     codebooks: str

@@ -5,7 +5,6 @@ DIR/models/<artifact id>/    every bundle that was ever promoted, with its metri
 DIR/production.json          all promotions and rollbacks; replacing it is the commit point
 """
 
-import os
 import shutil
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Literal
 
 from embedding.config import StrictConfig
 from embedding.errors import UserError
+from embedding.links import link_or_copy
 from pipeline.artifacts import Manifest, read_manifest, write_durably
 from pipeline.lock import changing
 
@@ -196,7 +196,7 @@ def _link(model: PublishedModel, target: Path) -> None:
     """The same files under a second name, visible in one move."""
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(model.directory, partial, copy_function=os.link)
+    shutil.copytree(model.directory, partial, copy_function=link_or_copy)
     if read_manifest(partial) != model.manifest:
         raise UserError(
             f"{model.directory} was published anew at this moment; run the same command again"

@@ -14,7 +14,7 @@ from pipeline.align_report import align_section
 from pipeline.artifacts import Manifest, read_manifest
 from pipeline.code_report import code_section
 from pipeline.config import Recipe
-from pipeline.console import duration, human
+from pipeline.console import duration, figure, human
 from pipeline.content import STORES
 from pipeline.content_paths import ContentPaths
 from pipeline.content_view import content_charts
@@ -48,7 +48,7 @@ def write_report(recipe: Recipe, summary: Summary, directory: Path) -> Path:
             code_section(recipe.data.root, directory, recipe.gate.task) if recipe.codes else None
         ),
         content=_content(recipe, directory),
-        **_warm_start(directory / "train"),
+        **warm_start_section(_require(directory / "train").facts),
         **_data(directory / "ingest"),
         **_ids(recipe, directory / "join"),
         **_plan(directory / "plan"),
@@ -90,11 +90,6 @@ def _training_note(train: TrainSummary) -> str:
     return f"{note}, stopped early" if train.stopped_early else note
 
 
-def figure(value: float | None) -> str:
-    """A metric with four decimals, or a dash."""
-    return "-" if value is None else f"{value:.4f}"
-
-
 def _quality(summary: Summary) -> list[dict[str, Any]]:
     rows = []
     for task, metrics in summary.eval.items():
@@ -125,11 +120,13 @@ def _quality_row(task: str, name: str, metrics: Any, oracle: Any) -> dict[str, A
     }
 
 
-def _warm_start(train: Path) -> dict[str, Any]:
-    facts = _require(train).facts
+def warm_start_section(facts: dict[str, Any]) -> dict[str, Any]:
+    """What the report says about the start values, from the facts of a training."""
     report, parent = facts["warm_start"], facts["parent"]
-    if report is None or parent is None:
+    if parent is None:
         return {"warm_start": "started from drawn values", "redrawn": []}
+    if report is None:  # of a training that was interrupted before restarts kept the report
+        return {"warm_start": f"warm start from {parent}", "redrawn": []}
     return {"warm_start": warm_start_line(report, parent), "redrawn": redrawn_rows(report)}
 
 

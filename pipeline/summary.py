@@ -1,7 +1,7 @@
 """`summary.json`: the figures of one run, in a documented, versioned shape."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -45,7 +45,7 @@ class TrainSummary(StrictConfig):
 class Summary(StrictConfig):
     """Everything a script needs to know of a run; version 1."""
 
-    schema_version: int = 1
+    schema_version: Literal[1] = 1
     date: str
     recipe: str
     run_id: str

@@ -17,9 +17,10 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from embedding.errors import UserError
+from embedding.raw_ids import Int64Array
 from pipeline.config import Recipe, SyntheticConfig
 from pipeline.console import Reporter
-from pipeline.counter_random import FloatArray, Int64Array
+from pipeline.counter_random import FloatArray
 from pipeline.dataset import TIMESTAMP, DayWriter, Receipt, is_written, writing_dataset
 from pipeline.days import parse_day
 from pipeline.marketplace import CALIBRATION_ROWS, DEVICES, Marketplace, sigmoid
@@ -87,9 +88,8 @@ def generate(config: SyntheticConfig, root: Path, *, progress: Progress | None =
         progress: Called with rows written so far (items and events) and all rows.
 
     Raises:
-        UserError: `root` holds something else, or `first_day` is not a day.
+        UserError: `root` holds something else.
     """
-    first_day = parse_day(config.first_day, "data.synthetic.first_day")
     receipt: Receipt = {"version": GENERATOR_VERSION, "config": config.model_dump(mode="json")}
     if is_written(root, RECEIPT, receipt):
         return
@@ -101,8 +101,8 @@ def generate(config: SyntheticConfig, root: Path, *, progress: Progress | None =
         _write_users(market, scratch)
         _write_items(market, scratch, rows)
         for day in range(config.num_days):
-            name = (first_day + timedelta(days=day)).isoformat()
-            start_ms = (first_day - _EPOCH).days * MS_PER_DAY + day * MS_PER_DAY
+            name = (config.first_day + timedelta(days=day)).isoformat()
+            start_ms = (config.first_day - _EPOCH).days * MS_PER_DAY + day * MS_PER_DAY
             with DayWriter(scratch, name, EVENTS) as writer:
                 for events in day_events(market, day, start_ms):
                     writer.write(events)

@@ -17,6 +17,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from embedding.config import StrictConfig
 from embedding.errors import UserError
+from embedding.links import link_or_copy
 from embedding.memory import WORKER_ENVIRONMENT
 from pipeline.artifacts import RESUME
 from pipeline.config import ClusterConfig, Recipe
@@ -122,10 +123,11 @@ class TrainResult(StrictConfig):
     """Step of the result, chosen by validation; None without validation."""
     stopped_early: bool
     rows_per_s: float
+    """Over all steps of the training, those before a restart included."""
     world_size: int
     data_wait_share: float
     warm_start: dict[str, Any] | None
-    """What came from the parent and what did not (`embedding.restore.WarmStartReport`)."""
+    """What came from the parent and what did not (`embedding.warm_start.WarmStartReport`)."""
     content: dict[str, float] | None = None
     """Of the last window of steps: cost, age of the bank, norms of gradients; None without."""
 
@@ -229,6 +231,6 @@ def _train_worker(config: dict[str, str]) -> None:
 def _link(source: Path, target: Path) -> None:
     """The same files under a second name, so that a crash before publishing loses nothing."""
     if source.is_dir():
-        shutil.copytree(source, target, copy_function=os.link)
+        shutil.copytree(source, target, copy_function=link_or_copy)
     else:
-        os.link(source, target)
+        link_or_copy(source, target)

@@ -24,6 +24,7 @@ from embedding.notices import divert_library_notices
 from embedding.plan_description import PlanDescription
 from embedding.shard import Sharded, shard
 from embedding.warm_start import WarmStartReport
+from pipeline.artifacts import write_durably
 from pipeline.config import Recipe
 from pipeline.content_paths import ContentPaths
 from pipeline.devices import own_device
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
     from pipeline.content_training import RankContent
 
 logger = logging.getLogger(__name__)
+
+WARM_START = "warm_start.json"
+"""In `resume/`: what came from the parent."""
 
 
 def train_worker(job: TrainJob) -> None:
@@ -95,9 +99,9 @@ def _train(job: TrainJob, content: "RankContent | None", device: torch.device) -
             steps=summary.steps,
             best_step=best_step,
             stopped_early=summary.stopped_early,
-            rows_per_s=summary.rows_per_s,
+            rows_per_s=summary.totals.rows_per_s,
             world_size=summary.world_size,
-            data_wait_share=summary.data_wait_share,
+            data_wait_share=summary.totals.data_wait_share,
             warm_start=None if carried is None else carried.model_dump(mode="json"),
             content=record.content,
         )
@@ -169,12 +173,19 @@ def build(
 def _restore(
     job: TrainJob, sharded: Sharded, checkpointer: Checkpointer
 ) -> tuple[Progress, WarmStartReport | None]:
-    """Go on from this training's last checkpoint, else start, if possible from the parent."""
+    """Go on from this training's last checkpoint, else start, if possible from the parent.
+
+    What came from the parent is written down when it comes, for a restart no longer sees it.
+    """
+    record = job.resume / WARM_START
     found = checkpointer.load_latest(sharded)
     if found is not None:
         step, progress = found
         logger.info("rank %d goes on at step %d", dist.get_rank(), step)
-        return Progress.from_state_dict(progress), None
+        report = None
+        if record.exists():
+            report = WarmStartReport.model_validate_json(record.read_text())
+        return Progress.from_state_dict(progress), report
     if job.parent_checkpoint is None:
         return Progress(), None
     carries = None
@@ -182,7 +193,10 @@ def _restore(
         from pipeline.code_carry import row_carries  # scipy: for a changed codebook only
 
         carries = row_carries(job.codebooks, job.recipe.features)
-    return Progress(), load_into(job.parent_checkpoint, sharded, carries)
+    report = load_into(job.parent_checkpoint, sharded, carries)
+    if dist.get_rank() == 0:
+        write_durably(record, report.model_dump_json(indent=2))
+    return Progress(), report
 
 
 def _rank_content(

@@ -30,13 +30,34 @@ class WindowTiming:
     """Real rows over all ranks."""
 
 
+@dataclass(frozen=True)
+class Totals:
+    """Cost of all steps that a run is made of, whichever processes made them."""
+
+    rows: int = 0
+    """Real rows over all ranks."""
+    seconds: float = 0.0
+    """Without checkpoints and validations."""
+    data_s: float = 0.0
+    """Seconds the average rank waited for data."""
+
+    @property
+    def rows_per_s(self) -> float:
+        """Global throughput."""
+        return self.rows / self.seconds if self.seconds else 0.0
+
+    @property
+    def data_wait_share(self) -> float:
+        """Of the training time."""
+        return self.data_s / self.seconds if self.seconds else 0.0
+
+
 class Clock:
     """Counts rows, waiting and elapsed time of one rank; windows end where ranks meet."""
 
-    def __init__(self, step: int) -> None:
-        self.total_rows = 0
-        self.total_s = 0.0
-        self.total_data_s = 0.0
+    def __init__(self, step: int, before: Totals) -> None:
+        """Start at `step`, with the totals `before` it."""
+        self._before = before
         self._step = step
         self._started = time.perf_counter()
         self._stream: BatchStream | None = None
@@ -75,21 +96,35 @@ class Clock:
         yield
         self._paused_s[reason] += time.perf_counter() - started
 
+    @property
+    def totals(self) -> Totals:
+        """So far, the window that is not over yet included; rows as of the last `add_global`."""
+        return Totals(
+            rows=self._before.rows + self._rows,
+            seconds=self._before.seconds + self._elapsed_s(time.perf_counter()),
+            data_s=self._before.data_s + self._data_s,
+        )
+
     def lap(self, step: int) -> WindowTiming:
         """End the window at `step`."""
         now = time.perf_counter()
         timing = WindowTiming(
             steps=step - self._step,
-            elapsed_s=now - self._started - sum(self._paused_s.values()),
+            elapsed_s=self._elapsed_s(now),
             data_s=self._data_s,
             checkpoint_s=self._paused_s["checkpoint"],
             validation_s=self._paused_s["validation"],
             num_rows=self._rows,
         )
-        self.total_rows += self._rows
-        self.total_s += timing.elapsed_s
-        self.total_data_s += self._data_s
+        self._before = Totals(
+            rows=self._before.rows + timing.num_rows,
+            seconds=self._before.seconds + timing.elapsed_s,
+            data_s=self._before.data_s + timing.data_s,
+        )
         self._step, self._started = step, now
         self._rows, self._data_s = 0, 0.0
         self._paused_s = dict.fromkeys(_PAUSES, 0.0)
         return timing
+
+    def _elapsed_s(self, now: float) -> float:
+        return now - self._started - sum(self._paused_s.values())

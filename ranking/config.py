@@ -12,7 +12,7 @@ from pydantic import (
     model_validator,
 )
 
-from embedding.config import StrictConfig
+from embedding.config import Name, StrictConfig
 from ranking.classifier_config import Classifier, Dnn, Dropout
 from ranking.experts_config import ExpertsConfig
 from ranking.fgcnn_config import Fgcnn
@@ -23,7 +23,7 @@ from ranking.trainer_config import TrainerConfig
 class TaskConfig(StrictConfig):
     """One predicted event."""
 
-    name: str
+    name: Name
     label: str | None = None
     """0/1 column of the events; null where the task is not observed. Default: the task's name."""
     weight: PositiveFloat = 1.0

@@ -86,10 +86,9 @@ class _Rows:
     labels: Floats
     probs: Floats
     groups: npt.NDArray[Any]
-    weights: Floats
 
     def where(self, mask: Bools) -> "_Rows":
-        return _Rows(self.labels[mask], self.probs[mask], self.groups[mask], self.weights[mask])
+        return _Rows(self.labels[mask], self.probs[mask], self.groups[mask])
 
 
 def evaluate_predictions(
@@ -97,7 +96,6 @@ def evaluate_predictions(
     probs: npt.NDArray[Any],
     groups: npt.NDArray[Any],
     *,
-    weights: npt.NDArray[Any] | None = None,
     slices: Mapping[str, npt.NDArray[np.bool_]] | None = None,
 ) -> TaskMetrics:
     """Metrics of one task over the rows whose label is observed.
@@ -106,16 +104,14 @@ def evaluate_predictions(
         labels: 0 or 1, NaN where not observed; (R,).
         probs: predicted probabilities, (R,).
         groups: group of every row for GAUC, any sortable type, (R,).
-        weights: row weights; rows of weight 0 are left out. Default: all 1.
         slices: masks over the rows, by name.
 
     Raises:
         UserError: a prediction is NaN or outside [0, 1].
     """
     labels, probs = labels.astype(np.float64), probs.astype(np.float64)
-    weights = np.ones(len(labels)) if weights is None else weights.astype(np.float64)
-    observed = ~np.isnan(labels) & (weights > 0)
-    rows = _Rows(labels, probs, groups, weights).where(observed)
+    observed = ~np.isnan(labels)
+    rows = _Rows(labels, probs, groups).where(observed)
     wrong = ~((rows.probs >= 0) & (rows.probs <= 1))
     if wrong.any():
         raise UserError(
@@ -173,23 +169,23 @@ def grouped_auc(
 def _metrics(rows: _Rows) -> SliceMetrics:
     if len(rows.labels) == 0:
         return SliceMetrics(num_rows=0)
-    total = rows.weights.sum()
-    positives = float((rows.weights * rows.labels).sum())
+    weights = np.ones(len(rows.labels))
+    positives = float(rows.labels.sum())
     probs = rows.probs.clip(_EPS, 1 - _EPS)
     likelihoods = np.where(rows.labels > 0.5, np.log(probs), np.log1p(-probs))
-    logloss = float(-(rows.weights * likelihoods).sum() / total)
-    label_rate = float(positives / total)
-    gauc = grouped_auc(rows.groups, rows.labels, rows.probs, rows.weights)
+    logloss = float(-likelihoods.sum() / len(likelihoods))
+    label_rate = positives / len(rows.labels)
+    gauc = grouped_auc(rows.groups, rows.labels, rows.probs, weights)
     return SliceMetrics(
         num_rows=len(rows.labels),
         label_rate=label_rate,
-        auc=exact_auc(rows.labels, rows.probs, rows.weights),
+        auc=exact_auc(rows.labels, rows.probs, weights),
         gauc=gauc.value,
         gauc_num_groups=gauc.num_groups,
         gauc_num_skipped_groups=gauc.num_skipped_groups,
         logloss=logloss,
         ne=normalized_entropy(logloss, label_rate),
-        calibration=float((rows.weights * rows.probs).sum()) / positives if positives else None,
+        calibration=float(rows.probs.sum()) / positives if positives else None,
     )
 
 
@@ -200,14 +196,12 @@ def _reliability(rows: _Rows) -> list[ReliabilityBin]:
     edges = np.unique(np.quantile(rows.probs, shares))
     bins = np.searchsorted(edges, rows.probs, side="right")
     num_rows = np.bincount(bins)
-    weight, predicted, positives = (
-        np.bincount(bins, weights=rows.weights * x) for x in (1.0, rows.probs, rows.labels)
-    )
+    predicted, positives = (np.bincount(bins, weights=x) for x in (rows.probs, rows.labels))
     return [
         ReliabilityBin(
             num_rows=int(num_rows[i]),
-            mean_prediction=float(predicted[i] / weight[i]),
-            label_rate=float(positives[i] / weight[i]),
+            mean_prediction=float(predicted[i] / num_rows[i]),
+            label_rate=float(positives[i] / num_rows[i]),
         )
         for i in np.flatnonzero(num_rows)
     ]

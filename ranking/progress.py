@@ -1,12 +1,13 @@
 """How far training is: what must be saved beside the weights so that a resume changes nothing."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from embedding.epochs import Position
+from ranking.clock import Totals
 from ranking.metrics import MetricSums, all_reduce_sums
 from ranking.validation import ValidationState
 
@@ -15,7 +16,10 @@ from ranking.validation import ValidationState
 
 @dataclass(frozen=True)
 class Progress:
-    """Equal on all ranks. No random state: every step seeds its own (see `Trainer`)."""
+    """Equal on all ranks, but for `totals`: each has a clock.
+
+    No random state: every step seeds its own (see `Trainer`).
+    """
 
     step: int = 0
     """Steps done since the start of the run, over all epochs."""
@@ -25,6 +29,7 @@ class Progress:
     window_slots: int = 0
     """Rows since the last step line over all ranks, filling ones included."""
     validation: ValidationState = ValidationState()
+    totals: Totals = Totals()
 
     def state_dict(self) -> dict[str, Any]:
         """JSON types, for a checkpoint; floats survive to the last digit."""
@@ -34,6 +39,7 @@ class Progress:
             "window": None if self.window_TX is None else self.window_TX.tolist(),
             "window_slots": self.window_slots,
             "validation": self.validation.model_dump_json(),
+            "totals": asdict(self.totals),
         }
 
     @classmethod
@@ -46,6 +52,7 @@ class Progress:
             window_TX=None if window is None else torch.tensor(window, dtype=torch.float64),
             window_slots=state["window_slots"],
             validation=ValidationState.model_validate_json(state["validation"]),
+            totals=Totals(**state.get("totals", {})),  # checkpoints once had none
         )
 
 

@@ -15,7 +15,7 @@ from embedding.epochs import Leg, Position
 from embedding.errors import UserError
 from embedding.loader import BatchStream
 from embedding.precision import check_precision
-from ranking.clock import Clock
+from ranking.clock import Clock, Totals
 from ranking.config import TaskConfig
 from ranking.metrics import MetricSums
 from ranking.model import RankingStep
@@ -70,21 +70,14 @@ class TrainingSummary:
 
     steps: int
     """Steps of the whole run, those before a resume included."""
-    rows: int
-    """Real rows trained by this call."""
-    seconds: float
-    """Training time of this call without checkpoints."""
-    data_wait_share: float
+    totals: Totals
+    """Rows and time of these steps. What came after the checkpoint of a resume and was lost with
+    the processes that made it is not in them."""
     world_size: int
     position: Position
     """How far in the data the run got."""
     validation: ValidationState
     stopped_early: bool
-
-    @property
-    def rows_per_s(self) -> float:
-        """Global throughput."""
-        return self.rows / self.seconds if self.seconds else 0.0
 
 
 class Trainer:
@@ -198,7 +191,8 @@ class _Run:
         self.window = Window(progress, len(trainer.tasks), trainer.device)
         self.saved_step: int | None = None
         self.reported_step = progress.step
-        self.clock = Clock(progress.step)
+        self.clock = Clock(progress.step, progress.totals)
+        self.totals = progress.totals
 
     def after_step(self, outputs: Outputs, stream: BatchStream) -> None:
         """Count a step; nothing here waits for the device."""
@@ -240,12 +234,9 @@ class _Run:
 
     def summary(self) -> TrainingSummary:
         """Figures of all windows."""
-        clock = self.clock
         return TrainingSummary(
             steps=self.step,
-            rows=clock.total_rows,
-            seconds=clock.total_s,
-            data_wait_share=clock.total_data_s / clock.total_s if clock.total_s else 0.0,
+            totals=self.totals,
             world_size=self.world_size,
             position=self.position,
             validation=self.validation,
@@ -301,13 +292,21 @@ class _Run:
         if self.saved_step == self.step:
             return
         sums, num_slots = self._fold()
+        self.totals = self.clock.totals
         content = self.trainer.content
         with self.clock.paused("checkpoint"):
             agree_on_moments(self.trainer.model)
             if content is not None and self.step == self.num_steps:
                 content.refresh()  # a result holds vectors of all items, as its weights make them
             self.trainer.hooks.save(
-                Progress(self.step, self.position, sums.sums_TX, num_slots, self.validation)
+                Progress(
+                    self.step,
+                    self.position,
+                    sums.sums_TX,
+                    num_slots,
+                    self.validation,
+                    self.totals,
+                )
             )
         self.saved_step = self.step
 

@@ -53,6 +53,13 @@ def test_imports_point_one_way(package: str) -> None:
         assert ours <= MAY_IMPORT[package], f"{path.relative_to(ROOT)} imports {ours}"
 
 
+def test_every_schema_version_is_checked_when_it_is_read() -> None:
+    for path in source_files():
+        for line in path.read_text().splitlines():
+            if line.strip().startswith("schema_version:"):
+                assert line.strip().startswith("schema_version: Literal["), (path, line)
+
+
 def test_fbgemm_is_imported_only_where_the_kernels_are_owned() -> None:
     for path in source_files():
         if path.relative_to(ROOT).parts[0] not in ("embedding", "deploy"):

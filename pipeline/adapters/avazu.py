@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embedding.errors import UserError
+from embedding.raw_ids import Int64Array
 from pipeline.adapters.importing import (
     ImportSummary,
     Progress,
@@ -32,7 +33,6 @@ from pipeline.adapters.importing import (
     stream_table,
     write_summary,
 )
-from pipeline.counter_random import Int64Array
 from pipeline.dataset import TIMESTAMP, DayWriter
 
 STRINGS = (

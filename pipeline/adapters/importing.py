@@ -99,7 +99,7 @@ def require_directory(src: Path) -> None:
 # --- delimited text ------------------------------------------------------------------------------
 
 
-def header_of(path: Path, delimiter: str = ",") -> list[str]:
+def header_of(path: Path) -> list[str]:
     """Column names in the first line.
 
     Raises:
@@ -107,7 +107,7 @@ def header_of(path: Path, delimiter: str = ",") -> list[str]:
     """
     with path.open("rb") as raw, _unpacked(raw, path) as file:
         line = file.readline().decode("utf-8-sig", "replace")
-    names = next(csv.reader([line], delimiter=delimiter), [])
+    names = next(csv.reader([line]), [])
     if not names:
         raise UserError(f"{path} is empty; download it again")
     return [name.strip() for name in names]

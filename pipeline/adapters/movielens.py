@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedding.errors import UserError
+from embedding.raw_ids import Int64Array
 from pipeline.adapters.importing import (
     ImportSummary,
     Progress,
@@ -38,7 +39,6 @@ from pipeline.adapters.movielens_files import (
     read_users,
 )
 from pipeline.adapters.unrated import UnratedItems
-from pipeline.counter_random import Int64Array
 from pipeline.dataset import TIMESTAMP, DayWriter
 
 SECONDS_PER_DAY = 86_400

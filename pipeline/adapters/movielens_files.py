@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedding.errors import UserError
+from embedding.raw_ids import Int64Array
 from pipeline.adapters.importing import (
     header_of,
     refuse_nulls,
@@ -30,7 +31,6 @@ from pipeline.adapters.importing import (
     text_lines,
     to_int,
 )
-from pipeline.counter_random import Int64Array
 
 Int8Array = np.ndarray[Any, np.dtype[np.int8]]
 

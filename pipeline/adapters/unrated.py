@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.counter_random import Int64Array
+from embedding.raw_ids import Int64Array
 
 BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
 

@@ -97,7 +97,7 @@ def _store_tokens(config: Recipe, folder: Path) -> None:
     assert config.content is not None
 
     def encode_here(tasks: list[Any], given: Any, _: Any) -> Any:
-        encode = content_tasks.EncodeItems(given)
+        encode = content_tasks.TokenWriter(given)
         for task in tasks:
             yield from encode(task)
 

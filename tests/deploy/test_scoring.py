@@ -11,8 +11,11 @@ import torch
 
 from deploy import predictor as predictor_module
 from deploy.app import main
+from deploy.bundle import read_bundle
+from deploy.predictor import serving_config
 from deploy.scoring import sample_files, score_samples
 from embedding.config import FeatureSchema, SparseFeature, TableConfig
+from ranking.config import RankingConfig
 from tests.deploy.refusal import refused
 
 SCHEMA = FeatureSchema(
@@ -75,3 +78,49 @@ def test_an_error_leaves_no_half_of_a_file(tmp_path: Path) -> None:
         )
 
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_how_a_model_computes_is_the_machines(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, has_bf16: bool
+) -> None:
+    """Emulated bf16 takes hundreds of times as long, and compiling needs a compiler."""
+    monkeypatch.setattr(predictor_module, "cpu_has_bf16", lambda: has_bf16)
+    trained = RankingConfig.model_validate(
+        {
+            "tasks": [{"name": "click"}],
+            "model": {"compile": True, "classifier": {"kind": "deepfm"}},
+            "trainer": {"precision": "bf16"},
+        }
+    )
+
+    served = serving_config(trained, compiled=False)
+
+    assert served.trainer.precision == ("bf16" if has_bf16 else "fp32")
+    assert [r.message for r in caplog.records] == [
+        "this CPU has no bf16 instructions: the model, trained in bf16, runs in fp32"
+    ] * (not has_bf16)
+    assert not served.model.compile
+    assert serving_config(trained, compiled=True).model == trained.model
+    assert served.model.classifier == trained.model.classifier
+
+
+@pytest.mark.integration
+def test_a_bundle_of_another_machine_is_loaded_as_this_one_computes(
+    published: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predictor_module, "cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(torch, "compile", Mock(side_effect=AssertionError))
+    bundle = read_bundle(published / "bundle")
+    ranking = bundle.recipe.ranking
+    changed = ranking.model_copy(
+        update={
+            "model": ranking.model.model_copy(update={"compile": True}),
+            "trainer": ranking.trainer.model_copy(update={"precision": "bf16"}),
+        }
+    )
+    recipe = bundle.recipe.model_copy(update={"ranking": changed})
+    there = bundle.model_copy(update={"recipe": recipe})
+    monkeypatch.setattr(predictor_module, "read_bundle", lambda _: there)
+
+    assert not predictor_module.Predictor(published / "bundle").model.ranker.autocast

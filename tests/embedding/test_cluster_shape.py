@@ -82,6 +82,7 @@ def test_a_files_shape_has_a_name_that_is_read_again(tmp_path: Path) -> None:
         ("base: h100\nranks: 2\nhbm: 3\n", "hbm"),
         ("- 1\n", "must be a mapping"),
         ("base: [", "not valid YAML"),
+        ("base: h100\nranks: 2\nranks: 4\n", "ours.yaml, line 3: ranks is set a second time"),
         ("ranks: 2\n", "Field required"),
     ],
 )

@@ -12,8 +12,8 @@ from PIL import Image, ImageOps
 
 from embedding.errors import UserError
 from multimodal.content_config import ImageTower, TextTower
-from multimodal.images import DAMAGED, NO_FILE, OUTSIDE, TOO_LARGE, read_image
-from multimodal.item_inputs import MISSING, ImagePreparer, TextPreparer
+from multimodal.images import DAMAGED, MISSING, NO_FILE, OUTSIDE, TOO_LARGE, read_image
+from multimodal.item_inputs import ImagePreparer, TextPreparer
 from tests.multimodal.small_models import save_image_model, save_text_model
 
 RED = (200, 30, 10)

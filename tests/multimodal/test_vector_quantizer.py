@@ -5,7 +5,7 @@ import pytest
 from vector_sets import clustered
 
 from embedding.errors import UserError
-from multimodal.codes_config import ExactIndex, HnswIndex, IndexBySize, ItemIndex, IvfIndex, Vq
+from multimodal.codes_config import ExactIndex, HnswIndex, IndexBySize, IvfIndex, Vq, VqIndex
 from multimodal.vector_quantizer import FREE, take_item_codebook
 
 IDS = np.arange(100, 2100)
@@ -51,7 +51,7 @@ def test_equal_items_are_listed_in_the_order_of_their_slots() -> None:
 @pytest.mark.parametrize(
     "index", [IvfIndex(), HnswIndex(), IndexBySize(exact_up_to_items=100)], ids=lambda i: i.kind
 )
-def test_approximate_indexes_find_most_of_the_exact_neighbours(index: ItemIndex) -> None:
+def test_approximate_indexes_find_most_of_the_exact_neighbours(index: VqIndex) -> None:
     x = clustered(4000)
     book = take_item_codebook(np.arange(4000), x)
     exact = book.neighbours(Vq(top_k=10, index=ExactIndex())).encode(x)

@@ -139,7 +139,7 @@ def test_kill_while_publishing_keeps_the_work(
 ) -> None:
     steps: list[str] = []
     with monkeypatch.context() as patch:
-        kill_at(patch, "_sha256", 1)
+        kill_at(patch, "file_sha256", 1)
         with pytest.raises(Killed):
             execute(spec(tmp_path / "a", training(steps)), Reporter())
 

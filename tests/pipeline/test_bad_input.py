@@ -39,8 +39,10 @@ def root(tmp_path: Path) -> Path:
     return root
 
 
-def braid_run(root: Path, capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
-    """What `braid run` says on stderr when it refuses; checks that it leaves no artifact."""
+def braid_run(
+    root: Path, capsys: pytest.CaptureFixture[str], *overrides: str, stage: str = "ingest"
+) -> str:
+    """What `braid run` says on stderr when it refuses; checks that `stage` leaves no artifact."""
     recipe = make_recipe(root, max_quarantined_share=0.01).model_dump(mode="json")
     path = root.parent / "small.yaml"
     path.write_text(yaml.safe_dump(recipe))
@@ -54,7 +56,7 @@ def braid_run(root: Path, capsys: pytest.CaptureFixture[str], *overrides: str) -
     assert code == 2, said
     assert "Traceback" not in said
     (sentence,) = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert list(out.rglob("manifest.json")) == []
+    assert list(out.rglob(f"{stage}/manifest.json")) == []
     partial = [path for path in out.rglob("*") if path.is_dir() and path.name.startswith(".")]
     assert [path for folder in partial for path in folder.rglob("*") if path.is_file()] == []
     return sentence
@@ -156,16 +158,16 @@ def test_empty_day(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "deliver the day's events or choose another date" in said
 
 
-def test_unreadable_image(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreadable_images_that_towers_read(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     items = pq.read_table(root / "items.parquet")
     first = pc.equal(items["item_id"], 1)
     broken = pc.if_else(first, pa.scalar(b"no picture"), items["image"])
     pq.write_table(replace(items, "image", broken), root / "items.parquet")
 
-    said = braid_run(root, capsys)
+    said = braid_run(root, capsys, "content={image: {}, dim: 8}", stage="content")
 
     assert "the images of 1 of 4 items cannot be read" in said
-    assert "for item_id 1" in said
+    assert "among them that of item_id 1" in said
     assert "repair them, write null, or raise the limit" in said
 
 

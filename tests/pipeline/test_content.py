@@ -72,7 +72,7 @@ def _serial(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage, "stream_tasks", run_here)
 
     def encode_here(tasks: list[Any], settings: Any, _: Any) -> Any:
-        encode = content_tasks.EncodeItems(settings) if tasks else None
+        encode = content_tasks.TokenWriter(settings) if tasks else None
         for task in reversed(tasks):
             assert encode
             yield from encode(task)
@@ -136,7 +136,7 @@ def test_only_new_and_changed_items_are_computed(tmp_path: Path) -> None:
 def test_nothing_is_computed_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_items(tmp_path / "data", items(1, 5))
     run_stage(tmp_path, "d1")
-    monkeypatch.setattr(content_tasks, "EncodeItems", None)
+    monkeypatch.setattr(content_tasks, "TokenWriter", None)
     facts, _ = run_stage(tmp_path, "d2", tokens={"items_per_batch": 1})
     assert [found.num_computed for found in facts.modalities.values()] == [0, 0]
 
@@ -168,6 +168,25 @@ def test_items_that_lack_something_are_kept_and_counted(tmp_path: Path) -> None:
     assert batch.modalities["image"].present.tolist() == [True, False, False, False, True, True]
     bombs, _ = run_stage(tmp_path, "d2", image={"image_size": 16, "max_pixels": 599})
     assert bombs.modalities["image"].faults["too many pixels"] == 4
+
+
+def test_more_unreadable_images_than_the_recipe_allows_are_refused(tmp_path: Path) -> None:
+    rows = items(1, 10)
+    rows[0]["image"] = None
+    rows[3]["image"] = b"no image"
+    rows[4]["image"] = rows[4]["image"][:200]
+    rows[5]["text"] = None
+    write_items(tmp_path / "data", rows)
+
+    def run_with(limit: float) -> ContentFacts:
+        (tmp_path / f"{limit}").mkdir()
+        checked = check_content(small_content(), tmp_path / "data", limit)
+        return content(checked, tmp_path / STORES, tmp_path / f"{limit}")
+
+    assert run_with(0.2).modalities["image"].num_present == 7
+    refusal = r"the images of 2 of 10 items .*max_quarantined_share=0.19 .*\(2 x damaged\).* 4;"
+    with pytest.raises(UserError, match=refusal):
+        run_with(0.19)
 
 
 def test_a_catalogue_without_any_image_still_has_an_index(tmp_path: Path) -> None:
@@ -294,7 +313,7 @@ def day_run(tmp_path: Path, **changes: Any) -> DayRun:
     recipe = make_recipe(tmp_path / "data").model_copy(update={"content": small_content(**changes)})
 
     class NoSession:
-        def start(self) -> None:
+        def wait_for(self, *_: Any) -> None:
             """Tasks run here."""
 
     return DayRun(

@@ -1,17 +1,15 @@
 """Faults of files, columns and catalogues: one sentence with place and remedy."""
 
-import io
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 from small_log import DAYS, event, make_recipe, write_catalogue, write_day
 
 from embedding.errors import UserError
-from pipeline.catalogue import check_catalogue, check_images, refuse_many_unreadable
+from pipeline.catalogue import check_catalogue
 from pipeline.columns import EventColumns
 from pipeline.contract import EventFile, event_files, normalise_events
 
@@ -170,64 +168,3 @@ def test_missing_and_mistyped_catalogue_columns_are_named(root: Path) -> None:
 
     rewrite(root / "items.parquet", "tags", None)
     refused(lambda: catalogue(root), str(root / "items.parquet"), "lacks the columns ['tags']")
-
-
-# --- images --------------------------------------------------------------------------------------
-
-
-def png() -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (4, 4), (200, 10, 10)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def test_unreadable_images_are_found_among_bytes_and_paths(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(png())
-    (tmp_path / "b.png").write_bytes(b"not an image")
-    items = {"item_id": [1, 2, 3, 4]}
-    as_bytes = pa.table({**items, "image": [png(), None, b"not an image", png()[:20]]})
-    as_paths = pa.table({**items, "image": ["a.png", None, "b.png", "c.png"]})
-
-    for table in (as_bytes, as_paths):
-        facts = check_images(table, tmp_path)
-        assert (facts.num_items, facts.num_missing) == (4, 1)
-        assert sorted(facts.unreadable) == ["3", "4"]
-    assert "no file" in check_images(as_paths, tmp_path).unreadable["4"]
-
-
-def test_formats_that_are_not_read_and_paths_outside_the_root_are_unreadable(
-    tmp_path: Path,
-) -> None:
-    root = tmp_path / "data"
-    root.mkdir()
-    buffer = io.BytesIO()
-    Image.new("RGB", (4, 4)).save(buffer, "PPM")
-    (tmp_path / "a.png").write_bytes(png())
-    paths = pa.table({"item_id": [1], "image": ["../a.png"]})
-
-    facts = check_images(pa.table({"item_id": [1], "image": [buffer.getvalue()]}), root)
-    assert list(facts.unreadable) == ["1"]
-    assert check_images(paths, root).unreadable == {"1": "'../a.png' is outside the data root"}
-
-
-def test_images_that_claim_to_be_huge_are_not_decoded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pipeline.catalogue.MAX_IMAGE_PIXELS", 15)
-
-    facts = check_images(pa.table({"item_id": [1], "image": [png()]}), tmp_path)
-
-    assert facts.unreadable == {"1": "4 x 4 pixels are more than 15"}
-
-
-def test_too_many_unreadable_images_fail_and_name_an_item(tmp_path: Path) -> None:
-    items = pa.table({"item_id": [7, 8], "image": [png(), b"broken"]})
-    facts = check_images(items, tmp_path)
-
-    refuse_many_unreadable(facts, 0.5, tmp_path)
-    refused(
-        lambda: refuse_many_unreadable(facts, 0.4, tmp_path),
-        "images of 1 of 2 items",
-        "item_id 8",
-        "raise the limit",
-    )

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,7 @@ def test_all_built_in_recipes_are_known() -> None:
 def test_demo_day_can_be_evaluated_on_the_day_after() -> None:
     synthetic = load_recipe("demo").data.synthetic
     assert synthetic is not None
-    assert (synthetic.first_day, synthetic.num_days) == ("2024-01-01", 8)
+    assert (synthetic.first_day, synthetic.num_days) == (date(2024, 1, 1), 8)
     # `braid data synth` with its defaults writes the demo's marketplace.
     assert synthetic == SyntheticConfig(num_days=8)
 

@@ -46,6 +46,8 @@ def test_validation_that_leaves_no_day_to_train_on_is_refused() -> None:
         ("2024-01-09", "no such day .*2024-01-01 .. 2024-01-05.*use 2024-01-05"),
         ("2023-12-31", "no such day"),
         ("tomorrow", "'tomorrow' is not a day"),
+        ("20240103", "--date: '20240103' is a day, but must be written as 2024-01-03"),
+        ("2024-W01-3", "must be written as 2024-01-03"),
     ],
 )
 def test_day_that_cannot_be_run_names_one_that_can(day: str, message: str) -> None:
@@ -55,6 +57,14 @@ def test_day_that_cannot_be_run_names_one_that_can(day: str, message: str) -> No
 
 def test_directory_without_events_says_how_to_get_some(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="braid data import"):
+        available_days(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["20240107", "2024-W01-7"])
+def test_partitions_that_write_a_day_otherwise_are_refused(tmp_path: Path, name: str) -> None:
+    """Everything downstream looks for `dt=YYYY-MM-DD`."""
+    (tmp_path / "events" / f"dt={name}").mkdir(parents=True)
+    with pytest.raises(UserError, match=f"dt={name}: .* must be written as 2024-01-07"):
         available_days(tmp_path)
 
 

@@ -18,7 +18,7 @@ from multimodal.residual_quantizer import CPU
 from pipeline.cluster import RaySession
 from pipeline.code_features import CODES_FILE
 from pipeline.config import ClusterConfig
-from pipeline.encode_items import Books, DayEncoder, Encoded, ItemEncoder, LookUp, Machines, Piece
+from pipeline.encode_items import Books, CodeAssigner, DayEncoder, Encoded, LookUp, Machines, Piece
 from pipeline.encode_workers import RayPieces, workers_that_fit
 from pipeline.item_vectors import ItemVectors
 from pipeline.kept_codes import KeptCodes
@@ -54,7 +54,7 @@ def run_here(
     assert [len(piece.own_B) for _, piece in found] == [*sizes]
     assert len(sizes) > 1
     for at, piece in reversed(found):
-        yield at, ItemEncoder.load(look_up, CPU)(piece)
+        yield at, CodeAssigner.load(look_up, CPU)(piece)
 
 
 class Days:

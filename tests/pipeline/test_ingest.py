@@ -147,12 +147,25 @@ def test_facts_count_rows_labels_and_days(tmp_path: Path) -> None:
     assert (facts.rows_in, facts.rows_out, facts.quarantined) == (72, 72, {})
     assert facts.rows_per_day == {DAYS[0]: 36, DAYS[1]: 36}
     assert (facts.labels["click"].observed, facts.labels["click"].rate) == (72, 0.5)
-    assert (facts.num_items, facts.num_users, facts.images) == (1, 3, None)
+    assert (facts.num_items, facts.num_users) == (1, 3)
     events = read_events(tmp_path / "out")
     lengths = [len(e["history:clicks:item_id"]) for e in events]
     assert facts.mean_history_length["clicks"] == pytest.approx(sum(lengths) / 72)
     assert progress[-1] == (144, 144)
     assert [done for done, _ in progress] == sorted(done for done, _ in progress)
+
+
+def test_images_are_not_looked_at(tmp_path: Path) -> None:
+    """Without towers nothing reads them: a damaged one must not stop a recipe."""
+    root = small_root(tmp_path)
+    items = pq.read_table(root / "items.parquet")
+    images = pa.array([b"no picture"] * items.num_rows, pa.binary())
+    pq.write_table(items.append_column("image", images), root / "items.parquet")
+
+    facts = run(make_recipe(root, max_quarantined_share=0.01), DAYS[:1], None, tmp_path / "out")
+
+    assert facts.rows_out == facts.rows_in
+    assert not list((tmp_path / "out").glob("*image*"))
 
 
 def test_events_of_a_file_are_sorted_by_time(tmp_path: Path) -> None:

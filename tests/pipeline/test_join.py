@@ -192,7 +192,9 @@ def test_column_types_follow_the_sample_contract(root: Path, tmp_path: Path) -> 
                 assert column.type == kinds.get(prefix, ids)
 
 
-def test_user_that_left_the_catalogue_is_missing_and_counted(root: Path, tmp_path: Path) -> None:
+def test_user_that_left_the_catalogue_is_missing_and_counted(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for name in ("ingest", "join"):
         (tmp_path / name).mkdir()
     recipe = make_recipe(root)
@@ -205,6 +207,8 @@ def test_user_that_left_the_catalogue_is_missing_and_counted(root: Path, tmp_pat
     samples = _rows(tmp_path / "join" / "samples")
     gone = [row for row in samples if row["key:user_id"] == 1]
     assert facts.unknown_users == len(gone) > 0
+    said = f"{len(gone)} of {facts.rows} rows lack the columns of their user"
+    assert said in [record.getMessage() for record in caplog.records]
     assert {row["sparse:country"] for row in gone} == {-1}
 
 

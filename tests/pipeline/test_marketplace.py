@@ -167,16 +167,12 @@ def test_two_first_runs_share_one_generation(tmp_path: Path) -> None:
         ({"num_items": 5}, [], "candidates_per_request"),
         ({}, ["drifft=1"], r"drifft.*keys: num_days"),
         ({}, ["base_rate=2"], "base_rate"),
+        ({}, ["first_day=31.12.2023"], "first_day.*valid date"),
     ],
 )
 def test_wrong_sizes_are_named(values: dict[str, int], overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         synthetic_config(values, overrides)
-
-
-def test_a_wrong_first_day_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="31.12.2023"):
-        generate(SMALL.model_copy(update={"first_day": "31.12.2023"}), tmp_path / "x")
 
 
 # --- requests ------------------------------------------------------------------------------------

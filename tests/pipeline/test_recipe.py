@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,39 @@ def test_override_creates_missing_sections(tmp_path: Path) -> None:
         ("gate.calibration", [2, 1], ["gate.calibration: [2, 1] allows no model", "[low, high]"]),
         ("gate.calibration", [-1, 1], ["gate.calibration: [-1, 1]"]),
         ("ranking.trainer.epochs", 0, ["ranking.trainer.epochs", "greater than 0", "got 0"]),
+        *(
+            (path, value, [path, "finite number"])
+            for path in ("ranking.trainer.max_grad_norm", "embedding.l2", "gate.max_auc_drop")
+            for value in (math.inf, math.nan)
+        ),
+        ("features.dense", [{"name": "price", "mean": math.nan}], ["mean: ", "finite number"]),
+        (
+            "embedding.optimizer",
+            {"kind": "adam", "beta1": 1.0},
+            ["embedding.optimizer.beta1", "less than 1"],
+        ),
+        ("embedding.sharding.kernels", [], ["embedding.sharding.kernels", "at least 1 item"]),
+        (
+            "data.synthetic",
+            {"first_day": "banana"},
+            ["data.synthetic.first_day", "valid date", "got 'banana'"],
+        ),
+        *(
+            (path, name, [f"name: {name!r} is no name", "letters, digits, _ and -"])
+            for path in (
+                "features.tables.0.name",
+                "features.sparse.0.name",
+                "ranking.tasks.0.name",
+            )
+            for name in ("a/b", "a.b", "a:b", "", "a b")
+        ),
+        ("features.histories", [{"name": "a.b"}], ["'a.b' is no name"]),
+        (
+            "features.sequences",
+            [{"name": "a/b", "history": "clicks", "table": "item"}],
+            ["'a/b' is no name"],
+        ),
+        ("features.dense", [{"name": "a:b"}], ["'a:b' is no name"]),
     ],
 )
 def test_fault_names_place_value_and_remedy(

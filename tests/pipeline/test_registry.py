@@ -1,3 +1,5 @@
+import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -10,6 +12,10 @@ from pipeline import lock
 from pipeline.artifacts import Manifest, publish, writing
 from pipeline.lock import exclusive
 from pipeline.registry import production, production_before, promote, promotions, rollback
+
+
+def no_links(*_: object) -> None:
+    raise OSError(errno.EPERM, "Operation not permitted")
 
 
 def publish_model(out: Path, date: str, artifact_id: str = "") -> None:
@@ -30,6 +36,17 @@ def test_last_promotion_is_in_production_and_rollback_returns_to_the_one_before(
     assert production(tmp_path).date == "2024-01-02"
     rollback(tmp_path)
     assert production(tmp_path).date == "2024-01-01"
+
+
+def test_a_file_system_without_hard_links_keeps_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "link", no_links)
+    publish_model(tmp_path, "2024-01-01")
+
+    kept = promote(tmp_path, "2024-01-01")
+
+    assert (kept.bundle / "weights").read_text() == "2024-01-01"
 
 
 def test_promoting_twice_is_one_promotion(tmp_path: Path) -> None:

@@ -2,26 +2,47 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
+from small_log import make_recipe
 
+from multimodal.codebook_match import fresh
+from multimodal.codebook_store import Codebooks
+from multimodal.codebook_versions import CodebookManifest, publish_version
+from multimodal.codes_config import Codes, Rq
+from multimodal.residual_quantizer import ResidualCodebooks
 from multimodal.token_store import PartTokens, TokenStore
 from pipeline.artifacts import Manifest, publish, writing
+from pipeline.codes_paths import codebook_versions
 from pipeline.content import STORES
+from pipeline.recipe import write_recipe
 from pipeline.registry import promote
 from pipeline.verify import verify
 
 DATE = "2024-01-01"
 
 
-def write_artifact(out: Path, stage: str) -> Path:
+def write_artifact(out: Path, stage: str, **facts: Any) -> Path:
     directory = out / DATE / stage
     with writing(directory, "i") as scratch:
         (scratch / "bundle").mkdir()
         (scratch / "bundle" / "weights").write_bytes(b"weights of " + stage.encode())
-        publish(scratch, directory, Manifest(stage=stage, artifact_id=stage, config_hash=""))
+        manifest = Manifest(stage=stage, artifact_id=stage, config_hash="", facts=facts)
+        publish(scratch, directory, manifest)
     return directory
+
+
+def write_log(out: Path, days: list[str]) -> Path:
+    """An event log that has these days, and a run of `DATE` that read it."""
+    root = out / "data"
+    for day in days:
+        (root / "events" / f"dt={day}").mkdir(parents=True)
+    (out / DATE).mkdir(parents=True, exist_ok=True)
+    write_recipe(make_recipe(root), out / DATE)
+    return root
 
 
 def write_part(out: Path) -> Path:
@@ -44,6 +65,7 @@ def test_damage_of_artifacts_bundles_and_stored_tokens_is_found(tmp_path: Path) 
     train, published = (write_artifact(tmp_path, stage) for stage in ("train", "publish"))
     promote(tmp_path, DATE)
     part = write_part(tmp_path)
+    write_log(tmp_path, [DATE])
     told: list[tuple[int, int]] = []
     assert verify(tmp_path, lambda done, total: told.append((done, total))) == []
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
@@ -64,6 +86,77 @@ def test_damage_of_artifacts_bundles_and_stored_tokens_is_found(tmp_path: Path) 
     assert f"delete {train}, and the next run writes it again" in found[1]
     assert f"restore {kept}, or promote another date; do not delete it" in found[2]
     assert f"delete {part.stem}.* there" in found[3]
+
+
+def test_what_no_run_can_write_again_is_not_to_be_deleted(tmp_path: Path) -> None:
+    """Once ingested, days may be deleted from the event log: their span is then the only copy."""
+    before = "2023-12-31"
+    ingest = write_artifact(tmp_path, "ingest", days=[before, DATE])
+    train = write_artifact(tmp_path, "train")
+    root = write_log(tmp_path, [before, DATE])
+    for directory in (ingest, train):
+        damage(directory / "bundle" / "weights")
+    assert [s.split("; ")[1] for s in verify(tmp_path, lambda *_: None)] == [
+        f"delete {directory}, and the next run writes it again" for directory in (ingest, train)
+    ]
+
+    (root / "events" / f"dt={before}").rmdir()
+    of_ingest, of_train = verify(tmp_path, lambda *_: None)
+    assert (
+        f"restore {ingest} from a copy, and do not delete it: the event log no longer" in of_ingest
+    )
+    assert before in of_ingest
+    assert f"delete {train}" in of_train
+
+    (root / "events" / f"dt={DATE}").rmdir()
+    assert f"restore {train} from a copy" in verify(tmp_path, lambda *_: None)[1]
+
+
+@pytest.mark.parametrize("name", ["codebooks.safetensors", "carries.safetensors", "manifest.json"])
+def test_damaged_codebooks_are_found(tmp_path: Path, name: str) -> None:
+    root = codebook_versions(tmp_path)
+    codebooks = Codebooks(ResidualCodebooks(torch.arange(8.0).reshape(1, 4, 2)))
+    manifest = CodebookManifest(
+        version="v0001",
+        parent=None,
+        fingerprint="",
+        encoder="tower-1",
+        first_day=DATE,
+        last_day=DATE,
+        config=Codes(rq=Rq(num_levels=2, codebook_size=4)),
+        num_items=8,
+        dim=2,
+        table_sizes=codebooks.table_sizes,
+        reference_mse=None,
+        metrics=None,
+        stability=None,
+        share_carried={},
+    )
+    publish_version(root, manifest, codebooks, {"sid_0": fresh(0, 4)})
+    assert verify(tmp_path, lambda *_: None) == []
+
+    path = root / "v0001" / name
+    if name == "codebooks.safetensors":
+        damage(path)  # other numbers, and still a sound file
+    else:
+        path.write_bytes(path.read_bytes()[:20])
+    (found,) = verify(tmp_path, lambda *_: None)
+
+    assert str(root / "v0001") in found
+    assert "restore" in found
+
+
+def test_a_damaged_manifest_is_one_finding_among_others(tmp_path: Path) -> None:
+    train, published = (write_artifact(tmp_path, stage) for stage in ("train", "publish"))
+    text = (published / "manifest.json").read_text()
+    (published / "manifest.json").write_text(text.replace('version": 1', 'version": 9'))
+    damage(train / "bundle" / "weights")
+
+    of_publish, of_train = verify(tmp_path, lambda *_: None)
+
+    assert f"{published / 'manifest.json'} is damaged or of another version of Braid" in of_publish
+    assert "schema_version" in of_publish
+    assert str(train / "bundle" / "weights") in of_train
 
 
 def test_an_empty_directory_has_nothing_damaged(tmp_path: Path) -> None:

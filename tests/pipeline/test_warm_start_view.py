@@ -1,6 +1,17 @@
-"""The line that says what a warm start took over."""
+"""What is said about a warm start, also by a training that was restarted."""
 
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embedding.warm_start import WarmStartReport
+from pipeline import training_worker
+from pipeline.report import warm_start_section
+from pipeline.train import TrainJob
 from pipeline.warm_start_view import redrawn_rows, warm_start_line
+from ranking.progress import Progress
+from tests.pipeline.small_log import make_recipe
 
 
 def facts(**initialised: str) -> dict:
@@ -39,3 +50,46 @@ def test_line_stays_short_and_the_rows_have_everything() -> None:
     rows = redrawn_rows(report)
     assert [row["why"] for row in rows[:9]] == [f"shape changed from {i}" for i in range(9)]
     assert rows[9:] == [{"name": "tables/user", "why": "7 ids of the earlier run found no room"}]
+
+
+class Checkpoints:
+    """Those of a training that has saved `step`; of a new one for None."""
+
+    def __init__(self, step: int | None) -> None:
+        self.step = step
+
+    def load_latest(self, _: Any) -> tuple[int, dict[str, Any]] | None:
+        return None if self.step is None else (self.step, Progress(step=self.step).state_dict())
+
+
+def test_a_restarted_training_still_says_what_it_started_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = WarmStartReport(carried=("tables/item",), initialised={}, ignored=(), dropped_ids={})
+    monkeypatch.setattr(training_worker, "load_into", lambda *_: made)
+    monkeypatch.setattr(training_worker.dist, "get_rank", lambda: 0)
+    job = TrainJob(
+        recipe=make_recipe(tmp_path),
+        samples=[],
+        validation=[],
+        plan=tmp_path,
+        parent_checkpoint=tmp_path,
+        resume=tmp_path,
+    )
+
+    def restore(step: int | None) -> tuple[Progress, WarmStartReport | None]:
+        return training_worker._restore(job, None, Checkpoints(step))  # type: ignore[arg-type]
+
+    _, at_start = restore(None)
+    progress, after_restart = restore(20)
+
+    assert progress.step == 20
+    assert at_start == after_restart == made
+
+
+def test_a_report_that_is_not_there_is_no_start_from_drawn_values() -> None:
+    assert warm_start_section({"warm_start": None, "parent": None})["warm_start"] == (
+        "started from drawn values"
+    )
+    unrecorded = warm_start_section({"warm_start": None, "parent": "2024-01-06"})
+    assert unrecorded["warm_start"] == "warm start from 2024-01-06"

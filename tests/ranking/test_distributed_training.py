@@ -271,7 +271,7 @@ def _spawned_fit(rank: int, port: int, folder: str) -> None:
     progress = [(p.step, p.position.model_dump_json(), p.window_TX.tolist()) for p in saved]
     torch.save(
         {
-            "rows": summary.rows,
+            "rows": summary.totals.rows,
             "reports": {
                 step: {k: v for k, v in m.items() if k.startswith(("train/click", "train/loss"))}
                 for step, m in reports.items()

@@ -57,13 +57,41 @@ def test_a_resumed_run_equals_the_undisturbed_one_to_the_last_digit(
     assert set(resumed.checkpoints) == {s for s in whole.checkpoints if s > step}
 
 
+@pytest.mark.parametrize("step", [7, 35, STEPS])
+def test_rows_and_time_of_a_resumed_run_are_those_of_all_its_steps(
+    files: SampleFiles, step: int
+) -> None:
+    whole = Harness(files, small_config())
+    whole.fit()
+    checkpoint = whole.checkpoints[step]
+    resumed = Harness(files, small_config())
+
+    totals = resumed.fit(resumed.restore(checkpoint)).totals
+
+    before = checkpoint["progress"]["totals"]
+    assert 0 < before["rows"] <= totals.rows == 2 * NUM_ROWS
+    assert 0 < before["seconds"] < totals.seconds
+    assert totals.data_s >= before["data_s"]
+    assert totals.rows_per_s == totals.rows / totals.seconds
+
+
+def test_a_checkpoint_without_totals_is_gone_on_with(files: SampleFiles) -> None:
+    whole = Harness(files, small_config())
+    whole.fit()
+    checkpoint = whole.checkpoints[35]
+    before = checkpoint["progress"].pop("totals")
+    resumed = Harness(files, small_config())
+
+    assert resumed.fit(resumed.restore(checkpoint)).totals.rows == 2 * NUM_ROWS - before["rows"]
+
+
 def test_reports_and_checkpoints_come_at_their_steps(files: SampleFiles) -> None:
     harness = Harness(files, small_config())
     summary = harness.fit()
     assert set(harness.reports) == {*range(4, STEPS + 1, 4), STEPS}
     assert set(harness.checkpoints) == {*range(7, STEPS + 1, 7), STEPS}
     assert summary.steps == STEPS
-    assert summary.rows == 2 * NUM_ROWS  # filling rows are not counted
+    assert summary.totals.rows == 2 * NUM_ROWS  # filling rows are not counted
 
 
 def test_without_an_interval_there_is_one_checkpoint_at_the_end(files: SampleFiles) -> None:

@@ -117,14 +117,14 @@ def test_training_stops_when_its_patience_ends(data: tuple[SampleFiles, SampleFi
     summary = stopped.fit()
     assert summary.stopped_early
     assert summary.steps == summary.validation.best_step + 2 * 6
-    assert summary.rows == stopped.source.rows_before(summary.position)
+    assert summary.totals.rows == stopped.source.rows_before(summary.position)
     full = _harness(data, **settings, validation=ValidationConfig(**validation))
     assert not full.fit().stopped_early
     for step, metrics in stopped.validations.items():
         assert full.validations[step] == metrics
     again = _harness(data, **settings, validation=ValidationConfig(**validation, patience=2))
     resumed = again.fit(again.restore(stopped.checkpoints[summary.steps]))
-    assert (resumed.steps, resumed.rows) == (summary.steps, 0)
+    assert (resumed.steps, resumed.totals.rows) == (summary.steps, summary.totals.rows)
     assert resumed.stopped_early
 
 

@@ -148,6 +148,12 @@ def study(  # noqa: PLR0913 # a command's parameters are its options
     trials_per_gpu: Annotated[
         int, typer.Option(min=1, help="Trials that share a GPU; a small model does not fill one.")
     ] = 1,
+    max_parallel: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Trials side by side at most; default: as many as fit on the cluster."
+        ),
+    ] = None,
     overrides: SetOption = None,
 ) -> None:
     """Compare variants of a recipe over seeds: mean, 95% interval, paired differences."""
@@ -173,6 +179,7 @@ def study(  # noqa: PLR0913 # a command's parameters are its options
             out=out,
             overrides=overrides or (),
             trials_per_gpu=trials_per_gpu,
+            max_parallel=max_parallel,
         )
         require_metrics(work.recipes.values(), metric or ())
         result = work.run()

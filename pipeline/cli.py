@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline.bench_cli import bench_app
 from pipeline.codes_cli import codes_app
 from pipeline.data_cli import data_app
 from pipeline.plan_cli import (
     JsonOption,
     RecipeOption,
     SetOption,
-    bench_app,
     capacity_command,
     plan_command,
     traffic_command,

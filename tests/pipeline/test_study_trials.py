@@ -280,7 +280,6 @@ def test_a_study_takes_no_more_of_the_cluster_than_it_may(
 
 
 SMALL = [
-    "cluster.num_workers=1",
     "data.synthetic.num_days=3",
     "data.synthetic.events_per_day=3000",
     "data.synthetic.num_items=100",
@@ -290,12 +289,16 @@ SMALL = [
 
 
 @pytest.mark.integration
-def test_one_interrupt_ends_a_study_with_130_and_leaves_no_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_workers", [1, 2], ids=["processes", "groups"])
+def test_one_interrupt_ends_a_study_with_130_and_leaves_no_process(
+    tmp_path: Path, num_workers: int
+) -> None:
     (tmp_path / "variants.yaml").write_text("a: []")
     code = "import sys; from deploy.app import main; sys.exit(main())"
     command = [sys.executable, "-c", code, "study", "--recipe", "demo", "--seeds", "3"]
     command += ["--variants", str(tmp_path / "variants.yaml"), "--out", str(tmp_path / "out")]
-    command += [f"--set={override}" for override in (f"data.root={tmp_path / 'data'}", *SMALL)]
+    settings = (f"data.root={tmp_path / 'data'}", f"cluster.num_workers={num_workers}", *SMALL)
+    command += [f"--set={setting}" for setting in settings]
     log = tmp_path / "output.txt"
     with log.open("w") as output:
         driver = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)

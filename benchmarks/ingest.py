@@ -5,7 +5,6 @@
 
 import argparse
 import json
-import logging
 import shutil
 import sys
 import tempfile
@@ -68,7 +67,6 @@ def measure(num_events: int, num_cpus: int, folder: Path) -> dict[str, Any]:
     for name in ("ingest", "join"):
         (folder / name).mkdir()
     days = available_days(recipe.data.root)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its notices would hide the table
     with PeakMemory() as memory:
         ray.init(
             address="local",

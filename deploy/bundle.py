@@ -18,16 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from embedding.checkpoint import (
-    read_companion,
-    read_dense,
-    read_id_map,
-    read_manifest,
-    read_tables,
-)
+from embedding.checkpoint_files import read_manifest
 from embedding.config import ManagedCollision, StrictConfig
 from embedding.errors import UserError
-from embedding.id_map import NO_ID
+from embedding.hashing import NO_ID
+from embedding.stored import read_companion, read_dense, read_id_map, read_tables
 from multimodal.content_head import trained_vectors
 from pipeline.config import Recipe
 from ranking.averaging import published_weights

@@ -6,7 +6,7 @@ Reads the train artifact's checkpoint; writes `bundle/`.
 from pathlib import Path
 
 from deploy.bundle import write_bundle
-from embedding.checkpoint import latest_step, step_directory
+from embedding.checkpoint_files import latest_step, step_directory
 from pipeline.artifacts import read_manifest
 from pipeline.config import Recipe
 from pipeline.registry import BUNDLE

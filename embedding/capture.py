@@ -13,80 +13,23 @@ rng/<rank>/torch | python | numpy | cuda  generator states
 
 import random
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from embedding.config import StrictConfig
-from embedding.id_map import (
-    ManagedClock,
-    by_row,
-    clock_of,
-    managed_modules,
-    pending_of,
-    rows_of_module,
+from embedding.checkpoint_files import (
+    COMPANION,
+    CheckpointManifest,
+    RankFacts,
+    StoredTable,
 )
+from embedding.id_map import by_row, clock_of, managed_modules, pending_of, rows_of_module
 from embedding.placement import TableShard, flush_caches
-from embedding.plan_description import PlanDescription
 from embedding.shard import Sharded
 from embedding.stored import StoredTensor
 from embedding.tables import in_tables
-
-COMPANION = "companion/"
-"""Prefix of the tensors of what trains beside the model."""
-
-
-class StoredTable(StrictConfig):
-    """Shape of a saved table and its optimizer's step."""
-
-    num_rows: int
-    num_columns: int
-    ids: str
-    """Kind of the id scheme."""
-    step: int
-
-
-class StoredFile(StrictConfig):
-    """Size and CRC-32 of a file of the checkpoint."""
-
-    num_bytes: int
-    crc32: int
-
-
-class RankFacts(StrictConfig):
-    """What one rank contributes to the manifest."""
-
-    rank: int
-    progress: dict[str, Any]
-    table_steps: dict[str, int]
-    clocks: dict[str, ManagedClock]
-    segments: dict[str, tuple[int, int]]
-    """Rows of this rank's shard of every managed-collision table."""
-
-
-class CheckpointManifest(StrictConfig):
-    """Everything of a checkpoint that is not a tensor; version 1."""
-
-    schema_version: Literal[1] = 1
-    step: int
-    world_size: int
-    optimizer: str
-    """Kind of the sparse optimizer."""
-    plan: PlanDescription
-    tables: dict[str, StoredTable]
-    ranks: tuple[RankFacts, ...]
-    dense_scalars: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """States of the dense optimizer that are no tensors, by parameter."""
-    dense_groups: tuple[dict[str, Any], ...] = ()
-    """Settings of the dense optimizer's parameter groups."""
-    files: dict[str, StoredFile] = Field(default_factory=dict)
-
-    def segments(self, table: str) -> list[tuple[int, int]]:
-        """Row ranges of the shards of a managed-collision table, by rank."""
-        return [facts.segments[table] for facts in self.ranks]
 
 
 def rank_facts(sharded: Sharded, rank: int, progress: dict[str, Any]) -> RankFacts:

@@ -10,23 +10,24 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
-from embedding.capture import (
-    COMPANION,
+from embedding.capture import capture, make_manifest, rank_facts
+from embedding.checkpoint_files import (
+    MANIFEST,
     CheckpointManifest,
     StoredFile,
-    capture,
-    make_manifest,
-    rank_facts,
+    latest_step,
+    read_manifest,
+    step_directory,
+    steps,
 )
 from embedding.errors import UserError
 from embedding.restore import restore_all
@@ -37,7 +38,6 @@ from embedding.warm_start import WarmStartReport, warm_start
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
 _READ_BYTES = 4 << 20
 
 
@@ -196,71 +196,6 @@ def load_into(
         raise UserError(f"no complete checkpoint in {directory}; give the folder of a finished run")
     source = step_directory(directory, step)
     return warm_start(CheckpointReader(source), read_manifest(source), sharded, carries)
-
-
-def latest_step(directory: Path) -> int | None:
-    """Step of the newest checkpoint whose files have their full size, or None."""
-    for step in sorted(steps(directory), reverse=True):
-        folder = step_directory(directory, step)
-        manifest = read_manifest(folder)
-        sizes = {name: file.num_bytes for name, file in manifest.files.items()}
-        if all(
-            (folder / name).exists() and (folder / name).stat().st_size == size
-            for name, size in sizes.items()
-        ):
-            return step
-        logger.warning("the checkpoint %s has missing or truncated files; skipped", folder)
-    return None
-
-
-def steps(directory: Path) -> list[int]:
-    """Steps of all published checkpoints."""
-    return [int(path.parent.name.split("-")[1]) for path in directory.glob(f"step-*/{MANIFEST}")]
-
-
-def step_directory(directory: Path, step: int) -> Path:
-    """Where the checkpoint of a step is published."""
-    return directory / f"step-{step:08d}"
-
-
-def read_manifest(directory: Path) -> CheckpointManifest:
-    """The manifest of one checkpoint; raises UserError where there is none."""
-    path = directory / MANIFEST
-    if not path.exists():
-        raise UserError(f"{directory} is not a complete checkpoint: it has no {MANIFEST}")
-    return CheckpointManifest.model_validate_json(path.read_text())
-
-
-def read_tables(directory: Path) -> Iterator[tuple[str, Iterator[tuple[int, Tensor]]]]:
-    """(table, its rows as (first row, block)) of one checkpoint, without a process group.
-
-    A bounded number of rows is in memory at a time; take the blocks before the next table.
-    """
-    reader = CheckpointReader(directory)
-    for table in read_manifest(directory).tables:
-        yield table, reader.row_blocks(f"tables/{table}/weight")
-
-
-def read_dense(directory: Path) -> dict[str, Tensor]:
-    """All dense parameters and buffers of one checkpoint, by name in the model."""
-    reader = CheckpointReader(directory)
-    names = reader.names("dense/") + reader.names("buffers/")
-    return {name.split("/", 1)[1]: reader.read(name) for name in names}
-
-
-def read_companion(directory: Path, prefix: str) -> dict[str, Tensor]:
-    """Tensors of what trained beside the model whose names start with `prefix`, without it."""
-    reader = CheckpointReader(directory)
-    start = COMPANION + prefix
-    return {name.removeprefix(start): reader.read(name) for name in reader.names(start)}
-
-
-def read_id_map(directory: Path, table: str) -> Tensor:
-    """Id of every row of a managed-collision table, (rows,); `id_map.NO_ID` where none owns it.
-
-    `read_manifest(directory).segments(table)` has the shards, whose last rows are unknown rows.
-    """
-    return CheckpointReader(directory).read(f"managed/{table}/ids")
 
 
 def _publish(partial: Path, final: Path, manifest: CheckpointManifest) -> None:

@@ -15,6 +15,8 @@ MANAGED_ID_RANGE = 1 << MANAGED_ID_BITS
 """Managed-collision modules see ids in [0, MANAGED_ID_RANGE)."""
 MANAGED_MISSING_ID = MANAGED_ID_RANGE - 1
 """The id that all missing values share in a managed-collision table."""
+NO_ID = torch.iinfo(torch.int64).max
+"""What TorchRec keeps in a row of a managed-collision table that no id owns."""
 
 _CHUNK = 1 << 15  # ids mixed at a time: they stay in the cache, and below torch's OpenMP threshold
 

@@ -13,22 +13,8 @@ import torch
 from torch import Tensor, nn
 from torchrec.modules.mc_modules import MCHManagedCollisionModule
 
-from embedding.config import StrictConfig
-from embedding.hashing import MANAGED_ID_RANGE
-
-NO_ID = torch.iinfo(torch.int64).max
-"""What TorchRec keeps in a row that no id owns."""
-
-
-class ManagedClock(StrictConfig):
-    """Counters of one rank's collision module."""
-
-    iteration: int
-    last_eviction: int
-    history_capacity: int
-    """Ids it can remember between evictions; -1 before the first step."""
-    num_pending: int
-    """Ids seen since the last eviction."""
+from embedding.checkpoint_files import ManagedClock
+from embedding.hashing import MANAGED_ID_RANGE, NO_ID
 
 
 @dataclass(frozen=True)

@@ -10,18 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from embedding.capture import (
-    COMPANION,
-    CheckpointManifest,
-    dense_buffers,
-    set_rng_states,
-    state_name,
-)
+from embedding.capture import dense_buffers, set_rng_states, state_name
+from embedding.checkpoint_files import COMPANION, CheckpointManifest, ManagedClock
 from embedding.config import ManagedCollision
 from embedding.errors import UserError
 from embedding.id_map import (
     Insertion,
-    ManagedClock,
     PendingIds,
     insert_ids,
     managed_modules,

@@ -29,6 +29,8 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
+from embedding.checkpoint_files import COMPANION, read_manifest
+
 BLOCK_BYTES = 32 << 20
 
 
@@ -197,3 +199,35 @@ def _row_blocks(offset: tuple[int, ...], piece: Tensor) -> Iterator[tuple[tuple[
     step = max(1, BLOCK_BYTES // max(1, row_bytes))
     for start in range(0, piece.shape[0], step):
         yield (offset[0] + start, *offset[1:]), piece[start : start + step]
+
+
+def read_tables(directory: Path) -> Iterator[tuple[str, Iterator[tuple[int, Tensor]]]]:
+    """(table, its rows as (first row, block)) of one checkpoint, without a process group.
+
+    A bounded number of rows is in memory at a time; take the blocks before the next table.
+    """
+    reader = CheckpointReader(directory)
+    for table in read_manifest(directory).tables:
+        yield table, reader.row_blocks(f"tables/{table}/weight")
+
+
+def read_dense(directory: Path) -> dict[str, Tensor]:
+    """All dense parameters and buffers of one checkpoint, by name in the model."""
+    reader = CheckpointReader(directory)
+    names = reader.names("dense/") + reader.names("buffers/")
+    return {name.split("/", 1)[1]: reader.read(name) for name in names}
+
+
+def read_companion(directory: Path, prefix: str) -> dict[str, Tensor]:
+    """Tensors of what trained beside the model whose names start with `prefix`, without it."""
+    reader = CheckpointReader(directory)
+    start = COMPANION + prefix
+    return {name.removeprefix(start): reader.read(name) for name in reader.names(start)}
+
+
+def read_id_map(directory: Path, table: str) -> Tensor:
+    """Id of every row of a managed-collision table, (rows,); `hashing.NO_ID` where none owns it.
+
+    `read_manifest(directory).segments(table)` has the shards, whose last rows are unknown rows.
+    """
+    return CheckpointReader(directory).read(f"managed/{table}/ids")

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from embedding.capture import COMPANION, CheckpointManifest, dense_buffers
+from embedding.capture import dense_buffers
+from embedding.checkpoint_files import COMPANION, CheckpointManifest
 from embedding.config import StrictConfig
 from embedding.restore import Restorer, sum_dropped
 from embedding.row_carry import CarriedRows, RowCarry

@@ -31,7 +31,7 @@ from pipeline.align import (
     same_towers,
 )
 from pipeline.artifacts import config_hash, read_manifest
-from pipeline.cluster import RaySession
+from pipeline.cluster import RaySession, rank_bundles
 from pipeline.config import Recipe
 from pipeline.console import Reporter
 from pipeline.content import STORES, ContentFacts, check_content, content
@@ -130,7 +130,8 @@ class AlignmentOfDay:
         ranker: RankerItems | None,
     ) -> StageOutput:
         checked = check_content(self.content, self.recipe.data.root)  # faults show before Ray
-        self.session.start()
+        cluster = self.recipe.cluster
+        self.session.wait_for("align", rank_bundles(cluster))
         index = scratch / INDEX
         index.mkdir()
         tokens = content(checked, self.out / STORES, index, self.reporter.advance)
@@ -145,7 +146,7 @@ class AlignmentOfDay:
         # A new encoder moves all vectors.
         known = None if trains else earlier
         np.save(job.rows, changed_rows(index, known))
-        run_workers(_worker, job, self.recipe.cluster, scratch)
+        run_workers(_worker, job, cluster, scratch)
         facts = self._facts(job, known, tokens, pairs)
         job.rows.unlink()
         return StageOutput(

@@ -4,7 +4,9 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Self
 
 from embedding.errors import UserError
@@ -14,11 +16,14 @@ from pipeline.config import ClusterConfig, Recipe
 OBJECT_STORE_BYTES = 1 << 30
 # Ray replaces 127.0.0.1 by the address of a network card; the rest of 127.0.0.0/8 it leaves alone.
 LOOPBACK = "127.0.0.2"
-POLL_S = 15.0
-"""Between two looks at a cluster that grows."""
+POLL_S = 10.0
+"""Between two looks at what is free; lines about it come at twice the interval each time."""
 
 Bundle = dict[str, float]
-"""CPUs and GPUs of one actor."""
+"""CPUs and GPUs of one process."""
+ONE_CPU: Bundle = {"CPU": 1.0}
+_ROUNDING = 1e-9
+"""Of thirds of a GPU, say."""
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +47,10 @@ class RaySession:
         self.cluster = cluster
         self.actors = list(actors)
         self.say = say
-        """Shows a line while the cluster grows."""
+        """Shows a line while the command waits for the cluster."""
         self._started = False
+        self._is_shared = False
+        """Whether others may hold what this command needs."""
 
     def __enter__(self) -> Self:
         return self
@@ -58,17 +65,18 @@ class RaySession:
         """Start or connect, once.
 
         Raises:
-            UserError: The cluster has too few CPUs or GPUs for `cluster.num_workers`, and no
-                autoscaler added them in time.
+            UserError: `RAY_ADDRESS` is not that of a cluster's own port, or the cluster has too few
+                CPUs or GPUs for `cluster.num_workers`, and no autoscaler added them in time.
         """
         if self._started:
             return
+        address = cluster_address()
         import ray
 
         # Ray's notices would push the run's own lines away; they stay in Ray's log files.
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        if "RAY_ADDRESS" in os.environ:
+        if address is not None:
             ray.init(logging_level=logging.WARNING, log_to_driver=False)
         else:
             needed = self.cluster.num_workers * self.cluster.cpus_per_worker
@@ -83,32 +91,112 @@ class RaySession:
                 _node_ip_address=LOOPBACK,
             )
         self._started = True
-        _quiet_ray()
-        lacking = lacking_resources(ray.cluster_resources(), self.cluster, self.actors)
+        self._is_shared = address is not None
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        lacking = lacking_resources(nodes, self.cluster, self.actors)
         if lacking is not None and self.cluster.autoscale_timeout_s is not None:
-            lacking = self._grow(lacking, self.cluster.autoscale_timeout_s)
-        if lacking is not None:
-            raise UserError(f"{lacking}; {_remedy(self.cluster)}")
+            self._await("the training group", self.group(), self.cluster.autoscale_timeout_s)
+        elif lacking is not None:
+            raise UserError(
+                f"{lacking}; lower num_workers, or add nodes; where an autoscaler adds them, set "
+                "cluster.autoscale_timeout_s"
+            )
 
-    def _grow(self, lacking: str | None, timeout_s: float) -> str | None:
-        """Ask the autoscaler for the training group's nodes; what is lacking in the end."""
-        import ray
-        from ray.autoscaler.sdk import request_resources
+    def group(self) -> list[Bundle]:
+        """What the training group needs: its ranks and the actors beside them."""
+        return rank_bundles(self.cluster) + self.actors
 
-        worker = {"CPU": self.cluster.cpus_per_worker} | (
-            {"GPU": 1} if self.cluster.use_gpu else {}
-        )
-        started = time.monotonic()
-        request_resources(bundles=[worker] * self.cluster.num_workers + self.actors)
+    def wait_for(self, who: str, bundles: Sequence[Bundle]) -> None:
+        """Start, and wait until all of this is free at once: others may hold it for hours.
+
+        It is not kept: whoever was waited for asks for it next.
+
+        Args:
+            who: what the lines and the error speak of.
+            bundles: CPUs and GPUs of each process.
+
+        Raises:
+            UserError: as `start`; or it was not free within `cluster.wait_timeout_s`.
+        """
+        self.start()
+        if self._is_shared:
+            autoscale_s = self.cluster.autoscale_timeout_s or 0.0
+            self._await(who, bundles, max(self.cluster.wait_timeout_s, autoscale_s))
+
+    def _await(self, who: str, bundles: Sequence[Bundle], timeout_s: float) -> None:
+        # A placement group says when its bundles fit on nodes, an autoscaler launches nodes for it
+        # and keeps them, and it ends with this job; a request to the autoscaler does none of it.
+        from ray.util import placement_group, remove_placement_group
+
+        asked = [kinds for bundle in bundles if (kinds := {k: v for k, v in bundle.items() if v})]
+        if not asked:
+            return
+        started, next_line_s = time.monotonic(), 0.0
+        group = placement_group(asked)
         try:
-            while lacking is not None and (waited_s := time.monotonic() - started) < timeout_s:
-                self.say(f"  {lacking}; waiting for nodes ({waited_s:.0f} of {timeout_s:.0f} s)")
-                time.sleep(min(POLL_S, timeout_s - waited_s))
-                lacking = lacking_resources(ray.cluster_resources(), self.cluster, self.actors)
+            while not group.wait(timeout_seconds=POLL_S):
+                waited_s = time.monotonic() - started
+                state = f"{who} waits for {_listed(asked)}, and {_free()} are free"
+                if waited_s >= timeout_s:
+                    raise UserError(
+                        f"{state} after {timeout_s:g} s (cluster.wait_timeout_s, or "
+                        "autoscale_timeout_s); see `ray status` for who holds the rest or why no "
+                        "node came, ask for less (cluster.num_workers, cpus_per_worker), or wait "
+                        "longer"
+                    )
+                if waited_s >= next_line_s:
+                    self.say(f"  {state} ({waited_s:.0f} of {timeout_s:.0f} s)")
+                    next_line_s = 2 * waited_s
         finally:
-            # A request stays until the next one: without this, idle nodes would never go away.
-            request_resources(bundles=[])
-        return lacking
+            remove_placement_group(group)
+
+
+def cluster_address() -> str | None:
+    """The cluster that `RAY_ADDRESS` names; None: a local one is started.
+
+    Raises:
+        UserError: it is an address that a command cannot work through.
+    """
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address in ("", "local"):
+        return None
+    if "://" in address:
+        raise UserError(
+            f"RAY_ADDRESS={address} is the address of Ray Client or of the dashboard, and stages "
+            "need the cluster itself; submit the command as a job (`ray job submit --address "
+            "http://... -- braid ...`), or run it on a node with RAY_ADDRESS=auto"
+        )
+    return address
+
+
+def require_absolute(paths: Mapping[str, Path]) -> None:
+    """On a cluster, processes have working directories of their own.
+
+    Args:
+        paths: by the option that gives them.
+
+    Raises:
+        UserError: `RAY_ADDRESS` is set, and one of them is relative.
+    """
+    if cluster_address() is None:
+        return
+    for option, path in paths.items():
+        if not path.is_absolute():
+            raise UserError(
+                f"{option}={path} is relative, and with RAY_ADDRESS set the processes of a cluster "
+                "would each look below another directory; give the absolute path of a directory "
+                "that all nodes share"
+            )
+
+
+def worker_bundle(cluster: ClusterConfig) -> Bundle:
+    """What a rank asks for."""
+    return {"CPU": cluster.cpus_per_worker} | ({"GPU": 1.0} if cluster.use_gpu else {})
+
+
+def rank_bundles(cluster: ClusterConfig) -> list[Bundle]:
+    """What all ranks ask for, one entry each."""
+    return [worker_bundle(cluster)] * cluster.num_workers
 
 
 def actors_of(recipe: Recipe) -> list[Bundle]:
@@ -120,43 +208,61 @@ def actors_of(recipe: Recipe) -> list[Bundle]:
 
 
 def lacking_resources(
-    resources: dict[str, float], cluster: ClusterConfig, actors: Sequence[Bundle] = ()
+    nodes: Sequence[Mapping[str, float]], cluster: ClusterConfig, actors: Sequence[Bundle] = ()
 ) -> str | None:
-    """What the training group needs and the cluster does not have; None: nothing."""
-    cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
+    """What the training group needs and the cluster does not have; None: nothing.
+
+    Args:
+        nodes: resources of each; a rank is on one of them.
+        cluster: the ranks.
+        actors: what runs beside them.
+    """
+    cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
     beside_cpus, beside_gpus = (sum(a[kind] for a in actors) for kind in ("CPU", "GPU"))
     needed = cluster.num_workers * cluster.cpus_per_worker
+    ranks = f"cluster.num_workers={cluster.num_workers}"
     if cpus < needed + beside_cpus:
         beside = f", and the content service {beside_cpus:g} more," if beside_cpus else ""
         return (
-            f"cluster.num_workers={cluster.num_workers} x cpus_per_worker="
-            f"{cluster.cpus_per_worker:g} needs {needed:g} CPUs{beside} and the cluster has "
-            f"{cpus:g}"
+            f"{ranks} x cpus_per_worker={cluster.cpus_per_worker:g} needs {needed:g} CPUs{beside} "
+            f"and the cluster has {cpus:g}"
         )
     if gpus < (cluster.num_workers if cluster.use_gpu else 0) + beside_gpus:
         service = f"the content service needs {beside_gpus:g} GPUs"
         if not cluster.use_gpu:
             return f"{service} and the cluster has {gpus:g}"
         beside = f", {service} more," if beside_gpus else ""
+        return f"{ranks} with use_gpu needs as many GPUs{beside} and the cluster has {gpus:g}"
+    asked = worker_bundle(cluster)
+    room = sum(fitting(node, asked) for node in nodes)
+    if room < cluster.num_workers:
         return (
-            f"cluster.num_workers={cluster.num_workers} with use_gpu needs as many GPUs{beside} "
-            f"and the cluster has {gpus:g}"
+            f"{ranks} needs {_listed([asked])} on a node for each, and the {len(nodes)} nodes of "
+            f"the cluster have room for {room}"
         )
     return None
 
 
-def _remedy(cluster: ClusterConfig) -> str:
-    if cluster.autoscale_timeout_s is None:
-        return (
-            "lower num_workers, or add nodes; where an autoscaler adds them, set "
-            "cluster.autoscale_timeout_s"
-        )
-    return (
-        f"no node came within cluster.autoscale_timeout_s={cluster.autoscale_timeout_s:g}: see "
-        "`ray status` for the reason, lower num_workers, or wait longer"
+def fitting(node: Mapping[str, float], asked: Bundle) -> int:
+    """Processes that a node has room for."""
+    return min(
+        math.floor(node.get(kind, 0.0) / each + _ROUNDING) for kind, each in asked.items() if each
     )
 
 
-def _quiet_ray() -> None:
-    for name in ("ray.data", "ray.data._internal.progress", "ray.train"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+def _listed(bundles: Sequence[Bundle]) -> str:
+    """2 x (1 CPU, 1 GPU) + 1 CPU."""
+    counts = Counter(
+        ", ".join(f"{each:g} {kind}" for kind, each in bundle.items()) for bundle in bundles
+    )
+    return " + ".join(
+        text if count == 1 else f"{count} x ({text})" for text, count in counts.items()
+    )
+
+
+def _free() -> str:
+    import ray
+
+    total, free = ray.cluster_resources(), ray.available_resources()
+    kinds = [kind for kind in ("CPU", "GPU") if kind == "CPU" or total.get(kind)]
+    return " and ".join(f"{free.get(k, 0.0):g} of {total.get(k, 0.0):g} {k}s" for k in kinds)

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from embedding.errors import UserError
-from pipeline.cluster import RaySession, actors_of
+from pipeline.cluster import RaySession, actors_of, require_absolute
 from pipeline.config import Recipe
 from pipeline.console import Reporter, duration, human
 from pipeline.days import available_days, parse_day, split_days
@@ -32,9 +32,11 @@ class Command:
         """Nothing is started.
 
         Raises:
-            UserError: a file that the plan stage will read is missing or does not suit the recipe.
+            UserError: a file that the plan stage will read is missing or does not suit the recipe,
+                or a path is relative on a cluster.
         """
         check_plan_files(recipe)
+        require_absolute({"--out": out, "data.root": recipe.data.root})
         self.recipe = recipe
         self.out = out
         self.publish = publish

@@ -1,4 +1,4 @@
-"""Tokens of all items of a day, from the frozen lower layers of the towers, on Ray Data.
+"""Tokens of all items of a day, from the frozen lower layers of the towers, on Ray workers.
 
 Reads the text and image columns of items.parquet. Computes the tokens of items whose content is
 new or changed, adds them to the token stores that all runs of an output directory share, and writes
@@ -41,7 +41,7 @@ from pipeline.content_tasks import (
     check_columns,
     digest_row_group,
 )
-from pipeline.content_workers import encode_on_workers
+from pipeline.content_workers import encode_on_workers, worker_of
 from pipeline.days import fingerprint
 from pipeline.identity import content_config
 from pipeline.stages import StageOutput, StageSpec
@@ -301,7 +301,7 @@ def content_stage(
 
     def body(scratch: Path) -> StageOutput:
         checked = check_content(config, recipe.data.root)  # faults show before Ray starts
-        session.start()
+        session.wait_for("content", [worker_of(config.tokens)])
         stores = directory.parents[1] / STORES
         facts = content(checked, stores, scratch, reporter.advance)
         with_content = facts.num_items - facts.num_without_content

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from embedding.checkpoint import read_companion, read_tables
 from embedding.config import FeatureSchema, ManagedCollision, TableConfig
 from embedding.hashing import rows_of
 from embedding.initialization import initialize_shard
 from embedding.item_columns import candidate_feature
 from embedding.raw_ids import Int64Array
+from embedding.stored import read_companion, read_tables
 from multimodal.content_config import ContentConfig
 from multimodal.content_encoder import load_content_encoder, load_moments
 from multimodal.content_head import trained_vectors

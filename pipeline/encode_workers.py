@@ -11,14 +11,12 @@ from embedding.errors import UserError
 from embedding.memory import WORKER_ENVIRONMENT
 from multimodal.codes_config import EncodeWorkers
 from multimodal.residual_quantizer import CPU
+from pipeline.cluster import Bundle, RaySession, fitting
 from pipeline.devices import own_device
 from pipeline.encode_items import Encoded, ItemEncoder, LookUp, Piece
 
 _RETRIES = 2
 """So often a worker that died, with its node perhaps, is started again and gets its piece again."""
-
-_ROUNDING = 1e-6
-"""Ten workers of a tenth of a GPU fit on one."""
 
 
 class EncodeActor:
@@ -28,6 +26,9 @@ class EncodeActor:
         self._look_up = look_up
         self._config = config
         self._encoder: ItemEncoder | None = None
+
+    def ready(self) -> None:
+        """Answers once the process runs."""
 
     def encode(self, piece: Piece) -> Encoded | UserError:
         """The codes of a piece; a fault of the user travels as data, and stays whole."""
@@ -47,8 +48,7 @@ class EncodeActor:
 class RayPieces:
     """`RunPieces` on the cluster of a command."""
 
-    start: Callable[[], None]
-    """Starts Ray, once."""
+    session: RaySession
     progress: Callable[[int, int], None]
     """Called with items done and in all."""
 
@@ -60,7 +60,8 @@ class RayPieces:
         Raises:
             UserError: the cluster has no room for a worker, or a worker raised it.
         """
-        self.start()
+        asked = worker_of(config)
+        self.session.wait_for("quantize", [asked])
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         num_workers = min(len(sizes), workers_that_fit(nodes, config))
         actor_class = ray.remote(EncodeActor).options(
@@ -71,26 +72,36 @@ class RayPieces:
             runtime_env={"env_vars": WORKER_ENVIRONMENT},
         )
         actors = [actor_class.remote(look_up, config) for _ in range(num_workers)]
+        # A worker gets a piece once it runs: where others hold its CPUs, the rest do its share.
+        starting = {actor.ready.remote(): actor for actor in actors}
+        running: dict[Any, tuple[int, Any]] = {}
+        todo, done, num_given = enumerate(pieces), 0, 0
         try:
-            todo, done = enumerate(pieces), 0
-            running: dict[Any, tuple[int, Any]] = {}
-            for actor, (at, piece) in zip(actors, todo, strict=False):
-                running[actor.encode.remote(piece)] = (at, actor)
-            while running:
-                (finished,), _ = ray.wait(list(running), num_returns=1)
-                at, actor = running.pop(finished)
-                found = ray.get(finished)
-                if isinstance(found, UserError):
-                    raise found
+            while running or num_given < len(sizes):
+                (finished,), _ = ray.wait([*running, *starting], num_returns=1)
+                if finished in starting:
+                    actor = starting.pop(finished)
+                    ray.get(finished)
+                else:
+                    at, actor = running.pop(finished)
+                    found = ray.get(finished)
+                    if isinstance(found, UserError):
+                        raise found
+                    done += sizes[at]
+                    self.progress(done, sum(sizes))
+                    yield at, found
                 following = next(todo, None)
                 if following is not None:
                     running[actor.encode.remote(following[1])] = (following[0], actor)
-                done += sizes[at]
-                self.progress(done, sum(sizes))
-                yield at, found
+                    num_given += 1
         finally:
             for actor in actors:
                 ray.kill(actor)
+
+
+def worker_of(config: EncodeWorkers) -> Bundle:
+    """What a worker asks for."""
+    return {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker}
 
 
 def workers_that_fit(nodes: Sequence[Mapping[str, float]], config: EncodeWorkers) -> int:
@@ -103,11 +114,8 @@ def workers_that_fit(nodes: Sequence[Mapping[str, float]], config: EncodeWorkers
     Raises:
         UserError: not even one.
     """
-    asked = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker}
-    room = sum(
-        min(int(node.get(kind, 0.0) / each + _ROUNDING) for kind, each in asked.items() if each)
-        for node in nodes
-    )
+    asked = worker_of(config)
+    room = sum(fitting(node, asked) for node in nodes)
     if room < 1:
         cpus, gpus = (max((node.get(k, 0.0) for node in nodes), default=0.0) for k in asked)
         raise UserError(

@@ -1,4 +1,4 @@
-"""Item pairs for alignment, mined from the positives of a training period on Ray Data.
+"""Item pairs for alignment, mined from the positives of a training period by Ray tasks.
 
 Reads the event files of ingest artifacts. Writes
 

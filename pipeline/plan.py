@@ -12,6 +12,7 @@ from embedding.cluster_shape import ClusterShape
 from embedding.errors import UserError
 from embedding.machines import Machine
 from embedding.plan_description import PlanDescription
+from pipeline.cluster import fitting, worker_bundle
 from pipeline.config import ClusterConfig, Recipe
 from pipeline.days import fingerprint
 from pipeline.stages import StageOutput
@@ -43,7 +44,8 @@ def _on_a_worker(task: Callable[[Recipe, int], str], recipe: Recipe) -> str:
 
 
 def _worker_options(cluster: ClusterConfig) -> dict[str, float]:
-    return {"num_cpus": cluster.cpus_per_worker, "num_gpus": 1 if cluster.use_gpu else 0}
+    asked = worker_bundle(cluster)
+    return {"num_cpus": asked["CPU"], "num_gpus": asked.get("GPU", 0.0)}
 
 
 def plan_inputs(recipe: Recipe) -> dict[str, str]:
@@ -79,17 +81,14 @@ def write_plan(plan: PlanDescription, scratch: Path) -> StageOutput:
 
 def hosts_ranks(cluster: ClusterConfig) -> int:
     """Ranks that share a host: as many as the smallest usable node holds, dividing the group."""
-    per_node = []
-    for node in ray.nodes():
-        resources = node["Resources"]
-        slots = (
-            resources.get("GPU", 0)
-            if cluster.use_gpu
-            else resources.get("CPU", 0) / cluster.cpus_per_worker
-        )
-        if node["Alive"] and slots >= 1:
-            per_node.append(int(slots))
-    return ranks_per_host(cluster.num_workers, min(per_node, default=1))
+    return ranks_per_host(cluster.num_workers, min(_slots(cluster), default=1))
+
+
+def _slots(cluster: ClusterConfig) -> list[int]:
+    """Ranks that each usable node holds."""
+    asked = worker_bundle(cluster)
+    slots = (fitting(node["Resources"], asked) for node in ray.nodes() if node["Alive"])
+    return [count for count in slots if count]
 
 
 def ranks_per_host(num_workers: int, slots_per_host: int) -> int:
@@ -105,13 +104,7 @@ def present_shape(cluster: ClusterConfig) -> ClusterShape:
     Raises:
         UserError: No host of the cluster can hold a worker.
     """
-    per_host = []
-    for node in ray.nodes():
-        resources = node["Resources"]
-        cpus = resources.get("CPU", 0) / cluster.cpus_per_worker
-        slots = int(resources.get("GPU", 0) if cluster.use_gpu else cpus)
-        if node["Alive"] and slots:
-            per_host.append(slots)
+    per_host = _slots(cluster)
     if not per_host:
         device = "GPUs" if cluster.use_gpu else "CPUs"
         raise UserError(

@@ -171,7 +171,7 @@ class CodesOfDay:
             found.file,
         )
         root = codebook_versions(self.out)
-        machines = Machines(RayPieces(self.session.start, self.reporter.advance))
+        machines = Machines(RayPieces(self.session, self.reporter.advance))
         facts = quantize(codes, items, root, scratch, force_refit=force_refit, machines=machines)
         self._say(facts, previous)
         return StageOutput(

@@ -12,16 +12,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from embedding.checkpoint import (
-    latest_step,
-    read_id_map,
-    read_manifest,
-    read_tables,
-    step_directory,
-)
+from embedding.checkpoint_files import latest_step, read_manifest, step_directory
 from embedding.config import OOV_ROW, TableConfig
 from embedding.hashing import rows_of
 from embedding.raw_ids import Int64Array
+from embedding.stored import read_id_map, read_tables
 from multimodal.triggers import IdVectors
 
 _NO_ROW = -1

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from embedding.checkpoint import latest_step, step_directory
+from embedding.checkpoint_files import latest_step, step_directory
 from pipeline import charts
 from pipeline.align_report import align_section
 from pipeline.artifacts import Manifest, read_manifest

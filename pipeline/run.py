@@ -16,7 +16,7 @@ from typing import Any
 
 from embedding.errors import UserError
 from pipeline.artifacts import Manifest, read_manifest
-from pipeline.cluster import RaySession
+from pipeline.cluster import ONE_CPU, RaySession, rank_bundles, worker_bundle
 from pipeline.config import Recipe
 from pipeline.console import Reporter
 from pipeline.content import STORES, content_stage
@@ -185,7 +185,7 @@ class DayRun:
 
         def body(scratch: Path) -> StageOutput:
             checked = check_span(self.recipe, span.days, previous)  # faults show before Ray starts
-            self.session.start()
+            self.session.wait_for("ingest", [ONE_CPU])
             ingested = ingest(self.recipe, checked, scratch, self.reporter.advance)
             facts = ingested.model_dump(mode="json")
             return StageOutput(
@@ -217,7 +217,7 @@ class DayRun:
             inputs["codes"] = self.codes.fingerprint
 
         def body(scratch: Path) -> StageOutput:
-            self.session.start()
+            self.session.wait_for("join", [ONE_CPU])
             joined = join(
                 self.recipe, self.directory("ingest", last), scratch, self.reporter.advance, codes
             )
@@ -229,7 +229,7 @@ class DayRun:
 
     def _plan(self) -> StageSpec:
         def body(scratch: Path) -> StageOutput:
-            self.session.start()
+            self.session.wait_for("plan", [worker_bundle(self.recipe.cluster)])
             return plan(self.recipe, scratch)
 
         return StageSpec(
@@ -253,7 +253,7 @@ class DayRun:
         }
 
         def body(scratch: Path) -> StageOutput:
-            self.session.start()
+            self.session.wait_for("train", self.session.group())
             sources = TrainInputs(
                 samples=self.samples(days),
                 validation=self.samples(self.split.validation),
@@ -292,7 +292,7 @@ class DayRun:
         config = {"evaluation": self._dump("evaluation"), "days": days}
 
         def body(scratch: Path) -> StageOutput:
-            self.session.start()
+            self.session.wait_for("evaluate", rank_bundles(self.recipe.cluster))
             return evaluate(
                 TrainedModel.of(self.recipe, self.directory("train"), self.content_paths()),
                 samples=self.evaluation_samples(),

@@ -1,24 +1,33 @@
-"""Ray Data as the executor of file-sized tasks.
+"""Tasks that read and write files by themselves, as Ray tasks over the cluster.
 
-A task reads and writes files by itself and returns a few figures, so nothing large passes through
-the object store, and what is written does not depend on how many tasks run at once.
+A task returns a few figures, so nothing large passes through the object store, and what is written
+does not depend on how many tasks run at once. No Ray Data: its executor waits for CPUs in silence,
+starts crashed tasks again without end, and gives up on a task that is silent for half an hour.
 """
 
-import pickle
-from collections.abc import Callable, Iterator, Sequence
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import islice
 from typing import Any, TypeVar
 
 import ray
-from ray.data import DataContext
 
 from embedding.errors import UserError
+from pipeline.cluster import ONE_CPU, Bundle
 
 Task = TypeVar("Task")
 Shared = TypeVar("Shared")
 Result = TypeVar("Result")
 
-
 ROWS_PER_BUNDLE = 1 << 17
+_RETRIES = 2
+"""Of a task whose process or node died."""
+_SILENT_S = 60.0
+"""Without a result for so long, a line says so."""
+
+logger = logging.getLogger(__name__)
 
 
 def bundles(rows: Sequence[int]) -> list[range]:
@@ -44,8 +53,6 @@ def stream_tasks(
 ) -> Iterator[Result]:
     """Run `run(task, shared)` for every task on the cluster; one CPU each bundle of tasks.
 
-    `shared` is put into the object store once; its arrays are read there without a copy.
-
     Args:
         run: an importable function.
         tasks: its first argument, one after the other.
@@ -58,24 +65,92 @@ def stream_tasks(
     Raises:
         UserError: a task raised it.
     """
+    pieces = [[tasks[i] for i in bundle] for bundle in bundles(rows)]
+    yield from stream_results(partial(_each, run), pieces, shared)
+
+
+def stream_results(
+    run: Callable[[Task, Shared], Iterable[Result]],
+    tasks: Sequence[Task],
+    shared: Shared,
+    *,
+    asked: Bundle = ONE_CPU,
+    max_parallel: int | None = None,
+) -> Iterator[Result]:
+    """What `run(task, shared)` yields, for every task on the cluster, as it comes.
+
+    `shared` is put into the object store once; its arrays are read there without a copy. A task
+    whose process dies is run again, and what it had yielded is not yielded twice.
+
+    Args:
+        run: an importable function.
+        tasks: its first argument.
+        shared: its second argument, always the same.
+        asked: CPUs and GPUs of a task.
+        max_parallel: tasks at a time; None: as many as the cluster has CPUs, and never more, as
+            tasks that wait would have an autoscaler add nodes, of whatever kind.
+
+    Raises:
+        UserError: a task raised it.
+        ray.exceptions.RayError: a task raised something else, or its process died every time.
+    """
     if not tasks:
         return
+    remote = ray.remote(_results).options(
+        num_returns="streaming",
+        num_cpus=asked["CPU"],
+        num_gpus=asked.get("GPU", 0.0),
+        max_retries=_RETRIES,
+        scheduling_strategy="SPREAD",
+    )
     reference = ray.put(shared)
+    at_once = max_parallel or max(1, int(ray.cluster_resources().get("CPU", 1.0)))
+    todo, running = iter(tasks), list[Any]()
+    said = time.monotonic()
+    try:
+        while True:
+            for task in islice(todo, at_once - len(running)):
+                running.append(remote.remote(run, task, reference))
+            if not running:
+                return
+            ready, _ = ray.wait(running, num_returns=1, timeout=_SILENT_S)
+            if not ready:
+                free = ray.available_resources().get("CPU", 0.0)
+                silent_s = time.monotonic() - said
+                logger.warning(
+                    "%d tasks at work or waiting for a CPU (%g free): no result for %.0f s",
+                    len(running),
+                    free,
+                    silent_s,
+                )
+                continue
+            said = time.monotonic()
+            (stream,) = ready
+            try:
+                result = ray.get(next(stream))
+            except StopIteration:
+                running.remove(stream)
+                continue
+            if isinstance(result, UserError):
+                raise result
+            yield result
+    finally:
+        for stream in running:
+            ray.cancel(stream)
 
-    def call(row: dict[str, Any]) -> dict[str, Any]:
-        try:
-            own = ray.get(reference)
-            return {"result": pickle.dumps([run(task, own) for task in pickle.loads(row["tasks"])])}
-        except UserError as error:
-            # As data: Ray Data would wrap the exception into its own and bury the sentence.
-            return {"result": pickle.dumps(error)}
 
-    # The driver shows its own progress.
-    DataContext.get_current().enable_progress_bars = False
-    items = [{"tasks": pickle.dumps([tasks[i] for i in bundle])} for bundle in bundles(rows)]
-    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(call)
-    for row in dataset.iter_rows():
-        result = pickle.loads(row["result"])
-        if isinstance(result, UserError):
-            raise result
-        yield from result
+def _each(
+    run: Callable[[Task, Shared], Result], tasks: list[Task], shared: Shared
+) -> Iterator[Result]:
+    for task in tasks:
+        yield run(task, shared)
+
+
+def _results(
+    run: Callable[[Task, Shared], Iterable[Result]], task: Task, shared: Shared
+) -> Iterator[Result | UserError]:
+    try:
+        yield from run(task, shared)
+    except UserError as error:
+        # As data: Ray would wrap the exception into its own and bury the sentence.
+        yield error

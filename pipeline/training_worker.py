@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from embedding import samples as columns
-from embedding.capture import COMPANION
-from embedding.checkpoint import Checkpointer, load_into, step_directory
+from embedding.checkpoint import Checkpointer, load_into
+from embedding.checkpoint_files import COMPANION, step_directory
 from embedding.loader import SampleFiles, SampleLoader
 from embedding.memory import keep_freed_memory
 from embedding.notices import divert_library_notices

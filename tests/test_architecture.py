@@ -82,10 +82,18 @@ def test_top_level_holds_nothing_else() -> None:
     assert {name for name in top - TOP_LEVEL if not name.startswith(".")} == set()
 
 
-def test_configuration_loads_without_torch_or_ray() -> None:
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [
+        ("pipeline.config, pipeline.recipe, pipeline.cli", "torch ray pyarrow pandas torchrec"),
+        # Of what workers import, a command has no use for the kernels.
+        ("pipeline.command, deploy.publish, pipeline.tasks", "torchrec fbgemm_gpu transformers"),
+        ("pipeline.ingest, pipeline.join, pipeline.tasks", "torch"),
+    ],
+)
+def test_nothing_heavy_is_imported_before_it_is_needed(modules: str, heavy: str) -> None:
     code = (
-        "import sys; import pipeline.config, pipeline.recipe, pipeline.cli; "
-        "heavy = {'torch', 'ray', 'pyarrow', 'pandas', 'torchrec'} & set(sys.modules); "
+        f"import sys; import {modules}; heavy = set({heavy.split()}) & set(sys.modules); "
         "sys.exit(', '.join(sorted(heavy)) or 0)"
     )
     done = subprocess.run(

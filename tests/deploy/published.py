@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from deploy.bundle import write_bundle
-from embedding.checkpoint import Checkpointer, step_directory
+from embedding.checkpoint import Checkpointer
+from embedding.checkpoint_files import step_directory
 from pipeline import content as stage
 from pipeline import content_tasks
 from pipeline.config import Recipe

@@ -7,7 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from embedding.checkpoint import Checkpointer
-from embedding.id_map import NO_ID, by_row, managed_modules
+from embedding.hashing import NO_ID
+from embedding.id_map import by_row, managed_modules
 from embedding.shard import Sharded
 from tests.embedding.toy import WholeTable, device_of, gather_tables, toy_batch
 

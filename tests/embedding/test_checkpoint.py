@@ -9,21 +9,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from embedding.checkpoint import (
-    MANIFEST,
-    Checkpointer,
-    load_into,
-    read_dense,
-    read_id_map,
-    read_manifest,
-    read_tables,
-    step_directory,
-    steps,
-)
+from embedding.checkpoint import Checkpointer, load_into
+from embedding.checkpoint_files import MANIFEST, read_manifest, step_directory, steps
 from embedding.config import Adagrad, Hashed, ManagedCollision, RowWiseAdagrad, Sgd, ShardingConfig
 from embedding.errors import UserError
-from embedding.id_map import NO_ID, by_row, managed_modules
+from embedding.hashing import NO_ID
+from embedding.id_map import by_row, managed_modules
 from embedding.shard import Sharded
+from embedding.stored import read_dense, read_id_map, read_tables
 from tests.distributed import run_distributed
 from tests.embedding.toy import gather_tables, toy_batch, toy_schema, toy_sharded, train
 

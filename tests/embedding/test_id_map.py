@@ -3,8 +3,8 @@
 import torch
 
 from embedding.config import ManagedCollision
-from embedding.hashing import MANAGED_ID_RANGE
-from embedding.id_map import NO_ID, by_row, insert_ids, managed_modules, owner_of, set_by_row
+from embedding.hashing import MANAGED_ID_RANGE, NO_ID
+from embedding.id_map import by_row, insert_ids, managed_modules, owner_of, set_by_row
 from embedding.managed_collision import reset_states
 from embedding.tables import EmbeddingTables
 from tests.embedding.toy import CPU, toy_schema

@@ -14,7 +14,8 @@ from embedding.config import (
     Sgd,
     ShardingConfig,
 )
-from embedding.id_map import NO_ID, by_row, managed_modules
+from embedding.hashing import NO_ID
+from embedding.id_map import by_row, managed_modules
 from embedding.plan_description import PlanDescription
 from embedding.shard import Sharded
 from tests.embedding.reference import Reference

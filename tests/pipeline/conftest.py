@@ -1,8 +1,7 @@
 """Stages of the command line without Ray, for tests of what does not depend on it."""
 
 import gc
-from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Self
 
 import pytest
@@ -12,17 +11,12 @@ from pipeline import plan, tasks, train
 from pipeline.cluster import RaySession
 
 
-class _Rows:
-    """A Ray Data dataset of rows, in this process."""
-
-    def __init__(self, rows: list[dict[str, Any]]) -> None:
-        self._rows = rows
-
-    def map(self, call: Callable[[dict[str, Any]], dict[str, Any]]) -> Self:
-        return type(self)([call(row) for row in self._rows])
-
-    def iter_rows(self) -> Iterator[dict[str, Any]]:
-        yield from reversed(self._rows)  # tasks finish in any order
+def _results_here(
+    run: Callable[[Any, Any], Iterable[Any]], tasks: Sequence[Any], shared: Any, **_: Any
+) -> Iterator[Any]:
+    """`stream_results`, the last task first: they finish in any order."""
+    for task in reversed(tasks):
+        yield from run(task, shared)
 
 
 class _Remote:
@@ -36,16 +30,14 @@ class _Remote:
 
 
 class _RayHere:
-    """As much of Ray as the tasks of stages use: one node of two CPUs."""
+    """As much of Ray as planning uses: one node of two CPUs."""
 
-    put = get = staticmethod(lambda value: value)
+    get = staticmethod(lambda value: value)
     remote = _Remote
 
     @staticmethod
     def nodes() -> list[dict[str, Any]]:
         return [{"Alive": True, "Resources": {"CPU": 2.0}}]
-
-    data = SimpleNamespace(from_items=lambda items, override_num_blocks: _Rows(items))
 
 
 class _TrainerHere:
@@ -75,8 +67,8 @@ def one_process() -> Iterator[None]:
     """Commands of single-rank recipes start neither Ray nor processes: a fraction of the time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RaySession, "start", lambda self: None)
-        for module in (plan, tasks):
-            patch.setattr(module, "ray", _RayHere)
+        patch.setattr(plan, "ray", _RayHere)
+        patch.setattr(tasks, "stream_results", _results_here)
         patch.setattr(train, "TorchTrainer", _TrainerHere)
         yield
     if dist.is_initialized():

@@ -1,4 +1,4 @@
-"""A small event log with its recipe, and a serial stand-in for Ray Data, for tests."""
+"""A small event log with its recipe, and a serial stand-in for Ray tasks, for tests."""
 
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta

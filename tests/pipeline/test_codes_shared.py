@@ -16,7 +16,8 @@ from safetensors.numpy import load_file
 from small_log import DAYS, event, make_recipe, write_catalogue, write_day
 
 from deploy.app import main
-from embedding.checkpoint import latest_step, read_tables, step_directory
+from embedding.checkpoint_files import latest_step, step_directory
+from embedding.stored import read_tables
 from multimodal.codebook_versions import load_version
 
 pytestmark = pytest.mark.integration

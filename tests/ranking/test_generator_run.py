@@ -8,7 +8,8 @@ import torch.distributed as dist
 
 from deploy.bundle import write_bundle
 from deploy.predictor import Predictor
-from embedding.checkpoint import Checkpointer, load_into, step_directory
+from embedding.checkpoint import Checkpointer, load_into
+from embedding.checkpoint_files import step_directory
 from embedding.config import FeatureSchema, RowWiseAdagrad, ShardingConfig
 from embedding.loader import SampleFiles, SampleLoader
 from embedding.shard import Sharded, shard

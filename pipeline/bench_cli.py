@@ -177,8 +177,8 @@ def _calibrate(group: "BenchGroup", sizes: Sequence[int], path: Path, *, quick: 
     from pipeline.plan_bench_command import calibrate
 
     reporter = Reporter()
-    with RaySession(group.cluster) as session:
-        session.start()
+    with RaySession(group.cluster, say=reporter.line) as session:
+        session.wait_for("bench", session.group())
         present, device_name = present_shape(group.cluster), gpu_name(group.cluster)
         made = calibrate(present, sizes, group, device_name, quick=quick, reporter=reporter)
     path.write_text(made.model_dump_json(indent=2))
@@ -201,8 +201,8 @@ def _measure(
 
     reporter = Reporter()
     calibration = options.changes.calibration
-    with RaySession(group.cluster) as session:
-        session.start()
+    with RaySession(group.cluster, say=reporter.line) as session:
+        session.wait_for("bench", session.group())
         shape = bench_shape(present_shape(group.cluster), group.cluster.num_workers)
         case = recipe_case(recipe, shape, options)
         reporter.line(f"{shape.name}: {len(case.plans)} plans of {case.name}")

@@ -4,7 +4,6 @@ The workers leave `results.jsonl` in a scratch directory; the caller writes what
 """
 
 import json
-import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from embedding.errors import UserError
 from embedding.plan_description import PlanDescription
 from embedding.planning import PlanRequest
 from embedding.traffic import Traffic
+from pipeline.cluster import cluster_address, require_absolute
 from pipeline.config import ClusterConfig
 from pipeline.train import run_workers
 
@@ -85,13 +85,16 @@ class BenchGroup:
         """Refuse a directory of this machine where ranks may be on others.
 
         Raises:
-            UserError: `RAY_ADDRESS` names a cluster, and there is no scratch directory.
+            UserError: `RAY_ADDRESS` names a cluster, and there is no scratch directory, or it is
+                a relative path.
         """
-        if self.scratch is None and "RAY_ADDRESS" in os.environ:
+        address = cluster_address()
+        if self.scratch is not None:
+            require_absolute({"--scratch": self.scratch})
+        elif address is not None:
             raise UserError(
-                f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: ranks on several hosts write results "
-                "into one directory; give --scratch DIR, on storage that every node mounts at the "
-                "same path"
+                f"RAY_ADDRESS={address}: ranks on several hosts write results into one directory; "
+                "give --scratch DIR, on storage that every node mounts at the same path"
             )
 
     @contextmanager

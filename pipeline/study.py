@@ -16,7 +16,7 @@ from rich.markup import escape
 from embedding.errors import UserError
 from embedding.yaml_text import load_yaml
 from pipeline.artifacts import read_manifest
-from pipeline.cluster import RaySession
+from pipeline.cluster import RaySession, require_absolute
 from pipeline.config import Recipe
 from pipeline.console import Reporter, duration
 from pipeline.content import STORES
@@ -128,6 +128,8 @@ class Study:
                 self.recipes[variant.name] = load_recipe(recipe, [*overrides, *variant.overrides])
             except UserError as error:
                 raise UserError(f"variant {variant.name!r}: {error}") from error
+        for read in self.recipes.values():
+            require_absolute({"--out": out, "data.root": read.data.root})
         require_comparable(self.recipes)
         self.first = self.recipes[self.variants[0].name]
         self._actors = actors_of_any(list(self.recipes.values()))
@@ -143,7 +145,7 @@ class Study:
         Raises:
             UserError: the data cannot be prepared, or every trial failed.
         """
-        with RaySession(self.first.cluster, actors=self._actors) as session:
+        with RaySession(self.first.cluster, actors=self._actors, say=self.reporter.line) as session:
             trials = [
                 trial for variant in self.variants for trial in self._trials(variant, session)
             ]
@@ -231,7 +233,8 @@ class Study:
         """Run trials; the errors by trial."""
         session.start()
         done, failed = 0, {}
-        with self.reporter.stage("study", unit="trials"), closing(self._outcomes(trials)) as ended:
+        outcomes = closing(self._outcomes(trials, session))
+        with self.reporter.stage("study", unit="trials"), outcomes as ended:
             for outcome in ended:
                 trial, error = outcome.trial, outcome.error
                 done += 1
@@ -244,11 +247,11 @@ class Study:
                 self.reporter.advance(done, len(trials))
         return failed
 
-    def _outcomes(self, trials: list[Trial]) -> Generator[Outcome]:
+    def _outcomes(self, trials: list[Trial], session: RaySession) -> Generator[Outcome]:
         """Side by side where trials have one rank; worker groups run one after the other."""
         recipes = list(self.recipes.values())
         if any(recipe.cluster.num_workers > 1 for recipe in recipes):
-            yield from on_groups(trials)
+            yield from on_groups(trials, session)
             return
         at_once = trial_slots(
             ray.cluster_resources(),

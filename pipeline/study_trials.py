@@ -19,6 +19,7 @@ from rich.console import Console
 
 from embedding.errors import UserError
 from embedding.memory import WORKER_ENVIRONMENT
+from pipeline.cluster import RaySession
 from pipeline.config import Recipe
 from pipeline.console import Reporter
 from pipeline.failures import last_line, user_error
@@ -28,8 +29,6 @@ from pipeline.trial import TrialJob, TrialProcess
 
 POLL_S = 15.0
 """Between two lines while no process has come."""
-START_S = 600.0
-"""A study without any process waits at least so long for one."""
 STOP_S = 20.0
 """Trials whose processes were killed end within so long, or are left behind."""
 
@@ -73,9 +72,14 @@ class Outcome:
     """Why there is no record."""
 
 
-def on_groups(trials: Sequence[Trial]) -> Iterator[Outcome]:
-    """Run trials one after the other, each on a worker group that has the cluster to itself."""
+def on_groups(trials: Sequence[Trial], session: RaySession) -> Iterator[Outcome]:
+    """Run trials one after the other, each on a worker group, when the cluster has room for it.
+
+    Raises:
+        UserError: it had none in time.
+    """
     for trial in _seed_by_seed(trials):
+        session.wait_for(trial.name, session.group())
         try:
             record = _execute(trial.spec)
         except Exception as error:  # noqa: BLE001 # the outcome is the error
@@ -177,16 +181,17 @@ class TrialProcesses:
         if self._running:
             return wait((*self._running, *self._coming), return_when=FIRST_COMPLETED).done
         started = time.monotonic()
-        timeout_s = max(START_S, self._cluster.autoscale_timeout_s or 0.0)
+        timeout_s = max(self._cluster.wait_timeout_s, self._cluster.autoscale_timeout_s or 0.0)
         needs = " and ".join(f"{amount:.2g} {kind}" for kind, amount in self._needs.items())
         while not (ended := wait(self._coming, POLL_S, return_when=FIRST_COMPLETED).done):
             waited_s = time.monotonic() - started
             room = f"a process needs {needs}, and free are {free_now(self._needs)}"
             if waited_s >= timeout_s:
                 raise UserError(
-                    f"no process of the study came up in {timeout_s:.0f} s: {room}, perhaps not "
-                    "together on one node; wait for the jobs that hold the rest (`ray status` "
-                    "shows what is in use) and run the same command again, or add nodes"
+                    f"no process of the study came up in {timeout_s:.0f} s "
+                    f"(cluster.wait_timeout_s, or autoscale_timeout_s): {room}, perhaps not "
+                    "together on one node; see `ray status` for who holds the rest, and run the "
+                    "same command again later, or wait longer"
                 )
             say(f"  no trial runs: {room} (waited {waited_s:.0f} of {timeout_s:.0f} s)")
         return ended

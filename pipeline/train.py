@@ -24,6 +24,7 @@ from embedding.config import StrictConfig
 from embedding.errors import UserError
 from embedding.memory import WORKER_ENVIRONMENT
 from pipeline.artifacts import RESUME
+from pipeline.cluster import worker_bundle
 from pipeline.config import ClusterConfig, Recipe
 from pipeline.console import Reporter
 from pipeline.content_paths import ContentPaths
@@ -166,7 +167,7 @@ def run_workers(worker: Worker, job: StrictConfig, cluster: ClusterConfig, scrat
         scaling_config=ScalingConfig(
             num_workers=cluster.num_workers,
             use_gpu=cluster.use_gpu,
-            resources_per_worker=_resources(cluster),
+            resources_per_worker=worker_bundle(cluster),
         ),
         run_config=RunConfig(
             name="workers",
@@ -228,10 +229,6 @@ def train(
     )
 
 
-def _resources(cluster: ClusterConfig) -> dict[str, float]:
-    return {"CPU": cluster.cpus_per_worker} | ({"GPU": 1.0} if cluster.use_gpu else {})
-
-
 def _starts(cluster: ClusterConfig) -> int:
     """Failed starts of a group that are forgiven; Ray Train counts those of all its restarts."""
     return math.ceil(max(cluster.autoscale_timeout_s or 0.0, MIN_START_S) / START_S)
@@ -239,7 +236,7 @@ def _starts(cluster: ClusterConfig) -> int:
 
 def _no_room(cluster: ClusterConfig) -> str:
     """What a group that did not start needs, what there is, and what to do."""
-    needed = _resources(cluster)
+    needed = worker_bundle(cluster)
     each = " and ".join(f"{amount:g} {kind}" for kind, amount in needed.items())
     return (
         f"the cluster had no room for a group of cluster.num_workers={cluster.num_workers} workers "

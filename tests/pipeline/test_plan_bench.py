@@ -186,6 +186,8 @@ def test_ranks_of_a_cluster_need_a_directory_in_common(
 
     assert "RAY_ADDRESS=192.0.2.1:6379" in (said := capsys.readouterr().err)
     assert "give --scratch DIR, on storage that every node mounts" in said
+    assert main(["bench", "plan", *options, "--scratch", "here"]) == 2
+    assert "--scratch=here is relative" in capsys.readouterr().err
 
 
 def test_ranks_write_below_the_given_directory_and_leave_nothing_there(
@@ -198,7 +200,6 @@ def test_ranks_write_below_the_given_directory_and_leave_nothing_there(
         (job.output / "results.jsonl").touch()
 
     monkeypatch.setattr(plan_bench, "run_workers", run)
-    monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
     monkeypatch.chdir(tmp_path)
     group = BenchGroup(ClusterConfig(num_workers=2), Path("shared", "new"))
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
@@ -211,7 +212,8 @@ def test_a_study_that_no_process_comes_for_says_so_and_ends(
 ) -> None:
     cluster(room=0)
     monkeypatch.setattr(study_trials, "POLL_S", 0.01)
-    monkeypatch.setattr(study_trials, "START_S", 0.1)
+    patient = trials[0].recipe.cluster.model_copy(update={"wait_timeout_s": 0.1})
+    trials = [replace(t, recipe=t.recipe.model_copy(update={"cluster": patient})) for t in trials]
     lines: list[str] = []
 
     with pytest.raises(UserError, match=r"no process .*needs 1 CPU, and free are 0 of 16 CPU"):
@@ -274,7 +276,7 @@ def test_a_study_takes_no_more_of_the_cluster_than_it_may(
     study.trials_per_gpu, study.max_parallel, study._actors = 1, max_parallel, []
     study.reporter = Mock()
 
-    assert len(list(study._outcomes(trials))) == 4
+    assert len(list(study._outcomes(trials, Mock()))) == 4
 
     assert len(made.started) == expected
 

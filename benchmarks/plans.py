@@ -36,7 +36,14 @@ from pipeline.config import ClusterConfig
 from pipeline.console import Reporter
 from pipeline.plan import present_shape
 from pipeline.plan_accuracy import compare, median_abs_error, rank_correlation
-from pipeline.plan_bench import BenchCase, BenchEffort, PlanComparison, case_request, run_cases
+from pipeline.plan_bench import (
+    BenchCase,
+    BenchEffort,
+    BenchGroup,
+    PlanComparison,
+    case_request,
+    run_cases,
+)
 from pipeline.plan_bench_command import (
     bench,
     bench_shape,
@@ -65,6 +72,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, action="append")
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--plots", type=Path)
+    parser.add_argument("--scratch", type=Path, help="which every node mounts at the same path")
     parser.add_argument(
         "--only", choices=("accuracy", "exhaustive", "memory", "search"), action="append"
     )
@@ -72,6 +80,8 @@ def main() -> int:
     ranks = args.ranks or ([2] if args.quick else [2, 4])
     only = args.only or ["accuracy", "exhaustive", "memory", "search"]
     cluster = ClusterConfig(num_workers=max(ranks))
+    group = BenchGroup(cluster, args.scratch)
+    group.require_shared_scratch()
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder, RaySession(cluster) as session:
         session.start()
@@ -79,17 +89,17 @@ def main() -> int:
         calibration = args.calibration
         if calibration is None:
             calibration = Path(folder) / "calibration.json"
-            made = calibrate(present, ranks, cluster, None, quick=args.quick, reporter=Reporter())
+            made = calibrate(present, ranks, group, None, quick=args.quick, reporter=Reporter())
             calibration.write_text(made.model_dump_json())
         if "accuracy" in only:
             for world_size in ranks:
                 shape = bench_shape(present, world_size)
-                found |= accuracy(shape, cluster, calibration, quick=args.quick, plots=args.plots)
+                found |= accuracy(shape, group, calibration, quick=args.quick, plots=args.plots)
         shape = bench_shape(present, ranks[0])
         if "memory" in only:
-            found |= memory(shape, cluster, calibration, quick=args.quick)
+            found |= memory(shape, group, calibration, quick=args.quick)
         if "exhaustive" in only:
-            found |= exhaustive(shape, cluster, calibration, num_cases=3 if args.quick else 10)
+            found |= exhaustive(shape, group, calibration, num_cases=3 if args.quick else 10)
         if "search" in only:
             found |= search_times(quick=args.quick)
     if args.json:
@@ -100,7 +110,7 @@ def main() -> int:
 
 def accuracy(
     shape: ClusterShape,
-    cluster: ClusterConfig,
+    group: BenchGroup,
     calibration: Path,
     *,
     quick: bool,
@@ -109,7 +119,7 @@ def accuracy(
     """Step times of plans of unseen table sets."""
     seeds = ACCURACY_SEEDS[:8] if quick else ACCURACY_SEEDS
     cases = sampled_cases(shape, seeds, 5)
-    group = cluster.model_copy(update={"num_workers": shape.world_size})
+    group = group.of(shape.world_size)
     runs, _ = run_cases(cases, group, BenchEffort(rounds=5, min_seconds=0 if quick else 10))
     after = compare(cases, runs, shape, calibration)
     before = compare(cases, runs, shape, None)
@@ -147,12 +157,12 @@ def accuracy(
 
 
 def memory(
-    shape: ClusterShape, cluster: ClusterConfig, calibration: Path, *, quick: bool
+    shape: ClusterShape, group: BenchGroup, calibration: Path, *, quick: bool
 ) -> dict[str, Any]:
     """Peak bytes of the fullest rank, each plan in worker processes of its own."""
     cases = sampled_cases(shape, MEMORY_SEEDS[:2] if quick else MEMORY_SEEDS, 1)
     cases = [larger(case) for case in cases]
-    group = cluster.model_copy(update={"num_workers": shape.world_size})
+    group = group.of(shape.world_size)
     found: list[PlanComparison] = []
     for case in cases:
         effort = BenchEffort(rounds=2, steps_per_round=1, warmup_steps=0, memory_steps=4)
@@ -188,7 +198,7 @@ def larger(case: BenchCase) -> BenchCase:
 
 
 def exhaustive(
-    shape: ClusterShape, cluster: ClusterConfig, calibration: Path, *, num_cases: int
+    shape: ClusterShape, group: BenchGroup, calibration: Path, *, num_cases: int
 ) -> dict[str, Any]:
     """All sensible plans of small models: is the chosen one among the fastest?"""
     print(
@@ -196,13 +206,13 @@ def exhaustive(
         "run), predicted fastest, and TorchRec's, over the best of all in runs of their own"
     )
     print(f"{'case':<12}{'plans':>7}{'best ms':>9}{'chosen':>9}{'predicted':>11}{'TorchRec':>10}")
-    group = cluster.model_copy(update={"num_workers": shape.world_size})
+    group = group.of(shape.world_size)
     rows = []
     for case in small_cases(shape, num_cases):
         request = replace(case_request(case, shape, calibration), tables_path=PATH)
         predicted, *_ = shortlisted = tuple(shortlist_plans(request, SHORTLIST))
         short = case.model_copy(update={"plans": shortlisted})
-        report = bench(short, shape, cluster, BenchEffort(min_seconds=10), calibration)
+        report = bench(short, shape, group, BenchEffort(min_seconds=10), calibration)
         theirs = torchrec_plan_of(case, shape)
         runs, _ = run_cases([case], group, BenchEffort(rounds=5, min_seconds=25))
         order = sorted(runs, key=lambda run: run.step_s)
@@ -234,7 +244,7 @@ def contest(
     finalists: Sequence[PlanDescription],
     best: Sequence[PlanDescription],
     others: Sequence[PlanDescription],
-    group: ClusterConfig,
+    group: BenchGroup,
 ) -> list[float]:
     """Step seconds of the fastest of `best`, of the chosen finalist, and of each other plan.
 

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline.bench_cli import bench_app
 from pipeline.codes_cli import OutOption, codes_app
 from pipeline.data_cli import data_app
 from pipeline.plan_cli import (
     JsonOption,
     RecipeOption,
     SetOption,
-    bench_app,
     capacity_command,
     plan_command,
     traffic_command,
@@ -147,6 +147,12 @@ def study(  # noqa: PLR0913 # a command's parameters are its options
     trials_per_gpu: Annotated[
         int, typer.Option(min=1, help="Trials that share a GPU; a small model does not fill one.")
     ] = 1,
+    max_parallel: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Trials side by side at most; default: as many as fit on the cluster."
+        ),
+    ] = None,
     overrides: SetOption = None,
 ) -> None:
     """Compare variants of a recipe over seeds: mean, 95% interval, paired differences."""
@@ -172,6 +178,7 @@ def study(  # noqa: PLR0913 # a command's parameters are its options
             out=out,
             overrides=overrides or (),
             trials_per_gpu=trials_per_gpu,
+            max_parallel=max_parallel,
         )
         require_metrics(work.recipes.values(), metric or ())
         result = work.run()

@@ -1,6 +1,6 @@
 """`braid bench plan`: runs plans on a Ray Train worker group; predictions beside measurements.
 
-The workers leave `results.jsonl` in a scratch folder; the caller writes what it wants to keep.
+The workers leave `results.jsonl` in a scratch directory; the caller writes what it wants to keep.
 """
 
 import json
@@ -8,17 +8,20 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field
 
 from embedding.cluster_shape import ClusterShape
 from embedding.config import FeatureSchema, ShardingConfig, SparseOptimizer, StrictConfig
 from embedding.demand import step_settings
+from embedding.errors import UserError
 from embedding.plan_description import PlanDescription
 from embedding.planning import PlanRequest
 from embedding.traffic import Traffic
+from pipeline.cluster import cluster_address, require_absolute
 from pipeline.config import ClusterConfig
 from pipeline.train import run_workers
 
@@ -64,6 +67,44 @@ class BenchEffort(StrictConfig):
     """Different batches that the steps take turns with."""
     memory_steps: int = 0
     """Steps of the run that takes the peak memory; 0: it is not taken."""
+
+
+@dataclass(frozen=True)
+class BenchGroup:
+    """The worker group that runs plans, and where its ranks write."""
+
+    cluster: ClusterConfig
+    scratch: Path | None = None
+    """Directory that every node mounts at the same path; None: a temporary one of this machine."""
+
+    def of(self, num_ranks: int) -> Self:
+        """The group with another number of ranks."""
+        return replace(self, cluster=self.cluster.model_copy(update={"num_workers": num_ranks}))
+
+    def require_shared_scratch(self) -> None:
+        """Refuse a directory of this machine where ranks may be on others.
+
+        Raises:
+            UserError: `RAY_ADDRESS` names a cluster, and there is no scratch directory, or it is
+                a relative path.
+        """
+        address = cluster_address()
+        if self.scratch is not None:
+            require_absolute({"--scratch": self.scratch})
+        elif address is not None:
+            raise UserError(
+                f"RAY_ADDRESS={address}: ranks on several hosts write results into one directory; "
+                "give --scratch DIR, on storage that every node mounts at the same path"
+            )
+
+    @contextmanager
+    def directory(self) -> Iterator[Path]:
+        """For one run of the group; it is gone after the block."""
+        self.require_shared_scratch()
+        if self.scratch is not None:
+            self.scratch.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="braid-bench-", dir=self.scratch) as folder:
+            yield Path(folder).absolute()
 
 
 class BenchJob(StrictConfig):
@@ -123,7 +164,7 @@ class BenchReport(StrictConfig):
 
 def run_cases(
     cases: Sequence[BenchCase],
-    cluster: ClusterConfig,
+    group: BenchGroup,
     effort: BenchEffort,
     *,
     time_parts: bool = False,
@@ -132,17 +173,17 @@ def run_cases(
     """Run all plans on a worker group of an initialised Ray; measurements, and parts if asked.
 
     Raises:
+        UserError: The ranks may be on several hosts, and have no directory in common.
         ray.train.TrainingFailedError: The group failed.
     """
-    with tempfile.TemporaryDirectory(prefix="braid-bench-") as folder:
-        scratch = Path(folder)
+    with group.directory() as scratch:
         job = BenchJob(
             cases=tuple(cases),
             effort=effort,
             output=scratch,
             time_parts=time_parts,
         )
-        once = cluster.model_copy(update={"max_failures": 0})
+        once = group.cluster.model_copy(update={"max_failures": 0})
         total = sum(len(case.plans) for case in cases) * (2 if effort.memory_steps else 1)
         with _followed(scratch / PROGRESS, total, progress):
             run_workers(_bench_worker, job, once, scratch)

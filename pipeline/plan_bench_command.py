@@ -22,12 +22,13 @@ from embedding.prediction import describe, placement_of
 from embedding.proposers import uniform
 from embedding.search import layout_of_proposal
 from embedding.traffic import Traffic
-from pipeline.config import ClusterConfig, Recipe
+from pipeline.config import Recipe
 from pipeline.console import Reporter
 from pipeline.plan_accuracy import compare, fit_ranks, measured_plans, new_calibration
 from pipeline.plan_bench import (
     BenchCase,
     BenchEffort,
+    BenchGroup,
     BenchReport,
     PlanComparison,
     Progress,
@@ -172,14 +173,13 @@ def _chosen_and_uniform(
 def bench(
     case: BenchCase,
     shape: ClusterShape,
-    cluster: ClusterConfig,
+    group: BenchGroup,
     effort: BenchEffort,
     calibration: Path | None,
     progress: Progress | None = None,
 ) -> BenchReport:
     """Run the plans and compare; needs an initialised Ray."""
-    group = cluster.model_copy(update={"num_workers": shape.world_size})
-    runs, _ = run_cases([case], group, effort, progress=progress)
+    runs, _ = run_cases([case], group.of(shape.world_size), effort, progress=progress)
     return BenchReport(
         topology=shape.name,
         constants=constants_for(shape, calibration).source,
@@ -188,7 +188,7 @@ def bench(
 
 
 def fastest_plan(
-    case: BenchCase, report: BenchReport, cluster: ClusterConfig, *, quick: bool = False
+    case: BenchCase, report: BenchReport, group: BenchGroup, effort: BenchEffort
 ) -> PlanDescription:
     """The fastest of a case's measured plans.
 
@@ -196,8 +196,8 @@ def fastest_plan(
     """
     finalists = finalists_of(case, report)
     again = case.model_copy(update={"plans": finalists})
-    group = cluster.model_copy(update={"num_workers": case.plans[0].world_size})
-    runs, _ = run_cases([again], group, BenchEffort() if quick else FINAL_EFFORT)
+    ranks = group.of(case.plans[0].world_size)
+    runs, _ = run_cases([again], ranks, effort)
     return finalists[min(runs, key=lambda run: run.step_s).plan_index]
 
 
@@ -236,7 +236,7 @@ def with_plans(case: BenchCase, shape: ClusterShape, count: int, seed: int) -> B
 def calibrate(
     present: ClusterShape,
     world_sizes: Sequence[int],
-    cluster: ClusterConfig,
+    group: BenchGroup,
     device_name: str | None,
     *,
     quick: bool,
@@ -252,14 +252,14 @@ def calibrate(
         num_sets, per_set = (8, 4) if quick else (20, 6)
         cases = sampled_cases(shape, range(num_sets), per_set)
         effort = BenchEffort(rounds=5 if quick else 9)
-        group = cluster.model_copy(update={"num_workers": world_size})
+        ranks = group.of(world_size)
         reporter.line(f"{world_size} ranks: parts, and {num_sets * per_set} plans")
         with reporter.stage("calibrate", unit="plans"):
             runs, parts = run_cases(
-                cases, group, effort, time_parts=True, progress=reporter.advance
+                cases, ranks, effort, time_parts=True, progress=reporter.advance
             )
         fit = fit_ranks(
-            measured_plans(cases, runs, shape), shape, parts, process_bytes(shape, group)
+            measured_plans(cases, runs, shape), shape, parts, process_bytes(shape, ranks)
         )
         reporter.line(
             f"{world_size} ranks: {len(runs)} plans fitted, median error "
@@ -269,7 +269,7 @@ def calibrate(
     return new_calibration(present, device_name, fits)
 
 
-def process_bytes(shape: ClusterShape, group: ClusterConfig) -> int:
+def process_bytes(shape: ClusterShape, group: BenchGroup) -> int:
     """Memory of a rank beyond what the tables explain: the median of a few fresh worker groups."""
     found = []
     for case in sampled_cases(shape, _PROCESS_SEEDS, 1):

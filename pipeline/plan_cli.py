@@ -1,4 +1,4 @@
-"""`braid plan`, `traffic`, `capacity` and `bench plan`: where tables go, and on which cluster."""
+"""`braid plan`, `traffic` and `capacity`: where tables go, and on which cluster."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -8,8 +8,6 @@ import typer
 if TYPE_CHECKING:
     from embedding.cluster_shape import ClusterShape
     from pipeline.config import Recipe
-
-bench_app = typer.Typer(help="Measurements of this cluster.", no_args_is_help=True)
 
 RecipeOption = Annotated[
     str, typer.Option("--recipe", "-r", help="Built-in recipe or path of a YAML file.")
@@ -33,7 +31,7 @@ SetOption = Annotated[
 ]
 
 
-def _writable(path: Path | None) -> Path | None:
+def writable(path: Path | None) -> Path | None:
     """Hours of measuring must not end at a folder that is not there."""
     from embedding.errors import UserError
 
@@ -44,7 +42,7 @@ def _writable(path: Path | None) -> Path | None:
 
 JsonOption = Annotated[
     Path | None,
-    typer.Option("--json", help="Write the result to this file.", callback=_writable),
+    typer.Option("--json", help="Write the result to this file.", callback=writable),
 ]
 CalibrationOption = Annotated[
     Path | None, typer.Option("--calibration", help="Measured constants (`bench plan`).")
@@ -203,7 +201,7 @@ def capacity_command(  # noqa: PLR0913 # every option of a command is a paramete
     json_file: JsonOption = None,
     report: Annotated[
         Path | None,
-        typer.Option("--report", help="Write an HTML report.", callback=_writable),
+        typer.Option("--report", help="Write an HTML report.", callback=writable),
     ] = None,
     overrides: SetOption = None,
 ) -> None:
@@ -249,124 +247,6 @@ def capacity_command(  # noqa: PLR0913 # every option of a command is a paramete
         write_capacity_report(answer, report)
         console.print(f"report {report}")
     raise typer.Exit(0 if answer.chosen is not None else 1)
-
-
-@bench_app.command("plan")
-def bench_plan(  # noqa: PLR0913 # every option of a command is a parameter
-    recipe: RecipeOption = "demo",
-    ranks: Annotated[
-        list[int] | None,
-        typer.Option("--ranks", min=1, help="Ranks to run on; the recipe's by default."),
-    ] = None,
-    plans: Annotated[
-        list[Path] | None, typer.Option("--plan", help="Run this plan file. May be repeated.")
-    ] = None,
-    exhaustive: Annotated[
-        bool, typer.Option("--exhaustive", help="Run every sensible plan of a small model.")
-    ] = False,
-    sampled: Annotated[
-        int, typer.Option("--sample", min=0, help="Run this many random plans as well.")
-    ] = 0,
-    shortlist: Annotated[
-        int, typer.Option("--shortlist", min=0, help="Run the N plans predicted fastest instead.")
-    ] = 0,
-    best: Annotated[
-        Path | None,
-        typer.Option(
-            "--best",
-            help="Write the fastest measured plan here, to train with it.",
-            callback=_writable,
-        ),
-    ] = None,
-    skew: Annotated[
-        float | None, typer.Option("--skew", min=0, help="Zipf exponent of the ids; 0 is uniform.")
-    ] = None,
-    pooling: Annotated[
-        list[str] | None,
-        typer.Option("--pooling", help="Mean ids a sample: feature=12.5. May be repeated."),
-    ] = None,
-    batch_size_per_rank: Annotated[
-        int | None, typer.Option("--batch-size-per-rank", min=1, help="Default: the recipe's.")
-    ] = None,
-    traffic: TrafficOption = None,
-    calibration: CalibrationOption = None,
-    calibrate_to: Annotated[
-        Path | None,
-        typer.Option(
-            "--calibrate",
-            help="Measure parts and sampled plans; write constants here.",
-            callback=_writable,
-        ),
-    ] = None,
-    memory: Annotated[
-        bool, typer.Option("--memory/--no-memory", help="Take the peak memory of every plan.")
-    ] = True,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer plans and steps.")] = False,
-    json_file: JsonOption = None,
-    overrides: SetOption = None,
-) -> None:
-    """Run plans for real: measured beside predicted; or calibrate the predictions."""
-    from embedding.errors import UserError
-    from pipeline.cluster import RaySession
-    from pipeline.console import Reporter
-    from pipeline.plan import gpu_name, present_shape
-    from pipeline.plan_bench import BenchEffort
-    from pipeline.plan_bench_command import (
-        BenchOptions,
-        bench,
-        bench_shape,
-        calibrate,
-        comparison_table,
-        fastest_plan,
-        recipe_case,
-    )
-    from pipeline.plan_request import RequestChanges
-
-    loaded = _load(recipe, overrides)
-    reporter = Reporter()
-    sizes = ranks or [loaded.cluster.num_workers]
-    if len(sizes) > 1 and calibrate_to is None:
-        raise UserError(
-            "--ranks may be repeated with --calibrate only; run the bench once for each"
-        )
-    cluster = loaded.cluster.model_copy(update={"num_workers": max(sizes)})
-    with RaySession(cluster) as session:
-        session.start()
-        present = present_shape(cluster)
-        if calibrate_to is not None:
-            name = gpu_name(cluster)
-            made = calibrate(present, sizes, cluster, name, quick=quick, reporter=reporter)
-            calibrate_to.write_text(made.model_dump_json(indent=2))
-            reporter.line(f"calibration {calibrate_to}")
-            return
-        options = BenchOptions(
-            plans=tuple(plans or ()),
-            exhaustive=exhaustive,
-            sampled=sampled,
-            shortlist=shortlist,
-            exponent=skew,
-            pooling=tuple(pooling or ()),
-            changes=RequestChanges(
-                traffic=traffic, calibration=calibration, batch_size_per_rank=batch_size_per_rank
-            ),
-        )
-        shape = bench_shape(present, sizes[0])
-        case = recipe_case(loaded, shape, options)
-        effort = BenchEffort(rounds=5 if quick else 9, memory_steps=3 if memory else 0)
-        reporter.line(f"{shape.name}: {len(case.plans)} plans of {case.name}")
-        with reporter.stage("bench", unit="plans"):
-            report = bench(case, shape, cluster, effort, calibration, reporter.advance)
-        fastest = fastest_plan(case, report, cluster, quick=quick) if best is not None else None
-    reporter.console.print(comparison_table(report))
-    if best is not None and fastest is not None:
-        best.write_text(fastest.model_dump_json(indent=2))
-        reporter.line(
-            f"fastest: {fastest.proposer}, written to {best}; train with it by "
-            f"--set embedding.sharding.plan={best}"
-        )
-    if json_file is not None:
-        json_file.write_text(report.model_dump_json(indent=2))
-        reporter.line(f"report {json_file}")
 
 
 def _load(recipe: str, overrides: list[str] | None) -> "Recipe":

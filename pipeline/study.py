@@ -5,22 +5,18 @@ DIR/trials/<variant>/seed-<n>/      one artifact a trial: finished ones are not 
 DIR/study.json, study.html
 """
 
-import queue
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ray
-from rich.console import Console
 from rich.markup import escape
 
 from embedding.errors import UserError
-from embedding.memory import WORKER_ENVIRONMENT
 from embedding.yaml_text import load_yaml
 from pipeline.artifacts import read_manifest
-from pipeline.cluster import RaySession
+from pipeline.cluster import RaySession, require_absolute
 from pipeline.config import Recipe
 from pipeline.console import Reporter, duration
 from pipeline.content import STORES
@@ -35,8 +31,9 @@ from pipeline.study_samples import identities, require_unchanged, samples_key, t
 from pipeline.study_seeds import require_comparable, with_seed
 from pipeline.study_slots import actors_of_any, trial_slots
 from pipeline.study_statistics import OF_A_TRIAL, StudyResult, differences, estimates, trial_metrics
+from pipeline.study_trials import Outcome, Trial, TrialProcesses, on_groups
 from pipeline.synthetic import ensure_data
-from pipeline.trial import TrialJob, TrialProcess, run_on_group
+from pipeline.trial import TrialJob, run_on_group
 
 STUDY_FILE = "study.json"
 
@@ -48,21 +45,6 @@ class Variant:
     name: str
     overrides: tuple[str, ...]
     """`path.to.key=value` each."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One variant with one seed."""
-
-    variant: str
-    seed: int
-    recipe: Recipe
-    spec: StageSpec
-
-    @property
-    def name(self) -> str:
-        """Path below `trials/`."""
-        return f"{self.variant}/seed-{self.seed}"
 
 
 def read_variants(path: Path, against: str | None = None) -> list[Variant]:
@@ -118,6 +100,7 @@ class Study:
         out: Path,
         overrides: Sequence[str] = (),
         trials_per_gpu: int = 1,
+        max_parallel: int | None = None,
     ) -> None:
         """Load every variant's recipe.
 
@@ -129,6 +112,7 @@ class Study:
             out: output directory.
             overrides: `path.to.key=value` for all variants.
             trials_per_gpu: trials of one rank that share a GPU: a small model does not fill one.
+            max_parallel: trials side by side at most; None: as many as the cluster has room for.
 
         Raises:
             UserError: a variant's recipe is not valid, or differs from the first one in what a
@@ -137,18 +121,22 @@ class Study:
         self.variants = list(variants)
         self.out = out
         self.trials_per_gpu = trials_per_gpu
+        self.max_parallel = max_parallel
         self.recipes = {}
         for variant in self.variants:
             try:
                 self.recipes[variant.name] = load_recipe(recipe, [*overrides, *variant.overrides])
             except UserError as error:
                 raise UserError(f"variant {variant.name!r}: {error}") from error
+        for read in self.recipes.values():
+            require_absolute({"--out": out, "data.root": read.data.root})
         require_comparable(self.recipes)
         self.first = self.recipes[self.variants[0].name]
         self._actors = actors_of_any(list(self.recipes.values()))
         self.seeds = [self.first.ranking.trainer.seed + i for i in range(num_seeds)]
         self.reporter = Reporter()
-        ensure_data(self.first, self.reporter)
+        for read in {recipe.data.root: recipe for recipe in self.recipes.values()}.values():
+            ensure_data(read, self.reporter)
         self.date = date or _last_date(self.first)
 
     def run(self) -> StudyResult:
@@ -157,7 +145,7 @@ class Study:
         Raises:
             UserError: the data cannot be prepared, or every trial failed.
         """
-        with RaySession(self.first.cluster, actors=self._actors) as session:
+        with RaySession(self.first.cluster, actors=self._actors, say=self.reporter.line) as session:
             trials = [
                 trial for variant in self.variants for trial in self._trials(variant, session)
             ]
@@ -223,9 +211,9 @@ class Study:
             sources["content"] = paths.index
         inputs = identities(sources)
 
-        def body(scratch: Path) -> StageOutput:
+        def job(scratch: Path) -> TrialJob:
             require_unchanged(sources, inputs)
-            job = TrialJob(
+            return TrialJob(
                 recipe=recipe,
                 samples=[path.absolute() for path in samples],
                 validation=[path.absolute() for path in validation],
@@ -234,100 +222,46 @@ class Study:
                 scratch=scratch.absolute(),
                 content=None if paths is None else paths.absolute(),
             )
-            return self._dispatch(job)
 
         directory = self.out / "trials" / variant.name / f"seed-{seed}"
-        return Trial(
-            variant.name, seed, recipe, StageSpec("trial", directory, config, inputs, body)
+        spec = StageSpec(
+            "trial", directory, config, inputs, lambda scratch: run_on_group(job(scratch))
         )
+        return Trial(variant.name, seed, recipe, job, spec)
 
     def _run_missing(self, trials: list[Trial], session: RaySession) -> dict[str, Exception]:
-        """Run trials side by side, as many as the cluster has room for; the errors by trial."""
+        """Run trials; the errors by trial."""
         session.start()
-        self._processes: queue.Queue[Any] = queue.Queue()
-        self._started: list[Any] = []
-        slots = self._slots(len(trials))
         done, failed = 0, {}
-        silent = Reporter(Console(quiet=True))
-        pool = ThreadPoolExecutor(slots)
-        try:
-            with self.reporter.stage("study", unit="trials"):
-                # Seed by seed: whatever changes on the machine meanwhile meets all variants alike.
-                running: dict[Future[Any], Trial] = {
-                    pool.submit(execute, trial.spec, silent): trial
-                    for trial in sorted(trials, key=lambda trial: trial.seed)
-                }
-                for future in as_completed(running):
-                    trial, error = running[future], future.exception()
-                    done += 1
-                    if error is not None:
-                        if not isinstance(error, Exception):
-                            raise error
-                        failed[trial.name] = user_error(error) or error
-                        why = escape(str(failed[trial.name]))
-                        self.reporter.line(f"[red]x[/] {trial.name}: {why}")
-                    else:
-                        seconds = future.result().manifest.seconds
-                        self.reporter.line(self._line(trial, seconds))
-                    self.reporter.advance(done, len(trials))
-        finally:
-            # Whoever interrupts a study does not wait for the trials that are running.
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in self._started:
-                ray.kill(process)
+        outcomes = closing(self._outcomes(trials, session))
+        with self.reporter.stage("study", unit="trials"), outcomes as ended:
+            for outcome in ended:
+                trial, error = outcome.trial, outcome.error
+                done += 1
+                if outcome.record is not None:
+                    self.reporter.line(_line(trial, outcome.record.manifest.seconds))
+                elif error is not None:
+                    failed[trial.name] = user_error(error) or error
+                    why = escape(str(failed[trial.name]))
+                    self.reporter.line(f"[red]x[/] {trial.name}: {why}")
+                self.reporter.advance(done, len(trials))
         return failed
 
-    def _slots(self, num_trials: int) -> int:
-        """One process a slot where trials have one rank; worker groups run one after the other."""
-        cluster = self.first.cluster
-        if any(recipe.cluster.num_workers > 1 for recipe in self.recipes.values()):
-            return 1
-        slots = trial_slots(
+    def _outcomes(self, trials: list[Trial], session: RaySession) -> Generator[Outcome]:
+        """Side by side where trials have one rank; worker groups run one after the other."""
+        recipes = list(self.recipes.values())
+        if any(recipe.cluster.num_workers > 1 for recipe in recipes):
+            yield from on_groups(trials, session)
+            return
+        at_once = trial_slots(
             ray.cluster_resources(),
-            cluster,
-            num_trials,
+            self.first.cluster,
+            min(len(trials), self.max_parallel or len(trials)),
             trials_per_gpu=self.trials_per_gpu,
             actors=self._actors,
         )
-        for process in self._start_processes(slots):
-            self._processes.put(process)
-        return slots
-
-    def _start_processes(self, count: int) -> list[Any]:
-        """Processes that have imported what trials need, so that no trial's time holds it."""
-        cluster = self.first.cluster
-        process = ray.remote(TrialProcess).options(
-            num_cpus=cluster.cpus_per_worker,
-            num_gpus=1 / self.trials_per_gpu if cluster.use_gpu else 0,
-            runtime_env={"env_vars": WORKER_ENVIRONMENT},
-        )
-        started = [process.remote() for _ in range(count)]
-        self._started += started
-        has_content = any(recipe.content is not None for recipe in self.recipes.values())
-        ray.get([one.warm_up.remote(cluster.use_gpu, has_content) for one in started])
-        return started
-
-    def _dispatch(self, job: TrialJob) -> StageOutput:
-        if job.recipe.cluster.num_workers > 1:
-            return run_on_group(job)
-        process = self._processes.get()
-        try:
-            output: StageOutput = ray.get(process.run.remote(job.model_dump_json()))
-        except Exception as error:
-            if user_error(error) is None:
-                # The next trial must meet neither a dead process nor one whose device has failed.
-                ray.kill(process)
-                (process,) = self._start_processes(1)
-            raise
-        finally:
-            self._processes.put(process)
-        return output
-
-    def _line(self, trial: Trial, seconds: float) -> str:
-        task = self.first.gate.task
-        auc = read_metrics(trial.spec.directory / METRICS_FILE)[task].auc
-        shown = "-" if auc is None else f"{auc:.4f}"
-        return f"[green]+[/] {trial.name}  {duration(seconds)}  {task} auc {shown}"
+        with TrialProcesses(recipes, trials_per_gpu=self.trials_per_gpu) as processes:
+            yield from processes.outcomes(trials, at_once, self.reporter.line)
 
     # --- result ----------------------------------------------------------------------------------
 
@@ -356,6 +290,13 @@ class Study:
         partial.write_text(result.model_dump_json(indent=2))
         partial.replace(path)
         return result
+
+
+def _line(trial: Trial, seconds: float) -> str:
+    task = trial.recipe.gate.task
+    auc = read_metrics(trial.spec.directory / METRICS_FILE)[task].auc
+    shown = "-" if auc is None else f"{auc:.4f}"
+    return f"[green]+[/] {trial.name}  {duration(seconds)}  {task} auc {shown}"
 
 
 def _last_date(recipe: Recipe) -> str:

@@ -1,6 +1,7 @@
 """What a study draws anew with every seed, and what it holds equal for all of its variants."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from embedding.errors import UserError
@@ -8,7 +9,7 @@ from pipeline.config import ClusterConfig, Recipe
 
 
 def require_comparable(recipes: Mapping[str, Recipe]) -> None:
-    """Refuse variants that change what a study holds equal: the cluster and the seeds of trials.
+    """Refuse variants that change what a study holds equal: cluster, seeds, data of one directory.
 
     Raises:
         UserError: the variant, the setting, and what to do.
@@ -32,6 +33,21 @@ def require_comparable(recipes: Mapping[str, Recipe]) -> None:
                 f"{first.ranking.trainer.seed} in {first_name!r}; a study gives every variant the "
                 "same seeds: leave it out of the variants, and set the first seed for all with "
                 "--set ranking.trainer.seed=..."
+            )
+    _require_one_marketplace_a_root(recipes)
+
+
+def _require_one_marketplace_a_root(recipes: Mapping[str, Recipe]) -> None:
+    owners: dict[Path, tuple[str, Recipe]] = {}
+    for name, recipe in recipes.items():
+        root = recipe.data.root.absolute()
+        owner, first = owners.setdefault(root, (name, recipe))
+        if recipe.data.synthetic != first.data.synthetic:
+            raise UserError(
+                f"variant {name!r}: data.synthetic differs from that of {owner!r}, and both have "
+                f"data.root={recipe.data.root}, which holds one marketplace; give the variant "
+                "another data.root too, or leave data.synthetic out of the variants and set it for "
+                "all with --set data.synthetic.KEY=..."
             )
 
 

@@ -14,7 +14,7 @@ from embedding.config import FeatureSchema, RowWiseAdagrad, SparseFeature, Table
 from embedding.errors import UserError
 from embedding.plan_description import read_plan
 from embedding.workload import table_loads
-from pipeline import plan_bench_worker
+from pipeline import plan_bench, plan_bench_worker
 from pipeline.cluster import RaySession
 from pipeline.config import ClusterConfig
 from pipeline.plan_accuracy import (
@@ -25,7 +25,15 @@ from pipeline.plan_accuracy import (
     new_calibration,
     rank_correlation,
 )
-from pipeline.plan_bench import BenchCase, BenchEffort, BenchReport, case_request, run_cases
+from pipeline.plan_bench import (
+    BenchCase,
+    BenchEffort,
+    BenchGroup,
+    BenchJob,
+    BenchReport,
+    case_request,
+    run_cases,
+)
 from pipeline.plan_bench_command import BenchOptions, bench_shape, recipe_case, with_plans
 from pipeline.plan_request import RequestChanges
 from pipeline.recipe import load_recipe
@@ -141,6 +149,71 @@ def test_what_cannot_be_run_is_said(options: BenchOptions, message: str) -> None
         recipe_case(load_recipe("demo"), TWO, options)
 
 
+@pytest.mark.parametrize(
+    ("options", "messages"),
+    [
+        (
+            ["--calibrate", "c.json", "--skew", "0", "--no-memory", "--json", "x.json"],
+            ["--calibrate measures", "ignore --skew, --no-memory, --json"],
+        ),
+        (["--calibrate", "c.json", "--plan", "p.json"], ["--calibrate", "ignore --plan;"]),
+        (["--calibrate", "c.json", "--calibration", "b.json"], ["ignore --calibration;"]),
+        (["--exhaustive", "--shortlist", "3"], ["--exhaustive would ignore --shortlist"]),
+        (["--exhaustive", "--sample", "3"], ["--exhaustive would ignore --sample"]),
+        (["--shortlist", "3", "--sample", "3"], ["--shortlist would ignore --sample"]),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(
+    capsys: pytest.CaptureFixture[str], options: list[str], messages: list[str]
+) -> None:
+    assert main(["bench", "plan", *options]) == 2
+    said = capsys.readouterr().err
+    assert all(message in said for message in messages), said
+
+
+@pytest.mark.parametrize("options", [[], ["--calibrate", "calibration.json"]])
+def test_ranks_of_a_cluster_need_a_directory_in_common(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    options: list[str],
+) -> None:
+    """Those on other hosts wrote into a temporary directory that the driver never saw."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
+
+    assert main(["bench", "plan", *options]) == 2
+
+    assert "RAY_ADDRESS=192.0.2.1:6379" in (said := capsys.readouterr().err)
+    assert "give --scratch DIR, on storage that every node mounts" in said
+    assert main(["bench", "plan", *options, "--scratch", "here"]) == 2
+    assert "--scratch=here is relative" in capsys.readouterr().err
+
+
+def test_ranks_write_below_the_given_directory_and_leave_nothing_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    used: list[tuple[Path, Path]] = []
+
+    def run(worker: object, job: BenchJob, cluster: ClusterConfig, scratch: Path) -> None:
+        used.append((scratch, job.output))
+        (job.output / "results.jsonl").touch()
+
+    monkeypatch.setattr(plan_bench, "run_workers", run)
+    monkeypatch.chdir(tmp_path)
+    group = BenchGroup(ClusterConfig(num_workers=2), Path("shared", "new"))
+
+    for _ in range(2):
+        assert run_cases([], group, BenchEffort()) == ([], {})
+
+    (first, output), (second, _) = used
+    assert first == output
+    assert first.is_absolute()
+    assert first != second
+    assert first.parent == second.parent == tmp_path / "shared" / "new"
+    assert list((tmp_path / "shared" / "new").iterdir()) == []
+
+
 def test_ranks_must_fill_the_clusters_hosts() -> None:
     present = parse_shape("h100:2x8")
     assert bench_shape(present, 4).name == "h100:4"
@@ -179,7 +252,7 @@ def test_measured_plans_fit_constants_that_predict_them(tmp_path: Path) -> None:
         session.start()
         runs, parts = run_cases(
             [case],
-            cluster,
+            BenchGroup(cluster),
             effort,
             time_parts=True,
             progress=lambda done, total: seen.append((done, total)),

@@ -7,6 +7,7 @@ what it publishes is looked at, too.
 import json
 import random
 import shutil
+import signal
 from pathlib import Path
 
 import psutil
@@ -70,6 +71,10 @@ def kill_the_driver(driver: psutil.Process) -> None:
     driver.kill()
 
 
+def press_ctrl_c(driver: psutil.Process) -> None:
+    driver.send_signal(signal.SIGINT)
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Data, and an output directory where everything before training has run."""
@@ -103,6 +108,20 @@ def test_killed_worker_and_killed_driver_change_nothing(
     steps = f"worker at {worker_step}, driver at {driver_step}"
     assert metrics(out) == metrics(undisturbed), steps
     assert validations(out) == validations(undisturbed), steps
+
+
+def test_one_interrupt_ends_a_training_and_its_command_with_130(
+    prepared: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Code 0 would say that the model was published."""
+    data, before_training = prepared
+    out = tmp_path / "out"
+    shutil.copytree(before_training, out)
+
+    code = run_on(data).interrupt(out, {15: press_ctrl_c})
+    text = (out / "output.txt").read_text()
+    assert code == 130, text
+    assert "Traceback" not in text
 
 
 def test_the_best_validated_weights_are_published(undisturbed: Path) -> None:

@@ -1,11 +1,10 @@
 """A study's statistics by hand, and the variants file."""
 
-import queue
 import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock, call
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,13 +15,14 @@ from deploy.app import main
 from embedding.errors import UserError
 from multimodal.codes_config import AlignedVectors
 from pipeline.artifacts import MANIFEST, Manifest
-from pipeline.config import ClusterConfig, EvaluationConfig, Recipe
+from pipeline.config import ClusterConfig, EvaluationConfig, GateConfig, Recipe
 from pipeline.console import Reporter
 from pipeline.evaluate import SLICES, Slices
 from pipeline.identity import computation_marks
+from pipeline.metrics_file import METRICS_FILE, write_metrics
 from pipeline.recipe import load_recipe
 from pipeline.stages import StageOutput, StageSpec, execute
-from pipeline.study import Study, Trial, read_variants
+from pipeline.study import Study, _line, read_variants
 from pipeline.study_report import (
     require_metrics,
     slice_metrics,
@@ -42,6 +42,7 @@ from pipeline.study_statistics import (
     is_better,
     trial_metrics,
 )
+from pipeline.study_trials import Trial
 from ranking.evaluation import SliceMetrics, TaskMetrics
 from tests.pipeline.small_log import Row, event, make_recipe, write_catalogue, write_day
 
@@ -359,7 +360,7 @@ def test_the_error_of_a_trial_is_shown_as_it_is_and_the_others_go_on(tmp_path: P
 
     recipe = make_recipe(tmp_path)  # two ranks: trials run one after the other
     trials = [
-        Trial("a", seed, recipe, StageSpec("trial", tmp_path / str(seed), {}, {}, fails))
+        Trial("a", seed, recipe, Mock(), StageSpec("trial", tmp_path / str(seed), {}, {}, fails))
         for seed in range(2)
     ]
     study = object.__new__(Study)
@@ -387,7 +388,7 @@ def test_trials_run_seed_by_seed(tmp_path: Path) -> None:
             raise UserError("enough")
 
         spec = StageSpec("trial", tmp_path / f"{variant}{seed}", {}, {}, body)
-        return Trial(variant, seed, recipe, spec)
+        return Trial(variant, seed, recipe, Mock(), spec)
 
     study = object.__new__(Study)
     study.first, study.recipes = recipe, {"a": recipe, "b": recipe}
@@ -397,32 +398,28 @@ def test_trials_run_seed_by_seed(tmp_path: Path) -> None:
     assert ran == ["a0", "b0", "a1", "b1"]
 
 
-@pytest.mark.parametrize(
-    ("error", "is_kept"),
-    [(UserError("lower the rates"), True), (RuntimeError("CUDA error: an illegal access"), False)],
-)
-def test_a_process_is_replaced_after_any_error_but_the_users(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, is_kept: bool
-) -> None:
-    data = make_recipe(tmp_path).model_dump(mode="json")
-    recipe = Recipe.model_validate(merged(data, {"cluster": {"num_workers": 1}}))
-    processes = [Mock(name="first"), Mock(name="second")]
-    ray = Mock()
-    ray.remote.return_value.options.return_value.remote.side_effect = processes
-    ray.get.side_effect = [None, error, None]  # warmed up, the trial, warmed up
-    monkeypatch.setattr("pipeline.study.ray", ray)
-    study = object.__new__(Study)
-    study.first, study.recipes, study.trials_per_gpu = recipe, {"a": recipe}, 1
-    study._started, study._processes = [], queue.Queue()
-    (first,) = study._start_processes(1)
-    study._processes.put(first)
+def test_a_finished_trial_shows_its_own_gate_task(tmp_path: Path) -> None:
+    """A variant without the task of the first one ended the study with a KeyError."""
+    recipe = make_recipe(tmp_path).model_copy(update={"gate": GateConfig(task="like")})
+    write_metrics({"like": TaskMetrics(num_rows=9, auc=0.75, slices={})}, tmp_path / METRICS_FILE)
+    spec = StageSpec("trial", tmp_path, {}, {}, Mock())
 
-    with pytest.raises(type(error)):
-        study._dispatch(Mock(recipe=recipe))
+    assert _line(Trial("a", 0, recipe, Mock(), spec), 61.0).endswith("like auc 0.7500")
 
-    assert study._processes.get_nowait() is (first if is_kept else processes[1])
-    assert ray.kill.call_args_list == ([] if is_kept else [call(first)])
-    assert all(one.warm_up.remote.called for one in study._started)
+
+def test_variants_of_another_marketplace_need_another_directory(tmp_path: Path) -> None:
+    """The data of the first was trained on under the name of the second."""
+    first = load_recipe("demo", [f"data.root={tmp_path}"])
+    other = load_recipe("demo", [f"data.root={tmp_path}", "data.synthetic.seed=9"])
+    with pytest.raises(UserError, match="variant 'b': data.synthetic .* of 'a'.*another data.root"):
+        require_comparable({"a": first, "b": other})
+
+    elsewhere = load_recipe("demo", [f"data.root={tmp_path / 'b'}", "data.synthetic.seed=9"])
+    require_comparable({"a": first, "b": elsewhere})
+    with pytest.raises(UserError, match="variant 'c': data.synthetic .* of 'b'"):
+        require_comparable(
+            {"a": first, "b": elsewhere, "c": load_recipe("demo", [f"data.root={tmp_path / 'b'}"])}
+        )
 
 
 def test_which_metrics_are_better_higher() -> None:

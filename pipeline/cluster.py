@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -136,7 +136,7 @@ class RaySession:
         try:
             while not group.wait(timeout_seconds=POLL_S):
                 waited_s = time.monotonic() - started
-                state = f"{who} waits for {_listed(asked)}, and {_free()} are free"
+                state = f"{who} waits for {_listed(asked)}, and {free_now()} are free"
                 if waited_s >= timeout_s:
                     raise UserError(
                         f"{state} after {timeout_s:g} s (cluster.wait_timeout_s, or "
@@ -260,9 +260,10 @@ def _listed(bundles: Sequence[Bundle]) -> str:
     )
 
 
-def _free() -> str:
+def free_now(kinds: Iterable[str] = ("CPU", "GPU")) -> str:
+    """As `2 of 8 CPUs and 0 of 1 GPUs`, of the kinds there are; needs an initialised Ray."""
     import ray
 
-    total, free = ray.cluster_resources(), ray.available_resources()
-    kinds = [kind for kind in ("CPU", "GPU") if kind == "CPU" or total.get(kind)]
-    return " and ".join(f"{free.get(k, 0.0):g} of {total.get(k, 0.0):g} {k}s" for k in kinds)
+    free, total = ray.available_resources(), ray.cluster_resources()
+    shown = [kind for kind in kinds if kind == "CPU" or total.get(kind)]
+    return " and ".join(f"{free.get(k, 0.0):g} of {total.get(k, 0.0):g} {k}s" for k in shown)

@@ -19,11 +19,10 @@ from rich.console import Console
 
 from embedding.errors import UserError
 from embedding.memory import WORKER_ENVIRONMENT
-from pipeline.cluster import RaySession
+from pipeline.cluster import RaySession, free_now
 from pipeline.config import Recipe
 from pipeline.console import Reporter
 from pipeline.failures import last_line, user_error
-from pipeline.room import free_now
 from pipeline.stages import StageOutput, StageRecord, StageSpec, execute
 from pipeline.trial import TrialJob, TrialProcess
 

@@ -25,14 +25,13 @@ from embedding.errors import UserError
 from embedding.links import link_or_copy
 from embedding.memory import WORKER_ENVIRONMENT
 from pipeline.artifacts import RESUME
-from pipeline.cluster import worker_bundle
+from pipeline.cluster import free_now, worker_bundle
 from pipeline.config import ClusterConfig, Recipe
 from pipeline.console import Reporter
 from pipeline.content_paths import ContentPaths
 from pipeline.follow import MetricsFollower
 from pipeline.plan import PLAN
 from pipeline.recipe import write_recipe
-from pipeline.room import free_now
 from pipeline.stages import StageOutput
 from pipeline.warm_start_view import warm_start_line
 

@@ -18,6 +18,7 @@ from unittest.mock import Mock
 
 import psutil
 import pytest
+import ray
 
 from embedding.errors import UserError
 from pipeline import study as study_module
@@ -119,7 +120,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Cluster]:
     def make(room: int, run: Run = lambda trial: DONE) -> Cluster:
         made = Cluster(room, run)
         monkeypatch.setattr(study_trials, "ray", made)
-        monkeypatch.setattr("pipeline.room.ray", made)
+        for name in ("available_resources", "cluster_resources"):
+            monkeypatch.setattr(ray, name, getattr(made, name))
         return made
 
     return make
@@ -216,10 +218,10 @@ def test_a_study_that_no_process_comes_for_says_so_and_ends(
     trials = [replace(t, recipe=t.recipe.model_copy(update={"cluster": patient})) for t in trials]
     lines: list[str] = []
 
-    with pytest.raises(UserError, match=r"no process .*needs 1 CPU, and free are 0 of 16 CPU"):
+    with pytest.raises(UserError, match=r"no process .*needs 1 CPU, and free are 0 of 16 CPUs"):
         run(trials, at_once=2, lines=lines)
 
-    assert lines[0].startswith("  no trial runs: a process needs 1 CPU, and free are 0 of 16 CPU")
+    assert lines[0].startswith("  no trial runs: a process needs 1 CPU, and free are 0 of 16 CPUs")
 
 
 @pytest.mark.parametrize(

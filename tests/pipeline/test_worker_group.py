@@ -62,7 +62,7 @@ def test_a_group_that_finds_no_room_says_what_it_needs_and_what_is_free(
 
     said = str(raised.value)
     assert "cluster.num_workers=1 workers with 1 CPU each, in 2 attempts" in said
-    assert f"now 0 of {cpus:g} CPU are free" in said
+    assert f"now 0 of {cpus:g} CPUs are free" in said
     assert "wait for the jobs that hold the rest" in said
 
 

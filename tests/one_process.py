@@ -2,13 +2,15 @@
 
 import gc
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, Self
 
 import pytest
 import torch.distributed as dist
 
-from pipeline import plan, tasks, train
+from multimodal.content_config import TokenStage
+from pipeline import content, content_tasks, plan, tasks, train
 from pipeline.cluster import RaySession
 
 
@@ -70,15 +72,28 @@ class _TrainerHere:
         self._worker(self._config)
 
 
-@pytest.fixture(scope="module")
-def one_process() -> Iterator[None]:
+def encode_here(
+    tasks: list[content_tasks.EncodeTask], settings: content_tasks.EncoderSettings, _: TokenStage
+) -> Iterator[int]:
+    """`pipeline.content_workers.encode_on_workers` in this process, the last task first."""
+    encode = content_tasks.EncodeItems(settings) if tasks else None
+    for task in reversed(tasks):
+        assert encode is not None
+        yield from encode(task)
+
+
+@contextmanager
+def in_one_process() -> Iterator[None]:
     """Commands of single-rank recipes start neither Ray nor processes: a fraction of the time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RaySession, "start", lambda self: None)
         for module in (plan, tasks):
             patch.setattr(module, "ray", _RayHere)
         patch.setattr(train, "TorchTrainer", _TrainerHere)
-        yield
-    if dist.is_initialized():
-        gc.collect()
-        dist.destroy_process_group()
+        patch.setattr(content, "encode_on_workers", encode_here)
+        try:
+            yield
+        finally:
+            if dist.is_initialized():
+                gc.collect()
+                dist.destroy_process_group()

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from multimodal.content_config import TokenStage
 from pipeline import content, content_tasks, plan, tasks, train
 from pipeline.cluster import RaySession
+from tests.distributed import run_distributed
 
 
 class _Rows:
@@ -51,7 +52,7 @@ class _RayHere:
 
 
 class _TrainerHere:
-    """A Ray Train worker group of one rank, in this process."""
+    """A Ray Train worker group: one rank in this process, or several that are forked."""
 
     def __init__(
         self,
@@ -61,11 +62,14 @@ class _TrainerHere:
         scaling_config: Any,
         **_: Any,
     ) -> None:
-        assert scaling_config.num_workers == 1
         assert not scaling_config.use_gpu
         self._worker, self._config = worker, train_loop_config
+        self._num_workers = scaling_config.num_workers
 
     def fit(self) -> None:
+        if self._num_workers > 1:
+            run_distributed(self._worker, self._num_workers, self._config)
+            return
         if not dist.is_initialized():
             store = dist.HashStore()  # type: ignore[attr-defined] # public, but not in __all__
             dist.init_process_group("gloo", store=store, rank=0, world_size=1)
@@ -84,7 +88,7 @@ def encode_here(
 
 @contextmanager
 def in_one_process() -> Iterator[None]:
-    """Commands of single-rank recipes start neither Ray nor processes: a fraction of the time."""
+    """Commands start no Ray, and recipes of one rank no process: a fraction of the time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RaySession, "start", lambda self: None)
         for module in (plan, tasks):

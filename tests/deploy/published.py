@@ -15,9 +15,9 @@ from deploy.bundle import write_bundle
 from embedding.checkpoint import Checkpointer
 from embedding.checkpoint_files import step_directory
 from pipeline import content as stage
-from pipeline import content_tasks
 from pipeline.config import Recipe
 from ranking.steps import PlainSteps
+from tests.one_process import encode_here
 from tests.pipeline.content_steps import (
     NUM_ITEMS,
     announced_batches,
@@ -95,11 +95,6 @@ def train_and_publish(folder: Path) -> None:
 def _store_tokens(config: Recipe, folder: Path) -> None:
     """The content stage, without Ray."""
     assert config.content is not None
-
-    def encode_here(tasks: list[Any], given: Any, _: Any) -> Any:
-        encode = content_tasks.TokenWriter(given)
-        for task in tasks:
-            yield from encode(task)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage, "stream_tasks", run_here)

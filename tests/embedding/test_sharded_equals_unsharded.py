@@ -18,7 +18,7 @@ OPTIMIZERS = (RowWiseAdagrad(), Adagrad(), Sgd())
 
 
 def test_sharded_equals_unsharded(capfd: pytest.CaptureFixture[str]) -> None:
-    run_distributed(_check_all, WORLD_SIZE)
+    run_distributed(_check_all, WORLD_SIZE, fresh=True)
     assert "terminate called" not in capfd.readouterr().err
 
 

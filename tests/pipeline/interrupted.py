@@ -1,4 +1,4 @@
-"""A run of the pipeline in a process of its own, which tests interrupt and let finish."""
+"""A training that tests interrupt and let finish, in a process of its own, and stages around it."""
 
 import json
 import shutil
@@ -13,9 +13,11 @@ import numpy as np
 import psutil
 import pyarrow.parquet as pq
 
+from deploy.app import main
 from deploy.predictor import Predictor
 from deploy.scoring import sample_files, score_samples
 from pipeline.evaluate import read_predictions
+from tests.one_process import in_one_process
 
 DATE, NEXT_DATE = "2024-01-03", "2024-01-04"
 TIMEOUT_S = 300
@@ -27,25 +29,31 @@ class Run:
 
     settings: Mapping[str, object]
 
-    def command(self, out: Path, stage: str) -> list[str]:
+    def words(self, out: Path, stage: str) -> list[str]:
         overrides = [f"--set={key}={value}" for key, value in self.settings.items()]
-        code = "import sys; from deploy.app import main; sys.exit(main())"
-        run = [sys.executable, "-c", code, "stage", stage, "--recipe", "demo", "--date", DATE]
-        return [*run, "--out", str(out), *overrides]
+        return ["stage", stage, "--recipe", "demo", "--date", DATE, "--out", str(out), *overrides]
 
-    def finish(self, out: Path, *, stage: str = "evaluate") -> None:
+    def command(self, out: Path) -> list[str]:
+        code = "import sys; from deploy.app import main; sys.exit(main())"
+        return [sys.executable, "-c", code, *self.words(out, "train")]
+
+    def up_to(self, stage: str, out: Path) -> None:
+        """Stages that nobody interrupts, without Ray."""
+        with in_one_process():
+            assert main(self.words(out, stage)) == 0
+
+    def train(self, out: Path) -> None:
+        """What is left of the training, on Ray."""
         done = subprocess.run(
-            self.command(out, stage), capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+            self.command(out), capture_output=True, text=True, timeout=TIMEOUT_S, check=False
         )
         assert done.returncode == 0, done.stdout + done.stderr
 
     def interrupt(self, out: Path, kills: Mapping[int, Callable[[psutil.Process], None]]) -> int:
-        """Start, kill something whenever one of the steps has been logged, wait for the end."""
+        """Start training, kill something whenever one of the steps is logged, wait for the end."""
         log = out / "output.txt"
         with log.open("w") as output:
-            driver = subprocess.Popen(
-                self.command(out, "evaluate"), stdout=output, stderr=subprocess.STDOUT
-            )
+            driver = subprocess.Popen(self.command(out), stdout=output, stderr=subprocess.STDOUT)
         try:
             started = time.monotonic()
             for step, kill in sorted(kills.items()):
@@ -64,7 +72,8 @@ def finished_copy(run: Run, prepared: Path, name: str = "undisturbed") -> Path:
     """Output directory of an undisturbed run that published, from a prepared one."""
     out = prepared.with_name(name)
     shutil.copytree(prepared, out)
-    run.finish(out, stage="publish")
+    run.train(out)
+    run.up_to("publish", out)
     return out
 
 

@@ -15,6 +15,7 @@ from small_log import DAYS, event, make_recipe, write_catalogue, write_day
 from deploy.app import main
 from multimodal.stored_content import Places, StoredContent, StoredModality, write_index
 from pipeline.align import same_towers
+from tests.one_process import in_one_process
 
 pytestmark = pytest.mark.integration
 
@@ -38,7 +39,7 @@ CODES = {
 class Days:
     """Three days up to their codes; a text changes before the second, the third aligns anew.
 
-    The second is a whole run, with a ranker and a report.
+    The first is aligned by two ranks on Ray. The second is a whole run, with a ranker and a report.
     """
 
     folder: Path
@@ -89,13 +90,14 @@ def days(tmp_path_factory: pytest.TempPathFactory) -> Days:
         write_day(root, i, [rows])
     recipe = make_recipe(root).model_dump(mode="json")
     recipe["codes"] = CODES
-    recipe["cluster"]["num_workers"] = 2
+    recipe["cluster"]["num_workers"] = 1
     recipe["gate"] = {"task": "click", "min_auc": 0.0, "calibration": [0.01, 100.0]}
     (days.folder / "coded.yaml").write_text(yaml.safe_dump(recipe))
-    assert days.run(0) == 0
+    assert days.run(0, "cluster.num_workers=2") == 0
     write_texts(root, edited=True)
-    assert days.run(1, stage=None) == 0
-    assert days.run(2, "codes.vectors.realign_every_days=1") == 0
+    with in_one_process():
+        assert days.run(1, stage=None) == 0
+        assert days.run(2, "codes.vectors.realign_every_days=1") == 0
     return days
 
 
@@ -154,7 +156,8 @@ def test_a_training_that_diverges_is_refused(
     days: Days, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
-    assert days.run(0, "codes.vectors.temperature=1.0e-45") == 2
+    with in_one_process():
+        assert days.run(0, "codes.vectors.temperature=1.0e-45") == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "codes.vectors: the alignment loss is nan at step 1, so its vectors would" in said
     assert days.facts(0, "align")["training"]["steps"] == 12, "the artifact of before is there"
@@ -182,7 +185,8 @@ def test_a_new_encoder_moves_all_vectors_and_codes_go_on(days: Days) -> None:
 def test_pairs_that_are_not_there_are_named(days: Days, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     nothing = ["codes.vectors.swing.min_common_users=99", "codes.vectors.user2item=null"]
-    assert days.run(0, *nothing) == 2
+    with in_one_process():
+        assert days.run(0, *nothing) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "give no pair of items to align (item2item pairs need 99 common users)" in said
 

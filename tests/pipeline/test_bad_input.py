@@ -19,7 +19,7 @@ from deploy.app import main
 from pipeline import run
 from pipeline.lock import exclusive
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_process")]
 
 NUM_ROWS = 12
 

@@ -19,6 +19,7 @@ from deploy.app import main
 from embedding.checkpoint_files import latest_step, step_directory
 from embedding.stored import read_tables
 from multimodal.codebook_versions import load_version
+from tests.one_process import in_one_process
 
 pytestmark = pytest.mark.integration
 
@@ -117,11 +118,12 @@ def outs(tmp_path_factory: pytest.TempPathFactory) -> Outs:
     ):
         recipe = {**base, "name": name, "codes": codes, "ranking": {**base["ranking"], **ranking}}
         (outs.folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
-    for day in range(3):
-        assert main(["stage", "quantize", *outs.command("codes", day)]) == 0
-    assert main(["run", *outs.command("first", 0)]) == 0
-    assert main(["run", *outs.command("first", 2, STEADY)]) == 0
-    assert main(["run", *outs.command("second", 2)]) == 0
+    with in_one_process():
+        for day in range(3):
+            assert main(["stage", "quantize", *outs.command("codes", day)]) == 0
+        assert main(["run", *outs.command("first", 0)]) == 0
+        assert main(["run", *outs.command("first", 2, STEADY)]) == 0
+        assert main(["run", *outs.command("second", 2)]) == 0
     return outs
 
 
@@ -134,7 +136,7 @@ def test_codes_are_made_without_a_ranker(outs: Outs) -> None:
     ]
 
 
-def test_codes_made_by_workers_are_the_same(outs: Outs, tmp_path: Path) -> None:
+def test_codes_made_by_workers_of_ray_are_the_same(outs: Outs, tmp_path: Path) -> None:
     recipe, out = str(outs.folder / "codes.yaml"), str(tmp_path / "codes")
     words = ["--recipe", recipe, "--date", DAYS[0], "--out", out]
     workers = "codes.encode={num_workers: 2, items_per_task: 25}"
@@ -263,7 +265,8 @@ def test_faults_end_with_what_to_change(
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in outs.folder.rglob("manifest.json")}
     capsys.readouterr()
-    assert main([*words, *outs.command("second", 2, *overrides)]) == 2
+    with in_one_process():
+        assert main([*words, *outs.command("second", 2, *overrides)]) == 2
     assert re.search(message, " ".join(capsys.readouterr().err.split()))
     assert {p: p.stat().st_mtime_ns for p in outs.folder.rglob("manifest.json")} == before
 

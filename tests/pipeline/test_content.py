@@ -30,6 +30,7 @@ from pipeline.console import Reporter
 from pipeline.content import STORES, ContentFacts, check_content, content
 from pipeline.run import DayRun
 from pipeline.stages import execute
+from tests.one_process import encode_here
 from tests.pipeline.small_log import DAYS, event, make_recipe, run_here, write_catalogue, write_day
 
 Row = dict[str, Any]
@@ -70,13 +71,6 @@ def small_content(**changes: Any) -> ContentConfig:
 def _serial(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks run in this process, unless a test asks for Ray."""
     monkeypatch.setattr(stage, "stream_tasks", run_here)
-
-    def encode_here(tasks: list[Any], settings: Any, _: Any) -> Any:
-        encode = content_tasks.TokenWriter(settings) if tasks else None
-        for task in reversed(tasks):
-            assert encode
-            yield from encode(task)
-
     monkeypatch.setattr(stage, "encode_on_workers", encode_here)
 
 

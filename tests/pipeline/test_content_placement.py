@@ -1,6 +1,7 @@
 """Wherever the content encoder runs, the same data trains the same weights."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,12 @@ import torch
 
 from embedding.config import StrictConfig
 from embedding.errors import UserError
-from pipeline.cluster import RaySession
 from pipeline.config import ClusterConfig
 from pipeline.content_paths import ContentPaths
 from pipeline.planning_worker import plan_recipe
 from pipeline.train import TrainJob, run_workers
 from tests.distributed import run_distributed
+from tests.one_ray import one_ray
 from tests.pipeline.content_steps import (
     NUM_STEPS,
     actors_left,
@@ -29,7 +30,7 @@ from tests.pipeline.content_steps import (
     write_inputs,
 )
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_of_all_tests")]
 
 TOLERANCE = 1e-5
 SERVICE = {
@@ -60,6 +61,15 @@ ON_RANKS: dict[str, dict[str, Any]] = {
 }
 
 
+CLUSTER = ClusterConfig(num_workers=2, max_failures=0)
+
+
+@pytest.fixture(scope="module")
+def ray_of_all_tests() -> Iterator[None]:
+    with one_ray(CLUSTER):
+        yield
+
+
 class _Cases(StrictConfig):
     folder: str
     cases: str
@@ -69,11 +79,8 @@ def test_every_placement_trains_what_one_process_trains(tmp_path: Path) -> None:
     write_inputs(tmp_path)
     with one_process():
         train_cases({"folder": str(tmp_path), "cases": json.dumps({"one_process": {}})})
-    cluster = ClusterConfig(num_workers=2, max_failures=0)
-    with RaySession(cluster) as session:
-        session.start()
-        job = _Cases(folder=str(tmp_path), cases=json.dumps(ON_RANKS))
-        run_workers(train_cases_of_job, job, cluster, tmp_path)
+    job = _Cases(folder=str(tmp_path), cases=json.dumps(ON_RANKS))
+    run_workers(train_cases_of_job, job, CLUSTER, tmp_path)
     found = {name: torch.load(tmp_path / f"{name}.pt") for name in ("one_process", *ON_RANKS)}
 
     expected = found["one_process"]
@@ -126,8 +133,7 @@ def test_ranks_and_actors_refuse_towers_other_than_those_of_the_stored_tokens(
     write_inputs(tmp_path)
     other = {"text": {"lora": {"rank": 2}, "max_tokens": 8}}
     refusal = r"the text tower 'tiny' of host .* has fingerprint \w+, but the stored tokens come"
-    with RaySession(ClusterConfig(num_workers=1)) as session, one_process():
-        session.start()
+    with one_process():
         for placement in ({"kind": "inline"}, SERVICE):
             # The error, which is kept, keeps all that was started for it: actors, too.
             with pytest.raises(UserError, match=refusal) as kept:
@@ -149,9 +155,7 @@ def test_actors_end_with_a_training_that_fails(tmp_path: Path) -> None:
         resume=tmp_path / "resume",
         content=ContentPaths(index=tmp_path / "index", stores=tmp_path / "stores"),
     )
-    with RaySession(ClusterConfig(num_workers=1)) as session:
-        session.start()
-        failed = ray.remote(failed_training).options(num_cpus=0).remote(job.model_dump_json())
-        said, left = ray.get(failed)
+    failed = ray.remote(failed_training).options(num_cpus=0).remote(job.model_dump_json())
+    said, left = ray.get(failed)
     assert "gone.parquet" in said  # read after the actors have started
     assert left == []

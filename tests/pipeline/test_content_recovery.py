@@ -58,7 +58,7 @@ def kill_one_of(name: str) -> Callable[[psutil.Process], None]:
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Data, and an output directory where everything before training has run."""
     root = tmp_path_factory.mktemp("content-recovery")
-    run_on(root / "data", "object_store").finish(root / "prepared", stage="plan")
+    run_on(root / "data", "object_store").up_to("plan", root / "prepared")
     return root / "data", root / "prepared"
 
 
@@ -87,6 +87,7 @@ def test_a_killed_actor_and_a_killed_rank_change_nothing(
     text = (out / "output.txt").read_text()
     assert code == 0, text
     assert text.count("workers restarted") == len(kills), text
+    run_on(data, transport).up_to("evaluate", out)
     assert metrics(out) == metrics(undisturbed), f"actor at {actor_step}, rank at {rank_step}"
 
 

@@ -16,13 +16,14 @@ from small_log import DAYS, event, file_bytes, make_recipe, write_catalogue, wri
 
 from deploy.app import main
 from pipeline.summary import Summary
+from tests.one_process import in_one_process
 
 pytestmark = pytest.mark.integration
 
 
 @dataclass(frozen=True)
 class Day:
-    """A finished `braid run`."""
+    """A finished `braid run`, on a Ray of its own."""
 
     folder: Path
 
@@ -94,7 +95,8 @@ def test_rows_that_nobody_has_seen_are_scored_as_a_day_without_labels(
 
     recipe, before = day.command[:2], ["--date", DAYS[1]]
     data = ["--out", str(out), "--set", f"data.root={root}"]
-    assert main(["stage", "join", *recipe, *before, *data]) == 0
+    with in_one_process():
+        assert main(["stage", "join", *recipe, *before, *data]) == 0
     bundle = ["--bundle", str(day.out / DAYS[0] / "publish" / "bundle")]
     samples = ["--samples", str(out / DAYS[2] / "join" / "samples")]
     assert main(["score", *bundle, *samples, "--output", str(scores)]) == 0
@@ -185,13 +187,14 @@ def test_a_refused_model_ends_with_a_code_of_its_own(
     days = ["--from", DAYS[0], "--to", DAYS[0]]
     strict = ["--set", "gate.calibration=[90, 100]"]
 
-    for command in (["run"], ["stage", "gate"], ["stage", "publish"]):
-        assert main([*command, *day.command, *out, *strict]) == 3, command
-        said = capsys.readouterr().out
-        assert "gate refused" in said
-        assert "outside gate.calibration=[90.0, 100.0]" in " ".join(said.split())
-    assert main(["backfill", *day.command[:2], *days, *out, *strict]) == 3
-    assert main(["stage", "evaluate", *day.command, *out, *strict]) == 0
+    with in_one_process():
+        for command in (["run"], ["stage", "gate"], ["stage", "publish"]):
+            assert main([*command, *day.command, *out, *strict]) == 3, command
+            said = capsys.readouterr().out
+            assert "gate refused" in said
+            assert "outside gate.calibration=[90.0, 100.0]" in " ".join(said.split())
+        assert main(["backfill", *day.command[:2], *days, *out, *strict]) == 3
+        assert main(["stage", "evaluate", *day.command, *out, *strict]) == 0
     capsys.readouterr()
     assert main(["status", *out]) == 0
     assert re.search(r" gate +\S refused ", capsys.readouterr().out), "beside a column's border"
@@ -253,7 +256,8 @@ def test_new_feature_is_said_to_widen_what_reads_it(
     path.write_text(yaml.safe_dump(recipe))
     command = ["--recipe", str(path), "--date", DAYS[1], "--out", str(day.out)]
 
-    assert main(["run", *command]) == 0
+    with in_one_process():
+        assert main(["run", *command]) == 0
 
     facts = json.loads((day.out / DAYS[1] / "train" / "manifest.json").read_text())["facts"]
     initialised, carried = facts["warm_start"]["initialised"], facts["warm_start"]["carried"]

@@ -285,6 +285,7 @@ def test_measured_plans_fit_constants_that_predict_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.usefixtures("one_process")
 def test_the_command_shows_measured_beside_predicted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,11 +11,11 @@ import pytest
 from deploy.app import main
 from embedding.calibration import installed_versions
 from embedding.plan_description import PlanDescription, read_plan
-from pipeline.cluster import RaySession
 from pipeline.plan import PLAN, present_shape, training_shape
 from pipeline.plan import plan as plan_stage
 from pipeline.recipe import load_recipe
 from tests.embedding.test_calibration import calibration
+from tests.one_ray import one_ray
 from tests.pipeline.test_traffic import traffic_of
 
 Plan = Callable[..., PlanDescription]
@@ -221,19 +221,17 @@ def test_here_is_what_the_plan_stage_plans_for_and_cluster_is_all_there_is(
     own = ("cluster.num_workers=1", "embedding.sharding.hbm_gib=0.25")
     recipe = load_recipe("demo", own)
     options = [text for override in own for text in ("--set", override)]
-    with RaySession(recipe.cluster) as session:
-        session.start()
+    with one_ray(recipe.cluster):
         plan_stage(recipe, tmp_path)
         assert training_shape(recipe).device_bytes == GIB // 4
         whole = present_shape(recipe.cluster)
-    staged = read_plan(tmp_path / PLAN)
+        here = plan("here", *options, name="here.json")
+        everywhere = plan("cluster", *options, name="all.json")
 
-    here = plan("here", *options, name="here.json")
-
-    assert here == staged
+    assert here == read_plan(tmp_path / PLAN)
     assert (here.topology, here.world_size) == ("cpu:1", 1)
     assert whole.world_size == os.cpu_count()
-    assert plan("cluster", *options, name="all.json").world_size == whole.world_size
+    assert everywhere.world_size == whole.world_size
 
 
 def test_a_key_value_plan_is_for_comparison_only(

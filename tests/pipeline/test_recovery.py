@@ -32,7 +32,7 @@ def run_on(data: Path) -> Run:
         {
             "data.root": data,
             "data.synthetic.num_days": 4,
-            "data.synthetic.events_per_day": 6000,
+            "data.synthetic.events_per_day": 4500,
             "data.synthetic.num_items": 200,
             "data.synthetic.num_users": 400,
             "ranking.trainer.batch_size_per_rank": 128,
@@ -79,7 +79,7 @@ def press_ctrl_c(driver: psutil.Process) -> None:
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Data, and an output directory where everything before training has run."""
     root = tmp_path_factory.mktemp("recovery")
-    run_on(root / "data").finish(root / "prepared", stage="plan")
+    run_on(root / "data").up_to("plan", root / "prepared")
     return root / "data", root / "prepared"
 
 
@@ -96,14 +96,15 @@ def test_killed_worker_and_killed_driver_change_nothing(
     data, before_training = prepared
     out = tmp_path / "out"
     shutil.copytree(before_training, out)
-    worker_step = random.randrange(STEPS_BETWEEN_CHECKPOINTS + 5, 35)
-    driver_step = random.randrange(40, 60)
+    worker_step = random.randrange(STEPS_BETWEEN_CHECKPOINTS + 5, 28)
+    driver_step = random.randrange(33, 48)
 
     code = run_on(data).interrupt(out, {worker_step: kill_a_worker, driver_step: kill_the_driver})
     text = (out / "output.txt").read_text()
     assert code == -9, text
     assert text.count("workers restarted") == 1, text
-    run_on(data).finish(out)
+    run_on(data).train(out)
+    run_on(data).up_to("evaluate", out)
 
     steps = f"worker at {worker_step}, driver at {driver_step}"
     assert metrics(out) == metrics(undisturbed), steps

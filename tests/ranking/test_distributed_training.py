@@ -1,7 +1,5 @@
 """Training on process groups: TorchRec's pipeline, and two ranks that must agree."""
 
-import os
-import socket
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from embedding.config import (
@@ -37,23 +34,13 @@ from ranking.steps import PipelinedSteps, PlainSteps
 from ranking.trainer import Trainer, TrainingHooks
 from ranking.trainer_config import CosineDecay, ScheduleConfig
 from ranking.validation import validate
+from tests.distributed import run_distributed
 from tests.embedding.toy import gather_tables
 from tests.ranking.small_run import NUM_ROWS, SCHEMA, TASKS, small_config, write_samples
 
 CPU = torch.device("cpu")
 
 pytestmark = pytest.mark.integration
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _join(rank: int, world_size: int, port: int) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
 
 
 def _sharded(
@@ -87,9 +74,8 @@ def _state(sharded: Sharded) -> list[torch.Tensor]:
     return tables + [p.detach().clone() for p in sharded.dense_parameters.values()]
 
 
-def _spawned_pipeline(_: int, port: int, folder: str) -> None:
-    _join(0, 1, port)
-    files = SampleFiles([Path(folder) / "part.parquet"], SCHEMA, [task.name for task in TASKS])
+def _check_pipeline(folder: Path) -> None:
+    files = SampleFiles([folder / "part.parquet"], SCHEMA, [task.name for task in TASKS])
     with SampleLoader(files, batch_size_per_rank=16).sequential() as stream:
         batches = list(stream)[:6]
     plain, piped = _sharded(), _sharded()
@@ -108,12 +94,11 @@ def _spawned_pipeline(_: int, port: int, folder: str) -> None:
     assert len(pipeline._pipelined_modules) == 2
     for ours, theirs in zip(_state(plain), _state(piped), strict=True):
         assert ours.equal(theirs)
-    dist.destroy_process_group()
 
 
 def test_the_pipeline_used_on_gpus_trains_what_the_plain_loop_does(tmp_path: Path) -> None:
     write_samples(tmp_path / "part.parquet")
-    mp.spawn(_spawned_pipeline, (_free_port(), str(tmp_path)), nprocs=1)
+    run_distributed(_check_pipeline, 1, tmp_path)
 
 
 def _demanding_config() -> RankingConfig:
@@ -128,9 +113,8 @@ def _demanding_config() -> RankingConfig:
     )
 
 
-def _spawned_pauses(_: int, port: int, folder: str) -> None:
-    _join(0, 1, port)
-    files = SampleFiles([Path(folder) / "part.parquet"], SCHEMA, [task.name for task in TASKS])
+def _check_pauses(folder: Path) -> None:
+    files = SampleFiles([folder / "part.parquet"], SCHEMA, [task.name for task in TASKS])
     source = SampleLoader(files, batch_size_per_rank=16)
     with source.sequential() as stream:
         batches = list(stream)[:7]
@@ -154,20 +138,18 @@ def _spawned_pauses(_: int, port: int, folder: str) -> None:
     assert plain_values[-1] == plain_values[-2] != plain_values[0]
     for ours, theirs in zip(piped_state, plain_state, strict=True):
         assert ours.equal(theirs)
-    dist.destroy_process_group()
 
 
 def test_the_pipeline_goes_on_after_validation_as_if_there_had_been_none(tmp_path: Path) -> None:
     write_samples(tmp_path / "part.parquet")
-    mp.spawn(_spawned_pauses, (_free_port(), str(tmp_path)), nprocs=1)
+    run_distributed(_check_pauses, 1, tmp_path)
 
 
 RATES = {"user": 0.1, "item": 0.4, "dense": 0.05}
 
 
-def _spawned_rates(_: int, port: int, folder: str) -> None:
+def _check_rates(folder: Path) -> None:
     """Fused SGD, SGD of a data-parallel table and dense SGD, against one plain SGD."""
-    _join(0, 1, port)
     tables = (
         SCHEMA.tables[0].model_copy(update={"sharding": DataParallel()}),
         SCHEMA.tables[1].model_copy(update={"sharding": RowWise(), "learning_rate": RATES["item"]}),
@@ -181,7 +163,7 @@ def _spawned_rates(_: int, port: int, folder: str) -> None:
     twin.tables.initialize(seed=0)
     groups = {name: [p for n, p in twin.named_parameters() if _part(n) == name] for name in RATES}
     plain = torch.optim.SGD([{"params": groups[name], "lr": RATES[name]} for name in RATES])
-    files = SampleFiles([Path(folder) / "part.parquet"], SCHEMA, [task.name for task in TASKS])
+    files = SampleFiles([folder / "part.parquet"], SCHEMA, [task.name for task in TASKS])
     hooks = TrainingHooks(*(lambda *_: None,) * 3)
     for model, optimizer in (
         (sharded.model, sharded.optimizer),
@@ -201,7 +183,6 @@ def _spawned_rates(_: int, port: int, folder: str) -> None:
     dense = [p for n, p in twin.named_parameters() if _part(n) == "dense"]
     for ours, expected in zip(sharded.dense_parameters.values(), dense, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
-    dist.destroy_process_group()
 
 
 def _part(name: str) -> str:
@@ -212,7 +193,7 @@ def test_schedule_and_penalty_reach_fused_tables_as_they_reach_a_dense_twin(
     tmp_path: Path,
 ) -> None:
     write_samples(tmp_path / "part.parquet")
-    mp.spawn(_spawned_rates, (_free_port(), str(tmp_path)), nprocs=1)
+    run_distributed(_check_rates, 1, tmp_path)
 
 
 def _with_batch_norm() -> RankingConfig:
@@ -245,10 +226,10 @@ def _check_moments(rank: int) -> None:
     assert norm.running_var.equal(before)
 
 
-def _spawned_fit(rank: int, port: int, folder: str) -> None:
-    _join(rank, 2, port)
+def _fit(folder: Path) -> None:
+    rank = dist.get_rank()
     _check_moments(rank)
-    files = SampleFiles([Path(folder) / "part.parquet"], SCHEMA, [task.name for task in TASKS])
+    files = SampleFiles([folder / "part.parquet"], SCHEMA, [task.name for task in TASKS])
     sharded = _sharded(_with_batch_norm())
     moments = [b for name, b in sharded.model.named_buffers() if "running_" in name]
     start = [moment.clone() for moment in moments]
@@ -281,14 +262,13 @@ def _spawned_fit(rank: int, port: int, folder: str) -> None:
             "moments": moments,
             "start": start,
         },
-        Path(folder) / f"rank{rank}.pt",
+        folder / f"rank{rank}.pt",
     )
-    dist.destroy_process_group()
 
 
 def test_two_ranks_report_and_save_the_same(tmp_path: Path) -> None:
     write_samples(tmp_path / "part.parquet")
-    mp.spawn(_spawned_fit, (_free_port(), str(tmp_path)), nprocs=2)
+    run_distributed(_fit, 2, tmp_path)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
     assert first["reports"] == second["reports"]
     assert first["progress"] == second["progress"]
@@ -312,13 +292,13 @@ def _without_events(folder: Path) -> None:
     pq.write_table(table.set_column(index, "sequence:past_item", nothing), folder / "empty.parquet")
 
 
-def _spawned_without_events(rank: int, port: int, folder: str) -> None:
+def _train_without_events(folder: Path) -> None:
     """Rank 1 has events in the first and the last step only."""
-    _join(rank, 2, port)
+    rank = dist.get_rank()
     tasks = ["click", "like"]
     batches = {}
     for name in ("part", "empty"):
-        files = SampleFiles([Path(folder) / f"{name}.parquet"], SCHEMA, tasks)
+        files = SampleFiles([folder / f"{name}.parquet"], SCHEMA, tasks)
         with SampleLoader(files, batch_size_per_rank=16).sequential() as stream:
             batches[name] = list(stream)[:4]
     sharded = _sharded(_demanding_config())
@@ -334,23 +314,21 @@ def _spawned_without_events(rank: int, port: int, folder: str) -> None:
         of_rank_0 = parameter.detach().clone()
         dist.broadcast(of_rank_0, 0)
         assert of_rank_0.equal(parameter)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def test_a_rank_without_any_event_trains_on(tmp_path: Path) -> None:
     write_samples(tmp_path / "part.parquet")
     _without_events(tmp_path)
-    mp.spawn(_spawned_without_events, (_free_port(), str(tmp_path)), nprocs=2)
+    run_distributed(_train_without_events, 2, tmp_path)
 
 
 SHARDINGS = ("data_parallel", "row_wise", "table_wise")
 
 
-def _spawned_halves(rank: int, world_size: int, port: int, folder: str) -> None:
+def _train_on_parts(folder: Path) -> None:
     """Trains on batches of 32 rows, cut in as many parts as there are ranks."""
-    _join(rank, world_size, port)
-    files = SampleFiles([Path(folder) / "part.parquet"], SCHEMA, [task.name for task in TASKS])
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    files = SampleFiles([folder / "part.parquet"], SCHEMA, [task.name for task in TASKS])
     config = small_config()
     config = config.model_copy(
         update={"model": config.model.model_copy(update={"classifier": DeepFm(hidden=(16,))})}
@@ -373,16 +351,13 @@ def _spawned_halves(rank: int, world_size: int, port: int, folder: str) -> None:
             "tables": [table.weight for table in gather_tables(sharded).values()],
         }
     if rank == 0:
-        torch.save(found, Path(folder) / f"world{world_size}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+        torch.save(found, folder / f"world{world_size}.pt")
 
 
 def test_two_ranks_train_what_one_rank_trains_on_both_their_batches(tmp_path: Path) -> None:
     write_samples(tmp_path / "part.parquet")
     for world_size in (1, 2):
-        arguments = (world_size, _free_port(), str(tmp_path))
-        mp.spawn(_spawned_halves, arguments, nprocs=world_size)
+        run_distributed(_train_on_parts, world_size, tmp_path)
     one, two = (torch.load(tmp_path / f"world{world_size}.pt") for world_size in (1, 2))
     for sharding in SHARDINGS:
         for kind in ("dense", "tables"):

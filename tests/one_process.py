@@ -2,13 +2,16 @@
 
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
 
 import pytest
 import torch.distributed as dist
 
-from pipeline import plan, tasks, train
+from multimodal.content_config import TokenStage
+from pipeline import content, content_tasks, plan, tasks, train
 from pipeline.cluster import RaySession
+from tests.distributed import run_distributed
 
 
 def _results_here(
@@ -41,7 +44,7 @@ class _RayHere:
 
 
 class _TrainerHere:
-    """A Ray Train worker group of one rank, in this process."""
+    """A Ray Train worker group: one rank in this process, or several that are forked."""
 
     def __init__(
         self,
@@ -51,26 +54,42 @@ class _TrainerHere:
         scaling_config: Any,
         **_: Any,
     ) -> None:
-        assert scaling_config.num_workers == 1
         assert not scaling_config.use_gpu
         self._worker, self._config = worker, train_loop_config
+        self._num_workers = scaling_config.num_workers
 
     def fit(self) -> None:
+        if self._num_workers > 1:
+            run_distributed(self._worker, self._num_workers, self._config)
+            return
         if not dist.is_initialized():
             store = dist.HashStore()  # type: ignore[attr-defined] # public, but not in __all__
             dist.init_process_group("gloo", store=store, rank=0, world_size=1)
         self._worker(self._config)
 
 
-@pytest.fixture(scope="module")
-def one_process() -> Iterator[None]:
-    """Commands of single-rank recipes start neither Ray nor processes: a fraction of the time."""
+def encode_here(
+    tasks: list[content_tasks.EncodeTask], settings: content_tasks.EncoderSettings, _: TokenStage
+) -> Iterator[int]:
+    """`pipeline.content_workers.encode_on_workers` in this process, the last task first."""
+    encode = content_tasks.TokenWriter(settings) if tasks else None
+    for task in reversed(tasks):
+        assert encode is not None
+        yield from encode(task)
+
+
+@contextmanager
+def in_one_process() -> Iterator[None]:
+    """Commands start no Ray, and recipes of one rank no process: a fraction of the time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RaySession, "start", lambda self: None)
         patch.setattr(plan, "ray", _RayHere)
         patch.setattr(tasks, "stream_results", _results_here)
         patch.setattr(train, "TorchTrainer", _TrainerHere)
-        yield
-    if dist.is_initialized():
-        gc.collect()
-        dist.destroy_process_group()
+        patch.setattr(content, "encode_on_workers", encode_here)
+        try:
+            yield
+        finally:
+            if dist.is_initialized():
+                gc.collect()
+                dist.destroy_process_group()

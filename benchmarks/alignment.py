@@ -26,9 +26,9 @@ from rich.console import Console
 from rich.table import Table
 
 from deploy.app import main as braid
-from multimodal.codes_config import Swing, suggested_codebook_size
-from multimodal.swing import swing_pairs, user_lists
-from multimodal.vectors import unit_rows
+from multimodal.codes.config import Swing, suggested_codebook_size
+from multimodal.codes.swing import swing_pairs, user_lists
+from multimodal.codes.vectors import unit_rows
 from pipeline.adapters.movielens import import_movielens
 
 DATE = "1998-02-28"

@@ -32,7 +32,7 @@ from embedding.config import (
     TableConfig,
 )
 from embedding.notices import divert_library_notices
-from embedding.plan_timing import status_bytes
+from embedding.planning.plan_timing import status_bytes
 from embedding.shard import Sharded, shard
 from embedding.tables import EmbeddingTables
 

@@ -27,10 +27,10 @@ from rich.table import Table
 from sklearn.metrics import log_loss, roc_auc_score
 
 from embedding.errors import UserError
-from pipeline.study import Study, Variant
-from pipeline.study_report import signed
-from pipeline.study_samples import samples_key
-from pipeline.study_statistics import Difference, Estimate, StudyResult, differences
+from pipeline.study.report import signed
+from pipeline.study.samples import samples_key
+from pipeline.study.statistics import Difference, Estimate, StudyResult, differences
+from pipeline.study.study import Study, Variant
 
 DATE = "2015-01-02"
 TRAIN, VALIDATION, TEST = "dt=2015-01-01", "dt=2015-01-02", "dt=2015-01-03"

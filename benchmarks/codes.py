@@ -21,9 +21,9 @@ from environment import PeakMemory, describe
 from rich.console import Console
 from rich.table import Table
 
-from multimodal.codes_config import Rq
-from multimodal.residual_fit import fit_residual, training_rows
-from multimodal.vectors import Float32Array
+from multimodal.codes.config import Rq
+from multimodal.codes.residual_fit import fit_residual, training_rows
+from multimodal.codes.vectors import Float32Array
 
 DIM = 64
 COMPARED_ROWS = 200_000

@@ -40,8 +40,8 @@ from torch import Tensor
 from embedding.batch import RankingBatch
 from embedding.errors import UserError
 from embedding.items import ItemRows
-from embedding.synthetic_batches import synthetic_batch
-from embedding.workload import table_loads
+from embedding.planning.synthetic_batches import synthetic_batch
+from embedding.planning.workload import table_loads
 from multimodal.content_config import ContentConfig, TextTower
 from multimodal.content_encoder import ContentEncoder
 from multimodal.stored_content import Places, StoredContent, StoredModality, write_index
@@ -50,8 +50,8 @@ from multimodal.token_store import PartTokens, TokenStore
 from multimodal.tower_files import Tower, model_directory, tower_fingerprint
 from multimodal.towers import load_tower
 from pipeline.config import Recipe
-from pipeline.content_paths import ContentPaths
-from pipeline.content_training import RankContent, rank_content
+from pipeline.content.paths import ContentPaths
+from pipeline.content.training import RankContent, rank_content
 from pipeline.planning_worker import plan_recipe
 from pipeline.recipe import load_recipe
 from pipeline.training_worker import build

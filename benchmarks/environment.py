@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import psutil
 
-from embedding.calibration import processor_name
+from embedding.planning.calibration import processor_name
 
 PACKAGES = (
     *("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "ray", "pyarrow", "numpy", "pandas"),

@@ -19,9 +19,9 @@ from environment import PeakMemory, describe
 
 from pipeline.config import Recipe
 from pipeline.days import available_days
-from pipeline.ingest import check_span, ingest
-from pipeline.join import join
-from pipeline.synthetic import generate
+from pipeline.marketplace.synthetic import generate
+from pipeline.samples.ingest import check_span, ingest
+from pipeline.samples.join import join
 
 ROOT = Path(__file__).parents[1]
 NUM_DAYS = 5

@@ -22,8 +22,6 @@ import torch.distributed as dist
 import workload
 from environment import describe, require_gpu
 
-from embedding.choices import FUSED, UVM_CACHING
-from embedding.cluster_shape import ClusterShape
 from embedding.config import (
     Adam,
     FeatureSchema,
@@ -35,12 +33,14 @@ from embedding.config import (
     SparseOptimizer,
     TableConfig,
 )
-from embedding.demand import StepSettings
-from embedding.plan_samples import sample_tables
-from embedding.plan_timing import PlanRun, measure_peak_bytes
-from embedding.planning import PlanRequest, plan_tables
-from embedding.synthetic_batches import synthetic_batch
-from embedding.topology import local_machine
+from embedding.planning.choices import FUSED, UVM_CACHING
+from embedding.planning.cluster_shape import ClusterShape
+from embedding.planning.demand import StepSettings
+from embedding.planning.plan_samples import sample_tables
+from embedding.planning.plan_timing import PlanRun, measure_peak_bytes
+from embedding.planning.planner import PlanRequest, plan_tables
+from embedding.planning.synthetic_batches import synthetic_batch
+from embedding.planning.topology import local_machine
 
 STEPS = 4
 NUM_BATCHES = 2

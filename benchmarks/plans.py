@@ -23,20 +23,20 @@ from environment import describe
 from plan_plots import accuracy_plot
 from torchrec_baseline import compare_search, default_plan, estimate_plan
 
-from embedding.choices import FUSED, choices_of
-from embedding.cluster_shape import ClusterShape, parse_shape
 from embedding.config import RowWiseAdagrad
-from embedding.plan_description import PlanDescription
-from embedding.plan_samples import all_sensible, sample_tables
-from embedding.planning import shortlist_plans
-from embedding.prediction import describe as describe_plan
-from embedding.prediction import placement_of
+from embedding.planning.choices import FUSED, choices_of
+from embedding.planning.cluster_shape import ClusterShape, parse_shape
+from embedding.planning.plan_description import PlanDescription
+from embedding.planning.plan_samples import all_sensible, sample_tables
+from embedding.planning.planner import shortlist_plans
+from embedding.planning.prediction import describe as describe_plan
+from embedding.planning.prediction import placement_of
 from pipeline.cluster import RaySession
 from pipeline.config import ClusterConfig
 from pipeline.console import Reporter
 from pipeline.plan import present_shape
-from pipeline.plan_accuracy import compare, median_abs_error, rank_correlation
-from pipeline.plan_bench import (
+from pipeline.planning.accuracy import compare, median_abs_error, rank_correlation
+from pipeline.planning.bench import (
     BenchCase,
     BenchEffort,
     BenchGroup,
@@ -44,7 +44,7 @@ from pipeline.plan_bench import (
     case_request,
     run_cases,
 )
-from pipeline.plan_bench_command import (
+from pipeline.planning.bench_command import (
     bench,
     bench_shape,
     calibrate,

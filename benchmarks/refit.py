@@ -32,8 +32,8 @@ from scipy.sparse.linalg import svds
 
 from deploy.app import main as braid
 from pipeline.config import SyntheticConfig
+from pipeline.marketplace.synthetic import generate
 from pipeline.recipe import load_recipe
-from pipeline.synthetic import generate
 
 DIM = 32
 FIRST_RUN = 2

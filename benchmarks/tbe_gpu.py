@@ -26,7 +26,7 @@ import torch
 from environment import describe, require_gpu
 
 from embedding.limits import ELEMENT_BYTES
-from embedding.lookup_timing import (
+from embedding.planning.lookup_timing import (
     LookupCase,
     LookupConstants,
     LookupTimes,
@@ -34,7 +34,7 @@ from embedding.lookup_timing import (
     fit_lookups,
     time_lookup,
 )
-from embedding.part_timing import copied_bytes_per_s
+from embedding.planning.part_timing import copied_bytes_per_s
 
 DIMS = (32, 64, 128, 256)
 EXPONENTS = (0.0, 0.8, 1.2)

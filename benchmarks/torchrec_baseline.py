@@ -8,8 +8,6 @@ import torch
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.types import ParameterConstraints
 
-from embedding.choices import FUSED
-from embedding.cluster_shape import ClusterShape, parse_shape
 from embedding.config import (
     FeatureSchema,
     RowWiseAdagrad,
@@ -18,17 +16,19 @@ from embedding.config import (
     SparseOptimizer,
     TableConfig,
 )
-from embedding.demand import StepSettings
-from embedding.layout import layout_of
-from embedding.plan import describe_plan, torchrec_plan
-from embedding.plan_description import PlanDescription
-from embedding.plan_timing import TablesStep
-from embedding.planning import PlanRequest, plan_tables
-from embedding.prediction import placement_of
+from embedding.planning.choices import FUSED
+from embedding.planning.cluster_shape import ClusterShape, parse_shape
+from embedding.planning.demand import StepSettings
+from embedding.planning.layout import layout_of
+from embedding.planning.plan import describe_plan, torchrec_plan
+from embedding.planning.plan_description import PlanDescription
+from embedding.planning.plan_timing import TablesStep
+from embedding.planning.planner import PlanRequest, plan_tables
+from embedding.planning.prediction import placement_of
+from embedding.planning.sharders import make_sharders
+from embedding.planning.topology import torchrec_topology
+from embedding.planning.workload import table_loads
 from embedding.shard import declare_optimizer
-from embedding.sharders import make_sharders
-from embedding.topology import torchrec_topology
-from embedding.workload import table_loads
 
 META = torch.device("meta")
 

@@ -25,8 +25,8 @@ from embedding.items import NO_CONTENT, ItemIndex
 from embedding.raw_ids import is_id_type, to_raw_ids
 from multimodal.content_config import ContentConfig
 from multimodal.token_range import TokenRangeError
-from pipeline.content_tasks import Catalogue, type_fault
-from pipeline.contract import open_parquet, read_columns
+from pipeline.content.tasks import Catalogue, type_fault
+from pipeline.samples.contract import open_parquet, read_columns
 
 
 @dataclass(frozen=True)

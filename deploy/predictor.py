@@ -16,7 +16,7 @@ from embedding.config import FeatureSchema, Hashed, ManagedCollision
 from embedding.id_map import owner_of
 from embedding.items import ContentVectors, ItemRows, ItemSource
 from embedding.precision import cpu_has_bf16
-from pipeline.content_items import content_shape, item_source
+from pipeline.content.items import content_shape, item_source
 from ranking.config import RankingConfig
 from ranking.model import RankingModel
 from ranking.tasks import probabilities

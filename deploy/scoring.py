@@ -15,7 +15,7 @@ from embedding.batch import RankingBatch
 from embedding.errors import UserError
 from embedding.items import NO_CONTENT
 from embedding.loader import SampleFiles, SampleLoader
-from pipeline.join import SAMPLES
+from pipeline.samples.join import SAMPLES
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from embedding.config import StrictConfig
 from embedding.errors import UserError
-from embedding.plan_description import PlanDescription
+from embedding.planning.plan_description import PlanDescription
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,6 @@ from embedding.config import (
     SparseOptimizer,
     TableConfig,
 )
-from embedding.demand import step_settings
 from embedding.errors import UserError
 from embedding.initialization import initialize_shard
 from embedding.limits import check_support
@@ -39,13 +38,14 @@ from embedding.placement import (
     sharded_collections,
     table_shards,
 )
-from embedding.plan import plan_of
-from embedding.plan_description import PlanDescription
-from embedding.planning import PlanRequest, plan_tables
+from embedding.planning.demand import step_settings
+from embedding.planning.plan import plan_of
+from embedding.planning.plan_description import PlanDescription
+from embedding.planning.planner import PlanRequest, plan_tables
+from embedding.planning.sharders import make_sharders
+from embedding.planning.topology import local_shape, ranks_per_host, use_hosts_of
 from embedding.row_optimizer import RowOptimizer
-from embedding.sharders import make_sharders
 from embedding.tables import EmbeddingTables
-from embedding.topology import local_shape, ranks_per_host, use_hosts_of
 from embedding.unpooled_cpu import mend_unpooled_lookups
 
 _INSIDE_MANAGED = "._embedding_module"

@@ -7,7 +7,7 @@ import numpy as np
 from sklearn.manifold import TSNE
 
 from embedding.raw_ids import Int64Array
-from multimodal.vectors import FloatArray
+from multimodal.codes.vectors import FloatArray
 
 MAX_PERPLEXITY = 30.0
 _ITEMS_PER_PERPLEXITY = 4

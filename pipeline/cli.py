@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.bench_cli import bench_app
-from pipeline.codes_cli import OutOption, codes_app
+from pipeline.codes.cli import OutOption, codes_app
 from pipeline.data_cli import data_app
-from pipeline.plan_cli import (
+from pipeline.planning.bench_cli import bench_app
+from pipeline.planning.cli import (
     JsonOption,
     RecipeOption,
     SetOption,
@@ -159,14 +159,14 @@ def study(  # noqa: PLR0913 # a command's parameters are its options
     from rich.markup import escape
 
     from pipeline.lock import exclusive
-    from pipeline.study import Study, read_variants
-    from pipeline.study_report import (
+    from pipeline.study.report import (
         require_metrics,
         shown_metrics,
         slice_tables,
         study_table,
         write_study_report,
     )
+    from pipeline.study.study import Study, read_variants
 
     chosen = read_variants(variants, against)
     with exclusive(out, f"braid study --recipe {recipe}"):
@@ -250,7 +250,7 @@ def validate(recipe: RecipeOption, overrides: SetOption = None) -> None:
     from rich.console import Console
     from rich.markup import escape
 
-    from pipeline.plan_request import check_plan_files
+    from pipeline.planning.request import check_plan_files
 
     loaded = _load(recipe, overrides)
     check_plan_files(loaded)
@@ -289,7 +289,7 @@ def schema(
 ) -> None:
     """Print the JSON schema of a recipe, for editors and checks."""
     from pipeline.config import Recipe
-    from pipeline.recipe_page import recipe_page
+    from pipeline.reports.recipe_page import recipe_page
 
     if markdown:
         typer.echo(recipe_page(), nl=False)
@@ -329,7 +329,7 @@ def _damage(out: Path) -> bool:
 
 def _derived(recipe: "Recipe") -> list[str]:
     """Tables and features that follow from the section `codes`, which the recipe does not show."""
-    from multimodal.code_schema import without_codes
+    from multimodal.codes.schema import without_codes
 
     features, own = recipe.features, without_codes(recipe.features)
     if features == own:

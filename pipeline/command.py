@@ -9,19 +9,19 @@ from rich.table import Table
 
 from embedding.errors import UserError
 from pipeline.cluster import RaySession, actors_of, require_absolute
+from pipeline.codes.taken_codes import require_codes
 from pipeline.config import Recipe
 from pipeline.console import Reporter, duration, figure, human
 from pipeline.days import available_days, parse_day, split_days
-from pipeline.plan_request import check_plan_files
+from pipeline.marketplace.synthetic import ensure_data
+from pipeline.planning.request import check_plan_files
 from pipeline.publication import Publish
 from pipeline.recipe import write_recipe
 from pipeline.registry import promote_newest
-from pipeline.report import REPORT, write_report
+from pipeline.reports.report import REPORT, write_report
 from pipeline.run import DayRun
 from pipeline.stages import STAGES
 from pipeline.summary import SUMMARY, Summary, read_summary, summarize, write_summary
-from pipeline.synthetic import ensure_data
-from pipeline.taken_codes import require_codes
 from ranking.evaluation import SliceMetrics
 
 

@@ -28,8 +28,8 @@ from embedding.config import (
 )
 from embedding.item_columns import candidate_field, item_sequences
 from embedding.limits import check_support
-from multimodal.code_schema import features_with_codes, without_codes
-from multimodal.codes_config import AlignedVectors, Codes, ColumnVectors
+from multimodal.codes.config import AlignedVectors, Codes, ColumnVectors
+from multimodal.codes.schema import features_with_codes, without_codes
 from multimodal.content_config import ContentConfig, Service
 from ranking.compatibility import check_model, table_widths
 from ranking.config import RankingConfig

@@ -97,7 +97,7 @@ def synth(  # noqa: PLR0913 # every option of a command is a parameter
     from rich.table import Table
 
     from pipeline.console import Reporter
-    from pipeline.synthetic import generate, synthetic_config
+    from pipeline.marketplace.synthetic import generate, synthetic_config
 
     sizes = {
         "num_days": days,

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from multimodal.code_schema import without_codes
+from multimodal.codes.schema import without_codes
 from multimodal.content_config import ContentConfig
 from multimodal.tower_files import TOKENS_FORMAT, input_settings
 from pipeline.config import Recipe

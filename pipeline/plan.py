@@ -8,10 +8,10 @@ from pathlib import Path
 
 import ray
 
-from embedding.cluster_shape import ClusterShape
 from embedding.errors import UserError
-from embedding.machines import Machine
-from embedding.plan_description import PlanDescription
+from embedding.planning.cluster_shape import ClusterShape
+from embedding.planning.machines import Machine
+from embedding.planning.plan_description import PlanDescription
 from pipeline.cluster import fitting, worker_bundle
 from pipeline.config import ClusterConfig, Recipe
 from pipeline.days import fingerprint
@@ -138,7 +138,7 @@ def _local_machine(use_gpu: bool) -> str:
     """Runs in a Ray worker: the machine it is on, as JSON."""
     import torch
 
-    from embedding.topology import local_machine
+    from embedding.planning.topology import local_machine
 
     return local_machine(torch.device("cuda" if use_gpu else "cpu")).model_dump_json()
 

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import torch
 
-from embedding.cluster_shape import ClusterShape
 from embedding.limits import check_support
-from embedding.plan_description import PlanDescription, read_plan
-from embedding.planning import check_trainable, plan_tables
-from embedding.topology import local_shape
+from embedding.planning.cluster_shape import ClusterShape
+from embedding.planning.plan_description import PlanDescription, read_plan
+from embedding.planning.planner import check_trainable, plan_tables
+from embedding.planning.topology import local_shape
 from pipeline.config import Recipe
-from pipeline.plan_request import plan_request
+from pipeline.planning.request import plan_request
 
 
 def training_shape(recipe: Recipe, ranks_per_host: int) -> ClusterShape:

@@ -17,10 +17,11 @@ from typing import Any
 from embedding.errors import UserError
 from pipeline.artifacts import Manifest, read_manifest
 from pipeline.cluster import ONE_CPU, RaySession, rank_bundles, worker_bundle
+from pipeline.codes.quantize_stage import codes_of_day
 from pipeline.config import Recipe
 from pipeline.console import Reporter
-from pipeline.content import STORES, content_stage
-from pipeline.content_paths import ContentPaths
+from pipeline.content.paths import ContentPaths
+from pipeline.content.stage import STORES, content_stage
 from pipeline.days import (
     Span,
     Split,
@@ -31,15 +32,14 @@ from pipeline.days import (
 )
 from pipeline.evaluate import evaluate
 from pipeline.gate import gate
-from pipeline.held_out import require_held_out
 from pipeline.identity import ingest_config, plan_config, samples_config, training_config
-from pipeline.ingest import check_span, ingest
-from pipeline.join import HELD_OUT, SAMPLES, join
 from pipeline.metrics_file import METRICS_FILE
 from pipeline.plan import plan, plan_inputs
 from pipeline.publication import Publish
-from pipeline.quantize_stage import codes_of_day
 from pipeline.registry import production_before
+from pipeline.samples.held_out import require_held_out
+from pipeline.samples.ingest import check_span, ingest
+from pipeline.samples.join import HELD_OUT, SAMPLES, join
 from pipeline.spans import Spans
 from pipeline.stages import STAGES, StageOutput, StageRecord, StageSpec, execute
 from pipeline.train import TrainedModel, TrainInputs, train

@@ -7,9 +7,9 @@ from pydantic import Field, ValidationError
 
 from embedding.config import StrictConfig
 from pipeline.artifacts import read_manifest
-from pipeline.codes_paths import STAGE as QUANTIZE
+from pipeline.codes.paths import STAGE as QUANTIZE
+from pipeline.codes.quantize_facts import collapse_warning
 from pipeline.metrics_file import METRICS_FILE, ORACLE_FILE, read_metrics
-from pipeline.quantize_facts import collapse_warning
 from pipeline.stages import StageRecord
 from ranking.evaluation import TaskMetrics
 

@@ -28,12 +28,12 @@ from pipeline.artifacts import RESUME
 from pipeline.cluster import free_now, worker_bundle
 from pipeline.config import ClusterConfig, Recipe
 from pipeline.console import Reporter
-from pipeline.content_paths import ContentPaths
+from pipeline.content.paths import ContentPaths
 from pipeline.follow import MetricsFollower
 from pipeline.plan import PLAN
 from pipeline.recipe import write_recipe
+from pipeline.reports.warm_start_view import warm_start_line
 from pipeline.stages import StageOutput
-from pipeline.warm_start_view import warm_start_line
 
 CHECKPOINT = "checkpoint"
 METRICS = "metrics.jsonl"

@@ -21,12 +21,12 @@ from embedding.checkpoint_files import COMPANION, step_directory
 from embedding.loader import SampleFiles, SampleLoader
 from embedding.memory import keep_freed_memory
 from embedding.notices import divert_library_notices
-from embedding.plan_description import PlanDescription
+from embedding.planning.plan_description import PlanDescription
 from embedding.shard import Sharded, shard
 from embedding.warm_start import WarmStartReport
 from pipeline.artifacts import write_durably
 from pipeline.config import Recipe
-from pipeline.content_paths import ContentPaths
+from pipeline.content.paths import ContentPaths
 from pipeline.devices import own_device
 from pipeline.evaluate import EvaluateJob
 from pipeline.train import LOGS, METRICS, RESULT, TENSORBOARD, TrainJob, TrainResult
@@ -38,7 +38,7 @@ from ranking.trainer import Trainer, TrainingHooks
 from ranking.validation import validation_line
 
 if TYPE_CHECKING:
-    from pipeline.content_training import RankContent
+    from pipeline.content.training import RankContent
 
 logger = logging.getLogger(__name__)
 
@@ -190,7 +190,7 @@ def _restore(
         return Progress(), None
     carries = None
     if job.codebooks is not None:
-        from pipeline.code_carry import row_carries  # scipy: for a changed codebook only
+        from pipeline.codes.carry import row_carries  # scipy: for a changed codebook only
 
         carries = row_carries(job.codebooks, job.recipe.features)
     report = load_into(job.parent_checkpoint, sharded, carries)
@@ -204,7 +204,7 @@ def _rank_content(
 ) -> "RankContent | None":
     if recipe.content is None:
         return None
-    from pipeline.content_training import rank_content  # transformers: seconds, for content only
+    from pipeline.content.training import rank_content  # transformers: seconds, for content only
 
     return rank_content(recipe, paths, device, predicts=predicts)
 

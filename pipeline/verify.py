@@ -4,11 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from embedding.errors import UserError
-from multimodal.codebook_versions import damaged_versions
+from multimodal.codes.versions import damaged_versions
 from multimodal.token_store import damaged_parts
 from pipeline.artifacts import MANIFEST, damaged_files, read_manifest
-from pipeline.codes_paths import codebook_versions
-from pipeline.content import STORES
+from pipeline.codes.paths import codebook_versions
+from pipeline.content.stage import STORES
 from pipeline.days import available_days
 from pipeline.recipe import RECIPE_FILE, read_recipe
 from pipeline.registry import MODELS

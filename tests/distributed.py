@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 TIMEOUT = timedelta(seconds=300)
-IMPORTED = ["pytest", "pyarrow.parquet", "pipeline.training_worker", "pipeline.content_training"]
+IMPORTED = ["pytest", "pyarrow.parquet", "pipeline.training_worker", "pipeline.content.training"]
 """What is imported before the fork; neither of them starts computing or opens a device."""
 
 

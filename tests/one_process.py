@@ -9,8 +9,10 @@ import pytest
 import torch.distributed as dist
 
 from multimodal.content_config import TokenStage
-from pipeline import content, content_tasks, plan, tasks, train
+from pipeline import plan, tasks, train
 from pipeline.cluster import RaySession
+from pipeline.content.stage import stage as content
+from pipeline.content.stage import tasks as content_tasks
 from tests.distributed import run_distributed
 
 
@@ -71,7 +73,7 @@ class _TrainerHere:
 def encode_here(
     tasks: list[content_tasks.EncodeTask], settings: content_tasks.EncoderSettings, _: TokenStage
 ) -> Iterator[int]:
-    """`pipeline.content_workers.encode_on_workers` in this process, the last task first."""
+    """`pipeline.content.workers.encode_on_workers` in this process, the last task first."""
     encode = content_tasks.TokenWriter(settings) if tasks else None
     for task in reversed(tasks):
         assert encode is not None

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from pipeline.study_statistics import StudyResult, differences, estimates
+from pipeline.study.statistics import StudyResult, differences, estimates
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

@@ -8,7 +8,7 @@ import typer
 
 from deploy.app import app
 from pipeline.recipe import load_recipe
-from pipeline.recipe_page import recipe_page
+from pipeline.reports.recipe_page import recipe_page
 
 ROOT = Path(__file__).parents[1]
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -43,7 +43,7 @@ for generator in (None, {"maps": [2], "heights": [2], "pools": [2], "new_maps": 
 VARIANTS = """
 from pathlib import Path
 from pipeline.recipe import load_recipe
-from pipeline.study import read_variants
+from pipeline.study.study import read_variants
 
 for variant in read_variants(Path("variants.yaml")):
     model = load_recipe("demo", variant.overrides).ranking.model

@@ -33,7 +33,7 @@ from pipeline.adapters.importing import (
     stream_table,
     write_summary,
 )
-from pipeline.dataset import TIMESTAMP, DayWriter
+from pipeline.samples.dataset import TIMESTAMP, DayWriter
 
 STRINGS = (
     "site_id", "site_domain", "site_category", "app_id", "app_domain", "app_category", "device_id",

@@ -34,8 +34,8 @@ from pipeline.adapters.importing import (
     stream_table,
     write_summary,
 )
-from pipeline.dataset import TIMESTAMP, DayWriter
 from pipeline.days import parse_day
+from pipeline.samples.dataset import TIMESTAMP, DayWriter
 
 INTEGERS = tuple(f"I{i}" for i in range(1, 14))
 CATEGORIES = tuple(f"C{i}" for i in range(1, 27))

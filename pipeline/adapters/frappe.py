@@ -30,8 +30,8 @@ from pipeline.adapters.importing import (
     write_summary,
 )
 from pipeline.adapters.unrated import UnratedItems
-from pipeline.dataset import TIMESTAMP, DayWriter
 from pipeline.days import parse_day
+from pipeline.samples.dataset import TIMESTAMP, DayWriter
 
 CONTEXT = ("daytime", "weekday", "isweekend", "homework", "cost", "weather", "country", "city")
 APP = ("category", "downloads", "developer", "language", "price", "rating")

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 
 from embedding.errors import UserError
-from pipeline.dataset import Receipt, is_written, writing_dataset
 from pipeline.days import fingerprint
+from pipeline.samples.dataset import Receipt, is_written, writing_dataset
 
 RECEIPT = "import.json"
 SUMMARY = "import_summary.json"

@@ -39,7 +39,7 @@ from pipeline.adapters.movielens_files import (
     read_users,
 )
 from pipeline.adapters.unrated import UnratedItems
-from pipeline.dataset import TIMESTAMP, DayWriter
+from pipeline.samples.dataset import TIMESTAMP, DayWriter
 
 SECONDS_PER_DAY = 86_400
 LIKE_HALF_STARS = 8

@@ -14,8 +14,8 @@ from PIL import Image
 from deploy.bundle import write_bundle
 from embedding.checkpoint import Checkpointer
 from embedding.checkpoint_files import step_directory
-from pipeline import content as stage
 from pipeline.config import Recipe
+from pipeline.content.stage import stage as stage
 from ranking.steps import PlainSteps
 from tests.one_process import encode_here
 from tests.pipeline.content_steps import (

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from embedding.config import Adagrad, Adam, FeatureSchema, RowWiseAdagrad, Sgd
 from embedding.initialization import initialize_shard
-from embedding.plan_description import PlanDescription
+from embedding.planning.plan_description import PlanDescription
 from tests.embedding.toy import loss_of, toy_batch
 
 

@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from embedding.calibration import (
+from embedding.errors import UserError
+from embedding.planning.calibration import (
     Calibration,
     RanksFit,
     constants_for,
     installed_versions,
     processor_name,
 )
-from embedding.cluster_shape import ClusterShape, parse_shape
-from embedding.cost_constants import LINK_SHARE, data_sheet_constants
-from embedding.errors import UserError
+from embedding.planning.cluster_shape import ClusterShape, parse_shape
+from embedding.planning.cost_constants import LINK_SHARE, data_sheet_constants
 
 
 def fit(topology: str, byte_s: float) -> RanksFit:

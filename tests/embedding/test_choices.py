@@ -6,8 +6,6 @@ import pytest
 import torch
 from torchrec.distributed.sharding_plan import calculate_shard_sizes_and_offsets
 
-from embedding.choices import Choice, choices_of, shards_of
-from embedding.cluster_shape import ClusterShape, find_machine
 from embedding.config import (
     FeatureSchema,
     Grid,
@@ -19,7 +17,9 @@ from embedding.config import (
     TableRowWise,
 )
 from embedding.errors import UserError
-from embedding.workload import TableLoad, collection_names, table_loads
+from embedding.planning.choices import Choice, choices_of, shards_of
+from embedding.planning.cluster_shape import ClusterShape, find_machine
+from embedding.planning.workload import TableLoad, collection_names, table_loads
 from tests.embedding.toy import SHARDINGS, ToyModel, toy_schema
 
 SHAPE = ClusterShape(machine=find_machine("h100"), num_hosts=2, ranks_per_host=4)

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from embedding.cluster_shape import find_machine, parse_shape
 from embedding.errors import UserError
-from embedding.machines import MACHINES
-from embedding.topology import machine_of_gpu
+from embedding.planning.cluster_shape import find_machine, parse_shape
+from embedding.planning.machines import MACHINES
+from embedding.planning.topology import machine_of_gpu
 
 
 @pytest.mark.parametrize(

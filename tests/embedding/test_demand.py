@@ -10,8 +10,6 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     construct_split_state,
 )
 
-from embedding.choices import Choice, shards_of
-from embedding.cluster_shape import ClusterShape, find_machine
 from embedding.config import (
     Adagrad,
     Adam,
@@ -20,12 +18,14 @@ from embedding.config import (
     SparseFeature,
     TableConfig,
 )
-from embedding.cost import CostModel, Placed, usage_of
-from embedding.cost_constants import PCIE_GATHER_SHARE, data_sheet_constants
-from embedding.demand import COUNT_INDEX, StepSettings
-from embedding.id_distribution import IdDistribution
-from embedding.plan_description import BYTE_KINDS, PHASES
-from embedding.workload import table_loads
+from embedding.planning.choices import Choice, shards_of
+from embedding.planning.cluster_shape import ClusterShape, find_machine
+from embedding.planning.cost import CostModel, Placed, usage_of
+from embedding.planning.cost_constants import PCIE_GATHER_SHARE, data_sheet_constants
+from embedding.planning.demand import COUNT_INDEX, StepSettings
+from embedding.planning.id_distribution import IdDistribution
+from embedding.planning.plan_description import BYTE_KINDS, PHASES
+from embedding.planning.workload import table_loads
 
 WORLD, BATCH, ROWS, DIM, POOLING = 4, 50, 1000, 32, 3
 SHAPE = ClusterShape(machine=find_machine("cpu"), num_hosts=2, ranks_per_host=2)

@@ -4,18 +4,23 @@ import numpy as np
 import pytest
 from scipy.optimize import nnls
 
-from embedding.choices import FUSED, choices_of
-from embedding.cluster_shape import parse_shape
 from embedding.config import RowWiseAdagrad
-from embedding.cost import CostModel, usage_of
-from embedding.cost_constants import CostConstants, data_sheet_constants
-from embedding.demand import COUNT_NAMES, StepSettings
-from embedding.fit import MeasuredPlan, fit_constants, fit_linear, nonnegative_least_squares
-from embedding.plan_description import PHASES
-from embedding.plan_samples import sample_placements, sample_tables
-from embedding.prediction import predict
-from embedding.workload import table_loads
-from pipeline.plan_accuracy import median_abs_error, rank_correlation
+from embedding.planning.choices import FUSED, choices_of
+from embedding.planning.cluster_shape import parse_shape
+from embedding.planning.cost import CostModel, usage_of
+from embedding.planning.cost_constants import CostConstants, data_sheet_constants
+from embedding.planning.demand import COUNT_NAMES, StepSettings
+from embedding.planning.fit import (
+    MeasuredPlan,
+    fit_constants,
+    fit_linear,
+    nonnegative_least_squares,
+)
+from embedding.planning.plan_description import PHASES
+from embedding.planning.plan_samples import sample_placements, sample_tables
+from embedding.planning.prediction import predict
+from embedding.planning.workload import table_loads
+from pipeline.planning.accuracy import median_abs_error, rank_correlation
 
 
 def test_coordinate_descent_finds_what_scipy_finds() -> None:

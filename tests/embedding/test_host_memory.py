@@ -7,10 +7,10 @@ import psutil
 import pytest
 import torch
 
-from embedding import host_memory
 from embedding.config import ShardingConfig
-from embedding.host_memory import group_limits, memory_of_this_machine
-from embedding.topology import local_shape
+from embedding.planning.host_memory import group_limits, memory_of_this_machine
+from embedding.planning.planner import host_memory
+from embedding.planning.topology import local_shape
 
 GIB = 1 << 30
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from embedding.id_distribution import draw, from_counts, zipf
+from embedding.planning.id_distribution import draw, from_counts, zipf
 
 
 def exact(num_rows: int, exponent: float) -> np.ndarray:

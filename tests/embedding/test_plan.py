@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from embedding.cluster_shape import ClusterShape, find_machine
 from embedding.config import (
     Adagrad,
     Adam,
@@ -18,12 +17,13 @@ from embedding.config import (
 )
 from embedding.errors import UserError
 from embedding.limits import check_optimizer, check_support
-from embedding.machines import GIB
-from embedding.plan import describe_plan, plan_of, torchrec_plan
-from embedding.plan_description import PlanDescription
-from embedding.sharders import make_sharders
-from embedding.topology import ranks_per_host, torchrec_topology
-from embedding.workload import table_loads
+from embedding.planning.cluster_shape import ClusterShape, find_machine
+from embedding.planning.machines import GIB
+from embedding.planning.plan import describe_plan, plan_of, torchrec_plan
+from embedding.planning.plan_description import PlanDescription
+from embedding.planning.sharders import make_sharders
+from embedding.planning.topology import ranks_per_host, torchrec_topology
+from embedding.planning.workload import table_loads
 from tests.embedding.toy import SHARDINGS, ToyModel, toy_schema
 
 META = torch.device("meta")

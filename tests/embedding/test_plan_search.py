@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from embedding.choices import FUSED, UVM, UVM_CACHING, Choice, choices_of
-from embedding.cluster_shape import ClusterShape, find_machine, parse_shape
 from embedding.config import (
     FeatureSchema,
     RowWiseAdagrad,
@@ -19,18 +17,20 @@ from embedding.config import (
     TableConfig,
     TableWise,
 )
-from embedding.cost import CostModel, Placed, usage_of
-from embedding.cost_constants import data_sheet_constants
-from embedding.demand import StepSettings
-from embedding.layout import Layout, layout_of
-from embedding.plan import describe_plan, torchrec_plan
-from embedding.plan_samples import all_sensible, sample_tables
-from embedding.planning import PlanRequest, find_plan, plan_tables, shortlist_plans
-from embedding.prediction import placement_of
-from embedding.search import all_placed, canonical, search
+from embedding.planning.choices import FUSED, UVM, UVM_CACHING, Choice, choices_of
+from embedding.planning.cluster_shape import ClusterShape, find_machine, parse_shape
+from embedding.planning.cost import CostModel, Placed, usage_of
+from embedding.planning.cost_constants import data_sheet_constants
+from embedding.planning.demand import StepSettings
+from embedding.planning.layout import Layout, layout_of
+from embedding.planning.plan import describe_plan, torchrec_plan
+from embedding.planning.plan_samples import all_sensible, sample_tables
+from embedding.planning.planner import PlanRequest, find_plan, plan_tables, shortlist_plans
+from embedding.planning.prediction import placement_of
+from embedding.planning.search import all_placed, canonical, search
+from embedding.planning.sharders import make_sharders
+from embedding.planning.topology import torchrec_topology
 from embedding.shard import declare_optimizer
-from embedding.sharders import make_sharders
-from embedding.topology import torchrec_topology
 from tests.embedding.toy import ToyModel, toy_schema
 
 ROOT = Path(__file__).parents[2]
@@ -176,7 +176,7 @@ def test_local_search_comes_close_to_the_optimum_where_not_all_is_tried(monkeypa
     for seed in range(6):
         model, options = small_model(seed, "cpu:2")
         best = min(layout_of(model, p).cost() for p in all_sensible(model, options))
-        monkeypatch.setattr("embedding.search.EXHAUSTIVE_LIMIT", 0)
+        monkeypatch.setattr("embedding.planning.search.EXHAUSTIVE_LIMIT", 0)
         found = search(model, options)
         monkeypatch.undo()
         assert found is not None
@@ -227,9 +227,9 @@ def test_a_start_is_never_made_worse() -> None:
 
 def test_a_plan_is_the_same_in_every_process() -> None:
     code = (
-        "from embedding.plan_samples import sample_tables\n"
+        "from embedding.planning.plan_samples import sample_tables\n"
         "from tests.embedding.test_plan_search import request_of\n"
-        "from embedding.planning import plan_tables\n"
+        "from embedding.planning.planner import plan_tables\n"
         "schema = sample_tables(5, min_tables=8).schema\n"
         "print(plan_tables(request_of(schema, 'h100:2x4')).model_dump_json())"
     )

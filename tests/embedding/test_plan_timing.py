@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from embedding.plan_timing import measure_peak_bytes
+from embedding.planning.plan_timing import measure_peak_bytes
 
 HELD_BYTES = 64 << 20
 

@@ -6,8 +6,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from embedding.choices import FUSED, UVM, UVM_CACHING
-from embedding.cluster_shape import ClusterShape, find_machine, parse_shape
 from embedding.config import (
     Adagrad,
     Adam,
@@ -27,10 +25,12 @@ from embedding.config import (
     TableRowWise,
     TableWise,
 )
-from embedding.demand import StepSettings
 from embedding.errors import UserError
-from embedding.plan_description import PlanDescription
-from embedding.planning import PlanRequest, check_trainable, plan_tables
+from embedding.planning.choices import FUSED, UVM, UVM_CACHING
+from embedding.planning.cluster_shape import ClusterShape, find_machine, parse_shape
+from embedding.planning.demand import StepSettings
+from embedding.planning.plan_description import PlanDescription
+from embedding.planning.planner import PlanRequest, check_trainable, plan_tables
 
 GIB = 1 << 30
 FORCED = (

@@ -29,7 +29,7 @@ from embedding.config import (
 )
 from embedding.hashing import rows_of
 from embedding.placement import flush_caches
-from embedding.plan_description import PlanDescription
+from embedding.planning.plan_description import PlanDescription
 from embedding.shard import Sharded, shard
 from embedding.tables import EmbeddingTables
 

@@ -15,7 +15,7 @@ from embedding.config import (
     SparseFeature,
     TableConfig,
 )
-from embedding.plan_timing import TablesStep
+from embedding.planning.plan_timing import TablesStep
 from embedding.shard import shard
 from tests.embedding.held import NUM_IDS, load_and_compare, save
 from tests.embedding.toy import CPU, toy_schema, toy_sharded, train

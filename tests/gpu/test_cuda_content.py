@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from multimodal.codes_config import Rq, Vq
+from multimodal.codes.config import Rq, Vq
+from multimodal.codes.residual_fit import fit_residual
+from multimodal.codes.residual_quantizer import CPU
+from multimodal.codes.vector_quantizer import take_item_codebook
 from multimodal.content_encoder import load_content_encoder
-from multimodal.residual_fit import fit_residual
-from multimodal.residual_quantizer import CPU
 from multimodal.stopwatch import Stopwatch
-from multimodal.vector_quantizer import take_item_codebook
-from pipeline.content_group import meeting_place
+from pipeline.content.group import meeting_place
 from tests.distributed import run_distributed
 from tests.multimodal.small_models import random_tokens, tiny_config, without
 from tests.multimodal.vector_sets import clustered

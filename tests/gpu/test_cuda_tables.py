@@ -16,7 +16,7 @@ from embedding.config import (
 )
 from embedding.hashing import NO_ID
 from embedding.id_map import by_row, managed_modules
-from embedding.plan_description import PlanDescription
+from embedding.planning.plan_description import PlanDescription
 from embedding.shard import Sharded
 from tests.embedding.reference import Reference
 from tests.embedding.toy import (

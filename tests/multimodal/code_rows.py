@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from multimodal.codebook_match import Carry
+from multimodal.codes.match import Carry
 
 
 def table_rows(carry: Carry, before: torch.Tensor, start: torch.Tensor) -> torch.Tensor:

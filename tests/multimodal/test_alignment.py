@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from embedding.errors import UserError
-from multimodal.alignment import AlignmentStep, PairItems, alignment_loss
-from multimodal.pair_sampler import PairSampler
+from multimodal.codes.alignment import AlignmentStep, PairItems, alignment_loss
+from multimodal.codes.pair_sampler import PairSampler
 from multimodal.token_batch import ModalityTokens, TokenBatch
 from tests.distributed import run_distributed
 

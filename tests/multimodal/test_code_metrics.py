@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from vector_sets import clustered
 
-from multimodal.code_metrics import collision_rate, measure_codes, perplexity, stability
-from multimodal.codes_config import Rq
-from multimodal.residual_fit import fit_residual
+from multimodal.codes.config import Rq
+from multimodal.codes.metrics import collision_rate, measure_codes, perplexity, stability
+from multimodal.codes.residual_fit import fit_residual
 
 
 def test_collision_rate_counts_items_that_share_their_code() -> None:

@@ -3,8 +3,8 @@
 import pytest
 
 from embedding.config import FeatureSchema
-from multimodal.code_schema import code_tables, features_with_codes, without_codes
-from multimodal.codes_config import Codes
+from multimodal.codes.config import Codes
+from multimodal.codes.schema import code_tables, features_with_codes, without_codes
 
 OWN = FeatureSchema.model_validate(
     {

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedding.errors import UserError
-from multimodal.code_tree import CodedItems, CodeTree, code_groups, tell_apart
+from multimodal.codes.tree import CodedItems, CodeTree, code_groups, tell_apart
 
 CODES = st.lists(st.tuples(*[st.integers(0, 2)] * 3), min_size=1, max_size=40)
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 from vector_sets import clustered, codeword_vectors
 
-from multimodal.code_metrics import stability
-from multimodal.codebook_match import align, carry_items, match_codewords
-from multimodal.codebook_refit import refit
-from multimodal.codebook_store import Codebooks
-from multimodal.codes_config import Codes, Fsq, RefitPolicy, Rq, Vq
-from multimodal.residual_fit import codebooks_in_space, fit_residual
-from multimodal.residual_quantizer import ResidualCodebooks
-from multimodal.vector_quantizer import FREE, take_item_codebook
+from multimodal.codes.config import Codes, Fsq, RefitPolicy, Rq, Vq
+from multimodal.codes.match import align, carry_items, match_codewords
+from multimodal.codes.metrics import stability
+from multimodal.codes.refit import refit
+from multimodal.codes.residual_fit import codebooks_in_space, fit_residual
+from multimodal.codes.residual_quantizer import ResidualCodebooks
+from multimodal.codes.store import Codebooks
+from multimodal.codes.vector_quantizer import FREE, take_item_codebook
 
 RQ = Rq(num_levels=3, codebook_size=32)
 FSQ = Rq(num_levels=2, codebook_size=32, fsq=Fsq(num_directions=5))

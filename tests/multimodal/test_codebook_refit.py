@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from vector_sets import clustered
 
-from multimodal.codebook_refit import (
+from multimodal.codes.config import Codes, RefitPolicy, Rq
+from multimodal.codes.refit import (
     CodesInUse,
     Drift,
     age_in_days,
@@ -12,8 +13,7 @@ from multimodal.codebook_refit import (
     measure_drift,
     refit,
 )
-from multimodal.codebook_store import Codebooks
-from multimodal.codes_config import Codes, RefitPolicy, Rq
+from multimodal.codes.store import Codebooks
 
 CONFIG = Codes(rq=Rq(num_levels=2, codebook_size=32), vq=None)
 X = clustered(3000)

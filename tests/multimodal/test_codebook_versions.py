@@ -8,10 +8,11 @@ import torch
 from vector_sets import clustered
 
 from embedding.errors import UserError
-from multimodal.code_metrics import measure_codes
-from multimodal.codebook_refit import refit
-from multimodal.codebook_store import FILE, Codebooks
-from multimodal.codebook_versions import (
+from multimodal.codes.config import Codes, Fsq, Rq, Vq
+from multimodal.codes.metrics import measure_codes
+from multimodal.codes.refit import refit
+from multimodal.codes.store import FILE, Codebooks
+from multimodal.codes.versions import (
     CodebookManifest,
     find_version,
     latest,
@@ -20,7 +21,6 @@ from multimodal.codebook_versions import (
     publish_version,
     versions,
 )
-from multimodal.codes_config import Codes, Fsq, Rq, Vq
 
 X = clustered(800)
 CONFIG = Codes(rq=Rq(num_levels=2, codebook_size=16, fsq=Fsq(num_directions=4)), vq=Vq(top_k=4))

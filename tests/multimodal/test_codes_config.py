@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from multimodal.codes_config import Codes, Fsq, Rq, Suffix, suggested_codebook_size
+from multimodal.codes.config import Codes, Fsq, Rq, Suffix, suggested_codebook_size
 
 
 def test_level_sizes_count_the_fsq_level() -> None:

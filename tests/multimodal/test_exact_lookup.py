@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from multimodal import neighbours
-from multimodal.codes_config import ExactIndex, Fsq, Rq, Vq
-from multimodal.exact_lookup import exact_codewords, exact_distances, exact_products
-from multimodal.fsq import FsqLevel
-from multimodal.kmeans import nearest_codewords
-from multimodal.neighbours import build_index, exact_order
-from multimodal.residual_fit import fit_residual
-from multimodal.residual_quantizer import CPU
-from multimodal.vector_quantizer import take_item_codebook
-from multimodal.vectors import unit_rows
+from multimodal.codes import neighbours
+from multimodal.codes.config import ExactIndex, Fsq, Rq, Vq
+from multimodal.codes.exact_lookup import exact_codewords, exact_distances, exact_products
+from multimodal.codes.fsq import FsqLevel
+from multimodal.codes.kmeans import nearest_codewords
+from multimodal.codes.neighbours import build_index, exact_order
+from multimodal.codes.residual_fit import fit_residual
+from multimodal.codes.residual_quantizer import CPU
+from multimodal.codes.vector_quantizer import take_item_codebook
+from multimodal.codes.vectors import unit_rows
 
 
 def half_way(num: int, codewords: np.ndarray, rng: np.random.Generator) -> np.ndarray:

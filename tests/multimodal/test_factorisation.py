@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_array
 
-from multimodal.factorisation import Blocks, UserBlock, item_factors
+from multimodal.codes.factorisation import Blocks, UserBlock, item_factors
 
 
 def decaying(num_users: int, num_items: int, decay: float) -> np.ndarray:

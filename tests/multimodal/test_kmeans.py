@@ -6,8 +6,8 @@ import torch
 from sklearn.cluster import KMeans
 from vector_sets import clustered
 
-from multimodal import kmeans
-from multimodal.kmeans import lloyd, nearest_codewords, principal_directions, repair
+from multimodal.codes import kmeans
+from multimodal.codes.kmeans import lloyd, nearest_codewords, principal_directions, repair
 
 
 def test_nearest_codeword_equals_a_loop_over_distances() -> None:

@@ -9,9 +9,9 @@ import torch
 from vector_sets import clustered, codeword_vectors
 
 from embedding.errors import UserError
-from multimodal.codes_config import Fsq, Rq, Streaming
-from multimodal.residual_fit import fit_residual, training_rows
-from multimodal.residual_quantizer import ResidualCodebooks
+from multimodal.codes.config import Fsq, Rq, Streaming
+from multimodal.codes.residual_fit import fit_residual, training_rows
+from multimodal.codes.residual_quantizer import ResidualCodebooks
 
 CONFIG = Rq(num_levels=3, codebook_size=32)
 RES_KMEANS_FSQ = Rq(num_levels=2, codebook_size=32, fsq=Fsq(num_directions=5))

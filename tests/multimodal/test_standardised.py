@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from multimodal.alignment import AlignmentStep
+from multimodal.codes.alignment import AlignmentStep
 from multimodal.content_config import ConcatFusion, ContentConfig, ImageTower, TextTower
 from multimodal.content_encoder import (
     ContentEncoder,

@@ -5,8 +5,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from multimodal.codes_config import Swing
-from multimodal.swing import UserLists, join_lists, swing_pairs, user_lists
+from multimodal.codes.config import Swing
+from multimodal.codes.swing import UserLists, join_lists, swing_pairs, user_lists
 
 Log = tuple[np.ndarray, np.ndarray]
 

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-import multimodal.triggers
-from multimodal.codes_config import User2Item
-from multimodal.triggers import IdVectors, trigger_pairs
+import multimodal.codes.triggers
+from multimodal.codes.config import User2Item
+from multimodal.codes.triggers import IdVectors, trigger_pairs
 
 
 @pytest.mark.parametrize("events_per_block", [1 << 18, 16])
 def test_triggers_equal_a_loop(monkeypatch: pytest.MonkeyPatch, events_per_block: int) -> None:
-    monkeypatch.setattr(multimodal.triggers, "_EVENTS_PER_BLOCK", events_per_block)
+    monkeypatch.setattr(multimodal.codes.triggers, "_EVENTS_PER_BLOCK", events_per_block)
     rng = np.random.default_rng(0)
     ids = rng.permutation(np.arange(30))  # items 30 .. 39 have no vector
     table = rng.standard_normal((30, 4)).astype(np.float32)

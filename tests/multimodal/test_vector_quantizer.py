@@ -5,8 +5,8 @@ import pytest
 from vector_sets import clustered
 
 from embedding.errors import UserError
-from multimodal.codes_config import ExactIndex, HnswIndex, IndexBySize, IvfIndex, Vq, VqIndex
-from multimodal.vector_quantizer import FREE, take_item_codebook
+from multimodal.codes.config import ExactIndex, HnswIndex, IndexBySize, IvfIndex, Vq, VqIndex
+from multimodal.codes.vector_quantizer import FREE, take_item_codebook
 
 IDS = np.arange(100, 2100)
 

@@ -5,7 +5,7 @@ import pytest
 from vector_sets import clustered
 
 from embedding.errors import UserError
-from multimodal.vectors import check_vectors, mean_cosine
+from multimodal.codes.vectors import check_vectors, mean_cosine
 
 
 def test_mean_cosine_equals_a_loop_over_pairs() -> None:

@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from multimodal.residual_quantizer import ResidualCodebooks
-from multimodal.vectors import Float32Array
+from multimodal.codes.residual_quantizer import ResidualCodebooks
+from multimodal.codes.vectors import Float32Array
 
 
 def clustered(num_items: int, dim: int = 16, clusters: int = 40, seed: int = 0) -> Float32Array:

@@ -26,8 +26,8 @@ from multimodal.stored_content import Places, StoredContent, StoredModality, wri
 from multimodal.token_store import PartTokens, TokenStore
 from multimodal.tower_files import tower_fingerprint
 from pipeline.config import Recipe
-from pipeline.content_paths import ContentPaths
-from pipeline.content_training import RankContent, rank_content
+from pipeline.content.paths import ContentPaths
+from pipeline.content.training import RankContent, rank_content
 from pipeline.planning_worker import plan_recipe
 from pipeline.train import TrainJob
 from pipeline.training_worker import build, train_worker

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import Recipe
-from pipeline.contract import MS_PER_DAY
+from pipeline.samples.contract import MS_PER_DAY
 
 DAYS = ["2024-01-01", "2024-01-02", "2024-01-03", "2024-01-04"]
 TIMESTAMP = pa.timestamp("ms", tz="UTC")

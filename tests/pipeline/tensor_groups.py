@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from pipeline.content_group import TensorGroup, meeting_place, of_ranks_and, wait
+from pipeline.content.group import TensorGroup, meeting_place, of_ranks_and, wait
 
 TIMEOUT_S = 60.0
 

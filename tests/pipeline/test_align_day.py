@@ -14,7 +14,7 @@ from small_log import DAYS, event, make_recipe, write_catalogue, write_day
 
 from deploy.app import main
 from multimodal.stored_content import Places, StoredContent, StoredModality, write_index
-from pipeline.align import same_towers
+from pipeline.codes.align import same_towers
 from tests.one_process import in_one_process
 
 pytestmark = pytest.mark.integration

@@ -10,12 +10,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from embedding.raw_ids import to_raw_ids
-from pipeline.align import AlignFacts, AlignmentResult
-from pipeline.align_report import align_section
 from pipeline.artifacts import Manifest, publish
+from pipeline.codes.align import AlignFacts, AlignmentResult
+from pipeline.codes.align_report import align_section
+from pipeline.codes.mine_pairs import PairFacts
 from pipeline.config import Recipe
-from pipeline.content import ContentFacts
-from pipeline.mine_pairs import PairFacts
+from pipeline.content.stage import ContentFacts
 from tests.pipeline.small_log import make_recipe
 
 NAMES = [f"i{i}" for i in range(6)]

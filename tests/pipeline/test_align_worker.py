@@ -3,8 +3,8 @@
 import pytest
 
 from embedding.errors import UserError
-from multimodal.codes_config import AlignedVectors
-from pipeline.align_worker import require_finite
+from multimodal.codes.config import AlignedVectors
+from pipeline.codes.align_worker import require_finite
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])

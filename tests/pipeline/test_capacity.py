@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from embedding.cluster_shape import ClusterShape, find_machine, parse_shape
 from embedding.config import (
     FeatureSchema,
     ManagedCollision,
@@ -14,27 +13,28 @@ from embedding.config import (
     SparseFeature,
     TableConfig,
 )
-from embedding.cost import RESERVED_SHARE
-from embedding.cost_constants import data_sheet_constants
-from embedding.demand import StepSettings
 from embedding.errors import UserError
-from embedding.id_distribution import IdDistribution, zipf
-from embedding.planning import PlanRequest, plan_tables
-from embedding.traffic import TableTraffic, Traffic
-from pipeline.capacity import _costs_of, _keys, _with_costs, evaluate_point
-from pipeline.capacity_answer import answer_of, choose
-from pipeline.capacity_growth import breaking_growth, grown
-from pipeline.capacity_step import dense_seconds
-from pipeline.capacity_sweep import SweepOptions, expand, sweep_request
-from pipeline.capacity_types import (
+from embedding.planning.cluster_shape import ClusterShape, find_machine, parse_shape
+from embedding.planning.cost import RESERVED_SHARE
+from embedding.planning.cost_constants import data_sheet_constants
+from embedding.planning.demand import StepSettings
+from embedding.planning.id_distribution import IdDistribution, zipf
+from embedding.planning.planner import PlanRequest, plan_tables
+from embedding.planning.traffic import TableTraffic, Traffic
+from pipeline.capacity.answer import answer_of, choose
+from pipeline.capacity.dense_cost import dense_cost
+from pipeline.capacity.evaluate import _costs_of, _keys, _with_costs, evaluate_point
+from pipeline.capacity.growth import breaking_growth, grown
+from pipeline.capacity.step import dense_seconds
+from pipeline.capacity.sweep import SweepOptions, expand, sweep_request
+from pipeline.capacity.types import (
     GPU_FLOPS_SHARE,
     CapacityRequest,
     DenseCost,
     PointKey,
     Target,
 )
-from pipeline.dense_cost import dense_cost
-from pipeline.plan_request import plan_request, with_traffic
+from pipeline.planning.request import plan_request, with_traffic
 from pipeline.recipe import load_recipe
 from tests.embedding.test_calibration import calibration
 

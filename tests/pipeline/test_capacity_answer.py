@@ -5,10 +5,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from embedding.cluster_shape import parse_shape
-from pipeline.capacity_answer import answer_of, choose
-from pipeline.capacity_report import best_batches, points_table, write_capacity_report
-from pipeline.capacity_types import CapacityAnswer, CapacityPoint, DenseCost, Target
+from embedding.planning.cluster_shape import parse_shape
+from pipeline.capacity.answer import answer_of, choose
+from pipeline.capacity.report import best_batches, points_table, write_capacity_report
+from pipeline.capacity.types import CapacityAnswer, CapacityPoint, DenseCost, Target
 
 DENSE = DenseCost(flops_per_row=2e6, parameters=10**6, cpu_seconds_per_row=1e-4, precision="fp32")
 

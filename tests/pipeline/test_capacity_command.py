@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from deploy.app import main
-from pipeline.capacity_types import CapacityAnswer
+from pipeline.capacity.types import CapacityAnswer
 from pipeline.config import ClusterConfig
 from tests.one_ray import one_ray
 from tests.pipeline.small_log import make_recipe

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.report import _training_charts
+from pipeline.reports.report import _training_charts
 from tests.pipeline.small_log import make_recipe
 
 

@@ -14,8 +14,8 @@ from embedding.errors import UserError
 from pipeline.adapters.avazu import import_avazu
 from pipeline.adapters.criteo import CATEGORIES, INTEGERS, import_criteo
 from pipeline.adapters.frappe import CONTEXT, import_frappe
-from pipeline.ingest import check_span
 from pipeline.recipe import load_recipe
+from pipeline.samples.ingest import check_span
 
 
 def read_events(root: Path) -> pd.DataFrame:

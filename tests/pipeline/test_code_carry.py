@@ -9,12 +9,12 @@ import torch
 from embedding.config import FeatureSchema
 from embedding.errors import UserError
 from embedding.row_carry import CarriedRows, RowCarry
-from multimodal.code_schema import features_with_codes
-from multimodal.codebook_versions import are_related, carries_between, load_version
-from multimodal.codes_config import Codes
-from pipeline.code_carry import LEAST_CARRIED, row_carries
-from pipeline.item_vectors import ItemVectors
-from pipeline.quantize import quantize
+from multimodal.codes.config import Codes
+from multimodal.codes.schema import features_with_codes
+from multimodal.codes.versions import are_related, carries_between, load_version
+from pipeline.codes.carry import LEAST_CARRIED, row_carries
+from pipeline.codes.item_vectors import ItemVectors
+from pipeline.codes.quantize import quantize
 from pipeline.train import CodebookChange
 from tests.multimodal.code_rows import optimizer_rows, table_rows
 

@@ -9,12 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 from small_log import DAYS, event, make_recipe, run_here, write_catalogue, write_day
 
-from pipeline import ingest as ingest_module
-from pipeline import join as join_module
-from pipeline.code_features import NearItems, codes_table
+from pipeline.codes.features import NearItems, codes_table
 from pipeline.config import Recipe
-from pipeline.ingest import check_span, ingest
-from pipeline.join import join
+from pipeline.samples import ingest as ingest_module
+from pipeline.samples import join as join_module
+from pipeline.samples.ingest import check_span, ingest
+from pipeline.samples.join import join
 
 FAMILIES = ["candidate", "history", "shared", "user"]
 CODES = {

@@ -9,7 +9,7 @@ import pytest
 
 from embedding.config import MISSING_ID
 from embedding.errors import UserError
-from pipeline.code_features import (
+from pipeline.codes.features import (
     ItemCodes,
     NearItems,
     candidate_columns,

@@ -17,15 +17,15 @@ import torch
 from embedding.config import FeatureSchema
 from embedding.hashing import rows_of
 from embedding.loader import SampleFiles, SampleLoader
-from multimodal.code_schema import features_with_codes
-from multimodal.codebook_store import Codebooks
-from multimodal.codebook_versions import load_version
-from multimodal.codes_config import Codes
+from multimodal.codes.config import Codes
+from multimodal.codes.schema import features_with_codes
+from multimodal.codes.store import Codebooks
+from multimodal.codes.versions import load_version
 from multimodal.content_encoder import ContentEncoder, load_content_encoder
-from pipeline.code_columns import code_columns
-from pipeline.code_features import CODES_FILE, ItemCodes
-from pipeline.item_vectors import ItemVectors
-from pipeline.quantize import quantize
+from pipeline.codes.columns import code_columns
+from pipeline.codes.features import CODES_FILE, ItemCodes
+from pipeline.codes.item_vectors import ItemVectors
+from pipeline.codes.quantize import quantize
 from ranking.config import RankingConfig
 from ranking.model import RankingModel, RankingStep
 from tests.multimodal.small_models import random_tokens, tiny_config

@@ -13,18 +13,18 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from embedding.raw_ids import to_raw_ids
-from multimodal.codes_config import Codes
+from multimodal.codes.config import Codes
 from pipeline.artifacts import Manifest, publish
-from pipeline.code_features import NearItems, codes_table
-from pipeline.code_report import (
+from pipeline.codes.features import NearItems, codes_table
+from pipeline.codes.item_vectors import ItemVectors
+from pipeline.codes.quantize import quantize
+from pipeline.codes.report import (
     NUM_FIRST_CODES,
     NUM_ITEMS,
     NUM_PREFIXES,
     browse,
     code_section,
 )
-from pipeline.item_vectors import ItemVectors
-from pipeline.quantize import quantize
 from pipeline.stages import StageRecord
 from pipeline.summary import summarize, write_summary
 

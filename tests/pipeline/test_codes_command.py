@@ -10,13 +10,13 @@ import pytest
 
 from deploy.app import main
 from embedding.raw_ids import to_raw_ids
-from multimodal.codebook_versions import find_version
-from multimodal.codes_config import Codes
+from multimodal.codes.config import Codes
+from multimodal.codes.versions import find_version
 from pipeline.artifacts import Manifest, publish
-from pipeline.code_features import CODES_FILE
-from pipeline.code_lookup import CodesOfRun
-from pipeline.item_vectors import ItemVectors
-from pipeline.quantize import quantize
+from pipeline.codes.features import CODES_FILE
+from pipeline.codes.item_vectors import ItemVectors
+from pipeline.codes.lookup import CodesOfRun
+from pipeline.codes.quantize import quantize
 from pipeline.recipe import write_recipe
 from tests.pipeline.small_log import make_recipe
 

@@ -13,7 +13,7 @@ from embedding.errors import UserError
 from pipeline.config import Recipe
 from pipeline.identity import ingest_config, samples_config, training_config
 from pipeline.recipe import load_recipe
-from pipeline.study import Variant, read_variants
+from pipeline.study.study import Variant, read_variants
 from tests.pipeline.small_log import make_recipe
 
 ROOT = Path(__file__).parents[2]

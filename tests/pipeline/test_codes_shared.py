@@ -18,7 +18,7 @@ from small_log import DAYS, event, make_recipe, write_catalogue, write_day
 from deploy.app import main
 from embedding.checkpoint_files import latest_step, step_directory
 from embedding.stored import read_tables
-from multimodal.codebook_versions import load_version
+from multimodal.codes.versions import load_version
 from tests.one_process import in_one_process
 
 pytestmark = pytest.mark.integration

@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline.code_columns import code_columns
-from pipeline.code_features import CODES_FILE, ItemCodes
+from pipeline.codes.columns import code_columns
+from pipeline.codes.features import CODES_FILE, ItemCodes
+from pipeline.codes.item_vectors import ItemVectors
+from pipeline.codes.quantize import quantize
 from pipeline.config import Recipe
-from pipeline.item_vectors import ItemVectors
-from pipeline.quantize import quantize
 from ranking.losses import TaskLoss
 from ranking.steps import PlainSteps
 from tests.distributed import run_distributed

@@ -22,12 +22,12 @@ from multimodal.token_store import part_fault
 from multimodal.tower_files import Tower
 from multimodal.tower_models import load_model
 from multimodal.towers import load_tower
-from pipeline import content as stage
-from pipeline import content_tasks
 from pipeline.cluster import RaySession
 from pipeline.config import ClusterConfig
 from pipeline.console import Reporter
-from pipeline.content import STORES, ContentFacts, check_content, content
+from pipeline.content.stage import STORES, ContentFacts, check_content, content
+from pipeline.content.stage import stage as stage
+from pipeline.content.stage import tasks as content_tasks
 from pipeline.run import DayRun
 from pipeline.stages import execute
 from tests.one_process import encode_here

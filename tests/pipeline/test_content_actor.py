@@ -12,8 +12,8 @@ import pytest
 from embedding.errors import UserError
 from multimodal.content_config import TextTower
 from multimodal.tower_files import tower_fingerprint
-from pipeline.content_actor import ContentActor
-from pipeline.content_paths import ContentPaths
+from pipeline.content.actor import ContentActor
+from pipeline.content.paths import ContentPaths
 from tests.pipeline.content_steps import recipe, write_inputs
 
 ROWS = np.array([1, 4, 7])

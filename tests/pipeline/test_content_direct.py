@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from multimodal.rank_group import RankGroup
-from pipeline import content_transport
-from pipeline.content_actor import ContentActor
-from pipeline.content_group import TensorGroup, meeting_place, of_ranks_and, wait
-from pipeline.content_transport import ActorCalls, ContentServiceError, DirectTransport
+from pipeline.content.actor import ContentActor
+from pipeline.content.group import TensorGroup, meeting_place, of_ranks_and, wait
+from pipeline.content.stage import transport as content_transport
+from pipeline.content.transport import ActorCalls, ContentServiceError, DirectTransport
 from tests.pipeline.tensor_groups import sit_in_group
 from tests.pipeline.test_content_actor import ROWS, WIDTH, make_actor
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pipeline.content_group import TensorGroup, wait
+from pipeline.content.group import TensorGroup, wait
 from tests.pipeline.tensor_groups import check_operations, join
 
 SIZE, TIMEOUT_S = 3, 60.0

@@ -14,10 +14,10 @@ from embedding.initialization import initialize_shard
 from embedding.items import ItemRows
 from multimodal.content_encoder import load_content_encoder, trained_state
 from multimodal.stored_content import ContentReader
-from pipeline import content_moments
 from pipeline.config import Recipe
-from pipeline.content_paths import ContentPaths
-from pipeline.content_training import RankContent
+from pipeline.content.paths import ContentPaths
+from pipeline.content.stage import moments as content_moments
+from pipeline.content.training import RankContent
 from ranking.steps import PlainSteps
 from tests.pipeline.content_steps import (
     NUM_ITEMS,

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from multimodal.content_config import ContentConfig
-from pipeline.content_pictures import NUM_NEIGHBOURS, VectorSet, content_pictures
-from pipeline.item_cards import ItemCard
+from pipeline.content.pictures import NUM_NEIGHBOURS, VectorSet, content_pictures
+from pipeline.reports.item_cards import ItemCard
 
 NUM_ITEMS = 40
 

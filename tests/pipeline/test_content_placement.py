@@ -12,7 +12,7 @@ import torch
 from embedding.config import StrictConfig
 from embedding.errors import UserError
 from pipeline.config import ClusterConfig
-from pipeline.content_paths import ContentPaths
+from pipeline.content.paths import ContentPaths
 from pipeline.planning_worker import plan_recipe
 from pipeline.train import TrainJob, run_workers
 from tests.distributed import run_distributed

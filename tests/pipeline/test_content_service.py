@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from multimodal.rank_group import RankGroup
-from pipeline import content_transport
-from pipeline.content_transport import ActorCalls, StoreTransport
+from pipeline.content.stage import transport as content_transport
+from pipeline.content.transport import ActorCalls, StoreTransport
 
 
 class CountingActor:

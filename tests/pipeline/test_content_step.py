@@ -5,15 +5,18 @@ from pathlib import Path
 
 import pytest
 
-from embedding.cluster_shape import ClusterShape, find_machine, parse_shape
-from embedding.cost_constants import CORE_BANDWIDTH, CPU_CALL_S, GPU_CALL_S, GPU_EXCHANGE_S
 from embedding.errors import UserError
+from embedding.planning.cluster_shape import ClusterShape, find_machine, parse_shape
+from embedding.planning.cost_constants import CORE_BANDWIDTH, CPU_CALL_S, GPU_CALL_S, GPU_EXCHANGE_S
 from multimodal.content_config import ContentConfig
 from multimodal.content_cost import CicCost, EncoderCost
-from pipeline.capacity import evaluate_point
-from pipeline.capacity_answer import answer_of
-from pipeline.capacity_sweep import SweepOptions, sweep_request
-from pipeline.capacity_types import (
+from pipeline.capacity.answer import answer_of
+from pipeline.capacity.content_cost import content_cost
+from pipeline.capacity.content_step import ContentStep, content_step
+from pipeline.capacity.dense_cost import dense_cost
+from pipeline.capacity.evaluate import evaluate_point
+from pipeline.capacity.sweep import SweepOptions, sweep_request
+from pipeline.capacity.types import (
     GPU_FLOPS_SHARE,
     CapacityPoint,
     CapacityRequest,
@@ -22,11 +25,8 @@ from pipeline.capacity_types import (
     PointKey,
     Target,
 )
-from pipeline.content_cost import content_cost
-from pipeline.content_step import ContentStep, content_step
-from pipeline.dense_cost import dense_cost
-from pipeline.item_load import ItemLoad
 from pipeline.recipe import load_recipe
+from pipeline.reports.item_load import ItemLoad
 
 DIM, WIDTH, ITEMS = 16, 24, 1000
 HEAD_FLOPS = 6 * ITEMS * WIDTH * DIM

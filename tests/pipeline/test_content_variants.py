@@ -8,7 +8,7 @@ import pytest
 
 from multimodal.content_config import ConcatFusion
 from pipeline.recipe import load_recipe
-from pipeline.study import read_variants
+from pipeline.study.study import read_variants
 
 ROOT = Path(__file__).parents[2]
 FRAPPE = ROOT / "benchmarks" / "frappe_content_variants.yaml"

@@ -9,9 +9,9 @@ import pytest
 from small_log import DAYS, event, make_recipe, write_catalogue, write_day
 
 from embedding.errors import UserError
-from pipeline.catalogue import check_catalogue
-from pipeline.columns import EventColumns
-from pipeline.contract import EventFile, event_files, normalise_events
+from pipeline.samples.catalogue import check_catalogue
+from pipeline.samples.columns import EventColumns
+from pipeline.samples.contract import EventFile, event_files, normalise_events
 
 
 @pytest.fixture

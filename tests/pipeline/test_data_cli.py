@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from pipeline.config import SyntheticConfig
 from pipeline.data_cli import data_app
+from pipeline.marketplace.synthetic import RECEIPT, generate
 from pipeline.recipe import load_recipe, recipe_names
-from pipeline.synthetic import RECEIPT, generate
 
 BUILT_IN = ["avazu", "cluster", "criteo", "demo", "frappe", "movielens", "movielens_content"]
 

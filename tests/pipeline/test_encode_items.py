@@ -11,19 +11,27 @@ import pytest
 import ray
 
 from embedding.errors import UserError
-from multimodal.codebook_store import Codebooks
-from multimodal.codebook_versions import load_version
-from multimodal.codes_config import CODES_FORMAT, Codes, EncodeWorkers, RefitPolicy
-from multimodal.residual_quantizer import CPU
+from multimodal.codes.config import CODES_FORMAT, Codes, EncodeWorkers, RefitPolicy
+from multimodal.codes.residual_quantizer import CPU
+from multimodal.codes.store import Codebooks
+from multimodal.codes.versions import load_version
 from pipeline.cluster import RaySession
-from pipeline.code_features import CODES_FILE
+from pipeline.codes.encode_items import (
+    Books,
+    CodeAssigner,
+    DayEncoder,
+    Encoded,
+    LookUp,
+    Machines,
+    Piece,
+)
+from pipeline.codes.encode_workers import RayPieces, workers_that_fit
+from pipeline.codes.features import CODES_FILE
+from pipeline.codes.item_vectors import ItemVectors
+from pipeline.codes.kept_codes import KeptCodes
+from pipeline.codes.quantize import quantize
+from pipeline.codes.quantize_facts import QuantizeFacts
 from pipeline.config import ClusterConfig
-from pipeline.encode_items import Books, CodeAssigner, DayEncoder, Encoded, LookUp, Machines, Piece
-from pipeline.encode_workers import RayPieces, workers_that_fit
-from pipeline.item_vectors import ItemVectors
-from pipeline.kept_codes import KeptCodes
-from pipeline.quantize import quantize
-from pipeline.quantize_facts import QuantizeFacts
 
 SETTINGS: dict[str, Any] = {
     "rq": {"num_levels": 2, "codebook_size": 16},
@@ -150,7 +158,7 @@ def test_other_codebooks_and_other_look_ups_keep_nothing(days: Days) -> None:
 
 
 def test_codes_of_another_format_are_not_kept(days: Days, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.kept_codes.CODES_FORMAT", CODES_FORMAT + 1)
+    monkeypatch.setattr("pipeline.codes.kept_codes.CODES_FORMAT", CODES_FORMAT + 1)
     assert days.day(1, "daily", CODES).num_encoded == 800
 
 

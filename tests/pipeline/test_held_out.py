@@ -8,12 +8,12 @@ import pytest
 import small_log
 from small_log import DAYS, Row, event, make_recipe, write_catalogue, write_day
 
-from pipeline import ingest as ingest_module
-from pipeline import join as join_module
 from pipeline.config import HeldOutItems, Recipe
-from pipeline.held_out import is_held_out
-from pipeline.ingest import check_span, ingest
-from pipeline.join import JoinFacts, join
+from pipeline.samples import ingest as ingest_module
+from pipeline.samples import join as join_module
+from pipeline.samples.held_out import is_held_out
+from pipeline.samples.ingest import check_span, ingest
+from pipeline.samples.join import JoinFacts, join
 
 HELD_OUT = HeldOutItems(share=0.4, seed=3)
 NUM_ITEMS = 12

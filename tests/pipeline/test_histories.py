@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.histories import UserTimeline, history_spans, ragged_positions, retained
+from pipeline.samples.histories import UserTimeline, history_spans, ragged_positions, retained
 
 # user, timestamp, qualifies: few values each, so that ties and empty histories are frequent.
 EVENTS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 6), st.booleans()), max_size=40).map(

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from embedding.config import FeatureSchema, TableConfig
 from embedding.hashing import rows_of
-from pipeline import id_use
 from pipeline.artifacts import Manifest
-from pipeline.id_use import FILE, IdUse, merge_uses, read_uses, use_of, write_uses
-from pipeline.table_ids import TableIds, table_ids
+from pipeline.planning import id_use
+from pipeline.planning.id_use import FILE, IdUse, merge_uses, read_uses, use_of, write_uses
+from pipeline.samples.table_ids import TableIds, table_ids
 
 
 def use(*ids: int) -> IdUse:

@@ -11,15 +11,15 @@ import pytest
 from small_log import run_here
 
 from embedding.config import HistoryConfig
-from multimodal.triggers import IdVectors
-from pipeline import id_vectors
-from pipeline.buckets import bucket_file
+from multimodal.codes.triggers import IdVectors
+from pipeline.codes import id_vectors
+from pipeline.codes.id_vectors import MAX_DIM, factorised_vectors
+from pipeline.codes.positives import PairSource, read_positives
 from pipeline.config import HeldOutItems
-from pipeline.held_out import is_held_out
-from pipeline.id_vectors import MAX_DIM, factorised_vectors
-from pipeline.ingest import STATE_FILE, IngestState
-from pipeline.partition import user_buckets
-from pipeline.positives import PairSource, read_positives
+from pipeline.samples.buckets import bucket_file
+from pipeline.samples.held_out import is_held_out
+from pipeline.samples.ingest import STATE_FILE, IngestState
+from pipeline.samples.partition import user_buckets
 
 HISTORY = HistoryConfig(name="clicks", label="click")
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from small_log import DAYS, Row, event, file_bytes, make_recipe, write_catalogue, write_day
 
 from embedding.errors import UserError
-from pipeline import ingest as ingest_module
 from pipeline.cluster import RaySession
 from pipeline.config import ClusterConfig, Recipe
-from pipeline.ingest import IngestFacts, check_span, ingest
+from pipeline.samples import ingest as ingest_module
+from pipeline.samples.ingest import IngestFacts, check_span, ingest
 
 
 @pytest.fixture(autouse=True)

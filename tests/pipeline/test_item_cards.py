@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from embedding.raw_ids import to_raw_ids
-from pipeline.content_tasks import Catalogue
-from pipeline.item_cards import PICTURE_PIXELS, ItemCard, item_cards, picture_uri
+from pipeline.content.tasks import Catalogue
+from pipeline.reports.item_cards import PICTURE_PIXELS, ItemCard, item_cards, picture_uri
 
 COLUMNS = {"text": "plot", "image": "poster"}
 
@@ -94,7 +94,7 @@ def test_images_of_other_row_groups_are_not_read(
         return iterate(file, rows, groups, columns)
 
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", watched)
-    monkeypatch.setattr("pipeline.item_cards._ROWS_AT_A_TIME", 2)
+    monkeypatch.setattr("pipeline.reports.item_cards._ROWS_AT_A_TIME", 2)
 
     cards = item_cards(shown, np.array([4, 5]))
 

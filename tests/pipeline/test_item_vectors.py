@@ -10,8 +10,8 @@ import pytest
 
 from embedding.errors import UserError
 from embedding.raw_ids import to_raw_ids
-from multimodal.codes_config import ColumnVectors
-from pipeline.item_vectors import read_column_vectors
+from multimodal.codes.config import ColumnVectors
+from pipeline.codes.item_vectors import read_column_vectors
 
 SOURCE = ColumnVectors(column="vec", encoder="v7")
 

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from small_log import DAYS, Row, event, make_recipe, write_catalogue, write_day
 
 from embedding.errors import UserError
-from pipeline import ingest as ingest_module
-from pipeline import join as join_module
 from pipeline.config import Recipe
-from pipeline.id_use import FILE, read_uses
-from pipeline.ingest import check_span, ingest
-from pipeline.join import JoinFacts, gap_ids, join
+from pipeline.planning.id_use import FILE, read_uses
+from pipeline.samples import ingest as ingest_module
+from pipeline.samples import join as join_module
+from pipeline.samples.ingest import check_span, ingest
+from pipeline.samples.join import JoinFacts, gap_ids, join
 
 
 @pytest.fixture(autouse=True)

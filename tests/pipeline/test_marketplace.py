@@ -16,9 +16,9 @@ from sklearn.metrics import roc_auc_score
 
 from embedding.errors import UserError
 from pipeline.config import SyntheticConfig
-from pipeline.counter_random import CounterRandom
-from pipeline.marketplace import Marketplace
-from pipeline.synthetic import generate, synthetic_config
+from pipeline.marketplace.counter_random import CounterRandom
+from pipeline.marketplace.market import Marketplace
+from pipeline.marketplace.synthetic import generate, synthetic_config
 
 SMALL = SyntheticConfig(num_days=3, events_per_day=1_003, num_users=150, num_items=100)
 DEMO = SyntheticConfig(num_days=8)
@@ -71,8 +71,8 @@ def test_chunk_size_does_not_change_the_catalogue(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generate(SMALL, tmp_path / "whole")
-    monkeypatch.setattr("pipeline.synthetic.CHUNK_ITEMS", 7)
-    monkeypatch.setattr("pipeline.synthetic.CHUNK_USERS", 11)
+    monkeypatch.setattr("pipeline.marketplace.synthetic.CHUNK_ITEMS", 7)
+    monkeypatch.setattr("pipeline.marketplace.synthetic.CHUNK_USERS", 11)
     generate(SMALL, tmp_path / "chunks")
     for name in ("items.parquet", "users.parquet"):
         assert pq.read_table(tmp_path / "whole" / name).equals(
@@ -83,8 +83,8 @@ def test_chunk_size_does_not_change_the_catalogue(
 def test_every_day_has_its_events_in_many_chunks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.synthetic.CHUNK_EVENTS", 70)
-    monkeypatch.setattr("pipeline.dataset.ROW_GROUP_ROWS", 100)
+    monkeypatch.setattr("pipeline.marketplace.synthetic.CHUNK_EVENTS", 70)
+    monkeypatch.setattr("pipeline.samples.dataset.ROW_GROUP_ROWS", 100)
     progress: list[tuple[int, int]] = []
     generate(SMALL, tmp_path / "x", progress=lambda done, total: progress.append((done, total)))
     events = read_events(tmp_path / "x")
@@ -131,7 +131,7 @@ def test_two_first_runs_share_one_generation(tmp_path: Path) -> None:
     root = tmp_path / "x"
     code = (
         "import sys; from pathlib import Path; from pipeline.config import SyntheticConfig\n"
-        "from pipeline.synthetic import generate\n"
+        "from pipeline.marketplace.synthetic import generate\n"
         f"config = SyntheticConfig.model_validate_json({SMALL.model_dump_json()!r})\n"
         "def pause(done, total):\n"
         "    if done == total: print('written', flush=True); sys.stdin.readline()\n"

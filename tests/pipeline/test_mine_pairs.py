@@ -11,15 +11,15 @@ from small_log import DAYS, Row, event, file_bytes, make_recipe, write_catalogue
 
 from embedding.config import HistoryConfig
 from embedding.errors import UserError
-from multimodal.codes_config import Swing, User2Item
-from multimodal.triggers import IdVectors
-from pipeline import ingest as ingest_module
-from pipeline import mine_pairs as mining
+from multimodal.codes.config import Swing, User2Item
+from multimodal.codes.triggers import IdVectors
 from pipeline.cluster import RaySession
+from pipeline.codes import mine_pairs as mining
+from pipeline.codes.mine_pairs import MiningPlan, PairFacts, mine_pairs, plan_mining
+from pipeline.codes.positives import PairSource
 from pipeline.config import ClusterConfig
-from pipeline.ingest import check_span, ingest
-from pipeline.mine_pairs import MiningPlan, PairFacts, mine_pairs, plan_mining
-from pipeline.positives import PairSource
+from pipeline.samples import ingest as ingest_module
+from pipeline.samples.ingest import check_span, ingest
 
 SWING = Swing(min_common_users=2, num_neighbours=100)
 CLICKS = HistoryConfig(name="clicks", label="click", max_length=3)

@@ -10,7 +10,7 @@ import pytest
 
 from embedding.errors import UserError
 from pipeline.adapters.movielens import import_movielens
-from pipeline.dataset import TIMESTAMP
+from pipeline.samples.dataset import TIMESTAMP
 
 DAY = 86_400
 T0 = 874_713_600  # 1997-09-20 00:00 UTC

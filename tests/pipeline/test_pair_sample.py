@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pipeline.pair_sample import NUM_SAMPLED, join_samples, sample_pairs
+from pipeline.codes.pair_sample import NUM_SAMPLED, join_samples, sample_pairs
 
 
 def pairs(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

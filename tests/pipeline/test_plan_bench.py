@@ -8,16 +8,17 @@ import torch
 import yaml
 
 from deploy.app import main
-from embedding.calibration import constants_for
-from embedding.cluster_shape import parse_shape
 from embedding.config import FeatureSchema, RowWiseAdagrad, SparseFeature, TableConfig
 from embedding.errors import UserError
-from embedding.plan_description import read_plan
-from embedding.workload import table_loads
-from pipeline import plan_bench, plan_bench_worker
+from embedding.planning.calibration import constants_for
+from embedding.planning.cluster_shape import parse_shape
+from embedding.planning.plan_description import read_plan
+from embedding.planning.workload import table_loads
 from pipeline.cluster import RaySession
 from pipeline.config import ClusterConfig
-from pipeline.plan_accuracy import (
+from pipeline.planning import bench as plan_bench
+from pipeline.planning import bench_worker as plan_bench_worker
+from pipeline.planning.accuracy import (
     compare,
     fit_ranks,
     measured_plans,
@@ -25,7 +26,7 @@ from pipeline.plan_accuracy import (
     new_calibration,
     rank_correlation,
 )
-from pipeline.plan_bench import (
+from pipeline.planning.bench import (
     BenchCase,
     BenchEffort,
     BenchGroup,
@@ -34,8 +35,8 @@ from pipeline.plan_bench import (
     case_request,
     run_cases,
 )
-from pipeline.plan_bench_command import BenchOptions, bench_shape, recipe_case, with_plans
-from pipeline.plan_request import RequestChanges
+from pipeline.planning.bench_command import BenchOptions, bench_shape, recipe_case, with_plans
+from pipeline.planning.request import RequestChanges
 from pipeline.recipe import load_recipe
 from tests.pipeline.small_log import make_recipe
 from tests.pipeline.test_traffic import traffic_of

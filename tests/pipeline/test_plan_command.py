@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from deploy.app import main
-from embedding.calibration import installed_versions
-from embedding.plan_description import PlanDescription, read_plan
+from embedding.planning.calibration import installed_versions
+from embedding.planning.plan_description import PlanDescription, read_plan
 from pipeline.plan import PLAN, present_shape, training_shape
 from pipeline.plan import plan as plan_stage
 from pipeline.recipe import load_recipe

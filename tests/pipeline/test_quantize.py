@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from embedding.errors import UserError
-from multimodal.codebook_versions import carries_between, find_version, load_version
-from multimodal.codes_config import Codes, RefitPolicy, Rq, Suffix, Vq
-from pipeline.code_features import CODES_FILE, ItemCodes, candidate_columns
-from pipeline.item_vectors import ItemVectors
-from pipeline.quantize import quantize
-from pipeline.quantize_facts import QuantizeFacts, collapse_warning
+from multimodal.codes.config import Codes, RefitPolicy, Rq, Suffix, Vq
+from multimodal.codes.versions import carries_between, find_version, load_version
+from pipeline.codes.features import CODES_FILE, ItemCodes, candidate_columns
+from pipeline.codes.item_vectors import ItemVectors
+from pipeline.codes.quantize import quantize
+from pipeline.codes.quantize_facts import QuantizeFacts, collapse_warning
 from tests.multimodal.code_rows import table_rows
 
 CONFIG = Codes(

@@ -17,7 +17,7 @@ from embedding.config import Hashed, Identity, IdScheme, ManagedCollision, RowWi
 from embedding.hashing import rows_of
 from embedding.id_map import by_row, managed_modules
 from embedding.shard import Sharded
-from pipeline.ranker_vectors import RankerItems, ranker_vectors
+from pipeline.codes.ranker_vectors import RankerItems, ranker_vectors
 from tests.distributed import run_distributed
 from tests.embedding.toy import gather_tables, toy_schema, toy_sharded, train
 

@@ -12,9 +12,9 @@ from pipeline.config import WindowConfig
 from pipeline.console import Reporter
 from pipeline.days import catalogue_files, fingerprint
 from pipeline.identity import training_config
-from pipeline.join import SAMPLES
 from pipeline.recipe import load_recipe
 from pipeline.run import DayRun
+from pipeline.samples.join import SAMPLES
 from pipeline.stages import StageSpec
 from tests.pipeline.small_log import DAYS, event, make_recipe, write_catalogue, write_day
 

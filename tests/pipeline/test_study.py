@@ -13,7 +13,7 @@ from rich.console import Console
 
 from deploy.app import main
 from embedding.errors import UserError
-from multimodal.codes_config import AlignedVectors
+from multimodal.codes.config import AlignedVectors
 from pipeline.artifacts import MANIFEST, Manifest
 from pipeline.config import ClusterConfig, EvaluationConfig, GateConfig, Recipe
 from pipeline.console import Reporter
@@ -22,18 +22,18 @@ from pipeline.identity import computation_marks
 from pipeline.metrics_file import METRICS_FILE, write_metrics
 from pipeline.recipe import load_recipe
 from pipeline.stages import StageOutput, StageSpec, execute
-from pipeline.study import Study, _line, read_variants
-from pipeline.study_report import (
+from pipeline.study.report import (
     require_metrics,
     slice_metrics,
     slice_tables,
     study_table,
     write_study_report,
 )
-from pipeline.study_samples import identities, require_unchanged, samples_key, take_over
-from pipeline.study_seeds import require_comparable, with_seed
-from pipeline.study_slots import actors_of_any, trial_slots
-from pipeline.study_statistics import (
+from pipeline.study.runner import Trial
+from pipeline.study.samples import identities, require_unchanged, samples_key, take_over
+from pipeline.study.seeds import require_comparable, with_seed
+from pipeline.study.slots import actors_of_any, trial_slots
+from pipeline.study.statistics import (
     METRICS,
     OF_A_TRIAL,
     StudyResult,
@@ -42,7 +42,7 @@ from pipeline.study_statistics import (
     is_better,
     trial_metrics,
 )
-from pipeline.study_trials import Trial
+from pipeline.study.study import Study, _line, read_variants
 from ranking.evaluation import SliceMetrics, TaskMetrics
 from tests.pipeline.small_log import Row, event, make_recipe, write_catalogue, write_day
 

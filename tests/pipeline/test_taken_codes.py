@@ -11,21 +11,21 @@ import pytest
 from rich.console import Console
 
 from embedding.errors import UserError
-from multimodal.codebook_versions import carries_between, find_version, load_version
-from multimodal.codes_config import Codes
+from multimodal.codes.config import Codes
+from multimodal.codes.versions import carries_between, find_version, load_version
 from pipeline.artifacts import Manifest, publish, read_manifest
 from pipeline.cluster import RaySession
-from pipeline.code_features import CODES_FILE
-from pipeline.code_lookup import CodesOfRun
+from pipeline.codes.features import CODES_FILE
+from pipeline.codes.item_vectors import ItemVectors
+from pipeline.codes.lookup import CodesOfRun
+from pipeline.codes.quantize import quantize
+from pipeline.codes.quantize_stage import CodesOfDay, codes_of_day
+from pipeline.codes.taken_codes import SETTINGS, TAKEN_FROM
 from pipeline.config import HeldOutItems, Recipe
 from pipeline.console import Reporter
 from pipeline.days import Split
-from pipeline.held_out import is_held_out
-from pipeline.item_vectors import ItemVectors
-from pipeline.quantize import quantize
-from pipeline.quantize_stage import CodesOfDay, codes_of_day
+from pipeline.samples.held_out import is_held_out
 from pipeline.stages import StageRecord, execute
-from pipeline.taken_codes import SETTINGS, TAKEN_FROM
 from tests.pipeline.small_log import make_recipe
 
 DAYS = ("2026-01-01", "2026-01-02", "2026-01-03")

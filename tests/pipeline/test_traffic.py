@@ -23,11 +23,11 @@ from embedding.config import (
 )
 from embedding.errors import UserError
 from embedding.hashing import collision_rate, rows_of
-from embedding.id_distribution import IdDistribution
-from embedding.table_advice import table_facts
-from embedding.traffic import TableTraffic, Traffic, read_traffic
-from pipeline import traffic as traffic_module
-from pipeline.traffic import measure_traffic, sample_files
+from embedding.planning.id_distribution import IdDistribution
+from embedding.planning.table_advice import table_facts
+from embedding.planning.traffic import TableTraffic, Traffic, read_traffic
+from pipeline.planning import traffic as traffic_module
+from pipeline.planning.traffic import measure_traffic, sample_files
 
 ROWS = 50
 SCHEMA = FeatureSchema(

@@ -9,15 +9,15 @@ import pytest
 import torch
 from small_log import make_recipe
 
-from multimodal.codebook_match import fresh
-from multimodal.codebook_store import Codebooks
-from multimodal.codebook_versions import CodebookManifest, publish_version
-from multimodal.codes_config import Codes, Rq
-from multimodal.residual_quantizer import ResidualCodebooks
+from multimodal.codes.config import Codes, Rq
+from multimodal.codes.match import fresh
+from multimodal.codes.residual_quantizer import ResidualCodebooks
+from multimodal.codes.store import Codebooks
+from multimodal.codes.versions import CodebookManifest, publish_version
 from multimodal.token_store import PartTokens, TokenStore
 from pipeline.artifacts import Manifest, publish, writing
-from pipeline.codes_paths import codebook_versions
-from pipeline.content import STORES
+from pipeline.codes.paths import codebook_versions
+from pipeline.content.stage import STORES
 from pipeline.recipe import write_recipe
 from pipeline.registry import promote
 from pipeline.verify import verify

@@ -7,9 +7,9 @@ import pytest
 
 from embedding.warm_start import WarmStartReport
 from pipeline import training_worker
-from pipeline.report import warm_start_section
+from pipeline.reports.report import warm_start_section
+from pipeline.reports.warm_start_view import redrawn_rows, warm_start_line
 from pipeline.train import TrainJob
-from pipeline.warm_start_view import redrawn_rows, warm_start_line
 from ranking.progress import Progress
 from tests.pipeline.small_log import make_recipe
 

@@ -1,0 +1,1 @@
+"""The planner: costs, memory, search for a plan, its measurement and calibration."""

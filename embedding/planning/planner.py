@@ -1,0 +1,186 @@
+"""Planning: a schema on a cluster -> the cheapest plan that fits, or a sentence why none does."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from embedding.config import FeatureSchema
+from embedding.errors import UserError
+from embedding.planning.calibration import constants_for
+from embedding.planning.choices import FUSED, KEY_VALUE, UVM, UVM_CACHING, Choice, choices_of
+from embedding.planning.cluster_shape import ClusterShape
+from embedding.planning.cost import CostModel, Placed
+from embedding.planning.demand import StepSettings
+from embedding.planning.id_distribution import DEFAULT_EXPONENT
+from embedding.planning.plan_description import PlanDescription
+from embedding.planning.prediction import describe, placement_of, refuse_other_tables
+from embedding.planning.search import Found, search
+from embedding.planning.traffic import Traffic
+from embedding.planning.workload import TableLoad, table_loads
+
+TIGHT_SHARE = 0.85
+"""Where tables fill more of the memory than this, moving some to host memory is tried too."""
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """Everything a plan depends on; equal requests give equal plans, in any process."""
+
+    schema: FeatureSchema
+    shape: ClusterShape
+    settings: StepSettings
+    calibration: Path | None = None
+    """Measured constants; without a file the data sheet's."""
+    tables_path: str = "tables"
+    """Path of the `EmbeddingTables` in the module that is sharded."""
+    traffic: Traffic | None = None
+    kernels: tuple[str, ...] = (FUSED, UVM, UVM_CACHING)
+    """Kernels of sharded tables that may be used on CUDA."""
+    exponent: float = DEFAULT_EXPONENT
+    """Of Zipf's law, for tables without measured traffic."""
+    pinned: PlanDescription | None = None
+    """Tables of this plan stay where it puts them."""
+    reserved_bytes: float | None = None
+    """Of every rank, for everything but tables; by default a share."""
+
+    def loads(self) -> list[TableLoad]:
+        """Lookups of every table."""
+        return table_loads(self.schema, self.traffic, self.exponent)
+
+    def model(self) -> CostModel:
+        """Prices on this cluster."""
+        constants = constants_for(self.shape, self.calibration)
+        return CostModel(self.loads(), self.shape, self.settings, constants, self.reserved_bytes)
+
+
+def plan_tables(
+    request: PlanRequest, starts: Mapping[str, PlanDescription] | None = None
+) -> PlanDescription:
+    """The cheapest plan by the cost model.
+
+    Args:
+        request: tables, cluster, batch, constants.
+        starts: plans to begin from as well, by name; the result is never worse than these.
+
+    Raises:
+        UserError: No plan fits, or a forced or pinned placement cannot be made; with the remedy.
+    """
+    model = request.model()
+    found = _found(request, model, starts)
+    return describe(model, found.placement, found.proposer, request.tables_path)
+
+
+def shortlist_plans(request: PlanRequest, count: int) -> list[PlanDescription]:
+    """The `count` cheapest different plans that the search met, the cheapest first.
+
+    Raises:
+        UserError: As `plan_tables`.
+    """
+    model = request.model()
+    return [
+        describe(model, placement, f"shortlist {number}", request.tables_path)
+        for number, placement in enumerate(_found(request, model, keep=count).shortlist, start=1)
+    ]
+
+
+def _found(
+    request: PlanRequest,
+    model: CostModel,
+    starts: Mapping[str, PlanDescription] | None = None,
+    *,
+    keep: int = 1,
+) -> Found:
+    found = find_plan(request, model, starts, keep=keep)
+    if found is None:
+        from embedding.planning.refusal import refusal
+
+        raise refusal(request)
+    return found
+
+
+def find_plan(
+    request: PlanRequest,
+    model: CostModel,
+    starts: Mapping[str, PlanDescription] | None = None,
+    *,
+    keep: int = 1,
+) -> Found | None:
+    """The search behind `plan_tables`; None if nothing fits."""
+    loads = list(model.loads.values())
+    pinned = _pinned(request, loads)
+    begun = {
+        name: placement_of(plan, loads, request.shape) for name, plan in (starts or {}).items()
+    }
+    # Tables in device memory are never slower, so host memory comes in only where it is needed.
+    inside = _options(request, loads, pinned, (FUSED,))
+    found = None
+    if FUSED in request.kernels:
+        found = search(model, inside, pinned=pinned, starts=begun, keep=keep)
+    if found is not None and not _is_tight(model, found):
+        return found
+    options = _options(request, loads, pinned, request.kernels)
+    if options == inside:
+        return found
+    begun |= {found.proposer: found.placement} if found is not None else {}
+    offloaded = search(model, options, pinned=pinned, starts=begun, keep=keep)
+    if found is None or offloaded is None:
+        return found or offloaded
+    both = found.search_s + offloaded.search_s
+    return replace(min(offloaded, found, key=lambda f: f.cost_s), search_s=both)
+
+
+def check_trainable(plan: PlanDescription, schema: FeatureSchema) -> None:
+    """Refuse a plan that training cannot use: of other tables, or with a kernel it lacks.
+
+    Raises:
+        UserError: It names the tables.
+    """
+    refuse_other_tables(plan, {table.name for table in schema.tables})
+    stored = [entry.table for entry in plan.tables if entry.kernel == KEY_VALUE]
+    if stored:
+        raise UserError(
+            f"the plan keeps {stored} in {KEY_VALUE} tables, which `braid plan` can weigh and "
+            "training cannot write to checkpoints; plan again without --kernel key_value"
+        )
+    missing = [table.name for table in schema.tables if plan.table(table.name) is None]
+    if missing:
+        raise UserError(
+            f"the plan misses the tables {missing}; plan again for this recipe, or pin it with "
+            "`braid plan --pin` to place the rest"
+        )
+
+
+def _pinned(request: PlanRequest, loads: list[TableLoad]) -> dict[str, Placed]:
+    if request.pinned is None:
+        return {}
+    return placement_of(request.pinned, loads, request.shape)
+
+
+def _options(
+    request: PlanRequest,
+    loads: list[TableLoad],
+    pinned: Mapping[str, Placed],
+    kernels: tuple[str, ...],
+) -> dict[str, list[Choice]]:
+    options = {
+        load.name: choices_of(load, request.shape, kernels)
+        for load in loads
+        if load.name not in pinned
+    }
+    empty = [table for table, choices in options.items() if not choices]
+    if empty:
+        raise UserError(
+            f"tables {empty} have no kernel among {list(request.kernels)} that can hold them; "
+            "allow more kernels"
+        )
+    return options
+
+
+def _is_tight(model: CostModel, found: Found) -> bool:
+    capacity = model.device_capacity * model.shape.world_size
+    used = 0.0
+    for table, (choice, _) in found.placement.items():
+        priced = model.price(table, choice)
+        used += priced.everyone_bytes * model.shape.world_size
+        used += priced.owner_bytes * model.num_owners(choice)
+    return used > TIGHT_SHARE * capacity

@@ -1,0 +1,1 @@
+"""Semantic codes: mined pairs, alignment, quantizers, codebooks and their versions."""

@@ -1,0 +1,96 @@
+"""Codebooks as files: safetensors, no pickle; the fingerprint is a hash of what they hold."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from embedding.errors import UserError
+from multimodal.codes.fsq import FsqLevel
+from multimodal.codes.residual_quantizer import ResidualCodebooks
+from multimodal.codes.vector_quantizer import ItemCodebook
+from multimodal.codes.vectors import Int64Array
+
+FILE = "codebooks.safetensors"
+
+
+@dataclass(frozen=True)
+class Codebooks:
+    """Everything that is frozen between two refits."""
+
+    residual: ResidualCodebooks | None = None
+    items: ItemCodebook | None = None
+    """Of the VQ codes."""
+    fitted_ids: Int64Array | None = None
+    """Items that were fitted, ascending: all others are new to these codebooks."""
+
+    @property
+    def table_sizes(self) -> dict[str, int]:
+        """Codes by code column: `sid_0`, `sid_1`, ... and `vq`; a table needs one row more."""
+        sizes: dict[str, int] = {}
+        if self.residual:
+            sizes |= {f"sid_{i}": size for i, size in enumerate(self.residual.level_sizes)}
+        if self.items:
+            sizes["vq"] = self.items.num_codes
+        return sizes
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal codebooks, on every machine."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self._tensors().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.contiguous().numpy().data)
+        return digest.hexdigest()[:16]
+
+    def save(self, directory: Path) -> None:
+        """Write `FILE`."""
+        tensors = {name: tensor.contiguous() for name, tensor in self._tensors().items()}
+        save_file(tensors, directory / FILE)
+
+    @classmethod
+    def load(cls, directory: Path) -> "Codebooks":
+        """Read `FILE`.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
+        path = directory / FILE
+        try:
+            tensors = load_file(path)
+            return _from_tensors(tensors)
+        except (OSError, SafetensorError, KeyError) as error:
+            raise UserError(
+                f"{path} cannot be read as codebooks ({error}); restore the file, or remove "
+                f"{directory} and fit new codebooks"
+            ) from error
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {}
+        if self.residual:
+            tensors["residual.codebooks_LKD"] = self.residual.codebooks_LKD
+            if self.residual.fsq:
+                tensors["fsq.weights_DP"] = self.residual.fsq.weights_DP
+                tensors["fsq.values_PV"] = self.residual.fsq.values_PV
+        if self.items:
+            tensors["items.ids_N"] = torch.from_numpy(self.items.item_ids_N)
+            tensors["items.vectors_ND"] = torch.from_numpy(self.items.vectors_ND)
+        if self.fitted_ids is not None:
+            tensors["fitted_ids"] = torch.from_numpy(self.fitted_ids)
+        return tensors
+
+
+def _from_tensors(tensors: dict[str, Tensor]) -> Codebooks:
+    residual = items = fsq = None
+    if "fsq.weights_DP" in tensors:
+        fsq = FsqLevel(tensors["fsq.weights_DP"], tensors["fsq.values_PV"])
+    if "residual.codebooks_LKD" in tensors:
+        residual = ResidualCodebooks(tensors["residual.codebooks_LKD"], fsq)
+    if "items.ids_N" in tensors:
+        items = ItemCodebook(tensors["items.ids_N"].numpy(), tensors["items.vectors_ND"].numpy())
+    fitted = tensors["fitted_ids"].numpy() if "fitted_ids" in tensors else None
+    return Codebooks(residual, items, fitted)

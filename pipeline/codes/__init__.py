@@ -1,0 +1,1 @@
+"""Semantic codes on Ray: pairs, alignment, quantization, code columns and their tables."""

@@ -1,0 +1,206 @@
+"""Item vectors from content: aligned with behaviour, or of frozen towers as they are.
+
+Reads the text and image columns of items.parquet and, to train, pairs of items mined from the
+positives of the training days. Writes
+
+    content/             index of the items' tokens (`pipeline.content.stage`)
+    pairs/               item2item, user2item (of a training only)
+    encoder.safetensors  what training changed, and the standardisation
+    item_ids.npy, vectors.npy
+
+Every rank of a Ray Train worker group trains on its share of each batch of pairs, then encodes its
+share of the items that are new or changed; the others keep their vectors as long as the encoder
+stays.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from embedding.config import StrictConfig
+from embedding.errors import UserError
+from embedding.raw_ids import Int64Array
+from multimodal.codes.config import AlignedVectors, TowerVectors, User2Item
+from multimodal.content_config import ConcatFusion, ContentConfig
+from multimodal.stored_content import StoredContent
+from multimodal.token_store import NO_ROW
+from pipeline.artifacts import config_hash
+from pipeline.codes.id_vectors import IdSpace, id_space
+from pipeline.codes.mine_pairs import PairFacts, mine_pairs, plan_mining
+from pipeline.codes.positives import PairSource
+from pipeline.codes.ranker_vectors import RankerItems
+from pipeline.content.stage import ContentFacts
+
+ENCODER = "encoder.safetensors"
+IDS, VECTORS = "item_ids.npy", "vectors.npy"
+INDEX, PAIRS = "content", "pairs"
+RESULT = "alignment.json"
+PART = "part"
+_NOWHERE = ""
+
+
+class AlignJob(StrictConfig):
+    """What a worker needs to know; crosses to it as JSON."""
+
+    content: ContentConfig
+    training: AlignedVectors | None
+    """None: encode only."""
+    num_steps: int
+    index: Path
+    """Of the items' tokens."""
+    stores: Path
+    pairs: Path | None
+    state: Path | None
+    """Encoder to go on with, or to encode with."""
+    standardised: bool
+    """Vectors are the standardised mean tokens, without the last layer."""
+    rows: Path
+    """Items to encode: content rows, as a .npy file."""
+    output: Path
+    """Existing directory."""
+
+
+class AlignmentResult(StrictConfig):
+    """Rank 0's account of a training; version 1."""
+
+    schema_version: Literal[1] = 1
+    steps: int
+    first_loss: float
+    """Mean of the first tenth of the steps."""
+    last_loss: float
+    """Mean of the last tenth."""
+    temperature: float
+    seconds: float
+    num_pairs: dict[str, int] = Field(default_factory=dict)
+    """By source: pairs whose items both have content."""
+
+
+class AlignFacts(StrictConfig):
+    """What the stage did; version 1."""
+
+    schema_version: Literal[1] = 1
+    encoder: str
+    """Identity of the encoder: equal ones make equal vectors."""
+    trained_on: str | None
+    """Last day whose pairs it was trained on; None: not trained."""
+    num_items: int
+    """With a vector."""
+    num_without_content: int
+    num_encoded: int
+    """The others kept the vectors of the run before."""
+    pairs: PairFacts | None
+    training: AlignmentResult | None
+    content: ContentFacts
+
+
+def encoder_config(source: AlignedVectors | TowerVectors, content: ContentConfig) -> ContentConfig:
+    """What the encoder is built from; mean tokens side by side for frozen towers."""
+    if isinstance(source, TowerVectors):
+        return content.model_copy(update={"fusion": ConcatFusion()})
+    gradient = content.gradient.model_copy(update={"micro_batch_items": None})
+    return content.model_copy(update={"gradient": gradient})
+
+
+def mine(
+    source: PairSource, config: AlignedVectors, ranker: RankerItems | None, scratch: Path
+) -> PairFacts:
+    """Write the pairs of the training days; needs an initialised Ray.
+
+    Args:
+        source: positives of the training days.
+        config: which pairs.
+        ranker: whose item table says which items are alike; None: positives are factorised.
+        scratch: an existing directory.
+
+    Raises:
+        UserError: there are no pairs.
+    """
+    space = IdSpace(None, None)
+    if config.user2item is not None:
+        space = id_space(source, ranker, scratch, config.seed)
+    user2item = config.user2item or User2Item()
+    plan = plan_mining(source, config.swing, user2item, space.vectors, scratch)
+    facts = mine_pairs(plan)
+    if not facts.item2item_pairs + facts.user2item_pairs:
+        raise UserError(
+            f"codes.vectors: the {facts.num_positives} positives of {facts.first_day} .. "
+            f"{facts.last_day} give no pair of items to align (item2item pairs need "
+            f"{config.swing.min_common_users} common users); lower "
+            "codes.vectors.swing.min_common_users, name another history in codes.vectors.history, "
+            "or set codes.vectors.kind=towers"
+        )
+    return facts.model_copy(update={"id_space": space.kind})
+
+
+def changed_rows(index: Path, earlier: Path | None) -> Int64Array:
+    """Content rows of items without a vector in `earlier`, or whose content changed since."""
+    now = places(index)
+    has_content = (now != _NOWHERE).any(axis=1)
+    if earlier is None:
+        return np.flatnonzero(has_content)
+    before = places(earlier / INDEX).reindex(now.index)
+    same = (now == before).all(axis=1) if [*now] == [*before] else pd.Series(False, now.index)
+    return np.flatnonzero(has_content & ~same)
+
+
+def merge_vectors(job: AlignJob, earlier: Path | None) -> tuple[int, int]:
+    """Write ids and vectors of all items with content, from the workers' parts and `earlier`.
+
+    Returns:
+        The number of items with a vector, and of those without content.
+    """
+    now = places(job.index)
+    ids, rows = now.index.to_numpy(), np.load(job.rows)
+    parts = sorted(job.output.glob(f"{PART}-*.npy"))
+    new_ND = np.concatenate([np.load(part) for part in parts])
+    kept = np.flatnonzero((now != _NOWHERE).any(axis=1))
+    vectors_ND = np.zeros((len(ids), new_ND.shape[1]), np.float32)
+    vectors_ND[rows] = new_ND
+    if earlier is not None:
+        old_ids, old_ND = np.load(earlier / IDS), np.load(earlier / VECTORS, mmap_mode="r")
+        others = np.setdiff1d(kept, rows)
+        vectors_ND[others] = old_ND[np.searchsorted(old_ids, ids[others])]
+    np.save(job.output / IDS, ids[kept])
+    np.save(job.output / VECTORS, vectors_ND[kept])
+    for part in parts:
+        part.unlink()
+    return len(kept), len(ids) - len(kept)
+
+
+def places(index: Path) -> pd.DataFrame:
+    """Where the tokens of every item lie, by item id in ascending order: a column a modality."""
+    described = StoredContent.model_validate_json((index / "content.json").read_text())
+    table = pq.read_table(index / "content.parquet")
+    columns = {}
+    for name, stored in described.modalities.items():
+        part_N, row_N = (table[f"{name}_{c}"].to_numpy() for c in ("part", "row"))
+        names = np.array([*stored.parts, ""], object)[part_N]
+        columns[name] = np.where(
+            row_N == NO_ROW, _NOWHERE, stored.store + "/" + names + "/" + row_N.astype(str)
+        )
+    return pd.DataFrame(columns, index=table["item_id"].to_numpy())
+
+
+def same_towers(index: Path, other: Path) -> bool:
+    """Whether the tokens of two indexes are of equal towers: an encoder fits no others."""
+    found, wanted = (
+        StoredContent.model_validate_json((path / "content.json").read_text()).modalities
+        for path in (index, other)
+    )
+    return {n: m.fingerprint for n, m in found.items()} == {
+        n: m.fingerprint for n, m in wanted.items()
+    }
+
+
+def encoder_identity(state: Path, content: ContentConfig, index: Path) -> str:
+    """Equal for encoders that make equal vectors of equal content."""
+    described = StoredContent.model_validate_json((index / "content.json").read_text())
+    towers = {name: stored.fingerprint for name, stored in described.modalities.items()}
+    digest = hashlib.sha256(config_hash({"towers": towers, "dim": content.dim}).encode())
+    digest.update(state.read_bytes())
+    return digest.hexdigest()[:16]

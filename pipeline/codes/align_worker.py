@@ -1,0 +1,209 @@
+"""What runs on every rank of the alignment's worker group: training on pairs, then encoding."""
+
+# Shapes: N items, B pairs of this rank, D vector dim.
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from embedding.errors import UserError
+from embedding.memory import keep_freed_memory
+from multimodal.codes.alignment import AlignmentStep
+from multimodal.codes.config import AlignedVectors
+from multimodal.codes.pair_sampler import PairSampler
+from multimodal.content_encoder import (
+    ContentEncoder,
+    load_content_encoder,
+    load_trained_state,
+    rows_to_standardise,
+    trained_state,
+)
+from multimodal.stored_content import ContentReader
+from pipeline.codes.align import ENCODER, PART, RESULT, AlignJob, AlignmentResult
+from pipeline.devices import own_device
+
+_ITEMS_PER_CHUNK = 256
+_WARM_UP_SHARE = 0.1
+
+logger = logging.getLogger(__name__)
+
+
+def align_worker(config: dict[str, str]) -> None:
+    """Runs on every rank with `{"job": JSON of an AlignJob}`."""
+    keep_freed_memory()
+    job = AlignJob.model_validate_json(config["job"])
+    device = own_device()
+    reader = ContentReader(job.index, job.stores)
+    reader.require_towers(job.content)
+    encoder = load_content_encoder(job.content)
+    if job.state is not None:
+        load_trained_state(encoder, load_file(job.state))
+    else:
+        _standardise(encoder, reader, job.content.seed)
+    encoder.to(device)
+    if job.training is not None and job.pairs is not None:
+        result = _train(encoder, reader, job, job.training, device)
+        if dist.get_rank() == 0:
+            (job.output / RESULT).write_text(result.model_dump_json(indent=2))
+    vectors_ND = _encode(encoder, reader, job, device)
+    _require_finite_vectors(vectors_ND, job)
+    np.save(job.output / f"{PART}-{dist.get_rank():05d}.npy", vectors_ND)
+    if dist.get_rank() == 0:
+        state = {name: value.cpu().contiguous() for name, value in trained_state(encoder).items()}
+        save_file(state, job.output / ENCODER)
+    dist.barrier()
+
+
+def _standardise(encoder: ContentEncoder, reader: ContentReader, seed: int) -> None:
+    """Every rank computes it, and takes the result of the first: sums differ in the last bit."""
+    moments_3H = encoder.moments(reader.read, rows_to_standardise(reader.num_items, seed))
+    dist.broadcast(moments_3H, src=0)
+    encoder.standardise(moments_3H)
+
+
+def _train(
+    encoder: ContentEncoder,
+    reader: ContentReader,
+    job: AlignJob,
+    config: AlignedVectors,
+    device: torch.device,
+) -> AlignmentResult:
+    started = time.monotonic()
+    assert job.pairs is not None
+    pairs = _read_pairs(job.pairs, reader)
+    sampler = PairSampler([*pairs.values()], reader.num_items, config.seed)
+    start = torch.tensor(config.temperature, device=device).log()
+    log_temperature = nn.Parameter(start, requires_grad=config.learn_temperature)
+    step = AlignmentStep(
+        encoder.train(),
+        reader.read,
+        log_share_N=(config.popularity_correction * sampler.log_share_N).to(device),
+        log_temperature=log_temperature,
+        items_per_chunk=config.items_per_chunk,
+    )
+    optimizer = torch.optim.AdamW(_groups(encoder, log_temperature, config))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _rate(job.num_steps))
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    losses: list[float] = []
+    for number in range(job.num_steps):
+        trigger, target = sampler.batch(number, config.batch_size // world_size * world_size)
+        mine = slice(rank * len(trigger) // world_size, (rank + 1) * len(trigger) // world_size)
+        optimizer.zero_grad()
+        losses.append(step.backward(trigger[mine], target[mine], seed=number))
+        require_finite(losses, config)
+        optimizer.step()
+        schedule.step()
+    tenth = max(1, len(losses) // 10)
+    return AlignmentResult(
+        steps=len(losses),
+        first_loss=float(np.mean(losses[:tenth])),
+        last_loss=float(np.mean(losses[-tenth:])),
+        temperature=float(log_temperature.detach().exp()),
+        seconds=time.monotonic() - started,
+        num_pairs={name: len(triggers) for name, (triggers, _) in pairs.items()},
+    )
+
+
+def require_finite(losses: Sequence[float], config: AlignedVectors) -> None:
+    """Refuse a training whose newest loss is not finite; it is the loss of all ranks.
+
+    Raises:
+        UserError: naming the step, and what to change.
+    """
+    if math.isfinite(losses[-1]):
+        return
+    known = [loss for loss in losses if math.isfinite(loss)]
+    before = f" (the step before: {known[-1]:.4g})" if known else ""
+    raise UserError(
+        f"codes.vectors: the alignment loss is {losses[-1]} at step {len(losses)}{before}, so its "
+        f"vectors would mean nothing; lower codes.vectors.learning_rate={config.learning_rate} and "
+        f"lora_learning_rate={config.lora_learning_rate}, or raise "
+        f"temperature={config.temperature}"
+    )
+
+
+def _groups(
+    encoder: ContentEncoder, log_temperature: nn.Parameter, config: AlignedVectors
+) -> list[dict[str, object]]:
+    trained = {n: p for n, p in encoder.named_parameters() if p.requires_grad}
+    lora = [p for name, p in trained.items() if name.startswith("towers.")]
+    rest = [p for name, p in trained.items() if not name.startswith("towers.")]
+    decay = {"weight_decay": config.weight_decay}
+    groups: list[dict[str, object]] = [{"params": rest, "lr": config.learning_rate, **decay}]
+    if lora:
+        groups.append({"params": lora, "lr": config.lora_learning_rate, **decay})
+    if config.learn_temperature:
+        groups.append({"params": [log_temperature], "lr": config.learning_rate})
+    return groups
+
+
+def _rate(num_steps: int) -> Callable[[int], float]:
+    """Linear warm-up, then linearly to nothing."""
+    warm_up = max(1, int(_WARM_UP_SHARE * num_steps))
+    return lambda step: min((step + 1) / warm_up, max(0.0, (num_steps - step) / num_steps))
+
+
+def _read_pairs(directory: Path, reader: ContentReader) -> dict[str, tuple[Tensor, Tensor]]:
+    """By source: content rows of the pairs whose items both have content."""
+    found = {}
+    for folder, columns in (("item2item", ("item", "neighbour")), ("user2item", _TRIGGER)):
+        files = sorted((directory / folder).glob("*.parquet"))
+        tables = [pq.read_table(file, columns=list(columns)) for file in files]
+        pairs = [
+            np.concatenate([reader.rows_of(t[c].to_numpy()) for t in tables] or [_NONE])
+            for c in columns
+        ]
+        known = np.flatnonzero((pairs[0] >= 0) & (pairs[1] >= 0))
+        if len(known):
+            found[folder] = (torch.from_numpy(pairs[0][known]), torch.from_numpy(pairs[1][known]))
+    return found
+
+
+_TRIGGER = ("trigger", "target")
+_NONE = np.empty(0, np.int64)
+
+
+@torch.no_grad()
+def _encode(
+    encoder: ContentEncoder, reader: ContentReader, job: AlignJob, device: torch.device
+) -> np.ndarray:
+    """Vectors of this rank's consecutive share of the items."""
+    encoder.eval()
+    shares = torch.from_numpy(np.load(job.rows)).tensor_split(dist.get_world_size())
+    parts = [torch.empty(0, _width(encoder, standardised=job.standardised), device=device)]
+    for chunk in shares[dist.get_rank()].split(_ITEMS_PER_CHUNK):
+        if not len(chunk):
+            continue
+        batch = reader.read(chunk).to(device)
+        if job.standardised:
+            parts.append(encoder.output.standardised(encoder.fused(batch)))
+        else:
+            parts.append(nn.functional.normalize(encoder(batch), dim=1))
+    return torch.cat(parts).float().cpu().numpy()
+
+
+def _require_finite_vectors(vectors_ND: np.ndarray, job: AlignJob) -> None:
+    """Refuse what the last step of a training broke: no loss was computed after it."""
+    num_broken = int((~np.isfinite(vectors_ND).all(axis=1)).sum())
+    if not num_broken:
+        return
+    what = "lower codes.vectors.learning_rate and lora_learning_rate"
+    if job.training is None:
+        what = f"the encoder {job.state} or its towers are damaged: remove that run's align folder"
+    raise UserError(
+        f"codes.vectors: the encoder gives {num_broken} of {len(vectors_ND)} items a vector with "
+        f"NaN or infinity; {what}"
+    )
+
+
+def _width(encoder: ContentEncoder, *, standardised: bool) -> int:
+    return encoder.output.in_features if standardised else encoder.output.out_features

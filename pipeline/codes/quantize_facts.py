@@ -1,0 +1,63 @@
+"""What the quantize stage did with the items of a day."""
+
+from typing import Literal
+
+from embedding.config import StrictConfig
+from multimodal.codes.metrics import CodeMetrics, Stability
+from multimodal.codes.refit import Drift, RefitDecision
+from pipeline.artifacts import Manifest
+
+COLLAPSED_COSINE = 0.9
+"""Mean cosine of two items from which on vectors hardly tell items apart."""
+
+
+class QuantizeFacts(StrictConfig):
+    """What the stage did; version 1."""
+
+    schema_version: Literal[1] = 1
+    version: str
+    """Codebooks that the codes belong to."""
+    codebooks: str
+    """Version and fingerprint: equal for equal codebooks only."""
+    refit: RefitDecision
+    drift: Drift | None
+    """None on the first day and after a change of encoder."""
+    num_items: int
+    num_unseen_items: int
+    """Of these: items that no codebook may be fitted to yet."""
+    num_new_items: int
+    """The other items that the codebooks were not fitted to."""
+    table_sizes: dict[str, int]
+    """Codes by column."""
+    metrics: CodeMetrics | None
+    """Of the RQ codes; None without."""
+    stability: Stability | None
+    """Codes of this day against those of the day before."""
+    num_sharing_suffix: int
+    """Items that no suffix could tell apart."""
+    mean_cosine: float | None = None
+    """Of two items that codebooks may be fitted to."""
+    num_encoded: int | None = None
+    """Items whose codes were looked up: the vectors of the others are those of the run before, and
+    so are the codebooks. None: not by this run."""
+
+
+def code_facts(manifest: Manifest) -> QuantizeFacts:
+    """What the quantize stage did, from its manifest."""
+    return QuantizeFacts.model_validate(
+        {
+            name: manifest.facts[name]
+            for name in QuantizeFacts.model_fields
+            if name in manifest.facts
+        }
+    )
+
+
+def collapse_warning(mean_cosine: float | None) -> str | None:
+    """A sentence where vectors point the same way; None where they do not."""
+    if mean_cosine is None or mean_cosine < COLLAPSED_COSINE:
+        return None
+    return (
+        f"item vectors hardly differ (mean cosine of two items {mean_cosine:.4f}): the encoder may "
+        "have collapsed, or its vectors need their mean subtracted"
+    )

@@ -1,0 +1,1 @@
+"""Item content on Ray: stored tokens, the encoder in training, its service, its pictures."""

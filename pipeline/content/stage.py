@@ -1,0 +1,345 @@
+"""Tokens of all items of a day, from the frozen lower layers of the towers, on Ray workers.
+
+Reads the text and image columns of items.parquet. Computes the tokens of items whose content is
+new or changed, adds them to the token stores that all runs of an output directory share, and writes
+the index of the day (`multimodal.stored_content`). An item without a usable text or image stays in
+the index, without tokens of that modality, and is counted by cause.
+
+    DIR/content_tokens/<modality>-<fingerprint>/    stores
+    DIR/<date>/content/                             index
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from embedding.config import StrictConfig
+from embedding.errors import UserError
+from embedding.raw_ids import Int64Array
+from multimodal.content_config import ContentConfig
+from multimodal.images import MISSING
+from multimodal.stored_content import Places, StoredContent, StoredModality, write_index
+from multimodal.token_store import NO_ROW, TokenStore
+from multimodal.tower_files import (
+    Tower,
+    is_on_hub,
+    model_files,
+    require_commit,
+    tower_fingerprint,
+)
+from pipeline.cluster import RaySession
+from pipeline.config import Recipe
+from pipeline.console import Reporter
+from pipeline.content.tasks import (
+    Catalogue,
+    Digests,
+    EncoderSettings,
+    EncodeTask,
+    check_columns,
+    digest_row_group,
+)
+from pipeline.content.workers import encode_on_workers, worker_of
+from pipeline.days import fingerprint
+from pipeline.identity import content_config
+from pipeline.reports.item_cards import item_names
+from pipeline.stages import StageOutput, StageSpec
+from pipeline.tasks import stream_tasks
+
+STORES = "content_tokens"
+"""Directory of all token stores, below the output directory."""
+
+Progress = Callable[[int, int], None]
+
+
+class ModalityFacts(StrictConfig):
+    """Content of one modality."""
+
+    num_present: int
+    """Items with tokens."""
+    faults: dict[str, int]
+    """Items without, by cause."""
+    num_cut: int
+    """Texts that go on beyond `max_tokens`."""
+    num_computed: int
+    """Items encoded by this run; the tokens of the others were there."""
+    stored_mib: float
+    """Of all parts that the index points to."""
+
+
+class ContentFacts(StrictConfig):
+    """What the stage did; version 1."""
+
+    schema_version: Literal[1] = 1
+    num_items: int
+    num_without_content: int
+    """Items with neither text nor image: their vector is a learned one."""
+    modalities: dict[str, ModalityFacts]
+
+
+@dataclass(frozen=True)
+class CheckedContent:
+    """A catalogue that fits the towers."""
+
+    config: ContentConfig
+    catalogue: Catalogue
+    group_rows: list[int]
+    """Rows of each row group."""
+    fingerprints: dict[str, str]
+    """Of the towers."""
+    widths: dict[str, int]
+    """Of their tokens."""
+    max_unreadable_share: float
+    """Of the items; more images that are there and cannot be decoded fail the stage."""
+
+
+def check_content(
+    config: ContentConfig, root: Path, max_unreadable_share: float = 1.0
+) -> CheckedContent:
+    """Check everything that can be said without reading items: it needs no Ray.
+
+    Args:
+        config: names towers and columns.
+        root: the data root.
+        max_unreadable_share: `data.max_quarantined_share` of the recipe.
+
+    Raises:
+        UserError: a column is not there or has a wrong type, or a tower cannot be loaded or
+            adapted.
+    """
+    from multimodal.towers import load_tower  # transformers: seconds, for content only
+
+    catalogue = Catalogue(root, {name: tower.column for name, tower in config.towers.items()})
+    group_rows = check_columns(catalogue, config.towers)
+    fingerprints = {name: tower_fingerprint(name, tower) for name, tower in config.towers.items()}
+    uppers = {name: load_tower(tower).upper for name, tower in config.towers.items()}
+    widths = {name: upper.hidden_size for name, upper in uppers.items()}
+    return CheckedContent(config, catalogue, group_rows, fingerprints, widths, max_unreadable_share)
+
+
+def content(
+    checked: CheckedContent, stores: Path, scratch: Path, progress: Progress | None = None
+) -> ContentFacts:
+    """Make all items' tokens available and write the day's index into `scratch`.
+
+    Needs an initialised Ray.
+
+    Args:
+        checked: the catalogue and towers.
+        stores: directory of all token stores.
+        scratch: an existing directory.
+        progress: called with items encoded and items to encode.
+
+    Raises:
+        UserError: a store or the catalogue is damaged, or too many images are.
+    """
+    catalogue = _read_digests(checked)
+    jobs = {
+        name: _TowerJob(checked, name, tower, stores)
+        for name, tower in checked.config.towers.items()
+    }
+    tasks = {name: job.tasks(catalogue) for name, job in jobs.items()}
+    total = sum(len(task.rows_N) for todo in tasks.values() for task in todo)
+    done = 0
+    for name, job in jobs.items():
+        for count in encode_on_workers(tasks[name], job.settings, checked.config.tokens):
+            done += count
+            if progress is not None:
+                progress(done, total)
+    ordered = catalogue.sort_values("item_id", ignore_index=True)
+    places, modalities, facts = {}, {}, {}
+    has_content_N = np.zeros(len(ordered), bool)
+    for name, job in jobs.items():
+        found = job.find(ordered)
+        _refuse_unreadable(checked, name, found)
+        places[name], modalities[name] = job.index(found)
+        computed = sum(len(task.rows_N) for task in tasks[name])
+        facts[name] = _facts(found, computed, job.stored_bytes(modalities[name].parts))
+        has_content_N |= places[name].row_N != NO_ROW
+    ids_N: Int64Array = ordered["item_id"].to_numpy()
+    described = StoredContent(num_items=len(ids_N), modalities=modalities)
+    write_index(scratch, ids_N, described, places)
+    return ContentFacts(
+        num_items=len(ids_N),
+        num_without_content=int((~has_content_N).sum()),
+        modalities=facts,
+    )
+
+
+def _read_digests(checked: CheckedContent) -> pd.DataFrame:
+    """Columns item_id, row_group, row, and the digest of each modality."""
+    groups = [i for i, rows in enumerate(checked.group_rows) if rows]
+    rows = [checked.group_rows[i] for i in groups]
+    found = sorted(
+        stream_tasks(digest_row_group, groups, checked.catalogue, rows),
+        key=lambda digests: digests.row_group,
+    )
+    frames = [_frame(digests) for digests in found]
+    columns = ["item_id", "row_group", "row", *checked.catalogue.columns]
+    empty = pd.DataFrame({name: np.empty(0, np.int64) for name in columns})
+    return pd.concat(frames, ignore_index=True) if frames else empty
+
+
+def _frame(digests: Digests) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "item_id": digests.item_ids_N,
+            "row_group": digests.row_group,
+            "row": np.arange(len(digests.item_ids_N)),
+            **digests.digests_N,
+        }
+    )
+
+
+class _TowerJob:
+    """What one tower has stored, and what it lacks."""
+
+    def __init__(self, checked: CheckedContent, name: str, tower: Tower, stores: Path) -> None:
+        self.name = name
+        self.tower = tower
+        self.stage = checked.config.tokens
+        identity = checked.fingerprints[name]
+        self.store = TokenStore(stores / f"{name}-{identity}", identity, tower.precision)
+        self.store.remove_unfinished()
+        self.settings = EncoderSettings(
+            checked.catalogue,
+            tower,
+            self.store.directory,
+            identity,
+            checked.widths[name],
+            self.stage.items_per_batch,
+            self.stage.items_per_part,
+            use_gpu=self.stage.gpus_per_worker > 0,
+        )
+
+    def tasks(self, catalogue: pd.DataFrame) -> list[EncodeTask]:
+        """Items whose content is not stored yet, in pieces that keep all workers busy."""
+        known = self._join(catalogue)
+        new = catalogue[known["part"].isna().to_numpy()]
+        tasks = []
+        for group, rows in new.groupby("row_group"):
+            # Every task reads its row group from the start: no more of them than help.
+            pieces = min(self.stage.num_workers, math.ceil(len(rows) / self.stage.items_per_part))
+            for piece in np.array_split(np.arange(len(rows)), pieces):
+                part = rows.iloc[piece]
+                tasks.append(
+                    EncodeTask(
+                        self.name,
+                        int(group),
+                        part["row"].to_numpy(),
+                        part[self.name].to_numpy(),
+                    )
+                )
+        return tasks
+
+    def find(self, catalogue: pd.DataFrame) -> pd.DataFrame:
+        """The entry of every item: part, row, length, fault, is_cut."""
+        found = self._join(catalogue)
+        assert not found["part"].isna().any(), "every new item was encoded"
+        return found
+
+    def _join(self, catalogue: pd.DataFrame) -> pd.DataFrame:
+        entries = self.store.entries().to_pandas()
+        # A worker that died and was replaced may have written its items twice: both are the same.
+        entries = entries.drop_duplicates(["item_id", "digest"], keep="last")
+        wanted = catalogue[["item_id", self.name]].rename(columns={self.name: "digest"})
+        return wanted.merge(entries, on=["item_id", "digest"], how="left")
+
+    def index(self, found: pd.DataFrame) -> tuple[Places, StoredModality]:
+        """Places of all items, and where their parts lie."""
+        has_tokens_N = (found["row"] != NO_ROW).to_numpy()
+        parts, part_N = np.unique(found["part"].to_numpy(str), return_inverse=True)
+        used = np.unique(part_N[has_tokens_N])
+        position = np.full(len(parts), NO_ROW)
+        position[used] = np.arange(len(used))
+        names = tuple(str(parts[i]) for i in used)
+        places = Places(
+            np.where(has_tokens_N, position[part_N], NO_ROW),
+            found["row"].to_numpy(),
+            found["length"].to_numpy(),
+        )
+        self.store.check(names)
+        return places, StoredModality(
+            store=self.store.directory.name,
+            fingerprint=self.settings.fingerprint,
+            precision=self.tower.precision,
+            hidden_size=self.settings.hidden_size,
+            parts=names,
+        )
+
+    def stored_bytes(self, parts: tuple[str, ...]) -> int:
+        """Size of these parts."""
+        return sum((self.store.directory / f"{part}.safetensors").stat().st_size for part in parts)
+
+
+def _refuse_unreadable(checked: CheckedContent, name: str, found: pd.DataFrame) -> None:
+    """Fail where more values than allowed are there but cannot be used: an upload went wrong."""
+    faulty = found[found["fault"].notna() & (found["fault"] != MISSING)]
+    if len(faulty) <= checked.max_unreadable_share * len(found):
+        return
+    causes = ", ".join(f"{count} x {cause}" for cause, count in _causes(faulty).items())
+    raw_id = int(faulty["item_id"].iloc[0])
+    item, _ = item_names(checked.catalogue, np.array([raw_id]))[raw_id]
+    raise UserError(
+        f"{checked.catalogue.path}: the {name}s of {len(faulty)} of {len(found)} items cannot be "
+        f"read, more than data.max_quarantined_share={checked.max_unreadable_share} allows "
+        f"({causes}), among them that of item_id {item}; repair them, write null, or raise the "
+        "limit"
+    )
+
+
+def _causes(found: pd.DataFrame) -> dict[str, int]:
+    faults: dict[Any, int] = found["fault"].dropna().value_counts().to_dict()
+    return {str(cause): int(count) for cause, count in sorted(faults.items())}
+
+
+def _facts(found: pd.DataFrame, num_computed: int, stored_bytes: int) -> ModalityFacts:
+    return ModalityFacts(
+        num_present=int((found["row"] != NO_ROW).sum()),
+        faults=_causes(found),
+        num_cut=int(found["is_cut"].sum()),
+        num_computed=num_computed,
+        stored_mib=stored_bytes / 2**20,
+    )
+
+
+def content_stage(
+    recipe: Recipe, directory: Path, catalogue: str, session: RaySession, reporter: Reporter
+) -> StageSpec:
+    """The stage of one date.
+
+    Args:
+        recipe: one with content.
+        directory: where the stage publishes.
+        catalogue: fingerprint of the catalogue's files.
+        session: starts Ray.
+        reporter: shows progress.
+
+    Raises:
+        UserError: the files of a tower are not there, or may change unseen.
+    """
+    config = recipe.content
+    assert config is not None
+    for tower in config.towers.values():
+        require_commit(tower)
+    files = {  # those of a hub model are what its commit, part of the settings, says
+        name: fingerprint(model_files(tower))
+        for name, tower in config.towers.items()
+        if not is_on_hub(tower)
+    }
+
+    def body(scratch: Path) -> StageOutput:
+        limit = recipe.data.max_quarantined_share
+        checked = check_content(config, recipe.data.root, limit)  # faults show before Ray starts
+        session.wait_for("content", [worker_of(config.tokens)])
+        stores = directory.parents[1] / STORES
+        facts = content(checked, stores, scratch, reporter.advance)
+        with_content = facts.num_items - facts.num_without_content
+        return StageOutput(facts.num_items, with_content, facts=facts.model_dump(mode="json"))
+
+    inputs = {"catalogue": catalogue, **files}
+    return StageSpec("content", directory, content_config(config), inputs, body)

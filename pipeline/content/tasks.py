@@ -1,0 +1,281 @@
+"""What workers do for the content stage: digests of items, and tokens of new ones.
+
+Both stream over one row group of items.parquet, so memory is bounded by a batch of it and, for
+tokens, by one part of the store.
+
+Shapes: N items, L token positions, H width of a tower.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from embedding.errors import UserError
+from embedding.raw_ids import Int64Array, to_raw_ids
+from multimodal.content_config import TextTower
+from multimodal.images import image_path
+from multimodal.token_range import TokenRangeError
+from multimodal.token_store import PartTokens, TokenStore
+from multimodal.tower_files import Tower
+from pipeline.samples.contract import open_parquet
+
+if TYPE_CHECKING:
+    from multimodal.item_tokens import EncodedItems
+
+DIGEST_ROWS = 1024
+"""Rows read at a time: images of so many items are in memory."""
+
+_NO_VALUE = 0
+"""Digest of null."""
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Where values of items are read."""
+
+    root: Path
+    """The data root."""
+    columns: dict[str, str]
+    """By modality."""
+    name: str = "items.parquet"
+    """Of the file in the data root."""
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.root / self.name
+
+    def batches(self, row_group: int, columns: list[str], num_rows: int) -> Iterator[pa.Table]:
+        """A row group in pieces, with `item_id` as raw ids.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        with open_parquet(self.path) as file:
+            pieces = file.iter_batches(num_rows, [row_group], ["item_id", *columns])
+            try:
+                for piece in pieces:
+                    table = pa.Table.from_batches([piece])
+                    yield table.set_column(0, "item_id", to_raw_ids(table["item_id"]))
+            except (pa.ArrowException, OSError) as error:
+                raise UserError(
+                    f"{self.path} is damaged ({str(error).splitlines()[0]}); write it again"
+                ) from error
+
+
+# --- digests -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Digests:
+    """Identity of the content of a row group's items, without its decoding."""
+
+    row_group: int
+    item_ids_N: Int64Array
+    digests_N: dict[str, Int64Array]
+    """By modality."""
+
+
+def digest_row_group(row_group: int, catalogue: Catalogue) -> Digests:
+    """Hash the text and image of all items of a row group."""
+    ids: list[Int64Array] = []
+    found: dict[str, list[Int64Array]] = {name: [] for name in catalogue.columns}
+    columns = list(catalogue.columns.values())
+    for table in catalogue.batches(row_group, columns, DIGEST_ROWS):
+        ids.append(table["item_id"].to_numpy())
+        for name, column in catalogue.columns.items():
+            found[name].append(_digests(table[column], is_text=name == "text", root=catalogue.root))
+    none = np.empty(0, np.int64)
+    return Digests(
+        row_group,
+        np.concatenate([none, *ids]),
+        {name: np.concatenate([none, *parts]) for name, parts in found.items()},
+    )
+
+
+def _digests(column: pa.ChunkedArray, *, is_text: bool, root: Path) -> Int64Array:
+    values = column.to_pandas().to_numpy(object)
+    if is_text:
+        texts = pd.Series(values).fillna("").to_numpy(object)
+        return pd.util.hash_array(texts, categorize=False).view(np.int64)
+    return np.array([_image_digest(value, root) for value in values], np.int64)
+
+
+def _image_digest(value: bytes | str | None, root: Path) -> int:
+    if value is None:
+        return _NO_VALUE
+    if isinstance(value, str):
+        # Not the bytes: a daily run would read all images anew.
+        path = image_path(value, root)
+        try:
+            stat = None if path is None else path.stat()
+            seen = "outside" if stat is None else f"{stat.st_size}|{stat.st_mtime_ns}"
+        except (OSError, ValueError):  # the latter of a name with a zero byte
+            seen = "absent"
+        value = f"{value}|{seen}".encode()
+    digest = hashlib.blake2b(value, digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+# --- tokens --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EncodeTask:
+    """New items of one row group."""
+
+    modality: str
+    row_group: int
+    rows_N: Int64Array
+    """Positions in the row group, ascending."""
+    digests_N: Int64Array
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """What a worker needs, whatever its tasks."""
+
+    catalogue: Catalogue
+    tower: Tower
+    store: Path
+    fingerprint: str
+    hidden_size: int
+    items_per_batch: int
+    items_per_part: int
+    use_gpu: bool
+    """The stage reserved one for the worker."""
+
+
+class TokenWriter:
+    """Writes the lower-layer tokens of new items into the store. Built once per process."""
+
+    def __init__(self, settings: EncoderSettings) -> None:
+        # Transformers takes seconds to import, and the driver never encodes.
+        from multimodal.item_inputs import build_preparer
+        from multimodal.item_tokens import LowerEncoder
+        from multimodal.towers import split_tower
+
+        self.settings = settings
+        tower = settings.tower
+        self.encode = LowerEncoder(
+            split_tower(tower),
+            build_preparer(tower, settings.catalogue.root),
+            tower,
+            torch.device("cuda" if settings.use_gpu else "cpu"),
+        )
+        self.store = TokenStore(settings.store, settings.fingerprint, settings.tower.precision)
+
+    def __call__(self, task: EncodeTask) -> Iterator[int]:
+        """Encode and store; yields the number of items of every part.
+
+        Raises:
+            UserError: the precision of the stored tokens does not hold an item's.
+        """
+        size = self.settings.items_per_part
+        pending: list[_Encoded] = []
+        for piece in self._pieces(task):
+            try:
+                encoded = self.encode(piece.values)
+            except TokenRangeError as error:
+                raise error.of_item(int(piece.item_ids_N[error.row])) from error
+            pending.append(_Encoded(piece.item_ids_N, piece.digests_N, encoded))
+            if sum(len(encoded.item_ids_N) for encoded in pending) >= size:
+                yield self._write(pending)
+                pending = []
+        if pending:
+            yield self._write(pending)
+
+    def _pieces(self, task: EncodeTask) -> Iterator["_Piece"]:
+        """The task's items, at most `items_per_batch` at a time."""
+        settings = self.settings
+        column = settings.catalogue.columns[task.modality]
+        start = taken = 0
+        for table in settings.catalogue.batches(task.row_group, [column], settings.items_per_batch):
+            end = taken + int(np.searchsorted(task.rows_N[taken:], start + len(table)))
+            if end > taken:
+                wanted = table.take(pa.array(task.rows_N[taken:end] - start))
+                yield _Piece(
+                    wanted["item_id"].to_numpy(),
+                    task.digests_N[taken:end],
+                    wanted[column].to_pylist(),
+                )
+            start, taken = start + len(table), end
+            if taken == len(task.rows_N):
+                return
+
+    def _write(self, pieces: list["_Encoded"]) -> int:
+        longest = max(piece.items.tokens_MLH.shape[1] for piece in pieces)
+        padded = [_padded(piece.items.tokens_MLH, longest) for piece in pieces]
+        part = PartTokens(
+            np.concatenate([piece.item_ids_N for piece in pieces]),
+            np.concatenate([piece.digests_N for piece in pieces]),
+            [fault for piece in pieces for fault in piece.items.faults],
+            torch.cat(padded),
+            torch.cat([piece.items.lengths_M for piece in pieces]),
+            [is_cut for piece in pieces for is_cut in piece.items.is_cut],
+        )
+        self.store.append(part)
+        return len(part.item_ids_N)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    item_ids_N: Int64Array
+    digests_N: Int64Array
+    values: list[Any]
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    item_ids_N: Int64Array
+    digests_N: Int64Array
+    items: "EncodedItems"
+
+
+def _padded(tokens_MLH: Tensor, longest: int) -> Tensor:
+    return torch.nn.functional.pad(tokens_MLH, (0, 0, 0, longest - tokens_MLH.shape[1]))
+
+
+# --- checks --------------------------------------------------------------------------------------
+
+
+def check_columns(catalogue: Catalogue, towers: dict[str, Tower]) -> list[int]:
+    """Rows of every row group of items.parquet, whose columns the towers can read.
+
+    Raises:
+        UserError: a column is not there or has a wrong type.
+    """
+    with open_parquet(catalogue.path) as file:
+        schema: pa.Schema = file.schema_arrow
+        rows = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+    for name, tower in towers.items():
+        if tower.column not in schema.names:
+            raise UserError(
+                f"content.{name}.column: {catalogue.path} has no column {tower.column!r}; it has "
+                f"{schema.names}: name one of them, or set content.{name}=null"
+            )
+        fault = type_fault(schema.field(tower.column).type, tower)
+        if fault is not None:
+            raise UserError(
+                f"content.{name}.column: {tower.column!r} of {catalogue.path} {fault}; cast it "
+                "where the file is written"
+            )
+    return rows
+
+
+def type_fault(kind: pa.DataType, tower: Tower) -> str | None:
+    """Why a tower cannot read a column of this type; None if it can."""
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    is_bytes = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    if is_text or (is_bytes and not isinstance(tower, TextTower)):
+        return None
+    wanted = "a string" if isinstance(tower, TextTower) else "bytes or a path (string)"
+    return f"has type {kind} but must be {wanted}"

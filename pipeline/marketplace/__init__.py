@@ -1,0 +1,1 @@
+"""The synthetic marketplace, whose true click probability is known."""

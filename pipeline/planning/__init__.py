@@ -1,0 +1,1 @@
+"""`braid plan` and `braid bench plan`: plans, traffic, measurements."""

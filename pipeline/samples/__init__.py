@@ -1,0 +1,1 @@
+"""From event log to samples: checked, partitioned, joined."""

@@ -1,0 +1,87 @@
+"""The data contract of items.parquet and users.parquet, as checks.
+
+items.parquet   item_id, categorical columns (integer, string or a list of them), dense columns,
+                text (string), image (a JPEG, PNG, WEBP, GIF, BMP or TIFF file: its bytes, or a path
+                relative to the data root without `..`; may be null)
+users.parquet   optional: user_id, categorical and dense columns
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from embedding.config import FeatureSchema
+from embedding.errors import UserError
+from embedding.raw_ids import Int64Array, is_id_type, to_raw_ids
+from pipeline.samples.columns import SourceColumns, source_columns
+from pipeline.samples.contract import (
+    CatalogueIds,
+    check_feature_types,
+    check_present,
+    open_parquet,
+    read_columns,
+)
+
+
+def check_catalogue(root: Path, features: FeatureSchema) -> CatalogueIds:
+    """Check items.parquet and users.parquet against what the recipe reads.
+
+    Returns:
+        The sorted raw ids of items and, if there is a users.parquet, of users.
+
+    Raises:
+        UserError: a file or column is missing, has a wrong type, a null or repeated id, or a NaN.
+    """
+    items = _check_entities(root / "items.parquet", "item_id", source_columns(features, "items"))
+    path = root / "users.parquet"
+    columns = source_columns(features, "users")
+    if not path.exists():
+        if columns.ids or columns.dense:
+            raise UserError(
+                f"{path} does not exist, but features read the user columns "
+                f"{[*columns.ids, *columns.dense]}; deliver it or remove those features"
+            )
+        return CatalogueIds(items, None)
+    return CatalogueIds(items, _check_entities(path, "user_id", columns))
+
+
+def _check_entities(path: Path, key: str, columns: SourceColumns) -> Int64Array:
+    with open_parquet(path) as file:
+        schema = file.schema_arrow
+    check_present(schema, [key, *columns.ids, *columns.dense], path)
+    if not is_id_type(schema.field(key).type):
+        raise UserError(
+            f"{path}: column {key!r} has type {schema.field(key).type} but must be an integer or "
+            "a string; cast it to int64 where the file is written"
+        )
+    check_feature_types(schema, columns.ids, columns.dense, path)
+    table = read_columns(path, [key, *columns.dense])
+    _check_dense(table, key, columns.dense, path)
+    if table[key].null_count:
+        row = pc.index(table[key].is_null(), True).as_py()
+        raise UserError(f"{path}: {key} is null in row {row}; give the row an id or drop it")
+    ids = to_raw_ids(table[key]).to_numpy()
+    order = np.argsort(ids, kind="stable")
+    repeated = np.flatnonzero(ids[order][1:] == ids[order][:-1])
+    if len(repeated):
+        twice = table[key][int(order[repeated[0]])].as_py()
+        raise UserError(
+            f"{path}: {key} {twice!r} has more than one row ({len(repeated)} rows too many in "
+            "all); keep one row an id"
+        )
+    return np.asarray(ids[order])
+
+
+def _check_dense(table: pa.Table, key: str, dense: Sequence[str], path: Path) -> None:
+    for name in dense:
+        wrong = pc.invert(pc.is_finite(table[name].cast(pa.float64(), safe=False)))
+        count = pc.sum(wrong).as_py() or 0
+        if count:
+            owner = table[key][pc.index(wrong, True).as_py()].as_py()
+            raise UserError(
+                f"{path}: dense column {name!r} is NaN or infinite for {key} {owner!r} (in {count} "
+                "rows); write null where a value is missing"
+            )

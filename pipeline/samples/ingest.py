@@ -1,0 +1,300 @@
+"""Ingest: the event log of a span of days, validated, with point-in-time histories.
+
+Reads events/dt=*/, items.parquet and users.parquet of the data root, and the ingest artifact of the
+span before. Writes an artifact directory:
+
+    events/dt=YYYY-MM-DD/bucket-NNNN.parquet  events by time; history:<name>:<column> lists
+    state/bucket-NNNN.parquet                 latest history events of every user, for the next span
+    quarantine/part-NNNNNN.parquet            rows that break the contract, with reason and source
+    item_counts.parquet, user_counts.parquet  id, events, positives, first_day; all spans so far
+    ingest.json                               `IngestState`
+
+Two streaming passes over the span, and never over earlier ones: split by user, then sort within a
+bucket of users. The bytes written depend on the data and the recipe only.
+"""
+
+import logging
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pyarrow.parquet as pq
+
+from embedding.config import HistoryConfig, StrictConfig
+from embedding.errors import UserError
+from pipeline.config import Recipe
+from pipeline.samples.buckets import (
+    BucketFacts,
+    BucketPlan,
+    EarlierState,
+    bucket_file,
+    build_bucket,
+    merge_counts,
+)
+from pipeline.samples.catalogue import check_catalogue
+from pipeline.samples.columns import EventColumns
+from pipeline.samples.contract import CatalogueIds, EventFile, event_files
+from pipeline.samples.partition import (
+    PartitionFacts,
+    PartitionPlan,
+    partition_chunk,
+    plan_chunks,
+)
+from pipeline.tasks import stream_tasks
+
+logger = logging.getLogger(__name__)
+
+ROWS_PER_BUCKET = 1 << 20
+STATE_FILE = "ingest.json"
+
+Progress = Callable[[int, int], None]
+"""Called with what is done and the total."""
+
+
+class IngestState(StrictConfig):
+    """How an ingest artifact can be continued; version 1."""
+
+    schema_version: Literal[1] = 1
+    last_day: str
+    num_buckets: int
+    histories: tuple[HistoryConfig, ...]
+    history_values: dict[str, tuple[str, ...]]
+
+
+class LabelFacts(StrictConfig):
+    """How often a task was observed and positive."""
+
+    observed: int
+    positives: int
+
+    @property
+    def rate(self) -> float:
+        """Share of positives among the observed rows; 0 if there are none."""
+        return self.positives / self.observed if self.observed else 0.0
+
+
+class IngestFacts(StrictConfig):
+    """What ingest read and wrote."""
+
+    rows_in: int
+    rows_out: int
+    quarantined: dict[str, int]
+    """Rows put aside, by reason."""
+    rows_per_day: dict[str, int]
+    labels: dict[str, LabelFacts]
+    """By label column."""
+    mean_history_length: dict[str, float]
+    num_items: int
+    num_users: int
+    """Distinct ids in all events so far."""
+    num_buckets: int
+
+
+@dataclass(frozen=True)
+class CheckedSpan:
+    """Days of the event log whose files, catalogue and earlier state fit the recipe."""
+
+    days: tuple[str, ...]
+    previous: Path | None
+    """The ingest artifact that ends before the days."""
+    earlier: EarlierState | None
+    """The state of `previous`."""
+    files: list[EventFile]
+    known: CatalogueIds
+    columns: EventColumns
+    num_buckets: int
+
+    @property
+    def num_rows(self) -> int:
+        """Events of all files."""
+        return sum(file.num_rows for file in self.files)
+
+
+def check_span(recipe: Recipe, days: Sequence[str], previous: Path | None) -> CheckedSpan:
+    """Check everything that can be said without reading the events: it needs no Ray.
+
+    Args:
+        recipe: names the data root, features and tasks.
+        days: consecutive days of the event log, in order.
+        previous: the ingest artifact that ends before the days, or None at the beginning.
+
+    Raises:
+        UserError: a file breaks the data contract, or `previous` cannot be continued.
+    """
+    if list(days) != sorted(set(days)) or not days:
+        raise UserError(f"the span {days} must be at least one day, in order and without repeats")
+    earlier = _earlier_state(recipe, days[0], previous)
+    root = recipe.data.root
+    columns = EventColumns.of(recipe)
+    files = [file for day in days for file in event_files(root, day, columns)]
+    present = frozenset().union(*(file.column_names for file in files))
+    oracles = {task: name for task, name in columns.oracles.items() if name in present}
+    num_rows = sum(file.num_rows for file in files)
+    # Doubling keeps the state of an earlier span aligned with the new buckets.
+    num_buckets = recipe.data.user_buckets
+    while num_buckets * ROWS_PER_BUCKET < num_rows:
+        num_buckets *= 2
+    return CheckedSpan(
+        days=tuple(days),
+        previous=previous,
+        earlier=earlier,
+        files=files,
+        known=check_catalogue(root, recipe.features),
+        columns=columns.model_copy(update={"oracles": oracles}),
+        num_buckets=num_buckets,
+    )
+
+
+def ingest(
+    recipe: Recipe, checked: CheckedSpan, scratch: Path, progress: Progress | None = None
+) -> IngestFacts:
+    """Validate the events of a span, give each its histories, and write into `scratch`.
+
+    Needs an initialised Ray.
+
+    Args:
+        recipe: the one the span was checked for.
+        checked: the span.
+        scratch: an empty directory.
+        progress: called with rows done and rows in total (each row counts for both passes).
+
+    Raises:
+        UserError: more events break the data contract than the recipe allows.
+    """
+    parts = scratch / "parts"
+    for folder in ("parts", "state", "quarantine", *(f"events/dt={day}" for day in checked.days)):
+        (scratch / folder).mkdir(parents=True)
+    report = _RowProgress(2 * checked.num_rows, progress)
+    partitioned = _partition(recipe, checked, parts, scratch / "quarantine", report)
+    plan = BucketPlan(
+        columns=checked.columns,
+        histories=recipe.features.histories,
+        days=checked.days,
+        num_buckets=checked.num_buckets,
+        parts=parts,
+        output=scratch,
+        earlier=checked.earlier,
+    )
+    buckets: list[BucketFacts] = []
+    even = [checked.num_rows // checked.num_buckets] * checked.num_buckets
+    for facts in stream_tasks(build_bucket, range(checked.num_buckets), plan, even):
+        buckets.append(facts)
+        report.add(facts.num_rows)
+    counts = {key: _write_counts(key, plan, checked.previous) for key in ("item_id", "user_id")}
+    shutil.rmtree(parts)
+    _write_state(recipe, plan, scratch)
+    return _facts(checked, partitioned, buckets, counts)
+
+
+class _RowProgress:
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self.total, self.done, self.progress = total, 0, progress
+
+    def add(self, rows: int) -> None:
+        self.done += rows
+        if self.progress:
+            self.progress(self.done, self.total)
+
+
+def _earlier_state(recipe: Recipe, first: str, previous: Path | None) -> EarlierState | None:
+    if previous is None:
+        return None
+    path = previous / STATE_FILE
+    if not path.exists():
+        raise UserError(f"{previous} is no ingest artifact: it lacks {STATE_FILE}; ingest it again")
+    state = IngestState.model_validate_json(path.read_text())
+    if first <= state.last_day:
+        raise UserError(
+            f"{previous} already holds events up to {state.last_day}, so ingest cannot continue it "
+            f"with {first}; choose later days or another earlier artifact"
+        )
+    values = EventColumns.of(recipe).history_values
+    if (state.histories, state.history_values) != (recipe.features.histories, values):
+        raise UserError(
+            f"{previous} keeps other histories than the recipe's features.histories and sequences "
+            "ask for; ingest again from the first day"
+        )
+    return EarlierState(previous / "state", state.num_buckets)
+
+
+def _partition(
+    recipe: Recipe, span: CheckedSpan, parts: Path, quarantine: Path, report: _RowProgress
+) -> list[PartitionFacts]:
+    plan = PartitionPlan(span.columns, span.known, span.num_buckets, parts, quarantine)
+    found = []
+    chunks = plan_chunks(span.files)
+    rows = [chunk.num_rows for chunk in chunks]
+    for facts in stream_tasks(partition_chunk, chunks, plan, rows):
+        found.append(facts)
+        report.add(facts.rows_in)
+    found.sort(key=lambda facts: facts.index)
+    bad = sum((Counter(facts.quarantined) for facts in found), Counter[str]())
+    limit = recipe.data.max_quarantined_share
+    if bad.total() > limit * span.num_rows:
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in bad.most_common())
+        example = next(facts.example for facts in found if facts.example)
+        raise UserError(
+            f"{bad.total()} of {span.num_rows} events break the data contract, more than "
+            f"data.max_quarantined_share={limit} allows ({reasons}), first in {example}; correct "
+            "the log or raise the limit"
+        )
+    if bad:
+        logger.warning("%d of %d events are in quarantine", bad.total(), span.num_rows)
+    return found
+
+
+def _write_counts(key: str, plan: BucketPlan, previous: Path | None) -> int:
+    tables = [
+        pq.read_table(plan.parts / f"{key}-{bucket_file(bucket)}")
+        for bucket in range(plan.num_buckets)
+    ]
+    name = f"{key.removesuffix('_id')}_counts.parquet"
+    if previous is not None:
+        tables.append(pq.read_table(previous / name))
+    counts = merge_counts(tables, key)
+    pq.write_table(counts, plan.output / name, compression="zstd")
+    return int(counts.num_rows)
+
+
+def _write_state(recipe: Recipe, plan: BucketPlan, scratch: Path) -> None:
+    state = IngestState(
+        last_day=plan.days[-1],
+        num_buckets=plan.num_buckets,
+        histories=recipe.features.histories,
+        history_values=plan.columns.history_values,
+    )
+    (scratch / STATE_FILE).write_text(state.model_dump_json(indent=2))
+
+
+def _facts(
+    span: CheckedSpan,
+    partitioned: list[PartitionFacts],
+    buckets: list[BucketFacts],
+    counts: dict[str, int],
+) -> IngestFacts:
+    rows_out = sum(facts.rows_out for facts in partitioned)
+    days = {day: sum(b.rows_per_day[day] for b in buckets) for day in buckets[0].rows_per_day}
+    histories = buckets[0].history_events
+    return IngestFacts(
+        rows_in=span.num_rows,
+        rows_out=rows_out,
+        quarantined=dict(sum((Counter(f.quarantined) for f in partitioned), Counter[str]())),
+        rows_per_day=days,
+        labels={
+            name: LabelFacts(
+                observed=sum(f.labels[name][0] for f in partitioned),
+                positives=sum(f.labels[name][1] for f in partitioned),
+            )
+            for name in span.columns.labels
+        },
+        mean_history_length={
+            name: sum(b.history_events[name] for b in buckets) / max(rows_out, 1)
+            for name in histories
+        },
+        num_items=counts["item_id"],
+        num_users=counts["user_id"],
+        num_buckets=span.num_buckets,
+    )

@@ -1,0 +1,1 @@
+"""`braid study`: variants x seeds, side by side."""

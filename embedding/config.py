@@ -3,12 +3,10 @@
 Imports pydantic and nothing heavy, so that `braid validate` and `--help` never load torch.
 """
 
-import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -17,6 +15,8 @@ from pydantic import (
     PositiveInt,
     model_validator,
 )
+
+from embedding.names import ModuleName, Name
 
 MISSING_ID = -1
 """Raw id of a missing value in samples; every id scheme maps it to the OOV row."""
@@ -31,22 +31,6 @@ class StrictConfig(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
-
-
-def _check_name(name: str) -> str:
-    if re.fullmatch(NAME_PATTERN, name) is None:
-        raise ValueError(
-            f"{name!r} is no name; use letters, digits, _ and -, and name the data's column by a "
-            "key of its own (`column`, `label`)"
-        )
-    return name
-
-
-NAME_PATTERN = r"[A-Za-z0-9_][A-Za-z0-9_-]*"
-Name = Annotated[
-    str, AfterValidator(_check_name), Field(json_schema_extra={"pattern": f"^{NAME_PATTERN}$"})
-]
-"""Of a table, feature, history, sequence or task: part of paths, of columns and of modules."""
 
 
 # --- id schemes: raw id -> row of the table ------------------------------------------------------
@@ -185,7 +169,7 @@ SparseOptimizer = Annotated[RowWiseAdagrad | Adagrad | Adam | Sgd, Field(discrim
 class TableConfig(StrictConfig):
     """One embedding table; several features may share it."""
 
-    name: Name
+    name: ModuleName
     num_embeddings: PositiveInt
     """Rows, the OOV row included."""
     embedding_dim: PositiveInt = 16
@@ -261,7 +245,7 @@ class DenseFeature(StrictConfig):
 class HistoryConfig(StrictConfig):
     """The user's latest events strictly before each event, computed point-in-time by ingest."""
 
-    name: Name
+    name: ModuleName
     label: str | None = None
     """Only events whose label column is 1 enter; by default every event enters."""
     max_length: PositiveInt = 50

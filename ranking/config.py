@@ -12,7 +12,8 @@ from pydantic import (
     model_validator,
 )
 
-from embedding.config import Name, StrictConfig
+from embedding.config import StrictConfig
+from embedding.names import Name
 from ranking.classifier_config import Classifier, Dnn, Dropout
 from ranking.experts_config import ExpertsConfig
 from ranking.fgcnn_config import Fgcnn

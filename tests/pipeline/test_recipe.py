@@ -3,10 +3,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from embedding.config import RowWise
 from embedding.errors import UserError
+from embedding.names import TAKEN_NAMES
 from pipeline.config import EmbeddingPlaneConfig, WindowConfig
 from pipeline.recipe import apply_override, load_recipe
 from ranking.config import RankingConfig
@@ -184,8 +186,10 @@ def test_override_creates_missing_sections(tmp_path: Path) -> None:
                 "features.sparse.0.name",
                 "ranking.tasks.0.name",
             )
-            for name in ("a/b", "a.b", "a:b", "", "a b")
+            for name in ("a/b", "a.b", "a:b", "", "a b", "_a")
         ),
+        ("features.tables.0.name", "type", ["features.tables.type.name", "call it `type_`"]),
+        ("features.histories", [{"name": "items"}], ["features.histories.items.name", "`items_`"]),
         ("features.histories", [{"name": "a.b"}], ["'a.b' is no name"]),
         (
             "features.sequences",
@@ -302,3 +306,8 @@ def test_the_example_of_the_training_guide_is_valid() -> None:
     assert WindowConfig.model_validate(example["window"]).validation_days == 1
     assert EmbeddingPlaneConfig.model_validate(example["embedding"]).l2 > 0
     assert RankingConfig.model_validate(example["ranking"]).tasks[1].after == "click"
+
+
+def test_names_that_modules_cannot_have_are_those_of_this_pytorch() -> None:
+    public = {name for name in dir(torch.nn.ModuleDict()) if not name.startswith("_")}
+    assert public <= TAKEN_NAMES

@@ -161,6 +161,9 @@ def _sentence(fault: ErrorDetails, data: Any) -> str:
             listed = ", ".join(repr(allowed) for allowed in kinds)
             hint = nearest_name(kind, kinds)
             return f"{where}.kind: {kind!r} is unknown{hint}; allowed are {listed}"
+        case "union_tag_not_found":
+            listed = ", ".join(_kinds_at(Recipe, fault["loc"]))
+            return f"{where}.kind: required, but not there; add one of {listed}"
         case "value_error":
             message = fault["msg"].removeprefix("Value error, ")
             return f"{where}: {message}" if where else message
@@ -207,6 +210,25 @@ def _keys_at(annotation: Any, loc: tuple[int | str, ...]) -> list[str]:
         return []
     if get_origin(annotation) is tuple and loc and isinstance(loc[0], int):
         return _keys_at(get_args(annotation)[0], loc[1:])
+    return []
+
+
+def _kinds_at(annotation: Any, loc: tuple[int | str, ...]) -> list[str]:
+    """Kinds that a tagged union at a location of the model tree is made of."""
+    if get_origin(annotation) is Annotated:
+        return _kinds_at(get_args(annotation)[0], loc)
+    if get_origin(annotation) in (Union, UnionType):
+        return [kind for member in get_args(annotation) for kind in _kinds_at(member, loc)]
+    if get_origin(annotation) is tuple and loc and isinstance(loc[0], int):
+        return _kinds_at(get_args(annotation)[0], loc[1:])
+    kind = _kind(annotation)
+    if not loc:
+        return [] if kind is None else [kind]
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        field = annotation.model_fields.get(str(loc[0]))
+        if field is not None:
+            return _kinds_at(field.annotation, loc[1:])
+        return _kinds_at(annotation, loc[1:]) if kind == loc[0] else []
     return []
 
 

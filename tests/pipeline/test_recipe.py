@@ -173,6 +173,16 @@ def test_override_creates_missing_sections(tmp_path: Path) -> None:
             {"kind": "adam", "beta1": 1.0},
             ["embedding.optimizer.beta1", "less than 1"],
         ),
+        (
+            "embedding.optimizer",
+            {"learning_rate": 0.1},
+            ["embedding.optimizer.kind: required", "one of row_wise_adagrad, ", "adam"],
+        ),
+        (
+            "ranking.model.interests",
+            [{"history": "clicks"}],
+            ["ranking.model.interests.0.kind: required", "din, "],
+        ),
         ("embedding.sharding.kernels", [], ["embedding.sharding.kernels", "at least 1 item"]),
         (
             "data.synthetic",

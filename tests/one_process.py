@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from multimodal.content_config import TokenStage
-from pipeline import content, content_tasks, plan, tasks, train
+from pipeline import content, content_tasks, devices, plan, tasks, train
 from pipeline.cluster import RaySession
 from tests.distributed import run_distributed
 
@@ -93,6 +93,7 @@ def in_one_process() -> Iterator[None]:
         patch.setattr(RaySession, "start", lambda self: None)
         for module in (plan, tasks):
             patch.setattr(module, "ray", _RayHere)
+        patch.setattr(devices, "ray", SimpleNamespace(get_gpu_ids=list))
         patch.setattr(train, "TorchTrainer", _TrainerHere)
         patch.setattr(content, "encode_on_workers", encode_here)
         try:

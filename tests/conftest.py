@@ -5,6 +5,13 @@ from collections.abc import Iterator
 import pytest
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: where processes share files, none is left alone at the end."""
+    slow = {item.path for item in items if "integration" in item.keywords}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="module")
 def one_process() -> Iterator[None]:
     """`tests.one_process.in_one_process` for all tests of a module that come after."""

@@ -3,16 +3,17 @@
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, Self
 
 import pytest
 import torch.distributed as dist
 
 from multimodal.content_config import TokenStage
-from pipeline import plan, tasks, train
+from pipeline import devices, plan, tasks, train
 from pipeline.cluster import RaySession
-from pipeline.content.stage import stage as content
-from pipeline.content.stage import tasks as content_tasks
+from pipeline.content import stage as content
+from pipeline.content import tasks as content_tasks
 from tests.distributed import run_distributed
 
 
@@ -87,6 +88,7 @@ def in_one_process() -> Iterator[None]:
         patch.setattr(RaySession, "start", lambda self: None)
         patch.setattr(plan, "ray", _RayHere)
         patch.setattr(tasks, "stream_results", _results_here)
+        patch.setattr(devices, "ray", SimpleNamespace(get_gpu_ids=list))
         patch.setattr(train, "TorchTrainer", _TrainerHere)
         patch.setattr(content, "encode_on_workers", encode_here)
         try:

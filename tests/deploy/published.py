@@ -15,7 +15,7 @@ from deploy.bundle import write_bundle
 from embedding.checkpoint import Checkpointer
 from embedding.checkpoint_files import step_directory
 from pipeline.config import Recipe
-from pipeline.content.stage import stage as stage
+from pipeline.content import stage
 from ranking.steps import PlainSteps
 from tests.one_process import encode_here
 from tests.pipeline.content_steps import (

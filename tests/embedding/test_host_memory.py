@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from embedding.config import ShardingConfig
+from embedding.planning import host_memory
 from embedding.planning.host_memory import group_limits, memory_of_this_machine
-from embedding.planning.planner import host_memory
 from embedding.planning.topology import local_shape
 
 GIB = 1 << 30

@@ -25,9 +25,9 @@ from multimodal.towers import load_tower
 from pipeline.cluster import RaySession
 from pipeline.config import ClusterConfig
 from pipeline.console import Reporter
+from pipeline.content import stage
+from pipeline.content import tasks as content_tasks
 from pipeline.content.stage import STORES, ContentFacts, check_content, content
-from pipeline.content.stage import stage as stage
-from pipeline.content.stage import tasks as content_tasks
 from pipeline.run import DayRun
 from pipeline.stages import execute
 from tests.one_process import encode_here

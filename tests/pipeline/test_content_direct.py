@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from multimodal.rank_group import RankGroup
+from pipeline.content import transport as content_transport
 from pipeline.content.actor import ContentActor
 from pipeline.content.group import TensorGroup, meeting_place, of_ranks_and, wait
-from pipeline.content.stage import transport as content_transport
 from pipeline.content.transport import ActorCalls, ContentServiceError, DirectTransport
 from tests.pipeline.tensor_groups import sit_in_group
 from tests.pipeline.test_content_actor import ROWS, WIDTH, make_actor

@@ -15,8 +15,8 @@ from embedding.items import ItemRows
 from multimodal.content_encoder import load_content_encoder, trained_state
 from multimodal.stored_content import ContentReader
 from pipeline.config import Recipe
+from pipeline.content import moments as content_moments
 from pipeline.content.paths import ContentPaths
-from pipeline.content.stage import moments as content_moments
 from pipeline.content.training import RankContent
 from ranking.steps import PlainSteps
 from tests.pipeline.content_steps import (

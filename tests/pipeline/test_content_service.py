@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from multimodal.rank_group import RankGroup
-from pipeline.content.stage import transport as content_transport
+from pipeline.content import transport as content_transport
 from pipeline.content.transport import ActorCalls, StoreTransport
 
 

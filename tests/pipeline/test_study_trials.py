@@ -23,10 +23,10 @@ import ray
 from embedding.errors import UserError
 from pipeline.config import Recipe
 from pipeline.stages import StageOutput, StageSpec
+from pipeline.study import runner as study_trials
+from pipeline.study import study as study_module
 from pipeline.study.runner import Outcome, Trial, TrialProcesses
 from pipeline.study.study import Study
-from pipeline.study.study import runner as study_trials
-from pipeline.study.study import study as study_module
 from tests.pipeline.small_log import make_recipe
 
 Run = Callable[[str], StageOutput | Exception]

@@ -1,5 +1,6 @@
 """Fixtures of tests in all folders."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests first: where processes share files, none is left alone at the end."""
     slow = {item.path for item in items if "integration" in item.keywords}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment() -> Iterator[None]:
+    """What a module's tests set stays theirs: trainings tell TorchRec the ranks of a host so."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")

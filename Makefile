@@ -17,8 +17,8 @@ DEMO_CLUSTER_gpu := --set cluster.use_gpu=true --set cluster.num_workers=1
 demo: $(VENV)/.installed-$(ACCEL)  ## The whole daily pipeline on the synthetic marketplace.
 	$(BIN)/braid run --recipe demo --date $(DEMO_DATE) --out runs/demo $(DEMO_CLUSTER_$(ACCEL))
 
-test: lint  ## Lint, types and tests; guides may only name commands, options and files that exist.
-	$(BIN)/python -m pytest -m "not gpu"
+test: lint  ## Lint, types and tests; two processes share the files, and slow ones come first.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-gpu: $(VENV)/.installed-dev  ## The tests that need a GPU; `make ACCEL=gpu test-gpu` installs for it.
 	@test $(ACCEL) = gpu || { echo "error: this environment is for CPUs; run make ACCEL=gpu test-gpu" >&2; exit 2; }

@@ -5,6 +5,10 @@ from collections.abc import Iterator
 
 import pytest
 
+# Else a call of Ray in a process that has not started it would start one, which stays for all tests
+# that come after.
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -19,7 +19,8 @@ from embedding.config import StrictConfig
 from pipeline.config import EvaluationConfig, Recipe
 from pipeline.metrics_file import METRICS_FILE, ORACLE_FILE, write_metrics
 from pipeline.stages import StageOutput
-from pipeline.train import RunWorkers, TrainedModel, run_workers
+from pipeline.train import TrainedModel
+from pipeline.worker_group import RunWorkers, run_workers
 from ranking.evaluation import TaskMetrics, evaluate_predictions
 
 PREDICTIONS = "predictions"

@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from multimodal.content_config import TokenStage
-from pipeline import devices, plan, tasks, train
+from pipeline import devices, plan, tasks, worker_group
 from pipeline.cluster import RaySession
 from pipeline.content import stage as content
 from pipeline.content import tasks as content_tasks
@@ -89,7 +89,7 @@ def in_one_process() -> Iterator[None]:
         patch.setattr(plan, "ray", _RayHere)
         patch.setattr(tasks, "stream_results", _results_here)
         patch.setattr(devices, "ray", SimpleNamespace(get_gpu_ids=list))
-        patch.setattr(train, "TorchTrainer", _TrainerHere)
+        patch.setattr(worker_group, "WorkerGroupTrainer", _TrainerHere)
         patch.setattr(content, "encode_on_workers", encode_here)
         try:
             yield

@@ -41,7 +41,8 @@ from pipeline.console import Reporter
 from pipeline.content.stage import STORES, ContentFacts, check_content, content
 from pipeline.days import parse_day
 from pipeline.stages import StageOutput, StageSpec
-from pipeline.train import CHECKPOINT, run_workers
+from pipeline.train import CHECKPOINT
+from pipeline.worker_group import run_workers
 
 STAGE = "align"
 _SPACES = {"ranker": "the item table of the ranker", "factorisation": "a factorisation"}

@@ -23,7 +23,7 @@ from embedding.planning.planner import PlanRequest
 from embedding.planning.traffic import Traffic
 from pipeline.cluster import cluster_address, require_absolute
 from pipeline.config import ClusterConfig
-from pipeline.train import run_workers
+from pipeline.worker_group import run_workers
 
 RESULTS = "results.jsonl"
 PARTS = "parts.json"

@@ -18,16 +18,8 @@ from pipeline.content.paths import ContentPaths
 from pipeline.evaluate import evaluate
 from pipeline.plan import plan, write_plan
 from pipeline.stages import StageOutput
-from pipeline.train import (
-    METRICS,
-    RESULT,
-    RunWorkers,
-    TrainedModel,
-    TrainInputs,
-    Worker,
-    run_workers,
-    train,
-)
+from pipeline.train import METRICS, RESULT, TrainedModel, TrainInputs, train
+from pipeline.worker_group import RunWorkers, Worker, run_workers
 
 
 class TrialJob(StrictConfig):

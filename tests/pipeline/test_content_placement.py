@@ -14,7 +14,8 @@ from embedding.errors import UserError
 from pipeline.config import ClusterConfig
 from pipeline.content.paths import ContentPaths
 from pipeline.planning_worker import plan_recipe
-from pipeline.train import TrainJob, run_workers
+from pipeline.train import TrainJob
+from pipeline.worker_group import run_workers
 from tests.distributed import run_distributed
 from tests.one_ray import one_ray
 from tests.pipeline.content_steps import (

@@ -231,7 +231,7 @@ def test_ray_workers_give_the_codes_of_the_driver(days: Days) -> None:
     np.save(file, days.items(1).vectors_ND)
     days.day(1, "driver", CODES, kept=None)
     with RaySession(ClusterConfig(num_workers=1)) as session:
-        run = RayPieces(session.start, lambda *counts: done.append(counts))
+        run = RayPieces(session, lambda *counts: done.append(counts))
         for name, where in (("memory", None), ("file", file)):
             days.day(1, name, pieces(CODES, 150), Machines(run), kept=None, file=where)
             assert days.table(name) == days.table("driver")

@@ -9,7 +9,7 @@ import ray
 
 from embedding.config import StrictConfig
 from embedding.errors import UserError
-from pipeline import train
+from pipeline import worker_group
 from pipeline.cluster import RaySession
 from pipeline.config import ClusterConfig
 
@@ -20,7 +20,7 @@ class _Job(StrictConfig):
     pass
 
 
-def _worker() -> train.Worker:
+def _worker() -> worker_group.Worker:
     """Does nothing; made here, since processes of Ray cannot import a module of tests."""
     return lambda config: None
 
@@ -38,7 +38,7 @@ def test_interrupts_are_the_commands_own_after_a_training(tmp_path: Path) -> Non
     """Ray Train's handler stayed: it swallowed two interrupts, and the third ended with code 0."""
     before = signal.getsignal(signal.SIGINT)
     try:
-        train.run_workers(_worker(), _Job(), CLUSTER, tmp_path)
+        worker_group.run_workers(_worker(), _Job(), CLUSTER, tmp_path)
         assert signal.getsignal(signal.SIGINT) is before
     finally:
         signal.signal(signal.SIGINT, before)
@@ -50,13 +50,13 @@ def test_a_group_that_finds_no_room_says_what_it_needs_and_what_is_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1")
-    monkeypatch.setattr(train, "MIN_START_S", train.START_S)
+    monkeypatch.setattr(worker_group, "MIN_START_S", worker_group.START_S)
     cpus = ray.cluster_resources()["CPU"]
     other = ray.util.placement_group([{"CPU": cpus}])
     assert other.wait(60)
     try:
         with pytest.raises(UserError) as raised:
-            train.run_workers(_worker(), _Job(), CLUSTER, tmp_path)
+            worker_group.run_workers(_worker(), _Job(), CLUSTER, tmp_path)
     finally:
         ray.util.remove_placement_group(other)
 
@@ -71,4 +71,4 @@ def test_a_group_waits_as_long_as_an_autoscaler_may_take(
     autoscale_s: float | None, starts: int
 ) -> None:
     cluster = ClusterConfig(num_workers=1, autoscale_timeout_s=autoscale_s)
-    assert train._starts(cluster) == starts
+    assert worker_group._starts(cluster) == starts

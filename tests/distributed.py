@@ -5,6 +5,7 @@ interpreter spends seconds on these imports, whatever it runs.
 """
 
 import gc
+import importlib.util
 import os
 import sys
 import tempfile
@@ -68,6 +69,8 @@ def _processes(fresh: bool) -> Any:
     # What CUDA was asked in the process that forks, its forks can ask no more.
     if fresh or torch.cuda.is_available():
         return mp.get_context("spawn")
+    # The server of forks ignores modules that are not there, and every fork would import its own.
+    assert all(importlib.util.find_spec(name) for name in IMPORTED)
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
     return context

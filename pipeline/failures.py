@@ -9,8 +9,8 @@ from embedding.errors import UserError
 def user_error(error: BaseException) -> UserError | None:
     """The `UserError` (or full disk) that an error stems from, or None where it is our fault.
 
-    Ray wraps a worker's exception several times over: as `cause` (tasks), `__cause__`
-    and in `worker_failures` by rank (Ray Train).
+    Ray wraps a worker's exception several times over: as `cause` (tasks), as
+    `__cause__`, and in `worker_failures` by rank (Ray Train).
     """
     for link in _links(error, set()):
         # A RayTaskError also *is* its cause's class, with the remote traceback as its text.

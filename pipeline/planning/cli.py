@@ -124,7 +124,7 @@ def traffic_command(
     from rich.console import Console
 
     from embedding.planning.table_advice import table_facts
-    from pipeline.cluster import RaySession
+    from pipeline.cluster import ONE_CPU, RaySession
     from pipeline.console import Reporter
     from pipeline.planning.traffic import measure_traffic, sample_files
     from pipeline.planning.traffic_view import advice_lines, facts_table
@@ -133,7 +133,7 @@ def traffic_command(
     files = sample_files(out, date)
     reporter = Reporter()
     with RaySession(loaded.cluster) as session:
-        session.start()
+        session.wait_for("traffic", [ONE_CPU])
         with reporter.stage("traffic"):
             traffic = measure_traffic(loaded.features, files, reporter.advance)
     facts = table_facts(loaded.features.tables, traffic)
@@ -211,7 +211,7 @@ def capacity_command(  # noqa: PLR0913 # every option of a command is a paramete
     from pipeline.capacity.evaluate import run_capacity
     from pipeline.capacity.report import points_table, write_capacity_report
     from pipeline.capacity.sweep import SweepOptions, sweep_request
-    from pipeline.cluster import RaySession
+    from pipeline.cluster import ONE_CPU, RaySession
     from pipeline.console import Reporter
 
     loaded = _load(recipe, overrides)
@@ -235,7 +235,7 @@ def capacity_command(  # noqa: PLR0913 # every option of a command is a paramete
     reporter = Reporter()
     local = loaded.cluster.model_copy(update={"num_workers": 1, "use_gpu": False})
     with RaySession(local) as session:
-        session.start()
+        session.wait_for("capacity", [ONE_CPU])
         with reporter.stage("capacity", unit="points"):
             answer = run_capacity(request, reporter.advance)
     console = Console(highlight=False)
@@ -260,9 +260,9 @@ def _shape(text: str, recipe: "Recipe") -> "ClusterShape":
 
     if text not in ("here", "cluster"):
         return parse_shape(text)
-    from pipeline.cluster import RaySession
+    from pipeline.cluster import RaySession, worker_bundle
     from pipeline.plan import present_shape, training_shape
 
     with RaySession(recipe.cluster) as session:
-        session.start()
+        session.wait_for("plan", [worker_bundle(recipe.cluster)])
         return training_shape(recipe) if text == "here" else present_shape(recipe.cluster)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from embedding.checkpoint_files import (
+    BUFFERS,
     COMPANION,
     CheckpointManifest,
     RankFacts,
@@ -83,7 +84,7 @@ def capture(sharded: Sharded, ranks: Sequence[RankFacts], rank: int) -> dict[str
         for name, parameter in sharded.dense_parameters.items():
             tensors[f"dense/{name}"] = StoredTensor.whole(parameter)
         for name, buffer in dense_buffers(sharded).items():
-            tensors[f"buffers/{name}"] = StoredTensor.whole(buffer)
+            tensors[f"{BUFFERS}{name}"] = StoredTensor.whole(buffer)
         for name, state in _dense_states(sharded).items():
             for key, value in state.items():
                 if torch.is_tensor(value):

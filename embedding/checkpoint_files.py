@@ -18,6 +18,8 @@ from embedding.planning.plan_description import PlanDescription
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+BUFFERS = "buffers/"
+"""Prefix of buffers outside the tables."""
 COMPANION = "companion/"
 """Prefix of the tensors of what trains beside the model."""
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from embedding.capture import dense_buffers, set_rng_states, state_name
-from embedding.checkpoint_files import COMPANION, CheckpointManifest, ManagedClock
+from embedding.checkpoint_files import BUFFERS, COMPANION, CheckpointManifest, ManagedClock
 from embedding.config import ManagedCollision
 from embedding.errors import UserError
 from embedding.id_map import (
@@ -82,18 +82,19 @@ class Restorer:
 
     def restore_dense_optimizer(self, name: str) -> None:
         """The dense optimizer's state of one parameter, as far as it had one."""
-        assert self._sharded.dense_optimizer is not None
+        optimizer = self._sharded.dense_optimizer
+        assert optimizer is not None
         parameter = self._sharded.dense_parameters[name]
         state: dict[str, Any] = dict(self._manifest.dense_scalars.get(name, {}))
         prefix = f"dense_optimizer/{name}/"
         for saved in self._reader.names(prefix):
-            value = self._reader.read(saved)
-            key = saved.removeprefix(prefix)
-            # Step counters are scalars, saved as one element, and stay on the host.
-            scalar = key == "step"
-            state[key] = value.reshape(()) if scalar else value.to(parameter.device)
+            value, key = self._reader.read(saved), saved.removeprefix(prefix)
+            if key == "step":  # a scalar, saved as one element
+                state[key] = value.reshape(()).to(device_of_step(optimizer, parameter))
+            else:
+                state[key] = value.to(parameter.device)
         if state:
-            self._sharded.dense_optimizer.state[parameter] = state
+            optimizer.state[parameter] = state
 
     def restore_dense_groups(self) -> None:
         """Learning rates and other settings of the dense optimizer."""
@@ -111,7 +112,7 @@ class Restorer:
 
     def restore_buffer(self, name: str) -> None:
         """One buffer outside the tables."""
-        self._read_whole(f"buffers/{name}", dense_buffers(self._sharded)[name])
+        self._read_whole(f"{BUFFERS}{name}", dense_buffers(self._sharded)[name])
 
     def companion_tensors(self) -> dict[str, Tensor]:
         """All that was saved of what trains beside the model."""
@@ -361,6 +362,15 @@ def sum_dropped(ranks: list[dict[str, int]]) -> dict[str, int]:
         if count and dist.get_rank() == 0:
             logger.warning("table %s: %d ids found no room and were evicted", table, count)
     return totals
+
+
+def device_of_step(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> torch.device:
+    """Where an optimizer wants its step counters: fused kernels read them beside the parameter."""
+    for group in optimizer.param_groups:
+        if any(each is parameter for each in group["params"]):
+            on_device = group.get("fused") or group.get("capturable")
+            return parameter.device if on_device else torch.device("cpu")
+    raise AssertionError("the optimizer does not hold the parameter")
 
 
 def _origin(shard: TableShard) -> list[int]:

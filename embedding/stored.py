@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
-from embedding.checkpoint_files import COMPANION, read_manifest
+from embedding.checkpoint_files import BUFFERS, COMPANION, read_manifest
 
 BLOCK_BYTES = 32 << 20
 
@@ -214,7 +214,7 @@ def read_tables(directory: Path) -> Iterator[tuple[str, Iterator[tuple[int, Tens
 def read_dense(directory: Path) -> dict[str, Tensor]:
     """All dense parameters and buffers of one checkpoint, by name in the model."""
     reader = CheckpointReader(directory)
-    names = reader.names("dense/") + reader.names("buffers/")
+    names = reader.names("dense/") + reader.names(BUFFERS)
     return {name.split("/", 1)[1]: reader.read(name) for name in names}
 
 

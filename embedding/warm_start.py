@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch.distributed as dist
+from torch import Tensor
 
 from embedding.capture import dense_buffers
-from embedding.checkpoint_files import COMPANION, CheckpointManifest
+from embedding.checkpoint_files import BUFFERS, COMPANION, CheckpointManifest
 from embedding.config import StrictConfig
 from embedding.restore import Restorer, sum_dropped
 from embedding.row_carry import CarriedRows, RowCarry
@@ -19,9 +20,9 @@ class WarmStartReport(StrictConfig):
 
     schema_version: Literal[1] = 1
     carried: tuple[str, ...]
-    """Tables and parameters whose values came from the checkpoint."""
+    """Tables, parameters and buffers whose values came from the checkpoint."""
     initialised: dict[str, str]
-    """Tables and parameters that keep their start values, and why."""
+    """Tables, parameters and buffers that keep their start values, and why."""
     ignored: tuple[str, ...]
     """Saved tensors that this model has no place for."""
     dropped_ids: dict[str, int]
@@ -66,20 +67,21 @@ def warm_start(
             initialised[f"tables/{table.name}"] = reason
     for name, parameter in sharded.dense_parameters.items():
         saved = f"dense/{name}"
-        if saved not in reader.names(saved):
-            initialised[saved] = "not in the checkpoint"
-        elif reader.size(saved) != (parameter.shape or (1,)):
-            was, now = tuple(reader.size(saved)), tuple(parameter.shape)
-            initialised[saved] = f"shape changed from {was} to {now}"
-        else:
+        reason = _why_not_read(reader, saved, parameter)
+        if reason is None:
             restorer.restore_dense(name)
             restorer.restore_dense_optimizer(name)
             carried.append(saved)
+        else:
+            initialised[saved] = reason
     for name, buffer in dense_buffers(sharded).items():
-        saved = f"buffers/{name}"
-        if saved in reader.names() and reader.size(saved) == (buffer.shape or (1,)):
+        saved = f"{BUFFERS}{name}"
+        reason = _why_not_read(reader, saved, buffer)
+        if reason is None:
             restorer.restore_buffer(name)
             carried.append(saved)
+        else:
+            initialised[saved] = reason
     if sharded.companion is not None:
         beside = restorer.companion_tensors()
         kept = sharded.companion.warm_start(beside)
@@ -95,6 +97,14 @@ def warm_start(
         dropped_ids=sum_dropped([dropped for _, dropped in outcomes]),
         rows=rows,
     )
+
+
+def _why_not_read(reader: CheckpointReader, saved: str, target: Tensor) -> str | None:
+    """None: the saved tensor fits."""
+    if saved not in reader.names(saved):
+        return "not in the checkpoint"
+    was, now = tuple(reader.size(saved)), tuple(target.shape)
+    return None if was == (now or (1,)) else f"shape changed from {was} to {now}"
 
 
 def _why_not_carried(manifest: CheckpointManifest, sharded: Sharded, name: str) -> str | None:

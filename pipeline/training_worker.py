@@ -17,7 +17,8 @@ from torch.utils.tensorboard.writer import SummaryWriter
 
 from embedding import samples as columns
 from embedding.checkpoint import Checkpointer, load_into
-from embedding.checkpoint_files import COMPANION, step_directory
+from embedding.checkpoint_files import BUFFERS, COMPANION, step_directory
+from embedding.errors import UserError
 from embedding.loader import SampleFiles, SampleLoader
 from embedding.memory import keep_freed_memory
 from embedding.notices import divert_library_notices
@@ -30,6 +31,7 @@ from pipeline.content.paths import ContentPaths
 from pipeline.devices import own_device
 from pipeline.evaluate import EvaluateJob
 from pipeline.train import LOGS, METRICS, RESULT, TENSORBOARD, TrainJob, TrainResult
+from ranking.averaging import AVERAGE
 from ranking.model import RankingModel, RankingStep
 from ranking.prediction import Predictions, predict
 from ranking.progress import Progress
@@ -88,13 +90,14 @@ def _train(job: TrainJob, content: "RankContent | None", device: torch.device) -
     )
     loader = _loader(recipe, job.samples, content)
     held_out = _loader(recipe, job.validation, content) if job.validation else None
-    summary = trainer.fit(loader, progress, validation=held_out)
+    summary = trainer.fit(loader, progress, validation=held_out, is_warm_start=carried is not None)
     checkpointer.close()
     if record is not None:
         record.close()
         best_step = summary.validation.best_step
+        result_step = summary.steps if best_step is None else best_step
         result = TrainResult(
-            checkpoint=step_directory(job.checkpoints, best_step or summary.steps).name,
+            checkpoint=step_directory(job.checkpoints, result_step).name,
             rows=loader.rows_before(summary.position),
             steps=summary.steps,
             best_step=best_step,
@@ -118,7 +121,13 @@ def predict_worker(job: EvaluateJob) -> None:
     sharded = build(recipe, job.model.plan, device, content)
     report = load_into(job.model.checkpoint, sharded)
     # The bank is no weight: it holds what the encoder gives.
-    assert set(report.initialised) <= {f"{COMPANION}bank"}, report.initialised
+    lacking = sorted({*report.initialised} - {f"{COMPANION}bank"})
+    if lacking:
+        raise UserError(
+            f"the checkpoint {job.model.checkpoint} is not of this model: {lacking[0]} "
+            f"({report.initialised[lacking[0]]}) and {len(lacking) - 1} others would keep their "
+            "start values; run the train stage again"
+        )
     if content is not None:
         content.source.refresh()
     step: RankingStep = sharded.model.module
@@ -194,6 +203,12 @@ def _restore(
 
         carries = row_carries(job.codebooks, job.recipe.features)
     report = load_into(job.parent_checkpoint, sharded, carries)
+    drawn = report.initialised
+    own = {n: why for n, why in drawn.items() if not n.startswith(f"{BUFFERS}{AVERAGE}.")}
+    if len(own) < len(drawn):  # the parent had no average, or that of another model
+        model: RankingStep = sharded.model.module
+        model.start_average()
+        report = report.model_copy(update={"initialised": own})
     if dist.get_rank() == 0:
         write_durably(record, report.model_dump_json(indent=2))
     return Progress(), report

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-_MODULE = "average"
+AVERAGE = "average"
 """Name of the module in a `RankingStep`."""
 _RANKER = "model.ranker."
 _SEPARATOR = "/"  # a buffer's name may hold no dot
@@ -69,7 +69,7 @@ def published_weights(dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Args:
         dense: by name in the `RankingStep`; tables left out.
     """
-    prefix = f"{_MODULE}."
+    prefix = f"{AVERAGE}."
     served = {name: tensor for name, tensor in dense.items() if not name.startswith(prefix)}
     for name, tensor in dense.items():
         if name.startswith(prefix):

@@ -49,7 +49,8 @@ class ModelConfig(StrictConfig):
     """Fields of another dim are projected to this one; None: fields keep their dims."""
     field_dropout: dict[str, Dropout] = {}
     """Share of the training samples that lose a sparse feature, by its name: ids that are new when
-    the model is used look like ids that were left out, and content or codes have to do."""
+    the model is used look like ids that were left out, and content or codes have to do. A hashed
+    table needs many more rows than ids for that: else a new id reads the row of another one."""
     generator: Fgcnn | None = None
     """Adds new features to the fields, whatever the classifier."""
     classifier: Classifier = Dnn()

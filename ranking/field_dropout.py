@@ -15,8 +15,11 @@ class FieldDropout(nn.Module):
     """In training, zeroes a field in a share of the samples, drawn anew every step.
 
     A row that no training has touched is close to zero, so an id that is new when the model is
-    used looks like one that was left out (Volkovs et al., DropoutNet, NeurIPS 2017). What is kept
-    is not scaled up: the model is to tell known ids from unknown ones, not to average over them.
+    used looks like one that was left out (Volkovs et al., DropoutNet, NeurIPS 2017). That needs a
+    table in which a new id finds such a row: `managed_collision`, `identity`, or `hashed` with many
+    more rows than ids; in a hashed table with about as many, most new ids read the row of another.
+    What is kept is not scaled up: the model is to tell known ids from unknown ones, not to average
+    over them.
     """
 
     def __init__(self, shares: Mapping[str, float]) -> None:

@@ -36,8 +36,11 @@ from ranking.mlp import in_float32
 from ranking.regularization import LookupPenalty
 from ranking.tasks import EntireSpaceLabels, TaskChain
 
-StepOutput = tuple[Tensor, tuple[Tensor, Tensor, Tensor]]
-"""(loss, (logits_BT, labels_BT, weights_BT)): what TorchRec's train pipelines expect."""
+StepOutput = tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]
+"""(loss, (logits_BT, labels_BT, weights_BT, penalty)): what TorchRec's train pipelines expect.
+
+The penalty is the part of the loss that is not that of the tasks; 0 but in training.
+"""
 
 
 class RankingModel(nn.Module):
@@ -118,16 +121,22 @@ class RankingStep(nn.Module):
         logits_BT = self.model.rank(embedded, batch, content)
         labels_BT, weights_BT = self.labels(batch.labels_BT, batch.weights_BT)
         loss = self.loss(logits_BT, labels_BT, weights_BT)
-        if self.penalty is not None:
-            loss = loss + self.penalty(embedded, batch)
-        if self.content_penalty is not None:
-            loss = loss + self.content_penalty(content, embedded)
-        return loss, (logits_BT.detach(), labels_BT, weights_BT)
+        penalty = loss.new_zeros(())
+        if self.training and self.penalty is not None:
+            penalty = penalty + self.penalty(embedded, batch)
+        if self.training and self.content_penalty is not None:
+            penalty = penalty + self.content_penalty(content, embedded)
+        outputs = (logits_BT.detach(), labels_BT, weights_BT, penalty.detach())
+        return loss + penalty, outputs
 
     @property
     def content_source(self) -> ContentSource | None:
         """Who makes the content vectors, if the model reads any."""
         return None if self.content is None else self.content.source
+
+    def start_average(self) -> None:
+        """Let the average of the weights be the weights."""
+        self.update_average(0)
 
     def update_average(self, step: int) -> None:
         """Add the weights after step `step` = 0, 1, ... to their average."""

@@ -39,7 +39,7 @@ def predict(
     step.eval()
     for batch in batches:
         with torch.no_grad():
-            _, (logits_BT, labels_BT, weights_BT) = step(batch.to(device))
+            _, (logits_BT, labels_BT, weights_BT, _) = step(batch.to(device))
         probs_BT = probabilities(logits_BT.double()).cpu()
         real = batch.num_rows
         yield Predictions(

@@ -28,6 +28,8 @@ class Progress:
     """Metric sums since the last step line, over all ranks; None before the first step."""
     window_slots: int = 0
     """Rows since the last step line over all ranks, filling ones included."""
+    window_penalty: float = 0.0
+    """Sum over these rows of the penalty of their batch."""
     validation: ValidationState = ValidationState()
     totals: Totals = Totals()
 
@@ -38,6 +40,7 @@ class Progress:
             "position": self.position.model_dump_json(),
             "window": None if self.window_TX is None else self.window_TX.tolist(),
             "window_slots": self.window_slots,
+            "window_penalty": self.window_penalty,
             "validation": self.validation.model_dump_json(),
             "totals": asdict(self.totals),
         }
@@ -51,9 +54,26 @@ class Progress:
             position=Position.model_validate_json(state["position"]),
             window_TX=None if window is None else torch.tensor(window, dtype=torch.float64),
             window_slots=state["window_slots"],
+            window_penalty=state.get("window_penalty", 0.0),  # checkpoints once had none
             validation=ValidationState.model_validate_json(state["validation"]),
-            totals=Totals(**state.get("totals", {})),  # checkpoints once had none
+            totals=Totals(**state.get("totals", {})),  # nor these
         )
+
+
+@dataclass(frozen=True)
+class WindowSums:
+    """Sums over all ranks since the last step line."""
+
+    metrics: MetricSums
+    num_slots: int
+    """Rows, filling ones included."""
+    penalty: float
+    """Over these rows, of the penalty of their batch."""
+
+    @property
+    def mean_penalty(self) -> float:
+        """Of a step; 0 before the first one."""
+        return self.penalty / max(self.num_slots, 1)
 
 
 class Window:
@@ -64,39 +84,50 @@ class Window:
     """
 
     def __init__(self, progress: Progress, num_tasks: int, device: torch.device) -> None:
-        self._local = MetricSums.zeros(num_tasks, device)
         self._global = MetricSums.zeros(num_tasks, device)
         if progress.window_TX is not None:
             self._global = MetricSums(progress.window_TX.to(device))
-        self._slots = progress.window_slots
-        self._local_slots = 0
+        self._slots, self._penalty = progress.window_slots, progress.window_penalty
+        self._clear_local()
 
-    def update(self, logits_BT: Tensor, labels_BT: Tensor, weights_BT: Tensor) -> None:
-        """Add a batch of this rank."""
+    def update(
+        self, logits_BT: Tensor, labels_BT: Tensor, weights_BT: Tensor, penalty: Tensor
+    ) -> None:
+        """Add a batch of this rank. Waits for no device."""
         self._local.update(logits_BT, labels_BT, weights_BT)
         self._local_slots += len(logits_BT)
+        self._local_penalty += penalty.double() * len(logits_BT)
 
-    def fold(self, rank_values: Tensor) -> tuple[MetricSums, int, Tensor]:
+    def fold(self, rank_values: Tensor) -> tuple[WindowSums, Tensor]:
         """Make the sums global.
 
         Args:
             rank_values: float64 values of this rank that are summed in the same message.
 
         Returns:
-            The window's sums, its rows (filling ones included) and the summed `rank_values`.
+            The window's sums and the summed `rank_values`.
         """
-        slots = torch.tensor([float(self._local_slots)], dtype=torch.float64)
-        device = self._local.sums_TX.device
-        sums_TX, slots, rank_values = all_reduce_sums(
-            [self._local.sums_TX, slots.to(device), rank_values.to(device)]
+        slots = self._local_penalty.new_tensor(float(self._local_slots))
+        sums_TX, counts_2, rank_values = all_reduce_sums(
+            [
+                self._local.sums_TX,
+                torch.stack([slots, self._local_penalty]),
+                rank_values.to(slots.device),
+            ]
         )
+        slots_and_penalty: list[float] = counts_2.tolist()
         self._global = self._global + MetricSums(sums_TX)
-        self._slots += int(slots.item())
-        self._local = MetricSums(torch.zeros_like(self._local.sums_TX))
-        self._local_slots = 0
-        return self._global, self._slots, rank_values
+        self._slots += int(slots_and_penalty[0])
+        self._penalty += slots_and_penalty[1]
+        self._clear_local()
+        return WindowSums(self._global, self._slots, self._penalty), rank_values
 
     def clear(self) -> None:
         """Start the next window."""
         self._global = MetricSums(torch.zeros_like(self._global.sums_TX))
-        self._slots = 0
+        self._slots, self._penalty = 0, 0.0
+
+    def _clear_local(self) -> None:
+        self._local = MetricSums(torch.zeros_like(self._global.sums_TX))
+        self._local_slots = 0
+        self._local_penalty = self._local.sums_TX.new_zeros(())

@@ -10,17 +10,18 @@ import torch
 from ranking.clock import WindowTiming
 from ranking.config import TaskConfig
 from ranking.metrics import MetricSums, TaskValues
+from ranking.progress import WindowSums
 
 _GIB = 1 << 30
 _PAGE_BYTES = 4096
 
 
 def step_metrics(
-    tasks: Sequence[TaskConfig], sums: MetricSums, num_slots: int, timing: WindowTiming
+    tasks: Sequence[TaskConfig], sums: WindowSums, timing: WindowTiming
 ) -> dict[str, float]:
     """Metric keys `area/name_unit` and their values; undefined ones are left out."""
     metrics = {
-        "train/loss": training_loss(tasks, sums, num_slots),
+        "train/loss": training_loss(tasks, sums.metrics, sums.num_slots),
         "train/rows_per_s": timing.num_rows / timing.elapsed_s,
         "time/step_s": timing.elapsed_s / timing.steps,
         "time/data_s": timing.data_s,
@@ -29,7 +30,9 @@ def step_metrics(
         "time/validation_s": timing.validation_s,
         "time/unix_s": time.time(),
     }
-    for task, values in zip(tasks, sums.values(), strict=True):
+    if sums.penalty:
+        metrics["train/penalty"] = sums.mean_penalty
+    for task, values in zip(tasks, sums.metrics.values(), strict=True):
         for item in fields(TaskValues):
             value = getattr(values, item.name)
             if value is not None:
@@ -38,7 +41,7 @@ def step_metrics(
 
 
 def training_loss(tasks: Sequence[TaskConfig], sums: MetricSums, num_slots: int) -> float:
-    """Mean over the window of the tasks' loss (`ranking.losses.TaskLoss`); no penalty in it."""
+    """Mean over the window of the tasks' loss (`ranking.losses.TaskLoss`), without penalties."""
     losses = (
         task.weight * (values.logloss or 0.0) * values.weight
         for task, values in zip(tasks, sums.values(), strict=True)

@@ -12,8 +12,8 @@ from embedding.tables import in_tables
 
 # Shapes: B samples, T tasks.
 
-Outputs = tuple[Tensor, Tensor, Tensor]
-"""(logits_BT, labels_BT, weights_BT) of a step."""
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
+"""(logits_BT, labels_BT, weights_BT, penalty) of a step."""
 
 
 class StepOptimizer(Protocol):

@@ -17,15 +17,15 @@ from embedding.loader import BatchStream
 from embedding.precision import check_precision
 from ranking.clock import Clock, Totals
 from ranking.config import TaskConfig
-from ranking.metrics import MetricSums
 from ranking.model import RankingStep
 from ranking.moments import agree_on_moments
-from ranking.progress import Progress, Window
+from ranking.progress import Progress, Window, WindowSums
 from ranking.schedule import LearningRates, rate_factor
 from ranking.step_line import memory_metrics, step_line, step_metrics
 from ranking.steps import Outputs, StepOptimizer, make_steps
 from ranking.trainer_config import TrainerConfig
 from ranking.validation import (
+    DIVERGED,
     ValidationSource,
     ValidationState,
     deciding_value,
@@ -119,8 +119,16 @@ class Trainer:
         progress: Progress | None = None,
         *,
         validation: ValidationSource | None = None,
+        is_warm_start: bool = False,
     ) -> TrainingSummary:
         """Train from `progress` to the end of the last epoch, or until validation stops it.
+
+        Args:
+            source: of the batches.
+            progress: of a run that goes on.
+            validation: the held-out rows.
+            is_warm_start: the weights are those of another run: they are validated before the first
+                step, and are the result if no step makes them better.
 
         Raises:
             UserError: the loss is no longer a finite number, or the held-out rows decide nothing.
@@ -128,6 +136,8 @@ class Trainer:
         progress = progress or Progress()
         self.model.train()
         run = _Run(self, source, progress, validation)
+        if is_warm_start and progress.step == 0:
+            run.validate()
         for epoch in range(progress.position.epoch, self.config.epochs):
             position = progress.position if epoch == progress.position.epoch else None
             self._epoch(source, position or Position(epoch=epoch), run)
@@ -220,7 +230,7 @@ class _Run:
             self._report()
         every = config.validation.every_steps
         if is_epoch_end if every is None else self.step % every == 0:
-            self._validate()
+            self.validate()
         every = config.checkpoint_every_steps
         if every is not None and self.step % every == 0:
             self._save()
@@ -229,7 +239,7 @@ class _Run:
         """The last report, validation and checkpoint."""
         if self.step > self.reported_step:
             self._report()
-        self._validate()
+        self.validate()
         self._save()
 
     def summary(self) -> TrainingSummary:
@@ -243,19 +253,19 @@ class _Run:
             stopped_early=self.should_stop and self.step < self.num_steps,
         )
 
-    def _fold(self) -> tuple[MetricSums, int]:
+    def _fold(self) -> WindowSums:
         """Ranks add their sums up, and agree on whether training is still sound."""
-        sums, num_slots, rows_waited = self.window.fold(self.clock.take_rank_values())
+        sums, rows_waited = self.window.fold(self.clock.take_rank_values())
         self.clock.add_global(rows_waited.tolist(), self.world_size)
         self._refuse_divergence(sums)
-        return sums, num_slots
+        return sums
 
     def _report(self) -> None:
         if self.trainer.device.type == "cuda":
             torch.cuda.synchronize(self.trainer.device)
-        sums, num_slots = self._fold()
+        sums = self._fold()
         timing = self.clock.lap(self.step)
-        metrics = step_metrics(self.trainer.tasks, sums, num_slots, timing)
+        metrics = step_metrics(self.trainer.tasks, sums, timing)
         metrics["train/rate_factor"] = self.trainer.rate_factor
         metrics |= memory_metrics(self.trainer.device)
         if self.trainer.content is not None:
@@ -266,7 +276,7 @@ class _Run:
             logger.info(step_line(self.step, self.num_steps, self.trainer.tasks, metrics))
         self.trainer.hooks.report(self.step, self.num_steps, metrics)
 
-    def _validate(self) -> None:
+    def validate(self) -> None:
         """Validate, and save what is the best so far: its checkpoint will be the result."""
         if self.validation_source is None or self.validation.last_step == self.step:
             return
@@ -291,7 +301,7 @@ class _Run:
     def _save(self) -> None:
         if self.saved_step == self.step:
             return
-        sums, num_slots = self._fold()
+        sums = self._fold()
         self.totals = self.clock.totals
         content = self.trainer.content
         with self.clock.paused("checkpoint"):
@@ -302,23 +312,24 @@ class _Run:
                 Progress(
                     self.step,
                     self.position,
-                    sums.sums_TX,
-                    num_slots,
+                    sums.metrics.sums_TX,
+                    sums.num_slots,
+                    sums.penalty,
                     self.validation,
                     self.totals,
                 )
             )
         self.saved_step = self.step
 
-    def _refuse_divergence(self, sums: MetricSums) -> None:
-        for task, values in zip(self.trainer.tasks, sums.values(), strict=True):
-            if values.logloss is not None and not math.isfinite(values.logloss):
-                raise UserError(
-                    f"the loss of task {task.name!r} became {values.logloss} before step "
-                    f"{self.step}: training has diverged; lower "
-                    "ranking.trainer.dense_optimizer.learning_rate and "
-                    "embedding.optimizer.learning_rate, or set ranking.trainer.max_grad_norm"
-                )
+    def _refuse_divergence(self, sums: WindowSums) -> None:
+        losses = {
+            f"loss of task {task.name!r}": values.logloss
+            for task, values in zip(self.trainer.tasks, sums.metrics.values(), strict=True)
+        }
+        losses["penalty (content.cic, embedding.l2)"] = sums.mean_penalty
+        for name, value in losses.items():
+            if value is not None and not math.isfinite(value):
+                raise UserError(f"the {name} became {value} before step {self.step}: {DIVERGED}")
 
 
 def _steps_left(source: BatchSource, start: Position, config: TrainerConfig) -> int:

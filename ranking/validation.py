@@ -17,6 +17,13 @@ from ranking.config import TaskConfig
 from ranking.metrics import MetricSums, TaskValues, all_reduce_sums
 from ranking.trainer_config import Plateau, TrainerConfig, ValidationConfig
 
+DIVERGED = (
+    "training has diverged; lower ranking.trainer.dense_optimizer.learning_rate and "
+    "embedding.optimizer.learning_rate (with content, those of content.optimizer, too), or set "
+    "ranking.trainer.max_grad_norm and content.optimizer.max_grad_norm"
+)
+"""What a number that is not finite means, and what to do."""
+
 
 class ValidationSource(Protocol):
     """Where held-out rows come from; `embedding.loader.SampleLoader` is one."""
@@ -84,8 +91,8 @@ def validate(
     sums = MetricSums.zeros(num_tasks, device)
     with torch.no_grad(), source.sequential() as stream:
         for batch in stream:
-            _, outputs = model(batch.to(device))
-            sums.update(*outputs)
+            _, (logits_BT, labels_BT, weights_BT, _) = model(batch.to(device))
+            sums.update(logits_BT, labels_BT, weights_BT)
     model.train(was_training)
     (sums_TX,) = all_reduce_sums([sums.sums_TX])
     return MetricSums(sums_TX).values()
@@ -113,8 +120,7 @@ def deciding_value(
         if not math.isfinite(value):
             raise UserError(
                 f"the {config.metric} of task {task.name!r} on the held-out days is {value}: "
-                "training has diverged; lower ranking.trainer.dense_optimizer.learning_rate and "
-                "embedding.optimizer.learning_rate, or set ranking.trainer.max_grad_norm"
+                f"{DIVERGED}"
             )
         found.append(value)
     return sum(found) / len(found)

@@ -15,6 +15,7 @@ from embedding.config import Adagrad, Hashed, ManagedCollision, RowWiseAdagrad, 
 from embedding.errors import UserError
 from embedding.hashing import NO_ID
 from embedding.id_map import by_row, managed_modules
+from embedding.restore import device_of_step
 from embedding.shard import Sharded
 from embedding.stored import read_dense, read_id_map, read_tables
 from tests.distributed import run_distributed
@@ -22,6 +23,17 @@ from tests.embedding.toy import gather_tables, toy_batch, toy_schema, toy_sharde
 
 pytestmark = pytest.mark.integration
 OPTIMIZER = RowWiseAdagrad()
+
+
+def test_fused_optimizers_count_steps_beside_the_parameter() -> None:
+    """Their kernels refuse a counter on another device; others want it on the host."""
+    host, elsewhere = (torch.nn.Parameter(torch.empty(2, device=d)) for d in ("cpu", "meta"))
+    optimizer = torch.optim.AdamW([{"params": [host]}, {"params": [elsewhere]}])
+    assert device_of_step(optimizer, elsewhere).type == "cpu"
+    for key in ("fused", "capturable"):
+        optimizer.param_groups[1].update({"fused": None, "capturable": False, key: True})
+        assert device_of_step(optimizer, elsewhere).type == "meta"
+    assert device_of_step(optimizer, host).type == "cpu"
 
 
 def test_two_ranks(tmp_path: Path) -> None:

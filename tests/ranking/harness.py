@@ -40,7 +40,9 @@ class Harness:
         self.validations: dict[int, dict[str, float]] = {}
         self.checkpoints: dict[int, dict[str, Any]] = {}
 
-    def fit(self, progress: Progress | None = None) -> TrainingSummary:
+    def fit(
+        self, progress: Progress | None = None, *, is_warm_start: bool = False
+    ) -> TrainingSummary:
         trainer = Trainer(
             self.config.trainer,
             TASKS,
@@ -53,7 +55,9 @@ class Harness:
                 validated=lambda step, _, metrics: self.validations.__setitem__(step, metrics),
             ),
         )
-        return trainer.fit(self.source, progress, validation=self.held_out)
+        return trainer.fit(
+            self.source, progress, validation=self.held_out, is_warm_start=is_warm_start
+        )
 
     def restore(self, checkpoint: dict[str, Any]) -> Progress:
         self.step.load_state_dict(checkpoint["model"])

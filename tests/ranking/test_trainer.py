@@ -3,6 +3,7 @@
 import logging
 import math
 import re
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -118,6 +119,27 @@ def test_reported_loss_is_the_mean_of_the_losses_optimised(files: SampleFiles) -
     harness.fit()
     reported = [metrics["train/loss"] for metrics in harness.reports.values()]
     assert reported == pytest.approx(losses, rel=1e-5)  # the model's sum is float32
+
+
+def test_penalties_are_reported_beside_the_loss_and_are_none_of_an_evaluation(
+    files: SampleFiles,
+) -> None:
+    harness = Harness(files, small_config(epochs=1), embedding_l2=0.5)
+    losses: list[float] = []
+    hook = harness.step.register_forward_hook(lambda *args: losses.append(args[-1][0].item()))
+    harness.fit()
+    hook.remove()
+    windows = pairwise([0, *harness.reports])
+    for (first, last), metrics in zip(windows, harness.reports.values(), strict=True):
+        mean = sum(losses[first:last]) / (last - first)
+        assert metrics["train/penalty"] > 0.001
+        assert metrics["train/loss"] + metrics["train/penalty"] == pytest.approx(mean, rel=1e-5)
+
+    harness.step.eval()
+    with harness.source.sequential() as stream:
+        loss, (logits_BT, labels_BT, weights_BT, penalty) = harness.step(next(iter(stream)))
+    assert float(penalty) == 0
+    assert float(loss) == float(harness.step.loss(logits_BT, labels_BT, weights_BT))
 
 
 def test_training_equals_a_plain_loop(files: SampleFiles) -> None:

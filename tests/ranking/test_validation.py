@@ -110,6 +110,28 @@ def test_the_best_checkpoint_is_saved_when_it_is_found_and_named(
     assert set(harness.checkpoints) == {*running, summary.steps}
 
 
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_a_warm_start_is_the_result_unless_training_makes_it_better(
+    data: tuple[SampleFiles, SampleFiles], ema_decay: float | None
+) -> None:
+    settings = {"ema_decay": ema_decay, "validation": ValidationConfig(metric="logloss")}
+    parent = _harness(data, epochs=4, **settings)
+    parent.fit()
+    child = _harness(data, epochs=3, **settings)
+    child.step.load_state_dict(parent.step.state_dict())
+    summary = child.fit(is_warm_start=True)
+
+    own = [f"validation/{task.name}/logloss" for task in TASKS]
+    published = parent.validations[4 * STEPS_PER_EPOCH]
+    assert {key: child.validations[0][key] for key in own} == {key: published[key] for key in own}
+    assert summary.validation.best_step == 0  # noise is only learnt by heart
+    assert 0 in child.checkpoints
+    resumed = _harness(data, epochs=3, **settings)
+    again = resumed.fit(resumed.restore(child.checkpoints[0]), is_warm_start=True)
+    assert again.validation == summary.validation
+    assert 0 not in resumed.validations
+
+
 def test_training_stops_when_its_patience_ends(data: tuple[SampleFiles, SampleFiles]) -> None:
     settings = {"epochs": 9, "checkpoint_every_steps": None}
     validation = {"every_steps": 6, "metric": "logloss"}

@@ -74,19 +74,17 @@ class CicLoss(nn.Module):
         return _mean(similarity_UU.logsumexp(1) + similarity_UU.logsumexp(0) - 2 * own_U) / 2
 
     def _uniform(self, content_UD: Tensor, ids_UD: Tensor) -> Tensor:
-        similarity_UU = content_UD @ ids_UD.T / self.config.temperature
-        num_items = len(similarity_UU)
+        num_items, device = len(content_UD), content_UD.device
         num_negatives = self.config.num_negatives if num_items > 1 else 0
         # A step of 1 .. U - 1 to the right never ends at the item itself.
-        step_UK = torch.randint(
-            1, max(num_items, 2), (num_items, num_negatives), device=similarity_UU.device
-        )
-        place_U1 = torch.arange(num_items, device=similarity_UU.device).unsqueeze(1)
+        step_UK = torch.randint(1, max(num_items, 2), (num_items, num_negatives), device=device)
+        place_U1 = torch.arange(num_items, device=device).unsqueeze(1)
         negative_UK = (place_U1 + step_UK) % max(num_items, 1)
-        own_U1 = similarity_UU.diagonal().unsqueeze(1)
-        to_ids_U = torch.cat([own_U1, similarity_UU.gather(1, negative_UK)], dim=1)
-        to_content_U = torch.cat([own_U1, similarity_UU.T.gather(1, negative_UK)], dim=1)
-        return _mean(to_ids_U.logsumexp(1) + to_content_U.logsumexp(1) - 2 * own_U1.squeeze(1)) / 2
+        # Look-ups, not indexing: their backward adds rows up without sorting them.
+        content_UKD, ids_UKD = (
+            functional.embedding(negative_UK, table_UD) for table_UD in (content_UD, ids_UD)
+        )
+        return self._against(content_UD, ids_UD, content_UKD, ids_UKD)
 
     def _queue(self, content_UD: Tensor, ids_UD: Tensor, rows_U: Tensor) -> Tensor:
         drawn_UK = torch.rand(len(rows_U), self.config.num_negatives, device=rows_U.device)
@@ -94,13 +92,31 @@ class CicLoss(nn.Module):
         negative_UK = (drawn_UK * num_filled).long()
         found_UK = self.queue_rows_M[negative_UK]
         is_none_UK = (found_UK == NO_ITEM) | (found_UK == rows_U.unsqueeze(1))
-        own_U1 = (content_UD * ids_UD).sum(dim=1, keepdim=True) / self.config.temperature
-        total_U = -2 * own_U1.squeeze(1)
-        pairs = ((content_UD, self.queue_ids_MD), (ids_UD, self.queue_content_MD))
-        for asking_UD, queue_MD in pairs:
-            scores_UK = torch.einsum("ud,ukd->uk", asking_UD, queue_MD[negative_UK])
-            scores_UK = (scores_UK / self.config.temperature).masked_fill(is_none_UK, -torch.inf)
-            total_U = total_U + torch.cat([own_U1, scores_UK], dim=1).logsumexp(dim=1)
+        return self._against(
+            content_UD,
+            ids_UD,
+            self.queue_content_MD[negative_UK],
+            self.queue_ids_MD[negative_UK],
+            is_none_UK,
+        )
+
+    def _against(
+        self,
+        content_UD: Tensor,
+        ids_UD: Tensor,
+        content_UKD: Tensor,
+        ids_UKD: Tensor,
+        is_none_UK: Tensor | None = None,
+    ) -> Tensor:
+        """The loss with K negatives an item, of which those marked do not count."""
+        own_U1 = (content_UD * ids_UD).sum(dim=1, keepdim=True)
+        total_U = content_UD.new_zeros(len(content_UD))
+        for asking_UD, negatives_UKD in ((content_UD, ids_UKD), (ids_UD, content_UKD)):
+            scores_UK = torch.einsum("ud,ukd->uk", asking_UD, negatives_UKD)
+            if is_none_UK is not None:
+                scores_UK = scores_UK.masked_fill(is_none_UK, -torch.inf)
+            scores_UK = torch.cat([own_U1, scores_UK], dim=1) / self.config.temperature
+            total_U = total_U + scores_UK.logsumexp(dim=1) - scores_UK[:, 0]
         return _mean(total_U) / 2
 
     @torch.no_grad()

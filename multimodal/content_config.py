@@ -181,6 +181,9 @@ class ContentOptimizer(StrictConfig):
     head_learning_rate: PositiveFloat = 1e-3
     """Of the last layer, which learns from every item of a step, encoded or not."""
     weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat | None = None
+    """Bound on the norm of the gradient of towers and fusion together, and on that of the last
+    layer; None: none. The ranker's own gradients have `ranking.trainer.max_grad_norm`."""
 
 
 # --- placement -----------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ class ContentHead:
         self._trained = TrainedParameters(
             {f"{_LAYER}{n}": p for n, p in self.layer.named_parameters()},
             lambda _: rates.head_learning_rate,
-            rates.weight_decay,
+            rates,
             device,
         )
 

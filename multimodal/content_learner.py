@@ -8,6 +8,7 @@ Its last layer is trained on the ranks, by all items that they read (`multimodal
 from collections.abc import Mapping
 from contextlib import nullcontext
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,7 +56,7 @@ class ContentLearner:
                 if p.requires_grad and not n.startswith(_HEAD)
             },
             lambda name: rates.lora_learning_rate if _LORA in name else rates.learning_rate,
-            rates.weight_decay,
+            rates,
             device,
         )
         self._graphs: dict[int, Tensor] = {}
@@ -97,7 +98,7 @@ class ContentLearner:
         """Fused vectors (U, H) for a training step, detached.
 
         Args:
-            step: their number; seeds dropout.
+            step: their number; seeds dropout, with the first item.
             rows_U: the items.
             keep_graph: for a `finish` before the weights change; else `finish` encodes again, with
                 the weights of that time.
@@ -161,8 +162,10 @@ class ContentLearner:
         self.encoder.train()
         if not len(rows_U):
             return torch.zeros(0, self.width, device=self.device)
+        # A share of a step is known by its first item, wherever it is encoded.
+        mixed = np.random.SeedSequence([self.config.seed, step, int(rows_U[0])])
         with torch.random.fork_rng(devices=_generators(self.device)), self._autocast():
-            torch.manual_seed(self.config.seed * 1_000_003 + step)
+            torch.manual_seed(int(mixed.generate_state(1, np.uint64)[0]) >> 1)
             return self._fused(rows_U).float()
 
     def _fused(self, rows_U: Tensor) -> Tensor:

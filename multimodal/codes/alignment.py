@@ -8,9 +8,10 @@ gradient of the plain step, on any number of ranks.
 Shapes: B pairs of this rank, C pairs of all ranks, U distinct items of this rank, D vector dim.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -27,8 +28,9 @@ class PairItems:
     trigger_C: Tensor
     target_C: Tensor
     trigger_log_share_C: Tensor
-    """log of the share of the training pairs' items that this item makes up."""
+    """log of the share of the training pairs' triggers that this item makes up."""
     target_log_share_C: Tensor
+    """The same of their targets."""
 
 
 def alignment_loss(
@@ -37,8 +39,9 @@ def alignment_loss(
     """Contrastive loss of some pairs against all others, both directions, summed / C.
 
     A column that holds an item of the row's own pair is no negative: other pairs of the same item
-    are left out. With log shares, a frequent negative weighs as much as a rare one; without (zeros)
-    frequent items are pushed away because they are drawn more often.
+    are left out. With log shares, a frequent negative weighs as much as a rare one (the logQ
+    correction of Yi et al., RecSys 2019); without (zeros) frequent items are pushed away because
+    they are drawn more often.
 
     Args:
         trigger_CD: unit vectors of the pairs' first items.
@@ -78,7 +81,8 @@ class AlignmentStep:
     Args:
         encoder: tokens to vectors.
         read: tokens of items by row.
-        log_share_N: see `PairItems`, by item row; zeros switch the correction off.
+        log_share_2N: of triggers and targets, see `PairItems`, by item row; zeros switch the
+            correction off.
         log_temperature: a parameter, or a constant that needs no gradient.
         items_per_chunk: items whose activations are held at a time; None: all.
     """
@@ -88,23 +92,23 @@ class AlignmentStep:
         encoder: nn.Module,
         read: Callable[[Tensor], TokenBatch],
         *,
-        log_share_N: Tensor,
+        log_share_2N: Tensor,
         log_temperature: Tensor,
         items_per_chunk: int | None,
     ) -> None:
         self.encoder = encoder
         self.read = read
-        self.log_share_N = log_share_N
+        self.log_share_2N = log_share_2N
         self.log_temperature = log_temperature
         self.items_per_chunk = items_per_chunk
 
-    def backward(self, trigger_B: Tensor, target_B: Tensor, seed: int) -> float:
+    def backward(self, trigger_B: Tensor, target_B: Tensor, seed: Sequence[int]) -> float:
         """Add this step's gradients; every rank gives equally many pairs.
 
         Args:
             trigger_B: item rows.
             target_B: item rows.
-            seed: of dropout, equal for both passes over an item.
+            seed: of dropout, equal for both passes over an item; not that of another rank.
 
         Returns:
             The loss over all ranks.
@@ -112,7 +116,7 @@ class AlignmentStep:
         rows_U, inverse = torch.unique(torch.cat([trigger_B, target_B]), return_inverse=True)
         chunks = list(rows_U.split(self.items_per_chunk or max(1, len(rows_U))))
         with torch.no_grad():
-            vectors_UD = torch.cat([self._encode(c, seed + i) for i, c in enumerate(chunks)])
+            vectors_UD = torch.cat([self._encode(c, [*seed, i]) for i, c in enumerate(chunks)])
         vectors_UD.requires_grad_()
         unit_UD = nn.functional.normalize(vectors_UD, dim=1)
         pairs = unit_UD[inverse].unflatten(0, (2, len(trigger_B)))
@@ -122,14 +126,15 @@ class AlignmentStep:
         for i, (chunk, grad_UD) in enumerate(
             zip(chunks, vectors_UD.grad.split([len(c) for c in chunks]), strict=True)
         ):
-            self._encode(chunk, seed + i).backward(grad_UD)
+            self._encode(chunk, [*seed, i]).backward(grad_UD)
         self._reduce_gradients()
         return loss
 
-    def _encode(self, rows: Tensor, seed: int) -> Tensor:
-        device = self.log_share_N.device
+    def _encode(self, rows: Tensor, seed: Sequence[int]) -> Tensor:
+        device = self.log_share_2N.device
+        mixed = np.random.SeedSequence(seed).generate_state(1, np.uint64)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
+            torch.manual_seed(int(mixed[0]) >> 1)
             vectors_UD: Tensor = self.encoder(self.read(rows).to(device))
         return vectors_UD
 
@@ -139,9 +144,8 @@ class AlignmentStep:
         size = len(trigger_B)
         all_2CD = _gather(pairs_2BD, dim=1).requires_grad_()
         trigger_C, target_C = _gather(torch.stack([trigger_B, target_B]), dim=1)
-        items = PairItems(
-            trigger_C, target_C, self.log_share_N[trigger_C], self.log_share_N[target_C]
-        )
+        of_trigger_N, of_target_N = self.log_share_2N
+        items = PairItems(trigger_C, target_C, of_trigger_N[trigger_C], of_target_N[target_C])
         mine = slice(rank * size, (rank + 1) * size)
         loss = alignment_loss(all_2CD[0], all_2CD[1], items, self.log_temperature.exp(), mine)
         loss.backward()  # the vectors are leaves: it ends there and in the temperature
@@ -155,11 +159,20 @@ class AlignmentStep:
     def _reduce_gradients(self) -> None:
         if not _is_group():
             return
-        for parameter in (*self.encoder.parameters(), self.log_temperature):
-            if parameter.requires_grad:
-                if parameter.grad is None:  # ranks whose items do not touch it take part too
-                    parameter.grad = torch.zeros_like(parameter)
-                dist.all_reduce(parameter.grad)
+        trained = [*self.encoder.parameters(), self.log_temperature]
+        trained = [parameter for parameter in trained if parameter.requires_grad]
+        if not trained:
+            return
+        for parameter in trained:  # ranks whose items do not touch it take part, too
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [p.grad for p in trained if p.grad is not None]
+        flat_P = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat_P)
+        for gradient, part in zip(
+            gradients, flat_P.split([g.numel() for g in gradients]), strict=True
+        ):
+            gradient.copy_(part.view_as(gradient))
 
 
 def _is_group() -> bool:

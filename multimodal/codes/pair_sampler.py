@@ -30,14 +30,13 @@ class PairSampler:
             )
         self.kinds = kinds
         self.seed = seed
-        weight_N = torch.zeros(num_items, dtype=torch.float64)
-        for trigger_P, target_P in kinds:
-            both = torch.cat([trigger_P, target_P])
-            weight_N += torch.bincount(both, minlength=num_items) / len(both)
-        share_N = weight_N / weight_N.sum()
-        self.log_share_N = torch.where(share_N > 0, share_N.log(), 0.0).float()
-        """log of the probability that a drawn pair's item is this one; 0 for items without pairs,
-        which no batch holds."""
+        share_2N = torch.zeros(2, num_items, dtype=torch.float64)
+        for sides in kinds:
+            for share_N, item_P in zip(share_2N, sides, strict=True):
+                share_N += torch.bincount(item_P, minlength=num_items) / len(item_P) / len(kinds)
+        self.log_share_2N = torch.where(share_2N > 0, share_2N.log(), 0.0).float()
+        """log of the probability that a drawn pair's trigger, its target, is this item; 0 for items
+        of no pair, which no batch holds."""
 
     def batch(self, number: int, size: int) -> tuple[Tensor, Tensor]:
         """The pairs of one step, (C,) triggers and targets."""

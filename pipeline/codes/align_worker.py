@@ -86,7 +86,7 @@ def _train(
     step = AlignmentStep(
         encoder.train(),
         reader.read,
-        log_share_N=(config.popularity_correction * sampler.log_share_N).to(device),
+        log_share_2N=(config.popularity_correction * sampler.log_share_2N).to(device),
         log_temperature=log_temperature,
         items_per_chunk=config.items_per_chunk,
     )
@@ -98,7 +98,8 @@ def _train(
         trigger, target = sampler.batch(number, config.batch_size // world_size * world_size)
         mine = slice(rank * len(trigger) // world_size, (rank + 1) * len(trigger) // world_size)
         optimizer.zero_grad()
-        losses.append(step.backward(trigger[mine], target[mine], seed=number))
+        seed = (config.seed, number, rank)
+        losses.append(step.backward(trigger[mine], target[mine], seed))
         require_finite(losses, config)
         optimizer.step()
         schedule.step()

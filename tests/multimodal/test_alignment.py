@@ -53,14 +53,21 @@ def pairs(count: int) -> tuple[Tensor, Tensor]:
 
 
 def log_shares() -> Tensor:
-    return torch.log_softmax(torch.arange(NUM_ITEMS) / 7.0, dim=0)
+    """(2, N): of triggers and of targets, which differ."""
+    scores = torch.arange(NUM_ITEMS) / 7.0
+    return torch.log_softmax(torch.stack([scores, scores.flip(0)]), dim=1)
+
+
+def pair_items(trigger: Tensor, target: Tensor) -> PairItems:
+    of_triggers, of_targets = log_shares()
+    return PairItems(trigger, target, of_triggers[trigger], of_targets[target])
 
 
 def naive_loss(vectors: list[Tensor], trigger: list[int], target: list[int]) -> float:
-    share = log_shares().tolist()
+    of_triggers, of_targets = log_shares().tolist()
     total = 0.0
     for row in range(len(trigger)):
-        for mine, others in ((trigger, target), (target, trigger)):
+        for mine, others, share in ((trigger, target, of_targets), (target, trigger, of_triggers)):
             scores = {}
             for column, item in enumerate(others):
                 if column == row or item not in (trigger[row], target[row]):
@@ -78,7 +85,7 @@ def test_loss_equals_a_loop_over_pairs_and_negatives() -> None:
     torch.manual_seed(1)
     vectors = torch.randn(NUM_ITEMS, DIM)
     trigger, target = pairs(12)
-    items = PairItems(trigger, target, log_shares()[trigger], log_shares()[target])
+    items = pair_items(trigger, target)
     unit = nn.functional.normalize(vectors, dim=1)
 
     parts = [
@@ -95,12 +102,12 @@ def gradients(items_per_chunk: int | None, share: slice) -> tuple[float, dict[st
     step = AlignmentStep(
         encoder,
         read,
-        log_share_N=log_shares(),
+        log_share_2N=log_shares(),
         log_temperature=log_temperature,
         items_per_chunk=items_per_chunk,
     )
     trigger, target = pairs(12)
-    loss = step.backward(trigger[share], target[share], seed=1)
+    loss = step.backward(trigger[share], target[share], seed=[1])
     found = {name: p.grad for name, p in encoder.named_parameters()}
     return loss, {**found, "temperature": log_temperature.grad}  # type: ignore[dict-item]
 
@@ -110,7 +117,7 @@ def plain_gradients() -> tuple[float, dict[str, Tensor]]:
     encoder, log_temperature = Encoder(), nn.Parameter(torch.tensor(math.log(TEMPERATURE)))
     trigger, target = pairs(12)
     unit = nn.functional.normalize(encoder(tokens()), dim=1)
-    items = PairItems(trigger, target, log_shares()[trigger], log_shares()[target])
+    items = pair_items(trigger, target)
     loss = alignment_loss(
         unit[trigger], unit[target], items, log_temperature.exp(), slice(0, len(trigger))
     )
@@ -154,12 +161,12 @@ def test_dropout_is_the_same_in_both_passes() -> None:
     step = AlignmentStep(
         encoder,
         read,
-        log_share_N=torch.zeros(NUM_ITEMS),
+        log_share_2N=torch.zeros(2, NUM_ITEMS),
         log_temperature=torch.tensor(-1.0),
         items_per_chunk=5,
     )
     before = torch.get_rng_state()
-    step.backward(*pairs(12), seed=1)
+    step.backward(*pairs(12), seed=[1])
     first, second = encoder.seen[: len(encoder.seen) // 2], encoder.seen[len(encoder.seen) // 2 :]
     assert len(first) == len(second) > 1
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -181,9 +188,13 @@ def test_batches_are_reproducible_and_kinds_take_equal_shares() -> None:
     first_kind = trigger < 5
     assert int(first_kind.sum()) == 501
     assert torch.equal(target[first_kind], trigger[first_kind] + 5)
-    # Half of all drawn items are of the second kind, and half of those are item 10.
-    assert float(sampler.log_share_N[10].exp()) == pytest.approx(0.25)
-    assert float(sampler.log_share_N[:14].exp().sum()) == pytest.approx(1.0)
-    assert sampler.log_share_N[14:].tolist() == [0.0] * 16
+    # Half of the drawn pairs are of the second kind, whose trigger is item 10.
+    of_triggers, of_targets = sampler.log_share_2N
+    assert float(of_triggers[10].exp()) == pytest.approx(0.5)
+    assert of_triggers[:5].exp().tolist() == pytest.approx([0.1] * 5)
+    assert of_targets[5:10].exp().tolist() == pytest.approx([0.1] * 5)
+    assert of_targets[11:14].exp().tolist() == pytest.approx([1 / 6] * 3)
+    assert of_triggers[5:10].tolist() == [0.0] * 5
+    assert of_targets[14:].tolist() == [0.0] * 16
     with pytest.raises(UserError, match="no pair of items has content on both sides"):
         PairSampler([], NUM_ITEMS, seed=0)

@@ -124,7 +124,7 @@ def test_training_brings_items_of_a_kind_together() -> None:
     step = AlignmentStep(
         encoder,
         read,
-        log_share_N=torch.zeros(NUM_ITEMS),
+        log_share_2N=torch.zeros(2, NUM_ITEMS),
         log_temperature=torch.tensor(0.1).log(),
         items_per_chunk=16,
     )
@@ -135,7 +135,7 @@ def test_training_brings_items_of_a_kind_together() -> None:
         trigger = torch.randint(0, 30, (48,), generator=generator)
         target = (trigger + 6 * torch.randint(1, 5, (48,), generator=generator)) % 30
         optimizer.zero_grad()
-        losses.append(step.backward(trigger, target, seed=number))
+        losses.append(step.backward(trigger, target, seed=[number]))
         optimizer.step()
     assert losses[-1] < losses[0] - 0.5
     assert same_kind_hits(encoder, read) > max(before, 0.6)

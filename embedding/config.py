@@ -138,7 +138,6 @@ class Adagrad(StrictConfig):
     kind: Literal["adagrad"] = "adagrad"
     learning_rate: PositiveFloat = 0.02
     eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.0
 
 
 class Adam(StrictConfig):
@@ -157,7 +156,6 @@ class Sgd(StrictConfig):
 
     kind: Literal["sgd"] = "sgd"
     learning_rate: PositiveFloat = 0.1
-    weight_decay: NonNegativeFloat = 0.0
 
 
 SparseOptimizer = Annotated[RowWiseAdagrad | Adagrad | Adam | Sgd, Field(discriminator="kind")]

@@ -1,12 +1,14 @@
 """What a device and a collection can do, said at validation time; imports nothing heavy."""
 
 from embedding.config import (
+    Adam,
     ColumnWise,
     DataParallel,
     FeatureSchema,
     Grid,
     ManagedCollision,
     RowWise,
+    RowWiseAdagrad,
     ShardingConfig,
     SparseOptimizer,
     TableColumnWise,
@@ -38,13 +40,12 @@ def check_optimizer(optimizer: SparseOptimizer, device_type: str) -> None:
             "embedding.optimizer: 'adam' has a fused kernel for CUDA only, and the tables are on "
             "CPU; use 'row_wise_adagrad' or 'adagrad', or train on GPUs (cluster.use_gpu)"
         )
-    if optimizer.weight_decay == 0:
-        return
-    if device_type == "cpu" or optimizer.kind in ("adagrad", "sgd"):
+    decays = isinstance(optimizer, RowWiseAdagrad | Adam) and optimizer.weight_decay
+    if decays and device_type == "cpu":
         raise UserError(
-            f"embedding.optimizer: {optimizer.kind!r} has weight_decay={optimizer.weight_decay:g}, "
-            f"which its fused kernel ignores on {device_type}; set it to 0, or use "
-            "'row_wise_adagrad' or 'adam' on GPUs (cluster.use_gpu)"
+            f"embedding.optimizer: {optimizer.kind!r} has weight_decay={decays:g}, which its fused "
+            "kernel ignores on cpu; set it to 0 and embedding.l2 instead, which works everywhere, "
+            "or train on GPUs (cluster.use_gpu)"
         )
 
 

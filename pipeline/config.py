@@ -33,6 +33,7 @@ from multimodal.codes.schema import features_with_codes, without_codes
 from multimodal.content_config import ContentConfig, Service
 from ranking.compatibility import check_model, table_widths
 from ranking.config import RankingConfig
+from ranking.trainer_config import ValidationConfig
 
 
 class SyntheticConfig(StrictConfig):
@@ -291,14 +292,15 @@ def _check_transport(content: ContentConfig | None, cluster: ClusterConfig) -> N
 
 
 def _check_validation(window: WindowConfig, ranking: RankingConfig) -> None:
-    trainer = ranking.trainer
-    needs = {
-        "ranking.trainer.schedule.plateau": trainer.schedule.plateau,
-        "ranking.trainer.validation.patience": trainer.validation.patience,
-    }
-    for name, value in needs.items():
-        if value is not None and not window.validation_days:
-            raise ValueError(
-                f"{name} acts on held-out days, and there are none; set window.validation_days to "
-                "1 or more, or leave it out"
-            )
+    if window.validation_days:
+        return
+    unchanged = dict(ValidationConfig())
+    chosen = dict(ranking.trainer.validation)
+    given = [f"validation.{key}" for key, value in chosen.items() if value != unchanged[key]]
+    if ranking.trainer.schedule.plateau is not None:
+        given.append("schedule.plateau")
+    if given:
+        raise ValueError(
+            f"ranking.trainer.{given[0]} acts on held-out days, and there are none; set "
+            "window.validation_days to 1 or more, or leave it out"
+        )

@@ -94,9 +94,7 @@ def test_hierarchical_sharding_of_a_sequence_table_is_refused() -> None:
         check_support(schema, Adagrad(), ShardingConfig(), "cpu")
 
 
-@pytest.mark.parametrize(
-    "optimizer", [Adam(), RowWiseAdagrad(weight_decay=0.1), Adagrad(weight_decay=0.1)]
-)
+@pytest.mark.parametrize("optimizer", [Adam(), RowWiseAdagrad(weight_decay=0.1)])
 def test_what_cpu_kernels_lack_is_refused(optimizer) -> None:
     with pytest.raises(UserError):
         check_optimizer(optimizer, "cpu")

@@ -127,6 +127,11 @@ def test_override_creates_missing_sections(tmp_path: Path) -> None:
         ("features.sparse.item_id.table", "items", ["table 'items' is not among"]),
         ("gate.task", "clack", ["gate.task: 'clack'", "['click']"]),
         (
+            "ranking.trainer.validation.every_steps",
+            100,
+            ["ranking.trainer.validation.every_steps", "set window.validation_days to 1"],
+        ),
+        (
             "ranking.trainer.validation.patience",
             2,
             ["ranking.trainer.validation.patience", "set window.validation_days to 1"],

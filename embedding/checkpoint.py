@@ -110,11 +110,7 @@ class Checkpointer:
             UserError: if a file is missing or damaged, or the checkpoint does not fit the model.
         """
         directory = step_directory(self.directory, step)
-        manifest = read_manifest(directory)
-        self._verify(directory, manifest)
-        restore_all(CheckpointReader(directory), manifest, sharded)
-        same_ranks = manifest.world_size == self._world_size
-        return manifest.ranks[self._rank if same_ranks else 0].progress
+        return self._restore(directory, _verified(directory, self._group), sharded)
 
     def load_latest(self, sharded: Sharded) -> tuple[int, dict[str, Any]] | None:
         """Restore the newest undamaged checkpoint: (step, progress), or None if there is none.
@@ -128,13 +124,19 @@ class Checkpointer:
         for step in found[0]:
             directory = step_directory(self.directory, step)
             try:
-                manifest = read_manifest(directory)
-                self._verify(directory, manifest)
+                manifest = _verified(directory, self._group)
             except UserError as error:
                 logger.warning("%s; falling back to the checkpoint before", error)
                 continue
-            return step, self.load(step, sharded)
+            return step, self._restore(directory, manifest, sharded)
         return None
+
+    def _restore(
+        self, directory: Path, manifest: CheckpointManifest, sharded: Sharded
+    ) -> dict[str, Any]:
+        restore_all(CheckpointReader(directory), manifest, sharded)
+        same_ranks = manifest.world_size == self._world_size
+        return manifest.ranks[self._rank if same_ranks else 0].progress
 
     def _write(
         self, manifest: CheckpointManifest, tensors: dict[str, StoredTensor], retain: int | None
@@ -163,19 +165,6 @@ class Checkpointer:
                     shutil.rmtree(step_directory(self.directory, step))
         dist.barrier(group=self._group)
 
-    def _verify(self, directory: Path, manifest: CheckpointManifest) -> None:
-        """Compare every file with its checksum, the files divided among the ranks."""
-        names = sorted(manifest.files)[self._rank :: self._world_size]
-        damaged = [problem for name in names if (problem := _damage(directory, name, manifest))]
-        gathered: list[Any] = [None] * self._world_size
-        dist.all_gather_object(gathered, damaged, group=self._group)
-        problems = [problem for part in gathered for problem in part]
-        if problems:
-            raise UserError(
-                f"the checkpoint {directory} is damaged: {'; '.join(problems)}; delete it to "
-                "continue from the one before"
-            )
-
 
 def load_into(
     directory: Path, sharded: Sharded, carries: Mapping[str, RowCarry] | None = None
@@ -188,14 +177,35 @@ def load_into(
         carries: tables whose rows have changed their meaning since.
 
     Raises:
-        UserError: if the directory has no complete checkpoint, or a table another size than its
-            codebooks.
+        UserError: if the directory has no complete checkpoint, or a damaged one, or a table has
+            another size than its codebooks.
     """
     step = latest_step(directory)
     if step is None:
         raise UserError(f"no complete checkpoint in {directory}; give the folder of a finished run")
     source = step_directory(directory, step)
-    return warm_start(CheckpointReader(source), read_manifest(source), sharded, carries)
+    return warm_start(CheckpointReader(source), _verified(source), sharded, carries)
+
+
+def _verified(directory: Path, group: dist.ProcessGroup | None = None) -> CheckpointManifest:
+    """The manifest, once every file equals its checksum; the ranks divide the files.
+
+    Raises:
+        UserError: on all ranks, naming the files that are missing or damaged.
+    """
+    manifest = read_manifest(directory)
+    world_size = dist.get_world_size(group)
+    names = sorted(manifest.files)[dist.get_rank(group) :: world_size]
+    damaged = [problem for name in names if (problem := _damage(directory, name, manifest))]
+    gathered: list[Any] = [None] * world_size
+    dist.all_gather_object(gathered, damaged, group=group)
+    problems = [problem for part in gathered for problem in part]
+    if problems:
+        raise UserError(
+            f"the checkpoint {directory} is damaged: {'; '.join(problems)}; delete it to "
+            "continue from the one before, or restore it from a copy"
+        )
+    return manifest
 
 
 def _publish(partial: Path, final: Path, manifest: CheckpointManifest) -> None:

@@ -143,6 +143,8 @@ def _check_retention_and_damage(directory: Path) -> None:
     data.write_bytes(content)
     with pytest.raises(UserError, match="another checksum"):
         checkpointer.load(3, sharded)
+    with pytest.raises(UserError, match="another checksum"):
+        load_into(directory, sharded)
     data.write_bytes(content[:-100])
     with pytest.raises(UserError, match=f"has {len(content) - 100} bytes instead of"):
         checkpointer.load(3, sharded)

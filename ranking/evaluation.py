@@ -59,7 +59,7 @@ class TaskMetrics(SliceMetrics):
 
 @dataclass(frozen=True)
 class GroupedAuc:
-    """Sums of impression-weighted GAUC. They add up if no group is split between two of them."""
+    """Sums of impression-weighted GAUC."""
 
     weighted_auc: float = 0.0
     weight: float = 0.0
@@ -67,28 +67,68 @@ class GroupedAuc:
     num_groups: int = 0
     num_skipped_groups: int = 0
 
-    def __add__(self, other: "GroupedAuc") -> "GroupedAuc":
-        return GroupedAuc(
-            self.weighted_auc + other.weighted_auc,
-            self.weight + other.weight,
-            self.num_groups + other.num_groups,
-            self.num_skipped_groups + other.num_skipped_groups,
-        )
-
     @property
     def value(self) -> float | None:
         """Impression-weighted mean AUC; None without a group of both classes."""
         return self.weighted_auc / self.weight if self.weight else None
 
 
-@dataclass(frozen=True)
-class _Rows:
-    labels: Floats
-    probs: Floats
-    groups: npt.NDArray[Any]
+class _SortedRows:
+    """Rows by score, and by group and score: sorted once, whatever the slices."""
 
-    def where(self, mask: Bools) -> "_Rows":
-        return _Rows(self.labels[mask], self.probs[mask], self.groups[mask])
+    def __init__(self, labels: Floats, probs: Floats, groups: npt.NDArray[Any]) -> None:
+        self._order = np.argsort(probs, kind="stable")
+        self.labels, self.probs = labels[self._order], probs[self._order]
+        self.groups = groups[self._order]
+        self._by_group = np.argsort(self.groups, kind="stable")
+
+    def metrics(self, mask: Bools | None = None) -> SliceMetrics:
+        """Of all rows, or of those that a mask over the rows as they were given chooses."""
+        labels, probs, by_group = self.labels, self.probs, self._by_group
+        if mask is not None:
+            mask = mask[self._order]
+            labels, probs = labels[mask], probs[mask]
+            by_group = by_group[mask[by_group]]
+        if len(labels) == 0:
+            return SliceMetrics(num_rows=0)
+        positives = float(labels.sum())
+        clipped = probs.clip(_EPS, 1 - _EPS)
+        likelihoods = np.where(labels > 0.5, np.log(clipped), np.log1p(-clipped))
+        logloss = float(-likelihoods.sum() / len(likelihoods))
+        label_rate = positives / len(labels)
+        one_group, weights = np.zeros(len(labels), dtype=np.int8), np.ones(len(labels))
+        gauc = _auc_of_sorted(
+            self.groups[by_group], self.labels[by_group], self.probs[by_group], weights
+        )
+        return SliceMetrics(
+            num_rows=len(labels),
+            label_rate=label_rate,
+            auc=_auc_of_sorted(one_group, labels, probs, weights).value,
+            gauc=gauc.value,
+            gauc_num_groups=gauc.num_groups,
+            gauc_num_skipped_groups=gauc.num_skipped_groups,
+            logloss=logloss,
+            ne=normalized_entropy(logloss, label_rate),
+            calibration=float(probs.sum()) / positives if positives else None,
+        )
+
+    def reliability(self) -> list[ReliabilityBin]:
+        """Bins of about equally many rows, by prediction."""
+        if len(self.labels) == 0:
+            return []
+        shares = np.linspace(0, 1, _NUM_RELIABILITY_BINS + 1)[1:-1]
+        edges = np.unique(np.quantile(self.probs, shares))
+        bins = np.searchsorted(edges, self.probs, side="right")
+        num_rows = np.bincount(bins)
+        predicted, positives = (np.bincount(bins, weights=x) for x in (self.probs, self.labels))
+        return [
+            ReliabilityBin(
+                num_rows=int(num_rows[i]),
+                mean_prediction=float(predicted[i] / num_rows[i]),
+                label_rate=float(positives[i] / num_rows[i]),
+            )
+            for i in np.flatnonzero(num_rows)
+        ]
 
 
 def evaluate_predictions(
@@ -111,19 +151,18 @@ def evaluate_predictions(
     """
     labels, probs = labels.astype(np.float64), probs.astype(np.float64)
     observed = ~np.isnan(labels)
-    rows = _Rows(labels, probs, groups).where(observed)
-    wrong = ~((rows.probs >= 0) & (rows.probs <= 1))
+    labels, probs, groups = labels[observed], probs[observed], groups[observed]
+    wrong = ~((probs >= 0) & (probs <= 1))
     if wrong.any():
         raise UserError(
             f"{int(wrong.sum())} of {len(wrong)} predictions are not probabilities (the first is "
-            f"{rows.probs[wrong][0]}); the model has diverged: lower its learning rates"
+            f"{probs[wrong][0]}); the model has diverged: lower its learning rates"
         )
+    rows = _SortedRows(labels, probs, groups)
     return TaskMetrics(
-        **_metrics(rows).model_dump(),
-        slices={
-            name: _metrics(rows.where(mask[observed])) for name, mask in (slices or {}).items()
-        },
-        reliability=_reliability(rows),
+        **rows.metrics().model_dump(),
+        slices={name: rows.metrics(mask[observed]) for name, mask in (slices or {}).items()},
+        reliability=rows.reliability(),
     )
 
 
@@ -135,11 +174,18 @@ def exact_auc(labels: Floats, scores: Floats, weights: Floats) -> float | None:
 def grouped_auc(
     groups: npt.NDArray[Any], labels: Floats, scores: Floats, weights: Floats
 ) -> GroupedAuc:
-    """AUC inside every group, by one sort of all rows."""
+    """AUC inside every group."""
+    order = np.lexsort((scores, groups))
+    groups, labels, scores, weights = (x[order] for x in (groups, labels, scores, weights))
+    return _auc_of_sorted(groups, labels, scores, weights)
+
+
+def _auc_of_sorted(
+    groups: npt.NDArray[Any], labels: Floats, scores: Floats, weights: Floats
+) -> GroupedAuc:
+    """The same of rows that are sorted by group, and by score within one."""
     if len(groups) == 0:
         return GroupedAuc()
-    order = np.lexsort((scores, groups))
-    groups, scores, labels, weights = (x[order] for x in (groups, scores, labels, weights))
     group_starts = np.flatnonzero(np.r_[True, groups[1:] != groups[:-1]])
     # Runs: rows of one group and one score, whose order among each other means nothing.
     is_run_start = np.r_[True, scores[1:] != scores[:-1]]
@@ -164,44 +210,3 @@ def grouped_auc(
         num_groups=int(valid.sum()),
         num_skipped_groups=int((~valid).sum()),
     )
-
-
-def _metrics(rows: _Rows) -> SliceMetrics:
-    if len(rows.labels) == 0:
-        return SliceMetrics(num_rows=0)
-    weights = np.ones(len(rows.labels))
-    positives = float(rows.labels.sum())
-    probs = rows.probs.clip(_EPS, 1 - _EPS)
-    likelihoods = np.where(rows.labels > 0.5, np.log(probs), np.log1p(-probs))
-    logloss = float(-likelihoods.sum() / len(likelihoods))
-    label_rate = positives / len(rows.labels)
-    gauc = grouped_auc(rows.groups, rows.labels, rows.probs, weights)
-    return SliceMetrics(
-        num_rows=len(rows.labels),
-        label_rate=label_rate,
-        auc=exact_auc(rows.labels, rows.probs, weights),
-        gauc=gauc.value,
-        gauc_num_groups=gauc.num_groups,
-        gauc_num_skipped_groups=gauc.num_skipped_groups,
-        logloss=logloss,
-        ne=normalized_entropy(logloss, label_rate),
-        calibration=float(rows.probs.sum()) / positives if positives else None,
-    )
-
-
-def _reliability(rows: _Rows) -> list[ReliabilityBin]:
-    if len(rows.labels) == 0:
-        return []
-    shares = np.linspace(0, 1, _NUM_RELIABILITY_BINS + 1)[1:-1]
-    edges = np.unique(np.quantile(rows.probs, shares))
-    bins = np.searchsorted(edges, rows.probs, side="right")
-    num_rows = np.bincount(bins)
-    predicted, positives = (np.bincount(bins, weights=x) for x in (rows.probs, rows.labels))
-    return [
-        ReliabilityBin(
-            num_rows=int(num_rows[i]),
-            mean_prediction=float(predicted[i] / num_rows[i]),
-            label_rate=float(positives[i] / num_rows[i]),
-        )
-        for i in np.flatnonzero(num_rows)
-    ]

@@ -152,16 +152,6 @@ def test_auc_and_gauc_equal_a_loop_over_pairs(
     assert grouped.num_skipped_groups == skipped
 
 
-def test_grouped_auc_of_whole_groups_adds_up() -> None:
-    logits, labels, _ = _rows()
-    groups = np.arange(3000) % 97
-    weights = np.ones(3000)
-    first = groups < 40
-    parts = [grouped_auc(groups[m], labels[m], logits[m], weights[m]) for m in (first, ~first)]
-    whole = grouped_auc(groups, labels, logits, weights)
-    assert (parts[0] + parts[1]).value == pytest.approx(whole.value)
-
-
 def test_evaluation_agrees_with_sklearn_on_observed_rows_and_slices() -> None:
     logits, labels, _ = _rows()
     probs = 1 / (1 + np.exp(-logits))
@@ -183,6 +173,13 @@ def test_evaluation_agrees_with_sklearn_on_observed_rows_and_slices() -> None:
     assert metrics.slices["cold"].auc == pytest.approx(
         roc_auc_score(labels[in_slice], probs[in_slice])
     )
+    for found, rows_in in ((metrics, seen), (metrics.slices["cold"], in_slice)):
+        members = [np.flatnonzero(rows_in & (groups == group)) for group in np.unique(groups)]
+        both = [rows for rows in members if len({*labels[rows]}) == 2]
+        aucs = [roc_auc_score(labels[rows], probs[rows]) for rows in both]
+        assert found.gauc == pytest.approx(np.average(aucs, weights=[len(rows) for rows in both]))
+        skipped = sum(1 for rows in members if len(rows)) - len(both)
+        assert (found.gauc_num_groups, found.gauc_num_skipped_groups) == (len(both), skipped)
     assert metrics.slices["none"].num_rows == 0
     assert metrics.slices["none"].auc is None
 

@@ -217,14 +217,29 @@ class SampleColumns:
         tasks: Sequence[str],
         *,
         list_columns: frozenset[str],
+        weights: frozenset[str] = frozenset(),
         items: ItemSource | None = None,
     ) -> None:
-        """`list_columns` are the sparse columns that hold lists; `tasks` gives the label order."""
+        """Name the columns.
+
+        Args:
+            schema: of the features.
+            tasks: in the order of the labels.
+            list_columns: the sparse columns that hold lists.
+            weights: the columns with weights of a task's rows that there are.
+            items: whose rows batches tell.
+        """
         self.pooled = [_IdSource.of(f, schema) for f in schema.pooled_features]
         self.unpooled = [_IdSource.of(f, schema) for f in schema.unpooled_features]
         self.unpooled += [_IdSource.of(f, schema) for f in schema.sequences]
         self.dense = [samples.dense_column(f.name) for f in schema.dense]
         self.labels = [samples.label_column(task) for task in tasks]
+        self.weights = {
+            index: name
+            for index, name in enumerate(samples.weight_column(task) for task in tasks)
+            if name in weights
+        }
+        """By place of the task."""
         self.keys = [samples.key_column(key) for key in samples.KEYS]
         self.list_columns = list_columns
         self.items = items
@@ -235,7 +250,7 @@ class SampleColumns:
     def names(self) -> list[str]:
         """All columns to read."""
         ids = [source.column for source in (*self.pooled, *self.unpooled)]
-        return [*self.keys, *self.labels, *self.dense, *ids]
+        return [*self.keys, *self.labels, *self.weights.values(), *self.dense, *ids]
 
     def rows(self, table: pa.Table, order: Tensor) -> Rows:
         """The rows of `table` that `order` (int64) names, in that order.
@@ -244,13 +259,15 @@ class SampleColumns:
             UserError: a column that must not hold nulls does.
         """
         labels_RT = _stack_floats(table, self.labels)[order]
-        weights_RT = labels_RT.isnan().logical_not_()
+        weights_RT = labels_RT.isnan().logical_not_().to(torch.float32)
+        for task, name in self.weights.items():
+            weights_RT[:, task] *= _stack_floats(table, [name])[order, 0]
         return Rows(
             pooled=self._ids(table, self.pooled, order),
             unpooled=self._ids(table, self.unpooled, order),
             dense_RF=_stack_floats(table, self.dense)[order],
             labels_RT=labels_RT.nan_to_num_(nan=0.0),
-            weights_RT=weights_RT.to(torch.float32),
+            weights_RT=weights_RT,
             keys_RK=torch.stack([_int64(table, name) for name in self.keys], dim=1)[order],
             items=None if self.items is None else _item_ids(table, self.items, order),
         )

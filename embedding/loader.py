@@ -66,7 +66,12 @@ class SampleFiles:
                 "ids in others; run the join stage again for all of them"
             )
         lists_somewhere = frozenset().union(*lists)
-        self.columns = SampleColumns(schema, tasks, list_columns=lists_somewhere, items=items)
+        # A file that lacks what another one has is refused below.
+        weights = {samples.weight_column(task) for task in tasks}
+        weights &= {name for footer in footers for name in footer.schema.to_arrow_schema().names}
+        self.columns = SampleColumns(
+            schema, tasks, list_columns=lists_somewhere, weights=frozenset(weights), items=items
+        )
         for path, footer in zip(paths, footers, strict=True):
             _check_types(path, footer.schema.to_arrow_schema(), self.columns)
         self.row_groups = [
@@ -316,7 +321,7 @@ def _is_list(arrow_type: pa.DataType) -> bool:
 
 
 def _check_types(path: Path, arrow: pa.Schema, columns: SampleColumns) -> None:
-    floats = {*columns.labels, *columns.dense}
+    floats = {*columns.labels, *columns.weights.values(), *columns.dense}
     for name in columns.names:
         if name not in arrow.names:
             raise UserError(

@@ -6,6 +6,8 @@ keep features, labels and keys apart, so that a feature may be called `user_id`.
     key:request_id  key:user_id  key:item_id   int64, never null (strings become 63-bit hashes)
     key:timestamp                              int64, milliseconds since the epoch, UTC
     label:<task>                               float32, 0 or 1; null where the task is not observed
+    weight:<task>                              float32, 0 or more, never null; without the column
+                                               every row weighs 1
     probability:<task>                         float32; in predictions only
     oracle:<task>                              float32, true probability (synthetic data only)
     sparse:<feature>                           int64 or list<int64>; MISSING_ID for null
@@ -27,6 +29,11 @@ def key_column(name: str) -> str:
 def label_column(task: str) -> str:
     """Column of a task's label."""
     return f"label:{task}"
+
+
+def weight_column(task: str) -> str:
+    """Column of a task's row weights."""
+    return f"weight:{task}"
 
 
 def probability_column(task: str) -> str:

@@ -141,6 +141,7 @@ def task_metrics(
             labels=predicted[columns.label_column(task.name)].to_numpy(),
             probs=predicted[name].to_numpy(),
             groups=groups,
+            weights=predicted[columns.weight_column(task.name)].to_numpy(),
             slices=masks,
         )
     return found

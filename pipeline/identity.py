@@ -107,4 +107,9 @@ def computation_marks(recipe: Recipe) -> dict[str, Any]:
 
 
 def _tasks(recipe: Recipe) -> list[str]:
-    return [f"{task.name}={task.label_name}" for task in recipe.ranking.tasks]
+    weights = recipe.ranking.sample_weights
+    return [
+        f"{task.name}={task.label_name}"
+        + (f"*{weights[task.name]}" if task.name in weights else "")
+        for task in recipe.ranking.tasks
+    ]

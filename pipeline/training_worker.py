@@ -263,12 +263,13 @@ def prediction_schema(tasks: list[str]) -> pa.Schema:
     return pa.schema(
         [pa.field(columns.key_column(key), pa.int64()) for key in columns.KEYS]
         + [pa.field(columns.label_column(task), pa.float32()) for task in tasks]
+        + [pa.field(columns.weight_column(task), pa.float32()) for task in tasks]
         + [pa.field(columns.probability_column(task), pa.float64()) for task in tasks]
     )
 
 
 def prediction_batch(predictions: Predictions, tasks: list[str]) -> pa.RecordBatch:
-    """Keys, labels (null where missing) and probabilities of one batch."""
+    """Keys, labels (null where missing), weights and probabilities of one batch."""
     keys = [column.numpy() for column in predictions.keys_RK.unbind(1)]
     labels = [
         pa.array(labels_R.numpy(), mask=(weights_R == 0).numpy())
@@ -276,8 +277,9 @@ def prediction_batch(predictions: Predictions, tasks: list[str]) -> pa.RecordBat
             predictions.labels_RT.unbind(1), predictions.weights_RT.unbind(1), strict=True
         )
     ]
+    weights = [weights_R.contiguous().numpy() for weights_R in predictions.weights_RT.unbind(1)]
     probs = [probs_R.contiguous().numpy() for probs_R in predictions.probs_RT.unbind(1)]
-    return pa.record_batch([*keys, *labels, *probs], schema=prediction_schema(tasks))
+    return pa.record_batch([*keys, *labels, *weights, *probs], schema=prediction_schema(tasks))
 
 
 class MetricsFile:

@@ -29,6 +29,11 @@ class TaskConfig(StrictConfig):
     """0/1 column of the events; null where the task is not observed. Default: the task's name."""
     weight: PositiveFloat = 1.0
     """Weight of the task's loss."""
+    sample_weight: str | None = None
+    """Column of the events with the weight of each row in the task's loss and metrics, 0 or more; a
+    null counts as 1. With 1 / rate on rows that were kept at a rate, as sampled negatives are,
+    predictions are those of all rows. Default: that of the task `after` which this one comes, and
+    without one every row counts the same."""
     after: str | None = None
     """A task that must come first: a purchase is possible `after: click`. The model then learns
     p(task | after), and everything shown, trained and published is p(task) = p(after) p(task |
@@ -81,6 +86,19 @@ class RankingConfig(StrictConfig):
                 "them, or null for their mean"
             )
         return self
+
+    @property
+    def sample_weights(self) -> dict[str, str]:
+        """Column with the weights of a task's rows, by task; those without one are left out."""
+        by_name = {task.name: task for task in self.tasks}
+        found = {}
+        for task in self.tasks:
+            first: TaskConfig | None = task
+            while first is not None and first.sample_weight is None:
+                first = by_name.get(first.after or "")
+            if first is not None and first.sample_weight is not None:
+                found[task.name] = first.sample_weight
+        return found
 
 
 def _check_ancestors(task: TaskConfig, tasks: dict[str, TaskConfig]) -> None:

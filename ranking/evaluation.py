@@ -33,7 +33,7 @@ class SliceMetrics(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     num_rows: int
-    """Rows whose label is observed."""
+    """Rows whose label is observed. All that follows weighs each by its weight."""
     label_rate: float | None = None
     auc: float | None = None
     """Weighted share of (positive, negative) pairs in the right order; ties count half."""
@@ -76,29 +76,35 @@ class GroupedAuc:
 class _SortedRows:
     """Rows by score, and by group and score: sorted once, whatever the slices."""
 
-    def __init__(self, labels: Floats, probs: Floats, groups: npt.NDArray[Any]) -> None:
+    def __init__(
+        self, labels: Floats, probs: Floats, weights: Floats, groups: npt.NDArray[Any]
+    ) -> None:
         self._order = np.argsort(probs, kind="stable")
         self.labels, self.probs = labels[self._order], probs[self._order]
-        self.groups = groups[self._order]
+        self.weights, self.groups = weights[self._order], groups[self._order]
         self._by_group = np.argsort(self.groups, kind="stable")
 
     def metrics(self, mask: Bools | None = None) -> SliceMetrics:
         """Of all rows, or of those that a mask over the rows as they were given chooses."""
-        labels, probs, by_group = self.labels, self.probs, self._by_group
+        labels, probs, weights = self.labels, self.probs, self.weights
+        by_group = self._by_group
         if mask is not None:
             mask = mask[self._order]
-            labels, probs = labels[mask], probs[mask]
+            labels, probs, weights = labels[mask], probs[mask], weights[mask]
             by_group = by_group[mask[by_group]]
         if len(labels) == 0:
             return SliceMetrics(num_rows=0)
-        positives = float(labels.sum())
+        total, positives = float(weights.sum()), float((weights * labels).sum())
         clipped = probs.clip(_EPS, 1 - _EPS)
         likelihoods = np.where(labels > 0.5, np.log(clipped), np.log1p(-clipped))
-        logloss = float(-likelihoods.sum() / len(likelihoods))
-        label_rate = positives / len(labels)
-        one_group, weights = np.zeros(len(labels), dtype=np.int8), np.ones(len(labels))
+        logloss = float(-(weights * likelihoods).sum() / total)
+        label_rate = positives / total
+        one_group = np.zeros(len(labels), dtype=np.int8)
         gauc = _auc_of_sorted(
-            self.groups[by_group], self.labels[by_group], self.probs[by_group], weights
+            self.groups[by_group],
+            self.labels[by_group],
+            self.probs[by_group],
+            self.weights[by_group],
         )
         return SliceMetrics(
             num_rows=len(labels),
@@ -109,7 +115,7 @@ class _SortedRows:
             gauc_num_skipped_groups=gauc.num_skipped_groups,
             logloss=logloss,
             ne=normalized_entropy(logloss, label_rate),
-            calibration=float(probs.sum()) / positives if positives else None,
+            calibration=float((weights * probs).sum()) / positives if positives else None,
         )
 
     def reliability(self) -> list[ReliabilityBin]:
@@ -120,12 +126,14 @@ class _SortedRows:
         edges = np.unique(np.quantile(self.probs, shares))
         bins = np.searchsorted(edges, self.probs, side="right")
         num_rows = np.bincount(bins)
-        predicted, positives = (np.bincount(bins, weights=x) for x in (self.probs, self.labels))
+        total, predicted, positives = (
+            np.bincount(bins, weights=self.weights * x) for x in (1.0, self.probs, self.labels)
+        )
         return [
             ReliabilityBin(
                 num_rows=int(num_rows[i]),
-                mean_prediction=float(predicted[i] / num_rows[i]),
-                label_rate=float(positives[i] / num_rows[i]),
+                mean_prediction=float(predicted[i] / total[i]),
+                label_rate=float(positives[i] / total[i]),
             )
             for i in np.flatnonzero(num_rows)
         ]
@@ -136,6 +144,7 @@ def evaluate_predictions(
     probs: npt.NDArray[Any],
     groups: npt.NDArray[Any],
     *,
+    weights: npt.NDArray[Any] | None = None,
     slices: Mapping[str, npt.NDArray[np.bool_]] | None = None,
 ) -> TaskMetrics:
     """Metrics of one task over the rows whose label is observed.
@@ -144,13 +153,15 @@ def evaluate_predictions(
         labels: 0 or 1, NaN where not observed; (R,).
         probs: predicted probabilities, (R,).
         groups: group of every row for GAUC, any sortable type, (R,).
+        weights: of the rows, (R,); a row of weight 0 counts as not observed. None: all are 1.
         slices: masks over the rows, by name.
 
     Raises:
         UserError: a prediction is NaN or outside [0, 1].
     """
     labels, probs = labels.astype(np.float64), probs.astype(np.float64)
-    observed = ~np.isnan(labels)
+    weights = np.ones(len(labels)) if weights is None else weights.astype(np.float64)
+    observed = ~np.isnan(labels) & (weights > 0)
     labels, probs, groups = labels[observed], probs[observed], groups[observed]
     wrong = ~((probs >= 0) & (probs <= 1))
     if wrong.any():
@@ -158,7 +169,7 @@ def evaluate_predictions(
             f"{int(wrong.sum())} of {len(wrong)} predictions are not probabilities (the first is "
             f"{probs[wrong][0]}); the model has diverged: lower its learning rates"
         )
-    rows = _SortedRows(labels, probs, groups)
+    rows = _SortedRows(labels, probs, weights[observed], groups)
     return TaskMetrics(
         **rows.metrics().model_dump(),
         slices={name: rows.metrics(mask[observed]) for name, mask in (slices or {}).items()},

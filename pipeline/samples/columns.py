@@ -24,6 +24,8 @@ class EventColumns(SourceColumns):
 
     labels: tuple[str, ...]
     """0/1 columns, null where the task is not observed."""
+    weights: dict[str, str]
+    """Column with the weights of each task's rows, null where 1; tasks without one are left out."""
     oracles: dict[str, str]
     """Column with the true probability of each task; optional in the files."""
     history_values: dict[str, tuple[str, ...]]
@@ -47,6 +49,7 @@ class EventColumns(SourceColumns):
             ids=_unique(name for name in ids if name not in (*KEY_COLUMNS, "timestamp")),
             dense=columns.dense,
             labels=_unique(task.label_name for task in tasks),
+            weights=recipe.ranking.sample_weights,
             oracles={task.name: f"oracle_{task.name}" for task in tasks},
             history_values=values,
         )
@@ -54,7 +57,8 @@ class EventColumns(SourceColumns):
     @property
     def required(self) -> tuple[str, ...]:
         """All columns that every event file must have."""
-        return _unique((*KEY_COLUMNS, "timestamp", *self.labels, *self.ids, *self.dense))
+        floats = (*self.labels, *self.weights.values(), *self.dense)
+        return _unique((*KEY_COLUMNS, "timestamp", *self.ids, *floats))
 
 
 def source_columns(features: FeatureSchema, source: Source) -> SourceColumns:

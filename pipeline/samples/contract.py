@@ -4,6 +4,7 @@
         request_id, user_id, item_id   integer or string
         timestamp                      Arrow timestamp of any unit (UTC); inside of the dt day
         <task label>                   0, 1 or null (the task was not observed)
+        <row weight of a task>         a number of 0 or more; null: 1
         oracle_<task>                  optional: true probability (synthetic data)
         anything else                  context columns, read where a feature names them
 
@@ -155,6 +156,9 @@ def check_event_schema(schema: pa.Schema, columns: EventColumns, path: Path) -> 
     for name in columns.labels:
         if not _is_number(schema.field(name).type):
             raise _wrong_type(path, name, schema.field(name).type, "0, 1 or null", "int8")
+    for name in columns.weights.values():
+        if not _is_number(schema.field(name).type):
+            raise _wrong_type(path, name, schema.field(name).type, "a weight", "float32")
     labels = set(columns.labels)
     check_feature_types(schema, [c for c in columns.ids if c not in labels], columns.dense, path)
     for name in columns.oracles.values():
@@ -234,7 +238,7 @@ def normalise_events(table: pa.Table, columns: EventColumns, path: Path) -> pa.T
             is_float = pa.types.is_floating(table[name].type)  # a label that a history carries
             column = _label_to_int(table[name]) if is_float else table[name]
             data[name] = to_raw_ids(column)
-        for name in (*columns.labels, *columns.dense):
+        for name in (*columns.labels, *columns.weights.values(), *columns.dense):
             if name not in data:
                 data[name] = table[name].cast(pa.float32(), safe=False).combine_chunks()
         for name in columns.oracles.values():
@@ -281,6 +285,10 @@ def row_faults(
         else:
             finite = pc.is_finite(values).fill_null(True)
             faults.append((f"NaN or inf in dense column {name}", ~_bools(finite)))
+    for name in dict.fromkeys(columns.weights.values()):
+        values = table[name].cast(pa.float64(), safe=False).fill_null(1.0)
+        is_weight = pc.and_(pc.is_finite(values), pc.greater_equal(values, 0.0))
+        faults.append((f"weight {name} not a number of 0 or more", ~_bools(is_weight)))
     faults.append(("item_id without catalogue row", ~_known(events["item_id"], known.items)))
     if known.users is not None:
         faults.append(

@@ -255,6 +255,9 @@ def join_events(events: pa.RecordBatch, plan: JoinPlan) -> pa.Table:
     data = {samples.key_column(name): events[name] for name in samples.KEYS}
     for task in plan.recipe.ranking.tasks:
         data[samples.label_column(task.name)] = events[task.label_name].cast(pa.float32())
+    for task_name, column in plan.columns.weights.items():
+        weights = events[column].cast(pa.float32()).fill_null(1.0)
+        data[samples.weight_column(task_name)] = weights
     for task_name, column in plan.columns.oracles.items():
         if column in events.schema.names:
             data[samples.oracle_column(task_name)] = events[column]

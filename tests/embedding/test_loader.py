@@ -269,6 +269,23 @@ def test_a_wrong_column_is_a_user_error(
         _loader([path])
 
 
+def test_row_weights_count_where_the_label_is_observed(tmp_path: Path) -> None:
+    path, table = tmp_path / "part.parquet", pa.Table.from_pylist(_raw_rows(20, 0), schema=ARROW)
+    weights = pa.array(np.arange(20) / 4, pa.float32())
+    pq.write_table(table.append_column(f"weight:{TASKS[1]}", weights), path)
+    with _loader([path]).sequential() as stream:
+        found = torch.cat([batch.weights_BT[: batch.num_rows] for batch in stream])
+    observed = [[row[f"label:{task}"] is not None for task in TASKS] for row in table.to_pylist()]
+    expected = torch.tensor(observed, dtype=torch.float32)
+    assert 0 < expected[:, 1].sum() < 20
+    expected[:, 1] *= torch.arange(20) / 4
+    assert found.equal(expected)
+
+    pq.write_table(table, tmp_path / "plain.parquet")
+    with pytest.raises(UserError, match=f"plain.parquet: column 'weight:{TASKS[1]}' is missing"):
+        _loader([path, tmp_path / "plain.parquet"])
+
+
 def test_a_null_id_names_file_and_column(tmp_path: Path) -> None:
     path = tmp_path / "part.parquet"
     rows = _raw_rows(3, 0)

@@ -225,6 +225,31 @@ def test_oracle_columns_are_carried_where_the_log_has_them(root: Path, tmp_path:
     assert {row["key:request_id"]: row["oracle:click"] for row in samples} == probabilities
 
 
+def test_row_weights_are_carried_and_those_that_are_none_quarantined(
+    root: Path, tmp_path: Path
+) -> None:
+    given: dict[int, float | None] = {}
+    values = [None, 0.0, 2.5, -1.0, math.nan, math.inf, 1.0, 7.0]
+    for path in (root / "events").rglob("*.parquet"):
+        table = pq.ParquetFile(path).read()
+        weights = [values[i % len(values)] for i in range(table.num_rows)]
+        given |= dict(zip(table["request_id"].to_pylist(), weights, strict=True))
+        pq.write_table(table.append_column("kept", pa.array(weights, pa.float64())), path)
+    recipe = make_recipe(root, max_quarantined_share=0.5)
+    (click,) = recipe.ranking.tasks
+    weighted = click.model_copy(update={"sample_weight": "kept"})
+    ranking = recipe.ranking.model_copy(update={"tasks": (weighted,)})
+
+    _, samples, _ = run(recipe.model_copy(update={"ranking": ranking}), tmp_path)
+
+    sound = {k: 1.0 if w is None else w for k, w in given.items() if w is None or 0 <= w < 10}
+    assert {row["key:request_id"]: row["weight:click"] for row in samples} == sound
+    parts = (tmp_path / "ingest" / "quarantine").glob("*.parquet")
+    reasons = [reason for part in parts for reason in pq.read_table(part)["reason"].to_pylist()]
+    assert len(reasons) == len(given) - len(sound)
+    assert {*reasons} == {"weight kept not a number of 0 or more"}
+
+
 def test_sequence_over_a_list_column_is_refused(root: Path, tmp_path: Path) -> None:
     recipe = make_recipe(root)
     first, second, *others = recipe.features.sequences

@@ -11,7 +11,7 @@ from embedding.errors import UserError
 from embedding.names import TAKEN_NAMES
 from pipeline.config import EmbeddingPlaneConfig, WindowConfig
 from pipeline.recipe import apply_override, load_recipe
-from ranking.config import RankingConfig
+from ranking.config import RankingConfig, TaskConfig
 
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -330,3 +330,19 @@ def test_names_that_modules_cannot_have_are_those_of_this_pytorch() -> None:
     own = {n for n in public if getattr(getattr(modules, n), "__module__", "torch")[:5] == "torch"}
     assert own
     assert own <= TAKEN_NAMES
+
+
+def test_a_task_has_the_row_weights_of_the_task_before_it() -> None:
+    tasks = (
+        TaskConfig(name="click", sample_weight="kept"),
+        TaskConfig(name="cart", after="click"),
+        TaskConfig(name="buy", after="cart", sample_weight="value"),
+        TaskConfig(name="refund", after="buy"),
+        TaskConfig(name="like"),
+    )
+    assert RankingConfig(tasks=tasks).sample_weights == {
+        "click": "kept",
+        "cart": "kept",
+        "buy": "value",
+        "refund": "value",
+    }

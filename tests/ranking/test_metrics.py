@@ -184,6 +184,38 @@ def test_evaluation_agrees_with_sklearn_on_observed_rows_and_slices() -> None:
     assert metrics.slices["none"].auc is None
 
 
+def test_weighted_evaluation_agrees_with_sklearn_and_with_repeated_rows() -> None:
+    logits, labels, _ = _rows()
+    probs = 1 / (1 + np.exp(-logits))
+    groups = np.arange(3000) // 10
+    weights = (np.arange(3000) % 4).astype(np.float32)
+    cold = np.arange(3000) % 3 == 0
+    found = evaluate_predictions(labels, probs, groups, weights=weights, slices={"cold": cold})
+
+    seen = weights > 0
+    y, p, w = labels[seen], probs[seen], weights[seen]
+    assert found.num_rows == seen.sum()
+    assert found.auc == pytest.approx(roc_auc_score(y, p, sample_weight=w))
+    assert found.logloss == pytest.approx(log_loss(y, p, sample_weight=w))
+    repeats = np.repeat(np.arange(3000), weights.astype(int))
+    repeated = evaluate_predictions(
+        labels[repeats], probs[repeats], groups[repeats], slices={"cold": cold[repeats]}
+    )
+    for one, other in ((found, repeated), (found.slices["cold"], repeated.slices["cold"])):
+        for name in ("label_rate", "auc", "gauc", "gauc_num_groups", "ne", "calibration"):
+            assert getattr(one, name) == pytest.approx(getattr(other, name)), name
+    predicted = [b.mean_prediction * w for b, w in _bin_weights(found, probs[seen], w)]
+    assert sum(predicted) == pytest.approx((w * p).sum())
+
+
+def _bin_weights(found, probs, weights):
+    """Every reliability bin with the weight of its rows."""
+    order, start = np.argsort(probs, kind="stable"), 0
+    for b in found.reliability:
+        yield b, weights[order[start : start + b.num_rows]].sum()
+        start += b.num_rows
+
+
 def test_reliability_bins_cover_all_rows_and_match_a_loop() -> None:
     logits, labels, _ = _rows()
     probs = np.round(1 / (1 + np.exp(-logits)), 2)  # many ties

@@ -15,17 +15,15 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embedding import samples
+from embedding.arrow_columns import int64, int64_lists, offsets_of, stack_floats, take_segments
 from embedding.batch import RankingBatch
 from embedding.config import FeatureSchema, SequenceFeature, SparseFeature, TableConfig
-from embedding.errors import UserError
 from embedding.hashing import rows_of
 from embedding.items import ItemRows, ItemSource
 
@@ -102,7 +100,7 @@ class JaggedIds:
         for feature in range(len(parts[0].names)):
             pieces = [(part.values[feature], part.offsets[feature]) for part in parts]
             values.append(torch.cat([v[int(o[0]) : int(o[-1])] for v, o in pieces]))
-            offsets.append(_offsets_of(torch.cat([o.diff() for _, o in pieces])))
+            offsets.append(offsets_of(torch.cat([o.diff() for _, o in pieces])))
         return JaggedIds(parts[0].names, tuple(values), tuple(offsets))
 
 
@@ -258,17 +256,17 @@ class SampleColumns:
         Raises:
             UserError: a column that must not hold nulls does.
         """
-        labels_RT = _stack_floats(table, self.labels)[order]
+        labels_RT = stack_floats(table, self.labels)[order]
         weights_RT = labels_RT.isnan().logical_not_().to(torch.float32)
         for task, name in self.weights.items():
-            weights_RT[:, task] *= _stack_floats(table, [name])[order, 0]
+            weights_RT[:, task] *= stack_floats(table, [name])[order, 0]
         return Rows(
             pooled=self._ids(table, self.pooled, order),
             unpooled=self._ids(table, self.unpooled, order),
-            dense_RF=_stack_floats(table, self.dense)[order],
+            dense_RF=stack_floats(table, self.dense)[order],
             labels_RT=labels_RT.nan_to_num_(nan=0.0),
             weights_RT=weights_RT,
-            keys_RK=torch.stack([_int64(table, name) for name in self.keys], dim=1)[order],
+            keys_RK=torch.stack([int64(table, name) for name in self.keys], dim=1)[order],
             items=None if self.items is None else _item_ids(table, self.items, order),
         )
 
@@ -280,10 +278,10 @@ class SampleColumns:
         values, offsets = [], []
         for source in sources:
             if source.column in self.list_columns:
-                raw_N, raw_offsets = _int64_lists(table, source.column)
-                taken_N, taken_offsets = _take_segments(raw_N, raw_offsets, order)
+                raw_N, raw_offsets = int64_lists(table, source.column)
+                taken_N, taken_offsets = take_segments(raw_N, raw_offsets, order)
             else:
-                taken_N = _int64(table, source.column)[order]
+                taken_N = int64(table, source.column)[order]
                 taken_offsets = torch.arange(len(order) + 1)
             values.append(rows_of(taken_N, source.table))
             offsets.append(taken_offsets)
@@ -320,7 +318,7 @@ def _empty_kjt() -> KeyedJaggedTensor:
 
 
 def _ordered_rows(table: pa.Table, source: _IdSource, order: Tensor) -> Tensor:
-    return rows_of(_int64(table, source.column), source.table).index_select(0, order)
+    return rows_of(int64(table, source.column), source.table).index_select(0, order)
 
 
 def _concat_ids(parts: Sequence[Ids]) -> Ids:
@@ -330,11 +328,11 @@ def _concat_ids(parts: Sequence[Ids]) -> Ids:
 
 
 def _item_ids(table: pa.Table, source: ItemSource, order: Tensor) -> ItemIds:
-    candidate_R = source.index.rows_of(_int64(table, samples.key_column("item_id")))
+    candidate_R = source.index.rows_of(int64(table, samples.key_column("item_id")))
     values, offsets = [], []
     for sequence in source.histories.values():
-        raw_N, raw_offsets = _int64_lists(table, samples.sequence_column(sequence))
-        rows_N, taken_offsets = _take_segments(source.index.rows_of(raw_N), raw_offsets, order)
+        raw_N, raw_offsets = int64_lists(table, samples.sequence_column(sequence))
+        rows_N, taken_offsets = take_segments(source.index.rows_of(raw_N), raw_offsets, order)
         values.append(rows_N)
         offsets.append(taken_offsets)
     histories = JaggedIds(tuple(source.histories), tuple(values), tuple(offsets))
@@ -344,64 +342,3 @@ def _item_ids(table: pa.Table, source: ItemSource, order: Tensor) -> ItemIds:
 def _concat_items(parts: Sequence[ItemIds | None]) -> ItemIds | None:
     known = [part for part in parts if part is not None]
     return ItemIds.concat(known) if known else None
-
-
-def _take_segments(values_N: Tensor, offsets: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    """Segments of a jagged column in a new order.
-
-    values 1 2 | | 3 4 5, order 2 0  ->  values 3 4 5 | 1 2
-    """
-    starts = offsets[order]
-    lengths = offsets[order + 1] - starts
-    taken_offsets = _offsets_of(lengths)
-    total = int(taken_offsets[-1])
-    shift = torch.repeat_interleave(starts - taken_offsets[:-1], lengths, output_size=total)
-    return values_N[shift.add_(torch.arange(total))], taken_offsets
-
-
-def _offsets_of(lengths: Tensor) -> Tensor:
-    offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64)
-    torch.cumsum(lengths, 0, out=offsets[1:])
-    return offsets
-
-
-def _stack_floats(table: pa.Table, names: Sequence[str]) -> Tensor:
-    """Float columns side by side: float32 (R, F), NaN for null."""
-    stacked_RF = np.empty((table.num_rows, len(names)), dtype=np.float32)
-    for i, name in enumerate(names):
-        start = 0
-        for chunk in table.column(name).chunks:
-            stacked_RF[start : start + len(chunk), i] = chunk.to_numpy(zero_copy_only=False)
-            start += len(chunk)
-    return torch.from_numpy(stacked_RF)
-
-
-def _int64(table: pa.Table, name: str) -> Tensor:
-    column = table.column(name)
-    _refuse_nulls(name, column.null_count)
-    return _join([chunk.to_numpy() for chunk in column.chunks])
-
-
-def _int64_lists(table: pa.Table, name: str) -> tuple[Tensor, Tensor]:
-    """Values and offsets of a list column; a null list is an empty one."""
-    chunks = table.column(name).chunks
-    values = [chunk.flatten() for chunk in chunks]
-    _refuse_nulls(name, sum(value.null_count for value in values))
-    lengths = [pc.fill_null(pc.list_value_length(chunk), 0).to_numpy() for chunk in chunks]
-    return _join([v.to_numpy() for v in values]), _offsets_of(_join(lengths).to(torch.int64))
-
-
-def _join(arrays: list[npt.NDArray[np.int64]]) -> Tensor:
-    if not arrays:
-        return torch.empty(0, dtype=torch.int64)
-    if len(arrays) == 1 and arrays[0].flags.writeable:
-        return torch.from_numpy(arrays[0])
-    return torch.from_numpy(np.concatenate(arrays))  # Arrow memory is read-only for torch
-
-
-def _refuse_nulls(column: str, num_nulls: int) -> None:
-    if num_nulls:
-        raise UserError(
-            f"column {column!r} holds {num_nulls} nulls, but samples mark a missing id with -1; "
-            "run the join stage again"
-        )

@@ -19,6 +19,7 @@ from pipeline.artifacts import Manifest, read_manifest
 from pipeline.cluster import ONE_CPU, RaySession, rank_bundles, worker_bundle
 from pipeline.codes.quantize_stage import codes_of_day
 from pipeline.config import Recipe
+from pipeline.consent import Consent
 from pipeline.console import Reporter
 from pipeline.content.paths import ContentPaths
 from pipeline.content.stage import STORES, content_stage
@@ -48,7 +49,7 @@ from pipeline.train import TrainedModel, TrainInputs, train
 class DayRun:
     """Builds and executes the stages of one date. Stages that are current are not run again."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 # what a run is of, and what it works with
         self,
         recipe: Recipe,
         out: Path,
@@ -57,6 +58,7 @@ class DayRun:
         session: RaySession,
         reporter: Reporter,
         publish: Publish,
+        consent: Consent = Consent(),  # noqa: B008 # frozen
     ) -> None:
         self.recipe = recipe
         self.out = out
@@ -68,7 +70,7 @@ class DayRun:
         self.days = available_days(root)
         self.split: Split = split_days(self.days, date, recipe.window)
         self._catalogue = fingerprint(catalogue_files(root))
-        self.spans = Spans(out, root, self.days, ingest_config(recipe))
+        self.spans = Spans(out, root, self.days, ingest_config(recipe), consent)
         self.codes = codes_of_day(recipe, out, self.split, session, reporter)
 
     def execute(self, until: str = STAGES[-1]) -> list[StageRecord]:

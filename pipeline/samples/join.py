@@ -27,6 +27,7 @@ from pipeline.codes.features import ItemCodes
 from pipeline.config import Recipe
 from pipeline.planning.id_use import FILE, IdFacts, IdUse, merge_uses, read_uses, use_of, write_uses
 from pipeline.samples.buckets import ROWS_PER_GROUP, history_column
+from pipeline.samples.catalogue import check_catalogue
 from pipeline.samples.columns import EventColumns, source_columns
 from pipeline.samples.held_out import forget_held_out, is_held_out
 from pipeline.samples.histories import normal_lists
@@ -153,8 +154,9 @@ def plan_join(recipe: Recipe, scratch: Path, codes: Path | None = None) -> JoinP
     """Load the feature columns of items and users, and the codes of items.
 
     Raises:
-        UserError: a file is damaged, or a sequence reads a list column.
+        UserError: a file breaks the data contract, or a sequence reads a list column.
     """
+    check_catalogue(recipe.data.root, recipe.features)  # ingest may have checked another one
     entities: dict[Source, EntityColumns] = {}
     for source, key in _ENTITY_KEYS.items():
         columns = source_columns(recipe.features, source)

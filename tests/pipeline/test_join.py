@@ -212,6 +212,18 @@ def test_user_that_left_the_catalogue_is_missing_and_counted(
     assert {row["sparse:country"] for row in gone} == {-1}
 
 
+def test_a_catalogue_that_broke_after_ingest_is_not_joined(root: Path, tmp_path: Path) -> None:
+    for name in ("ingest", "join"):
+        (tmp_path / name).mkdir()
+    recipe = make_recipe(root)
+    ingest(recipe, check_span(recipe, DAYS[:2], None), tmp_path / "ingest")
+    items = pq.read_table(root / "items.parquet")
+    pq.write_table(pa.concat_tables([items, items.slice(1, 1)]), root / "items.parquet")
+
+    with pytest.raises(UserError, match="item_id 2 has more than one row"):
+        join(recipe, tmp_path / "ingest", tmp_path / "join")
+
+
 def test_oracle_columns_are_carried_where_the_log_has_them(root: Path, tmp_path: Path) -> None:
     probabilities: dict[int, Any] = {}
     for path in (root / "events").rglob("*.parquet"):

@@ -9,9 +9,10 @@ import pytest
 from embedding.errors import UserError
 from pipeline.artifacts import MANIFEST, Manifest, config_hash, read_manifest
 from pipeline.config import WindowConfig
+from pipeline.consent import Consent
 from pipeline.console import Reporter
 from pipeline.days import catalogue_files, fingerprint
-from pipeline.identity import training_config
+from pipeline.identity import ingest_config, training_config
 from pipeline.recipe import load_recipe
 from pipeline.run import DayRun
 from pipeline.samples.join import SAMPLES
@@ -241,6 +242,89 @@ def test_events_that_nothing_holds_any_more_are_asked_for(tmp_path: Path) -> Non
 
     with pytest.raises(UserError, match=rf"{DAYS[1]}/ingest is gone, and so are the days"):
         ingested(run_of(root, 2, train_days=3))
+
+
+def changed(run: DayRun, **consent: bool) -> DayRun:
+    """The same run with another feature of the events."""
+    features = run.recipe.features
+    more = features.sparse[5].model_copy(update={"name": "hour", "column": "hour"})
+    other = features.model_copy(update={"sparse": (*features.sparse, more)})
+    return DayRun(
+        run.recipe.model_copy(update={"features": other}),
+        run.out,
+        run.date,
+        session=run.session,
+        reporter=run.reporter,
+        publish=run.publish,
+        consent=Consent(**consent),
+    )
+
+
+def test_histories_whose_events_are_gone_are_cut_only_where_the_user_says_so(
+    tmp_path: Path,
+) -> None:
+    root, out = tmp_path / "data", tmp_path / "out"
+    write_log(root, 4)
+    for day in range(3):
+        ingested(run_of(root, day))
+    for day in DAYS[:2]:
+        shutil.rmtree(root / "events" / f"dt={day}")
+    kept = read_manifest(out / DAYS[2] / "ingest")
+
+    refusal = (
+        rf"{DAYS[2]}/ingest would be made anew from {DAYS[2]} on.*hold 2 days from {DAYS[0]} to "
+        rf"{DAYS[1]}.*Restore these days.*--shorter-histories"
+    )
+    with pytest.raises(UserError, match=refusal):
+        ingested(changed(run_of(root, 2)))
+    assert read_manifest(out / DAYS[2] / "ingest") == kept
+    assert ingested(run_of(root, 2))[-1] == (DAYS[3], True), "the settings before go on"
+
+    agreed = changed(run_of(root, 2), shorter_histories=True)
+    assert ingested(agreed) == [(DAYS[2], False), (DAYS[3], False)]
+    assert agreed.spans.span(DAYS[2]).previous is None
+    assert ingested(changed(run_of(root, 2))) == [(DAYS[2], True), (DAYS[3], True)], "said once"
+
+
+def test_histories_begin_anew_where_the_log_has_all_events(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    write_log(root, 3)
+    ingested(run_of(root, 1))
+
+    assert ingested(changed(run_of(root, 1))) == [(DAYS[1], False), (DAYS[2], False)]
+
+
+def test_a_late_file_cuts_no_history_whose_artifact_is_gone(tmp_path: Path) -> None:
+    root, out = tmp_path / "data", tmp_path / "out"
+    write_log(root, 4)
+    for day in range(3):
+        ingested(run_of(root, day))
+    shutil.rmtree(root / "events" / f"dt={DAYS[0]}")
+    shutil.rmtree(out / DAYS[0])
+    assert all(current for _, current in ingested(run_of(root, 2)))
+    deliver_late(root, 1)
+
+    with pytest.raises(UserError, match=rf"hold 1 days from {DAYS[0]} to {DAYS[0]}"):
+        ingested(run_of(root, 2))
+
+
+def test_columns_of_items_and_limits_leave_histories_as_they_are() -> None:
+    recipe = make_recipe(Path("data"))
+    features = recipe.features
+    weight = features.dense[1].model_copy(update={"name": "height", "column": "height"})
+    more = features.model_copy(update={"dense": (*features.dense, weight)})
+    wider = recipe.model_copy(update={"features": more})
+    price = features.dense[0].model_copy(update={"name": "tax", "column": "tax"})
+    other = features.model_copy(update={"dense": (*features.dense, price)})
+
+    known = ingest_config(recipe)
+    assert ingest_config(wider) == known
+    assert ingest_config(make_recipe(Path("data"), max_quarantined_share=0.9)) == known
+    assert ingest_config(make_recipe(Path("data"), user_buckets=9)) == known
+    assert ingest_config(recipe.model_copy(update={"features": other})) != known
+    shorter = features.histories[0].model_copy(update={"max_length": 1})
+    cut = features.model_copy(update={"histories": (shorter, features.histories[1])})
+    assert ingest_config(recipe.model_copy(update={"features": cut})) != known
 
 
 def test_days_that_no_span_holds_are_not_passed_over(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.codes.cli import OutOption, codes_app
-from pipeline.consent import Consent
+from pipeline.consent import Consent, RefreshCatalogueOption, ShorterHistoriesOption
 from pipeline.data_cli import data_app
 from pipeline.planning.bench_cli import bench_app
 from pipeline.planning.cli import (
@@ -64,13 +64,6 @@ def _global_options(
 
 
 DateOption = Annotated[str, typer.Option("--date", "-d", help="Day to train up to, YYYY-MM-DD.")]
-ShorterHistoriesOption = Annotated[
-    bool,
-    typer.Option(
-        "--shorter-histories",
-        help="Let histories begin later than they do where earlier days are gone from the log.",
-    ),
-]
 GATE_REFUSED = 3
 """Exit code of a run whose stages all ended well, and whose model the gate did not let through."""
 STAGE_HELP = "ingest, content, align, quantize, join, plan, train, evaluate, gate or publish."
@@ -84,13 +77,14 @@ def run(  # noqa: PLR0913 # a command's parameters are its options
     out: OutOption,
     overrides: SetOption = None,
     shorter_histories: ShorterHistoriesOption = False,
+    refresh_catalogue: RefreshCatalogueOption = False,
 ) -> None:
     """Run all stages of one day, from the raw events to the published bundle.
 
     Ends with 0 if the model was published, 1 if something failed, 2 if you must change something
     first, 3 if the gate refused the model.
     """
-    consent = Consent(shorter_histories=shorter_histories)
+    consent = Consent(shorter_histories, refresh_catalogue)
     title = f"braid run --date {date}"
     with _command(context, consent, recipe, out, overrides, title) as command:
         refused = command.run_day(date)
@@ -106,12 +100,13 @@ def stage(  # noqa: PLR0913 # a command's parameters are its options
     out: OutOption,
     overrides: SetOption = None,
     shorter_histories: ShorterHistoriesOption = False,
+    refresh_catalogue: RefreshCatalogueOption = False,
 ) -> None:
     """Run one stage of one day, and the stages before it that are not current.
 
     Ends as `braid run` does; with 3 if the gate, the last stage or one before it, refused.
     """
-    consent = Consent(shorter_histories=shorter_histories)
+    consent = Consent(shorter_histories, refresh_catalogue)
     title = f"braid stage {name} --date {date}"
     with _command(context, consent, recipe, out, overrides, title) as command:
         refused = command.run_stage(name, date)
@@ -127,13 +122,14 @@ def backfill(  # noqa: PLR0913 # a command's parameters are its options
     out: OutOption,
     overrides: SetOption = None,
     shorter_histories: ShorterHistoriesOption = False,
+    refresh_catalogue: RefreshCatalogueOption = False,
 ) -> None:
     """Run day after day, each started from the day before and evaluated on the day after.
 
     Ends as `braid run` does; with 3 if the gate refused the model of any day.
     """
     title = f"braid backfill --from {first} --to {last}"
-    consent = Consent(shorter_histories=shorter_histories)
+    consent = Consent(shorter_histories, refresh_catalogue)
     with _command(context, consent, recipe, out, overrides, title) as command:
         refused = command.run_days(first, last)
     raise typer.Exit(GATE_REFUSED if refused else 0)

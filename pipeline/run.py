@@ -16,6 +16,7 @@ from typing import Any
 
 from embedding.errors import UserError
 from pipeline.artifacts import Manifest, read_manifest
+from pipeline.catalogue_use import CATALOGUE, CatalogueUse
 from pipeline.cluster import ONE_CPU, RaySession, rank_bundles, worker_bundle
 from pipeline.codes.quantize_stage import codes_of_day
 from pipeline.config import Recipe
@@ -23,14 +24,7 @@ from pipeline.consent import Consent
 from pipeline.console import Reporter
 from pipeline.content.paths import ContentPaths
 from pipeline.content.stage import STORES, content_stage
-from pipeline.days import (
-    Span,
-    Split,
-    available_days,
-    catalogue_files,
-    fingerprint,
-    split_days,
-)
+from pipeline.days import Span, Split, available_days, split_days
 from pipeline.evaluate import evaluate
 from pipeline.gate import gate
 from pipeline.identity import ingest_config, plan_config, samples_config, training_config
@@ -69,7 +63,7 @@ class DayRun:
         root = recipe.data.root
         self.days = available_days(root)
         self.split: Split = split_days(self.days, date, recipe.window)
-        self._catalogue = fingerprint(catalogue_files(root))
+        self._catalogue = CatalogueUse(root, consent.refresh_catalogue)
         self.spans = Spans(out, root, self.days, ingest_config(recipe), consent)
         self.codes = codes_of_day(recipe, out, self.split, session, reporter)
 
@@ -85,6 +79,9 @@ class DayRun:
 
     def specs(self, name: str) -> Iterator[StageSpec]:
         """The executions of one stage; the stages before it must have run."""
+        return self._catalogue.specs(self._specs(name))
+
+    def _specs(self, name: str) -> Iterator[StageSpec]:
         match name:
             case "ingest":
                 yield from map(self._ingest, self._ingested())
@@ -197,23 +194,29 @@ class DayRun:
                 {**facts, "days": span.days, "previous": span.previous},
             )
 
-        config, inputs = ingest_config(self.recipe), self.spans.inputs(span, self._catalogue)
+        config, inputs = (
+            ingest_config(self.recipe),
+            self.spans.inputs(span, self._catalogue.fingerprint()),
+        )
         return StageSpec("ingest", self.directory("ingest", last), config, inputs, body)
 
     def _content(self) -> Iterator[StageSpec]:
         if self.recipe.content is not None:
             at = self.directory("content")
-            yield content_stage(self.recipe, at, self._catalogue, self.session, self.reporter)
+            catalogue = self._catalogue.fingerprint()
+            yield content_stage(self.recipe, at, catalogue, self.session, self.reporter)
 
     def _codes(self, name: str) -> Iterator[StageSpec]:
         if self.codes is not None:
             days = self.spans.chain(self.date, self._first_day())
             ingests = tuple(self.directory("ingest", last) for last in days)
-            yield from self.codes.specs(name, self._catalogue, ingests, self.parent())
+            catalogue = self._catalogue.fingerprint()
+            yield from self.codes.specs(name, catalogue, ingests, self.parent())
 
     def _join(self, span: Span) -> StageSpec:
         last = span.days[-1]
-        inputs = {"ingest": self._artifact_id("ingest", last), "catalogue": self._catalogue}
+        inputs = {"ingest": self._artifact_id("ingest", last)}
+        inputs[CATALOGUE] = self._catalogue.fingerprint()
         codes = None if self.codes is None else self.codes.file
         if self.codes is not None:
             inputs["codes"] = self.codes.fingerprint

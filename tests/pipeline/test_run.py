@@ -19,6 +19,8 @@ from pipeline.samples.join import SAMPLES
 from pipeline.stages import StageSpec
 from tests.pipeline.small_log import DAYS, event, make_recipe, write_catalogue, write_day
 
+AS_IS = Consent()
+
 
 def _run(tmp_path: Path, trained: list[str], window: WindowConfig) -> DayRun:
     """The run of the third day, after one of the second day that trained on `trained`."""
@@ -86,7 +88,7 @@ def test_how_often_a_training_reports_does_not_make_it_stale() -> None:
     assert training_config(larger) != training_config(recipe)
 
 
-def run_of(root: Path, day: int, **window: Any) -> DayRun:
+def run_of(root: Path, day: int, consent: Consent = AS_IS, **window: Any) -> DayRun:
     return DayRun(
         make_recipe(root).model_copy(update={"window": WindowConfig(**window)}),
         root.parent / "out",
@@ -94,6 +96,7 @@ def run_of(root: Path, day: int, **window: Any) -> DayRun:
         session=None,
         reporter=Reporter(),
         publish=lambda *_: None,
+        consent=consent,
     )
 
 
@@ -178,7 +181,7 @@ def test_a_span_goes_on_with_the_one_it_continued(tmp_path: Path) -> None:
     assert [span.days for span in run.evaluation_spans()] == [(DAYS[1], DAYS[2]), (DAYS[3],)]
 
 
-def test_a_catalogue_that_grew_is_joined_and_makes_no_published_span_stale(
+def test_a_catalogue_that_grew_is_joined_and_makes_nothing_published_stale(
     tmp_path: Path,
 ) -> None:
     root = tmp_path / "data"
@@ -191,13 +194,35 @@ def test_a_catalogue_that_grew_is_joined_and_makes_no_published_span_stale(
     run = run_of(root, 1)
 
     assert ingested(run) == [(DAYS[0], True), (DAYS[1], True), (DAYS[2], False)]
-    assert [spec.is_current for spec in run.specs("join")] == [False, False, False]
+    assert [spec.is_current for spec in run.specs("join")] == [True, True, False]
+    assert [spec.is_current for spec in first.specs("join")] == [True, True]
+    again = run_of(root, 1, consent=Consent(refresh_catalogue=True))
+    assert [spec.is_current for spec in again.specs("ingest")] == [True, True, True]
+    assert [spec.is_current for spec in again.specs("join")] == [False, False, False]
     deliver_late(root, 1)
     assert ingested(run) == [(DAYS[0], True), (DAYS[1], False), (DAYS[2], False)]
     ingests = [read_manifest(run.directory("ingest", day)) for day in DAYS[:3]]
     old, *new = [manifest.inputs["catalogue"] for manifest in ingests]
     assert new == [fingerprint(catalogue_files(root))] * 2
     assert old not in new
+
+
+def test_a_training_goes_on_after_the_catalogue_was_rewritten(tmp_path: Path) -> None:
+    """Its identity is that of the interrupted one, and so are those of all stages before it."""
+    root = tmp_path / "data"
+    write_log(root, 3)
+    run = run_of(root, 1)
+    ingested(run)
+    joined(run)
+    (before,) = run.specs("train")
+    write_catalogue(root, num_items=9)
+
+    (after,) = run_of(root, 1).specs("train")
+    assert after.resume_identity == before.resume_identity
+    refreshed = run_of(root, 1, consent=Consent(refresh_catalogue=True))
+    joined(refreshed)
+    (other,) = refreshed.specs("train")
+    assert other.resume_identity != before.resume_identity
 
 
 def test_a_published_span_outlives_its_events_and_the_artifacts_before_it(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     Progress,
@@ -81,6 +82,10 @@ class Reporter:
     def line(self, text: str) -> None:
         """Print one line above the bar."""
         self.console.print(text, soft_wrap=True)
+
+    def warning(self, sentence: str) -> None:
+        """Print a line on what the stage that runs does not stop for."""
+        self.line(f"  [yellow]warning[/] {escape(sentence)}")
 
 
 def human(number: float) -> str:

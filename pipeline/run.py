@@ -35,6 +35,7 @@ from pipeline.registry import production_before
 from pipeline.samples.held_out import require_held_out
 from pipeline.samples.ingest import check_span, ingest
 from pipeline.samples.join import HELD_OUT, SAMPLES, join
+from pipeline.samples.join_facts import unknown_rows
 from pipeline.spans import Spans
 from pipeline.stages import STAGES, StageOutput, StageRecord, StageSpec, execute
 from pipeline.train import TrainedModel, TrainInputs, train
@@ -226,7 +227,11 @@ class DayRun:
             joined = join(
                 self.recipe, self.directory("ingest", last), scratch, self.reporter.advance, codes
             )
-            return StageOutput(joined.rows, joined.rows, facts=joined.model_dump(mode="json"))
+            lacking = unknown_rows(self.recipe, joined)
+            for sentence in lacking:
+                self.reporter.warning(sentence)
+            facts = joined.model_dump(mode="json")
+            return StageOutput(joined.rows, joined.rows, facts=facts, warnings=tuple(lacking))
 
         return StageSpec(
             "join", self.directory("join", last), samples_config(self.recipe), inputs, body

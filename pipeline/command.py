@@ -96,7 +96,7 @@ class Command:
         """
         parse_day(first, "--from")
         parse_day(last, "--to")
-        available = available_days(self.recipe.data.root)
+        available = available_days(self.recipe.data.root, self.recipe.data.complete_marker)
         days = [day for day in available if first <= day <= last]
         if not days:
             raise UserError(

@@ -83,6 +83,10 @@ class DataConfig(StrictConfig):
     this share of its rows or of its past events is of items without a row in items.parquet whose
     columns features read; where towers read images, their stage when those of more than this share
     of the items cannot be read."""
+    complete_marker: str | None = Field(default=None, pattern=r"^[^/]+$")
+    """Name of the file, e.g. _SUCCESS, that is written into a day's partition of the event log when
+    all of it is there. Days without it are not there yet, neither to train nor to evaluate on.
+    None: a partition is complete."""
     user_buckets: PositiveInt = 8
     """Users are hashed into this many buckets; one bucket of a span fits in a worker's memory."""
 

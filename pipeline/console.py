@@ -1,7 +1,7 @@
 """What the user sees while stages run: bars on a terminal, plain lines elsewhere."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -83,9 +83,12 @@ class Reporter:
         """Print one line above the bar."""
         self.console.print(text, soft_wrap=True)
 
-    def warning(self, sentence: str) -> None:
-        """Print a line on what the stage that runs does not stop for."""
-        self.line(f"  [yellow]warning[/] {escape(sentence)}")
+    def warn(self, sentences: Iterable[str]) -> tuple[str, ...]:
+        """Print what the stage that runs does not stop for; returns it, for its output."""
+        shown = tuple(sentences)
+        for sentence in shown:
+            self.line(f"  [yellow]warning[/] {escape(sentence)}")
+        return shown
 
 
 def human(number: float) -> str:

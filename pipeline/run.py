@@ -24,7 +24,8 @@ from pipeline.consent import Consent
 from pipeline.console import Reporter
 from pipeline.content.paths import ContentPaths
 from pipeline.content.stage import STORES, content_stage
-from pipeline.days import Span, Split, available_days, split_days
+from pipeline.day_warnings import DAY_FILES, Ancestry, day_fingerprints, day_warnings
+from pipeline.days import Span, Split, available_days, require_complete, split_days
 from pipeline.evaluate import evaluate
 from pipeline.gate import gate
 from pipeline.identity import ingest_config, plan_config, samples_config, training_config
@@ -62,7 +63,8 @@ class DayRun:
         self.reporter = reporter
         self.publish = publish
         root = recipe.data.root
-        self.days = available_days(root)
+        require_complete(root, date, recipe.data.complete_marker)
+        self.days = available_days(root, recipe.data.complete_marker)
         self.split: Split = split_days(self.days, date, recipe.window)
         self._catalogue = CatalogueUse(root, consent.refresh_catalogue)
         self.spans = Spans(out, root, self.days, ingest_config(recipe), consent)
@@ -182,8 +184,10 @@ class DayRun:
     def _ingest(self, last: str) -> StageSpec:
         span = self.spans.span(last)
         previous = None if span.previous is None else self.directory("ingest", span.previous)
+        cascade = self.spans.cascade(span)
 
         def body(scratch: Path) -> StageOutput:
+            warnings = self.reporter.warn(cascade)
             checked = check_span(self.recipe, span.days, previous)  # faults show before Ray starts
             self.session.wait_for("ingest", [ONE_CPU])
             ingested = ingest(self.recipe, checked, scratch, self.reporter.advance)
@@ -193,6 +197,7 @@ class DayRun:
                 ingested.rows_out,
                 ingested.quarantined,
                 {**facts, "days": span.days, "previous": span.previous},
+                warnings,
             )
 
         config, inputs = (
@@ -227,11 +232,9 @@ class DayRun:
             joined = join(
                 self.recipe, self.directory("ingest", last), scratch, self.reporter.advance, codes
             )
-            lacking = unknown_rows(self.recipe, joined)
-            for sentence in lacking:
-                self.reporter.warning(sentence)
+            warnings = self.reporter.warn(unknown_rows(self.recipe, joined))
             facts = joined.model_dump(mode="json")
-            return StageOutput(joined.rows, joined.rows, facts=facts, warnings=tuple(lacking))
+            return StageOutput(joined.rows, joined.rows, facts=facts, warnings=warnings)
 
         return StageSpec(
             "join", self.directory("join", last), samples_config(self.recipe), inputs, body
@@ -256,6 +259,7 @@ class DayRun:
             inputs[f"join:{span.days[-1]}"] = self._artifact_id("join", span.days[-1])
         if parent is not None:
             inputs["parent"] = self._artifact_id("train", parent)
+        files = day_fingerprints(self.recipe.data.root, days)
         config = {
             **training_config(self.recipe),
             "days": days,
@@ -263,6 +267,8 @@ class DayRun:
         }
 
         def body(scratch: Path) -> StageOutput:
+            root, ancestry = self.recipe.data.root, Ancestry.of(self.out, parent)
+            warnings = self.reporter.warn(day_warnings(root, self.split, days, ancestry))
             self.session.wait_for("train", self.session.group())
             sources = TrainInputs(
                 samples=self.samples(days),
@@ -274,8 +280,9 @@ class DayRun:
             )
             output = train(self.recipe, sources, scratch, self.reporter)
             facts = {**output.facts, "parent": parent, "days": days}
+            facts[DAY_FILES] = files
             facts["codebooks"] = None if self.codes is None else self.codes.codebooks
-            return StageOutput(output.rows_in, output.rows_out, output.quarantined, facts)
+            return StageOutput(output.rows_in, output.rows_out, output.quarantined, facts, warnings)
 
         return StageSpec(
             "train",

@@ -104,6 +104,21 @@ class Spans:
             spans.insert(0, self.span(day))
         return [span.days[-1] for span in spans]
 
+    def cascade(self, span: Span) -> list[str]:
+        """A sentence on what is ingested anew, if files of a published span have changed."""
+        recorded, last = self._manifest(span.days[-1]), span.days[-1]
+        if recorded is None or self._is_past(recorded):
+            return []
+        if recorded.inputs["events"] == self._events(span):
+            return []
+        published = (p.parts[-3] for p in self.out.glob(f"????-??-??/{INGEST}/{MANIFEST}"))
+        later = sorted(day for day in published if day > last and self._manifest(day) is not None)
+        named = f"{span.days[0]} .. {last}" if len(span.days) > 1 else last
+        after = f", and so are the {len(later)} spans after it, up to {later[-1]}" if later else ""
+        return [
+            f"event files of {named} changed since they were ingested: it is ingested anew{after}"
+        ]
+
     def _as_published(self, recorded: Manifest, last: str) -> Span | None:
         """The span that an artifact holds; None if it goes on with one that is not there."""
         previous = recorded.facts["previous"]

@@ -302,7 +302,7 @@ def _line(trial: Trial, seconds: float) -> str:
 
 
 def _last_date(recipe: Recipe) -> str:
-    days = available_days(recipe.data.root)
+    days = available_days(recipe.data.root, recipe.data.complete_marker)
     if len(days) < 2:
         raise UserError(
             f"the event log has the day {days[0]} only: a study trains on one and evaluates on the "

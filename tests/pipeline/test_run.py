@@ -134,6 +134,53 @@ def joined(run: DayRun) -> None:
         write_manifest(spec)
 
 
+def test_a_day_that_was_missed_is_trained_on_by_the_next_run(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    write_log(root, 4)
+    parent = tmp_path / "out" / DAYS[0] / "train"
+    parent.mkdir(parents=True)
+    facts = {"days": DAYS[:1], "parent": None}
+    manifest = Manifest(stage="train", artifact_id="i", config_hash="c", facts=facts)
+    (parent / MANIFEST).write_text(manifest.model_dump_json())
+
+    assert run_of(root, 2).training_days() == (DAYS[1], DAYS[2])
+    assert run_of(root, 2, train_days=1).training_days() == (DAYS[2],), "outside of the window"
+
+
+def test_a_day_without_its_marker_is_neither_trained_nor_evaluated_on(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    write_log(root, 4)
+    for day in DAYS[:3]:
+        (root / "events" / f"dt={day}" / "_SUCCESS").touch()
+    recipe = make_recipe(root, complete_marker="_SUCCESS")
+
+    def run(day: str) -> DayRun:
+        sources = {"session": None, "reporter": Reporter(), "publish": lambda *_: None}
+        return DayRun(recipe, tmp_path / "out", day, **sources)
+
+    assert run(DAYS[1]).split.evaluation == (DAYS[2],)
+    with pytest.raises(UserError, match=f"no later day to evaluate on.* is {DAYS[1]}"):
+        run(DAYS[2])
+    with pytest.raises(UserError, match="holds no file _SUCCESS"):
+        run(DAYS[3])
+
+
+def test_what_is_ingested_anew_is_said(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    write_log(root, 4)
+    for day in range(3):
+        ingested(run_of(root, day))
+    spans = run_of(root, 2).spans
+    assert [spans.cascade(spans.span(day)) for day in DAYS] == [[]] * 4
+    deliver_late(root, 1)
+
+    assert spans.cascade(spans.span(DAYS[1])) == [
+        f"event files of {DAYS[1]} changed since they were ingested: it is ingested anew, and so "
+        f"are the 2 spans after it, up to {DAYS[3]}"
+    ]
+    assert spans.cascade(spans.span(DAYS[2])) == [], "said once"
+
+
 def test_a_file_that_came_late_makes_its_span_and_the_ones_after_it_stale(tmp_path: Path) -> None:
     root = tmp_path / "data"
     write_log(root, 3)

@@ -8,7 +8,8 @@
         anything else                  context columns, read where a feature names them
 
 Faults of a file or a column raise `UserError`; faults of a row are returned as a reason, so that
-ingest puts the row into quarantine and counts it.
+ingest puts the row into quarantine and counts it. So does it with rows that repeat all four keys of
+an earlier one of their day (`pipeline.samples.buckets.repeats`).
 """
 
 from collections.abc import Sequence

@@ -93,8 +93,14 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     """Open a Parquet file.
 
     Raises:
-        UserError: it is missing or is no complete Parquet file.
+        UserError: it is missing, a directory, or no complete Parquet file.
     """
+    if path.is_dir():
+        raise UserError(
+            f"{path} is a directory; one file, please. Spark writes part files, and one with "
+            "coalesce(1), to be renamed; or merge them: pyarrow.parquet.write_table("
+            "pyarrow.parquet.read_table(DIRECTORY), FILE)"
+        )
     try:
         return pq.ParquetFile(path)
     except FileNotFoundError as error:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.codes.cli import OutOption, codes_app
+from pipeline.consent import Consent, RefreshCatalogueOption, ShorterHistoriesOption
 from pipeline.data_cli import data_app
 from pipeline.planning.bench_cli import bench_app
 from pipeline.planning.cli import (
@@ -69,56 +70,67 @@ STAGE_HELP = "ingest, content, align, quantize, join, plan, train, evaluate, gat
 
 
 @app.command()
-def run(
+def run(  # noqa: PLR0913 # a command's parameters are its options
     context: typer.Context,
     recipe: RecipeOption,
     date: DateOption,
     out: OutOption,
     overrides: SetOption = None,
+    shorter_histories: ShorterHistoriesOption = False,
+    refresh_catalogue: RefreshCatalogueOption = False,
 ) -> None:
     """Run all stages of one day, from the raw events to the published bundle.
 
     Ends with 0 if the model was published, 1 if something failed, 2 if you must change something
     first, 3 if the gate refused the model.
     """
-    with _command(context, recipe, out, overrides, f"braid run --date {date}") as command:
+    consent = Consent(shorter_histories, refresh_catalogue)
+    title = f"braid run --date {date}"
+    with _command(context, consent, recipe, out, overrides, title) as command:
         refused = command.run_day(date)
     raise typer.Exit(GATE_REFUSED if refused else 0)
 
 
 @app.command()
-def stage(
+def stage(  # noqa: PLR0913 # a command's parameters are its options
     context: typer.Context,
     name: Annotated[str, typer.Argument(help=STAGE_HELP)],
     recipe: RecipeOption,
     date: DateOption,
     out: OutOption,
     overrides: SetOption = None,
+    shorter_histories: ShorterHistoriesOption = False,
+    refresh_catalogue: RefreshCatalogueOption = False,
 ) -> None:
     """Run one stage of one day, and the stages before it that are not current.
 
     Ends as `braid run` does; with 3 if the gate, the last stage or one before it, refused.
     """
-    with _command(context, recipe, out, overrides, f"braid stage {name} --date {date}") as command:
+    consent = Consent(shorter_histories, refresh_catalogue)
+    title = f"braid stage {name} --date {date}"
+    with _command(context, consent, recipe, out, overrides, title) as command:
         refused = command.run_stage(name, date)
     raise typer.Exit(GATE_REFUSED if refused else 0)
 
 
 @app.command()
-def backfill(
+def backfill(  # noqa: PLR0913 # a command's parameters are its options
     context: typer.Context,
     recipe: RecipeOption,
     first: Annotated[str, typer.Option("--from", help="First day, YYYY-MM-DD.")],
     last: Annotated[str, typer.Option("--to", help="Last day, YYYY-MM-DD.")],
     out: OutOption,
     overrides: SetOption = None,
+    shorter_histories: ShorterHistoriesOption = False,
+    refresh_catalogue: RefreshCatalogueOption = False,
 ) -> None:
     """Run day after day, each started from the day before and evaluated on the day after.
 
     Ends as `braid run` does; with 3 if the gate refused the model of any day.
     """
     title = f"braid backfill --from {first} --to {last}"
-    with _command(context, recipe, out, overrides, title) as command:
+    consent = Consent(shorter_histories, refresh_catalogue)
+    with _command(context, consent, recipe, out, overrides, title) as command:
         refused = command.run_days(first, last)
     raise typer.Exit(GATE_REFUSED if refused else 0)
 
@@ -352,12 +364,20 @@ def _load(recipe: str, overrides: list[str] | None) -> "Recipe":
 
 @contextmanager
 def _command(
-    context: typer.Context, recipe: str, out: Path, overrides: list[str] | None, title: str
+    context: typer.Context,
+    consent: Consent,
+    recipe: str,
+    out: Path,
+    overrides: list[str] | None,
+    title: str,
 ) -> Iterator["Command"]:
     """The recipe is checked before the output directory is touched or anything heavy loaded."""
     loaded = _load(recipe, overrides)
     from pipeline.command import Command
     from pipeline.lock import exclusive
 
-    with exclusive(out, title), Command(loaded, out, publish=context.obj) as command:
+    with (
+        exclusive(out, title),
+        Command(loaded, out, publish=context.obj, consent=consent) as command,
+    ):
         yield command

@@ -11,6 +11,7 @@ from embedding.errors import UserError
 from pipeline.cluster import RaySession, actors_of, require_absolute
 from pipeline.codes.taken_codes import require_codes
 from pipeline.config import Recipe
+from pipeline.consent import Consent
 from pipeline.console import Reporter, duration, figure, human
 from pipeline.days import available_days, parse_day, split_days
 from pipeline.marketplace.synthetic import ensure_data
@@ -28,7 +29,14 @@ from ranking.evaluation import SliceMetrics
 class Command:
     """Runs days of one recipe in one output directory; use it as a context manager."""
 
-    def __init__(self, recipe: Recipe, out: Path, *, publish: Publish) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        *,
+        publish: Publish,
+        consent: Consent = Consent(),  # noqa: B008 # frozen
+    ) -> None:
         """Nothing is started.
 
         Raises:
@@ -40,6 +48,7 @@ class Command:
         self.recipe = recipe
         self.out = out
         self.publish = publish
+        self.consent = consent
         self.reporter = Reporter()
         self.session = RaySession(recipe.cluster, actors=actors_of(recipe), say=self.reporter.line)
 
@@ -87,7 +96,7 @@ class Command:
         """
         parse_day(first, "--from")
         parse_day(last, "--to")
-        available = available_days(self.recipe.data.root)
+        available = available_days(self.recipe.data.root, self.recipe.data.complete_marker)
         days = [day for day in available if first <= day <= last]
         if not days:
             raise UserError(
@@ -113,6 +122,7 @@ class Command:
             session=self.session,
             reporter=self.reporter,
             publish=self.publish,
+            consent=self.consent,
         )
 
     def _run(self, date: str) -> Summary:

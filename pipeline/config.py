@@ -80,8 +80,14 @@ class DataConfig(StrictConfig):
     synthetic: SyntheticConfig | None = None
     """Generate the synthetic marketplace in `root` when it is not there yet."""
     max_quarantined_share: float = Field(default=0.01, ge=0, le=1)
-    """Ingest fails when more than this share of a span's rows is quarantined; where towers read
-    images, also their stage when those of more than this share of the items cannot be read."""
+    """Ingest fails when more than this share of a span's rows is quarantined; join, when more than
+    this share of its rows or of its past events is of items without a row in items.parquet whose
+    columns features read; where towers read images, their stage when those of more than this share
+    of the items cannot be read."""
+    complete_marker: str | None = Field(default=None, pattern=r"^[^/]+$")
+    """Name of the file, e.g. _SUCCESS, that is written into a day's partition of the event log when
+    all of it is there. Days without it are not there yet, neither to train nor to evaluate on.
+    None: a partition is complete."""
     user_buckets: PositiveInt = 8
     """Users are hashed into this many buckets; one bucket of a span fits in a worker's memory."""
 

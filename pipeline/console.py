@@ -1,10 +1,11 @@
 """What the user sees while stages run: bars on a terminal, plain lines elsewhere."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     Progress,
@@ -81,6 +82,13 @@ class Reporter:
     def line(self, text: str) -> None:
         """Print one line above the bar."""
         self.console.print(text, soft_wrap=True)
+
+    def warn(self, sentences: Iterable[str]) -> tuple[str, ...]:
+        """Print what the stage that runs does not stop for; returns it, for its output."""
+        shown = tuple(sentences)
+        for sentence in shown:
+            self.line(f"  [yellow]warning[/] {escape(sentence)}")
+        return shown
 
 
 def human(number: float) -> str:

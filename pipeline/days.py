@@ -12,8 +12,12 @@ from pipeline.config import WindowConfig
 PARTITION = "dt="
 
 
-def available_days(root: Path) -> list[str]:
+def available_days(root: Path, marker: str | None = None) -> list[str]:
     """Days with a partition under `root/events`, ascending.
+
+    Args:
+        root: data root.
+        marker: name of the file that a complete partition holds; None: all are complete.
 
     Raises:
         UserError: There is no such dataset.
@@ -24,12 +28,40 @@ def available_days(root: Path) -> list[str]:
             f"data.root={root} has no events/ directory; create it with `braid data import ...` or "
             "`braid data synth`, or point --set data.root=DIR at a dataset"
         )
-    days = sorted(path.name.removeprefix(PARTITION) for path in events.glob(f"{PARTITION}*"))
+    delivered = [name for name in _partitions(root) if _is_day(name)]
+    if not delivered:
+        strays = stray_partitions(root)
+        found = f" (there are {', '.join(strays[:3])})" if strays else ""
+        raise UserError(f"{events} has no day; its partitions are directories dt=YYYY-MM-DD{found}")
+    days = [day for day in delivered if marker is None or is_complete(root, day, marker)]
     if not days:
-        raise UserError(f"{events} has no day; its partitions are directories dt=YYYY-MM-DD")
-    for day in days:
-        parse_day(day, f"partition {events / (PARTITION + day)}")
+        raise UserError(
+            f"none of the {len(delivered)} days in {events} holds a file {marker}, so none is "
+            "complete; write it where a delivery ends, or set data.complete_marker to null"
+        )
     return days
+
+
+def is_complete(root: Path, day: str, marker: str) -> bool:
+    """Whether the partition of a day holds the file that ends its delivery."""
+    return (root / "events" / f"{PARTITION}{day}" / marker).exists()
+
+
+def stray_partitions(root: Path) -> list[str]:
+    """Names of partitions that are no days, which nothing reads."""
+    return [f"{PARTITION}{name}" for name in _partitions(root) if not _is_day(name)]
+
+
+def _partitions(root: Path) -> list[str]:
+    paths = (root / "events").glob(f"{PARTITION}*")
+    return sorted(path.name.removeprefix(PARTITION) for path in paths)
+
+
+def _is_day(name: str) -> bool:
+    try:
+        return date.fromisoformat(name).isoformat() == name
+    except ValueError:
+        return False
 
 
 def parse_day(text: str, where: str) -> date:
@@ -42,7 +74,7 @@ def parse_day(text: str, where: str) -> date:
         day = date.fromisoformat(text)
     except ValueError as error:
         raise UserError(f"{where}: {text!r} is not a day; write it as YYYY-MM-DD") from error
-    # ISO also writes days as 20240107 and 2024-W02-1: such a directory is found by nobody later.
+    # ISO also writes days as 20240107 and 2024-W02-1: no partition is found by such a name.
     if day.isoformat() != text:
         raise UserError(f"{where}: {text!r} is a day, but must be written as {day.isoformat()}")
     return day
@@ -58,6 +90,20 @@ class Split:
     validation: tuple[str, ...]
     """The days between those to train on and those to evaluate on."""
     evaluation: tuple[str, ...]
+
+
+def require_complete(root: Path, day: str, marker: str | None) -> None:
+    """Refuse the date of a run whose partition is there and not complete.
+
+    Raises:
+        UserError: names the file that it lacks.
+    """
+    folder = root / "events" / f"{PARTITION}{day}"
+    if marker is not None and folder.is_dir() and not is_complete(root, day, marker):
+        raise UserError(
+            f"--date {day}: {folder} holds no file {marker} (data.complete_marker), so its "
+            "delivery is not complete; wait for it, or write the file if it is"
+        )
 
 
 def split_days(days: Sequence[str], day: str, window: WindowConfig) -> Split:

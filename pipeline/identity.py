@@ -2,29 +2,27 @@
 
 from typing import Any
 
-from multimodal.codes.schema import without_codes
 from multimodal.content_config import ContentConfig
 from multimodal.tower_files import TOKENS_FORMAT, input_settings
 from pipeline.config import Recipe
+from pipeline.samples.columns import EventColumns
 
 SAMPLES_FORMAT = 2
 """Of what join writes; samples of another format are joined again."""
 
 
 def ingest_config(recipe: Recipe) -> dict[str, Any]:
-    """What validated events and histories depend on."""
-    features = without_codes(recipe.features)
+    """What validated events and histories depend on: columns of the events alone.
+
+    Not how many faulty rows are let through, nor into how many buckets users are hashed: a span
+    goes on with one of another number. Columns of items and users are read when samples are made.
+    """
+    columns = EventColumns.of(recipe)
     return {
-        "data": {
-            "max_quarantined_share": recipe.data.max_quarantined_share,
-            "user_buckets": recipe.data.user_buckets,
-        },
-        "histories": [history.model_dump(mode="json") for history in features.histories],
-        "sequences": [sequence.model_dump(mode="json") for sequence in features.sequences],
-        "columns": sorted(
-            [f"{f.source}.{f.column_name}" for f in features.sparse]
-            + [f"{f.source}.{f.column_name}" for f in features.dense]
-        ),
+        "histories": [history.model_dump(mode="json") for history in recipe.features.histories],
+        "history_values": columns.history_values,
+        "ids": sorted(columns.ids),
+        "dense": sorted(columns.dense),
         "tasks": _tasks(recipe),
     }
 

@@ -16,20 +16,16 @@ from typing import Any
 
 from embedding.errors import UserError
 from pipeline.artifacts import Manifest, read_manifest
+from pipeline.catalogue_use import CATALOGUE, CatalogueUse
 from pipeline.cluster import ONE_CPU, RaySession, rank_bundles, worker_bundle
 from pipeline.codes.quantize_stage import codes_of_day
 from pipeline.config import Recipe
+from pipeline.consent import Consent
 from pipeline.console import Reporter
 from pipeline.content.paths import ContentPaths
 from pipeline.content.stage import STORES, content_stage
-from pipeline.days import (
-    Span,
-    Split,
-    available_days,
-    catalogue_files,
-    fingerprint,
-    split_days,
-)
+from pipeline.day_warnings import DAY_FILES, Ancestry, day_fingerprints, day_warnings
+from pipeline.days import Span, Split, available_days, require_complete, split_days
 from pipeline.evaluate import evaluate
 from pipeline.gate import gate
 from pipeline.identity import ingest_config, plan_config, samples_config, training_config
@@ -40,6 +36,7 @@ from pipeline.registry import production_before
 from pipeline.samples.held_out import require_held_out
 from pipeline.samples.ingest import check_span, ingest
 from pipeline.samples.join import HELD_OUT, SAMPLES, join
+from pipeline.samples.join_facts import unknown_rows
 from pipeline.spans import Spans
 from pipeline.stages import STAGES, StageOutput, StageRecord, StageSpec, execute
 from pipeline.train import TrainedModel, TrainInputs, train
@@ -48,7 +45,7 @@ from pipeline.train import TrainedModel, TrainInputs, train
 class DayRun:
     """Builds and executes the stages of one date. Stages that are current are not run again."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 # what a run is of, and what it works with
         self,
         recipe: Recipe,
         out: Path,
@@ -57,6 +54,7 @@ class DayRun:
         session: RaySession,
         reporter: Reporter,
         publish: Publish,
+        consent: Consent = Consent(),  # noqa: B008 # frozen
     ) -> None:
         self.recipe = recipe
         self.out = out
@@ -65,10 +63,11 @@ class DayRun:
         self.reporter = reporter
         self.publish = publish
         root = recipe.data.root
-        self.days = available_days(root)
+        require_complete(root, date, recipe.data.complete_marker)
+        self.days = available_days(root, recipe.data.complete_marker)
         self.split: Split = split_days(self.days, date, recipe.window)
-        self._catalogue = fingerprint(catalogue_files(root))
-        self.spans = Spans(out, root, self.days, ingest_config(recipe))
+        self._catalogue = CatalogueUse(root, consent.refresh_catalogue)
+        self.spans = Spans(out, root, self.days, ingest_config(recipe), consent)
         self.codes = codes_of_day(recipe, out, self.split, session, reporter)
 
     def execute(self, until: str = STAGES[-1]) -> list[StageRecord]:
@@ -83,6 +82,9 @@ class DayRun:
 
     def specs(self, name: str) -> Iterator[StageSpec]:
         """The executions of one stage; the stages before it must have run."""
+        return self._catalogue.specs(self._specs(name))
+
+    def _specs(self, name: str) -> Iterator[StageSpec]:
         match name:
             case "ingest":
                 yield from map(self._ingest, self._ingested())
@@ -182,8 +184,10 @@ class DayRun:
     def _ingest(self, last: str) -> StageSpec:
         span = self.spans.span(last)
         previous = None if span.previous is None else self.directory("ingest", span.previous)
+        cascade = self.spans.cascade(span)
 
         def body(scratch: Path) -> StageOutput:
+            warnings = self.reporter.warn(cascade)
             checked = check_span(self.recipe, span.days, previous)  # faults show before Ray starts
             self.session.wait_for("ingest", [ONE_CPU])
             ingested = ingest(self.recipe, checked, scratch, self.reporter.advance)
@@ -193,25 +197,32 @@ class DayRun:
                 ingested.rows_out,
                 ingested.quarantined,
                 {**facts, "days": span.days, "previous": span.previous},
+                warnings,
             )
 
-        config, inputs = ingest_config(self.recipe), self.spans.inputs(span, self._catalogue)
+        config, inputs = (
+            ingest_config(self.recipe),
+            self.spans.inputs(span, self._catalogue.fingerprint()),
+        )
         return StageSpec("ingest", self.directory("ingest", last), config, inputs, body)
 
     def _content(self) -> Iterator[StageSpec]:
         if self.recipe.content is not None:
             at = self.directory("content")
-            yield content_stage(self.recipe, at, self._catalogue, self.session, self.reporter)
+            catalogue = self._catalogue.fingerprint()
+            yield content_stage(self.recipe, at, catalogue, self.session, self.reporter)
 
     def _codes(self, name: str) -> Iterator[StageSpec]:
         if self.codes is not None:
             days = self.spans.chain(self.date, self._first_day())
             ingests = tuple(self.directory("ingest", last) for last in days)
-            yield from self.codes.specs(name, self._catalogue, ingests, self.parent())
+            catalogue = self._catalogue.fingerprint()
+            yield from self.codes.specs(name, catalogue, ingests, self.parent())
 
     def _join(self, span: Span) -> StageSpec:
         last = span.days[-1]
-        inputs = {"ingest": self._artifact_id("ingest", last), "catalogue": self._catalogue}
+        inputs = {"ingest": self._artifact_id("ingest", last)}
+        inputs[CATALOGUE] = self._catalogue.fingerprint()
         codes = None if self.codes is None else self.codes.file
         if self.codes is not None:
             inputs["codes"] = self.codes.fingerprint
@@ -221,7 +232,9 @@ class DayRun:
             joined = join(
                 self.recipe, self.directory("ingest", last), scratch, self.reporter.advance, codes
             )
-            return StageOutput(joined.rows, joined.rows, facts=joined.model_dump(mode="json"))
+            warnings = self.reporter.warn(unknown_rows(self.recipe, joined))
+            facts = joined.model_dump(mode="json")
+            return StageOutput(joined.rows, joined.rows, facts=facts, warnings=warnings)
 
         return StageSpec(
             "join", self.directory("join", last), samples_config(self.recipe), inputs, body
@@ -246,6 +259,7 @@ class DayRun:
             inputs[f"join:{span.days[-1]}"] = self._artifact_id("join", span.days[-1])
         if parent is not None:
             inputs["parent"] = self._artifact_id("train", parent)
+        files = day_fingerprints(self.recipe.data.root, days)
         config = {
             **training_config(self.recipe),
             "days": days,
@@ -253,6 +267,8 @@ class DayRun:
         }
 
         def body(scratch: Path) -> StageOutput:
+            root, ancestry = self.recipe.data.root, Ancestry.of(self.out, parent)
+            warnings = self.reporter.warn(day_warnings(root, self.split, days, ancestry))
             self.session.wait_for("train", self.session.group())
             sources = TrainInputs(
                 samples=self.samples(days),
@@ -264,8 +280,9 @@ class DayRun:
             )
             output = train(self.recipe, sources, scratch, self.reporter)
             facts = {**output.facts, "parent": parent, "days": days}
+            facts[DAY_FILES] = files
             facts["codebooks"] = None if self.codes is None else self.codes.codebooks
-            return StageOutput(output.rows_in, output.rows_out, output.quarantined, facts)
+            return StageOutput(output.rows_in, output.rows_out, output.quarantined, facts, warnings)
 
         return StageSpec(
             "train",

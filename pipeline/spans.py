@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from embedding.errors import UserError
-from pipeline.artifacts import Manifest, config_hash, read_manifest
+from pipeline.artifacts import MANIFEST, Manifest, config_hash, read_manifest
+from pipeline.consent import Consent
 from pipeline.days import Span, day_files, fingerprint
 
 INGEST = "ingest"
@@ -18,7 +19,14 @@ INGEST = "ingest"
 class Spans:
     """Reads what is there whenever it is asked: stages that run meanwhile change the answers."""
 
-    def __init__(self, out: Path, root: Path, days: Sequence[str], config: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        out: Path,
+        root: Path,
+        days: Sequence[str],
+        config: dict[str, Any],
+        consent: Consent = Consent(),  # noqa: B008 # frozen
+    ) -> None:
         """The spans below one output directory.
 
         Args:
@@ -26,16 +34,21 @@ class Spans:
             root: data root with the event log.
             days: of the event log, ascending.
             config: what ingest depends on; artifacts of other settings are not chained on.
+            consent: whether a span may begin later than one that is there.
         """
         self.out = out
         self.root = root
         self.days = days
         self._hash = config_hash(config)
+        self._consent = consent
 
     def span(self, last: str) -> Span:
         """Days of the span that ends at `last`; a published one goes on with what it went on with.
 
         Else a file that came late to an old day would chain it on a span that is stale itself.
+
+        Raises:
+            UserError: its days are gone, or a new span would lack days that an artifact holds.
         """
         recorded = self._manifest(last)
         if recorded is not None:
@@ -44,7 +57,10 @@ class Spans:
                 return found
         earlier = (p.parts[-3] for p in self.out.glob(f"????-??-??/{INGEST}/manifest.json"))
         known = (day for day in earlier if day < last and self._manifest(day) is not None)
-        return self._after(max(known, default=None), last)
+        span = self._after(max(known, default=None), last)
+        if not self._consent.shorter_histories:
+            self._require_whole(span)
+        return span
 
     def inputs(self, span: Span, catalogue: str) -> dict[str, str]:
         """What the artifact of a span is made of.
@@ -88,6 +104,21 @@ class Spans:
             spans.insert(0, self.span(day))
         return [span.days[-1] for span in spans]
 
+    def cascade(self, span: Span) -> list[str]:
+        """A sentence on what is ingested anew, if files of a published span have changed."""
+        recorded, last = self._manifest(span.days[-1]), span.days[-1]
+        if recorded is None or self._is_past(recorded):
+            return []
+        if recorded.inputs["events"] == self._events(span):
+            return []
+        published = (p.parts[-3] for p in self.out.glob(f"????-??-??/{INGEST}/{MANIFEST}"))
+        later = sorted(day for day in published if day > last and self._manifest(day) is not None)
+        named = f"{span.days[0]} .. {last}" if len(span.days) > 1 else last
+        after = f", and so are the {len(later)} spans after it, up to {later[-1]}" if later else ""
+        return [
+            f"event files of {named} changed since they were ingested: it is ingested anew{after}"
+        ]
+
     def _as_published(self, recorded: Manifest, last: str) -> Span | None:
         """The span that an artifact holds; None if it goes on with one that is not there."""
         previous = recorded.facts["previous"]
@@ -110,6 +141,29 @@ class Spans:
                 "held; restore either of them, or train on fewer days (window.train_days)"
             )
         return Span(days, previous)
+
+    def _require_whole(self, span: Span) -> None:
+        """Refuse a new span that lacks days which an artifact of any settings holds.
+
+        Raises:
+            UserError: the event log no longer has them, and histories and counts would.
+        """
+        held: set[str] = set()
+        for path in self.out.glob(f"????-??-??/{INGEST}/{MANIFEST}"):
+            manifest = read_manifest(path.parent)
+            assert manifest is not None
+            held.update(manifest.facts["days"], filter(None, [manifest.facts["previous"]]))
+        last, start = span.days[-1], span.previous or ""
+        lost = sorted(day for day in held - set(self.days) if start < day < last)
+        if lost:
+            raise UserError(
+                f"{self.out / last / INGEST} would be made anew from {span.days[0]} on, because "
+                "what ingest depends on has changed (event columns, histories, tasks) or an "
+                f"artifact before it is gone; but histories and counts there hold {len(lost)} days "
+                f"from {lost[0]} to {lost[-1]} that {self.root / 'events'} no longer has. Restore "
+                "these days; or return to the settings before; or choose another --out; or, to go "
+                "on without those events, add --shorter-histories"
+            )
 
     def _events(self, span: Span) -> str:
         return fingerprint(day_files(self.root, span.days))

@@ -30,6 +30,10 @@ STAGES = (
 """Of a run, in their order."""
 
 
+WARNINGS = "warnings"
+"""Fact of an artifact: what `StageOutput.warnings` was, where there was any."""
+
+
 @dataclass(frozen=True)
 class StageOutput:
     """What a stage's body returns besides the files it wrote."""
@@ -39,6 +43,8 @@ class StageOutput:
     quarantined: dict[str, int] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     """Figures for the report; JSON types only."""
+    warnings: tuple[str, ...] = ()
+    """Sentences for `summary.json`; the body has shown them."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,7 @@ def execute(spec: StageSpec, reporter: Reporter) -> StageRecord:
     try:
         with reporter.stage(spec.name), writing(spec.directory, spec.resume_identity) as scratch:
             output = spec.body(scratch)
+            warned = {WARNINGS: output.warnings} if output.warnings else {}
             manifest = publish(
                 scratch,
                 spec.directory,
@@ -124,7 +131,7 @@ def execute(spec: StageSpec, reporter: Reporter) -> StageRecord:
                     rows_in=output.rows_in,
                     rows_out=output.rows_out,
                     quarantined=output.quarantined,
-                    facts=output.facts,
+                    facts={**output.facts, **warned},
                     seconds=time.monotonic() - started,
                 ),
             )

@@ -10,7 +10,8 @@ from pipeline.artifacts import read_manifest
 from pipeline.codes.paths import STAGE as QUANTIZE
 from pipeline.codes.quantize_facts import collapse_warning
 from pipeline.metrics_file import METRICS_FILE, ORACLE_FILE, read_metrics
-from pipeline.stages import StageRecord
+from pipeline.spans import INGEST
+from pipeline.stages import WARNINGS, StageRecord
 from ranking.evaluation import TaskMetrics
 
 SUMMARY = "summary.json"
@@ -81,7 +82,7 @@ def summarize(directory: Path, recipe: str, records: list[StageRecord]) -> Summa
         oracle=read_metrics(directory / "evaluate" / ORACLE_FILE),
         gate=gate.facts,
         bundle=None if published is None else str(directory / "publish" / "bundle"),
-        warnings=_warnings(records),
+        warnings=warnings_of(records),
         artifacts=_artifacts(records),
     )
 
@@ -98,13 +99,16 @@ def read_summary(directory: Path, records: list[StageRecord]) -> Summary | None:
     return summary if summary.artifacts == _artifacts(records) else None
 
 
-def _warnings(records: list[StageRecord]) -> list[str]:
-    found = (
-        collapse_warning(record.manifest.facts.get("mean_cosine"))
-        for record in records
-        if record.name == QUANTIZE
-    )
-    return [warning for warning in found if warning is not None]
+def warnings_of(records: list[StageRecord]) -> list[str]:
+    """In the order of the stages; what ingest said once is not said again every day."""
+    found: list[str] = []
+    for record in records:
+        facts = record.manifest.facts
+        if record.name != INGEST or record.status == "ran":
+            found += facts.get(WARNINGS, ())
+        if record.name == QUANTIZE:
+            found += filter(None, [collapse_warning(facts.get("mean_cosine"))])
+    return list(dict.fromkeys(found))
 
 
 def _artifacts(records: list[StageRecord]) -> dict[str, str]:

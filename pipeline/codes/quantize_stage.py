@@ -191,7 +191,7 @@ class CodesOfDay:
         self.reporter.line(escape(f"  {decision_line(facts, before)}"))
         warning = collapse_warning(facts.mean_cosine)
         if warning is not None:
-            self.reporter.line(f"  [yellow]warning[/] {escape(warning)}")
+            self.reporter.warn([warning])
 
     def _previous(self) -> str | None:
         """Date of the run whose codes these go on with: the latest earlier one."""

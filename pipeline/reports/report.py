@@ -20,6 +20,7 @@ from pipeline.content.view import content_charts
 from pipeline.reports import charts
 from pipeline.reports.warm_start_view import redrawn_rows, warm_start_line
 from pipeline.samples.table_ids import table_ids
+from pipeline.stages import WARNINGS
 from pipeline.summary import Summary, TrainSummary
 from pipeline.train import CHECKPOINT
 
@@ -242,7 +243,11 @@ def _ids(recipe: Recipe, join: Path) -> dict[str, Any]:
         }
         for ids in found
     ]
-    return {"table_ids": rows, "ids_days": f"{days[0]} .. {days[-1]}"}
+    return {
+        "table_ids": rows,
+        "ids_days": f"{days[0]} .. {days[-1]}",
+        "unknown_rows": manifest.facts.get(WARNINGS, ()),
+    }
 
 
 def _plan(directory: Path) -> dict[str, Any]:

@@ -15,13 +15,21 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embedding.config import HistoryConfig
-from embedding.raw_ids import Int64Array, ids_or_missing
-from pipeline.samples.columns import EventColumns
+from embedding.raw_ids import Int64Array, ids_or_missing, mix64
+from pipeline.samples.columns import KEY_COLUMNS, EventColumns
 from pipeline.samples.contract import MS_PER_DAY, epoch_day, open_parquet
-from pipeline.samples.histories import HistorySpans, UserTimeline, history_spans, retained
-from pipeline.samples.partition import read_bucket, user_buckets
+from pipeline.samples.histories import (
+    BoolArray,
+    HistorySpans,
+    UserTimeline,
+    history_spans,
+    retained,
+)
+from pipeline.samples.partition import label_counts, read_bucket, user_buckets
 
 ROWS_PER_GROUP = 65_536
+REPEATED = "repeats an earlier event"
+"""Reason of quarantined rows whose four keys an earlier row of the log has."""
 _IS_NEW = "new"
 
 
@@ -54,6 +62,12 @@ class BucketFacts:
     rows_per_day: dict[str, int]
     history_events: dict[str, int]
     """By history: past events over all rows; divided by rows it is the mean length."""
+    repeats: int
+    """New events that were put aside, as an earlier row of the log is the same event."""
+    repeated_labels: dict[str, tuple[int, int]]
+    """Of these, by label column: observed and positive rows."""
+    example: str | None
+    """One of them, described."""
 
     @property
     def num_rows(self) -> int:
@@ -74,6 +88,11 @@ def bucket_file(bucket: int) -> str:
 def build_bucket(bucket: int, plan: BucketPlan) -> BucketFacts:
     """Sort a bucket by user and time, find the histories, write events, state and counts."""
     table = _load(bucket, plan)
+    is_repeat = repeats(table)
+    repeated = table.filter(pa.array(is_repeat))
+    if repeated.num_rows:
+        _write_repeats(bucket, repeated, plan)
+        table = table.filter(pa.array(~is_repeat)).combine_chunks()
     users, times = table["user_id"].to_numpy(), table["timestamp"].to_numpy()
     timeline = UserTimeline.of(users, times)
     is_new = np.asarray(table[_IS_NEW].to_numpy())
@@ -90,11 +109,61 @@ def build_bucket(bucket: int, plan: BucketPlan) -> BucketFacts:
     new_rows = new_rows[np.argsort(times[new_rows], kind="stable")]
     rows_per_day = _write_days(bucket, table, new_rows, spans, plan)
     lengths = {name: int(span.lengths[new_rows].sum()) for name, span in spans.items()}
-    return BucketFacts(bucket, rows_per_day, lengths)
+    return BucketFacts(
+        bucket,
+        rows_per_day,
+        lengths,
+        repeats=repeated.num_rows,
+        repeated_labels={name: label_counts(repeated[name]) for name in plan.columns.labels},
+        example=_described(repeated),
+    )
+
+
+def repeats(table: pa.Table) -> BoolArray:
+    """True for new rows whose keys an earlier new row has, too: the same event, delivered twice.
+
+    Args:
+        table: rows by user and time, in the order of the log where these are equal.
+    """
+    users, times = table["user_id"].to_numpy(), table["timestamp"].to_numpy()
+    starts = UserTimeline.of(users, times).tie_starts
+    tied = starts != np.arange(len(starts))
+    tied[starts[tied]] = True
+    rows = np.flatnonzero(tied & table[_IS_NEW].to_numpy())
+    some = table.select(["request_id", "item_id"]).take(rows)
+    requests, items = some["request_id"].to_numpy(), some["item_id"].to_numpy()
+    found = np.zeros(table.num_rows, np.bool_)
+    # Sorting one hash is a fraction of sorting three keys, and most buckets hold no repeat.
+    hashes = np.sort(
+        mix64(mix64(mix64(requests).view(np.int64) + items).view(np.int64) + starts[rows])
+    )
+    if not (hashes[1:] == hashes[:-1]).any():
+        return found
+    order = np.lexsort((items, requests, starts[rows]))  # stable: the first of the log stays first
+    keys = [values[order] for values in (starts[rows], requests, items)]
+    same = np.logical_and.reduce([key[1:] == key[:-1] for key in keys])
+    found[rows[order[1:][same]]] = True
+    return found
 
 
 def _qualifies(history: str) -> str:
     return f"in:{history}"
+
+
+def _described(repeated: pa.Table) -> str | None:
+    if not repeated.num_rows:
+        return None
+    first = repeated.slice(0, 1).to_pylist()[0]
+    return ", ".join(f"{name} {first[name]}" for name in (*KEY_COLUMNS, "timestamp"))
+
+
+def _write_repeats(bucket: int, repeated: pa.Table, plan: BucketPlan) -> None:
+    """As the pipeline works on them: ids raw, timestamps in milliseconds."""
+    inner = [_IS_NEW, *(_qualifies(history.name) for history in plan.histories)]
+    rows = repeated.drop_columns(inner).append_column(
+        "reason", pa.array([REPEATED] * repeated.num_rows)
+    )
+    pq.write_table(rows, plan.output / "quarantine" / f"repeats-{bucket_file(bucket)}")
 
 
 def _state_columns(plan: BucketPlan) -> list[str]:

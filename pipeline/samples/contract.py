@@ -9,7 +9,8 @@
         anything else                  context columns, read where a feature names them
 
 Faults of a file or a column raise `UserError`; faults of a row are returned as a reason, so that
-ingest puts the row into quarantine and counts it.
+ingest puts the row into quarantine and counts it. So does it with rows that repeat all four keys of
+an earlier one of their day (`pipeline.samples.buckets.repeats`).
 """
 
 from collections.abc import Sequence
@@ -93,8 +94,14 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     """Open a Parquet file.
 
     Raises:
-        UserError: it is missing or is no complete Parquet file.
+        UserError: it is missing, a directory, or no complete Parquet file.
     """
+    if path.is_dir():
+        raise UserError(
+            f"{path} is a directory; one file, please. Spark writes part files, and one with "
+            "coalesce(1), to be renamed; or merge them: pyarrow.parquet.write_table("
+            "pyarrow.parquet.read_table(DIRECTORY), FILE)"
+        )
     try:
         return pq.ParquetFile(path)
     except FileNotFoundError as error:

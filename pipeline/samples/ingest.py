@@ -6,6 +6,7 @@ span before. Writes an artifact directory:
     events/dt=YYYY-MM-DD/bucket-NNNN.parquet  events by time; history:<name>:<column> lists
     state/bucket-NNNN.parquet                 latest history events of every user, for the next span
     quarantine/part-NNNNNN.parquet            rows that break the contract, with reason and source
+    quarantine/repeats-bucket-NNNN.parquet    rows that repeat an earlier event
     item_counts.parquet, user_counts.parquet  id, events, positives, first_day; all spans so far
     ingest.json                               `IngestState`
 
@@ -27,6 +28,7 @@ from embedding.config import HistoryConfig, StrictConfig
 from embedding.errors import UserError
 from pipeline.config import Recipe
 from pipeline.samples.buckets import (
+    REPEATED,
     BucketFacts,
     BucketPlan,
     EarlierState,
@@ -182,11 +184,12 @@ def ingest(
     even = [checked.num_rows // checked.num_buckets] * checked.num_buckets
     for facts in stream_tasks(build_bucket, range(checked.num_buckets), plan, even):
         buckets.append(facts)
-        report.add(facts.num_rows)
+        report.add(facts.num_rows + facts.repeats)
+    quarantined = _require_sound(recipe, checked, partitioned, buckets)
     counts = {key: _write_counts(key, plan, checked.previous) for key in ("item_id", "user_id")}
     shutil.rmtree(parts)
     _write_state(recipe, plan, scratch)
-    return _facts(checked, partitioned, buckets, counts)
+    return _facts(checked, partitioned, buckets, counts, quarantined)
 
 
 class _RowProgress:
@@ -231,19 +234,39 @@ def _partition(
         found.append(facts)
         report.add(facts.rows_in)
     found.sort(key=lambda facts: facts.index)
-    bad = sum((Counter(facts.quarantined) for facts in found), Counter[str]())
+    _require_sound(recipe, span, found, [])
+    return found
+
+
+def _require_sound(
+    recipe: Recipe,
+    span: CheckedSpan,
+    partitioned: list[PartitionFacts],
+    buckets: list[BucketFacts],
+) -> dict[str, int]:
+    """Rows in quarantine by reason.
+
+    Raises:
+        UserError: they are more than the recipe allows.
+    """
+    bad = sum((Counter(facts.quarantined) for facts in partitioned), Counter[str]())
+    repeats = sum(facts.repeats for facts in buckets)
+    if repeats:
+        bad[REPEATED] = repeats
     limit = recipe.data.max_quarantined_share
     if bad.total() > limit * span.num_rows:
         reasons = ", ".join(f"{count} x {reason}" for reason, count in bad.most_common())
-        example = next(facts.example for facts in found if facts.example)
+        ordered = sorted(buckets, key=lambda facts: facts.bucket)
+        examples = (*(facts.example for facts in partitioned), *(f.example for f in ordered))
+        example = next(filter(None, examples))
         raise UserError(
             f"{bad.total()} of {span.num_rows} events break the data contract, more than "
             f"data.max_quarantined_share={limit} allows ({reasons}), first in {example}; correct "
             "the log or raise the limit"
         )
-    if bad:
+    if bad and buckets:
         logger.warning("%d of %d events are in quarantine", bad.total(), span.num_rows)
-    return found
+    return dict(bad)
 
 
 def _write_counts(key: str, plan: BucketPlan, previous: Path | None) -> int:
@@ -274,19 +297,22 @@ def _facts(
     partitioned: list[PartitionFacts],
     buckets: list[BucketFacts],
     counts: dict[str, int],
+    quarantined: dict[str, int],
 ) -> IngestFacts:
-    rows_out = sum(facts.rows_out for facts in partitioned)
+    rows_out = span.num_rows - sum(quarantined.values())
     days = {day: sum(b.rows_per_day[day] for b in buckets) for day in buckets[0].rows_per_day}
     histories = buckets[0].history_events
     return IngestFacts(
         rows_in=span.num_rows,
         rows_out=rows_out,
-        quarantined=dict(sum((Counter(f.quarantined) for f in partitioned), Counter[str]())),
+        quarantined=quarantined,
         rows_per_day=days,
         labels={
             name: LabelFacts(
-                observed=sum(f.labels[name][0] for f in partitioned),
-                positives=sum(f.labels[name][1] for f in partitioned),
+                observed=sum(f.labels[name][0] for f in partitioned)
+                - sum(f.repeated_labels[name][0] for f in buckets),
+                positives=sum(f.labels[name][1] for f in partitioned)
+                - sum(f.repeated_labels[name][1] for f in buckets),
             )
             for name in span.columns.labels
         },

@@ -7,7 +7,7 @@ Reads the event files of an ingest artifact, items.parquet and users.parquet. Wr
     ids.arrow                                  the ids that features look up (`planning.id_use`)
 """
 
-import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embedding import samples
-from embedding.config import FeatureSchema, SequenceFeature, Source, SparseFeature, StrictConfig
+from embedding.config import FeatureSchema, SequenceFeature, Source, SparseFeature
 from embedding.errors import UserError
 from embedding.raw_ids import Int64Array, ids_or_missing
 from multimodal.codes.schema import without_codes
@@ -27,9 +27,11 @@ from pipeline.codes.features import ItemCodes
 from pipeline.config import Recipe
 from pipeline.planning.id_use import FILE, IdFacts, IdUse, merge_uses, read_uses, use_of, write_uses
 from pipeline.samples.buckets import ROWS_PER_GROUP, history_column
+from pipeline.samples.catalogue import check_catalogue
 from pipeline.samples.columns import EventColumns, source_columns
 from pipeline.samples.held_out import forget_held_out, is_held_out
 from pipeline.samples.histories import normal_lists
+from pipeline.samples.join_facts import JoinFacts, item_histories, require_items
 from pipeline.samples.lookup import (
     EntityColumns,
     IdLists,
@@ -41,27 +43,10 @@ from pipeline.samples.lookup import (
 )
 from pipeline.tasks import stream_tasks
 
-logger = logging.getLogger(__name__)
-
 SAMPLES = "samples"
 HELD_OUT = "held_out"
 
 _ENTITY_KEYS: dict[Source, str] = {"items": "item_id", "users": "user_id"}
-
-
-class JoinFacts(StrictConfig):
-    """What join wrote."""
-
-    rows: int
-    rows_per_day: dict[str, int]
-    rows_held_out: int = 0
-    """Of items kept from training; part of `rows`."""
-    unknown_users: int
-    """Rows whose user has no row in users.parquet."""
-    mean_sequence_length: dict[str, float]
-    """By history."""
-    ids: dict[str, IdFacts]
-    """By sparse and sequence feature."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +71,8 @@ class FileFacts:
     rows: int
     rows_held_out: int
     unknown_users: int
+    unknown_items: int
+    unknown_history_items: int
     history_events: dict[str, int]
     ids: dict[str, IdFacts]
     """By feature; the ids themselves lie in a file beside the samples until they are merged."""
@@ -108,7 +95,8 @@ def join(
         codes: the file with the codes of items; needed where features follow from codes.
 
     Raises:
-        UserError: a sequence reads a list column, or a file is damaged.
+        UserError: a sequence reads a list column, a file is damaged, or the catalogue lacks the
+            items of more events than the recipe allows.
     """
     (scratch / "ids").mkdir()
     files = sorted((ingest_dir / "events").glob("dt=*/*.parquet"))
@@ -130,21 +118,24 @@ def join(
             progress(sum(f.rows for f in done), sum(file_rows))
     (scratch / "ids").rmdir()
     write_uses(uses, scratch / FILE)
+    joined = _facts(recipe, done, uses)
+    require_items(recipe, joined)
+    return joined
+
+
+def _facts(recipe: Recipe, done: list[FileFacts], uses: dict[str, IdUse]) -> JoinFacts:
     days = sorted({facts.day for facts in done})
     rows = sum(facts.rows for facts in done)
-    unknown_users = sum(facts.unknown_users for facts in done)
-    read = source_columns(recipe.features, "users")
-    if unknown_users and (read.ids or read.dense):
-        logger.warning("%d of %d rows lack the columns of their user", unknown_users, rows)
+    past = {h.name: sum(f.history_events[h.name] for f in done) for h in recipe.features.histories}
     return JoinFacts(
         rows=rows,
         rows_per_day={day: sum(f.rows for f in done if f.day == day) for day in days},
         rows_held_out=sum(facts.rows_held_out for facts in done),
-        unknown_users=unknown_users,
-        mean_sequence_length={
-            h.name: sum(f.history_events[h.name] for f in done) / max(rows, 1)
-            for h in recipe.features.histories
-        },
+        unknown_users=sum(facts.unknown_users for facts in done),
+        unknown_items=sum(facts.unknown_items for facts in done),
+        item_history_events=sum(past[name] for name in item_histories(recipe.features)),
+        unknown_history_items=sum(facts.unknown_history_items for facts in done),
+        mean_sequence_length={name: count / max(rows, 1) for name, count in past.items()},
         ids={name: use.facts for name, use in uses.items()},
     )
 
@@ -153,8 +144,9 @@ def plan_join(recipe: Recipe, scratch: Path, codes: Path | None = None) -> JoinP
     """Load the feature columns of items and users, and the codes of items.
 
     Raises:
-        UserError: a file is damaged, or a sequence reads a list column.
+        UserError: a file breaks the data contract, or a sequence reads a list column.
     """
+    check_catalogue(recipe.data.root, recipe.features)  # ingest may have checked another one
     entities: dict[Source, EntityColumns] = {}
     for source, key in _ENTITY_KEYS.items():
         columns = source_columns(recipe.features, source)
@@ -178,7 +170,9 @@ def plan_join(recipe: Recipe, scratch: Path, codes: Path | None = None) -> JoinP
 def join_file(path: Path, plan: JoinPlan) -> FileFacts:
     """Write the samples of one event file, row group by row group."""
     folder = path.parent.name
-    rows = held_out = unknown = 0
+    rows = held_out = 0
+    unknown = Counter[str]()
+    of_items = item_histories(plan.recipe.features)
     uses: dict[str, IdUse] = {}
     history_events = dict.fromkeys((h.name for h in plan.recipe.features.histories), 0)
     writers: dict[str, pq.ParquetWriter] = {}
@@ -195,11 +189,13 @@ def join_file(path: Path, plan: JoinPlan) -> FileFacts:
             rows += events.num_rows
             for name, use in _uses(table, plan.recipe.features).items():
                 uses[name] = merge_uses([uses[name], use]) if name in uses else use
-            users = plan.entities["users"].positions(ids_or_missing(events["user_id"]))
-            unknown += int((users < 0).sum())
+            for source, key in _ENTITY_KEYS.items():
+                unknown[source] += _num_unknown(plan.entities[source], events[key])
             for name in history_events:
-                past = events[history_column(name, "item_id")]
-                history_events[name] += len(past.flatten())
+                past = events[history_column(name, "item_id")].flatten()
+                history_events[name] += len(past)
+                if name in of_items:
+                    unknown["histories"] += _num_unknown(plan.entities["items"], past)
     for writer in writers.values():
         writer.close()
     facts = FileFacts(
@@ -207,12 +203,18 @@ def join_file(path: Path, plan: JoinPlan) -> FileFacts:
         day=folder.removeprefix("dt="),
         rows=rows,
         rows_held_out=held_out,
-        unknown_users=unknown,
+        unknown_users=unknown["users"],
+        unknown_items=unknown["items"],
+        unknown_history_items=unknown["histories"],
         history_events=history_events,
         ids={name: use.facts for name, use in uses.items()},
     )
     write_uses(uses, _ids_path(plan.scratch, facts))
     return facts
+
+
+def _num_unknown(entities: EntityColumns, ids: pa.Array) -> int:
+    return int((entities.positions(ids_or_missing(ids)) < 0).sum())
 
 
 def _without_held_out(events: pa.RecordBatch, plan: JoinPlan) -> pa.RecordBatch:

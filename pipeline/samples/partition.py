@@ -118,7 +118,7 @@ def partition_chunk(chunk: Chunk, plan: PartitionPlan) -> PartitionFacts:
         rows_out=events.num_rows,
         quarantined=quarantined,
         example=example,
-        labels={name: _label_counts(events[name]) for name in columns.labels},
+        labels={name: label_counts(events[name]) for name in columns.labels},
     )
 
 
@@ -151,6 +151,7 @@ def _write_quarantine(
     pq.write_table(rows, plan.quarantine / f"part-{chunk.index:06d}.parquet")
 
 
-def _label_counts(label: pa.ChunkedArray) -> tuple[int, int]:
+def label_counts(label: pa.ChunkedArray) -> tuple[int, int]:
+    """Observed and positive rows of a label column."""
     observed = label.drop_null().to_numpy()
     return len(observed), int((observed == 1).sum())

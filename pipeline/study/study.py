@@ -18,6 +18,7 @@ from embedding.yaml_text import load_yaml
 from pipeline.artifacts import read_manifest
 from pipeline.cluster import RaySession, require_absolute
 from pipeline.config import Recipe
+from pipeline.consent import Consent
 from pipeline.console import Reporter, duration
 from pipeline.content.stage import STORES
 from pipeline.days import available_days
@@ -185,6 +186,7 @@ class Study:
             session=session,
             reporter=self.reporter,
             publish=_nothing_to_publish,
+            consent=Consent(refresh_catalogue=True),  # variants are compared on one catalogue
         )
         stages = STAGES[: STAGES.index("join") + 1]
         if any(not spec.is_current for name in stages for spec in day.specs(name)):
@@ -300,7 +302,7 @@ def _line(trial: Trial, seconds: float) -> str:
 
 
 def _last_date(recipe: Recipe) -> str:
-    days = available_days(recipe.data.root)
+    days = available_days(recipe.data.root, recipe.data.complete_marker)
     if len(days) < 2:
         raise UserError(
             f"the event log has the day {days[0]} only: a study trains on one and evaluates on the "

@@ -25,8 +25,8 @@ from pipeline.codes.report import (
     browse,
     code_section,
 )
-from pipeline.stages import StageRecord
-from pipeline.summary import summarize, write_summary
+from pipeline.stages import WARNINGS, StageRecord
+from pipeline.summary import summarize, warnings_of, write_summary
 
 
 def catalogue(root: Path, num_items: int, *, titles: bool) -> None:
@@ -157,3 +157,18 @@ def test_the_summary_warns_of_vectors_that_hardly_differ(tmp_path: Path) -> None
     assert "item vectors hardly differ (mean cosine of two items 0.9700)" in warning
     records[0].manifest.facts["mean_cosine"] = 0.2
     assert summarize(directory, "small", records).warnings == []
+
+
+def test_the_summary_repeats_what_stages_warned_of_and_ingest_only_once(tmp_path: Path) -> None:
+    def record(stage: str, status: str, sentence: str) -> StageRecord:
+        facts = {WARNINGS: [sentence]}
+        manifest = Manifest(stage=stage, artifact_id=stage, config_hash="c", facts=facts)
+        return StageRecord(stage, status, manifest)
+
+    records = [
+        record("ingest", "current", "old"),
+        record("ingest", "ran", "new"),
+        record("join", "current", "rows"),
+        record("join", "current", "rows"),
+    ]
+    assert warnings_of(records) == ["new", "rows"]

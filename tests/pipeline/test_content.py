@@ -24,6 +24,7 @@ from multimodal.tower_models import load_model
 from multimodal.towers import load_tower
 from pipeline.cluster import RaySession
 from pipeline.config import ClusterConfig
+from pipeline.consent import Consent
 from pipeline.console import Reporter
 from pipeline.content import stage
 from pipeline.content import tasks as content_tasks
@@ -303,7 +304,7 @@ def test_workers_use_a_gpu_only_where_the_stage_reserved_one(
 # --- the stage of a run --------------------------------------------------------------------------
 
 
-def day_run(tmp_path: Path, **changes: Any) -> DayRun:
+def day_run(tmp_path: Path, *, refresh: bool = False, **changes: Any) -> DayRun:
     recipe = make_recipe(tmp_path / "data").model_copy(update={"content": small_content(**changes)})
 
     class NoSession:
@@ -317,6 +318,7 @@ def day_run(tmp_path: Path, **changes: Any) -> DayRun:
         session=NoSession(),
         reporter=Reporter(),
         publish=lambda *_: None,
+        consent=Consent(refresh_catalogue=refresh),
     )
 
 
@@ -333,7 +335,9 @@ def test_the_stage_is_current_until_what_its_tokens_depend_on_changes(tmp_path: 
     (other,) = day_run(tmp_path, text={"max_tokens": 5}).specs("content")
     assert not other.is_current
     write_items(root, items(1, 5))
-    (newer,) = day_run(tmp_path).specs("content")
+    (kept,) = day_run(tmp_path).specs("content")
+    assert kept.is_current
+    (newer,) = day_run(tmp_path, refresh=True).specs("content")
     assert not newer.is_current
 
 

@@ -134,6 +134,21 @@ def test_missing_items_file_is_named(root: Path) -> None:
     refused(lambda: catalogue(root), str(root / "items.parquet"), "does not exist", "deliver it")
 
 
+def test_a_directory_of_part_files_is_refused_as_one(root: Path) -> None:
+    path = root / "items.parquet"
+    parts = path.rename(root / "part-00000.parquet")
+    path.mkdir()
+    parts.rename(path / "part-00000.parquet")
+    refused(lambda: catalogue(root), f"{path} is a directory; one file, please", "coalesce(1)")
+
+    # The remedy, as it stands.
+    pq.write_table(pq.read_table(path), root / "one.parquet")
+    (path / "part-00000.parquet").unlink()
+    path.rmdir()
+    (root / "one.parquet").rename(path)
+    assert catalogue(root).items.tolist() == [1, 2, 3, 4]
+
+
 def test_missing_users_file_matters_only_if_features_read_it(root: Path) -> None:
     (root / "users.parquet").unlink()
     refused(lambda: catalogue(root), str(root / "users.parquet"), "['country']", "deliver it")

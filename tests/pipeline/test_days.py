@@ -4,7 +4,13 @@ import pytest
 
 from embedding.errors import UserError
 from pipeline.config import WindowConfig
-from pipeline.days import available_days, fingerprint, split_days
+from pipeline.days import (
+    available_days,
+    fingerprint,
+    require_complete,
+    split_days,
+    stray_partitions,
+)
 
 DAYS = ["2024-01-01", "2024-01-02", "2024-01-03", "2024-01-04", "2024-01-05"]
 
@@ -60,12 +66,32 @@ def test_directory_without_events_says_how_to_get_some(tmp_path: Path) -> None:
         available_days(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["20240107", "2024-W01-7"])
-def test_partitions_that_write_a_day_otherwise_are_refused(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["20240107", "2024-W01-7", "__HIVE_DEFAULT_PARTITION__"])
+def test_partitions_that_are_no_days_are_left_out_by_name(tmp_path: Path, name: str) -> None:
     """Everything downstream looks for `dt=YYYY-MM-DD`."""
-    (tmp_path / "events" / f"dt={name}").mkdir(parents=True)
-    with pytest.raises(UserError, match=f"dt={name}: .* must be written as 2024-01-07"):
+    stray = tmp_path / "events" / f"dt={name}"
+    stray.mkdir(parents=True)
+    with pytest.raises(UserError, match=f"has no day; .*there are dt={name}"):
         available_days(tmp_path)
+    (tmp_path / "events" / f"dt={DAYS[0]}").mkdir()
+
+    assert available_days(tmp_path) == DAYS[:1]
+    assert stray_partitions(tmp_path) == [stray.name]
+
+
+def test_a_day_without_its_marker_is_not_there_yet(tmp_path: Path) -> None:
+    for day in DAYS[:3]:
+        (tmp_path / "events" / f"dt={day}").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"none of the 3 days .* holds a file _SUCCESS"):
+        available_days(tmp_path, "_SUCCESS")
+    for day in DAYS[:2]:
+        (tmp_path / "events" / f"dt={day}" / "_SUCCESS").touch()
+
+    assert available_days(tmp_path, "_SUCCESS") == DAYS[:2]
+    require_complete(tmp_path, DAYS[1], "_SUCCESS")
+    require_complete(tmp_path, DAYS[4], "_SUCCESS")  # not there at all: another sentence
+    with pytest.raises(UserError, match=rf"--date {DAYS[2]}: .*holds no file _SUCCESS .*wait"):
+        require_complete(tmp_path, DAYS[2], "_SUCCESS")
 
 
 def test_fingerprint_follows_content_and_names(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from pipeline.samples import ingest as ingest_module
 from pipeline.samples import join as join_module
 from pipeline.samples.held_out import is_held_out
 from pipeline.samples.ingest import check_span, ingest
-from pipeline.samples.join import JoinFacts, join
+from pipeline.samples.join import join
+from pipeline.samples.join_facts import JoinFacts
 
 HELD_OUT = HeldOutItems(share=0.4, seed=3)
 NUM_ITEMS = 12

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from small_log import DAYS, Row, event, file_bytes, make_recipe, write_catalogue, write_day
 
 from embedding.errors import UserError
+from embedding.raw_ids import to_raw_ids
 from pipeline.cluster import RaySession
 from pipeline.config import ClusterConfig, Recipe
 from pipeline.samples import ingest as ingest_module
@@ -27,6 +28,12 @@ def _without_ray(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 def run(recipe: Recipe, span: list[str], previous: Path | None, scratch: Path) -> IngestFacts:
     scratch.mkdir()
     return ingest(recipe, check_span(recipe, span, previous), scratch)
+
+
+def raw_id(text: str) -> int:
+    """Of a string."""
+    found: int = to_raw_ids(pa.array([text]))[0].as_py()
+    return found
 
 
 def read_events(directory: Path) -> list[Row]:
@@ -225,6 +232,53 @@ def test_too_many_bad_rows_fail_with_place_reason_and_remedy(tmp_path: Path) -> 
     assert "part-00000.parquet row 8" in message
     assert "data.max_quarantined_share=0.1" in message
     assert "raise the limit" in message
+
+
+def test_a_file_that_was_delivered_twice_counts_once(tmp_path: Path) -> None:
+    """Not another item, request, user or time: those are other events."""
+    root = tmp_path / "data"
+    write_catalogue(root)
+    rows = [event(0, 1 + s % 2, s, click=s % 2, item_id=1 + s % 4) for s in range(8)]
+    near = [
+        {**rows[3], "item_id": 1},
+        {**rows[3], "request_id": 99},
+        {**rows[3], "user_id": 3},
+        {**rows[3], "timestamp": rows[3]["timestamp"] + 1},
+    ]
+    again = [{**row, "device": "copy"} for row in rows]
+    write_day(root, 0, [rows + near, again])
+    write_day(root, 1, [[event(1, 1, 0)]])
+
+    facts = run(make_recipe(root), DAYS[:2], None, tmp_path / "twice")
+
+    assert (facts.rows_in, facts.rows_out) == (21, 13)
+    assert facts.quarantined == {"repeats an earlier event": 8}
+    assert facts.rows_per_day == {DAYS[0]: 12, DAYS[1]: 1}
+    assert (facts.labels["click"].observed, facts.labels["click"].positives) == (13, 4 + 4 + 1)
+    events = read_events(tmp_path / "twice")
+    assert {row["device"] for row in events} == {raw_id("phone")}, "the first of the log is kept"
+    check_against_log(events, [*rows, *near, event(1, 1, 0)])
+    counts = pq.read_table(tmp_path / "twice" / "item_counts.parquet")
+    assert sum(counts["events"].to_pylist()) == 13
+    parts = sorted((tmp_path / "twice" / "quarantine").glob("repeats-*.parquet"))
+    aside = pa.concat_tables([pq.read_table(part) for part in parts]).to_pylist()
+    assert sorted(row["request_id"] for row in aside) == list(range(8))
+    assert {(row["device"], row["reason"]) for row in aside} == {
+        (raw_id("copy"), "repeats an earlier event")
+    }
+
+
+def test_more_repeats_than_allowed_fail_with_one_of_them(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    write_catalogue(root)
+    rows = [event(0, 1, s) for s in range(8)]
+    write_day(root, 0, [rows, rows])
+
+    refusal = (
+        r"8 of 16 events .*=0.4 allows \(8 x repeats an earlier event\), first in request_id 0"
+    )
+    with pytest.raises(UserError, match=refusal):
+        run(make_recipe(root, max_quarantined_share=0.4), DAYS[:1], None, tmp_path / "out")
 
 
 def test_string_ids_meet_their_catalogue_rows(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ from pipeline.planning.id_use import FILE, read_uses
 from pipeline.samples import ingest as ingest_module
 from pipeline.samples import join as join_module
 from pipeline.samples.ingest import check_span, ingest
-from pipeline.samples.join import JoinFacts, gap_ids, join
+from pipeline.samples.join import gap_ids, join
+from pipeline.samples.join_facts import JoinFacts, unknown_rows
 
 
 @pytest.fixture(autouse=True)
@@ -192,9 +193,7 @@ def test_column_types_follow_the_sample_contract(root: Path, tmp_path: Path) -> 
                 assert column.type == kinds.get(prefix, ids)
 
 
-def test_user_that_left_the_catalogue_is_missing_and_counted(
-    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_user_that_left_the_catalogue_is_missing_and_counted(root: Path, tmp_path: Path) -> None:
     for name in ("ingest", "join"):
         (tmp_path / name).mkdir()
     recipe = make_recipe(root)
@@ -208,8 +207,79 @@ def test_user_that_left_the_catalogue_is_missing_and_counted(
     gone = [row for row in samples if row["key:user_id"] == 1]
     assert facts.unknown_users == len(gone) > 0
     said = f"{len(gone)} of {facts.rows} rows lack the columns of their user"
-    assert said in [record.getMessage() for record in caplog.records]
+    assert unknown_rows(recipe, facts) == [said]
     assert {row["sparse:country"] for row in gone} == {-1}
+
+
+def without_item(root: Path, recipe: Recipe, tmp_path: Path, item: int) -> JoinFacts:
+    """Join after an item has left the catalogue."""
+    for name in ("ingest", "join"):
+        (tmp_path / name).mkdir()
+    ingest(recipe, check_span(recipe, DAYS[:2], None), tmp_path / "ingest")
+    items = pq.read_table(root / "items.parquet")
+    left = items.filter(pc.not_equal(items["item_id"], item))
+    pq.write_table(left, root / "items.parquet")
+    return join(recipe, tmp_path / "ingest", tmp_path / "join")
+
+
+def test_items_that_left_the_catalogue_are_missing_and_counted(root: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(root)
+
+    facts = without_item(root, recipe, tmp_path, 3)
+
+    samples = _rows(tmp_path / "join" / "samples")
+    gone = [row for row in samples if row["key:item_id"] == 3]
+    assert facts.unknown_items == len(gone) > 0
+    assert {row["sparse:category"] for row in gone} == {-1}
+    past = [item for row in samples for item in row["sequence:past_item"]]
+    assert facts.item_history_events == len(past), "histories that read no item column do not count"
+    assert facts.unknown_history_items == past.count(3) > 0
+    assert unknown_rows(recipe, facts) == [
+        f"{len(gone)} of {len(samples)} rows lack the columns of their item",
+        f"{past.count(3)} of {len(past)} past events lack the columns of their item",
+    ]
+
+
+@pytest.mark.parametrize(("limit", "what"), [(0.1, "rows"), (0.25, "past events")])
+def test_more_items_outside_of_the_catalogue_than_allowed_are_refused(
+    root: Path, tmp_path: Path, limit: float, what: str
+) -> None:
+    """Item 3: a quarter of the rows, and more of the clicks."""
+    refusal = rf"\d+ of \d+ {what} are of items without a row in .*items.parquet.*={limit} allows"
+    with pytest.raises(UserError, match=refusal):
+        without_item(root, make_recipe(root, max_quarantined_share=limit), tmp_path, 3)
+
+
+def test_recipes_without_item_columns_miss_nothing(root: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(root, max_quarantined_share=0.01)
+    features = recipe.features
+    own = features.model_copy(
+        update={
+            "sparse": tuple(
+                f for f in features.sparse if f.column_name not in ("category", "tags")
+            ),
+            "dense": features.dense[:1],
+            "sequences": tuple(f for f in features.sequences if f.name != "past_category"),
+        }
+    )
+    recipe = recipe.model_copy(update={"features": own})
+
+    facts = without_item(root, recipe, tmp_path, 3)
+
+    assert facts.unknown_items > 0
+    assert (facts.item_history_events, unknown_rows(recipe, facts)) == (0, [])
+
+
+def test_a_catalogue_that_broke_after_ingest_is_not_joined(root: Path, tmp_path: Path) -> None:
+    for name in ("ingest", "join"):
+        (tmp_path / name).mkdir()
+    recipe = make_recipe(root)
+    ingest(recipe, check_span(recipe, DAYS[:2], None), tmp_path / "ingest")
+    items = pq.read_table(root / "items.parquet")
+    pq.write_table(pa.concat_tables([items, items.slice(1, 1)]), root / "items.parquet")
+
+    with pytest.raises(UserError, match="item_id 2 has more than one row"):
+        join(recipe, tmp_path / "ingest", tmp_path / "join")
 
 
 def test_oracle_columns_are_carried_where_the_log_has_them(root: Path, tmp_path: Path) -> None:

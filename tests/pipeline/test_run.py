@@ -9,14 +9,17 @@ import pytest
 from embedding.errors import UserError
 from pipeline.artifacts import MANIFEST, Manifest, config_hash, read_manifest
 from pipeline.config import WindowConfig
+from pipeline.consent import Consent
 from pipeline.console import Reporter
 from pipeline.days import catalogue_files, fingerprint
-from pipeline.identity import training_config
+from pipeline.identity import ingest_config, training_config
 from pipeline.recipe import load_recipe
 from pipeline.run import DayRun
 from pipeline.samples.join import SAMPLES
 from pipeline.stages import StageSpec
 from tests.pipeline.small_log import DAYS, event, make_recipe, write_catalogue, write_day
+
+AS_IS = Consent()
 
 
 def _run(tmp_path: Path, trained: list[str], window: WindowConfig) -> DayRun:
@@ -85,7 +88,7 @@ def test_how_often_a_training_reports_does_not_make_it_stale() -> None:
     assert training_config(larger) != training_config(recipe)
 
 
-def run_of(root: Path, day: int, **window: Any) -> DayRun:
+def run_of(root: Path, day: int, consent: Consent = AS_IS, **window: Any) -> DayRun:
     return DayRun(
         make_recipe(root).model_copy(update={"window": WindowConfig(**window)}),
         root.parent / "out",
@@ -93,6 +96,7 @@ def run_of(root: Path, day: int, **window: Any) -> DayRun:
         session=None,
         reporter=Reporter(),
         publish=lambda *_: None,
+        consent=consent,
     )
 
 
@@ -128,6 +132,53 @@ def joined(run: DayRun) -> None:
             (folder / "bucket-0000.parquet").touch()
     for spec in run.specs("join"):
         write_manifest(spec)
+
+
+def test_a_day_that_was_missed_is_trained_on_by_the_next_run(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    write_log(root, 4)
+    parent = tmp_path / "out" / DAYS[0] / "train"
+    parent.mkdir(parents=True)
+    facts = {"days": DAYS[:1], "parent": None}
+    manifest = Manifest(stage="train", artifact_id="i", config_hash="c", facts=facts)
+    (parent / MANIFEST).write_text(manifest.model_dump_json())
+
+    assert run_of(root, 2).training_days() == (DAYS[1], DAYS[2])
+    assert run_of(root, 2, train_days=1).training_days() == (DAYS[2],), "outside of the window"
+
+
+def test_a_day_without_its_marker_is_neither_trained_nor_evaluated_on(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    write_log(root, 4)
+    for day in DAYS[:3]:
+        (root / "events" / f"dt={day}" / "_SUCCESS").touch()
+    recipe = make_recipe(root, complete_marker="_SUCCESS")
+
+    def run(day: str) -> DayRun:
+        sources = {"session": None, "reporter": Reporter(), "publish": lambda *_: None}
+        return DayRun(recipe, tmp_path / "out", day, **sources)
+
+    assert run(DAYS[1]).split.evaluation == (DAYS[2],)
+    with pytest.raises(UserError, match=f"no later day to evaluate on.* is {DAYS[1]}"):
+        run(DAYS[2])
+    with pytest.raises(UserError, match="holds no file _SUCCESS"):
+        run(DAYS[3])
+
+
+def test_what_is_ingested_anew_is_said(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    write_log(root, 4)
+    for day in range(3):
+        ingested(run_of(root, day))
+    spans = run_of(root, 2).spans
+    assert [spans.cascade(spans.span(day)) for day in DAYS] == [[]] * 4
+    deliver_late(root, 1)
+
+    assert spans.cascade(spans.span(DAYS[1])) == [
+        f"event files of {DAYS[1]} changed since they were ingested: it is ingested anew, and so "
+        f"are the 2 spans after it, up to {DAYS[3]}"
+    ]
+    assert spans.cascade(spans.span(DAYS[2])) == [], "said once"
 
 
 def test_a_file_that_came_late_makes_its_span_and_the_ones_after_it_stale(tmp_path: Path) -> None:
@@ -177,7 +228,7 @@ def test_a_span_goes_on_with_the_one_it_continued(tmp_path: Path) -> None:
     assert [span.days for span in run.evaluation_spans()] == [(DAYS[1], DAYS[2]), (DAYS[3],)]
 
 
-def test_a_catalogue_that_grew_is_joined_and_makes_no_published_span_stale(
+def test_a_catalogue_that_grew_is_joined_and_makes_nothing_published_stale(
     tmp_path: Path,
 ) -> None:
     root = tmp_path / "data"
@@ -190,13 +241,35 @@ def test_a_catalogue_that_grew_is_joined_and_makes_no_published_span_stale(
     run = run_of(root, 1)
 
     assert ingested(run) == [(DAYS[0], True), (DAYS[1], True), (DAYS[2], False)]
-    assert [spec.is_current for spec in run.specs("join")] == [False, False, False]
+    assert [spec.is_current for spec in run.specs("join")] == [True, True, False]
+    assert [spec.is_current for spec in first.specs("join")] == [True, True]
+    again = run_of(root, 1, consent=Consent(refresh_catalogue=True))
+    assert [spec.is_current for spec in again.specs("ingest")] == [True, True, True]
+    assert [spec.is_current for spec in again.specs("join")] == [False, False, False]
     deliver_late(root, 1)
     assert ingested(run) == [(DAYS[0], True), (DAYS[1], False), (DAYS[2], False)]
     ingests = [read_manifest(run.directory("ingest", day)) for day in DAYS[:3]]
     old, *new = [manifest.inputs["catalogue"] for manifest in ingests]
     assert new == [fingerprint(catalogue_files(root))] * 2
     assert old not in new
+
+
+def test_a_training_goes_on_after_the_catalogue_was_rewritten(tmp_path: Path) -> None:
+    """Its identity is that of the interrupted one, and so are those of all stages before it."""
+    root = tmp_path / "data"
+    write_log(root, 3)
+    run = run_of(root, 1)
+    ingested(run)
+    joined(run)
+    (before,) = run.specs("train")
+    write_catalogue(root, num_items=9)
+
+    (after,) = run_of(root, 1).specs("train")
+    assert after.resume_identity == before.resume_identity
+    refreshed = run_of(root, 1, consent=Consent(refresh_catalogue=True))
+    joined(refreshed)
+    (other,) = refreshed.specs("train")
+    assert other.resume_identity != before.resume_identity
 
 
 def test_a_published_span_outlives_its_events_and_the_artifacts_before_it(tmp_path: Path) -> None:
@@ -241,6 +314,89 @@ def test_events_that_nothing_holds_any_more_are_asked_for(tmp_path: Path) -> Non
 
     with pytest.raises(UserError, match=rf"{DAYS[1]}/ingest is gone, and so are the days"):
         ingested(run_of(root, 2, train_days=3))
+
+
+def changed(run: DayRun, **consent: bool) -> DayRun:
+    """The same run with another feature of the events."""
+    features = run.recipe.features
+    more = features.sparse[5].model_copy(update={"name": "hour", "column": "hour"})
+    other = features.model_copy(update={"sparse": (*features.sparse, more)})
+    return DayRun(
+        run.recipe.model_copy(update={"features": other}),
+        run.out,
+        run.date,
+        session=run.session,
+        reporter=run.reporter,
+        publish=run.publish,
+        consent=Consent(**consent),
+    )
+
+
+def test_histories_whose_events_are_gone_are_cut_only_where_the_user_says_so(
+    tmp_path: Path,
+) -> None:
+    root, out = tmp_path / "data", tmp_path / "out"
+    write_log(root, 4)
+    for day in range(3):
+        ingested(run_of(root, day))
+    for day in DAYS[:2]:
+        shutil.rmtree(root / "events" / f"dt={day}")
+    kept = read_manifest(out / DAYS[2] / "ingest")
+
+    refusal = (
+        rf"{DAYS[2]}/ingest would be made anew from {DAYS[2]} on.*hold 2 days from {DAYS[0]} to "
+        rf"{DAYS[1]}.*Restore these days.*--shorter-histories"
+    )
+    with pytest.raises(UserError, match=refusal):
+        ingested(changed(run_of(root, 2)))
+    assert read_manifest(out / DAYS[2] / "ingest") == kept
+    assert ingested(run_of(root, 2))[-1] == (DAYS[3], True), "the settings before go on"
+
+    agreed = changed(run_of(root, 2), shorter_histories=True)
+    assert ingested(agreed) == [(DAYS[2], False), (DAYS[3], False)]
+    assert agreed.spans.span(DAYS[2]).previous is None
+    assert ingested(changed(run_of(root, 2))) == [(DAYS[2], True), (DAYS[3], True)], "said once"
+
+
+def test_histories_begin_anew_where_the_log_has_all_events(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    write_log(root, 3)
+    ingested(run_of(root, 1))
+
+    assert ingested(changed(run_of(root, 1))) == [(DAYS[1], False), (DAYS[2], False)]
+
+
+def test_a_late_file_cuts_no_history_whose_artifact_is_gone(tmp_path: Path) -> None:
+    root, out = tmp_path / "data", tmp_path / "out"
+    write_log(root, 4)
+    for day in range(3):
+        ingested(run_of(root, day))
+    shutil.rmtree(root / "events" / f"dt={DAYS[0]}")
+    shutil.rmtree(out / DAYS[0])
+    assert all(current for _, current in ingested(run_of(root, 2)))
+    deliver_late(root, 1)
+
+    with pytest.raises(UserError, match=rf"hold 1 days from {DAYS[0]} to {DAYS[0]}"):
+        ingested(run_of(root, 2))
+
+
+def test_columns_of_items_and_limits_leave_histories_as_they_are() -> None:
+    recipe = make_recipe(Path("data"))
+    features = recipe.features
+    weight = features.dense[1].model_copy(update={"name": "height", "column": "height"})
+    more = features.model_copy(update={"dense": (*features.dense, weight)})
+    wider = recipe.model_copy(update={"features": more})
+    price = features.dense[0].model_copy(update={"name": "tax", "column": "tax"})
+    other = features.model_copy(update={"dense": (*features.dense, price)})
+
+    known = ingest_config(recipe)
+    assert ingest_config(wider) == known
+    assert ingest_config(make_recipe(Path("data"), max_quarantined_share=0.9)) == known
+    assert ingest_config(make_recipe(Path("data"), user_buckets=9)) == known
+    assert ingest_config(recipe.model_copy(update={"features": other})) != known
+    shorter = features.histories[0].model_copy(update={"max_length": 1})
+    cut = features.model_copy(update={"histories": (shorter, features.histories[1])})
+    assert ingest_config(recipe.model_copy(update={"features": cut})) != known
 
 
 def test_days_that_no_span_holds_are_not_passed_over(tmp_path: Path) -> None:

@@ -1,0 +1,136 @@
+"""Days that are missing or came late: what a run says before it trains, and does not stop for.
+
+A run trains on the days after the last one that its parent trained on. So a day, or a file of a
+day, that comes after that is in histories and counts, and in no model that goes on from there.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import date, timedelta
+from pathlib import Path
+
+from pipeline.artifacts import read_manifest
+from pipeline.days import Split, day_files, fingerprint, stray_partitions
+
+DAY_FILES = "day_files"
+"""Fact of a training: fingerprint of the files of each day it trained on."""
+
+
+@dataclass(frozen=True)
+class Ancestry:
+    """The trainings that a run goes on from."""
+
+    files: dict[str, str]
+    """Fingerprints by day, of all days that any of them trained on; empty where not known."""
+    run_of: dict[str, str]
+    """Date of the latest training that took each day."""
+    is_whole: bool
+    """Whether it is known down to the one that started from drawn values."""
+
+    @classmethod
+    def of(cls, out: Path, parent: str | None) -> "Ancestry":
+        """Read it from the artifacts that are there."""
+        files: dict[str, str] = {}
+        runs: dict[str, str] = {}
+        while parent is not None:
+            manifest = read_manifest(out / parent / "train")
+            if manifest is None:
+                return cls(files, runs, is_whole=False)
+            own: dict[str, str] = manifest.facts.get(DAY_FILES, {})
+            for day in manifest.facts["days"]:
+                files.setdefault(day, own.get(day, ""))
+                runs.setdefault(day, parent)
+            parent = manifest.facts.get("parent")
+        return cls(files, runs, is_whole=True)
+
+
+def day_fingerprints(root: Path, days: Sequence[str]) -> dict[str, str]:
+    """Of the event files of each day; changes when one comes, goes or is written anew."""
+    return {day: fingerprint(day_files(root, [day])) for day in days}
+
+
+def day_warnings(
+    root: Path, split: Split, training: Sequence[str], ancestry: Ancestry
+) -> tuple[str, ...]:
+    """Sentences on the days of one run.
+
+    Args:
+        root: data root.
+        split: days of the run.
+        training: those it trains on.
+        ancestry: what it goes on from.
+    """
+    return (
+        *_stray(root),
+        *_gaps(split, training, ancestry),
+        *_late_days(split, ancestry),
+        *_late_files(root, split, ancestry),
+    )
+
+
+def missing_days(days: Sequence[str]) -> list[str]:
+    """Calendar days between the first and the last of some that are not among them."""
+    found = {date.fromisoformat(day) for day in days}
+    if not found:
+        return []
+    first, last = min(found), max(found)
+    every = (first + timedelta(days=i) for i in range((last - first).days))
+    return [day.isoformat() for day in every if day not in found]
+
+
+def _stray(root: Path) -> Iterator[str]:
+    strays = stray_partitions(root)
+    if strays:
+        yield (
+            f"{root / 'events'} has partitions that are no days and are left out: "
+            f"{_named(strays)}; a day is written dt=YYYY-MM-DD"
+        )
+
+
+def _gaps(split: Split, training: Sequence[str], ancestry: Ancestry) -> Iterator[str]:
+    before = max(ancestry.files, default=None)
+    days = [*([] if before is None else [before]), *training, *split.validation]
+    missing = missing_days(days)
+    if missing:
+        yield (
+            f"the event log has no {_named(missing)} between {days[0]} and {days[-1]}, which this "
+            "run trains on; a later delivery is not trained on by itself"
+        )
+    ahead = missing_days([days[-1], *split.evaluation])
+    if ahead:
+        yield (
+            f"the model of {days[-1]} is evaluated on {_named(split.evaluation)}, as the event log "
+            f"has no {_named(ahead)}"
+        )
+
+
+def _late_days(split: Split, ancestry: Ancestry) -> Iterator[str]:
+    if not ancestry.files:
+        return
+    known, last = ("" if ancestry.is_whole else min(ancestry.files)), max(ancestry.files)
+    late = [day for day in split.train if known <= day < last and day not in ancestry.files]
+    if late:
+        after = min(day for day in ancestry.files if day > late[0])
+        yield (
+            f"no model that this run goes on from was trained on {_named(late)}, and neither is "
+            f"this one: {_remedy(ancestry.run_of[after])}"
+        )
+
+
+def _late_files(root: Path, split: Split, ancestry: Ancestry) -> Iterator[str]:
+    known = {day: ancestry.files[day] for day in split.train if ancestry.files.get(day)}
+    now = day_fingerprints(root, list(known))
+    changed = [day for day in known if known[day] != now[day]]
+    if changed:
+        yield (
+            f"the files of {_named(changed)} have changed since models that this run goes on from "
+            f"were trained on them: {_remedy(ancestry.run_of[changed[0]])}"
+        )
+
+
+def _remedy(run: str) -> str:
+    return f"to train on them, run the days from {run} on again (braid backfill)"
+
+
+def _named(days: Sequence[str]) -> str:
+    return ", ".join(days) if len(days) <= 4 else f"{days[0]} .. {days[-1]} ({len(days)} in all)"

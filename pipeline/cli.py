@@ -231,17 +231,21 @@ def promote(
     date: Annotated[str, typer.Option("--date", "-d", help="Date of a published bundle.")],
 ) -> None:
     """Put a published bundle into production."""
+    from pipeline.lineage import start_of_next_run
     from pipeline.registry import promote as promote_model
 
     typer.echo(f"in production: {promote_model(out, date).bundle}")
+    typer.echo(start_of_next_run(out))
 
 
 @models_app.command()
 def rollback(out: OutOption) -> None:
-    """Return to the bundle that was in production before."""
+    """Return to the bundle that was in production before, and say what the next run starts from."""
+    from pipeline.lineage import start_of_next_run
     from pipeline.registry import rollback as roll_back
 
     typer.echo(f"in production: {roll_back(out).bundle}")
+    typer.echo(start_of_next_run(out))
 
 
 @app.command()

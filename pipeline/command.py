@@ -120,10 +120,10 @@ class Command:
         directory = self._write_recipe(date)
         records = day_run.execute()
         if records[-1].name == "publish":
-            current = promote_newest(self.out, date)
-            if current is not None:
+            obstacle = promote_newest(self.out, date)
+            if obstacle is not None:
                 self.reporter.line(
-                    f"published, not promoted: production is of {current}; `braid models promote "
+                    f"published, not promoted: {obstacle}; `braid models promote "
                     f"--out {escape(str(self.out))} --date {date}` changes that"
                 )
         known = read_summary(directory, records)

@@ -97,7 +97,8 @@ class WindowConfig(StrictConfig):
     eval_days: PositiveInt | None = 1
     """Days after D; None: all days there are."""
     warm_start: bool = True
-    """Start from the latest earlier run in the same output directory."""
+    """Start from the latest earlier model in the same output directory that passed its gate and was
+    not taken out of production."""
 
     @model_validator(mode="after")
     def _check_days(self) -> Self:

@@ -63,6 +63,10 @@ def _global_options(
 
 
 DateOption = Annotated[str, typer.Option("--date", "-d", help="Day to train up to, YYYY-MM-DD.")]
+NoPromoteOption = Annotated[
+    bool,
+    typer.Option("--no-promote", help="Publish only; `braid models promote` does the rest later."),
+]
 GATE_REFUSED = 3
 """Exit code of a run whose stages all ended well, and whose model the gate did not let through."""
 STAGE_HELP = "ingest, content, align, quantize, join, plan, train, evaluate, gate or publish."
@@ -74,6 +78,7 @@ def run(
     recipe: RecipeOption,
     date: DateOption,
     out: OutOption,
+    no_promote: NoPromoteOption = False,
     overrides: SetOption = None,
 ) -> None:
     """Run all stages of one day, from the raw events to the published bundle.
@@ -81,7 +86,8 @@ def run(
     Ends with 0 if the model was published, 1 if something failed, 2 if you must change something
     first, 3 if the gate refused the model.
     """
-    with _command(context, recipe, out, overrides, f"braid run --date {date}") as command:
+    settings = [*(overrides or []), *(["publish.promote=false"] if no_promote else [])]
+    with _command(context, recipe, out, settings, f"braid run --date {date}") as command:
         refused = command.run_day(date)
     raise typer.Exit(GATE_REFUSED if refused else 0)
 
@@ -105,12 +111,13 @@ def stage(
 
 
 @app.command()
-def backfill(
+def backfill(  # noqa: PLR0913 # a command's parameters are its options
     context: typer.Context,
     recipe: RecipeOption,
     first: Annotated[str, typer.Option("--from", help="First day, YYYY-MM-DD.")],
     last: Annotated[str, typer.Option("--to", help="Last day, YYYY-MM-DD.")],
     out: OutOption,
+    no_promote: NoPromoteOption = False,
     overrides: SetOption = None,
 ) -> None:
     """Run day after day, each started from the day before and evaluated on the day after.
@@ -118,7 +125,8 @@ def backfill(
     Ends as `braid run` does; with 3 if the gate refused the model of any day.
     """
     title = f"braid backfill --from {first} --to {last}"
-    with _command(context, recipe, out, overrides, title) as command:
+    settings = [*(overrides or []), *(["publish.promote=false"] if no_promote else [])]
+    with _command(context, recipe, out, settings, title) as command:
         refused = command.run_days(first, last)
     raise typer.Exit(GATE_REFUSED if refused else 0)
 

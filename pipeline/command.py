@@ -14,6 +14,7 @@ from pipeline.config import Recipe
 from pipeline.console import Reporter, duration, figure, human
 from pipeline.days import available_days, parse_day, split_days
 from pipeline.marketplace.synthetic import ensure_data
+from pipeline.output_owner import claim
 from pipeline.planning.request import check_plan_files
 from pipeline.publication import Publish
 from pipeline.recipe import write_recipe
@@ -44,6 +45,7 @@ class Command:
         self.session = RaySession(recipe.cluster, actors=actors_of(recipe), say=self.reporter.line)
 
     def __enter__(self) -> Self:
+        claim(self.out, self.recipe.name)
         ensure_data(self.recipe, self.reporter)
         return self
 
@@ -120,12 +122,7 @@ class Command:
         directory = self._write_recipe(date)
         records = day_run.execute()
         if records[-1].name == "publish":
-            obstacle = promote_newest(self.out, date)
-            if obstacle is not None:
-                self.reporter.line(
-                    f"published, not promoted: {obstacle}; `braid models promote "
-                    f"--out {escape(str(self.out))} --date {date}` changes that"
-                )
+            self._promote(date)
         known = read_summary(directory, records)
         if (
             known is not None
@@ -137,6 +134,17 @@ class Command:
         write_report(self.recipe, summary, directory)
         write_summary(summary, directory)
         return summary
+
+    def _promote(self, date: str) -> None:
+        if self.recipe.publish.promote:
+            obstacle = promote_newest(self.out, date)
+        else:
+            obstacle = "publish.promote is false"
+        if obstacle is not None:
+            self.reporter.line(
+                f"published, not promoted: {obstacle}; `braid models promote "
+                f"--out {escape(str(self.out))} --date {date}` changes that"
+            )
 
     def _write_recipe(self, date: str) -> Path:
         directory = self.out / date

@@ -14,6 +14,7 @@ import typer
 
 from pipeline.codes.cli import OutOption, codes_app
 from pipeline.data_cli import data_app
+from pipeline.models_cli import models_app
 from pipeline.planning.bench_cli import bench_app
 from pipeline.planning.cli import (
     JsonOption,
@@ -34,9 +35,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-models_app = typer.Typer(help="Published bundles and which of them is in production.")
 app.add_typer(data_app, name="data")
-app.add_typer(models_app, name="models", no_args_is_help=True)
+app.add_typer(models_app, name="models")
 app.add_typer(bench_app, name="bench")
 app.add_typer(codes_app, name="codes")
 
@@ -209,11 +209,13 @@ def status(
     ] = False,
 ) -> None:
     """What ran, what is stale, what failed; with --verify, what is damaged."""
-    from rich.console import Console
+    from pipeline.console import result_console
+    from pipeline.status import headline, status_table
 
-    from pipeline.status import status_table
-
-    Console().print(status_table(out, context.obj))
+    line = headline(out)
+    table = status_table(out, context.obj)
+    typer.echo(line)
+    result_console().print(table)
     if verify:
         raise typer.Exit(1 if _damage(out) else 0)
 
@@ -221,39 +223,6 @@ def status(
 app.command("plan")(plan_command)
 app.command("traffic")(traffic_command)
 app.command("capacity")(capacity_command)
-
-
-@models_app.command("list")
-def list_models(out: OutOption) -> None:
-    """List the published bundles."""
-    from rich.console import Console
-
-    from pipeline.status import models_table
-
-    Console().print(models_table(out))
-
-
-@models_app.command()
-def promote(
-    out: OutOption,
-    date: Annotated[str, typer.Option("--date", "-d", help="Date of a published bundle.")],
-) -> None:
-    """Put a published bundle into production."""
-    from pipeline.lineage import start_of_next_run
-    from pipeline.registry import promote as promote_model
-
-    typer.echo(f"in production: {promote_model(out, date).bundle}")
-    typer.echo(start_of_next_run(out))
-
-
-@models_app.command()
-def rollback(out: OutOption) -> None:
-    """Return to the bundle that was in production before, and say what the next run starts from."""
-    from pipeline.lineage import start_of_next_run
-    from pipeline.registry import rollback as roll_back
-
-    typer.echo(f"in production: {roll_back(out).bundle}")
-    typer.echo(start_of_next_run(out))
 
 
 @app.command()

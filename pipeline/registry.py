@@ -87,13 +87,34 @@ class PublishedModel(StrictConfig):
 
 
 def published(out: Path) -> list[PublishedModel]:
-    """The bundle of every date, oldest first."""
-    models = []
-    for path in sorted(out.glob("????-??-??/publish/manifest.json")):
+    """Bundles by date, of one date by age: all that were ever promoted, and those of every run.
+
+    A promoted one is that in DIR/models, which outlives its run.
+    """
+    found = {}
+    for path in out.glob("????-??-??/publish/manifest.json"):
         manifest = read_manifest(path.parent)
         assert manifest is not None
-        models.append(PublishedModel(date=path.parts[-3], directory=path.parent, manifest=manifest))
-    return models
+        found[manifest.artifact_id] = PublishedModel(
+            date=path.parts[-3], directory=path.parent, manifest=manifest
+        )
+    for change in promotions(out).history:
+        directory = out / MODELS / change.artifact_id
+        manifest = read_manifest(directory)
+        if manifest is not None:
+            found[change.artifact_id] = PublishedModel(
+                date=change.date, directory=directory, manifest=manifest
+            )
+    return sorted(found.values(), key=lambda model: (model.date, model.manifest.created_at))
+
+
+def bundle_of_run(out: Path, date: str) -> Path | None:
+    """The bundle that the run of a date published, in DIR/models where it was promoted."""
+    manifest = read_manifest(out / date / "publish")
+    if manifest is None:
+        return None
+    kept = out / MODELS / manifest.artifact_id
+    return (kept if kept.is_dir() else out / date / "publish") / BUNDLE
 
 
 def promotions(out: Path) -> Promotions:
@@ -106,6 +127,22 @@ def production(out: Path) -> PublishedModel | None:
     """The model in production, or None."""
     stack = promotions(out).in_force
     return _kept(out, stack[-1]) if stack else None
+
+
+def require_production(out: Path) -> PublishedModel:
+    """The model in production.
+
+    Raises:
+        UserError: There is none, or no such directory.
+    """
+    require_output(out)
+    current = production(out)
+    if current is None:
+        raise UserError(
+            f"no model of {out} is in production; `braid models list --out {out}` shows what is "
+            "published, and `braid models promote` puts one into production"
+        )
+    return current
 
 
 def production_before(out: Path, date: str) -> PublishedModel | None:

@@ -30,14 +30,12 @@ def status_table(out: Path, publish: Publish) -> Table:
     """One row for every stage of every run in `out`.
 
     Raises:
-        UserError: `out` holds no run.
+        UserError: `out` holds neither a run nor a model.
     """
-    dates = sorted(path.parent.name for path in out.glob(f"????-??-??/{RECIPE_FILE}"))
-    if not dates:
+    dates = _dates(out)
+    if not dates and not published(out):
         raise UserError(f"--out {out} holds no run; start one with `braid run --out {out} ...`")
-    current = production(out)
-    title = f"{escape(str(out))}, in production: {current.date if current else 'none'}"
-    table = Table(title=title, title_justify="left")
+    table = Table()
     for column in ("date", "stage", "state", "rows", "time", "note"):
         table.add_column(column)
     for date in dates:
@@ -46,20 +44,20 @@ def status_table(out: Path, publish: Publish) -> Table:
     return table
 
 
-def models_table(out: Path) -> Table:
-    """The published bundles, the one in production marked.
+def headline(out: Path) -> str:
+    """What is in production, and whether runs are left.
 
     Raises:
         UserError: `out` is no directory.
     """
     require_output(out)
     current = production(out)
-    table = Table("", "date", "published", "bundle")
-    for model in published(out):
-        in_use = current and current.manifest.artifact_id == model.manifest.artifact_id
-        mark = "[green]production[/]" if in_use else ""
-        table.add_row(mark, model.date, model.manifest.created_at, escape(str(model.bundle)))
-    return table
+    line = f"{out}, in production: {current.date if current else 'none'}"
+    return line if _dates(out) else f"{line}; no run is left, only published models"
+
+
+def _dates(out: Path) -> list[str]:
+    return sorted(path.parent.name for path in out.glob(f"????-??-??/{RECIPE_FILE}"))
 
 
 def _rows(out: Path, date: str, publish: Publish) -> list[tuple[str, ...]]:

@@ -18,6 +18,7 @@ from pipeline.artifacts import (
     finish_interrupted,
     publish,
     read_manifest,
+    write_durably,
     writing,
 )
 from pipeline.console import Reporter, duration, human
@@ -93,6 +94,18 @@ def failure_file(directory: Path) -> Path:
     return directory.parent / f".{directory.name}.failed.json"
 
 
+def failure_of(directory: Path) -> str | None:
+    """Why the last execution of a stage failed; None where it did not."""
+    path = failure_file(directory)
+    if not path.exists():
+        return None
+    try:
+        reason: str = json.loads(path.read_text())["error"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{path} cannot be read, so nobody knows why; the log of that run says it"
+    return reason
+
+
 def execute(spec: StageSpec, reporter: Reporter) -> StageRecord:
     """Run a stage unless its artifact is current. A failure leaves nothing half-visible."""
     finish_interrupted(spec.directory)
@@ -131,7 +144,7 @@ def execute(spec: StageSpec, reporter: Reporter) -> StageRecord:
     except BaseException as error:
         failure.parent.mkdir(parents=True, exist_ok=True)
         reason = user_error(error) or last_line(error)
-        failure.write_text(json.dumps({"stage": spec.name, "error": str(reason)}))
+        write_durably(failure, json.dumps({"stage": spec.name, "error": str(reason)}))
         raise
     failure.unlink(missing_ok=True)
     rows = f"{human(manifest.rows_in)} rows -> {human(manifest.rows_out)}"

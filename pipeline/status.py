@@ -1,6 +1,5 @@
 """`braid status`: what ran in an output directory, what is stale, what failed."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from pipeline.publication import Publish
 from pipeline.recipe import RECIPE_FILE, read_recipe
 from pipeline.registry import production, published, require_output
 from pipeline.run import DayRun
-from pipeline.stages import STAGES, StageSpec, failure_file
+from pipeline.stages import STAGES, StageSpec, failure_of
 
 _STYLE = {
     "current": "green",
@@ -95,9 +94,8 @@ def _stage_rows(out: Path, date: str, publish: Publish) -> Iterator[tuple[str, .
 
 def stage_state(spec: StageSpec) -> tuple[str, str]:
     """`current`, `stale`, `failed` or `missing`, and why."""
-    failure = failure_file(spec.directory)
-    if failure.exists():
-        reason: str = json.loads(failure.read_text())["error"]
+    reason = failure_of(spec.directory)
+    if reason is not None:
         return "failed", reason
     manifest = read_manifest(spec.directory)
     if manifest is None:

@@ -3,9 +3,11 @@
 import shutil
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
-from pipeline.recipe import write_recipe
+from pipeline.recipe import RECIPE_FILE, write_recipe
+from pipeline.stages import failure_file
 from pipeline.status import status_table
 from tests.pipeline.small_log import DAYS, event, make_recipe, write_catalogue, write_day
 
@@ -38,4 +40,35 @@ def test_a_date_whose_events_are_gone_does_not_hide_the_others(tmp_path: Path) -
 
     (gone,) = [line for line in lines if DAYS[0] in line]
     assert f"--date {DAYS[0]}: the event log has no such day" in gone
+    assert [line for line in lines if DAYS[1] in line and "train" in line]
+
+
+@pytest.mark.parametrize("left", ["", '{"stage": "train"', "[]", '{"stage": "train"}'])
+def test_a_failure_that_was_not_written_whole_is_shown_as_one(tmp_path: Path, left: str) -> None:
+    out = write_runs(tmp_path, 1)
+    failure = failure_file(out / DAYS[0] / "train")
+    failure.write_text(left)
+
+    (train,) = [line for line in shown(out) if "train" in line]
+    assert "failed" in train
+    assert f"{failure} cannot be read" in train
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("", "holds no mapping"),
+        ("name: 'small", "cannot be read"),
+        ("name: small\n", "was cut off, or is of another version of Braid (data: required"),
+        ("name: small\ninvented: 1\n", "was cut off, or is of another version"),
+    ],
+)
+def test_a_recipe_that_is_damaged_is_said_to_be(tmp_path: Path, text: str, fault: str) -> None:
+    out = write_runs(tmp_path, 2)
+    (out / DAYS[0] / RECIPE_FILE).write_text(text)
+
+    lines = shown(out)
+    (damaged,) = [line for line in lines if DAYS[0] in line]
+    assert fault in damaged
+    assert "run the date again, which writes it anew" in damaged
     assert [line for line in lines if DAYS[1] in line and "train" in line]

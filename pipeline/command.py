@@ -14,7 +14,7 @@ from pipeline.config import Recipe
 from pipeline.console import Reporter, duration, figure, human
 from pipeline.days import available_days, parse_day, split_days
 from pipeline.marketplace.synthetic import ensure_data
-from pipeline.output_owner import claim
+from pipeline.output_name import claim
 from pipeline.planning.request import check_plan_files
 from pipeline.publication import Publish
 from pipeline.recipe import write_recipe

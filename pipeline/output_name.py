@@ -1,4 +1,4 @@
-"""Whose runs an output directory holds: DIR/owner.json, written by the first run.
+"""Whose runs an output directory holds: DIR/recipe_name.json, written by the first run.
 
 Runs start from each other's models and replace what is in production, so runs of two models must
 not share a directory.
@@ -14,10 +14,10 @@ from embedding.errors import UserError
 from pipeline.artifacts import write_durably
 from pipeline.recipe import RECIPE_FILE, read_recipe
 
-OWNER = "owner.json"
+NAME_FILE = "recipe_name.json"
 
 
-class Owner(StrictConfig):
+class RecipeName(StrictConfig):
     """The recipe that an output directory belongs to; version 1."""
 
     schema_version: Literal[1] = 1
@@ -31,23 +31,23 @@ def claim(out: Path, recipe: str) -> None:
     Raises:
         UserError: They are those of another one.
     """
-    owner = _owner(out)
-    if owner is not None and owner != recipe:
+    known = _known_name(out)
+    if known is not None and known != recipe:
         raise UserError(
-            f"--out {out} holds runs of the recipe {owner!r}, and this one's name is {recipe!r}: "
+            f"--out {out} holds runs of the recipe {known!r}, and this one's name is {recipe!r}: "
             f"it would start from their models and replace what is in production there; choose "
-            f"another --out, or say that it is the same model: --set name={owner}"
+            f"another --out, or say that it is the same model: --set name={known}"
         )
-    if not (out / OWNER).exists():
-        write_durably(out / OWNER, Owner(recipe=recipe).model_dump_json(indent=2))
+    if not (out / NAME_FILE).exists():
+        write_durably(out / NAME_FILE, RecipeName(recipe=recipe).model_dump_json(indent=2))
 
 
-def _owner(out: Path) -> str | None:
+def _known_name(out: Path) -> str | None:
     """Name of the recipe whose runs are there; of the latest run where nobody wrote it down."""
-    path = out / OWNER
+    path = out / NAME_FILE
     if path.exists():
         try:
-            return Owner.model_validate_json(path.read_text()).recipe
+            return RecipeName.model_validate_json(path.read_text()).recipe
         except ValidationError as error:
             raise UserError(
                 f"{path} is damaged or of another version of Braid; remove it, and the next run "

@@ -4,7 +4,7 @@ import pytest
 
 from deploy.app import main
 from embedding.errors import UserError
-from pipeline.output_owner import OWNER, claim
+from pipeline.output_name import NAME_FILE, claim
 from pipeline.recipe import write_recipe
 from tests.pipeline.small_log import DAYS, make_recipe
 
@@ -27,14 +27,14 @@ def test_runs_of_before_say_whose_the_directory_is(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="runs of the recipe 'second'"):
         claim(tmp_path, "first")
-    assert not (tmp_path / OWNER).exists()
+    assert not (tmp_path / NAME_FILE).exists()
     claim(tmp_path, "second")
 
 
 def test_a_damaged_owner_is_named_with_the_remedy(tmp_path: Path) -> None:
-    (tmp_path / OWNER).write_text("{")
+    (tmp_path / NAME_FILE).write_text("{")
 
-    with pytest.raises(UserError, match=r"owner.json is damaged.*remove it"):
+    with pytest.raises(UserError, match=r"recipe_name.json is damaged.*remove it"):
         claim(tmp_path, "ours")
 
 

@@ -13,6 +13,7 @@ from pipeline.codes.taken_codes import require_codes
 from pipeline.config import Recipe
 from pipeline.console import Reporter, duration, figure, human
 from pipeline.days import available_days, parse_day, split_days
+from pipeline.last_run import Progress
 from pipeline.marketplace.synthetic import ensure_data
 from pipeline.output_name import claim
 from pipeline.planning.request import check_plan_files
@@ -42,6 +43,8 @@ class Command:
         self.out = out
         self.publish = publish
         self.reporter = Reporter()
+        self._at: DayRun | None = None
+        self._refusals: list[str] = []
         self.session = RaySession(recipe.cluster, actors=actors_of(recipe), say=self.reporter.line)
 
     def __enter__(self) -> Self:
@@ -51,6 +54,13 @@ class Command:
 
     def __exit__(self, *error: object) -> None:
         self.session.__exit__(*error)
+
+    @property
+    def progress(self) -> Progress:
+        """How far it has come."""
+        if self._at is None:
+            return Progress()
+        return Progress(self._at.date, self._at.at, tuple(self._refusals))
 
     def run_stage(self, name: str, date: str) -> bool:
         """Run one stage and those before it that are not current; whether the gate refused."""
@@ -108,7 +118,7 @@ class Command:
         return any(refused)
 
     def _day(self, date: str) -> DayRun:
-        return DayRun(
+        self._at = DayRun(
             self.recipe,
             self.out,
             date,
@@ -116,6 +126,7 @@ class Command:
             reporter=self.reporter,
             publish=self.publish,
         )
+        return self._at
 
     def _run(self, date: str) -> Summary:
         day_run = self._day(date)
@@ -155,6 +166,7 @@ class Command:
     def _refused(self, date: str, decision: dict[str, Any]) -> bool:
         """Whether the gate refused the model of a day; says why."""
         for reason in decision["reasons"]:
+            self._refusals.append(f"{date}: {reason}")
             self.reporter.line(f"[red]gate refused {date}[/]: {escape(reason)}")
         return not decision["passed"]
 

@@ -65,6 +65,8 @@ class DayRun:
         self.session = session
         self.reporter = reporter
         self.publish = publish
+        self.at: str | None = None
+        """The stage that `execute` has come to."""
         root = recipe.data.root
         self.days = available_days(root)
         self.split: Split = split_days(self.days, date, recipe.window)
@@ -76,6 +78,7 @@ class DayRun:
         """Run all stages up to `until`; a gate that refuses ends the run before `publish`."""
         records = []
         for name in STAGES[: STAGES.index(until) + 1]:
+            self.at = name
             for spec in self.specs(name):
                 records.append(execute(spec, self.reporter))
             if name == "gate" and not records[-1].manifest.facts["passed"]:

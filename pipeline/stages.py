@@ -2,11 +2,13 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from rich.markup import escape
 
 from pipeline.artifacts import (
@@ -23,6 +25,7 @@ from pipeline.artifacts import (
 )
 from pipeline.console import Reporter, duration, human
 from pipeline.failures import last_line, user_error
+from pipeline.lock import Holder, this_process
 
 STAGES = (
     *("ingest", "content", "align", "quantize", "join", "plan", "train", "evaluate", "gate"),
@@ -94,6 +97,31 @@ def failure_file(directory: Path) -> Path:
     return directory.parent / f".{directory.name}.failed.json"
 
 
+def running_file(directory: Path) -> Path:
+    """Where a stage that is running says so for `braid status`; a killed one leaves it behind."""
+    return directory.parent / f".{directory.name}.running.json"
+
+
+def running_since(directory: Path, by: Holder) -> str | None:
+    """When the process that holds the output directory began with a stage; None: it did not."""
+    try:
+        note = Holder.model_validate_json(running_file(directory).read_text())
+    except (OSError, ValidationError):
+        return None
+    return note.since if (note.pid, note.host) == (by.pid, by.host) else None
+
+
+@contextmanager
+def _noted(spec: StageSpec) -> Iterator[None]:
+    note = running_file(spec.directory)
+    note.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(note, this_process(spec.name).model_dump_json())
+    try:
+        yield
+    finally:
+        note.unlink(missing_ok=True)
+
+
 def failure_of(directory: Path) -> str | None:
     """Why the last execution of a stage failed; None where it did not."""
     path = failure_file(directory)
@@ -124,7 +152,11 @@ def execute(spec: StageSpec, reporter: Reporter) -> StageRecord:
             f"interrupted; the unfinished work lies in {escape(str(aside))}"
         )
     try:
-        with reporter.stage(spec.name), writing(spec.directory, spec.resume_identity) as scratch:
+        with (
+            reporter.stage(spec.name),
+            _noted(spec),
+            writing(spec.directory, spec.resume_identity) as scratch,
+        ):
             output = spec.body(scratch)
             manifest = publish(
                 scratch,

@@ -1,0 +1,107 @@
+"""`braid run`, `stage` and `backfill`: the commands that run days in an output directory."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.codes.cli import OutOption
+from pipeline.last_run import REFUSED, recorded
+from pipeline.planning.cli import RecipeOption, SetOption
+
+if TYPE_CHECKING:
+    from pipeline.command import Command
+
+DateOption = Annotated[str, typer.Option("--date", "-d", help="Day to train up to, YYYY-MM-DD.")]
+NoPromoteOption = Annotated[
+    bool,
+    typer.Option("--no-promote", help="Publish only; `braid models promote` does the rest later."),
+]
+STAGE_HELP = "ingest, content, align, quantize, join, plan, train, evaluate, gate or publish."
+
+
+def run_command(  # noqa: PLR0913 # a command's parameters are its options
+    context: typer.Context,
+    recipe: RecipeOption,
+    date: DateOption,
+    out: OutOption,
+    no_promote: NoPromoteOption = False,
+    overrides: SetOption = None,
+) -> None:
+    """Run all stages of one day, from the raw events to the published bundle.
+
+    Ends with 0 if the model was published, 1 if something failed, 2 if you must change something
+    first, 3 if the gate refused the model.
+    """
+    settings = [*(overrides or []), *(["publish.promote=false"] if no_promote else [])]
+    with _recorded(context, recipe, out, settings, f"braid run --date {date}") as command:
+        refused = command.run_day(date)
+    raise typer.Exit(REFUSED if refused else 0)
+
+
+def stage_command(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help=STAGE_HELP)],
+    recipe: RecipeOption,
+    date: DateOption,
+    out: OutOption,
+    overrides: SetOption = None,
+) -> None:
+    """Run one stage of one day, and the stages before it that are not current.
+
+    Ends as `braid run` does; with 3 if the gate, the last stage or one before it, refused.
+    """
+    title = f"braid stage {name} --date {date}"
+    with _command(context, recipe, out, overrides or [], title) as command:
+        refused = command.run_stage(name, date)
+    raise typer.Exit(REFUSED if refused else 0)
+
+
+def backfill_command(  # noqa: PLR0913 # a command's parameters are its options
+    context: typer.Context,
+    recipe: RecipeOption,
+    first: Annotated[str, typer.Option("--from", help="First day, YYYY-MM-DD.")],
+    last: Annotated[str, typer.Option("--to", help="Last day, YYYY-MM-DD.")],
+    out: OutOption,
+    no_promote: NoPromoteOption = False,
+    overrides: SetOption = None,
+) -> None:
+    """Run day after day, each started from the day before and evaluated on the day after.
+
+    Ends as `braid run` does; with 3 if the gate refused the model of any day.
+    """
+    title = f"braid backfill --from {first} --to {last}"
+    settings = [*(overrides or []), *(["publish.promote=false"] if no_promote else [])]
+    with _recorded(context, recipe, out, settings, title) as command:
+        refused = command.run_days(first, last)
+    raise typer.Exit(REFUSED if refused else 0)
+
+
+@contextmanager
+def _recorded(
+    context: typer.Context, recipe: str, out: Path, overrides: list[str], title: str
+) -> Iterator["Command"]:
+    """A command whose ending is written down in the output directory."""
+    with (
+        recorded(out, title) as recording,
+        _command(context, recipe, out, overrides, title) as command,
+    ):
+        recording.progress = lambda: command.progress
+        yield command
+
+
+@contextmanager
+def _command(
+    context: typer.Context, recipe: str, out: Path, overrides: list[str], title: str
+) -> Iterator["Command"]:
+    """The recipe is checked before the output directory is touched or anything heavy loaded."""
+    from pipeline.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    from pipeline.command import Command
+    from pipeline.lock import exclusive
+
+    with exclusive(out, title), Command(loaded, out, publish=context.obj) as command:
+        yield command

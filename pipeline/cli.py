@@ -235,11 +235,10 @@ def _damage(out: Path, *, to_stderr: bool) -> tuple[str, ...]:
     from rich.markup import escape
 
     from pipeline.console import Reporter
-    from pipeline.lock import exclusive
     from pipeline.verify import verify
 
     reporter = Reporter(Console(highlight=False, stderr=to_stderr))
-    with exclusive(out, "braid status --verify"), reporter.stage("verify", "directories"):
+    with reporter.stage("verify", "directories"):
         found = verify(out, reporter.advance)
     for sentence in found:
         reporter.line(f"[red]damaged[/] {escape(sentence)}")

@@ -3,8 +3,8 @@
 import fcntl
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from pipeline.artifacts import write_durably
 CHANGE_TIMEOUT_S = 10.0
 LOOK_TIMEOUT_S = 1.0
 """Longer than `holder` keeps a lock that it only looks at."""
+POLL_INTERVAL_S = 0.5
 LOCK, OWNER = ".lock", ".owner.json"
 
 
@@ -53,9 +54,21 @@ def holder(out: Path) -> Holder | None:
         return _read_holder(out)
 
 
+def _say_nothing(_: str) -> None:
+    pass
+
+
 @contextmanager
-def exclusive(out: Path, command: str) -> Iterator[None]:
+def exclusive(
+    out: Path, command: str, *, wait_s: float = 0, say: Callable[[str], None] = _say_nothing
+) -> Iterator[None]:
     """Hold the output directory; the operating system releases it if the process dies.
+
+    Args:
+        out: output directory; created where it is not there.
+        command: what others are told about who holds it.
+        wait_s: how long to wait for another command that holds it.
+        say: told once who is waited for.
 
     Raises:
         InUseError: Another run holds it.
@@ -66,13 +79,14 @@ def exclusive(out: Path, command: str) -> Iterator[None]:
         # Only what happens here: errors of the command itself pass as they are.
         try:
             out.mkdir(parents=True, exist_ok=True)
-            held.enter_context(FileLock(out / LOCK).acquire(timeout=LOOK_TIMEOUT_S))
+            held.enter_context(_acquire(out, wait_s, say))
             held.callback(owner.unlink, missing_ok=True)
             write_durably(owner, this_process(command).model_dump_json())
         except Timeout as error:
+            waited = f", still after {wait_s:g} seconds" if wait_s else ""
             raise InUseError(
-                f"--out {out} is in use by {_read_holder(out) or 'another run'}; wait for it or "
-                "choose another --out"
+                f"--out {out} is in use by {_read_holder(out) or 'another run'}{waited}; wait for "
+                "it or choose another --out"
             ) from error
         except PermissionError as error:
             raise UserError(
@@ -100,6 +114,20 @@ def changing(path: Path) -> Iterator[None]:
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error}; check --out") from error
         yield
+
+
+def _acquire(
+    out: Path, wait_s: float, say: Callable[[str], None]
+) -> AbstractContextManager[object]:
+    lock = FileLock(out / LOCK)
+    try:
+        return lock.acquire(timeout=LOOK_TIMEOUT_S)
+    except Timeout:
+        if not wait_s:
+            raise
+    who = _read_holder(out) or "another run"
+    say(f"--out {out} is in use by {who}; waiting for it, {wait_s:g} seconds at most")
+    return lock.acquire(timeout=wait_s, poll_interval=POLL_INTERVAL_S)
 
 
 def this_process(command: str) -> Holder:

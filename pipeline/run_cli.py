@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -19,6 +19,15 @@ NoPromoteOption = Annotated[
     bool,
     typer.Option("--no-promote", help="Publish only; `braid models promote` does the rest later."),
 ]
+WaitOption = Annotated[
+    float,
+    typer.Option(
+        "--wait",
+        min=0,
+        metavar="SECONDS",
+        help="Wait so long for another command that holds --out; default: end with 2 at once.",
+    ),
+]
 STAGE_HELP = "ingest, content, align, quantize, join, plan, train, evaluate, gate or publish."
 
 
@@ -28,6 +37,7 @@ def run_command(  # noqa: PLR0913 # a command's parameters are its options
     date: DateOption,
     out: OutOption,
     no_promote: NoPromoteOption = False,
+    wait_s: WaitOption = 0,
     overrides: SetOption = None,
 ) -> None:
     """Run all stages of one day, from the raw events to the published bundle.
@@ -36,25 +46,27 @@ def run_command(  # noqa: PLR0913 # a command's parameters are its options
     first, 3 if the gate refused the model.
     """
     settings = [*(overrides or []), *(["publish.promote=false"] if no_promote else [])]
-    with _recorded(context, recipe, out, settings, f"braid run --date {date}") as command:
+    place = _Place(out, f"braid run --date {date}", wait_s)
+    with _recorded(context, recipe, settings, place) as command:
         refused = command.run_day(date)
     raise typer.Exit(REFUSED if refused else 0)
 
 
-def stage_command(
+def stage_command(  # noqa: PLR0913 # a command's parameters are its options
     context: typer.Context,
     name: Annotated[str, typer.Argument(help=STAGE_HELP)],
     recipe: RecipeOption,
     date: DateOption,
     out: OutOption,
+    wait_s: WaitOption = 0,
     overrides: SetOption = None,
 ) -> None:
     """Run one stage of one day, and the stages before it that are not current.
 
     Ends as `braid run` does; with 3 if the gate, the last stage or one before it, refused.
     """
-    title = f"braid stage {name} --date {date}"
-    with _command(context, recipe, out, overrides or [], title) as command:
+    place = _Place(out, f"braid stage {name} --date {date}", wait_s)
+    with _command(context, recipe, overrides or [], place) as command:
         refused = command.run_stage(name, date)
     raise typer.Exit(REFUSED if refused else 0)
 
@@ -66,27 +78,37 @@ def backfill_command(  # noqa: PLR0913 # a command's parameters are its options
     last: Annotated[str, typer.Option("--to", help="Last day, YYYY-MM-DD.")],
     out: OutOption,
     no_promote: NoPromoteOption = False,
+    wait_s: WaitOption = 0,
     overrides: SetOption = None,
 ) -> None:
     """Run day after day, each started from the day before and evaluated on the day after.
 
     Ends as `braid run` does; with 3 if the gate refused the model of any day.
     """
-    title = f"braid backfill --from {first} --to {last}"
+    place = _Place(out, f"braid backfill --from {first} --to {last}", wait_s)
     settings = [*(overrides or []), *(["publish.promote=false"] if no_promote else [])]
-    with _recorded(context, recipe, out, settings, title) as command:
+    with _recorded(context, recipe, settings, place) as command:
         refused = command.run_days(first, last)
     raise typer.Exit(REFUSED if refused else 0)
 
 
+class _Place(NamedTuple):
+    """The directory that a command needs for itself."""
+
+    out: Path
+    title: str
+    """What others are told about the command."""
+    wait_s: float
+
+
 @contextmanager
 def _recorded(
-    context: typer.Context, recipe: str, out: Path, overrides: list[str], title: str
+    context: typer.Context, recipe: str, overrides: list[str], place: _Place
 ) -> Iterator["Command"]:
     """A command whose ending is written down in the output directory."""
     with (
-        recorded(out, title) as recording,
-        _command(context, recipe, out, overrides, title) as command,
+        recorded(place.out, place.title) as recording,
+        _command(context, recipe, overrides, place) as command,
     ):
         recording.progress = lambda: command.progress
         yield command
@@ -94,7 +116,7 @@ def _recorded(
 
 @contextmanager
 def _command(
-    context: typer.Context, recipe: str, out: Path, overrides: list[str], title: str
+    context: typer.Context, recipe: str, overrides: list[str], place: _Place
 ) -> Iterator["Command"]:
     """The recipe is checked before the output directory is touched or anything heavy loaded."""
     from pipeline.recipe import load_recipe
@@ -103,5 +125,8 @@ def _command(
     from pipeline.command import Command
     from pipeline.lock import exclusive
 
-    with exclusive(out, title), Command(loaded, out, publish=context.obj) as command:
+    with (
+        exclusive(place.out, place.title, wait_s=place.wait_s, say=typer.echo),
+        Command(loaded, place.out, publish=context.obj) as command,
+    ):
         yield command

@@ -1,6 +1,7 @@
 """`braid export`: the bundle of a trained day in a folder of the user's, whatever the gate says.
 
-Reads DIR/<date>/train, and writes with the code of the publish stage; production stays as it is.
+Reads DIR/<date>/train, and writes with the code of the publish stage; production stays as it is,
+and runs go on meanwhile.
 """
 
 import shutil
@@ -9,8 +10,7 @@ from pathlib import Path
 
 from deploy.publish import publish
 from embedding.errors import UserError
-from pipeline.artifacts import read_manifest
-from pipeline.lock import exclusive
+from pipeline.artifacts import read_manifest, reading
 from pipeline.recipe import RECIPE_FILE, read_recipe
 from pipeline.registry import BUNDLE
 
@@ -35,19 +35,18 @@ def export_bundle(out: Path, date: str, folder: Path) -> Exported:
         folder: a missing or an empty directory. It holds the whole bundle or nothing.
 
     Raises:
-        UserError: nothing was trained, the folder holds something, or another run holds `out`.
+        UserError: nothing was trained, the folder holds something, or a run trains that date anew.
     """
     train = _trained(out, date)
     _check_free(folder)
-    with exclusive(out, f"braid export --date {date}"):
-        recipe = read_recipe(train)
-        partial = _scratch(folder)
-        try:
-            written = publish(recipe, train, partial)
-            _check_free(folder)
-            (partial / BUNDLE).rename(folder)  # an empty directory gives way
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    partial = _scratch(folder)
+    try:
+        with reading(train):
+            written = publish(read_recipe(train), train, partial)
+        _check_free(folder)
+        (partial / BUNDLE).rename(folder)  # an empty directory gives way
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     gate = read_manifest(out / date / "gate")
     refused = () if gate is None or gate.facts["passed"] else tuple(gate.facts["reasons"])
     return Exported(written.rows_out, written.facts["bytes"], refused)

@@ -146,6 +146,23 @@ def finish_interrupted(directory: Path) -> None:
         shutil.rmtree(directory / RESUME)
 
 
+@contextmanager
+def reading(directory: Path) -> Iterator[None]:
+    """A block that reads a published artifact without holding its output directory.
+
+    Raises:
+        UserError: A run replaced the artifact meanwhile; whatever else went wrong came of that.
+    """
+    before = read_manifest(directory)
+    try:
+        yield
+    finally:
+        if read_manifest(directory) != before:
+            raise UserError(
+                f"{directory} was written anew at this moment; run the same command again"
+            )
+
+
 def damaged_files(directory: Path, *, thorough: bool) -> list[str]:
     """Files of a published artifact that are missing or, if `thorough`, have another checksum."""
     manifest = read_manifest(directory)

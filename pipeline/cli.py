@@ -5,16 +5,14 @@ Heavy imports (torch, ray, pyarrow) happen inside the commands, so that `--help`
 
 import importlib.metadata
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline.codes.cli import OutOption, codes_app
-from pipeline.consent import Consent, RefreshCatalogueOption, ShorterHistoriesOption
 from pipeline.data_cli import data_app
+from pipeline.models_cli import AsJsonOption, models_app
 from pipeline.planning.bench_cli import bench_app
 from pipeline.planning.cli import (
     JsonOption,
@@ -24,9 +22,9 @@ from pipeline.planning.cli import (
     plan_command,
     traffic_command,
 )
+from pipeline.run_cli import backfill_command, run_command, stage_command
 
 if TYPE_CHECKING:
-    from pipeline.command import Command
     from pipeline.config import Recipe
 
 app = typer.Typer(
@@ -35,9 +33,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-models_app = typer.Typer(help="Published bundles and which of them is in production.")
 app.add_typer(data_app, name="data")
-app.add_typer(models_app, name="models", no_args_is_help=True)
+app.add_typer(models_app, name="models")
 app.add_typer(bench_app, name="bench")
 app.add_typer(codes_app, name="codes")
 
@@ -63,76 +60,9 @@ def _global_options(
     """Daily retraining of industrial ranking models on Ray and TorchRec."""
 
 
-DateOption = Annotated[str, typer.Option("--date", "-d", help="Day to train up to, YYYY-MM-DD.")]
-GATE_REFUSED = 3
-"""Exit code of a run whose stages all ended well, and whose model the gate did not let through."""
-STAGE_HELP = "ingest, content, align, quantize, join, plan, train, evaluate, gate or publish."
-
-
-@app.command()
-def run(  # noqa: PLR0913 # a command's parameters are its options
-    context: typer.Context,
-    recipe: RecipeOption,
-    date: DateOption,
-    out: OutOption,
-    overrides: SetOption = None,
-    shorter_histories: ShorterHistoriesOption = False,
-    refresh_catalogue: RefreshCatalogueOption = False,
-) -> None:
-    """Run all stages of one day, from the raw events to the published bundle.
-
-    Ends with 0 if the model was published, 1 if something failed, 2 if you must change something
-    first, 3 if the gate refused the model.
-    """
-    consent = Consent(shorter_histories, refresh_catalogue)
-    title = f"braid run --date {date}"
-    with _command(context, consent, recipe, out, overrides, title) as command:
-        refused = command.run_day(date)
-    raise typer.Exit(GATE_REFUSED if refused else 0)
-
-
-@app.command()
-def stage(  # noqa: PLR0913 # a command's parameters are its options
-    context: typer.Context,
-    name: Annotated[str, typer.Argument(help=STAGE_HELP)],
-    recipe: RecipeOption,
-    date: DateOption,
-    out: OutOption,
-    overrides: SetOption = None,
-    shorter_histories: ShorterHistoriesOption = False,
-    refresh_catalogue: RefreshCatalogueOption = False,
-) -> None:
-    """Run one stage of one day, and the stages before it that are not current.
-
-    Ends as `braid run` does; with 3 if the gate, the last stage or one before it, refused.
-    """
-    consent = Consent(shorter_histories, refresh_catalogue)
-    title = f"braid stage {name} --date {date}"
-    with _command(context, consent, recipe, out, overrides, title) as command:
-        refused = command.run_stage(name, date)
-    raise typer.Exit(GATE_REFUSED if refused else 0)
-
-
-@app.command()
-def backfill(  # noqa: PLR0913 # a command's parameters are its options
-    context: typer.Context,
-    recipe: RecipeOption,
-    first: Annotated[str, typer.Option("--from", help="First day, YYYY-MM-DD.")],
-    last: Annotated[str, typer.Option("--to", help="Last day, YYYY-MM-DD.")],
-    out: OutOption,
-    overrides: SetOption = None,
-    shorter_histories: ShorterHistoriesOption = False,
-    refresh_catalogue: RefreshCatalogueOption = False,
-) -> None:
-    """Run day after day, each started from the day before and evaluated on the day after.
-
-    Ends as `braid run` does; with 3 if the gate refused the model of any day.
-    """
-    title = f"braid backfill --from {first} --to {last}"
-    consent = Consent(shorter_histories, refresh_catalogue)
-    with _command(context, consent, recipe, out, overrides, title) as command:
-        refused = command.run_days(first, last)
-    raise typer.Exit(GATE_REFUSED if refused else 0)
+app.command("run")(run_command)
+app.command("stage")(stage_command)
+app.command("backfill")(backfill_command)
 
 
 @app.command()
@@ -211,49 +141,27 @@ def status(
         bool,
         typer.Option("--verify", help="Also read every file and compare it with its checksum."),
     ] = False,
+    as_json: AsJsonOption = False,
 ) -> None:
     """What ran, what is stale, what failed; with --verify, what is damaged."""
-    from rich.console import Console
+    from pipeline.console import result_console
+    from pipeline.status import headlines, output_status, status_table
 
-    from pipeline.status import status_table
-
-    Console().print(status_table(out, context.obj))
+    found = output_status(out, context.obj)
     if verify:
-        raise typer.Exit(1 if _damage(out) else 0)
+        found = found.model_copy(update={"damaged": _damage(out, to_stderr=as_json)})
+    if as_json:
+        typer.echo(found.model_dump_json(indent=2))
+    else:
+        for line in headlines(found):
+            typer.echo(line)
+        result_console().print(status_table(found))
+    raise typer.Exit(1 if found.damaged else 0)
 
 
 app.command("plan")(plan_command)
 app.command("traffic")(traffic_command)
 app.command("capacity")(capacity_command)
-
-
-@models_app.command("list")
-def list_models(out: OutOption) -> None:
-    """List the published bundles."""
-    from rich.console import Console
-
-    from pipeline.status import models_table
-
-    Console().print(models_table(out))
-
-
-@models_app.command()
-def promote(
-    out: OutOption,
-    date: Annotated[str, typer.Option("--date", "-d", help="Date of a published bundle.")],
-) -> None:
-    """Put a published bundle into production."""
-    from pipeline.registry import promote as promote_model
-
-    typer.echo(f"in production: {promote_model(out, date).bundle}")
-
-
-@models_app.command()
-def rollback(out: OutOption) -> None:
-    """Return to the bundle that was in production before."""
-    from pipeline.registry import rollback as roll_back
-
-    typer.echo(f"in production: {roll_back(out).bundle}")
 
 
 @app.command()
@@ -321,22 +229,22 @@ def doctor() -> None:
     raise typer.Exit(0 if all(finding.ok for finding in findings) else 2)
 
 
-def _damage(out: Path) -> bool:
-    """Print what is damaged in an output directory; whether anything is."""
+def _damage(out: Path, *, to_stderr: bool) -> tuple[str, ...]:
+    """Read all that is in an output directory and say what of it is damaged."""
+    from rich.console import Console
     from rich.markup import escape
 
     from pipeline.console import Reporter
-    from pipeline.lock import exclusive
     from pipeline.verify import verify
 
-    reporter = Reporter()
-    with exclusive(out, "braid status --verify"), reporter.stage("verify", "directories"):
+    reporter = Reporter(Console(highlight=False, stderr=to_stderr))
+    with reporter.stage("verify", "directories"):
         found = verify(out, reporter.advance)
     for sentence in found:
         reporter.line(f"[red]damaged[/] {escape(sentence)}")
     if not found:
         reporter.line("[green]ok[/] every file is as it was written")
-    return bool(found)
+    return tuple(found)
 
 
 def _derived(recipe: "Recipe") -> list[str]:
@@ -360,24 +268,3 @@ def _load(recipe: str, overrides: list[str] | None) -> "Recipe":
     from pipeline.recipe import load_recipe
 
     return load_recipe(recipe, overrides or ())
-
-
-@contextmanager
-def _command(
-    context: typer.Context,
-    consent: Consent,
-    recipe: str,
-    out: Path,
-    overrides: list[str] | None,
-    title: str,
-) -> Iterator["Command"]:
-    """The recipe is checked before the output directory is touched or anything heavy loaded."""
-    loaded = _load(recipe, overrides)
-    from pipeline.command import Command
-    from pipeline.lock import exclusive
-
-    with (
-        exclusive(out, title),
-        Command(loaded, out, publish=context.obj, consent=consent) as command,
-    ):
-        yield command

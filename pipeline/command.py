@@ -14,7 +14,9 @@ from pipeline.config import Recipe
 from pipeline.consent import Consent
 from pipeline.console import Reporter, duration, figure, human
 from pipeline.days import available_days, parse_day, split_days
+from pipeline.last_run import Progress
 from pipeline.marketplace.synthetic import ensure_data
+from pipeline.output_name import claim
 from pipeline.planning.request import check_plan_files
 from pipeline.publication import Publish
 from pipeline.recipe import write_recipe
@@ -50,14 +52,24 @@ class Command:
         self.publish = publish
         self.consent = consent
         self.reporter = Reporter()
+        self._at: DayRun | None = None
+        self._refusals: list[str] = []
         self.session = RaySession(recipe.cluster, actors=actors_of(recipe), say=self.reporter.line)
 
     def __enter__(self) -> Self:
+        claim(self.out, self.recipe.name)
         ensure_data(self.recipe, self.reporter)
         return self
 
     def __exit__(self, *error: object) -> None:
         self.session.__exit__(*error)
+
+    @property
+    def progress(self) -> Progress:
+        """How far it has come."""
+        if self._at is None:
+            return Progress()
+        return Progress(self._at.date, self._at.at, tuple(self._refusals))
 
     def run_stage(self, name: str, date: str) -> bool:
         """Run one stage and those before it that are not current; whether the gate refused."""
@@ -115,7 +127,7 @@ class Command:
         return any(refused)
 
     def _day(self, date: str) -> DayRun:
-        return DayRun(
+        self._at = DayRun(
             self.recipe,
             self.out,
             date,
@@ -124,18 +136,14 @@ class Command:
             publish=self.publish,
             consent=self.consent,
         )
+        return self._at
 
     def _run(self, date: str) -> Summary:
         day_run = self._day(date)
         directory = self._write_recipe(date)
         records = day_run.execute()
         if records[-1].name == "publish":
-            current = promote_newest(self.out, date)
-            if current is not None:
-                self.reporter.line(
-                    f"published, not promoted: production is of {current}; `braid models promote "
-                    f"--out {escape(str(self.out))} --date {date}` changes that"
-                )
+            self._promote(date)
         known = read_summary(directory, records)
         if (
             known is not None
@@ -148,6 +156,17 @@ class Command:
         write_summary(summary, directory)
         return summary
 
+    def _promote(self, date: str) -> None:
+        if self.recipe.publish.promote:
+            obstacle = promote_newest(self.out, date)
+        else:
+            obstacle = "publish.promote is false"
+        if obstacle is not None:
+            self.reporter.line(
+                f"published, not promoted: {obstacle}; `braid models promote "
+                f"--out {escape(str(self.out))} --date {date}` changes that"
+            )
+
     def _write_recipe(self, date: str) -> Path:
         directory = self.out / date
         directory.mkdir(parents=True, exist_ok=True)
@@ -157,6 +176,7 @@ class Command:
     def _refused(self, date: str, decision: dict[str, Any]) -> bool:
         """Whether the gate refused the model of a day; says why."""
         for reason in decision["reasons"]:
+            self._refusals.append(f"{date}: {reason}")
             self.reporter.line(f"[red]gate refused {date}[/]: {escape(reason)}")
         return not decision["passed"]
 

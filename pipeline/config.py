@@ -104,7 +104,8 @@ class WindowConfig(StrictConfig):
     eval_days: PositiveInt | None = 1
     """Days after D; None: all days there are."""
     warm_start: bool = True
-    """Start from the latest earlier run in the same output directory."""
+    """Start from the latest earlier model in the same output directory that passed its gate and was
+    not taken out of production."""
 
     @model_validator(mode="after")
     def _check_days(self) -> Self:
@@ -193,10 +194,19 @@ class GateConfig(StrictConfig):
         return allowed
 
 
+class PublishConfig(StrictConfig):
+    """What becomes of a model that passed its gate."""
+
+    promote: bool = True
+    """Put its bundle into production at once. false: publish it only, for one that is to be tried
+    first (`braid models promote` does it later); `braid run --no-promote` sets it for one run."""
+
+
 class Recipe(StrictConfig):
     """A complete daily pipeline."""
 
     name: str
+    """Whose runs these are: an output directory holds those of one name."""
     description: str = ""
     data: DataConfig
     window: WindowConfig = WindowConfig()
@@ -211,6 +221,7 @@ class Recipe(StrictConfig):
     cluster: ClusterConfig = ClusterConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     gate: GateConfig
+    publish: PublishConfig = PublishConfig()
 
     @model_validator(mode="after")
     def _derive_features(self) -> Self:

@@ -18,6 +18,16 @@ from rich.progress import (
 
 LINE_INTERVAL_S = 5.0
 QUIET_S = 2.0
+WIDTH_OF_PIPES = 100_000
+"""Wider than any line: what a program reads is neither cut nor folded."""
+
+
+def result_console() -> Console:
+    """Where a command prints the table that it was asked for."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDTH_OF_PIPES
+    return console
 
 
 class Reporter:

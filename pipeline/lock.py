@@ -1,38 +1,92 @@
 """One run at a time in an output directory, and one change at a time of what is in production."""
 
-import json
+import fcntl
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from datetime import datetime
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from pydantic import ValidationError
 
+from embedding.config import StrictConfig
 from embedding.errors import UserError
+from pipeline.artifacts import write_durably
 
 CHANGE_TIMEOUT_S = 10.0
+LOOK_TIMEOUT_S = 1.0
+"""Longer than `holder` keeps a lock that it only looks at."""
+POLL_INTERVAL_S = 0.5
+LOCK, OWNER = ".lock", ".owner.json"
+
+
+class InUseError(UserError):
+    """Another command holds the output directory."""
+
+
+class Holder(StrictConfig):
+    """The process that holds an output directory."""
+
+    pid: int
+    host: str
+    command: str
+    since: str
+    """UTC, ISO 8601."""
+
+    def __str__(self) -> str:
+        return f"`{self.command}` (pid {self.pid} on {self.host}, since {self.since})"
+
+
+def holder(out: Path) -> Holder | None:
+    """Who holds an output directory; None: nobody, or it cannot be told who.
+
+    What a killed process wrote about itself does not count: the lock went with it.
+    """
+    try:
+        with (out / LOCK).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return None
+    except FileNotFoundError:
+        return None
+    except BlockingIOError:
+        return _read_holder(out)
+
+
+def _say_nothing(_: str) -> None:
+    pass
 
 
 @contextmanager
-def exclusive(out: Path, command: str) -> Iterator[None]:
+def exclusive(
+    out: Path, command: str, *, wait_s: float = 0, say: Callable[[str], None] = _say_nothing
+) -> Iterator[None]:
     """Hold the output directory; the operating system releases it if the process dies.
 
+    Args:
+        out: output directory; created where it is not there.
+        command: what others are told about who holds it.
+        wait_s: how long to wait for another command that holds it.
+        say: told once who is waited for.
+
     Raises:
-        UserError: Another run holds it, or the directory cannot be written.
+        InUseError: Another run holds it.
+        UserError: The directory cannot be written.
     """
-    owner = out / ".owner.json"
+    owner = out / OWNER
     with ExitStack() as held:
         # Only what happens here: errors of the command itself pass as they are.
         try:
             out.mkdir(parents=True, exist_ok=True)
-            held.enter_context(FileLock(out / ".lock").acquire(timeout=0))
+            held.enter_context(_acquire(out, wait_s, say))
             held.callback(owner.unlink, missing_ok=True)
-            owner.write_text(_account(command))
+            write_durably(owner, this_process(command).model_dump_json())
         except Timeout as error:
-            raise UserError(
-                f"--out {out} is in use by {_describe(owner)}; wait for it or choose another --out"
+            waited = f", still after {wait_s:g} seconds" if wait_s else ""
+            raise InUseError(
+                f"--out {out} is in use by {_read_holder(out) or 'another run'}{waited}; wait for "
+                "it or choose another --out"
             ) from error
         except PermissionError as error:
             raise UserError(
@@ -62,20 +116,32 @@ def changing(path: Path) -> Iterator[None]:
         yield
 
 
-def _account(command: str) -> str:
-    return json.dumps(
-        {
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "command": command,
-            "since": datetime.now().isoformat(timespec="seconds"),
-        }
+def _acquire(
+    out: Path, wait_s: float, say: Callable[[str], None]
+) -> AbstractContextManager[object]:
+    lock = FileLock(out / LOCK)
+    try:
+        return lock.acquire(timeout=LOOK_TIMEOUT_S)
+    except Timeout:
+        if not wait_s:
+            raise
+    who = _read_holder(out) or "another run"
+    say(f"--out {out} is in use by {who}; waiting for it, {wait_s:g} seconds at most")
+    return lock.acquire(timeout=wait_s, poll_interval=POLL_INTERVAL_S)
+
+
+def this_process(command: str) -> Holder:
+    """What this process writes down while it holds something."""
+    return Holder(
+        pid=os.getpid(),
+        host=socket.gethostname(),
+        command=command,
+        since=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
 
-def _describe(owner: Path) -> str:
+def _read_holder(out: Path) -> Holder | None:
     try:
-        facts = json.loads(owner.read_text())
-    except (OSError, ValueError):
-        return "another run"
-    return f"`{facts['command']}` (pid {facts['pid']} on {facts['host']}, since {facts['since']})"
+        return Holder.model_validate_json((out / OWNER).read_text())
+    except (OSError, ValidationError):
+        return None

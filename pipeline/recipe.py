@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 
 from embedding.errors import UserError
 from embedding.yaml_text import load_yaml
+from pipeline.artifacts import write_durably
 from pipeline.config import Recipe
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -73,22 +74,34 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
 def write_recipe(recipe: Recipe, directory: Path) -> None:
     """Write the `recipe.yaml` of a directory."""
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-    (directory / RECIPE_FILE).write_text(text)
+    write_durably(directory / RECIPE_FILE, text)
 
 
 def read_recipe(directory: Path) -> Recipe:
     """The recipe that was written into a directory.
 
     Raises:
-        UserError: it is of another version of Braid.
+        UserError: it is damaged, or of another version of Braid.
     """
     path = directory / RECIPE_FILE
+    again = "run the date again, which writes it anew"
     try:
-        return Recipe.model_validate(yaml.safe_load(path.read_text()))
+        data = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read ({_first_line(error)}); {again}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path} is damaged: it holds no mapping of recipe keys; {again}")
+    try:
+        return Recipe.model_validate(data)
     except ValidationError as error:
+        fault = _sentence(error.errors()[0], data)
         raise UserError(
-            f"{path} is of another version of Braid; run the date again with this one"
+            f"{path} was cut off, or is of another version of Braid ({fault}); {again}"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:

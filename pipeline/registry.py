@@ -29,6 +29,8 @@ class Promotion(StrictConfig):
     """Of the bundle: promoted, or, in a rollback, taken back."""
     at: str
     rollback: bool = False
+    train: str | None = None
+    """Artifact id of its training; None in entries of earlier versions."""
 
 
 class Promotions(StrictConfig):
@@ -47,6 +49,24 @@ class Promotions(StrictConfig):
             else:
                 stack.append(change)
         return stack
+
+    @property
+    def withdrawn(self) -> list[Promotion]:
+        """Promotions of bundles that were taken out of production and not put back.
+
+        By a rollback, or by promoting one of an earlier day in their place, which no run does.
+        """
+        stack: list[Promotion] = []
+        found: dict[str, Promotion] = {}
+        for change in self.history:
+            if change.rollback:
+                found[change.artifact_id] = stack.pop()
+            else:
+                found |= {c.artifact_id: c for c in stack if c.date > change.date}
+                stack.append(change)
+            if stack:
+                found.pop(stack[-1].artifact_id, None)
+        return list(found.values())
 
     def ever_promoted(self, artifact_id: str) -> bool:
         """Whether the bundle was in production at some time."""
@@ -67,13 +87,34 @@ class PublishedModel(StrictConfig):
 
 
 def published(out: Path) -> list[PublishedModel]:
-    """The bundle of every date, oldest first."""
-    models = []
-    for path in sorted(out.glob("????-??-??/publish/manifest.json")):
+    """Bundles by date, of one date by age: all that were ever promoted, and those of every run.
+
+    A promoted one is that in DIR/models, which outlives its run.
+    """
+    found = {}
+    for path in out.glob("????-??-??/publish/manifest.json"):
         manifest = read_manifest(path.parent)
         assert manifest is not None
-        models.append(PublishedModel(date=path.parts[-3], directory=path.parent, manifest=manifest))
-    return models
+        found[manifest.artifact_id] = PublishedModel(
+            date=path.parts[-3], directory=path.parent, manifest=manifest
+        )
+    for change in promotions(out).history:
+        directory = out / MODELS / change.artifact_id
+        manifest = read_manifest(directory)
+        if manifest is not None:
+            found[change.artifact_id] = PublishedModel(
+                date=change.date, directory=directory, manifest=manifest
+            )
+    return sorted(found.values(), key=lambda model: (model.date, model.manifest.created_at))
+
+
+def bundle_of_run(out: Path, date: str) -> Path | None:
+    """The bundle that the run of a date published, in DIR/models where it was promoted."""
+    manifest = read_manifest(out / date / "publish")
+    if manifest is None:
+        return None
+    kept = out / MODELS / manifest.artifact_id
+    return (kept if kept.is_dir() else out / date / "publish") / BUNDLE
 
 
 def promotions(out: Path) -> Promotions:
@@ -86,6 +127,22 @@ def production(out: Path) -> PublishedModel | None:
     """The model in production, or None."""
     stack = promotions(out).in_force
     return _kept(out, stack[-1]) if stack else None
+
+
+def require_production(out: Path) -> PublishedModel:
+    """The model in production.
+
+    Raises:
+        UserError: There is none, or no such directory.
+    """
+    require_output(out)
+    current = production(out)
+    if current is None:
+        raise UserError(
+            f"no model of {out} is in production; `braid models list --out {out}` shows what is "
+            "published, and `braid models promote` puts one into production"
+        )
+    return current
 
 
 def production_before(out: Path, date: str) -> PublishedModel | None:
@@ -108,22 +165,64 @@ def promote(out: Path, date: str) -> PublishedModel:
 def promote_newest(out: Path, date: str) -> str | None:
     """Promote the bundle of a run that has just been published, as far as that is a step forward.
 
-    A bundle that was rolled back on purpose stays rolled back, and one of an older day replaces
-    none of a later one.
+    A model that was taken out of production on purpose stays out, and so do those trained from it;
+    one of an older day replaces none of a later one.
 
     Returns:
-        The date in production, where a model of a later one is in force; else None.
+        Why it was not promoted; None where it was, or had been.
     """
     manifest = read_manifest(out / date / "publish")
     assert manifest is not None
     with changing(out / PRODUCTION):
         past = promotions(out)
+        spoiled = spoiled_by(out, date)
+        if spoiled is not None:
+            which = (
+                "it" if spoiled == date else f"the model of {spoiled}, which it was trained from,"
+            )
+            return f"{which} was taken out of production"
         if past.ever_promoted(manifest.artifact_id):
             return None
         if any(change.date > date for change in past.in_force):
-            return past.in_force[-1].date
+            return f"production is of {past.in_force[-1].date}"
         _promote(out, date)
     return None
+
+
+def spoiled_by(out: Path, day: str) -> str | None:
+    """Date of the model that makes the one of a day unfit to build on; None: nothing is known.
+
+    That is itself, where it was taken out of production (`Promotions.withdrawn`), or a model that
+    it was trained from, as far back as their artifacts are there.
+    """
+    withdrawn = _withdrawn_trainings(out)
+    manifest = read_manifest(out / day / "train")
+    while manifest is not None:
+        if manifest.artifact_id in withdrawn:
+            return withdrawn[manifest.artifact_id]
+        parent, start = manifest.facts.get("parent"), manifest.inputs.get("parent")
+        if start in withdrawn:
+            return withdrawn[start]
+        manifest = None if parent is None else read_manifest(out / parent / "train")
+        if manifest is not None and manifest.artifact_id != start:
+            return None  # the parent was trained anew since then
+    return None
+
+
+def _withdrawn_trainings(out: Path) -> dict[str, str]:
+    """Artifact ids of trainings whose bundles were taken out of production, with their dates."""
+    past = promotions(out)
+    found = {_training(out, change): change.date for change in past.withdrawn}
+    ids = {change.artifact_id for change in past.withdrawn}
+    kept = {_training(out, c) for c in past.in_force if c.artifact_id not in ids}
+    return {train: date for train, date in found.items() if train and train not in kept}
+
+
+def _training(out: Path, change: Promotion) -> str | None:
+    if change.train is not None:
+        return change.train
+    manifest = read_manifest(out / MODELS / change.artifact_id)
+    return None if manifest is None else manifest.inputs.get("train")
 
 
 def rollback(out: Path) -> PublishedModel:
@@ -174,7 +273,9 @@ def _promote(out: Path, date: str) -> PublishedModel:
     if not kept.exists():
         _link(model, kept)
     if not (past.in_force and past.in_force[-1].artifact_id == identity):
-        entry = Promotion(date=date, artifact_id=identity, at=_now())
+        entry = Promotion(
+            date=date, artifact_id=identity, at=_now(), train=model.manifest.inputs.get("train")
+        )
         _write(out, Promotions(history=(*past.history, entry)))
     current = production(out)
     assert current is not None

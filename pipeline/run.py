@@ -10,7 +10,7 @@ Which spans of days a run needs, and what each continues, `pipeline.spans` says.
 
 import shutil
 from collections.abc import Iterator
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,11 @@ from pipeline.days import Span, Split, available_days, require_complete, split_d
 from pipeline.evaluate import evaluate
 from pipeline.gate import gate
 from pipeline.identity import ingest_config, plan_config, samples_config, training_config
+from pipeline.lineage import next_parent
 from pipeline.metrics_file import METRICS_FILE
 from pipeline.plan import plan, plan_inputs
 from pipeline.publication import Publish
-from pipeline.registry import production_before
+from pipeline.registry import production_before, spoiled_by
 from pipeline.samples.held_out import require_held_out
 from pipeline.samples.ingest import check_span, ingest
 from pipeline.samples.join import HELD_OUT, SAMPLES, join
@@ -62,6 +63,8 @@ class DayRun:
         self.session = session
         self.reporter = reporter
         self.publish = publish
+        self.at: str | None = None
+        """The stage that `execute` has come to."""
         root = recipe.data.root
         require_complete(root, date, recipe.data.complete_marker)
         self.days = available_days(root, recipe.data.complete_marker)
@@ -74,6 +77,7 @@ class DayRun:
         """Run all stages up to `until`; a gate that refuses ends the run before `publish`."""
         records = []
         for name in STAGES[: STAGES.index(until) + 1]:
+            self.at = name
             for spec in self.specs(name):
                 records.append(execute(spec, self.reporter))
             if name == "gate" and not records[-1].manifest.facts["passed"]:
@@ -145,7 +149,7 @@ class DayRun:
         Raises:
             UserError: The parent has trained on all of them.
         """
-        parent = self.parent()
+        parent = self.parent
         if parent is None:
             return self.split.train
         trained = read_manifest(self.directory("train", parent))
@@ -161,23 +165,24 @@ class DayRun:
             )
         return days
 
+    @cached_property
     def parent(self) -> str | None:
-        """Date of the run whose checkpoint this one starts from: the latest one not refused."""
+        """Date of the run whose checkpoint this one starts from (`pipeline.lineage`).
+
+        Asked once: a rollback while the run goes on must not change what its stages work on.
+        """
         if not self.recipe.window.warm_start:
             return None
         recorded = read_manifest(self.directory("train"))
         if recorded is not None:
             day = recorded.facts.get("parent")
-            if day is None or self._artifact_id("train", day) == recorded.inputs.get("parent"):
-                return day
-        earlier = self.out.glob("????-??-??/train/manifest.json")
-        days = (path.parts[-3] for path in earlier)
-        return max((d for d in days if d < self.date and not self._refused(d)), default=None)
-
-    def _refused(self, day: str) -> bool:
-        """Whether the gate refused the model of a day; one bad day must not spoil the next ones."""
-        decision = read_manifest(self.directory("gate", day))
-        return decision is not None and not decision.facts["passed"]
+            if day is None:
+                return None
+            if self._artifact_id("train", day) == recorded.inputs.get("parent") and (
+                spoiled_by(self.out, day) is None
+            ):
+                return str(day)
+        return next_parent(self.out, self.date)
 
     # --- stages ----------------------------------------------------------------------------------
 
@@ -217,7 +222,7 @@ class DayRun:
             days = self.spans.chain(self.date, self._first_day())
             ingests = tuple(self.directory("ingest", last) for last in days)
             catalogue = self._catalogue.fingerprint()
-            yield from self.codes.specs(name, catalogue, ingests, self.parent())
+            yield from self.codes.specs(name, catalogue, ingests, self.parent)
 
     def _join(self, span: Span) -> StageSpec:
         last = span.days[-1]
@@ -250,7 +255,7 @@ class DayRun:
         )
 
     def _train(self) -> StageSpec:
-        parent = self.parent()
+        parent = self.parent
         days = self.training_days()
         inputs = {"plan": self._artifact_id("plan", self.date)}
         if self.recipe.content is not None:

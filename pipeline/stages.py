@@ -2,11 +2,13 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from rich.markup import escape
 
 from pipeline.artifacts import (
@@ -18,10 +20,12 @@ from pipeline.artifacts import (
     finish_interrupted,
     publish,
     read_manifest,
+    write_durably,
     writing,
 )
 from pipeline.console import Reporter, duration, human
 from pipeline.failures import last_line, user_error
+from pipeline.lock import Holder, this_process
 
 STAGES = (
     *("ingest", "content", "align", "quantize", "join", "plan", "train", "evaluate", "gate"),
@@ -99,6 +103,43 @@ def failure_file(directory: Path) -> Path:
     return directory.parent / f".{directory.name}.failed.json"
 
 
+def running_file(directory: Path) -> Path:
+    """Where a stage that is running says so for `braid status`; a killed one leaves it behind."""
+    return directory.parent / f".{directory.name}.running.json"
+
+
+def running_since(directory: Path, by: Holder) -> str | None:
+    """When the process that holds the output directory began with a stage; None: it did not."""
+    try:
+        note = Holder.model_validate_json(running_file(directory).read_text())
+    except (OSError, ValidationError):
+        return None
+    return note.since if (note.pid, note.host) == (by.pid, by.host) else None
+
+
+@contextmanager
+def _noted(spec: StageSpec) -> Iterator[None]:
+    note = running_file(spec.directory)
+    note.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(note, this_process(spec.name).model_dump_json())
+    try:
+        yield
+    finally:
+        note.unlink(missing_ok=True)
+
+
+def failure_of(directory: Path) -> str | None:
+    """Why the last execution of a stage failed; None where it did not."""
+    path = failure_file(directory)
+    if not path.exists():
+        return None
+    try:
+        reason: str = json.loads(path.read_text())["error"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{path} cannot be read, so nobody knows why; the log of that run says it"
+    return reason
+
+
 def execute(spec: StageSpec, reporter: Reporter) -> StageRecord:
     """Run a stage unless its artifact is current. A failure leaves nothing half-visible."""
     finish_interrupted(spec.directory)
@@ -117,7 +158,11 @@ def execute(spec: StageSpec, reporter: Reporter) -> StageRecord:
             f"interrupted; the unfinished work lies in {escape(str(aside))}"
         )
     try:
-        with reporter.stage(spec.name), writing(spec.directory, spec.resume_identity) as scratch:
+        with (
+            reporter.stage(spec.name),
+            _noted(spec),
+            writing(spec.directory, spec.resume_identity) as scratch,
+        ):
             output = spec.body(scratch)
             warned = {WARNINGS: output.warnings} if output.warnings else {}
             manifest = publish(
@@ -138,7 +183,7 @@ def execute(spec: StageSpec, reporter: Reporter) -> StageRecord:
     except BaseException as error:
         failure.parent.mkdir(parents=True, exist_ok=True)
         reason = user_error(error) or last_line(error)
-        failure.write_text(json.dumps({"stage": spec.name, "error": str(reason)}))
+        write_durably(failure, json.dumps({"stage": spec.name, "error": str(reason)}))
         raise
     failure.unlink(missing_ok=True)
     rows = f"{human(manifest.rows_in)} rows -> {human(manifest.rows_out)}"

@@ -1,24 +1,29 @@
-"""`braid status`: what ran in an output directory, what is stale, what failed."""
+"""`braid status`: what ran in an output directory, what runs, what is stale, what failed."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 from rich.markup import escape
 from rich.table import Table
 
+from embedding.config import StrictConfig
 from embedding.errors import UserError
 from pipeline.artifacts import read_manifest
 from pipeline.cluster import RaySession
 from pipeline.console import Reporter, duration, human
+from pipeline.last_run import LastRun, read_last_run
+from pipeline.lock import Holder, holder
+from pipeline.models import ModelEntry, current_model
 from pipeline.publication import Publish
 from pipeline.recipe import RECIPE_FILE, read_recipe
 from pipeline.registry import production, published, require_output
 from pipeline.run import DayRun
-from pipeline.stages import STAGES, StageSpec, failure_file
+from pipeline.stages import STAGES, StageSpec, failure_of, running_since
 
 _STYLE = {
     "current": "green",
+    "running": "cyan",
     "stale": "yellow",
     "failed": "red",
     "missing": "dim",
@@ -26,51 +31,105 @@ _STYLE = {
 }
 
 
-def status_table(out: Path, publish: Publish) -> Table:
-    """One row for every stage of every run in `out`.
+class StageStatus(StrictConfig):
+    """One stage of one run."""
+
+    stage: str
+    state: Literal["current", "running", "stale", "failed", "missing", "refused"]
+    """`refused`: a gate that did not let the model through."""
+    rows: int | None
+    """That its artifact holds; None: there is none."""
+    seconds: float | None
+    """Of the execution that made it."""
+    note: str
+    """Why it is stale, failed or refused, and since when it runs."""
+
+
+class RunStatus(StrictConfig):
+    """The run of one date."""
+
+    date: str
+    problem: str | None
+    """Why its stages cannot be looked into."""
+    stages: tuple[StageStatus, ...]
+
+
+class OutputStatus(StrictConfig):
+    """`braid status --json`; version 1."""
+
+    schema_version: Literal[1] = 1
+    out: str
+    production: ModelEntry | None
+    held_by: Holder | None
+    """The command that holds the directory now."""
+    last_run: LastRun | None
+    """How the last `braid run` or `braid backfill` ended."""
+    runs: tuple[RunStatus, ...]
+    """Oldest date first."""
+    damaged: tuple[str, ...] | None = None
+    """With `--verify`: a sentence for every file that is missing or damaged."""
+
+
+def output_status(out: Path, publish: Publish) -> OutputStatus:
+    """What there is to know of every run in `out`.
 
     Raises:
-        UserError: `out` holds no run.
-    """
-    dates = sorted(path.parent.name for path in out.glob(f"????-??-??/{RECIPE_FILE}"))
-    if not dates:
-        raise UserError(f"--out {out} holds no run; start one with `braid run --out {out} ...`")
-    current = production(out)
-    title = f"{escape(str(out))}, in production: {current.date if current else 'none'}"
-    table = Table(title=title, title_justify="left")
-    for column in ("date", "stage", "state", "rows", "time", "note"):
-        table.add_column(column)
-    for date in dates:
-        for row in _rows(out, date, publish):
-            table.add_row(*row)
-    return table
-
-
-def models_table(out: Path) -> Table:
-    """The published bundles, the one in production marked.
-
-    Raises:
-        UserError: `out` is no directory.
+        UserError: `out` holds neither a run nor a model.
     """
     require_output(out)
-    current = production(out)
-    table = Table("", "date", "published", "bundle")
-    for model in published(out):
-        in_use = current and current.manifest.artifact_id == model.manifest.artifact_id
-        mark = "[green]production[/]" if in_use else ""
-        table.add_row(mark, model.date, model.manifest.created_at, escape(str(model.bundle)))
+    dates = sorted(path.parent.name for path in out.glob(f"????-??-??/{RECIPE_FILE}"))
+    if not dates and not published(out):
+        raise UserError(f"--out {out} holds no run; start one with `braid run --out {out} ...`")
+    held_by = holder(out)
+    return OutputStatus(
+        out=str(out),
+        production=None if production(out) is None else current_model(out),
+        held_by=held_by,
+        last_run=read_last_run(out),
+        runs=tuple(_run_status(out, date, publish, held_by) for date in dates),
+    )
+
+
+def headlines(status: OutputStatus) -> Iterator[str]:
+    """What is in production, and what goes on."""
+    current = status.production
+    line = f"{status.out}, in production: {current.date if current else 'none'}"
+    yield line if status.runs else f"{line}; no run is left, only published models"
+    if status.held_by is not None:
+        yield f"in use by {status.held_by}"
+    last = status.last_run
+    if last is not None:
+        why = "" if last.reason is None else f", {last.stage or 'before its stages'}: {last.reason}"
+        yield f"last: `{last.command}` ended {last.ended_at}: {last.outcome} ({last.code}){why}"
+
+
+def status_table(status: OutputStatus) -> Table:
+    """One row for every stage of every run."""
+    table = Table()
+    for column in ("date", "stage", "state", "rows", "time", "note"):
+        table.add_column(column)
+    for run in status.runs:
+        if run.problem is not None:
+            table.add_row(run.date, "", "[yellow]unknown[/]", "", "", escape(run.problem))
+        for stage in run.stages:
+            state = f"[{_STYLE[stage.state]}]{stage.state}[/]"
+            rows = "" if stage.rows is None else human(stage.rows)
+            time = "" if stage.seconds is None else duration(stage.seconds)
+            table.add_row(run.date, stage.stage, state, rows, time, escape(stage.note))
     return table
 
 
-def _rows(out: Path, date: str, publish: Publish) -> list[tuple[str, ...]]:
-    """Of the stages of one date; one row that says why where that cannot be told."""
+def _run_status(out: Path, date: str, publish: Publish, held_by: Holder | None) -> RunStatus:
     try:
-        return list(_stage_rows(out, date, publish))
+        stages = tuple(_stages(out, date, publish, held_by))
     except UserError as error:
-        return [(date, "", "[yellow]unknown[/]", "", "", escape(str(error)))]
+        return RunStatus(date=date, problem=str(error), stages=())
+    return RunStatus(date=date, problem=None, stages=stages)
 
 
-def _stage_rows(out: Path, date: str, publish: Publish) -> Iterator[tuple[str, ...]]:
+def _stages(
+    out: Path, date: str, publish: Publish, held_by: Holder | None
+) -> Iterator[StageStatus]:
     recipe = read_recipe(out / date)
     run = DayRun(
         recipe,
@@ -82,24 +141,33 @@ def _stage_rows(out: Path, date: str, publish: Publish) -> Iterator[tuple[str, .
     )
     for name in STAGES:
         # A stage has an execution for every span of days; the one that needs work speaks for all.
-        states = [(spec, *stage_state(spec)) for spec in run.specs(name)]
+        states = [(spec, *stage_state(spec, held_by)) for spec in run.specs(name)]
         if not states:  # nothing to do with this recipe
             continue
-        spec, state, note = next((s for s in states if s[1] != "current"), states[0])
+        order = {"running": 0, "current": 2}
+        spec, state, note = min(states, key=lambda found: order.get(found[1], 1))
         manifest = read_manifest(spec.directory)
-        figures = ("", "")
-        if manifest is not None:
-            figures = (human(manifest.rows_out), duration(manifest.seconds))
-            if name == "gate" and state == "current" and not manifest.facts["passed"]:
-                state, note = "refused", "; ".join(manifest.facts["reasons"])
-        yield (date, name, f"[{_STYLE[state]}]{state}[/]", *figures, escape(note))
+        decision = None if manifest is None else manifest.facts
+        if name == "gate" and state == "current" and decision and not decision["passed"]:
+            state, note = "refused", "; ".join(decision["reasons"])
+        yield StageStatus.model_validate(
+            {
+                "stage": name,
+                "state": state,
+                "rows": None if manifest is None else manifest.rows_out,
+                "seconds": None if manifest is None else manifest.seconds,
+                "note": note,
+            }
+        )
 
 
-def stage_state(spec: StageSpec) -> tuple[str, str]:
-    """`current`, `stale`, `failed` or `missing`, and why."""
-    failure = failure_file(spec.directory)
-    if failure.exists():
-        reason: str = json.loads(failure.read_text())["error"]
+def stage_state(spec: StageSpec, held_by: Holder | None = None) -> tuple[str, str]:
+    """`running` by whoever holds the directory, `current`, `stale`, `failed` or `missing`; why."""
+    since = None if held_by is None else running_since(spec.directory, held_by)
+    if since is not None:
+        return "running", f"since {since}"
+    reason = failure_of(spec.directory)
+    if reason is not None:
         return "failed", reason
     manifest = read_manifest(spec.directory)
     if manifest is None:

@@ -10,6 +10,7 @@ from pipeline.artifacts import read_manifest
 from pipeline.codes.paths import STAGE as QUANTIZE
 from pipeline.codes.quantize_facts import collapse_warning
 from pipeline.metrics_file import METRICS_FILE, ORACLE_FILE, read_metrics
+from pipeline.registry import bundle_of_run
 from pipeline.spans import INGEST
 from pipeline.stages import WARNINGS, StageRecord
 from ranking.evaluation import TaskMetrics
@@ -58,7 +59,8 @@ class Summary(StrictConfig):
     """Metrics of the true probability; synthetic data only."""
     gate: dict[str, Any]
     bundle: str | None
-    """Path of the published bundle; None when the gate refused."""
+    """Path of the published bundle, of the copy that never changes where it was promoted; None when
+    the gate refused."""
     warnings: list[str] = Field(default_factory=list)
     """Sentences on what the run did not stop for, but somebody should look at."""
     artifacts: dict[str, str] = Field(default_factory=dict)
@@ -71,7 +73,7 @@ def summarize(directory: Path, recipe: str, records: list[StageRecord]) -> Summa
     gate = read_manifest(directory / "gate")
     assert train is not None
     assert gate is not None
-    published = read_manifest(directory / "publish") if gate.facts["passed"] else None
+    published = bundle_of_run(directory.parent, directory.name) if gate.facts["passed"] else None
     return Summary(
         date=directory.name,
         recipe=recipe,
@@ -81,7 +83,7 @@ def summarize(directory: Path, recipe: str, records: list[StageRecord]) -> Summa
         eval=read_metrics(directory / "evaluate" / METRICS_FILE),
         oracle=read_metrics(directory / "evaluate" / ORACLE_FILE),
         gate=gate.facts,
-        bundle=None if published is None else str(directory / "publish" / "bundle"),
+        bundle=None if published is None else str(published),
         warnings=warnings_of(records),
         artifacts=_artifacts(records),
     )
@@ -96,6 +98,10 @@ def read_summary(directory: Path, records: list[StageRecord]) -> Summary | None:
         summary = Summary.model_validate_json(path.read_text())
     except ValidationError:  # of another version
         return None
+    if summary.bundle is not None and (
+        summary.bundle != str(bundle_of_run(directory.parent, directory.name))
+    ):
+        return None  # promoted since
     return summary if summary.artifacts == _artifacts(records) else None
 
 

@@ -19,10 +19,11 @@ def verify(out: Path, progress: Callable[[int, int], None]) -> list[str]:
     """What is missing or damaged, a sentence each; empty if all is as it was written.
 
     Stages compare a file when they have a reason to; this reads artifacts, promoted bundles,
-    codebooks and token stores whole.
+    codebooks and token stores whole. Runs may go on meanwhile: what one of them replaces while it
+    is read is read again.
 
     Args:
-        out: an output directory that no other process writes.
+        out: output directory.
         progress: called with directories read and in all.
     """
     artifacts = [
@@ -38,19 +39,25 @@ def verify(out: Path, progress: Callable[[int, int], None]) -> list[str]:
         found += _faults(path.parent, logged)
         progress(done, total)
     for done, root in enumerate(codebooks, start=len(artifacts) + 1):
-        found += damaged_versions(root)
+        found += damaged_versions(root) and damaged_versions(root)  # written at this moment?
         progress(done, total)
     for done, store in enumerate(stores, start=len(artifacts) + len(codebooks) + 1):
-        found += [str(fault) for fault in damaged_parts(store)]
+        found += [str(fault) for fault in damaged_parts(store) and damaged_parts(store)]
         progress(done, total)
     return found
 
 
 def _faults(directory: Path, logged: frozenset[str]) -> list[str]:
     try:
+        before = read_manifest(directory)
         damaged = damaged_files(directory, thorough=True)
+        is_replaced = bool(damaged) and read_manifest(directory) != before
     except UserError as error:  # of the manifest
         return [str(error)]
+    except FileNotFoundError:  # it was there when it was looked for
+        is_replaced = True
+    if is_replaced:
+        return _faults(directory, logged)
     return [
         f"{directory / name} is missing or damaged (its SHA-256 is not the recorded one); "
         f"{_remedy(directory, logged)}"

@@ -5,7 +5,7 @@ import pytest
 
 from deploy.app import main
 from pipeline import recipe
-from pipeline.cli import STAGE_HELP
+from pipeline.run_cli import STAGE_HELP
 from pipeline.stages import STAGES
 
 

@@ -132,10 +132,22 @@ def test_a_training_without_its_recipe_is_refused(
     assert "remove that directory and run 2024-01-02 again" in error
 
 
-def test_an_output_directory_in_use_is_refused(
-    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_that_goes_on_is_not_in_the_way(published: Path, out: Path, tmp_path: Path) -> None:
     with exclusive(out, "braid run"):
-        error = refused(capsys, main(command(out, tmp_path / "bundle")))
-    assert "is in use by `braid run`" in error
+        assert main(command(out, tmp_path / "bundle")) == 0
+    assert file_bytes(tmp_path / "bundle") == file_bytes(published / "bundle")
+
+
+def test_a_training_that_is_replaced_meanwhile_is_not_exported(
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def replaced(*_: object) -> None:
+        write_manifest(
+            out / DATE / "train", Manifest(stage="train", artifact_id="u", config_hash="")
+        )
+        raise FileNotFoundError("a file of the training before")
+
+    monkeypatch.setattr(export, "publish", replaced)
+    error = refused(capsys, main(command(out, tmp_path / "bundle")))
+    assert "train was written anew at this moment; run the same command again" in error
     assert not (tmp_path / "bundle").exists()

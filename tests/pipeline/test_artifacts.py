@@ -1,6 +1,8 @@
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +10,11 @@ import pytest
 from filelock import Timeout
 
 from embedding.errors import UserError
-from pipeline import artifacts
+from pipeline import artifacts, lock
 from pipeline.artifacts import Manifest, config_hash, publish, read_manifest, writing
 from pipeline.console import Reporter
 from pipeline.failures import user_error
-from pipeline.lock import exclusive
+from pipeline.lock import exclusive, holder
 from pipeline.stages import StageOutput, StageSpec, execute, failure_file
 from pipeline.status import stage_state
 
@@ -254,7 +256,7 @@ def test_config_hash_ignores_the_order_of_keys() -> None:
 
 def test_directory_in_use_is_refused_with_its_owner(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from pipeline.lock import exclusive\n"
+        "import sys, time; from pathlib import Path; from pipeline.lock import exclusive, holder\n"
         f"with exclusive(Path({str(tmp_path)!r}), 'braid run'):\n"
         "    print('held', flush=True); time.sleep(60)"
     )
@@ -272,6 +274,31 @@ def test_directory_in_use_is_refused_with_its_owner(tmp_path: Path) -> None:
         holder.wait()
     with exclusive(tmp_path, "after a killed owner"):
         pass
+
+
+def test_a_run_waits_for_another_command_where_it_is_told_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "LOOK_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(lock, "POLL_INTERVAL_S", 0.01)
+    said: list[str] = []
+    with ExitStack() as other:
+        other.enter_context(exclusive(tmp_path, "braid backfill"))
+
+        def end_the_other(line: str) -> None:
+            said.append(line)
+            other.close()
+
+        with exclusive(tmp_path, "braid run", wait_s=60, say=end_the_other):
+            assert holder(tmp_path).command == "braid run"
+            with (
+                pytest.raises(UserError, match=r"in use by `braid run` .*still after 0.1 seconds"),
+                exclusive(tmp_path, "braid run", wait_s=0.1),
+            ):
+                pass
+    (line,) = said
+    assert f"--out {tmp_path} is in use by `braid backfill` (pid {os.getpid()}" in line
+    assert line.endswith("waiting for it, 60 seconds at most")
 
 
 def test_only_the_directory_itself_is_blamed_on_the_directory(tmp_path: Path) -> None:

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
+from deploy.app import main
 from embedding.errors import UserError
 from pipeline import command as command_module
 from pipeline.artifacts import Manifest, publish, writing
 from pipeline.command import Command
-from pipeline.config import Recipe
+from pipeline.config import PublishConfig, Recipe
 from pipeline.metrics_file import METRICS_FILE, write_metrics
 from pipeline.recipe import load_recipe
 from pipeline.registry import production, rollback
@@ -83,15 +84,15 @@ def run_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     for day in DAYS:
         (tmp_path / "data" / "events" / f"dt={day}").mkdir(parents=True)
     recipe, out = make_recipe(tmp_path / "data"), tmp_path / "out"
-    command = Command(recipe, out, publish=lambda *_: None)
 
     def write_report(recipe: Recipe, summary: Summary, directory: Path) -> None:
         (directory / "report.html").touch()
 
-    def run(date: str, auc: float = 0.6, *, passed: bool = True) -> Summary:
+    def run(date: str, auc: float = 0.6, *, passed: bool = True, promote: bool = True) -> Summary:
         records = write_artifacts(out, date, auc, passed=passed)
         monkeypatch.setattr(DayRun, "execute", lambda _: records)
-        return command._run(date)
+        settings = recipe.model_copy(update={"publish": PublishConfig(promote=promote)})
+        return Command(settings, out, publish=lambda *_: None)._run(date)
 
     monkeypatch.setattr(command_module, "write_report", write_report)
     return run
@@ -133,6 +134,34 @@ def test_the_model_of_an_older_day_replaces_no_newer_one(
     assert production(out).date == DAYS[1], "rolled back on purpose"
     run_date(DAYS[2], 0.7)
     assert production(out).date == DAYS[2]
+
+
+def test_a_model_that_is_to_be_tried_first_is_published_and_not_promoted(
+    run_date: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_date(DAYS[0])
+    run_date(DAYS[1], promote=False)
+    assert production(tmp_path / "out").date == DAYS[0]
+    assert "not promoted: publish.promote is false" in capsys.readouterr().out
+
+    run_date(DAYS[1])
+    assert production(tmp_path / "out").date == DAYS[1]
+
+
+@pytest.mark.parametrize("command", [["run", "-d", "D"], ["backfill", "--from", "D", "--to", "D"]])
+def test_no_promote_is_a_setting_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    seen = []
+
+    def keep(recipe: Recipe, *_: Any, **__: Any) -> None:
+        seen.append(recipe.publish.promote)
+        raise UserError("enough")
+
+    monkeypatch.setattr(command_module, "Command", keep)
+    words = [*command, "--recipe", "demo", "--out", str(tmp_path)]
+    assert [main([*words, *option]) for option in ([], ["--no-promote"])] == [2, 2]
+    assert seen == [True, False]
 
 
 def test_reasons_of_a_gate_are_shown_as_they_are(

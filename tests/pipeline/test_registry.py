@@ -157,7 +157,9 @@ def test_promoting_what_is_in_force_restores_its_kept_copy(tmp_path: Path) -> No
     assert len(promotions(tmp_path).history) == 1
 
 
-@pytest.mark.parametrize("command", [["list"], ["rollback"], ["promote", "-d", "2024-01-01"]])
+@pytest.mark.parametrize(
+    "command", [["list"], ["current"], ["rollback"], ["promote", "-d", "2024-01-01"]]
+)
 def test_a_mistyped_directory_is_refused_and_not_created(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str]
 ) -> None:

@@ -14,10 +14,12 @@ from pipeline.console import Reporter
 from pipeline.days import catalogue_files, fingerprint
 from pipeline.identity import ingest_config, training_config
 from pipeline.recipe import load_recipe
+from pipeline.registry import promote, rollback
 from pipeline.run import DayRun
 from pipeline.samples.join import SAMPLES
 from pipeline.stages import StageSpec
 from tests.pipeline.small_log import DAYS, event, make_recipe, write_catalogue, write_day
+from tests.pipeline.small_models import write_model
 
 AS_IS = Consent()
 
@@ -26,12 +28,11 @@ def _run(tmp_path: Path, trained: list[str], window: WindowConfig) -> DayRun:
     """The run of the third day, after one of the second day that trained on `trained`."""
     for day in DAYS:
         (tmp_path / "data" / "events" / f"dt={day}").mkdir(parents=True)
-    parent = tmp_path / "out" / DAYS[1] / "train"
-    parent.mkdir(parents=True)
-    manifest = Manifest(
-        stage="train", artifact_id="i", config_hash="c", facts={"days": trained, "parent": None}
-    )
-    (parent / MANIFEST).write_text(manifest.model_dump_json())
+    write_model(tmp_path / "out", DAYS[1], days=trained)
+    return _run_of_third_day(tmp_path, window)
+
+
+def _run_of_third_day(tmp_path: Path, window: WindowConfig) -> DayRun:
     recipe = make_recipe(tmp_path / "data").model_copy(update={"window": window})
     return DayRun(
         recipe,
@@ -68,15 +69,29 @@ def test_a_cold_start_trains_on_the_whole_window(tmp_path: Path) -> None:
 
 
 def test_a_refused_model_is_nobodys_parent(tmp_path: Path) -> None:
-    run = _run(tmp_path, DAYS[:2], WindowConfig())
-    assert run.parent() == DAYS[1]
-    gate = tmp_path / "out" / DAYS[1] / "gate"
-    gate.mkdir()
-    refused = Manifest(stage="gate", artifact_id="g", config_hash="c", facts={"passed": False})
-    (gate / MANIFEST).write_text(refused.model_dump_json())
+    assert _run(tmp_path, DAYS[:2], WindowConfig()).parent == DAYS[1]
+    write_model(tmp_path / "out", DAYS[1], days=DAYS[:2], passed=False)
 
-    assert run.parent() is None
+    run = _run_of_third_day(tmp_path, WindowConfig())
+    assert run.parent is None
     assert run.training_days() == tuple(DAYS[:3]), "its day is trained by the next model"
+
+
+def test_days_of_a_model_that_was_rolled_back_are_trained_again(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    _run(tmp_path, DAYS[1:2], WindowConfig())
+    write_model(out, DAYS[0])
+    promote(out, DAYS[0])
+    promote(out, DAYS[1])
+    going_on = _run_of_third_day(tmp_path, WindowConfig())
+    assert going_on.training_days() == (DAYS[2],)
+    write_model(out, DAYS[2], parent=DAYS[1])
+    rollback(out)
+
+    assert going_on.training_days() == (DAYS[2],), "its stages go on with the same spans"
+    run = _run_of_third_day(tmp_path, WindowConfig())
+    assert run.parent == DAYS[0], "though it was trained from the other one before"
+    assert run.training_days() == tuple(DAYS[1:3])
 
 
 def test_how_often_a_training_reports_does_not_make_it_stale() -> None:
@@ -137,11 +152,7 @@ def joined(run: DayRun) -> None:
 def test_a_day_that_was_missed_is_trained_on_by_the_next_run(tmp_path: Path) -> None:
     root = tmp_path / "data"
     write_log(root, 4)
-    parent = tmp_path / "out" / DAYS[0] / "train"
-    parent.mkdir(parents=True)
-    facts = {"days": DAYS[:1], "parent": None}
-    manifest = Manifest(stage="train", artifact_id="i", config_hash="c", facts=facts)
-    (parent / MANIFEST).write_text(manifest.model_dump_json())
+    write_model(tmp_path / "out", DAYS[0])
 
     assert run_of(root, 2).training_days() == (DAYS[1], DAYS[2])
     assert run_of(root, 2, train_days=1).training_days() == (DAYS[2],), "outside of the window"

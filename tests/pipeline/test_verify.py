@@ -15,7 +15,8 @@ from multimodal.codes.residual_quantizer import ResidualCodebooks
 from multimodal.codes.store import Codebooks
 from multimodal.codes.versions import CodebookManifest, publish_version
 from multimodal.token_store import PartTokens, TokenStore
-from pipeline.artifacts import Manifest, publish, writing
+from pipeline import verify as verify_module
+from pipeline.artifacts import Manifest, damaged_files, publish, writing
 from pipeline.codes.paths import codebook_versions
 from pipeline.content.stage import STORES
 from pipeline.recipe import write_recipe
@@ -161,3 +162,24 @@ def test_a_damaged_manifest_is_one_finding_among_others(tmp_path: Path) -> None:
 
 def test_an_empty_directory_has_nothing_damaged(tmp_path: Path) -> None:
     assert verify(tmp_path, lambda *_: None) == []
+
+
+def test_what_a_run_replaces_while_it_is_read_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files of the artifact of before are gone when they are compared with its manifest."""
+    write_log(tmp_path, [DATE])
+    directory = write_artifact(tmp_path, "train")
+    replaced = []
+
+    def damaged(path: Path, *, thorough: bool) -> list[str]:
+        if path == directory and len(replaced) < 2:
+            replaced.append(write_artifact(tmp_path, "train"))
+            if len(replaced) == 1:
+                raise FileNotFoundError("bundle/weights")
+            return ["bundle/weights"]
+        return damaged_files(path, thorough=thorough)
+
+    monkeypatch.setattr(verify_module, "damaged_files", damaged)
+    assert verify(tmp_path, lambda *_: None) == []
+    assert len(replaced) == 2

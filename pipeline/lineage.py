@@ -1,0 +1,52 @@
+"""Which earlier model a run starts from: the latest one that its gate passed and nobody took back.
+
+The days that a model which is passed over was trained on are trained on again: a run trains on the
+days since those of its parent.
+"""
+
+from pathlib import Path
+
+from pipeline.artifacts import read_manifest
+from pipeline.registry import spoiled_by
+
+TRAIN = "train"
+
+
+def next_parent(out: Path, before: str | None = None) -> str | None:
+    """Date of the model that a run of `before` starts from, or a run of any later day; None: none.
+
+    Args:
+        out: output directory.
+        before: date of the run; None: later than all that were run.
+    """
+    found = (path.parts[-3] for path in out.glob(f"????-??-??/{TRAIN}/manifest.json"))
+    for day in sorted(found, reverse=True):
+        usable = (before is None or day < before) and passed_its_gate(out, day)
+        if usable and spoiled_by(out, day) is None:
+            return day
+    return None
+
+
+def passed_its_gate(out: Path, day: str) -> bool:
+    """Whether the gate passed exactly the model of a day.
+
+    A model that was trained anew and then not evaluated lies beside the decision on another one.
+    """
+    gate = read_manifest(out / day / "gate")
+    evaluate = read_manifest(out / day / "evaluate")
+    train = read_manifest(out / day / TRAIN)
+    if gate is None or evaluate is None or train is None or not gate.facts["passed"]:
+        return False
+    of_this = (gate.inputs.get("evaluate"), evaluate.inputs.get(TRAIN))
+    return of_this == (evaluate.artifact_id, train.artifact_id)
+
+
+def start_of_next_run(out: Path) -> str:
+    """A sentence on what the next run starts from, for whoever changed what is in production."""
+    day = next_parent(out)
+    if day is None:
+        return "the next run starts from no earlier model and trains on its whole window"
+    last = read_manifest(out / day / TRAIN)
+    assert last is not None
+    since = last.facts["days"][-1]
+    return f"the next run starts from the model of {day} and trains on the days after {since}"

@@ -1,0 +1,100 @@
+"""`braid models`: the published bundles of an output directory, as a table and as JSON."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel
+from rich.markup import escape
+from rich.table import Table
+
+from embedding.config import StrictConfig
+from pipeline.registry import (
+    Promotions,
+    PublishedModel,
+    promotions,
+    published,
+    require_output,
+    require_production,
+)
+
+State = Literal["production", "promoted", "withdrawn", "published"]
+_STYLE = {"production": "green", "promoted": "", "withdrawn": "red", "published": "dim"}
+
+
+class ModelEntry(StrictConfig):
+    """One published bundle."""
+
+    date: str
+    """Of the run that trained it."""
+    artifact_id: str
+    published_at: str
+    """UTC, ISO 8601."""
+    state: State
+    """`production`; `promoted`: was there before, and a rollback may return to it; `withdrawn`: was
+    taken out of production; `published`: was never there."""
+    bundle: str
+    """Path of its directory; one that was promoted never changes."""
+
+
+class ModelList(BaseModel):
+    """`braid models list --json`, oldest date first; version 1."""
+
+    schema_version: Literal[1] = 1
+    models: tuple[ModelEntry, ...]
+
+
+class CurrentModel(ModelEntry):
+    """`braid models current --json`; version 1."""
+
+    schema_version: Literal[1] = 1
+
+
+def model_list(out: Path) -> ModelList:
+    """The published bundles.
+
+    Raises:
+        UserError: `out` is no directory.
+    """
+    require_output(out)
+    past = promotions(out)
+    return ModelList(models=tuple(_entry(model, past) for model in published(out)))
+
+
+def current_model(out: Path) -> CurrentModel:
+    """The bundle in production.
+
+    Raises:
+        UserError: There is none.
+    """
+    entry = _entry(require_production(out), promotions(out))
+    return CurrentModel(**entry.model_dump())
+
+
+def models_table(found: ModelList) -> Table:
+    """One row a bundle."""
+    table = Table("state", "date", "published", "bundle")
+    for entry in found.models:
+        style = _STYLE[entry.state]
+        state = f"[{style}]{entry.state}[/]" if style else entry.state
+        table.add_row(state, entry.date, entry.published_at, escape(entry.bundle))
+    return table
+
+
+def _entry(model: PublishedModel, past: Promotions) -> ModelEntry:
+    identity = model.manifest.artifact_id
+    return ModelEntry(
+        date=model.date,
+        artifact_id=identity,
+        published_at=model.manifest.created_at,
+        state=_state(identity, past),
+        bundle=str(model.bundle),
+    )
+
+
+def _state(identity: str, past: Promotions) -> State:
+    in_force = [change.artifact_id for change in past.in_force]
+    if in_force and in_force[-1] == identity:
+        return "production"
+    if any(change.artifact_id == identity for change in past.withdrawn):
+        return "withdrawn"
+    return "promoted" if identity in in_force else "published"

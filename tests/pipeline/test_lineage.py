@@ -1,0 +1,111 @@
+"""Which model the next run starts from, after refusals, crashes and rollbacks."""
+
+from pathlib import Path
+
+import pytest
+
+from deploy.app import main
+from pipeline.lineage import next_parent
+from pipeline.registry import production, promote, promote_newest, promotions, rollback
+from tests.pipeline.small_log import DAYS
+from tests.pipeline.small_models import write_manifest, write_model
+
+
+def write_days(out: Path) -> None:
+    """Three days, each trained from the one before, published and promoted."""
+    for before, day in zip([None, *DAYS[:2]], DAYS[:3], strict=True):
+        write_model(out, day, parent=before)
+        promote(out, day)
+
+
+def test_the_latest_model_that_passed_is_started_from(tmp_path: Path) -> None:
+    write_days(tmp_path)
+
+    assert next_parent(tmp_path) == DAYS[2]
+    assert next_parent(tmp_path, DAYS[2]) == DAYS[1]
+    assert next_parent(tmp_path, DAYS[0]) is None
+
+
+def test_a_model_that_no_gate_passed_is_passed_over(tmp_path: Path) -> None:
+    write_days(tmp_path)
+    write_model(tmp_path, DAYS[3], parent=DAYS[2], passed=None)
+    assert next_parent(tmp_path) == DAYS[2], "evaluate crashed, or never ran"
+
+    write_model(tmp_path, DAYS[3], parent=DAYS[2], passed=False)
+    assert next_parent(tmp_path) == DAYS[2]
+
+
+def test_a_decision_on_an_earlier_model_of_the_day_does_not_count(tmp_path: Path) -> None:
+    write_days(tmp_path)
+    write_manifest(tmp_path, DAYS[2], "train", "trained anew", days=[DAYS[2]], parent=DAYS[1])
+
+    assert next_parent(tmp_path) == DAYS[1]
+
+
+def test_a_rolled_back_model_and_its_children_are_passed_over(tmp_path: Path) -> None:
+    write_days(tmp_path)
+    rollback(tmp_path)
+    assert next_parent(tmp_path) == DAYS[1]
+    write_model(tmp_path, DAYS[3], parent=DAYS[2])
+    assert next_parent(tmp_path) == DAYS[1], "a run that was on its way at the rollback"
+
+    assert promote_newest(tmp_path, DAYS[2]) == "it was taken out of production"
+    why = promote_newest(tmp_path, DAYS[3])
+    assert why == f"the model of {DAYS[2]}, which it was trained from, was taken out of production"
+    assert production(tmp_path).date == DAYS[1]
+
+
+def test_children_are_known_by_their_parent_when_its_folder_is_gone(tmp_path: Path) -> None:
+    write_days(tmp_path)
+    write_model(tmp_path, DAYS[3], parent=DAYS[2])
+    rollback(tmp_path)
+    (tmp_path / DAYS[2] / "train" / "manifest.json").unlink()
+
+    assert next_parent(tmp_path) == DAYS[1]
+
+
+def test_a_model_trained_anew_for_a_rolled_back_day_is_another_one(tmp_path: Path) -> None:
+    write_days(tmp_path)
+    rollback(tmp_path)
+    write_model(tmp_path, DAYS[2], parent=DAYS[1], version="-mended")
+
+    assert promote_newest(tmp_path, DAYS[2]) is None
+    assert production(tmp_path).date == DAYS[2]
+    assert next_parent(tmp_path) == DAYS[2]
+
+
+def test_promoting_an_earlier_day_takes_the_later_ones_back(tmp_path: Path) -> None:
+    write_days(tmp_path)
+    promote(tmp_path, DAYS[0])
+    assert [change.date for change in promotions(tmp_path).withdrawn] == [DAYS[1], DAYS[2]]
+    assert next_parent(tmp_path) == DAYS[0]
+
+    promote(tmp_path, DAYS[1])
+    assert next_parent(tmp_path) == DAYS[1], "put back by hand"
+    rollback(tmp_path)
+    promote(tmp_path, DAYS[2])
+    assert next_parent(tmp_path) == DAYS[0], f"{DAYS[2]} was trained from {DAYS[1]}"
+
+
+def test_a_rollback_that_is_undone_is_forgotten(tmp_path: Path) -> None:
+    write_days(tmp_path)
+    rollback(tmp_path)
+    promote(tmp_path, DAYS[2])
+
+    assert promotions(tmp_path).withdrawn == []
+    assert next_parent(tmp_path) == DAYS[2]
+
+
+def test_a_rollback_says_what_the_next_run_starts_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_days(tmp_path)
+
+    assert main(["models", "rollback", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    start = f"starts from the model of {DAYS[1]} and trains on the days after {DAYS[1]}"
+    assert f"the next run {start}" in said
+    write_model(tmp_path, DAYS[0], passed=False, version="-2")
+    write_model(tmp_path, DAYS[1], passed=False, version="-2")
+    assert main(["models", "rollback", "--out", str(tmp_path)]) == 0
+    assert "from no earlier model and trains on its whole window" in capsys.readouterr().out

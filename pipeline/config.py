@@ -136,8 +136,8 @@ class ClusterConfig(StrictConfig):
     max_failures: NonNegativeInt = 2
     """Restarts of the worker group from the last checkpoint before the stage fails."""
     autoscale_timeout_s: PositiveFloat | None = None
-    """Where an autoscaler adds nodes: have it add those that are lacking and wait so long for them.
-    None: the cluster must be large enough when the run begins."""
+    """Where an autoscaler adds nodes: each stage has it add those it lacks, and waits so long (or
+    `wait_timeout_s`). None: the cluster must be large enough when the run begins."""
     wait_timeout_s: PositiveFloat = 3600
     """How long a stage waits for CPUs and GPUs that others on the cluster hold."""
 

@@ -32,7 +32,7 @@ def test_no_node_starts_with_an_image_that_cannot_run_braid_or_without_a_token()
     config = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())
     nodes = config["available_node_types"].values()
 
-    assert [node["node_config"]["ImageId"] for node in nodes] == ["FILL-IN", "FILL-IN"]
+    assert [node["node_config"]["ImageId"] for node in nodes] == ["FILL-IN"] * 3
     assert "~/.ray/auth_token" in config["file_mounts"].values()
     starts = [*config["head_start_ray_commands"], *config["worker_start_ray_commands"]]
     starts = [line for line in starts if "ray start" in line]

@@ -76,24 +76,28 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Cluster]:
 
 def test_nodes_are_asked_for_and_awaited(make: Callable[..., Cluster]) -> None:
     cluster = make([20.0, 50.0])
-    cluster.session(autoscale_timeout_s=600).start()
+    session = cluster.session(autoscale_timeout_s=6000)
+    session.start()
+    assert not cluster.asked, "the first stages need no GPU"
+    session.wait_for("train", session.group())
 
     assert cluster.asked == [[{"CPU": 2.0, "GPU": 1.0}] * 4]
     assert not cluster.groups, "nothing is kept when they are there"
     assert cluster.now_s == 50
     assert cluster.lines == [
-        "  the training group waits for 4 x (2 CPU, 1 GPU), and 0 of 0 CPUs are free (10 of 600 s)",
-        "  the training group waits for 4 x (2 CPU, 1 GPU), and 8 of 8 CPUs and 2 of 2 GPUs are "
-        "free (20 of 600 s)",
-        "  the training group waits for 4 x (2 CPU, 1 GPU), and 8 of 8 CPUs and 2 of 2 GPUs are "
-        "free (40 of 600 s)",
+        "  train waits for 4 x (2 CPU, 1 GPU), and 0 of 0 CPUs are free (10 of 6000 s)",
+        "  train waits for 4 x (2 CPU, 1 GPU), and 8 of 8 CPUs and 2 of 2 GPUs are "
+        "free (20 of 6000 s)",
+        "  train waits for 4 x (2 CPU, 1 GPU), and 8 of 8 CPUs and 2 of 2 GPUs are "
+        "free (40 of 6000 s)",
     ]
 
 
 def test_nodes_that_do_not_come_end_the_wait_with_a_sentence(make: Callable[..., Cluster]) -> None:
     cluster = make([20.0])
+    session = cluster.session(autoscale_timeout_s=100, wait_timeout_s=50)
     with pytest.raises(UserError, match=r"2 of 2 GPUs are free after 100 s .* see `ray status`"):
-        cluster.session(autoscale_timeout_s=100).start()
+        session.wait_for("train", session.group())
 
     assert cluster.now_s == 100
     assert not cluster.groups

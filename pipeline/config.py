@@ -174,7 +174,9 @@ class TaskGate(StrictConfig):
     min_auc: float = Field(default=0.5, ge=0, le=1)
     """The least AUC."""
     max_auc_drop: PositiveFloat | None = None
-    """Against the bundle in production, each on the days after its own date; None: not compared."""
+    """Against the model in production, whose AUC is that of the same rows as long as its run is
+    there and reads the same features, else that of the days after its own date; None: not
+    compared."""
     calibration: tuple[float, float] = (0.5, 2.0)
     """Allowed range of sum of predictions / sum of labels."""
 

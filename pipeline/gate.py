@@ -1,7 +1,7 @@
 """The gate: what a model must show before it is published.
 
-Reads `evaluate/metrics.json` and the metrics of the model it would replace, as that one was
-published with them (on the days after its own date); writes `gate.json`.
+Reads `evaluate/metrics.json`; writes `gate.json` and, where production was compared on the same
+rows, its metrics (`pipeline.rival`).
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Literal
 from embedding.config import StrictConfig
 from pipeline.config import Recipe, TaskGate
 from pipeline.metrics_file import METRICS_FILE, read_metrics
-from pipeline.registry import PublishedModel
+from pipeline.rival import Rival
 from pipeline.stages import StageOutput
 from ranking.evaluation import TaskMetrics
 
@@ -26,10 +26,12 @@ class GateDecision(StrictConfig):
     """One sentence per broken rule; empty when it passed."""
     compared_with: str | None
     """Date of the bundle it was compared with."""
+    compared: str | None = None
+    """On which rows, in words; None where no rule compares."""
 
 
 def decide(
-    rules: TaskGate, where: str, metrics: TaskMetrics, production_auc: float | None
+    rules: TaskGate, where: str, metrics: TaskMetrics, rival: Rival | None
 ) -> tuple[str, ...]:
     """Rules of a task that its metrics break, one sentence each; none means publish.
 
@@ -37,7 +39,7 @@ def decide(
         rules: of the task.
         where: path of the rules in the recipe.
         metrics: of the task.
-        production_auc: of the model that would be replaced; None: there is none to compare with.
+        rival: the model that would be replaced; None: there is none.
     """
     few = _too_few(rules, where, metrics)
     if few is not None:  # no other figure says anything then
@@ -51,12 +53,13 @@ def decide(
         reasons.append(
             f"calibration {metrics.calibration} is outside {where}.calibration=[{low}, {high}]"
         )
-    if rules.max_auc_drop is not None and production_auc is not None:
-        drop = production_auc - metrics.auc
+    theirs = None if rival is None else rival.metrics.get(rules.task)
+    if rules.max_auc_drop is not None and rival and theirs and theirs.auc is not None:
+        drop = theirs.auc - metrics.auc
         if drop > rules.max_auc_drop:
             reasons.append(
                 f"auc fell by {drop:.4f} against production, more than "
-                f"{where}.max_auc_drop={rules.max_auc_drop}"
+                f"{where}.max_auc_drop={rules.max_auc_drop} (auc of {rival.date} {rival.rows})"
             )
     return tuple(f"{rules.task}: {reason}" for reason in reasons)
 
@@ -81,22 +84,19 @@ def _too_few(rules: TaskGate, where: str, metrics: TaskMetrics) -> str | None:
     return None
 
 
-def gate(
-    recipe: Recipe, evaluation: Path, current: PublishedModel | None, scratch: Path
-) -> StageOutput:
-    """Decide and write the decision; `current` is the model that would be replaced."""
+def gate(recipe: Recipe, evaluation: Path, rival: Rival | None, scratch: Path) -> StageOutput:
+    """Decide and write the decision; `rival` is the model that would be replaced."""
     found = read_metrics(evaluation / METRICS_FILE)
-    before = {} if current is None else read_metrics(current.directory / METRICS_FILE)
     reasons: tuple[str, ...] = ()
     for index, rules in enumerate(recipe.gate.tasks):
         where = "gate" if index == 0 else f"gate.also.{index - 1}"
-        reference = before[rules.task].auc if rules.task in before else None
-        reasons += decide(rules, where, found[rules.task], reference)
+        reasons += decide(rules, where, found[rules.task], rival)
     metrics = found[recipe.gate.task]
     decision = GateDecision(
         passed=not reasons,
         reasons=reasons,
-        compared_with=None if current is None else current.date,
+        compared_with=None if rival is None else rival.date,
+        compared=None if rival is None else rival.rows or None,
     )
     (scratch / GATE).write_text(decision.model_dump_json(indent=2))
     return StageOutput(

@@ -3,11 +3,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.artifacts import Manifest
 from pipeline.config import GateConfig, Recipe
 from pipeline.gate import gate
 from pipeline.metrics_file import METRICS_FILE, write_metrics
-from pipeline.registry import PublishedModel
+from pipeline.rival import Rival
 from ranking.evaluation import TaskMetrics
 from tests.pipeline.small_log import make_recipe
 
@@ -33,24 +32,19 @@ def decide(
 ) -> tuple[bool, str]:
     config = GateConfig.model_validate({"task": "click", "max_auc_drop": 0.02, **rules})
     recipe = make_recipe(tmp_path).model_copy(update={"gate": config})
-    current = None
-    if old is not None:
-        current = PublishedModel(
-            date="2024-01-01",
-            directory=folder(tmp_path / "models" / "a", **old),
-            manifest=Manifest(stage="publish", artifact_id="a", config_hash="c"),
-        )
+    rival = None if old is None else Rival("2024-01-01", old, "on the same rows")
     scratch = tmp_path / "scratch"
     scratch.mkdir(parents=True)
-    facts = gate(recipe, folder(tmp_path / "evaluate", **new), current, scratch).facts
+    facts = gate(recipe, folder(tmp_path / "evaluate", **new), rival, scratch).facts
     return facts["passed"], " ".join(facts["reasons"])
 
 
-def test_a_model_is_compared_with_the_metrics_that_were_published(tmp_path: Path) -> None:
+def test_a_model_is_compared_with_the_one_in_production(tmp_path: Path) -> None:
     passed, reasons = decide(tmp_path, {"click": of(0.65)}, {"click": of(0.75)})
 
     assert not passed
     assert "auc fell by 0.1000" in reasons
+    assert "(auc of 2024-01-01 on the same rows)" in reasons
 
 
 def test_a_small_drop_and_a_first_model_pass(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Heavy imports (torch, ray, pyarrow) happen inside the commands, so that `--help`
 
 import importlib.metadata
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -157,6 +158,33 @@ def status(
             typer.echo(line)
         result_console().print(status_table(found))
     raise typer.Exit(1 if found.damaged else 0)
+
+
+@app.command()
+def prune(
+    out: OutOption,
+    keep: Annotated[
+        int, typer.Option(min=1, help="Latest runs, and promotions before the last, that stay.")
+    ] = 7,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be deleted, and delete nothing.")
+    ] = False,
+) -> None:
+    """Delete what no next run and no rollback needs: old runs, samples, models, leftovers."""
+    from pipeline.console import result_console
+    from pipeline.lock import exclusive
+    from pipeline.prune import freed_bytes, prunable, prune_table, remove, size
+    from pipeline.registry import require_output
+
+    require_output(out)
+    with nullcontext() if dry_run else exclusive(out, f"braid prune --keep {keep}"):
+        found = prunable(out, keep)
+        freed = size(freed_bytes(found))
+        result_console().print(prune_table(found))
+        if not dry_run:
+            for entry in found:
+                remove(entry)
+    typer.echo(f"{'would free' if dry_run else 'freed'} {freed}")
 
 
 app.command("plan")(plan_command)

@@ -170,15 +170,20 @@ class EvaluationConfig(StrictConfig):
     """Evaluate on items that were kept from training instead of on all."""
 
 
-class GateConfig(StrictConfig):
-    """What a model must show before it is published."""
+class TaskGate(StrictConfig):
+    """What a model must show of one task, on the rows that the run evaluates."""
 
     task: str
-    """The task that counts."""
+    min_rows: PositiveInt = 1000
+    """The fewest rows whose label is observed: fewer say too little of a model."""
+    min_rows_per_class: PositiveInt = 100
+    """The fewest rows with label 1, and with label 0."""
     min_auc: float = Field(default=0.5, ge=0, le=1)
     """The least AUC."""
     max_auc_drop: PositiveFloat | None = None
-    """Against the bundle in production, each on the days after its own date; None: not compared."""
+    """Against the model in production, whose AUC is that of the same rows as long as its run is
+    there and reads the same features, else that of the days after its own date; None: not
+    compared."""
     calibration: tuple[float, float] = (0.5, 2.0)
     """Allowed range of sum of predictions / sum of labels."""
 
@@ -192,6 +197,21 @@ class GateConfig(StrictConfig):
                 "0 <= low < high, for example [0.8, 1.25]"
             )
         return allowed
+
+
+class GateConfig(TaskGate):
+    """What a model must show before it is published.
+
+    `task` is the one that counts, which reports show first.
+    """
+
+    also: tuple[TaskGate, ...] = ()
+    """Rules of further tasks; a model passes where it breaks none of any task."""
+
+    @property
+    def tasks(self) -> tuple[TaskGate, ...]:
+        """The rules of every task that has some."""
+        return (self, *self.also)
 
 
 class PublishConfig(StrictConfig):
@@ -290,10 +310,19 @@ class Recipe(StrictConfig):
                 raise ValueError(
                     f"features.histories: label {history.label!r} is not a task's label {labels}"
                 )
-        tasks = [task.name for task in self.ranking.tasks]
-        if self.gate.task not in tasks:
-            raise ValueError(f"gate.task: {self.gate.task!r} is not among the tasks {tasks}")
+        _check_gate(self.gate, [task.name for task in self.ranking.tasks])
         return self
+
+
+def _check_gate(gate: GateConfig, tasks: list[str]) -> None:
+    seen: list[str] = []
+    for index, rules in enumerate(gate.tasks):
+        path = "gate.task" if index == 0 else f"gate.also.{index - 1}.task"
+        if rules.task not in tasks:
+            raise ValueError(f"{path}: {rules.task!r} is not among the tasks {tasks}")
+        if rules.task in seen:
+            raise ValueError(f"{path}: {rules.task!r} has rules already; write them in one place")
+        seen.append(rules.task)
 
 
 def _check_transport(content: ContentConfig | None, cluster: ClusterConfig) -> None:

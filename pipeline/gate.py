@@ -1,16 +1,16 @@
 """The gate: what a model must show before it is published.
 
-Reads `evaluate/metrics.json` and the metrics of the model it would replace, as that one was
-published with them (on the days after its own date); writes `gate.json`.
+Reads `evaluate/metrics.json`; writes `gate.json` and, where production was compared on the same
+rows, its metrics (`pipeline.rival`).
 """
 
 from pathlib import Path
 from typing import Literal
 
 from embedding.config import StrictConfig
-from pipeline.config import GateConfig, Recipe
+from pipeline.config import Recipe, TaskGate
 from pipeline.metrics_file import METRICS_FILE, read_metrics
-from pipeline.registry import PublishedModel
+from pipeline.rival import Rival
 from pipeline.stages import StageOutput
 from ranking.evaluation import TaskMetrics
 
@@ -26,47 +26,77 @@ class GateDecision(StrictConfig):
     """One sentence per broken rule; empty when it passed."""
     compared_with: str | None
     """Date of the bundle it was compared with."""
+    compared: str | None = None
+    """On which rows, in words; None where no rule compares."""
 
 
 def decide(
-    config: GateConfig, metrics: TaskMetrics, production_auc: float | None
+    rules: TaskGate, where: str, metrics: TaskMetrics, rival: Rival | None
 ) -> tuple[str, ...]:
-    """Rules the metrics break, one sentence each; none means publish."""
+    """Rules of a task that its metrics break, one sentence each; none means publish.
+
+    Args:
+        rules: of the task.
+        where: path of the rules in the recipe.
+        metrics: of the task.
+        rival: the model that would be replaced; None: there is none.
+    """
+    few = _too_few(rules, where, metrics)
+    if few is not None:  # no other figure says anything then
+        return (few,)
     reasons = []
-    if metrics.auc is None:
-        reasons.append(f"{config.task}: the evaluation rows have one class only, so no AUC")
-    elif metrics.auc < config.min_auc:
-        reasons.append(
-            f"{config.task}: auc {metrics.auc:.4f} is below gate.min_auc={config.min_auc}"
-        )
-    low, high = config.calibration
+    assert metrics.auc is not None, "both classes are there"
+    if metrics.auc < rules.min_auc:
+        reasons.append(f"auc {metrics.auc:.4f} is below {where}.min_auc={rules.min_auc}")
+    low, high = rules.calibration
     if metrics.calibration is None or not low <= metrics.calibration <= high:
         reasons.append(
-            f"{config.task}: calibration {metrics.calibration} is outside "
-            f"gate.calibration=[{low}, {high}]"
+            f"calibration {metrics.calibration} is outside {where}.calibration=[{low}, {high}]"
         )
-    if config.max_auc_drop is not None and production_auc is not None and metrics.auc is not None:
-        drop = production_auc - metrics.auc
-        if drop > config.max_auc_drop:
+    theirs = None if rival is None else rival.metrics.get(rules.task)
+    if rules.max_auc_drop is not None and rival and theirs and theirs.auc is not None:
+        drop = theirs.auc - metrics.auc
+        if drop > rules.max_auc_drop:
             reasons.append(
-                f"{config.task}: auc fell by {drop:.4f} against production, more than "
-                f"gate.max_auc_drop={config.max_auc_drop}"
+                f"auc fell by {drop:.4f} against production, more than "
+                f"{where}.max_auc_drop={rules.max_auc_drop} (auc of {rival.date} {rival.rows})"
             )
-    return tuple(reasons)
+    return tuple(f"{rules.task}: {reason}" for reason in reasons)
 
 
-def gate(
-    recipe: Recipe, evaluation: Path, current: PublishedModel | None, scratch: Path
-) -> StageOutput:
-    """Decide and write the decision; `current` is the model that would be replaced."""
-    metrics = read_metrics(evaluation / METRICS_FILE)[recipe.gate.task]
-    before = {} if current is None else read_metrics(current.directory / METRICS_FILE)
-    reference = before[recipe.gate.task].auc if recipe.gate.task in before else None
-    reasons = decide(recipe.gate, metrics, reference)
+def _too_few(rules: TaskGate, where: str, metrics: TaskMetrics) -> str | None:
+    positives = round(metrics.num_rows * (metrics.label_rate or 0))
+    counts = {
+        "evaluation rows": (metrics.num_rows, "min_rows", rules.min_rows),
+        "evaluation rows with label 1": (positives, "min_rows_per_class", rules.min_rows_per_class),
+        "evaluation rows with label 0": (
+            metrics.num_rows - positives,
+            "min_rows_per_class",
+            rules.min_rows_per_class,
+        ),
+    }
+    for what, (count, key, least) in counts.items():
+        if count < least:
+            return (
+                f"{rules.task}: {count} {what} are too few to judge a model by, fewer than "
+                f"{where}.{key}={least}; evaluate on more days (window.eval_days), or lower it"
+            )
+    return None
+
+
+def gate(recipe: Recipe, evaluation: Path, rival: Rival | None, scratch: Path) -> StageOutput:
+    """Decide and write the decision; `rival` is the model that would be replaced."""
+    found = read_metrics(evaluation / METRICS_FILE)
+    reasons: tuple[str, ...] = ()
+    for index, rules in enumerate(recipe.gate.tasks):
+        where = "gate" if index == 0 else f"gate.also.{index - 1}"
+        reasons += decide(rules, where, found[rules.task], rival)
+    metrics = found[recipe.gate.task]
     decision = GateDecision(
         passed=not reasons,
         reasons=reasons,
-        compared_with=None if current is None else current.date,
+        compared_with=None if rival is None else rival.date,
+        compared=None if rival is None else rival.rows or None,
     )
     (scratch / GATE).write_text(decision.model_dump_json(indent=2))
     return StageOutput(

@@ -48,10 +48,10 @@ def holder(out: Path) -> Holder | None:
         with (out / LOCK).open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return None
-    except FileNotFoundError:
-        return None
     except BlockingIOError:
         return _read_holder(out)
+    except OSError:  # no lock was ever taken there, or it may not be looked at
+        return None
 
 
 def _say_nothing(_: str) -> None:

@@ -146,8 +146,15 @@ def require_production(out: Path) -> PublishedModel:
 
 
 def production_before(out: Path, date: str) -> PublishedModel | None:
-    """The model in force of the latest date before `date`: what a model of `date` would replace."""
-    earlier = [change for change in promotions(out).in_force if change.date < date]
+    """The model in force of the latest date before `date`: what a model of `date` would replace.
+
+    One that was pruned does not count (`pipeline.prune` keeps those of the latest runs).
+    """
+    earlier = [
+        change
+        for change in promotions(out).in_force
+        if change.date < date and (out / MODELS / change.artifact_id).is_dir()
+    ]
     return _kept(out, earlier[-1]) if earlier else None
 
 

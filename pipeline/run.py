@@ -34,6 +34,7 @@ from pipeline.metrics_file import METRICS_FILE
 from pipeline.plan import plan, plan_inputs
 from pipeline.publication import Publish
 from pipeline.registry import production_before, spoiled_by
+from pipeline.rival import EvaluatedRows, rival_of
 from pipeline.samples.held_out import require_held_out
 from pipeline.samples.ingest import check_span, ingest
 from pipeline.samples.join import HELD_OUT, SAMPLES, join
@@ -330,7 +331,17 @@ class DayRun:
             "evaluate": self._artifact_id("evaluate", self.date),
             "production": "" if current is None else current.manifest.artifact_id,
         }
-        body = partial(gate, self.recipe, self.directory("evaluate"), current)
+
+        def body(scratch: Path) -> StageOutput:
+            rival = None
+            if current is not None:
+                rows = EvaluatedRows(
+                    self.directory("train"), self.evaluation_samples, self.directory("ingest")
+                )
+                wait = partial(self.session.wait_for, "gate", rank_bundles(self.recipe.cluster))
+                rival = rival_of(self.recipe, current, rows, scratch, wait)
+            return gate(self.recipe, self.directory("evaluate"), rival, scratch)
+
         return StageSpec("gate", self.directory("gate"), self._dump("gate"), inputs, body)
 
     def _publish(self) -> StageSpec:

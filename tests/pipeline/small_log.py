@@ -118,7 +118,7 @@ def make_recipe(root: Path, **changes: Any) -> Recipe:
             ],
         },
         "ranking": {"tasks": [{"name": "click"}]},
-        "gate": {"task": "click"},
+        "gate": {"task": "click", "min_rows": 1, "min_rows_per_class": 1},
     }
     return Recipe.model_validate({**recipe, "data": {**data, **changes}})
 

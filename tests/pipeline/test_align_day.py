@@ -91,7 +91,7 @@ def days(tmp_path_factory: pytest.TempPathFactory) -> Days:
     recipe = make_recipe(root).model_dump(mode="json")
     recipe["codes"] = CODES
     recipe["cluster"]["num_workers"] = 1
-    recipe["gate"] = {"task": "click", "min_auc": 0.0, "calibration": [0.01, 100.0]}
+    recipe["gate"] |= {"min_auc": 0.0, "calibration": [0.01, 100.0]}
     (days.folder / "coded.yaml").write_text(yaml.safe_dump(recipe))
     assert days.run(0, "cluster.num_workers=2") == 0
     write_texts(root, edited=True)

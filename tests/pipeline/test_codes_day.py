@@ -85,7 +85,7 @@ def days(one_process: None, tmp_path_factory: pytest.TempPathFactory) -> Days:
     recipe = make_recipe(root).model_dump(mode="json")
     recipe["codes"] = CODES
     recipe["cluster"]["num_workers"] = 1
-    recipe["gate"] = {"task": "click", "min_auc": 0.0, "calibration": [0.01, 100.0]}
+    recipe["gate"] |= {"min_auc": 0.0, "calibration": [0.01, 100.0]}
     recipe["ranking"]["model"] = {"interests": [{"kind": "din", "history": "clicks"}]}
     recipe["ranking"]["trainer"] |= {"batch_size_per_rank": 16, "seed": 5}
     (days.folder / "coded.yaml").write_text(yaml.safe_dump(recipe))

@@ -92,7 +92,7 @@ def outs(tmp_path_factory: pytest.TempPathFactory) -> Outs:
             pq.write_table(table.append_column("like", like), path, row_group_size=4)
     base = make_recipe(root).model_dump(mode="json")
     base["cluster"]["num_workers"] = 1
-    base["gate"] = {"task": "click", "min_auc": 0.0, "calibration": [0.01, 100.0]}
+    base["gate"] |= {"min_auc": 0.0, "calibration": [0.01, 100.0]}
     base["ranking"]["trainer"] |= {"batch_size_per_rank": 16, "seed": 5}
     refits = {"refit": {"force_on": list(DAYS[1:3])}}
     takes = {**CODES, "taken_from": str(outs.folder / "codes")}

@@ -1,45 +1,101 @@
 from pathlib import Path
+from typing import Any
 
-from pipeline.artifacts import Manifest
-from pipeline.config import GateConfig
+import pytest
+
+from pipeline.config import GateConfig, Recipe
 from pipeline.gate import gate
 from pipeline.metrics_file import METRICS_FILE, write_metrics
-from pipeline.registry import PublishedModel
+from pipeline.rival import Rival
 from ranking.evaluation import TaskMetrics
 from tests.pipeline.small_log import make_recipe
 
+TASKS = [{"name": "click"}, {"name": "buy"}]
 
-def folder_with_auc(path: Path, auc: float) -> Path:
+
+def of(auc: float | None = 0.7, **changes: Any) -> TaskMetrics:
+    figures = {"num_rows": 1000, "label_rate": 0.1, "auc": auc, "calibration": 1.0}
+    return TaskMetrics.model_validate({**figures, **changes})
+
+
+def folder(path: Path, **metrics: TaskMetrics) -> Path:
     path.mkdir(parents=True)
-    metrics = TaskMetrics(num_rows=10, auc=auc, calibration=1.0)
-    write_metrics({"click": metrics}, path / METRICS_FILE)
+    write_metrics(metrics, path / METRICS_FILE)
     return path
 
 
-def decide(tmp_path: Path, new: float, old: float | None) -> tuple[bool, str]:
-    recipe = make_recipe(tmp_path).model_copy(
-        update={"gate": GateConfig(task="click", max_auc_drop=0.02)}
-    )
-    current = None
-    if old is not None:
-        current = PublishedModel(
-            date="2024-01-01",
-            directory=folder_with_auc(tmp_path / "models" / "a", old),
-            manifest=Manifest(stage="publish", artifact_id="a", config_hash="c"),
-        )
+def decide(
+    tmp_path: Path,
+    new: dict[str, TaskMetrics],
+    old: dict[str, TaskMetrics] | None = None,
+    **rules: Any,
+) -> tuple[bool, str]:
+    config = GateConfig.model_validate({"task": "click", "max_auc_drop": 0.02, **rules})
+    recipe = make_recipe(tmp_path).model_copy(update={"gate": config})
+    rival = None if old is None else Rival("2024-01-01", old, "on the same rows")
     scratch = tmp_path / "scratch"
     scratch.mkdir(parents=True)
-    facts = gate(recipe, folder_with_auc(tmp_path / "evaluate", new), current, scratch).facts
+    facts = gate(recipe, folder(tmp_path / "evaluate", **new), rival, scratch).facts
     return facts["passed"], " ".join(facts["reasons"])
 
 
-def test_a_model_is_compared_with_the_metrics_that_were_published(tmp_path: Path) -> None:
-    passed, reasons = decide(tmp_path, new=0.65, old=0.75)
+def test_a_model_is_compared_with_the_one_in_production(tmp_path: Path) -> None:
+    passed, reasons = decide(tmp_path, {"click": of(0.65)}, {"click": of(0.75)})
 
     assert not passed
     assert "auc fell by 0.1000" in reasons
+    assert "(auc of 2024-01-01 on the same rows)" in reasons
 
 
 def test_a_small_drop_and_a_first_model_pass(tmp_path: Path) -> None:
-    assert decide(tmp_path / "small", new=0.74, old=0.75) == (True, "")
-    assert decide(tmp_path / "first", new=0.55, old=None) == (True, "")
+    small = decide(tmp_path / "small", {"click": of(0.74)}, {"click": of(0.75)})
+    assert small == (True, "")
+    assert decide(tmp_path / "first", {"click": of(0.55)}) == (True, "")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"num_rows": 999}, "click: 999 evaluation rows are too few"),
+        ({"num_rows": 0, "label_rate": None, "auc": None}, "click: 0 evaluation rows are too few"),
+        ({"label_rate": 0.099}, "99 evaluation rows with label 1 are too few"),
+        ({"label_rate": 0.901}, "99 evaluation rows with label 0 are too few"),
+        ({"label_rate": 0.0, "auc": None}, "0 evaluation rows with label 1 are too few"),
+    ],
+)
+def test_too_few_rows_to_judge_by_are_refused_with_the_remedy(
+    tmp_path: Path, changes: dict[str, Any], reason: str
+) -> None:
+    passed, reasons = decide(tmp_path, {"click": of(**changes)})
+
+    assert not passed
+    assert reason in reasons
+    assert "evaluate on more days (window.eval_days), or lower it" in reasons
+
+
+def test_every_task_that_has_rules_must_keep_them(tmp_path: Path) -> None:
+    rules = {"also": [{"task": "buy", "min_auc": 0.6, "max_auc_drop": 0.01, "min_rows": 500}]}
+    good, new = {"click": of(), "buy": of()}, {"click": of(), "buy": of(0.55, num_rows=600)}
+
+    assert decide(tmp_path / "good", good, good, **rules) == (True, "")
+    passed, reasons = decide(tmp_path / "worse", new, good, **rules)
+    assert not passed
+    assert "buy: 60 evaluation rows with label 1" in reasons
+    passed, reasons = decide(tmp_path / "bad", {**good, "buy": of(0.55)}, good, **rules)
+    assert not passed
+    assert "buy: auc 0.5500 is below gate.also.0.min_auc=0.6" in reasons
+    assert "buy: auc fell by 0.1500 against production, more than gate.also.0.max" in reasons
+
+
+@pytest.mark.parametrize(
+    ("task", "fault"), [("invented", "is not among the tasks"), ("click", "has rules already")]
+)
+def test_rules_of_a_task_that_is_not_there_or_has_some_are_refused(
+    tmp_path: Path, task: str, fault: str
+) -> None:
+    recipe = make_recipe(tmp_path).model_dump(mode="json")
+    recipe["ranking"]["tasks"] = TASKS
+    recipe["gate"]["also"] = [{"task": "buy"}, {"task": task}]
+
+    with pytest.raises(ValueError, match=f"gate.also.1.task: '{task}' {fault}"):
+        Recipe.model_validate(recipe)

@@ -47,7 +47,7 @@ def day(tmp_path_factory: pytest.TempPathFactory) -> Day:
         write_day(root, i, [rows])
     recipe = make_recipe(root).model_dump(mode="json")
     recipe["cluster"]["num_workers"] = 1
-    recipe["gate"] = {"task": "click", "min_auc": 0.0, "calibration": [0.01, 100.0]}
+    recipe["gate"] |= {"min_auc": 0.0, "calibration": [0.01, 100.0]}
     recipe["ranking"]["trainer"] |= {
         "batch_size_per_rank": 16,
         "seed": 5,

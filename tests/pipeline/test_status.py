@@ -106,6 +106,7 @@ def test_who_holds_a_directory_is_known_while_it_does(tmp_path: Path) -> None:
         assert found.command == "braid run"
     assert holder(tmp_path) is None
 
+    assert holder(tmp_path / "nowhere") is None
     (tmp_path / OWNER).write_text(this_process("killed").model_dump_json())
     assert (tmp_path / LOCK).exists()
     assert holder(tmp_path) is None

@@ -1,0 +1,191 @@
+"""`braid prune`: what an output directory holds and nobody needs any more.
+
+Kept is what the next run or a rollback needs, and what makes the latest runs no-ops when they are
+run again:
+
+    OUT/<date>              of the latest runs, of what is in production or a rollback returns to,
+                            of what the next run starts from; of those that these went on with
+    OUT/<day>/ingest, join  of the days that these trained on, and of all later ones
+    OUT/models/<id>         in production, the promotions before it, and what gates compare with
+    OUT/codebooks, OUT/content_tokens
+"""
+
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.markup import escape
+from rich.table import Table
+
+from embedding.errors import UserError
+from pipeline.artifacts import MANIFEST, Manifest, read_manifest
+from pipeline.config import Recipe
+from pipeline.days import available_days
+from pipeline.lineage import next_parent
+from pipeline.recipe import RECIPE_FILE, read_recipe
+from pipeline.registry import MODELS, promotions, require_output
+
+SPANS = ("ingest", "join")
+PREVIOUS = {"train": "parent", "quantize": "previous", "align": "previous"}
+"""Stages whose artifact goes on with one of an earlier date, and the fact that names the date."""
+
+
+@dataclass(frozen=True)
+class Prunable:
+    """Files and directories that can be deleted together."""
+
+    what: str
+    paths: tuple[Path, ...]
+    reason: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the files, those that lie elsewhere under another name included."""
+        return sum(path.stat().st_size for path in _files(self.paths))
+
+
+def prunable(out: Path, keep: int) -> list[Prunable]:
+    """What can be deleted, where the latest `keep` runs and promotions are kept.
+
+    Raises:
+        UserError: `out` is no directory, or the recipe of its latest run cannot be read.
+    """
+    require_output(out)
+    dates = sorted(path.parent.name for path in out.glob(f"????-??-??/{RECIPE_FILE}"))
+    if not dates:
+        return []
+    kept = _Kept(out, dates, keep)
+    found: list[Prunable] = []
+    for directory in sorted(out.glob("????-??-??")):
+        found += _of_date(directory, kept)
+    for directory in sorted((out / MODELS).glob("*")):
+        if directory.name not in kept.models:
+            found.append(_prunable(directory, "no rollback returns to it"))
+    return found
+
+
+def freed_bytes(found: Iterable[Prunable]) -> int:
+    """What deleting all of it frees: files that keep another name free nothing."""
+    seen: dict[tuple[int, int], tuple[int, int, int]] = {}
+    for path in (path for entry in found for path in _files(entry.paths)):
+        stat = path.lstat()
+        names, *_ = seen.get((stat.st_dev, stat.st_ino), (0, 0, 0))
+        seen[stat.st_dev, stat.st_ino] = (names + 1, stat.st_nlink, stat.st_size)
+    return sum(size for names, links, size in seen.values() if names == links)
+
+
+def remove(entry: Prunable) -> None:
+    """Delete it; a process that is killed on the way leaves no artifact that looks whole."""
+    for path in entry.paths:
+        if not path.is_dir():
+            path.unlink(missing_ok=True)
+            continue
+        for manifest in (*path.glob(MANIFEST), *path.glob(f"*/{MANIFEST}")):
+            manifest.unlink()
+        shutil.rmtree(path)
+
+
+def prune_table(found: list[Prunable]) -> Table:
+    """One row each, the largest first."""
+    table = Table("size", "what", "why nobody needs it")
+    for entry in sorted(found, key=lambda entry: -entry.num_bytes):
+        table.add_row(size(entry.num_bytes), escape(entry.what), entry.reason)
+    return table
+
+
+def size(num_bytes: int) -> str:
+    """In MiB, from 1 GiB on in GiB."""
+    gib = num_bytes / 2**30
+    return f"{gib:.1f} GiB" if gib >= 1 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+class _Kept:
+    """What must stay."""
+
+    def __init__(self, out: Path, dates: list[str], keep: int) -> None:
+        self.out = out
+        self.recipe: Recipe = read_recipe(out / dates[-1])
+        self.latest = frozenset(dates[-keep:])
+        in_force = promotions(out).in_force
+        start = next_parent(out)
+        after_rollback = {change.date for change in in_force[-2:]}
+        protected = self.latest | after_rollback | ({start} if start else set())
+        self.dates = protected | {day for date in protected for day in self._goes_on_with(date)}
+        """Whose whole run stays."""
+        self.first_day = self._first_day(protected, starts_anew=start is None)
+        """The first day whose samples stay."""
+        compared = ([c for c in in_force if c.date < date][-1:] for date in protected)
+        entries = (*in_force[-max(keep, 2) :], *(change for found in compared for change in found))
+        published = (self._manifest(date, "publish") for date in self.dates)
+        self.models = {change.artifact_id for change in entries} | {
+            # The same files as those of a run that stays.
+            manifest.artifact_id
+            for manifest in published
+            if manifest is not None
+        }
+
+    def _goes_on_with(self, date: str) -> Iterator[str]:
+        """Dates without which a run of this date would not find its stages current."""
+        for stage, fact in PREVIOUS.items():
+            manifest = self._manifest(date, stage)
+            if manifest is not None and manifest.facts.get(fact):
+                yield manifest.facts[fact]
+
+    def _first_day(self, protected: set[str] | frozenset[str], *, starts_anew: bool) -> str:
+        """First day that the next run, or one of these dates run again, may train on."""
+        codes = self.recipe.codes
+        if starts_anew or (codes is not None and codes.has_alignment):
+            return self._window_start(min(protected))
+        trained = (self._manifest(date, "train") for date in protected)
+        return min(manifest.facts["days"][0] for manifest in trained if manifest is not None)
+
+    def _window_start(self, date: str) -> str:
+        train_days = self.recipe.window.train_days
+        if train_days is None:
+            return ""  # all days there are
+        days = set()
+        for path in self.out.glob(f"????-??-??/ingest/{MANIFEST}"):
+            manifest = read_manifest(path.parent)
+            assert manifest is not None
+            days |= set(manifest.facts["days"])
+        with suppress(UserError):  # spans outlive the events they were made of
+            days |= set(available_days(self.recipe.data.root))
+        known = sorted(day for day in days if day <= date)
+        return known[-train_days:][0] if known else ""
+
+    def _manifest(self, date: str, stage: str) -> Manifest | None:
+        return read_manifest(self.out / date / stage)
+
+
+def _of_date(directory: Path, kept: _Kept) -> Iterator[Prunable]:
+    date, is_kept = directory.name, directory.name in kept.dates
+    if not is_kept and date < kept.first_day:
+        yield _prunable(directory, "no run needs it")
+        return
+    entries = sorted(directory.iterdir())
+    spans = [path for path in entries if path.name in SPANS]
+    if date < kept.first_day:
+        for path in spans:
+            yield _prunable(path, "no run trains on its days")
+    rest = tuple(path for path in entries if path not in spans)
+    if not is_kept and rest:
+        what = f"{directory}, but {' and '.join(SPANS)}"
+        yield Prunable(what, rest, "no run starts from it, and its date is no recent one")
+        return
+    for path in rest:
+        if path.name.endswith(".abandoned"):
+            yield _prunable(path, "unfinished, of settings or inputs that changed since")
+        elif path.name.endswith(".partial") and date not in kept.latest:
+            yield _prunable(path, "unfinished, and no run of late")
+
+
+def _prunable(path: Path, reason: str) -> Prunable:
+    return Prunable(str(path), (path,), reason)
+
+
+def _files(paths: Iterable[Path]) -> Iterator[Path]:
+    for path in paths:
+        inside = path.rglob("*") if path.is_dir() else (path,)
+        yield from (file for file in inside if file.is_file() and not file.is_symlink())

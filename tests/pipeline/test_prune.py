@@ -1,0 +1,215 @@
+"""What is pruned, and that nothing of it is missed: by a run again, a next run, or a rollback."""
+
+import os
+from datetime import date, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploy.app import main
+from pipeline.config import WindowConfig
+from pipeline.console import Reporter
+from pipeline.lineage import next_parent
+from pipeline.lock import exclusive
+from pipeline.prune import Prunable, freed_bytes, prunable
+from pipeline.recipe import write_recipe
+from pipeline.registry import production, promote, rollback
+from pipeline.run import DayRun
+from pipeline.stages import STAGES
+from tests.pipeline.small_log import make_recipe, write_catalogue
+from tests.pipeline.test_run import ingested, joined, write_manifest
+
+NUM_RUNS = 6
+DAYS = [str(date(2024, 1, 1) + timedelta(i)) for i in range(NUM_RUNS + 2)]
+
+
+def run_of(folder: Path, day: int, **window: Any) -> DayRun:
+    recipe = make_recipe(folder / "data").model_copy(update={"window": WindowConfig(**window)})
+    out = folder / "out"
+    return DayRun(
+        recipe, out, DAYS[day], session=None, reporter=Reporter(), publish=lambda *_: None
+    )
+
+
+def run_day(folder: Path, day: int, *, passed: bool = True, **window: Any) -> None:
+    """As if a day had been run, published and promoted; every artifact has a file of its own."""
+    run = run_of(folder, day, **window)
+    ingested(run)
+    joined(run)
+    facts: dict[str, dict[str, Any]] = {
+        "plan": {},
+        "train": {"days": run.training_days(), "parent": run.parent},
+        "evaluate": {},
+        "gate": {"passed": passed, "reasons": []},
+        **({"publish": {}} if passed else {}),
+    }
+    for stage, values in facts.items():
+        (spec,) = run.specs(stage)
+        write_manifest(spec, **values)
+        (spec.directory / "file").write_bytes(b"x" * 1000)
+    write_recipe(run.recipe, run.out / run.date)
+    if passed:
+        promote(run.out, run.date)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A log whose files nobody reads."""
+    write_catalogue(tmp_path / "data")
+    for day in DAYS:
+        events = tmp_path / "data" / "events" / f"dt={day}"
+        events.mkdir(parents=True)
+        (events / "part-00000.parquet").write_text(day)
+    return tmp_path
+
+
+def stages_left(out: Path) -> dict[str, set[str]]:
+    return {
+        day: {path.parent.name for path in (out / day).glob("*/manifest.json")}
+        for day in DAYS
+        if (out / day).is_dir()
+    }
+
+
+def is_current(folder: Path, day: int, **window: Any) -> bool:
+    run = run_of(folder, day, **window)
+    return all(spec.is_current for stage in STAGES for spec in run.specs(stage))
+
+
+def prune(folder: Path, keep: int, *options: str) -> None:
+    assert main(["prune", "--out", str(folder / "out"), "--keep", str(keep), *options]) == 0
+
+
+def test_the_latest_runs_stay_current_and_the_next_one_starts_as_it_would_have(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for day in range(NUM_RUNS):
+        run_day(folder, day)
+    out, latest = folder / "out", NUM_RUNS - 1
+    before = run_of(folder, NUM_RUNS)
+    prune(folder, 2)
+
+    left = stages_left(out)
+    whole = {"ingest", "join", "plan", "train", "evaluate", "gate", "publish"}
+    assert left == {
+        DAYS[latest - 2]: whole - {"ingest", "join"},
+        DAYS[latest - 1]: whole,
+        DAYS[latest]: whole,
+        DAYS[latest + 1]: {"ingest", "join"},
+    }
+    assert is_current(folder, latest)
+    assert is_current(folder, latest - 1)
+    after = run_of(folder, NUM_RUNS)
+    assert after.parent == before.parent == DAYS[latest]
+    assert after.training_days() == before.training_days() == (DAYS[NUM_RUNS],)
+    assert [day for day, current in ingested(after) if not current] == [DAYS[NUM_RUNS + 1]]
+    assert rollback(out).date == DAYS[latest - 1]
+    assert next_parent(out) == DAYS[latest - 1]
+    assert main(["status", "--out", str(out)]) == 0
+    capsys.readouterr()
+    prune(folder, 2)
+    assert "freed 0.0 MiB" in capsys.readouterr().out
+
+
+def test_what_a_dry_run_names_is_what_is_deleted(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for day in range(NUM_RUNS):
+        run_day(folder, day)
+    out = folder / "out"
+    found = prunable(out, 1)
+    before = stages_left(out)
+    with exclusive(out, "braid run"):
+        prune(folder, 1, "--dry-run")
+        said = capsys.readouterr().out
+        assert main(["prune", "--out", str(out), "--keep", "1"]) == 2
+    assert stages_left(out) == before
+    assert "would free" in said
+    assert {entry.what for entry in found} <= {
+        line.strip("| ") for line in said.split("\u2502")
+    } | {cell.strip() for cell in said.split("\u2502")}
+
+    capsys.readouterr()
+    prune(folder, 1)
+    assert not [path for entry in found for path in entry.paths if path.exists()]
+    assert production(out).directory.is_dir()
+
+
+def test_models_that_were_refused_or_taken_back_do_not_push_out_the_last_good_one(
+    folder: Path,
+) -> None:
+    run_day(folder, 0)
+    run_day(folder, 1)
+    for day in range(2, NUM_RUNS):
+        run_day(folder, day, passed=False)
+    rollback(folder / "out")
+    before = run_of(folder, NUM_RUNS)
+    prune(folder, 1)
+
+    after = run_of(folder, NUM_RUNS)
+    assert after.parent == before.parent == DAYS[0]
+    assert after.training_days() == before.training_days() == tuple(DAYS[1 : NUM_RUNS + 1])
+    stale = [day for day, current in ingested(after) if not current]
+    assert stale == [DAYS[NUM_RUNS + 1]], "samples of all days since are there"
+
+
+# Of the last run, and of the one whose model a rollback returns to.
+@pytest.mark.parametrize(("train_days", "first"), [(None, 0), (3, NUM_RUNS - 4)])
+def test_samples_of_the_window_stay_where_each_run_trains_on_all_of_it(
+    folder: Path, train_days: int | None, first: int
+) -> None:
+    window = {"warm_start": False, "train_days": train_days}
+    for day in range(NUM_RUNS):
+        run_day(folder, day, **window)
+    out = folder / "out"
+    prune(folder, 1)
+
+    left = stages_left(out)
+    assert [day for day, stages in left.items() if "join" in stages] == DAYS[first : NUM_RUNS + 1]
+    trained = [day for day, stages in left.items() if "train" in stages]
+    assert trained == DAYS[NUM_RUNS - 2 : NUM_RUNS], "the last one, and what a rollback returns to"
+    assert not (out / DAYS[NUM_RUNS - 3] / "recipe.yaml").exists()
+    assert is_current(folder, NUM_RUNS - 1, **window)
+
+
+def test_unfinished_work_stays_where_a_run_may_go_on_with_it(folder: Path) -> None:
+    for day in range(3):
+        run_day(folder, day)
+    out = folder / "out"
+    for day in (1, 2):
+        for kind in ("partial", "abandoned"):
+            (out / DAYS[day] / f".train.{kind}" / "resume").mkdir(parents=True)
+    prune(folder, 1)
+
+    left = sorted(str(path.relative_to(out)) for path in out.glob("*/.train.*"))
+    assert left == [f"{DAYS[2]}/.train.partial"]
+
+
+def test_models_stay_as_far_as_rollbacks_go_and_gates_compare(folder: Path) -> None:
+    for day in range(NUM_RUNS):
+        run_day(folder, day)
+    out = folder / "out"
+    prune(folder, 3)
+
+    assert len(list((out / "models").iterdir())) == 4, (
+        "the gate of the third compares with one more"
+    )
+    assert [rollback(out).date for _ in range(2)] == [DAYS[NUM_RUNS - 2], DAYS[NUM_RUNS - 3]]
+
+
+def test_files_that_keep_another_name_free_nothing(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for directory in (one, two):
+        directory.mkdir()
+    (one / "file").write_bytes(b"x" * 1000)
+    os.link(one / "file", two / "file")
+    first, second = (Prunable(str(path), (path,), "") for path in (one, two))
+
+    assert (first.num_bytes, freed_bytes([first])) == (1000, 0)
+    assert freed_bytes([first, second]) == 1000
+
+
+def test_a_directory_without_runs_loses_nothing(tmp_path: Path) -> None:
+    assert prunable(tmp_path, 1) == []
+    assert main(["prune", "--out", str(tmp_path / "typo")]) == 2

@@ -1,0 +1,136 @@
+"""A new model and the one in production are compared on the same rows, where that can be."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from deploy.app import main
+from pipeline.metrics_file import read_metrics
+from pipeline.recipe import load_recipe
+from pipeline.registry import production_before
+from pipeline.rival import EvaluatedRows, rival_of
+from ranking.evaluation import evaluate_predictions
+from tests.one_process import in_one_process
+from tests.pipeline.small_log import DAYS, event, make_recipe, write_catalogue, write_day
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Two days that were run one after the other; a third day to evaluate on."""
+    folder = tmp_path_factory.mktemp("rival")
+    root = folder / "data"
+    write_catalogue(root)
+    for i in range(3):
+        rows = [
+            event(i, 1 + k % 5, 60 * k, item_id=1 + (k + i) % 4, click=int((7 * k + i) % 3 == 0))
+            for k in range(90)
+        ]
+        write_day(root, i, [rows])
+    recipe = make_recipe(root).model_dump(mode="json")
+    recipe["cluster"]["num_workers"] = 1
+    recipe["gate"] |= {"min_auc": 0.0, "calibration": [0.01, 100.0], "max_auc_drop": 1.0}
+    (folder / "small.yaml").write_text(yaml.safe_dump(recipe))
+    with in_one_process():
+        for day in range(2):
+            assert run(folder, day) == 0
+        yield folder
+
+
+def run(folder: Path, day: int, *settings: str, out: Path | None = None) -> int:
+    words = ["--recipe", str(folder / "small.yaml"), "--date", DAYS[day]]
+    overrides = [f"--set={setting}" for setting in settings]
+    return main(["run", *words, "--out", str(out or folder / "runs"), *overrides])
+
+
+def decision(out: Path) -> Any:
+    return json.loads((out / DAYS[1] / "gate" / "gate.json").read_text())
+
+
+def test_production_is_scored_on_the_rows_of_the_new_model(folder: Path) -> None:
+    out, scores = folder / "runs", folder / "scores.parquet"
+    decided = decision(out)
+    assert (decided["compared_with"], decided["compared"]) == (DAYS[0], "on the same rows")
+
+    bundle = ["--bundle", str(out / DAYS[0] / "publish" / "bundle")]
+    samples = out / DAYS[2] / "join" / "samples"
+    assert main(["score", *bundle, "--samples", str(samples), "--output", str(scores)]) == 0
+    labels = pq.read_table(out / DAYS[1] / "evaluate" / "predictions")
+    scored = pq.read_table(scores)
+    assert scored["key:request_id"].equals(labels["key:request_id"])
+    expected = evaluate_predictions(
+        labels=labels["label:click"].to_numpy(),
+        probs=scored["probability:click"].to_numpy(),
+        groups=labels["key:user_id"].to_numpy(),
+        slices={},
+    )
+    kept = out / DAYS[1] / "gate" / "production"
+    found = json.loads((kept / "metrics.json").read_text())["tasks"]["click"]
+    assert found["auc"] == pytest.approx(expected.auc, abs=1e-6)
+    assert found["num_rows"] == 90
+    assert not (kept / "predictions").exists()
+
+
+def test_a_run_whose_rules_compare_nothing_predicts_nothing(folder: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(folder / "runs", tmp_path / "runs"))
+
+    assert run(folder, 1, "gate.max_auc_drop=null", out=out) == 0
+    decided = decision(out)
+    assert (decided["compared_with"], decided["compared"]) == (DAYS[0], None)
+    assert not (out / DAYS[1] / "gate" / "production").exists()
+
+
+def edit_recipe(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    """Change what a training says it was trained with."""
+
+    def edit(run: Path) -> None:
+        path = run / "train" / "recipe.yaml"
+        recipe = yaml.safe_load(path.read_text())
+        change(recipe)
+        path.write_text(yaml.safe_dump(recipe))
+
+    return edit
+
+
+def edit_facts(run: Path) -> None:
+    path = run / "train" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["facts"]["codebooks"] = "other"
+    path.write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda run: shutil.rmtree(run / "train"), "the run that trained it is no longer in"),
+        (lambda run: shutil.rmtree(run / "plan"), "the run that trained it is no longer in"),
+        (lambda run: (run / "train" / "recipe.yaml").write_text(""), "holds no mapping"),
+        (edit_recipe(lambda r: r["features"]["dense"].pop()), "it reads other features"),
+        (edit_recipe(lambda r: r["cluster"].update(num_workers=2)), "placed on another cluster"),
+        (edit_recipe(lambda r: r.update(content={"text": {}})), "that read content are not"),
+        (edit_facts, "its codes are of other codebooks"),
+    ],
+)
+def test_what_was_published_stands_in_where_rows_cannot_be_the_same(
+    folder: Path, tmp_path: Path, change: Callable[[Path], Any], why: str
+) -> None:
+    out = Path(shutil.copytree(folder / "runs", tmp_path / "runs"))
+    change(out / DAYS[0])
+    current = production_before(out, DAYS[1])
+    assert current is not None
+
+    def never() -> Any:
+        raise AssertionError("nothing is predicted")
+
+    new = EvaluatedRows(out / DAYS[1] / "train", never, out / DAYS[1] / "ingest")
+    rival = rival_of(load_recipe(str(folder / "small.yaml")), current, new, tmp_path, never)
+    assert rival.rows.startswith("on the days after its own date, since ")
+    assert why in rival.rows
+    assert rival.metrics == read_metrics(out / DAYS[0] / "evaluate" / "metrics.json")

@@ -1,5 +1,6 @@
 """The README's own data: its script, its recipe and its commands, as they stand."""
 
+import json
 import re
 import subprocess
 import sys
@@ -68,10 +69,29 @@ def test_the_script_writes_what_its_recipe_reads(
 
 
 @pytest.mark.integration
-def test_the_recipe_trains(folder: Path) -> None:
+def test_the_recipe_trains_and_a_new_catalogue_leaves_the_day_as_it_is(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_csv(0, 3)
     run_script()
+    (folder / "data" / "ours" / "events" / "dt=unknown").mkdir()
     command = ["--recipe", "ours.yaml", "--date", "2026-03-02", "--out", "runs"]
-    settings = ["--set", "cluster.num_workers=1", "--set", "gate.calibration=[0.01, 100]"]
-    assert main(["run", *command, *settings, "--set", "gate.min_auc=0"]) == 0
-    assert (folder / "runs" / "2026-03-02" / "report.html").exists()
+    command += ["--set", "cluster.num_workers=1", "--set", "gate.min_auc=0"]
+    command += ["--set", "gate.calibration=[0.01, 100]"]
+    assert main(["run", *command]) == 0
+    directory = folder / "runs" / "2026-03-02"
+    assert (directory / "report.html").exists()
+    summary = json.loads((directory / "summary.json").read_text())
+    (warning,) = summary["warnings"]
+    assert "partitions that are no days and are left out: dt=unknown" in warning
+    assert warning in capsys.readouterr().out.replace("\n", ""), "before it trained"
+
+    items = folder / "data" / "ours" / "items.parquet"
+    pq.write_table(pq.read_table(items).slice(1), items)
+    assert main(["run", *command]) == 0
+    said = capsys.readouterr().out
+    assert said.count("current") == len(summary["stages"]) + 2, "of two spans"
+    assert main(["status", "--out", "runs"]) == 0
+    assert "stale" not in capsys.readouterr().out
+    assert main(["run", *command, "--refresh-catalogue"]) == 2
+    assert "rows are of items without a row in" in capsys.readouterr().err

@@ -2,11 +2,13 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from embedding.errors import UserError
+from pipeline import run as run_module
 from pipeline.artifacts import MANIFEST, Manifest, config_hash, read_manifest
 from pipeline.config import WindowConfig
 from pipeline.consent import Consent
@@ -15,9 +17,17 @@ from pipeline.days import catalogue_files, fingerprint
 from pipeline.identity import ingest_config, training_config
 from pipeline.recipe import load_recipe
 from pipeline.run import DayRun
+from pipeline.samples import ingest as ingest_module
 from pipeline.samples.join import SAMPLES
-from pipeline.stages import StageSpec
-from tests.pipeline.small_log import DAYS, event, make_recipe, write_catalogue, write_day
+from pipeline.stages import StageSpec, execute
+from tests.pipeline.small_log import (
+    DAYS,
+    event,
+    make_recipe,
+    run_here,
+    write_catalogue,
+    write_day,
+)
 
 AS_IS = Consent()
 
@@ -270,6 +280,28 @@ def test_a_training_goes_on_after_the_catalogue_was_rewritten(tmp_path: Path) ->
     joined(refreshed)
     (other,) = refreshed.specs("train")
     assert other.resume_identity != before.resume_identity
+
+
+def test_what_was_read_while_the_catalogue_changed_is_not_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "data"
+    write_log(root, 2)
+    monkeypatch.setattr(ingest_module, "stream_tasks", run_here)
+    run = run_of(root, 0)
+    run.session = SimpleNamespace(wait_for=lambda *_: None)
+
+    def and_export(*arguments: Any) -> Any:
+        facts = ingest_module.ingest(*arguments)
+        write_catalogue(root, num_items=9)
+        return facts
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "ingest", and_export)
+        with pytest.raises(UserError, match=r"items.parquet or users.parquet .* while ingest read"):
+            execute(next(run.specs("ingest")), run.reporter)
+    assert read_manifest(run.directory("ingest")) is None
+    assert execute(next(run.specs("ingest")), run.reporter).status == "ran"
 
 
 def test_a_published_span_outlives_its_events_and_the_artifacts_before_it(tmp_path: Path) -> None:

@@ -158,11 +158,12 @@ class Spans:
         if lost:
             raise UserError(
                 f"{self.out / last / INGEST} would be made anew from {span.days[0]} on, because "
-                "what ingest depends on has changed (event columns, histories, tasks) or an "
-                f"artifact before it is gone; but histories and counts there hold {len(lost)} days "
-                f"from {lost[0]} to {lost[-1]} that {self.root / 'events'} no longer has. Restore "
-                "these days; or return to the settings before; or choose another --out; or, to go "
-                "on without those events, add --shorter-histories"
+                "what ingest depends on has changed (event columns, histories, tasks, "
+                "data.user_buckets) or an artifact before it is gone; but histories and counts "
+                f"there hold {len(lost)} days from {lost[0]} to {lost[-1]} that "
+                f"{self.root / 'events'} no longer has. Restore these days; or return to the "
+                "settings before; or choose another --out; or, to go on without those events, add "
+                "--shorter-histories"
             )
 
     def _events(self, span: Span) -> str:

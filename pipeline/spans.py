@@ -11,7 +11,7 @@ from typing import Any
 from embedding.errors import UserError
 from pipeline.artifacts import MANIFEST, Manifest, config_hash, read_manifest
 from pipeline.consent import Consent
-from pipeline.days import Span, day_files, fingerprint
+from pipeline.days import PARTITION, Span, day_files, fingerprint
 
 INGEST = "ingest"
 
@@ -87,10 +87,22 @@ class Spans:
         return {**inputs, "catalogue": catalogue}
 
     def back_to(self, last: str, first: str) -> list[Span]:
-        """The spans that hold the days `first` .. `last`, oldest first."""
+        """The spans that hold the days `first` .. `last`, oldest first.
+
+        Raises:
+            UserError: one of them came too late to enter a span.
+        """
         spans = [self.span(last)]
         while spans[0].days[0] > first and spans[0].previous is not None:
             spans.insert(0, self.span(spans[0].previous))
+        held = {day for span in spans for day in span.days}
+        late = [day for day in self.days if first <= day <= last and day not in held]
+        if late:
+            raise UserError(
+                f"{self.root / 'events'} has {late[0]}, which came after {self.out} had ingested "
+                "later days whose events are gone since, so histories cannot take it in; restore "
+                f"those events, or move {PARTITION}{late[0]} away"
+            )
         return spans
 
     def chain(self, last: str, first: str) -> list[str]:

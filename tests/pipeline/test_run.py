@@ -431,6 +431,23 @@ def test_columns_of_items_and_limits_leave_histories_as_they_are() -> None:
     assert ingest_config(recipe.model_copy(update={"features": cut})) != known
 
 
+def test_a_day_that_came_too_late_for_every_span_is_refused_with_the_remedy(
+    tmp_path: Path,
+) -> None:
+    root = tmp_path / "data"
+    write_catalogue(root)
+    for day in (1, 2, 3):
+        write_day(root, day, [[event(day, 1, 60)]])
+    ingested(run_of(root, 1))
+    ingested(run_of(root, 2))
+    shutil.rmtree(root / "events" / f"dt={DAYS[1]}")
+    write_day(root, 0, [[event(0, 1, 60)]])
+
+    with pytest.raises(UserError, match=rf"has {DAYS[0]}, which came after .* dt={DAYS[0]} away"):
+        ingested(run_of(root, 2))
+    assert all(current for _, current in ingested(run_of(root, 2, train_days=1)))
+
+
 def test_days_that_no_span_holds_are_not_passed_over(tmp_path: Path) -> None:
     root = tmp_path / "data"
     write_log(root, 4)

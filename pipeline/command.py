@@ -13,7 +13,7 @@ from pipeline.codes.taken_codes import require_codes
 from pipeline.config import Recipe
 from pipeline.consent import Consent
 from pipeline.console import Reporter, duration, figure, human
-from pipeline.days import available_days, parse_day, split_days
+from pipeline.days import available_days, parse_day, require_complete, split_days
 from pipeline.last_run import Progress
 from pipeline.marketplace.synthetic import ensure_data
 from pipeline.output_name import claim
@@ -108,7 +108,11 @@ class Command:
         """
         parse_day(first, "--from")
         parse_day(last, "--to")
-        available = available_days(self.recipe.data.root, self.recipe.data.complete_marker)
+        root, marker = self.recipe.data.root, self.recipe.data.complete_marker
+        for day in available_days(root):
+            if first <= day <= last:
+                require_complete(root, day, marker)
+        available = available_days(root, marker)
         days = [day for day in available if first <= day <= last]
         if not days:
             raise UserError(

@@ -1,4 +1,4 @@
-"""`braid data`: import public datasets, or write the synthetic marketplace."""
+"""`braid data`: import public datasets, write the synthetic marketplace, check what is there."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline.planning.cli import RecipeOption, SetOption
+
 if TYPE_CHECKING:
     from pipeline.adapters.importing import ImportSummary, Progress
 
 data_app = typer.Typer(
-    help="Import datasets into the data contract, or write the synthetic marketplace.",
+    help="Import datasets into the data contract, write the synthetic marketplace, check data.",
     no_args_is_help=True,
 )
 import_app = typer.Typer(help="Import a public dataset.", no_args_is_help=True)
@@ -114,6 +116,39 @@ def synth(  # noqa: PLR0913 # every option of a command is a parameter
     counts = (days, days * config.events_per_day, config.num_items, config.num_users, config.seed)
     table.add_row(str(out), *(f"{count:,}" for count in counts))
     Console(highlight=False).print(table)
+
+
+@data_app.command()
+def check(
+    recipe: RecipeOption,
+    day: Annotated[
+        str | None,
+        typer.Option("--day", "-d", help="Look into this day only, YYYY-MM-DD; default: all."),
+    ] = None,
+    overrides: SetOption = None,
+) -> None:
+    """List all faults of the data that a recipe reads: files, columns, types, days, first rows.
+
+    Ends with 2 if there is any.
+    """
+    from rich.console import Console
+    from rich.markup import escape
+
+    from pipeline.recipe import load_recipe
+    from pipeline.samples.delivery import check_delivery
+
+    found = check_delivery(load_recipe(recipe, overrides or ()), day)
+    console = Console(highlight=False, soft_wrap=True)
+    for sentence in found.faults:
+        console.print(f"[red]fault[/] {escape(sentence)}")
+    for sentence in found.warnings:
+        console.print(f"[yellow]warning[/] {escape(sentence)}")
+    days = f"{found.days[0]} .. {found.days[-1]}" if found.days else "none"
+    state = f"[red]{len(found.faults)} faults[/]" if found.faults else "[green]ok[/]"
+    console.print(
+        f"{state}: days {days}, {found.num_files} files, values of {found.num_rows:,} events"
+    )
+    raise typer.Exit(2 if found.faults else 0)
 
 
 def _import(run: Callable[["Progress"], "ImportSummary"], out: Path, *, unit: str = "rows") -> None:

@@ -14,8 +14,8 @@ SAMPLES_FORMAT = 2
 def ingest_config(recipe: Recipe) -> dict[str, Any]:
     """What validated events and histories depend on: columns of the events alone.
 
-    Not how many faulty rows are let through, nor into how many buckets users are hashed: a span
-    goes on with one of another number. Columns of items and users are read when samples are made.
+    Not how many faulty rows are let through. Columns of items and users are read when samples are
+    made.
     """
     columns = EventColumns.of(recipe)
     return {
@@ -24,6 +24,7 @@ def ingest_config(recipe: Recipe) -> dict[str, Any]:
         "ids": sorted(columns.ids),
         "dense": sorted(columns.dense),
         "tasks": _tasks(recipe),
+        "user_buckets": recipe.data.user_buckets,
     }
 
 

@@ -12,6 +12,23 @@ from pipeline.registry import spoiled_by
 TRAIN = "train"
 
 
+def parent_of(out: Path, date: str) -> str | None:
+    """Date of the model that the run of a date starts from; None: none.
+
+    It is the one that its training has started from, as long as that lies there and was not taken
+    out of production.
+    """
+    trained = read_manifest(out / date / TRAIN)
+    if trained is None:
+        return next_parent(out, date)
+    day: str | None = trained.facts.get("parent")
+    if day is None:
+        return None
+    parent = read_manifest(out / day / TRAIN)
+    is_there = parent is not None and parent.artifact_id == trained.inputs.get("parent")
+    return day if is_there and spoiled_by(out, day) is None else next_parent(out, date)
+
+
 def next_parent(out: Path, before: str | None = None) -> str | None:
     """Date of the model that a run of `before` starts from, or a run of any later day; None: none.
 

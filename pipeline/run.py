@@ -29,11 +29,11 @@ from pipeline.days import Span, Split, available_days, require_complete, split_d
 from pipeline.evaluate import evaluate
 from pipeline.gate import gate
 from pipeline.identity import ingest_config, plan_config, samples_config, training_config
-from pipeline.lineage import next_parent
+from pipeline.lineage import parent_of
 from pipeline.metrics_file import METRICS_FILE
 from pipeline.plan import plan, plan_inputs
 from pipeline.publication import Publish
-from pipeline.registry import production_before, spoiled_by
+from pipeline.registry import production_before
 from pipeline.rival import EvaluatedRows, rival_of
 from pipeline.samples.held_out import require_held_out
 from pipeline.samples.ingest import check_span, ingest
@@ -172,18 +172,7 @@ class DayRun:
 
         Asked once: a rollback while the run goes on must not change what its stages work on.
         """
-        if not self.recipe.window.warm_start:
-            return None
-        recorded = read_manifest(self.directory("train"))
-        if recorded is not None:
-            day = recorded.facts.get("parent")
-            if day is None:
-                return None
-            if self._artifact_id("train", day) == recorded.inputs.get("parent") and (
-                spoiled_by(self.out, day) is None
-            ):
-                return str(day)
-        return next_parent(self.out, self.date)
+        return parent_of(self.out, self.date) if self.recipe.window.warm_start else None
 
     # --- stages ----------------------------------------------------------------------------------
 
@@ -206,10 +195,8 @@ class DayRun:
                 warnings,
             )
 
-        config, inputs = (
-            ingest_config(self.recipe),
-            self.spans.inputs(span, self._catalogue.fingerprint()),
-        )
+        config = ingest_config(self.recipe)
+        inputs = self.spans.inputs(span, self._catalogue.fingerprint())
         return StageSpec("ingest", self.directory("ingest", last), config, inputs, body)
 
     def _content(self) -> Iterator[StageSpec]:

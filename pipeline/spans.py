@@ -11,7 +11,7 @@ from typing import Any
 from embedding.errors import UserError
 from pipeline.artifacts import MANIFEST, Manifest, config_hash, read_manifest
 from pipeline.consent import Consent
-from pipeline.days import Span, day_files, fingerprint
+from pipeline.days import PARTITION, Span, day_files, fingerprint
 
 INGEST = "ingest"
 
@@ -87,10 +87,22 @@ class Spans:
         return {**inputs, "catalogue": catalogue}
 
     def back_to(self, last: str, first: str) -> list[Span]:
-        """The spans that hold the days `first` .. `last`, oldest first."""
+        """The spans that hold the days `first` .. `last`, oldest first.
+
+        Raises:
+            UserError: one of them came too late to enter a span.
+        """
         spans = [self.span(last)]
         while spans[0].days[0] > first and spans[0].previous is not None:
             spans.insert(0, self.span(spans[0].previous))
+        held = {day for span in spans for day in span.days}
+        late = [day for day in self.days if first <= day <= last and day not in held]
+        if late:
+            raise UserError(
+                f"{self.root / 'events'} has {late[0]}, which came after {self.out} had ingested "
+                "later days whose events are gone since, so histories cannot take it in; restore "
+                f"those events, or move {PARTITION}{late[0]} away"
+            )
         return spans
 
     def chain(self, last: str, first: str) -> list[str]:
@@ -158,11 +170,12 @@ class Spans:
         if lost:
             raise UserError(
                 f"{self.out / last / INGEST} would be made anew from {span.days[0]} on, because "
-                "what ingest depends on has changed (event columns, histories, tasks) or an "
-                f"artifact before it is gone; but histories and counts there hold {len(lost)} days "
-                f"from {lost[0]} to {lost[-1]} that {self.root / 'events'} no longer has. Restore "
-                "these days; or return to the settings before; or choose another --out; or, to go "
-                "on without those events, add --shorter-histories"
+                "what ingest depends on has changed (event columns, histories, tasks, "
+                "data.user_buckets) or an artifact before it is gone; but histories and counts "
+                f"there hold {len(lost)} days from {lost[0]} to {lost[-1]} that "
+                f"{self.root / 'events'} no longer has. Restore these days; or return to the "
+                "settings before; or choose another --out; or, to go on without those events, add "
+                "--shorter-histories"
             )
 
     def _events(self, span: Span) -> str:

@@ -6,7 +6,7 @@ items.parquet   item_id, categorical columns (integer, string or a list of them)
 users.parquet   optional: user_id, categorical and dense columns
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +19,11 @@ from embedding.raw_ids import Int64Array, is_id_type, to_raw_ids
 from pipeline.samples.columns import SourceColumns, source_columns
 from pipeline.samples.contract import (
     CatalogueIds,
-    check_feature_types,
-    check_present,
+    feature_type_faults,
     open_parquet,
+    presence_faults,
     read_columns,
+    refuse_first,
 )
 
 
@@ -35,7 +36,7 @@ def check_catalogue(root: Path, features: FeatureSchema) -> CatalogueIds:
     Raises:
         UserError: a file or column is missing, has a wrong type, a null or repeated id, or a NaN.
     """
-    items = _check_entities(root / "items.parquet", "item_id", source_columns(features, "items"))
+    items = check_entities(root / "items.parquet", "item_id", source_columns(features, "items"))
     path = root / "users.parquet"
     columns = source_columns(features, "users")
     if not path.exists():
@@ -45,19 +46,36 @@ def check_catalogue(root: Path, features: FeatureSchema) -> CatalogueIds:
                 f"{[*columns.ids, *columns.dense]}; deliver it or remove those features"
             )
         return CatalogueIds(items, None)
-    return CatalogueIds(items, _check_entities(path, "user_id", columns))
+    return CatalogueIds(items, check_entities(path, "user_id", columns))
 
 
-def _check_entities(path: Path, key: str, columns: SourceColumns) -> Int64Array:
+def entity_faults(path: Path, key: str, columns: SourceColumns) -> Iterator[str]:
+    """Missing columns and wrong types of items.parquet or users.parquet.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
     with open_parquet(path) as file:
         schema = file.schema_arrow
-    check_present(schema, [key, *columns.ids, *columns.dense], path)
-    if not is_id_type(schema.field(key).type):
-        raise UserError(
+    yield from presence_faults(schema, [key, *columns.ids, *columns.dense], path)
+    if schema.names.count(key) == 1 and not is_id_type(schema.field(key).type):
+        yield (
             f"{path}: column {key!r} has type {schema.field(key).type} but must be an integer or "
             "a string; cast it to int64 where the file is written"
         )
-    check_feature_types(schema, columns.ids, columns.dense, path)
+    yield from feature_type_faults(schema, columns.ids, columns.dense, path)
+
+
+def check_entities(path: Path, key: str, columns: SourceColumns) -> Int64Array:
+    """Check items.parquet or users.parquet.
+
+    Returns:
+        The sorted raw ids.
+
+    Raises:
+        UserError: a column is missing, has a wrong type, a null or repeated id, or a NaN.
+    """
+    refuse_first(entity_faults(path, key, columns))
     table = read_columns(path, [key, *columns.dense])
     _check_dense(table, key, columns.dense, path)
     if table[key].null_count:

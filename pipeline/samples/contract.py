@@ -13,7 +13,7 @@ ingest puts the row into quarantine and counts it. So does it with rows that rep
 an earlier one of their day (`pipeline.samples.buckets.repeats`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -80,7 +80,7 @@ def event_files(root: Path, day: str, columns: EventColumns) -> list[EventFile]:
             f"{folder} does not exist: the event log of {day} is missing (there are days from "
             f"{available[0]} to {available[-1]}); deliver it or choose another date"
         )
-    paths = sorted(p for p in folder.glob("*.parquet") if not p.name.startswith((".", "_")))
+    paths = event_paths(root, day)
     files = [_event_file(path, day, columns) for path in paths]
     if not sum(file.num_rows for file in files):
         raise UserError(
@@ -88,6 +88,12 @@ def event_files(root: Path, day: str, columns: EventColumns) -> list[EventFile]:
             "day's events or choose another date"
         )
     return files
+
+
+def event_paths(root: Path, day: str) -> list[Path]:
+    """Parquet files of one day, by name; hidden ones are not read."""
+    folder = root / "events" / f"{PARTITION}{day}"
+    return sorted(p for p in folder.glob("*.parquet") if not p.name.startswith((".", "_")))
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:
@@ -149,28 +155,47 @@ def check_event_schema(schema: pa.Schema, columns: EventColumns, path: Path) -> 
     """Refuse a missing column or a wrong type.
 
     Raises:
-        UserError: names the file, the column, its type and the cast to write.
+        UserError: the first of `event_schema_faults`.
     """
-    check_present(schema, columns.required, path)
+    refuse_first(event_schema_faults(schema, columns, path))
+
+
+def refuse_first(faults: Iterator[str]) -> None:
+    """Raise the first of some faults.
+
+    Raises:
+        UserError: there is one.
+    """
+    for fault in faults:
+        raise UserError(fault)
+
+
+def event_schema_faults(schema: pa.Schema, columns: EventColumns, path: Path) -> Iterator[str]:
+    """Missing columns and wrong types: the file, the column, its type and the cast to write."""
+    yield from presence_faults(schema, columns.required, path)
     for name in KEY_COLUMNS:
-        kind = schema.field(name).type
-        if not is_id_type(kind):
-            raise _wrong_type(path, name, kind, "an integer or a string", "int64")
-    kind = schema.field("timestamp").type
-    if not pa.types.is_timestamp(kind):
+        kind = _kind(schema, name)
+        if kind is not None and not is_id_type(kind):
+            yield _wrong_type(path, name, kind, "an integer or a string", "int64")
+    kind = _kind(schema, "timestamp")
+    if kind is not None and not pa.types.is_timestamp(kind):
         hint = "integers need their unit" if pa.types.is_integer(kind) else "UTC"
-        raise _wrong_type(path, "timestamp", kind, "an Arrow timestamp", f"timestamp('ms'), {hint}")
+        yield _wrong_type(path, "timestamp", kind, "an Arrow timestamp", f"timestamp('ms'), {hint}")
     for name in columns.labels:
-        if not _is_number(schema.field(name).type):
-            raise _wrong_type(path, name, schema.field(name).type, "0, 1 or null", "int8")
+        kind = _kind(schema, name)
+        if kind is not None and not _is_number(kind):
+            yield _wrong_type(path, name, kind, "0, 1 or null", "int8")
     for name in columns.weights.values():
-        if not _is_number(schema.field(name).type):
-            raise _wrong_type(path, name, schema.field(name).type, "a weight", "float32")
+        kind = _kind(schema, name)
+        if kind is not None and not _is_number(kind):
+            yield _wrong_type(path, name, kind, "a weight", "float32")
     labels = set(columns.labels)
-    check_feature_types(schema, [c for c in columns.ids if c not in labels], columns.dense, path)
+    ids = [name for name in columns.ids if name not in labels]
+    yield from feature_type_faults(schema, ids, columns.dense, path)
     for name in columns.oracles.values():
-        if name in schema.names and not pa.types.is_floating(schema.field(name).type):
-            raise _wrong_type(path, name, schema.field(name).type, "a probability", "float32")
+        kind = _kind(schema, name)
+        if kind is not None and not pa.types.is_floating(kind):
+            yield _wrong_type(path, name, kind, "a probability", "float32")
 
 
 def check_present(schema: pa.Schema, names: Sequence[str], path: Path) -> None:
@@ -179,33 +204,39 @@ def check_present(schema: pa.Schema, names: Sequence[str], path: Path) -> None:
     Raises:
         UserError: names the file and the columns.
     """
+    refuse_first(presence_faults(schema, names, path))
+
+
+def presence_faults(schema: pa.Schema, names: Sequence[str], path: Path) -> Iterator[str]:
+    """Missing and repeated columns: the file and the columns."""
     missing = [name for name in names if name not in schema.names]
     if missing:
-        raise UserError(
+        yield (
             f"{path} lacks the columns {missing} that the recipe reads; it has {schema.names}: "
             "write them or correct the recipe's features and tasks"
         )
     twice = [name for name in names if schema.names.count(name) > 1]
     if twice:
-        raise UserError(f"{path} has more than one column {twice[0]!r}; rename or drop the others")
+        yield f"{path} has more than one column {twice[0]!r}; rename or drop the others"
 
 
-def check_feature_types(
+def feature_type_faults(
     schema: pa.Schema, ids: Sequence[str], dense: Sequence[str], path: Path
-) -> None:
-    """Refuse feature columns that are neither categorical (`ids`) nor numeric (`dense`).
-
-    Raises:
-        UserError: names the file, the column, its type and the cast to write.
-    """
+) -> Iterator[str]:
+    """Feature columns that are there and neither categorical (`ids`) nor numeric (`dense`)."""
     for name in ids:
-        kind = schema.field(name).type
-        if not (is_id_type(kind) or is_id_list_type(kind)):
-            raise _wrong_type(path, name, kind, "an integer, a string or a list of them", "int64")
+        kind = _kind(schema, name)
+        if kind is not None and not (is_id_type(kind) or is_id_list_type(kind)):
+            yield _wrong_type(path, name, kind, "an integer, a string or a list of them", "int64")
     for name in dense:
-        kind = schema.field(name).type
-        if not _is_number(kind):
-            raise _wrong_type(path, name, kind, "a number", "float32")
+        kind = _kind(schema, name)
+        if kind is not None and not _is_number(kind):
+            yield _wrong_type(path, name, kind, "a number", "float32")
+
+
+def _kind(schema: pa.Schema, name: str) -> pa.DataType | None:
+    """Type of a column; None where there is none, or more than one."""
+    return schema.field(name).type if schema.names.count(name) == 1 else None
 
 
 def _is_number(kind: pa.DataType) -> bool:
@@ -218,8 +249,8 @@ def _is_number(kind: pa.DataType) -> bool:
     )
 
 
-def _wrong_type(path: Path, name: str, kind: pa.DataType, wanted: str, cast: str) -> UserError:
-    return UserError(
+def _wrong_type(path: Path, name: str, kind: pa.DataType, wanted: str, cast: str) -> str:
+    return (
         f"{path}: column {name!r} has type {kind} but must be {wanted}; cast it to {cast} where "
         "the file is written"
     )

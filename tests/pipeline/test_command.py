@@ -50,6 +50,18 @@ def test_backfill_of_days_that_are_not_there_names_those_that_are(command: Comma
         command.run_days("2025-01-01", "2025-01-02")
 
 
+def test_backfill_does_not_pass_over_a_day_that_is_not_complete(command: Command) -> None:
+    data = command.recipe.data.model_copy(update={"complete_marker": "_SUCCESS"})
+    command.recipe = command.recipe.model_copy(update={"data": data})
+    for day in (DAYS[0], DAYS[2], DAYS[3]):
+        (data.root / "events" / f"dt={day}" / "_SUCCESS").touch()
+
+    with pytest.raises(UserError, match=rf"{DAYS[1]}: .*holds no file _SUCCESS"):
+        command.run_days(DAYS[0], DAYS[2])
+    with pytest.raises(AssertionError, match=DAYS[2]):
+        command.run_days(DAYS[2], DAYS[2])
+
+
 # --- runs whose stages are current ---------------------------------------------------------------
 
 

@@ -2,11 +2,13 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from embedding.errors import UserError
+from pipeline import run as run_module
 from pipeline.artifacts import MANIFEST, Manifest, config_hash, read_manifest
 from pipeline.config import WindowConfig
 from pipeline.consent import Consent
@@ -16,9 +18,17 @@ from pipeline.identity import ingest_config, training_config
 from pipeline.recipe import load_recipe
 from pipeline.registry import promote, rollback
 from pipeline.run import DayRun
+from pipeline.samples import ingest as ingest_module
 from pipeline.samples.join import SAMPLES
-from pipeline.stages import StageSpec
-from tests.pipeline.small_log import DAYS, event, make_recipe, write_catalogue, write_day
+from pipeline.stages import StageSpec, execute
+from tests.pipeline.small_log import (
+    DAYS,
+    event,
+    make_recipe,
+    run_here,
+    write_catalogue,
+    write_day,
+)
 from tests.pipeline.small_models import write_model
 
 AS_IS = Consent()
@@ -283,6 +293,28 @@ def test_a_training_goes_on_after_the_catalogue_was_rewritten(tmp_path: Path) ->
     assert other.resume_identity != before.resume_identity
 
 
+def test_what_was_read_while_the_catalogue_changed_is_not_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "data"
+    write_log(root, 2)
+    monkeypatch.setattr(ingest_module, "stream_tasks", run_here)
+    run = run_of(root, 0)
+    run.session = SimpleNamespace(wait_for=lambda *_: None)
+
+    def and_export(*arguments: Any) -> Any:
+        facts = ingest_module.ingest(*arguments)
+        write_catalogue(root, num_items=9)
+        return facts
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "ingest", and_export)
+        with pytest.raises(UserError, match=r"items.parquet or users.parquet .* while ingest read"):
+            execute(next(run.specs("ingest")), run.reporter)
+    assert read_manifest(run.directory("ingest")) is None
+    assert execute(next(run.specs("ingest")), run.reporter).status == "ran"
+
+
 def test_a_published_span_outlives_its_events_and_the_artifacts_before_it(tmp_path: Path) -> None:
     root, out = tmp_path / "data", tmp_path / "out"
     write_log(root, 4)
@@ -403,11 +435,28 @@ def test_columns_of_items_and_limits_leave_histories_as_they_are() -> None:
     known = ingest_config(recipe)
     assert ingest_config(wider) == known
     assert ingest_config(make_recipe(Path("data"), max_quarantined_share=0.9)) == known
-    assert ingest_config(make_recipe(Path("data"), user_buckets=9)) == known
+    assert ingest_config(make_recipe(Path("data"), user_buckets=9)) != known, "other files"
     assert ingest_config(recipe.model_copy(update={"features": other})) != known
     shorter = features.histories[0].model_copy(update={"max_length": 1})
     cut = features.model_copy(update={"histories": (shorter, features.histories[1])})
     assert ingest_config(recipe.model_copy(update={"features": cut})) != known
+
+
+def test_a_day_that_came_too_late_for_every_span_is_refused_with_the_remedy(
+    tmp_path: Path,
+) -> None:
+    root = tmp_path / "data"
+    write_catalogue(root)
+    for day in (1, 2, 3):
+        write_day(root, day, [[event(day, 1, 60)]])
+    ingested(run_of(root, 1))
+    ingested(run_of(root, 2))
+    shutil.rmtree(root / "events" / f"dt={DAYS[1]}")
+    write_day(root, 0, [[event(0, 1, 60)]])
+
+    with pytest.raises(UserError, match=rf"has {DAYS[0]}, which came after .* dt={DAYS[0]} away"):
+        ingested(run_of(root, 2))
+    assert all(current for _, current in ingested(run_of(root, 2, train_days=1)))
 
 
 def test_days_that_no_span_holds_are_not_passed_over(tmp_path: Path) -> None:

@@ -271,7 +271,7 @@ ALIGNED = {
         ({"window": {"validation_days": 1}}, False),
         ({"window": {"warm_start": False}}, True),
         ({"data": {"user_buckets": 4}}, False),
-        ({"data": {"max_quarantined_share": 0.25}}, False),
+        ({"data": {"max_quarantined_share": 0.25}}, True),
     ],
 )
 def test_variants_share_data_only_if_all_artifacts_of_it_are_equal(

@@ -1,0 +1,181 @@
+"""All faults of delivered data at once, for `braid data check`.
+
+Reads the schema of every file, the keys and dense columns of items.parquet and users.parquet, and
+the first rows of every day; ingest checks all rows, and stops at the first faulty file.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+
+from embedding.config import Source
+from embedding.errors import UserError
+from embedding.raw_ids import Int64Array
+from multimodal.codes.config import ColumnVectors
+from pipeline.config import Recipe
+from pipeline.day_warnings import missing_days
+from pipeline.days import PARTITION, available_days, stray_partitions
+from pipeline.samples.catalogue import check_entities, entity_faults
+from pipeline.samples.columns import EventColumns, SourceColumns, source_columns
+from pipeline.samples.contract import (
+    CatalogueIds,
+    event_paths,
+    event_schema_faults,
+    normalise_events,
+    open_parquet,
+    presence_faults,
+    row_faults,
+)
+
+ROWS_PER_DAY = 10_000
+
+
+@dataclass
+class Delivery:
+    """What was looked at, and what was found."""
+
+    days: list[str] = field(default_factory=list)
+    """Of the event log; those that were looked into."""
+    num_files: int = 0
+    num_rows: int = 0
+    """Events whose values were looked at."""
+    faults: list[str] = field(default_factory=list)
+    """Each must be mended before a run."""
+    warnings: list[str] = field(default_factory=list)
+    """What a run goes on with."""
+
+
+def check_delivery(recipe: Recipe, day: str | None = None) -> Delivery:
+    """Look at the data of a recipe's root.
+
+    Args:
+        recipe: says which columns are read, and as what.
+        day: the only day to look into; None: all there are.
+    """
+    found = Delivery()
+    known = _catalogue(recipe, found)
+    root, marker = recipe.data.root, recipe.data.complete_marker
+    try:
+        delivered = available_days(root)
+        complete = available_days(root, marker)
+    except UserError as error:
+        found.faults.append(str(error))
+        return found
+    strays = stray_partitions(root)
+    if strays:
+        found.warnings.append(f"partitions that are no days are left out: {', '.join(strays)}")
+    open_days = [other for other in delivered if other not in complete]
+    if open_days:
+        found.warnings.append(f"days without {marker} are not there yet: {', '.join(open_days)}")
+    missing = missing_days(complete)
+    if missing:
+        found.warnings.append(f"days between others are missing: {', '.join(missing)}")
+    if day is not None and day not in delivered:
+        found.faults.append(
+            f"{root / 'events' / (PARTITION + day)} does not exist: the event log has "
+            f"{delivered[0]} .. {delivered[-1]}; deliver it or name another day"
+        )
+        return found
+    found.days = complete if day is None else [day]
+    for checked in found.days:
+        _check_day(recipe, checked, known, found)
+    return found
+
+
+def _catalogue(recipe: Recipe, found: Delivery) -> CatalogueIds | None:
+    """Add the faults of items.parquet and users.parquet; their ids, if those can be read."""
+    root = recipe.data.root
+    items = _ids(recipe, "items", found)
+    columns = source_columns(recipe.features, "users")
+    if (root / "users.parquet").exists():
+        users = _ids(recipe, "users", found)
+        return None if items is None or users is None else CatalogueIds(items, users)
+    if columns.ids or columns.dense:
+        found.faults.append(
+            f"{root / 'users.parquet'} does not exist, but features read the user columns "
+            f"{[*columns.ids, *columns.dense]}; deliver it or remove those features"
+        )
+    return None if items is None else CatalogueIds(items, None)
+
+
+def _ids(recipe: Recipe, source: Source, found: Delivery) -> Int64Array | None:
+    path, key = recipe.data.root / f"{source}.parquet", f"{source.removesuffix('s')}_id"
+    columns = source_columns(recipe.features, source)
+    try:
+        faults = list(entity_faults(path, key, columns))
+        if source == "items":
+            faults += _content_faults(recipe, path)
+        found.num_files += 1
+        found.faults += faults
+        if faults:  # the ids may be sound all the same
+            columns = SourceColumns(ids=(), dense=())
+        return check_entities(path, key, columns)
+    except UserError as error:
+        if str(error) not in found.faults:
+            found.faults.append(str(error))
+        return None
+
+
+def _content_faults(recipe: Recipe, path: Path) -> Iterator[str]:
+    """Columns that towers and codes read."""
+    contents = [] if recipe.content is None else [recipe.content]
+    names = []
+    if recipe.codes is not None and recipe.codes.taken_from is None:
+        vectors = recipe.codes.vectors
+        if isinstance(vectors, ColumnVectors):
+            names.append(vectors.column)
+        elif vectors.content is not None:
+            contents.append(vectors.content)
+    names += [tower.column for content in contents for tower in content.towers.values()]
+    with open_parquet(path) as file:
+        yield from presence_faults(file.schema_arrow, list(dict.fromkeys(names)), path)
+
+
+def _check_day(recipe: Recipe, day: str, known: CatalogueIds | None, found: Delivery) -> None:
+    root, columns = recipe.data.root, EventColumns.of(recipe)
+    paths = event_paths(root, day)
+    if not paths:
+        folder = root / "events" / f"{PARTITION}{day}"
+        found.faults.append(f"{folder} is empty: it has no Parquet file; deliver the day's events")
+    for path in paths:
+        found.num_files += 1
+        try:
+            with open_parquet(path) as file:
+                faults = list(event_schema_faults(file.schema_arrow, columns, path))
+                found.faults += faults
+                if path == paths[0] and not faults and known is not None:
+                    batches = file.iter_batches(ROWS_PER_DAY, columns=list(columns.required))
+                    _check_rows(recipe, path, next(batches, None), known, found)
+        except UserError as error:
+            found.faults.append(str(error))
+
+
+def _check_rows(
+    recipe: Recipe,
+    path: Path,
+    batch: pa.RecordBatch | None,
+    known: CatalogueIds,
+    found: Delivery,
+) -> None:
+    """Rows that ingest would put aside; a fault where they are more than the recipe allows."""
+    if batch is None:
+        return
+    table = pa.Table.from_batches([batch])
+    columns, day = EventColumns.of(recipe), path.parent.name.removeprefix(PARTITION)
+    events = normalise_events(table, columns, path)
+    reason, names = row_faults(table, events, columns, day, known)
+    found.num_rows += table.num_rows
+    counts = Counter(names[i] for i in reason[reason >= 0].tolist())
+    limit = recipe.data.max_quarantined_share
+    sentences = [
+        f"{path}: {count} of the first {table.num_rows} rows: {name}, first in row "
+        f"{int((reason == names.index(name)).argmax())}"
+        for name, count in counts.most_common()
+    ]
+    if counts.total() > limit * table.num_rows:
+        found.faults += [f"{s} (data.max_quarantined_share={limit})" for s in sentences]
+    else:
+        found.warnings += sentences

@@ -1,0 +1,137 @@
+"""`braid data check`: all faults of delivered data at once."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from pipeline.data_cli import data_app
+from pipeline.samples import delivery
+from pipeline.samples.delivery import Delivery, check_delivery
+from tests.pipeline.small_log import DAYS, event, make_recipe, write_catalogue, write_day
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    root = tmp_path / "data"
+    write_catalogue(root)
+    for day in range(3):
+        write_day(root, day, [[event(day, 1, s) for s in range(6)]])
+    return root
+
+
+def look(root: Path, day: str | None = None, **changes: Any) -> Delivery:
+    return check_delivery(make_recipe(root, **changes), day)
+
+
+def rewrite(path: Path, *missing: str, **columns: pa.Array) -> None:
+    table = pq.ParquetFile(path).read().drop_columns(list(missing))
+    for name, values in columns.items():
+        table = table.set_column(table.column_names.index(name), name, values)
+    pq.write_table(table, path)
+
+
+def day_file(root: Path, day: int) -> Path:
+    return root / "events" / f"dt={DAYS[day]}" / "part-00000.parquet"
+
+
+def test_sound_data_has_no_faults(root: Path) -> None:
+    found = look(root)
+
+    assert (found.faults, found.warnings) == ([], [])
+    assert (found.days, found.num_files, found.num_rows) == (DAYS[:3], 5, 18)
+    assert look(root, DAYS[1]).days == [DAYS[1]]
+
+
+def test_faults_of_all_files_and_columns_are_listed_at_once(root: Path) -> None:
+    strings = pa.array(["x"] * 6)
+    rewrite(day_file(root, 0), "click", "stars", price=strings)
+    rewrite(day_file(root, 1), timestamp=pa.array(range(6)), user_id=pa.array([0.5] * 6))
+    day_file(root, 2).write_bytes(b"nothing")
+    rewrite(root / "items.parquet", "category", weight=pa.array(["w"] * 4))
+    (root / "users.parquet").unlink()
+
+    faults = look(root).faults
+
+    expected = [
+        "items.parquet lacks the columns ['category']",
+        "items.parquet: column 'weight' has type string",
+        "users.parquet does not exist, but features read the user columns ['country']",
+        f"dt={DAYS[0]}/part-00000.parquet lacks the columns ['click', 'stars']",
+        f"dt={DAYS[0]}/part-00000.parquet: column 'price' has type string",
+        f"dt={DAYS[1]}/part-00000.parquet: column 'user_id' has type double",
+        f"dt={DAYS[1]}/part-00000.parquet: column 'timestamp' has type int64",
+        f"dt={DAYS[2]}/part-00000.parquet is not a complete Parquet file",
+    ]
+    assert len(faults) == len(expected), faults
+    for sentence, part in zip(faults, expected, strict=True):
+        assert part in sentence
+
+
+def test_values_of_the_catalogue_are_looked_at(root: Path) -> None:
+    rewrite(root / "items.parquet", item_id=pa.array([1, 2, 2, 4]))
+    (fault,) = look(root).faults
+    assert "item_id 2 has more than one row" in fault
+
+
+def test_first_rows_that_ingest_would_put_aside_are_counted(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rewrite(day_file(root, 0), item_id=pa.array([1, 99, 99, 1, 99, 99]))
+    (fault,) = look(root).faults
+    assert "4 of the first 6 rows: item_id without catalogue row, first in row 1" in fault
+    assert "data.max_quarantined_share=0.5" in fault
+    monkeypatch.setattr(delivery, "ROWS_PER_DAY", 4)
+    found = look(root)
+    (warning,) = found.warnings
+    assert "2 of the first 4 rows" in warning, "as many as are allowed"
+    assert (found.faults, found.num_rows) == ([], 12)
+
+
+def test_days_that_are_missing_stray_empty_or_not_complete_are_named(root: Path) -> None:
+    shutil.rmtree(root / "events" / f"dt={DAYS[1]}")
+    (root / "events" / "dt=__HIVE_DEFAULT_PARTITION__").mkdir()
+    (root / "events" / f"dt={DAYS[3]}").mkdir()
+
+    found = look(root)
+    (fault,) = found.faults
+    assert f"dt={DAYS[3]} is empty" in fault
+    assert found.warnings == [
+        "partitions that are no days are left out: dt=__HIVE_DEFAULT_PARTITION__",
+        f"days between others are missing: {DAYS[1]}",
+    ]
+    (fault,) = look(root, DAYS[1]).faults
+    assert f"dt={DAYS[1]} does not exist" in fault
+    for day in (0, 2):
+        (root / "events" / f"dt={DAYS[day]}" / "_SUCCESS").touch()
+    marked = look(root, complete_marker="_SUCCESS")
+    assert (marked.faults, marked.days) == ([], [DAYS[0], DAYS[2]])
+    assert f"days without _SUCCESS are not there yet: {DAYS[3]}" in marked.warnings
+
+
+def test_a_root_without_events_is_one_fault_beside_those_of_the_catalogue(root: Path) -> None:
+    shutil.rmtree(root / "events")
+    (root / "items.parquet").unlink()
+
+    first, second = look(root).faults
+    assert "items.parquet does not exist" in first
+    assert "has no events/ directory" in second
+
+
+def test_the_command_ends_with_2_where_there_are_faults(root: Path) -> None:
+    recipe = root.parent / "small.yaml"
+    recipe.write_text(yaml.safe_dump(make_recipe(root).model_dump(mode="json")))
+
+    result = CliRunner().invoke(data_app, ["check", "--recipe", str(recipe)])
+    assert (result.exit_code, "ok: days 2024-01-01 .. 2024-01-03" in result.output) == (0, True)
+    rewrite(day_file(root, 0), "click")
+    day = ["--day", DAYS[0]]
+    result = CliRunner().invoke(data_app, ["check", "--recipe", str(recipe), *day])
+    assert result.exit_code == 2
+    assert "fault" in result.output
+    assert "1 faults: days 2024-01-01 .. 2024-01-01" in result.output

@@ -7,12 +7,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
 import ray
 import yaml
 
+from pipeline.cluster import fitting, worker_bundle
 from pipeline.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -55,6 +57,72 @@ def test_shared_storage_has_one_path_and_a_node_without_it_does_not_start() -> N
     )
     assert done.returncode == 1
     assert "fill in the mount line" in done.stderr
+
+
+def documents(name: str) -> dict[str, Any]:
+    """Objects of a Kubernetes file, by kind."""
+    text = (ROOT / "deploy" / "kubernetes" / name).read_text()
+    return {document["kind"]: document for document in yaml.safe_load_all(text)}
+
+
+def test_pods_share_image_token_and_storage() -> None:
+    cluster = documents("cluster.yaml")
+    spec = cluster["RayCluster"]["spec"]
+    groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+    job = documents("nightly.yaml")["CronJob"]["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    containers = [c for group in groups for c in group["template"]["spec"]["containers"]]
+
+    assert len({c["image"] for c in (*containers, *job["containers"])}) == 1
+    for container in (*containers, *job["containers"]):
+        env = {entry["name"]: entry for entry in container["env"]}
+        assert env["RAY_AUTH_MODE"]["value"] == "token"
+        assert env["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"]["name"] == "braid-token"
+    root = load_recipe("cluster").data.root
+    for group in groups:
+        pod = group["template"]["spec"]
+        claims = {v["name"]: v.get("persistentVolumeClaim", {}) for v in pod["volumes"]}
+        (mounted,) = [
+            claims[mount["name"]]["claimName"]
+            for mount in pod["containers"][0]["volumeMounts"]
+            if root.is_relative_to(mount["mountPath"]) and mount["mountPath"] != "/"
+        ]
+        assert mounted == cluster["PersistentVolumeClaim"]["metadata"]["name"]
+
+
+def test_the_recipe_of_a_cluster_has_room_on_kubernetes() -> None:
+    spec = documents("cluster.yaml")["RayCluster"]["spec"]
+    recipe, room = load_recipe("cluster"), 0
+    for group in spec["workerGroupSpecs"]:
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        node = {"CPU": float(limits["cpu"]), "GPU": float(limits.get("nvidia.com/gpu", 0))}
+        room += group["maxReplicas"] * fitting(node, worker_bundle(recipe.cluster))
+    assert room == recipe.cluster.num_workers
+    assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    pins = (ROOT / "requirements" / "constraints.txt").read_text().splitlines()
+    assert f"ray=={spec['rayVersion']}" in pins
+
+
+def test_the_nightly_job_submits_to_the_head_of_the_cluster() -> None:
+    name = documents("cluster.yaml")["RayCluster"]["metadata"]["name"]
+    job = documents("nightly.yaml")["CronJob"]["spec"]
+    assert job["concurrencyPolicy"] == "Forbid"
+    (container,) = job["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+    (script,) = container["args"]
+    # KubeRay calls the service of a head so.
+    assert f"--address http://{name}-head-svc:8265 " in script
+    checked = subprocess.run(["bash", "-n", "-c", script], capture_output=True, check=False)
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_an_image_is_built_by_the_targets_of_the_makefile() -> None:
+    text = (ROOT / "deploy" / "Dockerfile").read_text()
+    (target,) = re.findall(r"make ACCEL=\$ACCEL (\S+)", text)
+    assert (
+        target.replace("$ACCEL", "$(ACCEL)").replace(".venv", "$(VENV)")
+        in (ROOT / "Makefile").read_text()
+    )
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    assert ignored == (ROOT / ".rayignore").read_text().split()
 
 
 @pytest.fixture

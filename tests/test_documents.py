@@ -19,6 +19,7 @@ SOURCES = [
     for path in sorted((ROOT / package).rglob(kind))
 ]
 OTHERS = [ROOT / name for name in ("pyproject.toml", "Makefile", "ray_cluster.yaml")]
+OTHERS += [ROOT / "deploy" / "Dockerfile", *sorted((ROOT / "deploy/kubernetes").glob("*.yaml"))]
 LINE = re.compile(r"`braid ([^`]+)`|^ *(?:# *)?(?:[\w./]*bin/)?braid (.+)$", re.MULTILINE)
 OPTION = re.compile(r"(?<![^\s`])--?[a-z][a-z-]*")
 COMMAND = re.compile(r"(?:`|^ *(?:# *)?|bin/)braid ([a-z]+)(?: ([a-z]+))?", re.MULTILINE)

@@ -25,7 +25,7 @@ class GateDecision(StrictConfig):
     reasons: tuple[str, ...]
     """One sentence per broken rule; empty when it passed."""
     compared_with: str | None
-    """Date of the bundle it was compared with."""
+    """Date of the bundle it was compared with; None: there is none, or no rule compares."""
     compared: str | None = None
     """On which rows, in words; None where no rule compares."""
 
@@ -65,7 +65,9 @@ def decide(
 
 
 def _too_few(rules: TaskGate, where: str, metrics: TaskMetrics) -> str | None:
-    positives = round(metrics.num_rows * (metrics.label_rate or 0))
+    positives = metrics.num_positives
+    if positives is None:  # evaluated by an earlier version, which knew no weights
+        positives = round(metrics.num_rows * (metrics.label_rate or 0))
     counts = {
         "evaluation rows": (metrics.num_rows, "min_rows", rules.min_rows),
         "evaluation rows with label 1": (positives, "min_rows_per_class", rules.min_rows_per_class),
@@ -88,19 +90,35 @@ def gate(recipe: Recipe, evaluation: Path, rival: Rival | None, scratch: Path) -
     """Decide and write the decision; `rival` is the model that would be replaced."""
     found = read_metrics(evaluation / METRICS_FILE)
     reasons: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     for index, rules in enumerate(recipe.gate.tasks):
         where = "gate" if index == 0 else f"gate.also.{index - 1}"
         reasons += decide(rules, where, found[rules.task], rival)
+        warnings += _not_compared(rules, rival)
     metrics = found[recipe.gate.task]
     decision = GateDecision(
         passed=not reasons,
         reasons=reasons,
         compared_with=None if rival is None else rival.date,
-        compared=None if rival is None else rival.rows or None,
+        compared=None if rival is None else rival.rows,
     )
     (scratch / GATE).write_text(decision.model_dump_json(indent=2))
     return StageOutput(
         rows_in=metrics.num_rows,
         rows_out=metrics.num_rows,
         facts=decision.model_dump(mode="json"),
+        warnings=warnings,
+    )
+
+
+def _not_compared(rules: TaskGate, rival: Rival | None) -> tuple[str, ...]:
+    """Says that a rule of a task had nothing to compare with."""
+    if rules.max_auc_drop is None or rival is None:
+        return ()
+    theirs = rival.metrics.get(rules.task)
+    if theirs is not None and theirs.auc is not None:
+        return ()
+    return (
+        f"max_auc_drop of task {rules.task} compares nothing: the model of {rival.date}, which is "
+        "in production, has no AUC of it",
     )

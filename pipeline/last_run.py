@@ -16,7 +16,6 @@ from pydantic import ValidationError
 from embedding.config import StrictConfig
 from pipeline.artifacts import write_durably
 from pipeline.failures import last_line, user_error
-from pipeline.lock import InUseError
 
 LAST_RUN = "last_run.json"
 OK, FAILED, USER, REFUSED, INTERRUPTED = 0, 1, 2, 3, 130
@@ -62,15 +61,13 @@ class Recording:
 
 @contextmanager
 def recorded(out: Path, command: str) -> Iterator[Recording]:
-    """Write `last_run.json` when the block ends, however it ends, if the directory is there.
+    """Write `last_run.json` when the block ends, however it ends.
 
-    A command that found the directory in use writes nothing: the file is that of who holds it.
+    The caller holds the directory: the file is of the last command that did.
     """
     started_at, recording = _now(), Recording()
     try:
         yield recording
-    except InUseError:
-        raise
     except BaseException as error:
         _write(out, command, recording.progress(), started_at, error)
         raise
@@ -88,8 +85,6 @@ def read_last_run(out: Path) -> LastRun | None:
 def _write(
     out: Path, command: str, at: Progress, started_at: str, error: BaseException | None
 ) -> None:
-    if not out.is_dir():
-        return
     outcome, code, reason = _ending(at, error)
     entry = LastRun(
         command=command,

@@ -4,9 +4,12 @@ The days that a model which is passed over was trained on are trained on again: 
 days since those of its parent.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pipeline.artifacts import read_manifest
+from pipeline.day_warnings import DAY_FILES
 from pipeline.registry import spoiled_by
 
 TRAIN = "train"
@@ -56,6 +59,22 @@ def passed_its_gate(out: Path, day: str) -> bool:
         return False
     of_this = (gate.inputs.get("evaluate"), evaluate.inputs.get(TRAIN))
     return of_this == (evaluate.artifact_id, train.artifact_id)
+
+
+def learned_days(train: Path) -> dict[str, Any]:
+    """Facts of a training that say which days are in its weights, for one that went on from it."""
+    manifest = read_manifest(train)
+    assert manifest is not None
+    return {key: manifest.facts[key] for key in ("days", DAY_FILES) if key in manifest.facts}
+
+
+def unlearned(days: Sequence[str], parent: str) -> str:
+    """A sentence on a training that no step of has been worth keeping."""
+    named = days[0] if len(days) == 1 else f"{days[0]} .. {days[-1]}"
+    return (
+        f"no step of this training did better on the held-out days than the model of {parent}, "
+        f"which it started from, so its result is that model; later runs train on {named} again"
+    )
 
 
 def start_of_next_run(out: Path) -> str:

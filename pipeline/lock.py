@@ -22,10 +22,6 @@ POLL_INTERVAL_S = 0.5
 LOCK, OWNER = ".lock", ".owner.json"
 
 
-class InUseError(UserError):
-    """Another command holds the output directory."""
-
-
 class Holder(StrictConfig):
     """The process that holds an output directory."""
 
@@ -71,8 +67,7 @@ def exclusive(
         say: told once who is waited for.
 
     Raises:
-        InUseError: Another run holds it.
-        UserError: The directory cannot be written.
+        UserError: Another run holds it, or it cannot be written.
     """
     owner = out / OWNER
     with ExitStack() as held:
@@ -84,7 +79,7 @@ def exclusive(
             write_durably(owner, this_process(command).model_dump_json())
         except Timeout as error:
             waited = f", still after {wait_s:g} seconds" if wait_s else ""
-            raise InUseError(
+            raise UserError(
                 f"--out {out} is in use by {_read_holder(out) or 'another run'}{waited}; wait for "
                 "it or choose another --out"
             ) from error

@@ -14,6 +14,7 @@ from embedding.errors import UserError
 from pipeline.artifacts import Manifest, read_manifest
 from pipeline.config import Recipe
 from pipeline.evaluate import PREDICTIONS, evaluate
+from pipeline.failures import user_error
 from pipeline.identity import plan_config, samples_config
 from pipeline.metrics_file import METRICS_FILE, read_metrics
 from pipeline.recipe import read_recipe
@@ -52,8 +53,8 @@ def rival_of(
     new: EvaluatedRows,
     scratch: Path,
     wait: Callable[[], None],
-) -> Rival:
-    """The figures of the model that would be replaced.
+) -> Rival | None:
+    """The figures of the model that would be replaced; None where no rule compares.
 
     Args:
         recipe: of the new model.
@@ -63,20 +64,31 @@ def rival_of(
         wait: called before the cluster is used.
     """
     if all(rules.max_auc_drop is None for rules in recipe.gate.tasks):
-        return Rival(current.date, {}, "")  # nothing is compared
+        return None
     train = new.train.parents[1] / current.date / "train"
     obstacle = _obstacle(recipe, current, train, new)
     if obstacle is not None:
-        rows = f"on the days after its own date, since {obstacle}"
-        return Rival(current.date, read_metrics(current.directory / METRICS_FILE), rows)
+        return _as_published(current, obstacle)
     wait()
     same = {"cluster": recipe.cluster, "evaluation": recipe.evaluation}
     model = TrainedModel.of(read_recipe(train).model_copy(update=same), train, None)
     folder = scratch / PRODUCTION
     folder.mkdir()
-    evaluate(model, samples=new.samples(), counts=new.counts, scratch=folder)
+    try:
+        evaluate(model, samples=new.samples(), counts=new.counts, scratch=folder)
+    except Exception as error:
+        fault = user_error(error)
+        if fault is None:
+            raise
+        shutil.rmtree(folder)
+        return _as_published(current, str(fault))  # a damaged checkpoint holds no new model back
     shutil.rmtree(folder / PREDICTIONS)
     return Rival(current.date, read_metrics(folder / METRICS_FILE), "on the same rows")
+
+
+def _as_published(current: PublishedModel, obstacle: str) -> Rival:
+    rows = f"on the days after its own date, since {obstacle}"
+    return Rival(current.date, read_metrics(current.directory / METRICS_FILE), rows)
 
 
 def _obstacle(
@@ -100,11 +112,13 @@ def _obstacle(
         return str(error)
     if recipe.content is not None or other.content is not None:
         return "models that read content are not compared on the same rows"
-    if samples_config(other) != samples_config(recipe):
-        return "it reads other features"
-    ours = read_manifest(new.train)
-    assert ours is not None
-    if trained.facts.get("codebooks") != ours.facts.get("codebooks"):
+    theirs, ours = samples_config(other), samples_config(recipe)
+    differing = sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))
+    if differing:
+        return f"its samples are others ({', '.join(differing)})"
+    trained_now = read_manifest(new.train)
+    assert trained_now is not None
+    if trained.facts.get("codebooks") != trained_now.facts.get("codebooks"):
         return "its codes are of other codebooks"
     if plan_config(other)["cluster"] != plan_config(recipe)["cluster"]:
         return "its tables are placed on another cluster"

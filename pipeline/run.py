@@ -29,7 +29,7 @@ from pipeline.days import Span, Split, available_days, require_complete, split_d
 from pipeline.evaluate import evaluate
 from pipeline.gate import gate
 from pipeline.identity import ingest_config, plan_config, samples_config, training_config
-from pipeline.lineage import parent_of
+from pipeline.lineage import learned_days, parent_of, unlearned
 from pipeline.metrics_file import METRICS_FILE
 from pipeline.plan import plan, plan_inputs
 from pipeline.publication import Publish
@@ -272,9 +272,11 @@ class DayRun:
                 codebooks=None if self.codes is None else self.codes.change_since(parent),
             )
             output = train(self.recipe, sources, scratch, self.reporter)
-            facts = {**output.facts, "parent": parent, "days": days}
-            facts[DAY_FILES] = files
+            facts = {**output.facts, "parent": parent, "days": days, DAY_FILES: files}
             facts["codebooks"] = None if self.codes is None else self.codes.codebooks
+            if parent is not None and output.facts["best_step"] == 0:
+                facts |= learned_days(self.directory("train", parent))
+                warnings += self.reporter.warn([unlearned(days, parent)])
             return StageOutput(output.rows_in, output.rows_out, output.quarantined, facts, warnings)
 
         return StageSpec(
@@ -327,7 +329,9 @@ class DayRun:
                 )
                 wait = partial(self.session.wait_for, "gate", rank_bundles(self.recipe.cluster))
                 rival = rival_of(self.recipe, current, rows, scratch, wait)
-            return gate(self.recipe, self.directory("evaluate"), rival, scratch)
+            output = gate(self.recipe, self.directory("evaluate"), rival, scratch)
+            self.reporter.warn(output.warnings)
+            return output
 
         return StageSpec("gate", self.directory("gate"), self._dump("gate"), inputs, body)
 

@@ -125,10 +125,10 @@ class _Place(NamedTuple):
 def _recorded(
     context: typer.Context, recipe: str, overrides: list[str], place: _Place
 ) -> Iterator["Command"]:
-    """A command whose ending is written down in the output directory."""
+    """A command whose ending is written down in the output directory, once that is its own."""
     with (
-        recorded(place.out, place.title) as recording,
         _command(context, recipe, overrides, place) as command,
+        recorded(place.out, place.title) as recording,
     ):
         recording.progress = lambda: command.progress
         yield command

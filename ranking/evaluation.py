@@ -33,7 +33,10 @@ class SliceMetrics(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     num_rows: int
-    """Rows whose label is observed. All that follows weighs each by its weight."""
+    """Rows whose label is observed."""
+    num_positives: int | None = None
+    """Of these, rows whose label is 1; None in files of earlier versions. All that follows weighs
+    each row by its weight."""
     label_rate: float | None = None
     auc: float | None = None
     """Weighted share of (positive, negative) pairs in the right order; ties count half."""
@@ -108,6 +111,7 @@ class _SortedRows:
         )
         return SliceMetrics(
             num_rows=len(labels),
+            num_positives=int((labels > 0.5).sum()),
             label_rate=label_rate,
             auc=_auc_of_sorted(one_group, labels, probs, weights).value,
             gauc=gauc.value,

@@ -47,6 +47,30 @@ def test_a_model_is_compared_with_the_one_in_production(tmp_path: Path) -> None:
     assert "(auc of 2024-01-01 on the same rows)" in reasons
 
 
+def test_rows_are_counted_whatever_they_weigh(tmp_path: Path) -> None:
+    """Negatives that were sampled at 1 in 20 weigh 20: the label rate is that of all rows."""
+    sampled = of(num_rows=20_000, num_positives=991, label_rate=0.0026)
+    assert decide(tmp_path / "sampled", {"click": sampled}) == (True, "")
+
+    heavy = of(num_rows=2000, num_positives=5, label_rate=0.9)
+    passed, reasons = decide(tmp_path / "heavy", {"click": heavy})
+    assert not passed
+    assert "5 evaluation rows with label 1 are too few" in reasons
+
+
+def test_a_rule_that_finds_nothing_to_compare_with_says_so(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path)
+    rules = {"task": "click", "max_auc_drop": 0.02}
+    recipe = recipe.model_copy(update={"gate": GateConfig.model_validate(rules)})
+    evaluation = folder(tmp_path / "evaluate", click=of())
+    for metrics in ({}, {"click": of(None)}):
+        output = gate(recipe, evaluation, Rival("2024-01-01", metrics, "on some rows"), tmp_path)
+        (warning,) = output.warnings
+        assert "max_auc_drop of task click compares nothing: the model of 2024-01-01" in warning
+    known = Rival("2024-01-01", {"click": of()}, "on some rows")
+    assert not gate(recipe, evaluation, known, tmp_path).warnings
+
+
 def test_a_small_drop_and_a_first_model_pass(tmp_path: Path) -> None:
     small = decide(tmp_path / "small", {"click": of(0.74)}, {"click": of(0.75)})
     assert small == (True, "")

@@ -15,6 +15,7 @@ from embedding.errors import UserError
 from pipeline import last_run
 from pipeline.last_run import LAST_RUN, LastRun, Progress, read_last_run, recorded
 from pipeline.lock import exclusive
+from pipeline.output_name import claim
 from pipeline.run import DayRun
 from pipeline.stages import StageOutput, StageSpec
 from tests.pipeline.small_log import DAYS, event, make_recipe, write_catalogue, write_day
@@ -99,20 +100,15 @@ def test_a_run_that_fails_says_where(
     assert found.reason == "mend the join"
 
 
-def test_a_faulty_recipe_is_recorded_where_runs_are_and_nowhere_else(
-    tmp_path: Path, words: list[str]
+@pytest.mark.parametrize("setting", ["gate.invented=1", "name=other"])
+def test_a_command_that_could_not_begin_leaves_the_record_alone(
+    tmp_path: Path, words: list[str], setting: str
 ) -> None:
-    faulty = ["run", *words, "--date", DAYS[0], "--set", "gate.invented=1"]
     out = tmp_path / "out"
-    assert main(faulty) == 2
-    assert not out.exists()
-
     out.mkdir()
-    assert main(faulty) == 2
-    found = read_last_run(out)
-    assert found is not None
-    assert (found.date, found.stage) == (None, None)
-    assert "unknown key" in (found.reason or "")
+    claim(out, make_recipe(tmp_path / "data").name)
+    assert main(["run", *words, "--date", DAYS[0], "--set", setting]) == 2
+    assert not (out / LAST_RUN).exists()
 
 
 def test_a_run_that_found_the_directory_in_use_leaves_the_record_alone(

@@ -83,7 +83,7 @@ def test_a_run_whose_rules_compare_nothing_predicts_nothing(folder: Path, tmp_pa
 
     assert run(folder, 1, "gate.max_auc_drop=null", out=out) == 0
     decided = decision(out)
-    assert (decided["compared_with"], decided["compared"]) == (DAYS[0], None)
+    assert (decided["compared_with"], decided["compared"]) == (None, None)
     assert not (out / DAYS[1] / "gate" / "production").exists()
 
 
@@ -112,7 +112,7 @@ def edit_facts(run: Path) -> None:
         (lambda run: shutil.rmtree(run / "train"), "the run that trained it is no longer in"),
         (lambda run: shutil.rmtree(run / "plan"), "the run that trained it is no longer in"),
         (lambda run: (run / "train" / "recipe.yaml").write_text(""), "holds no mapping"),
-        (edit_recipe(lambda r: r["features"]["dense"].pop()), "it reads other features"),
+        (edit_recipe(lambda r: r["features"]["dense"].pop()), "its samples are others (features)"),
         (edit_recipe(lambda r: r["cluster"].update(num_workers=2)), "placed on another cluster"),
         (edit_recipe(lambda r: r.update(content={"text": {}})), "that read content are not"),
         (edit_facts, "its codes are of other codebooks"),
@@ -131,6 +131,23 @@ def test_what_was_published_stands_in_where_rows_cannot_be_the_same(
 
     new = EvaluatedRows(out / DAYS[1] / "train", never, out / DAYS[1] / "ingest")
     rival = rival_of(load_recipe(str(folder / "small.yaml")), current, new, tmp_path, never)
+    assert rival is not None
     assert rival.rows.startswith("on the days after its own date, since ")
     assert why in rival.rows
     assert rival.metrics == read_metrics(out / DAYS[0] / "evaluate" / "metrics.json")
+
+
+def test_a_damaged_model_in_production_holds_no_new_one_back(folder: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(folder / "runs", tmp_path / "runs"))
+    (data, *_) = (out / DAYS[0] / "train" / "checkpoint").rglob("*.distcp")
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.unlink()  # a copy may share its blocks
+    data.write_bytes(content)
+    shutil.rmtree(out / DAYS[1] / "gate")
+
+    assert run(folder, 1, out=out) == 0
+    decided = decision(out)
+    assert decided["compared"].startswith("on the days after its own date, since the checkpoint ")
+    assert "has another checksum" in decided["compared"]
+    assert not (out / DAYS[1] / "gate" / "production").exists()

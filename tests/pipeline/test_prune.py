@@ -1,6 +1,7 @@
 """What is pruned, and that nothing of it is missed: by a run again, a next run, or a rollback."""
 
 import os
+import shutil
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 from deploy.app import main
+from embedding.errors import UserError
 from pipeline.config import WindowConfig
 from pipeline.console import Reporter
 from pipeline.lineage import next_parent
@@ -18,7 +20,7 @@ from pipeline.registry import production, promote, rollback
 from pipeline.run import DayRun
 from pipeline.stages import STAGES
 from tests.pipeline.small_log import make_recipe, write_catalogue
-from tests.pipeline.test_run import ingested, joined, write_manifest
+from tests.pipeline.test_run import changed, ingested, joined, write_manifest
 
 NUM_RUNS = 6
 DAYS = [str(date(2024, 1, 1) + timedelta(i)) for i in range(NUM_RUNS + 2)]
@@ -196,6 +198,31 @@ def test_models_stay_as_far_as_rollbacks_go_and_gates_compare(folder: Path) -> N
         "the gate of the third compares with one more"
     )
     assert [rollback(out).date for _ in range(2)] == [DAYS[NUM_RUNS - 2], DAYS[NUM_RUNS - 3]]
+
+
+@pytest.mark.parametrize("change", ["settings", "a late file", "a larger window"])
+def test_histories_are_not_cut_because_pruned_artifacts_no_longer_tell_of_them(
+    folder: Path, change: str
+) -> None:
+    for day in range(NUM_RUNS):
+        run_day(folder, day, train_days=2)
+    prune(folder, 1)
+    events = folder / "data" / "events"
+    for day in DAYS[:3]:
+        shutil.rmtree(events / f"dt={day}")
+    assert all(current for _, current in ingested(run_of(folder, NUM_RUNS - 1, train_days=2)))
+
+    first = min(day for day, stages in stages_left(folder / "out").items() if "ingest" in stages)
+    window = {"train_days": 2}
+    if change == "a late file":
+        (events / f"dt={first}" / "part-00001.parquet").write_text("late")
+    elif change == "a larger window":
+        window = {"train_days": 5, "warm_start": False}
+    run = run_of(folder, NUM_RUNS - 1, **window)
+    if change == "settings":
+        run = changed(run)
+    with pytest.raises(UserError, match=f"go back to {DAYS[0]}, .*--shorter-histories"):
+        ingested(run)
 
 
 def test_files_that_keep_another_name_free_nothing(tmp_path: Path) -> None:

@@ -173,17 +173,16 @@ def prune(
     """Delete what no next run and no rollback needs: old runs, samples, models, leftovers."""
     from pipeline.console import result_console
     from pipeline.lock import exclusive
-    from pipeline.prune import freed_bytes, prunable, prune_table, remove, size
+    from pipeline.prune import freed_bytes, prunable, prune_table, remove, set_aside, size
     from pipeline.registry import require_output
 
     require_output(out)
     with nullcontext() if dry_run else exclusive(out, f"braid prune --keep {keep}"):
-        found = prunable(out, keep)
+        found = prunable(out, keep) if dry_run else set_aside(out, keep)
         freed = size(freed_bytes(found))
         result_console().print(prune_table(found))
         if not dry_run:
-            for entry in found:
-                remove(entry)
+            remove(found)
     typer.echo(f"{'would free' if dry_run else 'freed'} {freed}")
 
 

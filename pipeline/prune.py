@@ -11,9 +11,10 @@ run again:
 """
 
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.markup import escape
@@ -24,9 +25,13 @@ from pipeline.artifacts import MANIFEST, Manifest, read_manifest
 from pipeline.config import Recipe
 from pipeline.days import available_days
 from pipeline.lineage import next_parent
+from pipeline.lock import changing
 from pipeline.recipe import RECIPE_FILE, read_recipe
-from pipeline.registry import MODELS, promotions, require_output
+from pipeline.registry import MODELS, PRODUCTION, promotions, require_output
 
+ASIDE = ".pruned-"
+"""Of the name of a directory with what is being deleted."""
+LEFT = "left by a prune that was interrupted"
 SPANS = ("ingest", "join")
 PREVIOUS = {"train": "parent", "quantize": "previous", "align": "previous"}
 """Stages whose artifact goes on with one of an earlier date, and the fact that names the date."""
@@ -57,7 +62,7 @@ def prunable(out: Path, keep: int) -> list[Prunable]:
     if not dates:
         return []
     kept = _Kept(out, dates, keep)
-    found: list[Prunable] = []
+    found = [_prunable(path, LEFT) for path in sorted(out.glob(f"{ASIDE}*"))]
     for directory in sorted(out.glob("????-??-??")):
         found += _of_date(directory, kept)
     for directory in sorted((out / MODELS).glob("*")):
@@ -76,15 +81,28 @@ def freed_bytes(found: Iterable[Prunable]) -> int:
     return sum(size for names, links, size in seen.values() if names == links)
 
 
-def remove(entry: Prunable) -> None:
-    """Delete it; a process that is killed on the way leaves no artifact that looks whole."""
-    for path in entry.paths:
-        if not path.is_dir():
-            path.unlink(missing_ok=True)
-            continue
-        for manifest in (*path.glob(MANIFEST), *path.glob(f"*/{MANIFEST}")):
-            manifest.unlink()
-        shutil.rmtree(path)
+def set_aside(out: Path, keep: int) -> list[Prunable]:
+    """Move what can be deleted into a hidden directory, while nothing changes production.
+
+    That takes a moment: sizes are looked up and files deleted (`remove`) afterwards. What a process
+    that is killed on the way leaves there, the next one deletes.
+
+    Raises:
+        UserError: as `prunable`, or another process holds what is in production all the time.
+    """
+    require_output(out)
+    with changing(out / PRODUCTION):
+        found = prunable(out, keep)
+        if not found:
+            return []
+        aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=out))
+        return [_moved(entry, aside / str(number)) for number, entry in enumerate(found)]
+
+
+def remove(found: Iterable[Prunable]) -> None:
+    """Delete what was set aside."""
+    for directory in {path.parents[1] for entry in found for path in entry.paths}:
+        shutil.rmtree(directory)
 
 
 def prune_table(found: list[Prunable]) -> Table:
@@ -179,6 +197,11 @@ def _of_date(directory: Path, kept: _Kept) -> Iterator[Prunable]:
             yield _prunable(path, "unfinished, of settings or inputs that changed since")
         elif path.name.endswith(".partial") and date not in kept.latest:
             yield _prunable(path, "unfinished, and no run of late")
+
+
+def _moved(entry: Prunable, folder: Path) -> Prunable:
+    folder.mkdir()
+    return replace(entry, paths=tuple(path.rename(folder / path.name) for path in entry.paths))
 
 
 def _prunable(path: Path, reason: str) -> Prunable:

@@ -94,7 +94,8 @@ def published(out: Path) -> list[PublishedModel]:
     found = {}
     for path in out.glob("????-??-??/publish/manifest.json"):
         manifest = read_manifest(path.parent)
-        assert manifest is not None
+        if manifest is None:  # pruned at this moment
+            continue
         found[manifest.artifact_id] = PublishedModel(
             date=path.parts[-3], directory=path.parent, manifest=manifest
         )

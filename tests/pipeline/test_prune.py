@@ -10,13 +10,14 @@ import pytest
 
 from deploy.app import main
 from embedding.errors import UserError
+from pipeline import lock
 from pipeline.config import WindowConfig
 from pipeline.console import Reporter
 from pipeline.lineage import next_parent
-from pipeline.lock import exclusive
-from pipeline.prune import Prunable, freed_bytes, prunable
+from pipeline.lock import changing, exclusive
+from pipeline.prune import ASIDE, Prunable, freed_bytes, prunable, set_aside
 from pipeline.recipe import write_recipe
-from pipeline.registry import production, promote, rollback
+from pipeline.registry import PRODUCTION, production, promote, rollback
 from pipeline.run import DayRun
 from pipeline.stages import STAGES
 from tests.pipeline.small_log import make_recipe, write_catalogue
@@ -223,6 +224,35 @@ def test_histories_are_not_cut_because_pruned_artifacts_no_longer_tell_of_them(
         run = changed(run)
     with pytest.raises(UserError, match=f"go back to {DAYS[0]}, .*--shorter-histories"):
         ingested(run)
+
+
+def test_nothing_changes_production_while_it_is_decided_what_goes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for day in range(3):
+        run_day(folder, day)
+    out = folder / "out"
+    before = stages_left(out)
+    monkeypatch.setattr(lock, "CHANGE_TIMEOUT_S", 0.1)
+    with changing(out / PRODUCTION):
+        assert main(["prune", "--out", str(out), "--keep", "1"]) == 2
+    assert "held by another process" in capsys.readouterr().err
+    assert stages_left(out) == before
+
+    monkeypatch.setattr(shutil, "rmtree", lambda _: promote(out, DAYS[2]))
+    prune(folder, 1)
+    assert stages_left(out) != before, "production can be changed while files are deleted"
+
+
+def test_what_an_interrupted_prune_has_left_is_deleted_by_the_next(folder: Path) -> None:
+    for day in range(3):
+        run_day(folder, day)
+    out = folder / "out"
+    set_aside(out, 1)
+    assert list(out.glob(f"{ASIDE}*"))
+
+    prune(folder, 1)
+    assert not list(out.glob(f"{ASIDE}*"))
 
 
 def test_files_that_keep_another_name_free_nothing(tmp_path: Path) -> None:

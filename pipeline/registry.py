@@ -42,35 +42,43 @@ class Promotions(StrictConfig):
     @property
     def in_force(self) -> list[Promotion]:
         """Promotions that were not taken back; the last one is in production."""
-        stack: list[Promotion] = []
-        for change in self.history:
-            if change.rollback:
-                stack.pop()
-            else:
-                stack.append(change)
-        return stack
+        return self._replayed()[0]
 
     @property
     def withdrawn(self) -> list[Promotion]:
         """Promotions of bundles that were taken out of production and not put back.
 
-        By a rollback, or by promoting one of an earlier day in their place, which no run does.
+        By a rollback, or by promoting one of an earlier day in their place, which no run does. A
+        rollback right after such a promotion undoes it, and puts them back.
         """
-        stack: list[Promotion] = []
-        found: dict[str, Promotion] = {}
-        for change in self.history:
-            if change.rollback:
-                found[change.artifact_id] = stack.pop()
-            else:
-                found |= {c.artifact_id: c for c in stack if c.date > change.date}
-                stack.append(change)
-            if stack:
-                found.pop(stack[-1].artifact_id, None)
-        return list(found.values())
+        stack, found = self._replayed()
+        now = stack[-1].artifact_id if stack else None
+        return [change for identity, change in found.items() if identity != now]
 
     def ever_promoted(self, artifact_id: str) -> bool:
         """Whether the bundle was in production at some time."""
         return any(change.artifact_id == artifact_id for change in self.history)
+
+    def _replayed(self) -> tuple[list[Promotion], dict[str, Promotion]]:
+        """What is in force, and by bundle what was withdrawn (the one in production may be)."""
+        stack: list[Promotion] = []
+        found: dict[str, Promotion] = {}
+        # What was withdrawn before each promotion in force, until another one confirms it.
+        before: list[dict[str, Promotion] | None] = []
+        for change in self.history:
+            if change.rollback:
+                taken, undone = stack.pop(), before.pop()
+                found = found if undone is None else undone
+                if undone is None or all(c.artifact_id != taken.artifact_id for c in stack):
+                    found[taken.artifact_id] = taken
+                continue
+            if stack:  # whatever was returned to had been approved
+                found.pop(stack[-1].artifact_id, None)
+            before = [None] * len(stack) + [dict(found)]
+            found |= {c.artifact_id: c for c in stack if c.date > change.date}
+            found.pop(change.artifact_id, None)
+            stack.append(change)
+        return stack, found
 
 
 class PublishedModel(StrictConfig):
@@ -201,29 +209,34 @@ def spoiled_by(out: Path, day: str) -> str | None:
     """Date of the model that makes the one of a day unfit to build on; None: nothing is known.
 
     That is itself, where it was taken out of production (`Promotions.withdrawn`), or a model that
-    it was trained from, as far back as their artifacts are there.
+    it was trained from, as far back as their artifacts are there. One that is in force is fit,
+    whatever it was trained from: it was promoted after that was withdrawn.
     """
-    withdrawn = _withdrawn_trainings(out)
+    approved, withdrawn = _trainings(out)
     manifest = read_manifest(out / day / "train")
     while manifest is not None:
-        if manifest.artifact_id in withdrawn:
-            return withdrawn[manifest.artifact_id]
         parent, start = manifest.facts.get("parent"), manifest.inputs.get("parent")
-        if start in withdrawn:
-            return withdrawn[start]
+        for training in (manifest.artifact_id, start):
+            if training in approved:
+                return None
+            if training in withdrawn:
+                return withdrawn[training]
         manifest = None if parent is None else read_manifest(out / parent / "train")
         if manifest is not None and manifest.artifact_id != start:
             return None  # the parent was trained anew since then
     return None
 
 
-def _withdrawn_trainings(out: Path) -> dict[str, str]:
-    """Artifact ids of trainings whose bundles were taken out of production, with their dates."""
+def _trainings(out: Path) -> tuple[set[str], dict[str, str]]:
+    """Artifact ids of trainings whose bundles are in force, or were withdrawn, with their dates."""
     past = promotions(out)
-    found = {_training(out, change): change.date for change in past.withdrawn}
+    withdrawn = {_training(out, change): change.date for change in past.withdrawn}
     ids = {change.artifact_id for change in past.withdrawn}
-    kept = {_training(out, c) for c in past.in_force if c.artifact_id not in ids}
-    return {train: date for train, date in found.items() if train and train not in kept}
+    approved = {_training(out, c) for c in past.in_force if c.artifact_id not in ids}
+    return (
+        {train for train in approved if train},
+        {train: date for train, date in withdrawn.items() if train},
+    )
 
 
 def _training(out: Path, change: Promotion) -> str | None:

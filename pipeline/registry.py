@@ -6,6 +6,7 @@ DIR/production.json          all promotions and rollbacks; replacing it is the c
 """
 
 import shutil
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -58,6 +59,20 @@ class Promotions(StrictConfig):
     def ever_promoted(self, artifact_id: str) -> bool:
         """Whether the bundle was in production at some time."""
         return any(change.artifact_id == artifact_id for change in self.history)
+
+    def taken_back(self, at: str) -> "Promotions":
+        """After a rollback, which passes over models that were withdrawn themselves.
+
+        Nothing is in force afterwards where there is none to return to.
+        """
+        history, stack = self.history, self.in_force
+        while stack:
+            entry = stack[-1].model_copy(update={"rollback": True, "at": at})
+            history = (*history, entry)
+            stack, withdrawn = Promotions(history=history)._replayed()
+            if stack and stack[-1].artifact_id not in withdrawn:
+                break
+        return Promotions(history=history)
 
     def _replayed(self) -> tuple[list[Promotion], dict[str, Promotion]]:
         """What is in force, and by bundle what was withdrawn (the one in production may be)."""
@@ -199,7 +214,7 @@ def promote_newest(out: Path, date: str) -> str | None:
             return f"{which} was taken out of production"
         if past.ever_promoted(manifest.artifact_id):
             return None
-        if any(change.date > date for change in past.in_force):
+        if past.in_force and past.in_force[-1].date > date:
             return f"production is of {past.in_force[-1].date}"
         _promote(out, date)
     return None
@@ -246,8 +261,12 @@ def _training(out: Path, change: Promotion) -> str | None:
     return None if manifest is None else manifest.inputs.get("train")
 
 
-def rollback(out: Path) -> PublishedModel:
-    """Return to the bundle that was in production before.
+def rollback(out: Path, say: Callable[[str], None] = lambda _: None) -> PublishedModel:
+    """Return to the bundle that was in production before and is not known to be bad.
+
+    Args:
+        out: output directory.
+        say: told which ones are passed over.
 
     Raises:
         UserError: There is no earlier promotion.
@@ -255,17 +274,17 @@ def rollback(out: Path) -> PublishedModel:
     require_output(out)
     with changing(out / PRODUCTION):
         past = promotions(out)
-        stack = past.in_force
-        if len(stack) < 2:
+        after = past.taken_back(_now())
+        if not after.in_force:
             raise UserError(
-                f"{out} has {len(stack)} promotion(s), so there is nothing to roll back to; "
-                f"choose a bundle with `braid models promote --out {out} --date DATE`"
+                f"{out} has {len(past.in_force)} promotion(s) in force and none to return to, so "
+                "there is nothing to roll back to; choose a bundle with `braid models promote "
+                f"--out {out} --date DATE`"
             )
-        entry = stack[-1].model_copy(update={"rollback": True, "at": _now()})
-        _kept(out, stack[-2])
-        _write(out, Promotions(history=(*past.history, entry)))
-        current = production(out)
-        assert current is not None
+        current = _kept(out, after.in_force[-1])
+        _write(out, after)
+        for change in after.history[len(past.history) + 1 :]:
+            say(f"passed over: the model of {change.date}, which was taken out of production")
         return current
 
 

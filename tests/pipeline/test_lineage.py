@@ -127,6 +127,34 @@ def test_a_rollback_that_is_undone_is_forgotten(tmp_path: Path) -> None:
     assert next_parent(tmp_path) == DAYS[2]
 
 
+def test_a_mended_day_is_promoted_where_later_models_are_withdrawn(tmp_path: Path) -> None:
+    write_days(tmp_path)
+    promote(tmp_path, DAYS[0])
+    write_model(tmp_path, DAYS[1], parent=DAYS[0], version="-mended")
+
+    assert promote_newest(tmp_path, DAYS[1]) is None
+    assert production(tmp_path).date == DAYS[1]
+    write_model(tmp_path, DAYS[0], version="-mended")
+    assert promote_newest(tmp_path, DAYS[0]) == f"production is of {DAYS[1]}"
+
+
+def test_no_rollback_returns_to_a_model_that_was_taken_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_days(tmp_path)
+    promote(tmp_path, DAYS[1])
+    write_model(tmp_path, DAYS[3], parent=DAYS[1])
+    promote_newest(tmp_path, DAYS[3])
+    rollback(tmp_path)
+    assert production(tmp_path).date == DAYS[1]
+
+    assert main(["models", "rollback", "--out", str(tmp_path)]) == 0
+    assert f"passed over: the model of {DAYS[2]}, which was taken" in capsys.readouterr().out
+    assert production(tmp_path).date == DAYS[0]
+    assert next_parent(tmp_path) == DAYS[0]
+    assert main(["models", "rollback", "--out", str(tmp_path)]) == 2
+
+
 def test_a_rollback_says_what_the_next_run_starts_from(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,40 +1,23 @@
-"""`braid prune`: what an output directory holds and nobody needs any more.
-
-Kept is what the next run or a rollback needs, and what makes the latest runs no-ops when they are
-run again:
-
-    OUT/<date>              of the latest runs, of what is in production or a rollback returns to,
-                            of what the next run starts from; of those that these went on with
-    OUT/<day>/ingest, join  of the days that these trained on, and of all later ones
-    OUT/models/<id>         in production, the promotions before it, and what gates compare with
-    OUT/codebooks, OUT/content_tokens
-"""
+"""`braid prune`: deletes what an output directory holds and `pipeline.kept` does not keep."""
 
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.markup import escape
 from rich.table import Table
 
-from embedding.errors import UserError
-from pipeline.artifacts import MANIFEST, Manifest, read_manifest
-from pipeline.config import Recipe
-from pipeline.days import available_days
-from pipeline.lineage import next_parent
+from pipeline.kept import Kept
 from pipeline.lock import changing
-from pipeline.recipe import RECIPE_FILE, read_recipe
-from pipeline.registry import MODELS, PRODUCTION, promotions, require_output
+from pipeline.recipe import RECIPE_FILE
+from pipeline.registry import MODELS, PRODUCTION, require_output
 
 ASIDE = ".pruned-"
 """Of the name of a directory with what is being deleted."""
 LEFT = "left by a prune that was interrupted"
 SPANS = ("ingest", "join")
-PREVIOUS = {"train": "parent", "quantize": "previous", "align": "previous"}
-"""Stages whose artifact goes on with one of an earlier date, and the fact that names the date."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +44,7 @@ def prunable(out: Path, keep: int) -> list[Prunable]:
     dates = sorted(path.parent.name for path in out.glob(f"????-??-??/{RECIPE_FILE}"))
     if not dates:
         return []
-    kept = _Kept(out, dates, keep)
+    kept = Kept(out, dates, keep)
     found = [_prunable(path, LEFT) for path in sorted(out.glob(f"{ASIDE}*"))]
     for directory in sorted(out.glob("????-??-??")):
         found += _of_date(directory, kept)
@@ -119,72 +102,14 @@ def size(num_bytes: int) -> str:
     return f"{gib:.1f} GiB" if gib >= 1 else f"{num_bytes / 2**20:.1f} MiB"
 
 
-class _Kept:
-    """What must stay."""
-
-    def __init__(self, out: Path, dates: list[str], keep: int) -> None:
-        self.out = out
-        self.recipe: Recipe = read_recipe(out / dates[-1])
-        self.latest = frozenset(dates[-keep:])
-        in_force = promotions(out).in_force
-        start = next_parent(out)
-        after_rollback = {change.date for change in in_force[-2:]}
-        protected = self.latest | after_rollback | ({start} if start else set())
-        self.dates = protected | {day for date in protected for day in self._goes_on_with(date)}
-        """Whose whole run stays."""
-        self.first_day = self._first_day(protected, starts_anew=start is None)
-        """The first day whose samples stay."""
-        compared = ([c for c in in_force if c.date < date][-1:] for date in protected)
-        entries = (*in_force[-max(keep, 2) :], *(change for found in compared for change in found))
-        published = (self._manifest(date, "publish") for date in self.dates)
-        self.models = {change.artifact_id for change in entries} | {
-            # The same files as those of a run that stays.
-            manifest.artifact_id
-            for manifest in published
-            if manifest is not None
-        }
-
-    def _goes_on_with(self, date: str) -> Iterator[str]:
-        """Dates without which a run of this date would not find its stages current."""
-        for stage, fact in PREVIOUS.items():
-            manifest = self._manifest(date, stage)
-            if manifest is not None and manifest.facts.get(fact):
-                yield manifest.facts[fact]
-
-    def _first_day(self, protected: set[str] | frozenset[str], *, starts_anew: bool) -> str:
-        """First day that the next run, or one of these dates run again, may train on."""
-        codes = self.recipe.codes
-        if starts_anew or (codes is not None and codes.has_alignment):
-            return self._window_start(min(protected))
-        trained = (self._manifest(date, "train") for date in protected)
-        return min(manifest.facts["days"][0] for manifest in trained if manifest is not None)
-
-    def _window_start(self, date: str) -> str:
-        train_days = self.recipe.window.train_days
-        if train_days is None:
-            return ""  # all days there are
-        days = set()
-        for path in self.out.glob(f"????-??-??/ingest/{MANIFEST}"):
-            manifest = read_manifest(path.parent)
-            assert manifest is not None
-            days |= set(manifest.facts["days"])
-        with suppress(UserError):  # spans outlive the events they were made of
-            days |= set(available_days(self.recipe.data.root))
-        known = sorted(day for day in days if day <= date)
-        return known[-train_days:][0] if known else ""
-
-    def _manifest(self, date: str, stage: str) -> Manifest | None:
-        return read_manifest(self.out / date / stage)
-
-
-def _of_date(directory: Path, kept: _Kept) -> Iterator[Prunable]:
+def _of_date(directory: Path, kept: Kept) -> Iterator[Prunable]:
     date, is_kept = directory.name, directory.name in kept.dates
-    if not is_kept and date < kept.first_day:
+    if not is_kept and not kept.needs_samples(date):
         yield _prunable(directory, "no run needs it")
         return
     entries = sorted(directory.iterdir())
     spans = [path for path in entries if path.name in SPANS]
-    if date < kept.first_day:
+    if not kept.needs_samples(date):
         for path in spans:
             yield _prunable(path, "no run trains on its days")
     rest = tuple(path for path in entries if path not in spans)

@@ -35,7 +35,9 @@ def run_of(folder: Path, day: int, **window: Any) -> DayRun:
     )
 
 
-def run_day(folder: Path, day: int, *, passed: bool = True, **window: Any) -> None:
+def run_day(
+    folder: Path, day: int, *, passed: bool = True, promoted: bool = True, **window: Any
+) -> None:
     """As if a day had been run, published and promoted; every artifact has a file of its own."""
     run = run_of(folder, day, **window)
     ingested(run)
@@ -52,7 +54,7 @@ def run_day(folder: Path, day: int, *, passed: bool = True, **window: Any) -> No
         write_manifest(spec, **values)
         (spec.directory / "file").write_bytes(b"x" * 1000)
     write_recipe(run.recipe, run.out / run.date)
-    if passed:
+    if passed and promoted:
         promote(run.out, run.date)
 
 
@@ -157,8 +159,7 @@ def test_models_that_were_refused_or_taken_back_do_not_push_out_the_last_good_on
     assert stale == [DAYS[NUM_RUNS + 1]], "samples of all days since are there"
 
 
-# Of the last run, and of the one whose model a rollback returns to.
-@pytest.mark.parametrize(("train_days", "first"), [(None, 0), (3, NUM_RUNS - 4)])
+@pytest.mark.parametrize(("train_days", "first"), [(None, 0), (3, NUM_RUNS - 3)])
 def test_samples_of_the_window_stay_where_each_run_trains_on_all_of_it(
     folder: Path, train_days: int | None, first: int
 ) -> None:
@@ -174,6 +175,19 @@ def test_samples_of_the_window_stay_where_each_run_trains_on_all_of_it(
     assert trained == DAYS[NUM_RUNS - 2 : NUM_RUNS], "the last one, and what a rollback returns to"
     assert not (out / DAYS[NUM_RUNS - 3] / "recipe.yaml").exists()
     assert is_current(folder, NUM_RUNS - 1, **window)
+
+
+def test_samples_of_old_models_in_production_are_not_kept(folder: Path) -> None:
+    for day in range(NUM_RUNS):
+        run_day(folder, day, promoted=day < 2)
+    out = folder / "out"
+    prune(folder, 2)
+
+    left = stages_left(out)
+    assert [day for day, stages in left.items() if "join" in stages] == DAYS[NUM_RUNS - 2 : -1]
+    assert all({"train", "gate", "publish"} <= left[day] for day in DAYS[:2])
+    assert production(out).date == DAYS[1]
+    assert rollback(out).date == DAYS[0]
 
 
 def test_unfinished_work_stays_where_a_run_may_go_on_with_it(folder: Path) -> None:

@@ -1,0 +1,123 @@
+"""What of an output directory stays when it is pruned.
+
+It is what the next run or a rollback needs, and what makes the latest runs no-ops when they are
+run again:
+
+    OUT/<date>              of the latest runs, of what is in production or a rollback returns to,
+                            of what the next run starts from; of those that these went on with
+    OUT/<day>/ingest, join  of the days that the latest runs trained on, and of all later ones; of
+                            those since the model that the next run starts from
+    OUT/models/<id>         in production, the promotions before it, and what gates compare with
+    OUT/codebooks, OUT/content_tokens
+"""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+
+from embedding.errors import UserError
+from pipeline.artifacts import MANIFEST, Manifest, read_manifest
+from pipeline.config import Recipe
+from pipeline.days import available_days
+from pipeline.lineage import next_parent
+from pipeline.recipe import read_recipe
+from pipeline.registry import Promotion, Promotions, promotions
+
+PREVIOUS = {"train": "parent", "quantize": "previous", "align": "previous"}
+"""Stages whose artifact goes on with one of an earlier date, and the fact that names the date."""
+
+
+class Kept:
+    """What must stay."""
+
+    def __init__(self, out: Path, dates: list[str], keep: int) -> None:
+        """Look it up.
+
+        Args:
+            out: output directory.
+            dates: of its runs, ascending.
+            keep: how many runs and promotions stay.
+
+        Raises:
+            UserError: the recipe of the latest run cannot be read.
+        """
+        self.out = out
+        self.recipe: Recipe = read_recipe(out / dates[-1])
+        self.latest = frozenset(dates[-keep:])
+        """Runs that are no-ops when they are run again."""
+        past = promotions(out)
+        returns = list(islice(_returns(past), max(keep, 2)))
+        start = next_parent(out)
+        going_on = self.latest | ({start} if start else set())
+        self.dates = (
+            going_on
+            | {day for date in going_on for day in self._goes_on_with(date)}
+            | {change.date for change in returns[:2]}
+        )
+        """Whose run stays, its samples aside."""
+        self._first_day = self._first_day_of_samples(start)
+        compared = ([c for c in past.in_force if c.date < date][-1:] for date in self.latest)
+        entries = (
+            *(*returns, *past.in_force[-max(keep, 2) :]),
+            *(change for found in compared for change in found),
+        )
+        published = (self._manifest(date, "publish") for date in self.dates)
+        self.models = {change.artifact_id for change in entries} | {
+            # The same files as those of a run that stays.
+            manifest.artifact_id
+            for manifest in published
+            if manifest is not None
+        }
+        """Artifact ids of the promoted bundles that stay."""
+
+    def needs_samples(self, day: str) -> bool:
+        """Whether what the span that ends at a day holds may be read again."""
+        return day >= self._first_day
+
+    def _goes_on_with(self, date: str) -> Iterator[str]:
+        """Dates without which a run of this date would not find its stages current."""
+        for stage, fact in PREVIOUS.items():
+            manifest = self._manifest(date, stage)
+            if manifest is not None and manifest.facts.get(fact):
+                yield manifest.facts[fact]
+
+    def _first_day_of_samples(self, start: str | None) -> str:
+        """First day that the next run, or one of the latest run again, may train on."""
+        codes = self.recipe.codes
+        if start is None or (codes is not None and codes.has_alignment):
+            return self._window_start(min(self.latest))
+        starts_from = self._manifest(start, "train")
+        assert starts_from is not None
+        trained = (self._manifest(date, "train") for date in self.latest)
+        # The span of the last day that the start has trained on is what later ones continue.
+        firsts = [manifest.facts["days"][0] for manifest in trained if manifest is not None]
+        return min([starts_from.facts["days"][-1], *firsts])
+
+    def _window_start(self, date: str) -> str:
+        train_days = self.recipe.window.train_days
+        if train_days is None:
+            return ""  # all days there are
+        known = [day for day in self._days() if day <= date]
+        return known[-train_days:][0] if known else ""
+
+    def _days(self) -> list[str]:
+        """Days of the event log and of all spans."""
+        days = set()
+        for path in self.out.glob(f"????-??-??/ingest/{MANIFEST}"):
+            manifest = read_manifest(path.parent)
+            assert manifest is not None
+            days |= set(manifest.facts["days"])
+        with suppress(UserError):  # spans outlive the events they were made of
+            days |= set(available_days(self.recipe.data.root))
+        return sorted(days)
+
+    def _manifest(self, date: str, stage: str) -> Manifest | None:
+        return read_manifest(self.out / date / stage)
+
+
+def _returns(past: Promotions) -> Iterator[Promotion]:
+    """What is in production, and what one rollback after the other returns to."""
+    while past.in_force:
+        yield past.in_force[-1]
+        past = past.taken_back("")

@@ -3,8 +3,10 @@
 It is what the next run or a rollback needs, and what makes the latest runs no-ops when they are
 run again:
 
-    OUT/<date>              of the latest runs, of what is in production or a rollback returns to,
-                            of what the next run starts from; of those that these went on with
+    OUT/<date>              of the latest runs, by date and by when they were made; of what is in
+                            production or a rollback returns to, of what the next run starts from;
+                            of those that these went on with
+    OUT/<date>/*            `RECORDS` of every run
     OUT/<day>/ingest, join  of the days that the latest runs trained on, and of all later ones; of
                             those since the model that the next run starts from
     OUT/models/<id>         in production, the promotions before it, and what gates compare with
@@ -21,11 +23,23 @@ from pipeline.artifacts import MANIFEST, Manifest, read_manifest
 from pipeline.config import Recipe
 from pipeline.days import available_days
 from pipeline.lineage import next_parent
-from pipeline.recipe import read_recipe
+from pipeline.recipe import RECIPE_FILE, read_recipe
 from pipeline.registry import Promotion, Promotions, promotions
 
+SPANS = ("ingest", "join")
+RECORDS = (RECIPE_FILE, "summary.json", "report.html")
+"""What a run leaves besides its artifacts: little, and the only record of how a model has done."""
 PREVIOUS = {"train": "parent", "quantize": "previous", "align": "previous"}
 """Stages whose artifact goes on with one of an earlier date, and the fact that names the date."""
+
+
+def run_dates(out: Path) -> list[str]:
+    """Dates that were run and of which more than their records is there, ascending."""
+    return sorted(
+        path.parent.name
+        for path in out.glob(f"????-??-??/{RECIPE_FILE}")
+        if any(entry.name not in (*SPANS, *RECORDS) for entry in path.parent.iterdir())
+    )
 
 
 class Kept:
@@ -44,7 +58,8 @@ class Kept:
         """
         self.out = out
         self.recipe: Recipe = read_recipe(out / dates[-1])
-        self.latest = frozenset(dates[-keep:])
+        newest = frozenset(dates[-keep:])
+        self.latest = newest | set(sorted(dates, key=self._made_at)[-keep:])
         """Runs that are no-ops when they are run again."""
         past = promotions(out)
         returns = list(islice(_returns(past), max(keep, 2)))
@@ -56,7 +71,9 @@ class Kept:
             | {change.date for change in returns[:2]}
         )
         """Whose run stays, its samples aside."""
-        self._first_day = self._first_day_of_samples(start)
+        self._first_day = self._first_day_of_samples(newest, start)
+        older = (date for date in self.latest - newest if date < self._first_day)
+        self._backfilled = [self._days_of(date) for date in older]
         compared = ([c for c in past.in_force if c.date < date][-1:] for date in self.latest)
         entries = (
             *(*returns, *past.in_force[-max(keep, 2) :]),
@@ -73,7 +90,28 @@ class Kept:
 
     def needs_samples(self, day: str) -> bool:
         """Whether what the span that ends at a day holds may be read again."""
-        return day >= self._first_day
+        if day >= self._first_day:
+            return True
+        ingested = self._manifest(day, "ingest")
+        days = {day} if ingested is None else set(ingested.facts["days"])
+        return any(days & needed for needed in self._backfilled)
+
+    def _made_at(self, date: str) -> tuple[str, str]:
+        """When the latest of its own stages was published."""
+        stages = (path for path in (self.out / date).glob("*") if path.name not in SPANS)
+        found = (read_manifest(path) for path in stages)
+        return max((m.created_at for m in found if m is not None), default=""), date
+
+    def _days_of(self, date: str) -> set[str]:
+        """Days that a run has trained on, or may, and that it is evaluated on."""
+        days, (codes, window) = self._days(), (self.recipe.codes, self.recipe.window)
+        trained = self._manifest(date, "train")
+        if trained is None or (codes is not None and codes.has_alignment):
+            first = self._window_start(date)
+        else:
+            first = trained.facts["days"][0]
+        later = [day for day in days if day > date][: window.eval_days]
+        return {date, *(day for day in days if first <= day <= date), *later}
 
     def _goes_on_with(self, date: str) -> Iterator[str]:
         """Dates without which a run of this date would not find its stages current."""
@@ -82,14 +120,14 @@ class Kept:
             if manifest is not None and manifest.facts.get(fact):
                 yield manifest.facts[fact]
 
-    def _first_day_of_samples(self, start: str | None) -> str:
+    def _first_day_of_samples(self, latest: frozenset[str], start: str | None) -> str:
         """First day that the next run, or one of the latest run again, may train on."""
         codes = self.recipe.codes
         if start is None or (codes is not None and codes.has_alignment):
-            return self._window_start(min(self.latest))
+            return self._window_start(min(latest))
         starts_from = self._manifest(start, "train")
         assert starts_from is not None
-        trained = (self._manifest(date, "train") for date in self.latest)
+        trained = (self._manifest(date, "train") for date in latest)
         # The span of the last day that the start has trained on is what later ones continue.
         firsts = [manifest.facts["days"][0] for manifest in trained if manifest is not None]
         return min([starts_from.facts["days"][-1], *firsts])

@@ -9,15 +9,13 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.kept import Kept
+from pipeline.kept import RECORDS, SPANS, Kept, run_dates
 from pipeline.lock import changing
-from pipeline.recipe import RECIPE_FILE
 from pipeline.registry import MODELS, PRODUCTION, require_output
 
 ASIDE = ".pruned-"
 """Of the name of a directory with what is being deleted."""
 LEFT = "left by a prune that was interrupted"
-SPANS = ("ingest", "join")
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ def prunable(out: Path, keep: int) -> list[Prunable]:
         UserError: `out` is no directory, or the recipe of its latest run cannot be read.
     """
     require_output(out)
-    dates = sorted(path.parent.name for path in out.glob(f"????-??-??/{RECIPE_FILE}"))
+    dates = run_dates(out)
     if not dates:
         return []
     kept = Kept(out, dates, keep)
@@ -103,24 +101,32 @@ def size(num_bytes: int) -> str:
 
 
 def _of_date(directory: Path, kept: Kept) -> Iterator[Prunable]:
-    date, is_kept = directory.name, directory.name in kept.dates
-    if not is_kept and not kept.needs_samples(date):
-        yield _prunable(directory, "no run needs it")
-        return
+    date = directory.name
     entries = sorted(directory.iterdir())
     spans = [path for path in entries if path.name in SPANS]
-    if not kept.needs_samples(date):
-        for path in spans:
-            yield _prunable(path, "no run trains on its days")
-    rest = tuple(path for path in entries if path not in spans)
-    if not is_kept and rest:
-        what = f"{directory}, but {' and '.join(SPANS)}"
-        yield Prunable(what, rest, "no run starts from it, and its date is no recent one")
-        return
-    for path in rest:
+    rest = [path for path in entries if path.name not in (*SPANS, *RECORDS)]
+    has_records = len(entries) > len(spans) + len(rest)
+    if date in kept.dates:
+        yield from _leftovers(rest, is_latest=date in kept.latest)
+        if not kept.needs_samples(date):
+            for path in spans:
+                yield _prunable(path, "no run trains on its days")
+    elif kept.needs_samples(date):
+        if rest:
+            what = f"{directory}, but {' and '.join(SPANS)}, and its figures"
+            yield Prunable(what, tuple(rest), "no run starts from it, and it is no recent one")
+    elif not has_records:
+        yield _prunable(directory, "no run needs it")
+    elif spans or rest:
+        what = f"{directory}, but its figures"
+        yield Prunable(what, (*spans, *rest), "no run needs it")
+
+
+def _leftovers(paths: Iterable[Path], *, is_latest: bool) -> Iterator[Prunable]:
+    for path in paths:
         if path.name.endswith(".abandoned"):
             yield _prunable(path, "unfinished, of settings or inputs that changed since")
-        elif path.name.endswith(".partial") and date not in kept.latest:
+        elif path.name.endswith(".partial") and not is_latest:
             yield _prunable(path, "unfinished, and no run of late")
 
 

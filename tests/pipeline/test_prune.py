@@ -11,6 +11,7 @@ import pytest
 from deploy.app import main
 from embedding.errors import UserError
 from pipeline import lock
+from pipeline.artifacts import MANIFEST, read_manifest
 from pipeline.config import WindowConfig
 from pipeline.console import Reporter
 from pipeline.lineage import next_parent
@@ -18,8 +19,10 @@ from pipeline.lock import changing, exclusive
 from pipeline.prune import ASIDE, Prunable, freed_bytes, prunable, set_aside
 from pipeline.recipe import write_recipe
 from pipeline.registry import PRODUCTION, production, promote, rollback
+from pipeline.reports.report import REPORT
 from pipeline.run import DayRun
 from pipeline.stages import STAGES
+from pipeline.summary import SUMMARY
 from tests.pipeline.small_log import make_recipe, write_catalogue
 from tests.pipeline.test_run import changed, ingested, joined, write_manifest
 
@@ -73,7 +76,7 @@ def stages_left(out: Path) -> dict[str, set[str]]:
     return {
         day: {path.parent.name for path in (out / day).glob("*/manifest.json")}
         for day in DAYS
-        if (out / day).is_dir()
+        if list((out / day).glob("*/manifest.json"))
     }
 
 
@@ -173,8 +176,39 @@ def test_samples_of_the_window_stay_where_each_run_trains_on_all_of_it(
     assert [day for day, stages in left.items() if "join" in stages] == DAYS[first : NUM_RUNS + 1]
     trained = [day for day, stages in left.items() if "train" in stages]
     assert trained == DAYS[NUM_RUNS - 2 : NUM_RUNS], "the last one, and what a rollback returns to"
-    assert not (out / DAYS[NUM_RUNS - 3] / "recipe.yaml").exists()
     assert is_current(folder, NUM_RUNS - 1, **window)
+
+
+def test_figures_of_every_run_stay(folder: Path) -> None:
+    for day in range(NUM_RUNS):
+        run_day(folder, day)
+        for name in (SUMMARY, REPORT):
+            (folder / "out" / DAYS[day] / name).write_text("figures")
+    prune(folder, 1)
+
+    assert stages_left(folder / "out").get(DAYS[0]) is None
+    for day in DAYS[:NUM_RUNS]:
+        left = {path.name for path in (folder / "out" / day).iterdir()}
+        assert {"recipe.yaml", SUMMARY, REPORT} <= left
+
+
+def test_a_backfill_of_old_dates_stays_as_long_as_it_was_made_of_late(folder: Path) -> None:
+    window = {"train_days": 1, "eval_days": 1}
+    for made, day in enumerate((2, 3, 4, 5, 0)):
+        run_day(folder, day, promoted=day > 0, **window)
+        for path in (folder / "out" / DAYS[day]).glob(f"*/{MANIFEST}"):
+            manifest = read_manifest(path.parent).model_copy(update={"created_at": str(made)})
+            path.write_text(manifest.model_dump_json())
+    prune(folder, 1)
+    samples = {day for day, stages in stages_left(folder / "out").items() if "join" in stages}
+    assert samples == {*DAYS[:3], *DAYS[5:7]}, "the third holds those before it, too"
+    assert all(is_current(folder, day, **window) for day in (0, 5))
+
+    for path in (folder / "out").glob(f"????-??-??/*/{MANIFEST}"):
+        manifest = read_manifest(path.parent).model_copy(update={"created_at": ""})
+        path.write_text(manifest.model_dump_json())
+    prune(folder, 1)
+    assert set(stages_left(folder / "out")) == set(DAYS[4:7])
 
 
 def test_samples_of_old_models_in_production_are_not_kept(folder: Path) -> None:

@@ -173,7 +173,7 @@ def prune(
     """Delete what no next run and no rollback needs: old runs, samples, models, leftovers."""
     from pipeline.console import result_console
     from pipeline.lock import exclusive
-    from pipeline.prune import freed_bytes, prunable, prune_table, remove, set_aside, size
+    from pipeline.prune import freed_bytes, prunable, prune_table, remove, set_aside, size, tried
     from pipeline.registry import require_output
 
     require_output(out)
@@ -181,6 +181,8 @@ def prune(
         found = prunable(out, keep) if dry_run else set_aside(out, keep)
         freed = size(freed_bytes(found))
         result_console().print(prune_table(found))
+        if candidates := tried(out, keep):
+            typer.echo(f"kept: published, never promoted, of {', '.join(candidates)}")
         if not dry_run:
             remove(found)
     typer.echo(f"{'would free' if dry_run else 'freed'} {freed}")

@@ -5,7 +5,8 @@ run again:
 
     OUT/<date>              of the latest runs, by date and by when they were made; of what is in
                             production or a rollback returns to, of what the next run starts from;
-                            of those that these went on with
+                            of those that these went on with; of the latest that were published
+                            and never promoted
     OUT/<date>/*            `RECORDS` of every run
     OUT/<day>/ingest, join  of the days that the latest runs trained on, and of all later ones; of
                             those since the model that the next run starts from
@@ -24,7 +25,7 @@ from pipeline.config import Recipe
 from pipeline.days import available_days
 from pipeline.lineage import next_parent
 from pipeline.recipe import RECIPE_FILE, read_recipe
-from pipeline.registry import Promotion, Promotions, promotions
+from pipeline.registry import Promotion, Promotions, promotions, spoiled_by
 
 SPANS = ("ingest", "join")
 RECORDS = (RECIPE_FILE, "summary.json", "report.html")
@@ -63,12 +64,17 @@ class Kept:
         """Runs that are no-ops when they are run again."""
         past = promotions(out)
         returns = list(islice(_returns(past), max(keep, 2)))
+        tried = [date for date in dates if self._may_be_promoted(date, past)]
+        self.tried = tuple(tried[-keep:])
+        """Runs whose bundle was never promoted, and may be yet: it lies nowhere else."""
+        self.no_longer_tried = frozenset(tried) - set(self.tried)
         start = next_parent(out)
         going_on = self.latest | ({start} if start else set())
         self.dates = (
             going_on
             | {day for date in going_on for day in self._goes_on_with(date)}
             | {change.date for change in returns[:2]}
+            | set(self.tried)
         )
         """Whose run stays, its samples aside."""
         self._first_day = self._first_day_of_samples(newest, start)
@@ -112,6 +118,13 @@ class Kept:
             first = trained.facts["days"][0]
         later = [day for day in days if day > date][: window.eval_days]
         return {date, *(day for day in days if first <= day <= date), *later}
+
+    def _may_be_promoted(self, date: str, past: Promotions) -> bool:
+        bundle, gate = self._manifest(date, "publish"), self._manifest(date, "gate")
+        if bundle is None or past.ever_promoted(bundle.artifact_id):
+            return False
+        is_refused = gate is not None and not gate.facts["passed"]
+        return not is_refused and spoiled_by(self.out, date) is None
 
     def _goes_on_with(self, date: str) -> Iterator[str]:
         """Dates without which a run of this date would not find its stages current."""

@@ -52,6 +52,12 @@ def prunable(out: Path, keep: int) -> list[Prunable]:
     return found
 
 
+def tried(out: Path, keep: int) -> tuple[str, ...]:
+    """Dates of bundles that stay because they were published, never promoted, and may be yet."""
+    dates = run_dates(out)
+    return Kept(out, dates, keep).tried if dates else ()
+
+
 def freed_bytes(found: Iterable[Prunable]) -> int:
     """What deleting all of it frees: files that keep another name free nothing."""
     seen: dict[tuple[int, int], tuple[int, int, int]] = {}
@@ -111,7 +117,11 @@ def _of_date(directory: Path, kept: Kept) -> Iterator[Prunable]:
         if not kept.needs_samples(date):
             for path in spans:
                 yield _prunable(path, "no run trains on its days")
-    elif kept.needs_samples(date):
+        return
+    if date in kept.no_longer_tried:
+        yield _prunable(directory / "publish", "published, never promoted; there are later ones")
+        rest.remove(directory / "publish")
+    if kept.needs_samples(date):
         if rest:
             what = f"{directory}, but {' and '.join(SPANS)}, and its figures"
             yield Prunable(what, tuple(rest), "no run starts from it, and it is no recent one")

@@ -179,6 +179,24 @@ def test_samples_of_the_window_stay_where_each_run_trains_on_all_of_it(
     assert is_current(folder, NUM_RUNS - 1, **window)
 
 
+def test_bundles_that_may_be_promoted_yet_have_entries_of_their_own(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for day in range(NUM_RUNS):
+        run_day(folder, day, passed=day != 3, promoted=day > 3)
+    out = folder / "out"
+    prune(folder, 2)
+
+    said = capsys.readouterr().out
+    assert f"kept: published, never promoted, of {DAYS[1]}, {DAYS[2]}\n" in said
+    row = next(line for line in said.splitlines() if f"{DAYS[0]}/publish " in line)
+    assert "published, never promoted; there are later ones" in row
+    trained = [day for day, stages in stages_left(out).items() if "train" in stages]
+    assert trained == [DAYS[1], DAYS[2], DAYS[4], DAYS[5]]
+    assert promote(out, DAYS[2]).date == DAYS[2]
+    assert next_parent(out) == DAYS[2]
+
+
 def test_figures_of_every_run_stay(folder: Path) -> None:
     for day in range(NUM_RUNS):
         run_day(folder, day)
@@ -208,7 +226,7 @@ def test_a_backfill_of_old_dates_stays_as_long_as_it_was_made_of_late(folder: Pa
         manifest = read_manifest(path.parent).model_copy(update={"created_at": ""})
         path.write_text(manifest.model_dump_json())
     prune(folder, 1)
-    assert set(stages_left(folder / "out")) == set(DAYS[4:7])
+    assert set(stages_left(folder / "out")) == {DAYS[0], *DAYS[4:7]}, "one may be promoted yet"
 
 
 def test_samples_of_old_models_in_production_are_not_kept(folder: Path) -> None:

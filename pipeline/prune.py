@@ -9,9 +9,11 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
+from pipeline.artifacts import MANIFEST, finish_interrupted
 from pipeline.kept import RECORDS, SPANS, Kept, run_dates
 from pipeline.lock import changing
 from pipeline.registry import MODELS, PRODUCTION, require_output
+from pipeline.stages import STAGES
 
 ASIDE = ".pruned-"
 """Of the name of a directory with what is being deleted."""
@@ -72,12 +74,16 @@ def set_aside(out: Path, keep: int) -> list[Prunable]:
     """Move what can be deleted into a hidden directory, while nothing changes production.
 
     That takes a moment: sizes are looked up and files deleted (`remove`) afterwards. What a process
-    that is killed on the way leaves there, the next one deletes.
+    that is killed on the way leaves there, the next one deletes. Stages that a crash interrupted as
+    they were published are published first, so the caller must hold the directory.
 
     Raises:
         UserError: as `prunable`, or another process holds what is in production all the time.
     """
     require_output(out)
+    for directory in out.glob("????-??-??"):
+        for stage in STAGES:
+            finish_interrupted(directory / stage)
     with changing(out / PRODUCTION):
         found = prunable(out, keep)
         if not found:
@@ -136,8 +142,14 @@ def _leftovers(paths: Iterable[Path], *, is_latest: bool) -> Iterator[Prunable]:
     for path in paths:
         if path.name.endswith(".abandoned"):
             yield _prunable(path, "unfinished, of settings or inputs that changed since")
-        elif path.name.endswith(".partial") and not is_latest:
+        elif path.name.endswith(".outdated") and _published_in_place_of(path).exists():
+            yield _prunable(path, "replaced by a later one")
+        elif path.name.endswith(".partial") and not is_latest and not (path / MANIFEST).exists():
             yield _prunable(path, "unfinished, and no run of late")
+
+
+def _published_in_place_of(path: Path) -> Path:
+    return path.with_name(path.stem.removeprefix("."))
 
 
 def _moved(entry: Prunable, folder: Path) -> Prunable:

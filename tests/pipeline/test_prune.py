@@ -255,6 +255,25 @@ def test_unfinished_work_stays_where_a_run_may_go_on_with_it(folder: Path) -> No
     assert left == [f"{DAYS[2]}/.train.partial"]
 
 
+def test_what_a_crash_interrupted_as_it_was_published_is_no_leftover(folder: Path) -> None:
+    for day in range(NUM_RUNS):
+        run_day(folder, day)
+    latest, out = NUM_RUNS - 1, folder / "out"
+    start = out / DAYS[latest - 1]
+    (start / "train").rename(start / ".train.partial")
+    (start / ".train.outdated").mkdir()
+    (out / DAYS[latest] / "ingest").rename(out / DAYS[latest] / ".ingest.outdated")
+    assert not {entry.what for entry in prunable(out, 1)} & {
+        str(start / ".train.partial"),
+        str(out / DAYS[latest] / ".ingest.outdated"),
+    }
+    prune(folder, 1)
+
+    assert is_current(folder, latest)
+    assert "train" in stages_left(out)[DAYS[latest - 1]]
+    assert not list(out.glob("????-??-??/.*"))
+
+
 def test_models_stay_as_far_as_rollbacks_go_and_gates_compare(folder: Path) -> None:
     for day in range(NUM_RUNS):
         run_day(folder, day)

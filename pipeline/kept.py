@@ -24,11 +24,12 @@ from pipeline.artifacts import MANIFEST, Manifest, read_manifest
 from pipeline.config import Recipe
 from pipeline.days import available_days
 from pipeline.lineage import next_parent
+from pipeline.pruned import PRUNED
 from pipeline.recipe import RECIPE_FILE, read_recipe
 from pipeline.registry import Promotion, Promotions, promotions, spoiled_by
 
 SPANS = ("ingest", "join")
-RECORDS = (RECIPE_FILE, "summary.json", "report.html")
+RECORDS = (RECIPE_FILE, "summary.json", "report.html", PRUNED)
 """What a run leaves besides its artifacts: little, and the only record of how a model has done."""
 PREVIOUS = {"train": "parent", "quantize": "previous", "align": "previous"}
 """Stages whose artifact goes on with one of an earlier date, and the fact that names the date."""

@@ -12,6 +12,7 @@ from rich.table import Table
 from pipeline.artifacts import MANIFEST, finish_interrupted
 from pipeline.kept import RECORDS, SPANS, Kept, run_dates
 from pipeline.lock import changing
+from pipeline.pruned import note_pruned
 from pipeline.registry import MODELS, PRODUCTION, require_output
 from pipeline.stages import STAGES
 
@@ -44,7 +45,10 @@ def prunable(out: Path, keep: int) -> list[Prunable]:
     dates = run_dates(out)
     if not dates:
         return []
-    kept = Kept(out, dates, keep)
+    return _not_kept(out, Kept(out, dates, keep))
+
+
+def _not_kept(out: Path, kept: Kept) -> list[Prunable]:
     found = [_prunable(path, LEFT) for path in sorted(out.glob(f"{ASIDE}*"))]
     for directory in sorted(out.glob("????-??-??")):
         found += _of_date(directory, kept)
@@ -75,7 +79,8 @@ def set_aside(out: Path, keep: int) -> list[Prunable]:
 
     That takes a moment: sizes are looked up and files deleted (`remove`) afterwards. What a process
     that is killed on the way leaves there, the next one deletes. Stages that a crash interrupted as
-    they were published are published first, so the caller must hold the directory.
+    they were published are published first, so the caller must hold the directory. All runs but the
+    latest say that they were pruned (`pipeline.pruned`).
 
     Raises:
         UserError: as `prunable`, or another process holds what is in production all the time.
@@ -85,11 +90,18 @@ def set_aside(out: Path, keep: int) -> list[Prunable]:
         for stage in STAGES:
             finish_interrupted(directory / stage)
     with changing(out / PRODUCTION):
-        found = prunable(out, keep)
-        if not found:
+        dates = run_dates(out)
+        if not dates:
             return []
+        kept = Kept(out, dates, keep)
+        found = _not_kept(out, kept)
         aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=out))
-        return [_moved(entry, aside / str(number)) for number, entry in enumerate(found)]
+        moved = [_moved(entry, aside / str(number)) for number, entry in enumerate(found)]
+    if not moved:
+        aside.rmdir()
+    for date in set(dates) - kept.latest:
+        note_pruned(out / date)
+    return moved
 
 
 def remove(found: Iterable[Prunable]) -> None:

@@ -12,6 +12,7 @@ from deploy.app import main
 from embedding.errors import UserError
 from pipeline import lock
 from pipeline.artifacts import MANIFEST, read_manifest
+from pipeline.command import Command
 from pipeline.config import WindowConfig
 from pipeline.console import Reporter
 from pipeline.lineage import next_parent
@@ -22,6 +23,7 @@ from pipeline.registry import PRODUCTION, production, promote, rollback
 from pipeline.reports.report import REPORT
 from pipeline.run import DayRun
 from pipeline.stages import STAGES
+from pipeline.status import output_status
 from pipeline.summary import SUMMARY
 from tests.pipeline.small_log import make_recipe, write_catalogue
 from tests.pipeline.test_run import changed, ingested, joined, write_manifest
@@ -118,6 +120,29 @@ def test_the_latest_runs_stay_current_and_the_next_one_starts_as_it_would_have(
     capsys.readouterr()
     prune(folder, 2)
     assert "freed 0.0 MiB" in capsys.readouterr().out
+
+
+def test_status_says_what_is_kept_of_runs_that_were_pruned(folder: Path) -> None:
+    for day in range(NUM_RUNS):
+        run_day(folder, day)
+    out, latest = folder / "out", NUM_RUNS - 1
+    prune(folder, 1)
+    prune(folder, 1)
+
+    found = {run.date: run for run in output_status(out, lambda *_: None).runs}
+    assert list(found) == DAYS[:NUM_RUNS]
+    for day in DAYS[:latest]:
+        assert (found[day].problem, found[day].stages) == (None, ())
+        kept = "there is nothing to run again" if day == DAYS[latest - 1] else "figures are kept"
+        assert kept in found[day].pruned
+    assert found[DAYS[latest]].pruned is None
+    assert {stage.state for stage in found[DAYS[latest]].stages} == {"current"}
+
+    run = run_of(folder, latest - 1)
+    Command(run.recipe, out, publish=run.publish)._write_recipe(run.date)
+    shown = {run.date: run for run in output_status(out, lambda *_: None).runs}[run.date]
+    assert shown.pruned is None
+    assert shown.stages, "it is run again"
 
 
 def test_what_a_dry_run_names_is_what_is_deleted(
@@ -271,7 +296,7 @@ def test_what_a_crash_interrupted_as_it_was_published_is_no_leftover(folder: Pat
 
     assert is_current(folder, latest)
     assert "train" in stages_left(out)[DAYS[latest - 1]]
-    assert not list(out.glob("????-??-??/.*"))
+    assert not [*out.glob("*/.train.*"), *out.glob("*/.ingest.*")]
 
 
 def test_models_stay_as_far_as_rollbacks_go_and_gates_compare(folder: Path) -> None:

@@ -164,7 +164,11 @@ def status(
 def prune(
     out: OutOption,
     keep: Annotated[
-        int, typer.Option(min=1, help="Latest runs, and promotions before the last, that stay.")
+        int,
+        typer.Option(
+            min=1,
+            help="Latest runs, promotions before the last, and bundles never promoted, that stay.",
+        ),
     ] = 7,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be deleted, and delete nothing.")

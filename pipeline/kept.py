@@ -65,10 +65,12 @@ class Kept:
         """Runs that are no-ops when they are run again."""
         past = promotions(out)
         returns = list(islice(_returns(past), max(keep, 2)))
-        tried = [date for date in dates if self._may_be_promoted(date, past)]
-        self.tried = tuple(tried[-keep:])
+        untried = [date for date in dates if self._was_never_promoted(date, past)]
+        # Newest first and no more than needed: each may read the manifests of all its ancestors.
+        usable = (date for date in reversed(untried) if spoiled_by(out, date) is None)
+        self.tried = tuple(sorted(islice(usable, keep)))
         """Runs whose bundle was never promoted, and may be yet: it lies nowhere else."""
-        self.no_longer_tried = frozenset(tried) - set(self.tried)
+        self.no_longer_tried = frozenset(untried) - set(self.tried)
         start = next_parent(out)
         going_on = self.latest | ({start} if start else set())
         self.dates = (
@@ -120,12 +122,11 @@ class Kept:
         later = [day for day in days if day > date][: window.eval_days]
         return {date, *(day for day in days if first <= day <= date), *later}
 
-    def _may_be_promoted(self, date: str, past: Promotions) -> bool:
+    def _was_never_promoted(self, date: str, past: Promotions) -> bool:
         bundle, gate = self._manifest(date, "publish"), self._manifest(date, "gate")
         if bundle is None or past.ever_promoted(bundle.artifact_id):
             return False
-        is_refused = gate is not None and not gate.facts["passed"]
-        return not is_refused and spoiled_by(self.out, date) is None
+        return gate is None or bool(gate.facts["passed"])
 
     def _goes_on_with(self, date: str) -> Iterator[str]:
         """Dates without which a run of this date would not find its stages current."""

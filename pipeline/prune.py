@@ -95,12 +95,12 @@ def set_aside(out: Path, keep: int) -> list[Prunable]:
             return []
         kept = Kept(out, dates, keep)
         found = _not_kept(out, kept)
+        for date in set(dates) - kept.latest:
+            note_pruned(out / date)
         aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=out))
         moved = [_moved(entry, aside / str(number)) for number, entry in enumerate(found)]
     if not moved:
         aside.rmdir()
-    for date in set(dates) - kept.latest:
-        note_pruned(out / date)
     return moved
 
 
@@ -137,7 +137,8 @@ def _of_date(directory: Path, kept: Kept) -> Iterator[Prunable]:
                 yield _prunable(path, "no run trains on its days")
         return
     if date in kept.no_longer_tried:
-        yield _prunable(directory / "publish", "published, never promoted; there are later ones")
+        reason = "published, never promoted, and not among the latest that may be"
+        yield _prunable(directory / "publish", reason)
         rest.remove(directory / "publish")
     if kept.needs_samples(date):
         if rest:

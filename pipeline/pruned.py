@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from embedding.config import StrictConfig
-from pipeline.artifacts import read_manifest, write_durably
+from pipeline.artifacts import read_manifest
 
 PRUNED = ".pruned.json"
 
@@ -25,10 +25,13 @@ class PrunedNote(StrictConfig):
 
 
 def note_pruned(directory: Path) -> None:
-    """Say that the run of a date was pruned, if it does not say so already."""
-    if not (directory / PRUNED).exists():
+    """Say that the run of a date was pruned, if it does not say so already.
+
+    Not durably: it is one for every run, and what a crash leaves of it is no note.
+    """
+    if what_was_pruned(directory) is None:
         note = PrunedNote(at=datetime.now(UTC).isoformat(timespec="seconds"))
-        write_durably(directory / PRUNED, note.model_dump_json())
+        (directory / PRUNED).write_text(note.model_dump_json())
 
 
 def forget_pruned(directory: Path) -> None:

@@ -215,7 +215,7 @@ def test_bundles_that_may_be_promoted_yet_have_entries_of_their_own(
     said = capsys.readouterr().out
     assert f"kept: published, never promoted, of {DAYS[1]}, {DAYS[2]}\n" in said
     row = next(line for line in said.splitlines() if f"{DAYS[0]}/publish " in line)
-    assert "published, never promoted; there are later ones" in row
+    assert "published, never promoted, and not among the latest that may be" in row
     trained = [day for day, stages in stages_left(out).items() if "train" in stages]
     assert trained == [DAYS[1], DAYS[2], DAYS[4], DAYS[5]]
     assert promote(out, DAYS[2]).date == DAYS[2]

@@ -164,7 +164,11 @@ def status(
 def prune(
     out: OutOption,
     keep: Annotated[
-        int, typer.Option(min=1, help="Latest runs, and promotions before the last, that stay.")
+        int,
+        typer.Option(
+            min=1,
+            help="Latest runs, promotions before the last, and bundles never promoted, that stay.",
+        ),
     ] = 7,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be deleted, and delete nothing.")
@@ -173,17 +177,18 @@ def prune(
     """Delete what no next run and no rollback needs: old runs, samples, models, leftovers."""
     from pipeline.console import result_console
     from pipeline.lock import exclusive
-    from pipeline.prune import freed_bytes, prunable, prune_table, remove, size
+    from pipeline.prune import freed_bytes, prunable, prune_table, remove, set_aside, size, tried
     from pipeline.registry import require_output
 
     require_output(out)
     with nullcontext() if dry_run else exclusive(out, f"braid prune --keep {keep}"):
-        found = prunable(out, keep)
+        found = prunable(out, keep) if dry_run else set_aside(out, keep)
         freed = size(freed_bytes(found))
         result_console().print(prune_table(found))
+        if candidates := tried(out, keep):
+            typer.echo(f"kept: published, never promoted, of {', '.join(candidates)}")
         if not dry_run:
-            for entry in found:
-                remove(entry)
+            remove(found)
     typer.echo(f"{'would free' if dry_run else 'freed'} {freed}")
 
 

@@ -18,6 +18,7 @@ from pipeline.last_run import Progress
 from pipeline.marketplace.synthetic import ensure_data
 from pipeline.output_name import claim
 from pipeline.planning.request import check_plan_files
+from pipeline.pruned import forget_pruned
 from pipeline.publication import Publish
 from pipeline.recipe import write_recipe
 from pipeline.registry import promote_newest
@@ -175,6 +176,7 @@ class Command:
         directory = self.out / date
         directory.mkdir(parents=True, exist_ok=True)
         write_recipe(self.recipe, directory)
+        forget_pruned(directory)
         return directory
 
     def _refused(self, date: str, decision: dict[str, Any]) -> bool:

@@ -51,7 +51,7 @@ def rollback(out: OutOption) -> None:
     """Return to the bundle that was in production before, and say what the next run starts from."""
     from pipeline.registry import rollback as roll_back
 
-    _say_production(out, roll_back(out).bundle)
+    _say_production(out, roll_back(out, typer.echo).bundle)
 
 
 def _say_production(out: Path, bundle: Path) -> None:

@@ -1,35 +1,24 @@
-"""`braid prune`: what an output directory holds and nobody needs any more.
-
-Kept is what the next run or a rollback needs, and what makes the latest runs no-ops when they are
-run again:
-
-    OUT/<date>              of the latest runs, of what is in production or a rollback returns to,
-                            of what the next run starts from; of those that these went on with
-    OUT/<day>/ingest, join  of the days that these trained on, and of all later ones
-    OUT/models/<id>         in production, the promotions before it, and what gates compare with
-    OUT/codebooks, OUT/content_tokens
-"""
+"""`braid prune`: deletes what an output directory holds and `pipeline.kept` does not keep."""
 
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.markup import escape
 from rich.table import Table
 
-from embedding.errors import UserError
-from pipeline.artifacts import MANIFEST, Manifest, read_manifest
-from pipeline.config import Recipe
-from pipeline.days import available_days
-from pipeline.lineage import next_parent
-from pipeline.recipe import RECIPE_FILE, read_recipe
-from pipeline.registry import MODELS, promotions, require_output
+from pipeline.artifacts import MANIFEST, finish_interrupted
+from pipeline.kept import RECORDS, SPANS, Kept, run_dates
+from pipeline.lock import changing
+from pipeline.pruned import note_pruned
+from pipeline.registry import MODELS, PRODUCTION, require_output
+from pipeline.stages import STAGES
 
-SPANS = ("ingest", "join")
-PREVIOUS = {"train": "parent", "quantize": "previous", "align": "previous"}
-"""Stages whose artifact goes on with one of an earlier date, and the fact that names the date."""
+ASIDE = ".pruned-"
+"""Of the name of a directory with what is being deleted."""
+LEFT = "left by a prune that was interrupted"
 
 
 @dataclass(frozen=True)
@@ -53,17 +42,26 @@ def prunable(out: Path, keep: int) -> list[Prunable]:
         UserError: `out` is no directory, or the recipe of its latest run cannot be read.
     """
     require_output(out)
-    dates = sorted(path.parent.name for path in out.glob(f"????-??-??/{RECIPE_FILE}"))
+    dates = run_dates(out)
     if not dates:
         return []
-    kept = _Kept(out, dates, keep)
-    found: list[Prunable] = []
+    return _not_kept(out, Kept(out, dates, keep))
+
+
+def _not_kept(out: Path, kept: Kept) -> list[Prunable]:
+    found = [_prunable(path, LEFT) for path in sorted(out.glob(f"{ASIDE}*"))]
     for directory in sorted(out.glob("????-??-??")):
         found += _of_date(directory, kept)
     for directory in sorted((out / MODELS).glob("*")):
         if directory.name not in kept.models:
             found.append(_prunable(directory, "no rollback returns to it"))
     return found
+
+
+def tried(out: Path, keep: int) -> tuple[str, ...]:
+    """Dates of bundles that stay because they were published, never promoted, and may be yet."""
+    dates = run_dates(out)
+    return Kept(out, dates, keep).tried if dates else ()
 
 
 def freed_bytes(found: Iterable[Prunable]) -> int:
@@ -76,15 +74,40 @@ def freed_bytes(found: Iterable[Prunable]) -> int:
     return sum(size for names, links, size in seen.values() if names == links)
 
 
-def remove(entry: Prunable) -> None:
-    """Delete it; a process that is killed on the way leaves no artifact that looks whole."""
-    for path in entry.paths:
-        if not path.is_dir():
-            path.unlink(missing_ok=True)
-            continue
-        for manifest in (*path.glob(MANIFEST), *path.glob(f"*/{MANIFEST}")):
-            manifest.unlink()
-        shutil.rmtree(path)
+def set_aside(out: Path, keep: int) -> list[Prunable]:
+    """Move what can be deleted into a hidden directory, while nothing changes production.
+
+    That takes a moment: sizes are looked up and files deleted (`remove`) afterwards. What a process
+    that is killed on the way leaves there, the next one deletes. Stages that a crash interrupted as
+    they were published are published first, so the caller must hold the directory. All runs but the
+    latest say that they were pruned (`pipeline.pruned`).
+
+    Raises:
+        UserError: as `prunable`, or another process holds what is in production all the time.
+    """
+    require_output(out)
+    for directory in out.glob("????-??-??"):
+        for stage in STAGES:
+            finish_interrupted(directory / stage)
+    with changing(out / PRODUCTION):
+        dates = run_dates(out)
+        if not dates:
+            return []
+        kept = Kept(out, dates, keep)
+        found = _not_kept(out, kept)
+        for date in set(dates) - kept.latest:
+            note_pruned(out / date)
+        aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=out))
+        moved = [_moved(entry, aside / str(number)) for number, entry in enumerate(found)]
+    if not moved:
+        aside.rmdir()
+    return moved
+
+
+def remove(found: Iterable[Prunable]) -> None:
+    """Delete what was set aside."""
+    for directory in {path.parents[1] for entry in found for path in entry.paths}:
+        shutil.rmtree(directory)
 
 
 def prune_table(found: list[Prunable]) -> Table:
@@ -101,84 +124,50 @@ def size(num_bytes: int) -> str:
     return f"{gib:.1f} GiB" if gib >= 1 else f"{num_bytes / 2**20:.1f} MiB"
 
 
-class _Kept:
-    """What must stay."""
-
-    def __init__(self, out: Path, dates: list[str], keep: int) -> None:
-        self.out = out
-        self.recipe: Recipe = read_recipe(out / dates[-1])
-        self.latest = frozenset(dates[-keep:])
-        in_force = promotions(out).in_force
-        start = next_parent(out)
-        after_rollback = {change.date for change in in_force[-2:]}
-        protected = self.latest | after_rollback | ({start} if start else set())
-        self.dates = protected | {day for date in protected for day in self._goes_on_with(date)}
-        """Whose whole run stays."""
-        self.first_day = self._first_day(protected, starts_anew=start is None)
-        """The first day whose samples stay."""
-        compared = ([c for c in in_force if c.date < date][-1:] for date in protected)
-        entries = (*in_force[-max(keep, 2) :], *(change for found in compared for change in found))
-        published = (self._manifest(date, "publish") for date in self.dates)
-        self.models = {change.artifact_id for change in entries} | {
-            # The same files as those of a run that stays.
-            manifest.artifact_id
-            for manifest in published
-            if manifest is not None
-        }
-
-    def _goes_on_with(self, date: str) -> Iterator[str]:
-        """Dates without which a run of this date would not find its stages current."""
-        for stage, fact in PREVIOUS.items():
-            manifest = self._manifest(date, stage)
-            if manifest is not None and manifest.facts.get(fact):
-                yield manifest.facts[fact]
-
-    def _first_day(self, protected: set[str] | frozenset[str], *, starts_anew: bool) -> str:
-        """First day that the next run, or one of these dates run again, may train on."""
-        codes = self.recipe.codes
-        if starts_anew or (codes is not None and codes.has_alignment):
-            return self._window_start(min(protected))
-        trained = (self._manifest(date, "train") for date in protected)
-        return min(manifest.facts["days"][0] for manifest in trained if manifest is not None)
-
-    def _window_start(self, date: str) -> str:
-        train_days = self.recipe.window.train_days
-        if train_days is None:
-            return ""  # all days there are
-        days = set()
-        for path in self.out.glob(f"????-??-??/ingest/{MANIFEST}"):
-            manifest = read_manifest(path.parent)
-            assert manifest is not None
-            days |= set(manifest.facts["days"])
-        with suppress(UserError):  # spans outlive the events they were made of
-            days |= set(available_days(self.recipe.data.root))
-        known = sorted(day for day in days if day <= date)
-        return known[-train_days:][0] if known else ""
-
-    def _manifest(self, date: str, stage: str) -> Manifest | None:
-        return read_manifest(self.out / date / stage)
-
-
-def _of_date(directory: Path, kept: _Kept) -> Iterator[Prunable]:
-    date, is_kept = directory.name, directory.name in kept.dates
-    if not is_kept and date < kept.first_day:
-        yield _prunable(directory, "no run needs it")
-        return
+def _of_date(directory: Path, kept: Kept) -> Iterator[Prunable]:
+    date = directory.name
     entries = sorted(directory.iterdir())
     spans = [path for path in entries if path.name in SPANS]
-    if date < kept.first_day:
-        for path in spans:
-            yield _prunable(path, "no run trains on its days")
-    rest = tuple(path for path in entries if path not in spans)
-    if not is_kept and rest:
-        what = f"{directory}, but {' and '.join(SPANS)}"
-        yield Prunable(what, rest, "no run starts from it, and its date is no recent one")
+    rest = [path for path in entries if path.name not in (*SPANS, *RECORDS)]
+    has_records = len(entries) > len(spans) + len(rest)
+    if date in kept.dates:
+        yield from _leftovers(rest, is_latest=date in kept.latest)
+        if not kept.needs_samples(date):
+            for path in spans:
+                yield _prunable(path, "no run trains on its days")
         return
-    for path in rest:
+    if date in kept.no_longer_tried:
+        reason = "published, never promoted, and not among the latest that may be"
+        yield _prunable(directory / "publish", reason)
+        rest.remove(directory / "publish")
+    if kept.needs_samples(date):
+        if rest:
+            what = f"{directory}, but {' and '.join(SPANS)}, and its figures"
+            yield Prunable(what, tuple(rest), "no run starts from it, and it is no recent one")
+    elif not has_records:
+        yield _prunable(directory, "no run needs it")
+    elif spans or rest:
+        what = f"{directory}, but its figures"
+        yield Prunable(what, (*spans, *rest), "no run needs it")
+
+
+def _leftovers(paths: Iterable[Path], *, is_latest: bool) -> Iterator[Prunable]:
+    for path in paths:
         if path.name.endswith(".abandoned"):
             yield _prunable(path, "unfinished, of settings or inputs that changed since")
-        elif path.name.endswith(".partial") and date not in kept.latest:
+        elif path.name.endswith(".outdated") and _published_in_place_of(path).exists():
+            yield _prunable(path, "replaced by a later one")
+        elif path.name.endswith(".partial") and not is_latest and not (path / MANIFEST).exists():
             yield _prunable(path, "unfinished, and no run of late")
+
+
+def _published_in_place_of(path: Path) -> Path:
+    return path.with_name(path.stem.removeprefix("."))
+
+
+def _moved(entry: Prunable, folder: Path) -> Prunable:
+    folder.mkdir()
+    return replace(entry, paths=tuple(path.rename(folder / path.name) for path in entry.paths))
 
 
 def _prunable(path: Path, reason: str) -> Prunable:

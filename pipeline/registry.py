@@ -6,6 +6,7 @@ DIR/production.json          all promotions and rollbacks; replacing it is the c
 """
 
 import shutil
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -42,35 +43,57 @@ class Promotions(StrictConfig):
     @property
     def in_force(self) -> list[Promotion]:
         """Promotions that were not taken back; the last one is in production."""
-        stack: list[Promotion] = []
-        for change in self.history:
-            if change.rollback:
-                stack.pop()
-            else:
-                stack.append(change)
-        return stack
+        return self._replayed()[0]
 
     @property
     def withdrawn(self) -> list[Promotion]:
         """Promotions of bundles that were taken out of production and not put back.
 
-        By a rollback, or by promoting one of an earlier day in their place, which no run does.
+        By a rollback, or by promoting one of an earlier day in their place, which no run does. A
+        rollback right after such a promotion undoes it, and puts them back.
         """
-        stack: list[Promotion] = []
-        found: dict[str, Promotion] = {}
-        for change in self.history:
-            if change.rollback:
-                found[change.artifact_id] = stack.pop()
-            else:
-                found |= {c.artifact_id: c for c in stack if c.date > change.date}
-                stack.append(change)
-            if stack:
-                found.pop(stack[-1].artifact_id, None)
-        return list(found.values())
+        stack, found = self._replayed()
+        now = stack[-1].artifact_id if stack else None
+        return [change for identity, change in found.items() if identity != now]
 
     def ever_promoted(self, artifact_id: str) -> bool:
         """Whether the bundle was in production at some time."""
         return any(change.artifact_id == artifact_id for change in self.history)
+
+    def taken_back(self, at: str) -> "Promotions":
+        """After a rollback, which passes over models that were withdrawn themselves.
+
+        Nothing is in force afterwards where there is none to return to.
+        """
+        history, stack = self.history, self.in_force
+        while stack:
+            entry = stack[-1].model_copy(update={"rollback": True, "at": at})
+            history = (*history, entry)
+            stack, withdrawn = Promotions(history=history)._replayed()
+            if stack and stack[-1].artifact_id not in withdrawn:
+                break
+        return Promotions(history=history)
+
+    def _replayed(self) -> tuple[list[Promotion], dict[str, Promotion]]:
+        """What is in force, and by bundle what was withdrawn (the one in production may be)."""
+        stack: list[Promotion] = []
+        found: dict[str, Promotion] = {}
+        # What was withdrawn before each promotion in force, until another one confirms it.
+        before: list[dict[str, Promotion] | None] = []
+        for change in self.history:
+            if change.rollback:
+                taken, undone = stack.pop(), before.pop()
+                found = found if undone is None else undone
+                if undone is None or all(c.artifact_id != taken.artifact_id for c in stack):
+                    found[taken.artifact_id] = taken
+                continue
+            if stack:  # whatever was returned to had been approved
+                found.pop(stack[-1].artifact_id, None)
+            before = [None] * len(stack) + [dict(found)]
+            found |= {c.artifact_id: c for c in stack if c.date > change.date}
+            found.pop(change.artifact_id, None)
+            stack.append(change)
+        return stack, found
 
 
 class PublishedModel(StrictConfig):
@@ -94,7 +117,8 @@ def published(out: Path) -> list[PublishedModel]:
     found = {}
     for path in out.glob("????-??-??/publish/manifest.json"):
         manifest = read_manifest(path.parent)
-        assert manifest is not None
+        if manifest is None:  # pruned at this moment
+            continue
         found[manifest.artifact_id] = PublishedModel(
             date=path.parts[-3], directory=path.parent, manifest=manifest
         )
@@ -190,7 +214,7 @@ def promote_newest(out: Path, date: str) -> str | None:
             return f"{which} was taken out of production"
         if past.ever_promoted(manifest.artifact_id):
             return None
-        if any(change.date > date for change in past.in_force):
+        if past.in_force and past.in_force[-1].date > date:
             return f"production is of {past.in_force[-1].date}"
         _promote(out, date)
     return None
@@ -200,29 +224,34 @@ def spoiled_by(out: Path, day: str) -> str | None:
     """Date of the model that makes the one of a day unfit to build on; None: nothing is known.
 
     That is itself, where it was taken out of production (`Promotions.withdrawn`), or a model that
-    it was trained from, as far back as their artifacts are there.
+    it was trained from, as far back as their artifacts are there. One that is in force is fit,
+    whatever it was trained from: it was promoted after that was withdrawn.
     """
-    withdrawn = _withdrawn_trainings(out)
+    approved, withdrawn = _trainings(out)
     manifest = read_manifest(out / day / "train")
     while manifest is not None:
-        if manifest.artifact_id in withdrawn:
-            return withdrawn[manifest.artifact_id]
         parent, start = manifest.facts.get("parent"), manifest.inputs.get("parent")
-        if start in withdrawn:
-            return withdrawn[start]
+        for training in (manifest.artifact_id, start):
+            if training in approved:
+                return None
+            if training in withdrawn:
+                return withdrawn[training]
         manifest = None if parent is None else read_manifest(out / parent / "train")
         if manifest is not None and manifest.artifact_id != start:
             return None  # the parent was trained anew since then
     return None
 
 
-def _withdrawn_trainings(out: Path) -> dict[str, str]:
-    """Artifact ids of trainings whose bundles were taken out of production, with their dates."""
+def _trainings(out: Path) -> tuple[set[str], dict[str, str]]:
+    """Artifact ids of trainings whose bundles are in force, or were withdrawn, with their dates."""
     past = promotions(out)
-    found = {_training(out, change): change.date for change in past.withdrawn}
+    withdrawn = {_training(out, change): change.date for change in past.withdrawn}
     ids = {change.artifact_id for change in past.withdrawn}
-    kept = {_training(out, c) for c in past.in_force if c.artifact_id not in ids}
-    return {train: date for train, date in found.items() if train and train not in kept}
+    approved = {_training(out, c) for c in past.in_force if c.artifact_id not in ids}
+    return (
+        {train for train in approved if train},
+        {train: date for train, date in withdrawn.items() if train},
+    )
 
 
 def _training(out: Path, change: Promotion) -> str | None:
@@ -232,8 +261,12 @@ def _training(out: Path, change: Promotion) -> str | None:
     return None if manifest is None else manifest.inputs.get("train")
 
 
-def rollback(out: Path) -> PublishedModel:
-    """Return to the bundle that was in production before.
+def rollback(out: Path, say: Callable[[str], None] = lambda _: None) -> PublishedModel:
+    """Return to the bundle that was in production before and is not known to be bad.
+
+    Args:
+        out: output directory.
+        say: told which ones are passed over.
 
     Raises:
         UserError: There is no earlier promotion.
@@ -241,17 +274,17 @@ def rollback(out: Path) -> PublishedModel:
     require_output(out)
     with changing(out / PRODUCTION):
         past = promotions(out)
-        stack = past.in_force
-        if len(stack) < 2:
+        after = past.taken_back(_now())
+        if not after.in_force:
             raise UserError(
-                f"{out} has {len(stack)} promotion(s), so there is nothing to roll back to; "
-                f"choose a bundle with `braid models promote --out {out} --date DATE`"
+                f"{out} has {len(past.in_force)} promotion(s) in force and none to return to, so "
+                "there is nothing to roll back to; choose a bundle with `braid models promote "
+                f"--out {out} --date DATE`"
             )
-        entry = stack[-1].model_copy(update={"rollback": True, "at": _now()})
-        _kept(out, stack[-2])
-        _write(out, Promotions(history=(*past.history, entry)))
-        current = production(out)
-        assert current is not None
+        current = _kept(out, after.in_force[-1])
+        _write(out, after)
+        for change in after.history[len(past.history) + 1 :]:
+            say(f"passed over: the model of {change.date}, which was taken out of production")
         return current
 
 

@@ -14,6 +14,25 @@ from pipeline.consent import Consent
 from pipeline.days import PARTITION, Span, day_files, fingerprint
 
 INGEST = "ingest"
+FIRST_DAY = "first_day"
+"""Fact of an ingest artifact: `first_day_held`; those of earlier versions lack it."""
+
+
+def first_day_held(days: Sequence[str], previous: Path | None) -> str:
+    """First day whose events are in the histories and counts of a span, as far as it is known.
+
+    Args:
+        days: of the span.
+        previous: the ingest artifact that the span continues.
+    """
+    first = days[0]
+    while previous is not None and (manifest := read_manifest(previous)) is not None:
+        if FIRST_DAY in manifest.facts:
+            return str(manifest.facts[FIRST_DAY])
+        before = manifest.facts["previous"]
+        first = before or manifest.facts["days"][0]
+        previous = None if before is None else previous.parents[1] / before / INGEST
+    return first
 
 
 class Spans:
@@ -164,7 +183,9 @@ class Spans:
         for path in self.out.glob(f"????-??-??/{INGEST}/{MANIFEST}"):
             manifest = read_manifest(path.parent)
             assert manifest is not None
-            held.update(manifest.facts["days"], filter(None, [manifest.facts["previous"]]))
+            # The artifacts of earlier days may be gone: each says how far back its own events go.
+            known = (manifest.facts["previous"], manifest.facts.get(FIRST_DAY))
+            held.update(manifest.facts["days"], filter(None, known))
         last, start = span.days[-1], span.previous or ""
         lost = sorted(day for day in held - set(self.days) if start < day < last)
         if lost:
@@ -172,10 +193,9 @@ class Spans:
                 f"{self.out / last / INGEST} would be made anew from {span.days[0]} on, because "
                 "what ingest depends on has changed (event columns, histories, tasks, "
                 "data.user_buckets) or an artifact before it is gone; but histories and counts "
-                f"there hold {len(lost)} days from {lost[0]} to {lost[-1]} that "
-                f"{self.root / 'events'} no longer has. Restore these days; or return to the "
-                "settings before; or choose another --out; or, to go on without those events, add "
-                "--shorter-histories"
+                f"there go back to {lost[0]}, and {self.root / 'events'} no longer has all days "
+                "since then. Restore these days; or return to the settings before; or choose "
+                "another --out; or, to go on without those events, add --shorter-histories"
             )
 
     def _events(self, span: Span) -> str:

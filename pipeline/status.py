@@ -15,6 +15,7 @@ from pipeline.console import Reporter, duration, human
 from pipeline.last_run import LastRun, read_last_run
 from pipeline.lock import Holder, holder
 from pipeline.models import ModelEntry, current_model
+from pipeline.pruned import what_was_pruned
 from pipeline.publication import Publish
 from pipeline.recipe import RECIPE_FILE, read_recipe
 from pipeline.registry import production, published, require_output
@@ -51,6 +52,8 @@ class RunStatus(StrictConfig):
     date: str
     problem: str | None
     """Why its stages cannot be looked into."""
+    pruned: str | None = None
+    """What is kept of it, where `braid prune` took the rest on purpose; no stage is shown then."""
     stages: tuple[StageStatus, ...]
 
 
@@ -111,6 +114,8 @@ def status_table(status: OutputStatus) -> Table:
     for run in status.runs:
         if run.problem is not None:
             table.add_row(run.date, "", "[yellow]unknown[/]", "", "", escape(run.problem))
+        if run.pruned is not None:
+            table.add_row(run.date, "", "[dim]pruned[/]", "", "", run.pruned)
         for stage in run.stages:
             state = f"[{_STYLE[stage.state]}]{stage.state}[/]"
             rows = "" if stage.rows is None else human(stage.rows)
@@ -120,6 +125,9 @@ def status_table(status: OutputStatus) -> Table:
 
 
 def _run_status(out: Path, date: str, publish: Publish, held_by: Holder | None) -> RunStatus:
+    pruned = what_was_pruned(out / date)
+    if pruned is not None:
+        return RunStatus(date=date, problem=None, pruned=pruned, stages=())
     try:
         stages = tuple(_stages(out, date, publish, held_by))
     except UserError as error:

@@ -45,6 +45,7 @@ from pipeline.samples.partition import (
     partition_chunk,
     plan_chunks,
 )
+from pipeline.spans import first_day_held
 from pipeline.tasks import stream_tasks
 
 logger = logging.getLogger(__name__)
@@ -93,6 +94,8 @@ class IngestFacts(StrictConfig):
     num_users: int
     """Distinct ids in all events so far."""
     num_buckets: int
+    first_day: str
+    """Of all events so far: pruning deletes the artifacts that would tell."""
 
 
 @dataclass(frozen=True)
@@ -323,4 +326,5 @@ def _facts(
         num_items=counts["item_id"],
         num_users=counts["user_id"],
         num_buckets=span.num_buckets,
+        first_day=first_day_held(span.days, span.previous),
     )

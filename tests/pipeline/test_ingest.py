@@ -13,6 +13,7 @@ from small_log import DAYS, Row, event, file_bytes, make_recipe, write_catalogue
 
 from embedding.errors import UserError
 from embedding.raw_ids import to_raw_ids
+from pipeline.artifacts import MANIFEST, Manifest
 from pipeline.cluster import RaySession
 from pipeline.config import ClusterConfig, Recipe
 from pipeline.samples import ingest as ingest_module
@@ -114,6 +115,10 @@ def test_chained_spans_give_the_histories_of_the_whole_log(
             artifact = root / f"ingest-{i}"
             facts = run(recipe, DAYS[start:end], previous, artifact)
             assert facts.rows_out == facts.rows_in
+            assert facts.first_day == DAYS[0]
+            told = {"stage": "ingest", "facts": facts.model_dump(mode="json")}
+            manifest = Manifest(artifact_id=artifact.name, config_hash="", **told)
+            (artifact / MANIFEST).write_text(manifest.model_dump_json())
             found += read_events(artifact)
             previous, start = artifact, end
     assert previous is not None

@@ -83,8 +83,39 @@ def test_promoting_an_earlier_day_takes_the_later_ones_back(tmp_path: Path) -> N
     promote(tmp_path, DAYS[1])
     assert next_parent(tmp_path) == DAYS[1], "put back by hand"
     rollback(tmp_path)
+    assert next_parent(tmp_path) == DAYS[0]
     promote(tmp_path, DAYS[2])
-    assert next_parent(tmp_path) == DAYS[0], f"{DAYS[2]} was trained from {DAYS[1]}"
+    assert next_parent(tmp_path) == DAYS[2], "put back by hand, whatever it was trained from"
+
+
+def test_a_promotion_by_mistake_is_undone_by_a_rollback(tmp_path: Path) -> None:
+    write_days(tmp_path)
+    promote(tmp_path, DAYS[0])
+    rollback(tmp_path)
+
+    assert production(tmp_path).date == DAYS[2]
+    assert promotions(tmp_path).withdrawn == []
+    assert next_parent(tmp_path) == DAYS[2]
+    write_model(tmp_path, DAYS[3], parent=DAYS[2])
+    assert promote_newest(tmp_path, DAYS[3]) is None
+
+
+def test_a_model_that_is_put_back_is_started_from_whatever_it_was_trained_from(
+    tmp_path: Path,
+) -> None:
+    write_days(tmp_path)
+    rollback(tmp_path)
+    rollback(tmp_path)
+    promote(tmp_path, DAYS[2])
+    assert [change.date for change in promotions(tmp_path).withdrawn] == [DAYS[1]]
+    assert next_parent(tmp_path) == DAYS[2]
+
+    write_model(tmp_path, DAYS[3], parent=DAYS[2])
+    assert promote_newest(tmp_path, DAYS[3]) is None
+    rollback(tmp_path)
+    rollback(tmp_path)
+    assert production(tmp_path).date == DAYS[0]
+    assert next_parent(tmp_path) == DAYS[0]
 
 
 def test_a_rollback_that_is_undone_is_forgotten(tmp_path: Path) -> None:
@@ -94,6 +125,34 @@ def test_a_rollback_that_is_undone_is_forgotten(tmp_path: Path) -> None:
 
     assert promotions(tmp_path).withdrawn == []
     assert next_parent(tmp_path) == DAYS[2]
+
+
+def test_a_mended_day_is_promoted_where_later_models_are_withdrawn(tmp_path: Path) -> None:
+    write_days(tmp_path)
+    promote(tmp_path, DAYS[0])
+    write_model(tmp_path, DAYS[1], parent=DAYS[0], version="-mended")
+
+    assert promote_newest(tmp_path, DAYS[1]) is None
+    assert production(tmp_path).date == DAYS[1]
+    write_model(tmp_path, DAYS[0], version="-mended")
+    assert promote_newest(tmp_path, DAYS[0]) == f"production is of {DAYS[1]}"
+
+
+def test_no_rollback_returns_to_a_model_that_was_taken_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_days(tmp_path)
+    promote(tmp_path, DAYS[1])
+    write_model(tmp_path, DAYS[3], parent=DAYS[1])
+    promote_newest(tmp_path, DAYS[3])
+    rollback(tmp_path)
+    assert production(tmp_path).date == DAYS[1]
+
+    assert main(["models", "rollback", "--out", str(tmp_path)]) == 0
+    assert f"passed over: the model of {DAYS[2]}, which was taken" in capsys.readouterr().out
+    assert production(tmp_path).date == DAYS[0]
+    assert next_parent(tmp_path) == DAYS[0]
+    assert main(["models", "rollback", "--out", str(tmp_path)]) == 2
 
 
 def test_a_rollback_says_what_the_next_run_starts_from(

@@ -1,6 +1,7 @@
 """What is pruned, and that nothing of it is missed: by a run again, a next run, or a rollback."""
 
 import os
+import shutil
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
@@ -8,17 +9,24 @@ from typing import Any
 import pytest
 
 from deploy.app import main
+from embedding.errors import UserError
+from pipeline import lock
+from pipeline.artifacts import MANIFEST, read_manifest
+from pipeline.command import Command
 from pipeline.config import WindowConfig
 from pipeline.console import Reporter
 from pipeline.lineage import next_parent
-from pipeline.lock import exclusive
-from pipeline.prune import Prunable, freed_bytes, prunable
+from pipeline.lock import changing, exclusive
+from pipeline.prune import ASIDE, Prunable, freed_bytes, prunable, set_aside
 from pipeline.recipe import write_recipe
-from pipeline.registry import production, promote, rollback
+from pipeline.registry import PRODUCTION, production, promote, rollback
+from pipeline.reports.report import REPORT
 from pipeline.run import DayRun
 from pipeline.stages import STAGES
+from pipeline.status import output_status
+from pipeline.summary import SUMMARY
 from tests.pipeline.small_log import make_recipe, write_catalogue
-from tests.pipeline.test_run import ingested, joined, write_manifest
+from tests.pipeline.test_run import changed, ingested, joined, write_manifest
 
 NUM_RUNS = 6
 DAYS = [str(date(2024, 1, 1) + timedelta(i)) for i in range(NUM_RUNS + 2)]
@@ -32,7 +40,9 @@ def run_of(folder: Path, day: int, **window: Any) -> DayRun:
     )
 
 
-def run_day(folder: Path, day: int, *, passed: bool = True, **window: Any) -> None:
+def run_day(
+    folder: Path, day: int, *, passed: bool = True, promoted: bool = True, **window: Any
+) -> None:
     """As if a day had been run, published and promoted; every artifact has a file of its own."""
     run = run_of(folder, day, **window)
     ingested(run)
@@ -49,7 +59,7 @@ def run_day(folder: Path, day: int, *, passed: bool = True, **window: Any) -> No
         write_manifest(spec, **values)
         (spec.directory / "file").write_bytes(b"x" * 1000)
     write_recipe(run.recipe, run.out / run.date)
-    if passed:
+    if passed and promoted:
         promote(run.out, run.date)
 
 
@@ -68,7 +78,7 @@ def stages_left(out: Path) -> dict[str, set[str]]:
     return {
         day: {path.parent.name for path in (out / day).glob("*/manifest.json")}
         for day in DAYS
-        if (out / day).is_dir()
+        if list((out / day).glob("*/manifest.json"))
     }
 
 
@@ -110,6 +120,29 @@ def test_the_latest_runs_stay_current_and_the_next_one_starts_as_it_would_have(
     capsys.readouterr()
     prune(folder, 2)
     assert "freed 0.0 MiB" in capsys.readouterr().out
+
+
+def test_status_says_what_is_kept_of_runs_that_were_pruned(folder: Path) -> None:
+    for day in range(NUM_RUNS):
+        run_day(folder, day)
+    out, latest = folder / "out", NUM_RUNS - 1
+    prune(folder, 1)
+    prune(folder, 1)
+
+    found = {run.date: run for run in output_status(out, lambda *_: None).runs}
+    assert list(found) == DAYS[:NUM_RUNS]
+    for day in DAYS[:latest]:
+        assert (found[day].problem, found[day].stages) == (None, ())
+        kept = "there is nothing to run again" if day == DAYS[latest - 1] else "figures are kept"
+        assert kept in found[day].pruned
+    assert found[DAYS[latest]].pruned is None
+    assert {stage.state for stage in found[DAYS[latest]].stages} == {"current"}
+
+    run = run_of(folder, latest - 1)
+    Command(run.recipe, out, publish=run.publish)._write_recipe(run.date)
+    shown = {run.date: run for run in output_status(out, lambda *_: None).runs}[run.date]
+    assert shown.pruned is None
+    assert shown.stages, "it is run again"
 
 
 def test_what_a_dry_run_names_is_what_is_deleted(
@@ -154,8 +187,7 @@ def test_models_that_were_refused_or_taken_back_do_not_push_out_the_last_good_on
     assert stale == [DAYS[NUM_RUNS + 1]], "samples of all days since are there"
 
 
-# Of the last run, and of the one whose model a rollback returns to.
-@pytest.mark.parametrize(("train_days", "first"), [(None, 0), (3, NUM_RUNS - 4)])
+@pytest.mark.parametrize(("train_days", "first"), [(None, 0), (3, NUM_RUNS - 3)])
 def test_samples_of_the_window_stay_where_each_run_trains_on_all_of_it(
     folder: Path, train_days: int | None, first: int
 ) -> None:
@@ -169,8 +201,70 @@ def test_samples_of_the_window_stay_where_each_run_trains_on_all_of_it(
     assert [day for day, stages in left.items() if "join" in stages] == DAYS[first : NUM_RUNS + 1]
     trained = [day for day, stages in left.items() if "train" in stages]
     assert trained == DAYS[NUM_RUNS - 2 : NUM_RUNS], "the last one, and what a rollback returns to"
-    assert not (out / DAYS[NUM_RUNS - 3] / "recipe.yaml").exists()
     assert is_current(folder, NUM_RUNS - 1, **window)
+
+
+def test_bundles_that_may_be_promoted_yet_have_entries_of_their_own(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for day in range(NUM_RUNS):
+        run_day(folder, day, passed=day != 3, promoted=day > 3)
+    out = folder / "out"
+    prune(folder, 2)
+
+    said = capsys.readouterr().out
+    assert f"kept: published, never promoted, of {DAYS[1]}, {DAYS[2]}\n" in said
+    row = next(line for line in said.splitlines() if f"{DAYS[0]}/publish " in line)
+    assert "published, never promoted, and not among the latest that may be" in row
+    trained = [day for day, stages in stages_left(out).items() if "train" in stages]
+    assert trained == [DAYS[1], DAYS[2], DAYS[4], DAYS[5]]
+    assert promote(out, DAYS[2]).date == DAYS[2]
+    assert next_parent(out) == DAYS[2]
+
+
+def test_figures_of_every_run_stay(folder: Path) -> None:
+    for day in range(NUM_RUNS):
+        run_day(folder, day)
+        for name in (SUMMARY, REPORT):
+            (folder / "out" / DAYS[day] / name).write_text("figures")
+    prune(folder, 1)
+
+    assert stages_left(folder / "out").get(DAYS[0]) is None
+    for day in DAYS[:NUM_RUNS]:
+        left = {path.name for path in (folder / "out" / day).iterdir()}
+        assert {"recipe.yaml", SUMMARY, REPORT} <= left
+
+
+def test_a_backfill_of_old_dates_stays_as_long_as_it_was_made_of_late(folder: Path) -> None:
+    window = {"train_days": 1, "eval_days": 1}
+    for made, day in enumerate((2, 3, 4, 5, 0)):
+        run_day(folder, day, promoted=day > 0, **window)
+        for path in (folder / "out" / DAYS[day]).glob(f"*/{MANIFEST}"):
+            manifest = read_manifest(path.parent).model_copy(update={"created_at": str(made)})
+            path.write_text(manifest.model_dump_json())
+    prune(folder, 1)
+    samples = {day for day, stages in stages_left(folder / "out").items() if "join" in stages}
+    assert samples == {*DAYS[:3], *DAYS[5:7]}, "the third holds those before it, too"
+    assert all(is_current(folder, day, **window) for day in (0, 5))
+
+    for path in (folder / "out").glob(f"????-??-??/*/{MANIFEST}"):
+        manifest = read_manifest(path.parent).model_copy(update={"created_at": ""})
+        path.write_text(manifest.model_dump_json())
+    prune(folder, 1)
+    assert set(stages_left(folder / "out")) == {DAYS[0], *DAYS[4:7]}, "one may be promoted yet"
+
+
+def test_samples_of_old_models_in_production_are_not_kept(folder: Path) -> None:
+    for day in range(NUM_RUNS):
+        run_day(folder, day, promoted=day < 2)
+    out = folder / "out"
+    prune(folder, 2)
+
+    left = stages_left(out)
+    assert [day for day, stages in left.items() if "join" in stages] == DAYS[NUM_RUNS - 2 : -1]
+    assert all({"train", "gate", "publish"} <= left[day] for day in DAYS[:2])
+    assert production(out).date == DAYS[1]
+    assert rollback(out).date == DAYS[0]
 
 
 def test_unfinished_work_stays_where_a_run_may_go_on_with_it(folder: Path) -> None:
@@ -186,6 +280,25 @@ def test_unfinished_work_stays_where_a_run_may_go_on_with_it(folder: Path) -> No
     assert left == [f"{DAYS[2]}/.train.partial"]
 
 
+def test_what_a_crash_interrupted_as_it_was_published_is_no_leftover(folder: Path) -> None:
+    for day in range(NUM_RUNS):
+        run_day(folder, day)
+    latest, out = NUM_RUNS - 1, folder / "out"
+    start = out / DAYS[latest - 1]
+    (start / "train").rename(start / ".train.partial")
+    (start / ".train.outdated").mkdir()
+    (out / DAYS[latest] / "ingest").rename(out / DAYS[latest] / ".ingest.outdated")
+    assert not {entry.what for entry in prunable(out, 1)} & {
+        str(start / ".train.partial"),
+        str(out / DAYS[latest] / ".ingest.outdated"),
+    }
+    prune(folder, 1)
+
+    assert is_current(folder, latest)
+    assert "train" in stages_left(out)[DAYS[latest - 1]]
+    assert not [*out.glob("*/.train.*"), *out.glob("*/.ingest.*")]
+
+
 def test_models_stay_as_far_as_rollbacks_go_and_gates_compare(folder: Path) -> None:
     for day in range(NUM_RUNS):
         run_day(folder, day)
@@ -196,6 +309,60 @@ def test_models_stay_as_far_as_rollbacks_go_and_gates_compare(folder: Path) -> N
         "the gate of the third compares with one more"
     )
     assert [rollback(out).date for _ in range(2)] == [DAYS[NUM_RUNS - 2], DAYS[NUM_RUNS - 3]]
+
+
+@pytest.mark.parametrize("change", ["settings", "a late file", "a larger window"])
+def test_histories_are_not_cut_because_pruned_artifacts_no_longer_tell_of_them(
+    folder: Path, change: str
+) -> None:
+    for day in range(NUM_RUNS):
+        run_day(folder, day, train_days=2)
+    prune(folder, 1)
+    events = folder / "data" / "events"
+    for day in DAYS[:3]:
+        shutil.rmtree(events / f"dt={day}")
+    assert all(current for _, current in ingested(run_of(folder, NUM_RUNS - 1, train_days=2)))
+
+    first = min(day for day, stages in stages_left(folder / "out").items() if "ingest" in stages)
+    window = {"train_days": 2}
+    if change == "a late file":
+        (events / f"dt={first}" / "part-00001.parquet").write_text("late")
+    elif change == "a larger window":
+        window = {"train_days": 5, "warm_start": False}
+    run = run_of(folder, NUM_RUNS - 1, **window)
+    if change == "settings":
+        run = changed(run)
+    with pytest.raises(UserError, match=f"go back to {DAYS[0]}, .*--shorter-histories"):
+        ingested(run)
+
+
+def test_nothing_changes_production_while_it_is_decided_what_goes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for day in range(3):
+        run_day(folder, day)
+    out = folder / "out"
+    before = stages_left(out)
+    monkeypatch.setattr(lock, "CHANGE_TIMEOUT_S", 0.1)
+    with changing(out / PRODUCTION):
+        assert main(["prune", "--out", str(out), "--keep", "1"]) == 2
+    assert "held by another process" in capsys.readouterr().err
+    assert stages_left(out) == before
+
+    monkeypatch.setattr(shutil, "rmtree", lambda _: promote(out, DAYS[2]))
+    prune(folder, 1)
+    assert stages_left(out) != before, "production can be changed while files are deleted"
+
+
+def test_what_an_interrupted_prune_has_left_is_deleted_by_the_next(folder: Path) -> None:
+    for day in range(3):
+        run_day(folder, day)
+    out = folder / "out"
+    set_aside(out, 1)
+    assert list(out.glob(f"{ASIDE}*"))
+
+    prune(folder, 1)
+    assert not list(out.glob(f"{ASIDE}*"))
 
 
 def test_files_that_keep_another_name_free_nothing(tmp_path: Path) -> None:

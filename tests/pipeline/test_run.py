@@ -20,6 +20,7 @@ from pipeline.registry import promote, rollback
 from pipeline.run import DayRun
 from pipeline.samples import ingest as ingest_module
 from pipeline.samples.join import SAMPLES
+from pipeline.spans import first_day_held
 from pipeline.stages import StageSpec, execute
 from tests.pipeline.small_log import (
     DAYS,
@@ -29,6 +30,7 @@ from tests.pipeline.small_log import (
     write_catalogue,
     write_day,
 )
+from tests.pipeline.small_models import write_manifest as write_model_manifest
 from tests.pipeline.small_models import write_model
 
 AS_IS = Consent()
@@ -143,8 +145,12 @@ def ingested(run: DayRun) -> list[tuple[str, bool]]:
     for spec in run.specs("ingest"):
         last = spec.directory.parent.name
         found.append((last, spec.is_current))
+        if spec.is_current:
+            continue
         span = run.spans.span(last)
-        write_manifest(spec, days=span.days, previous=span.previous)
+        before = None if span.previous is None else run.directory("ingest", span.previous)
+        first = first_day_held(span.days, before)
+        write_manifest(spec, days=span.days, previous=span.previous, first_day=first)
     return found
 
 
@@ -387,8 +393,8 @@ def test_histories_whose_events_are_gone_are_cut_only_where_the_user_says_so(
     kept = read_manifest(out / DAYS[2] / "ingest")
 
     refusal = (
-        rf"{DAYS[2]}/ingest would be made anew from {DAYS[2]} on.*hold 2 days from {DAYS[0]} to "
-        rf"{DAYS[1]}.*Restore these days.*--shorter-histories"
+        rf"{DAYS[2]}/ingest would be made anew from {DAYS[2]} on.*go back to {DAYS[0]}, and .*"
+        r"no longer has all days since then\. Restore these days.*--shorter-histories"
     )
     with pytest.raises(UserError, match=refusal):
         ingested(changed(run_of(root, 2)))
@@ -419,8 +425,23 @@ def test_a_late_file_cuts_no_history_whose_artifact_is_gone(tmp_path: Path) -> N
     assert all(current for _, current in ingested(run_of(root, 2)))
     deliver_late(root, 1)
 
-    with pytest.raises(UserError, match=rf"hold 1 days from {DAYS[0]} to {DAYS[0]}"):
+    with pytest.raises(UserError, match=rf"there go back to {DAYS[0]}, and"):
         ingested(run_of(root, 2))
+
+
+def test_a_span_of_an_earlier_version_says_as_much_as_the_artifacts_before_it(
+    tmp_path: Path,
+) -> None:
+    for before, day in zip([None, *DAYS[:2]], DAYS[:3], strict=True):
+        of_a_day = {"days": [day], "previous": before}
+        write_model_manifest(tmp_path, day, "ingest", day, **of_a_day)
+    last = tmp_path / DAYS[2] / "ingest"
+    assert first_day_held(DAYS[3:], last) == DAYS[0]
+
+    shutil.rmtree(tmp_path / DAYS[1])
+    assert first_day_held(DAYS[3:], last) == DAYS[1], "the last one that anything knows of"
+    write_model_manifest(tmp_path, DAYS[2], "ingest", "", **of_a_day, first_day=DAYS[0])
+    assert first_day_held(DAYS[3:], last) == DAYS[0]
 
 
 def test_columns_of_items_and_limits_leave_histories_as_they_are() -> None:

@@ -184,12 +184,16 @@ def prune(
     with nullcontext() if dry_run else exclusive(out, f"braid prune --keep {keep}"):
         found = prunable(out, keep) if dry_run else set_aside(out, keep)
         freed = size(freed_bytes(found))
-        result_console().print(prune_table(found))
+        if found:
+            result_console().print(prune_table(found))
         if candidates := tried(out, keep):
             typer.echo(f"kept: published, never promoted, of {', '.join(candidates)}")
         if not dry_run:
             remove(found)
-    typer.echo(f"{'would free' if dry_run else 'freed'} {freed}")
+    if not found:
+        typer.echo("nothing to delete: a next run or a rollback needs all that is there")
+    else:
+        typer.echo(f"{'would free' if dry_run else 'freed'} {freed}")
 
 
 app.command("plan")(plan_command)

@@ -172,14 +172,14 @@ def join_file(path: Path, plan: JoinPlan) -> FileFacts:
     folder = path.parent.name
     rows = held_out = 0
     unknown = Counter[str]()
-    of_items = item_histories(plan.recipe.features)
     uses: dict[str, IdUse] = {}
     history_events = dict.fromkeys((h.name for h in plan.recipe.features.histories), 0)
     writers: dict[str, pq.ParquetWriter] = {}
     with pq.ParquetFile(path) as file:
         for events in file.iter_batches(ROWS_PER_GROUP, use_threads=False):
             events = _without_held_out(events, plan)
-            table = join_events(events, plan)
+            places = Places.of(events, plan)
+            table = join_events(events, plan, places)
             for part, own in _parts(table, plan).items():
                 if part not in writers:
                     output = plan.scratch / part / folder / path.name
@@ -189,13 +189,9 @@ def join_file(path: Path, plan: JoinPlan) -> FileFacts:
             rows += events.num_rows
             for name, use in _uses(table, plan.recipe.features).items():
                 uses[name] = merge_uses([uses[name], use]) if name in uses else use
-            for source, key in _ENTITY_KEYS.items():
-                unknown[source] += _num_unknown(plan.entities[source], events[key])
             for name in history_events:
-                past = events[history_column(name, "item_id")].flatten()
-                history_events[name] += len(past)
-                if name in of_items:
-                    unknown["histories"] += _num_unknown(plan.entities["items"], past)
+                history_events[name] += len(events[history_column(name, "item_id")].flatten())
+            unknown.update(places.num_unknown)
     for writer in writers.values():
         writer.close()
     facts = FileFacts(
@@ -213,8 +209,39 @@ def join_file(path: Path, plan: JoinPlan) -> FileFacts:
     return facts
 
 
-def _num_unknown(entities: EntityColumns, ids: pa.Array) -> int:
-    return int((entities.positions(ids_or_missing(ids)) < 0).sum())
+@dataclass(frozen=True)
+class Places:
+    """Where items and users of some events lie in the catalogue; -1 for those that do not."""
+
+    rows: dict[Source, Int64Array]
+    """One an event."""
+    past_rows: dict[str, Int64Array]
+    """One a past event, by history whose sequences read columns of items."""
+
+    @classmethod
+    def of(cls, events: pa.RecordBatch, plan: JoinPlan) -> "Places":
+        """Looked up once."""
+        items = plan.entities["items"]
+        past = {
+            name: events[history_column(name, "item_id")].flatten()
+            for name in item_histories(plan.recipe.features)
+        }
+        return cls(
+            {
+                source: plan.entities[source].positions(ids_or_missing(events[key]))
+                for source, key in _ENTITY_KEYS.items()
+            },
+            {name: items.positions(ids_or_missing(ids)) for name, ids in past.items()},
+        )
+
+    @property
+    def num_unknown(self) -> dict[str, int]:
+        """Of items, users, and past events."""
+        past = sum(int((rows < 0).sum()) for rows in self.past_rows.values())
+        found: dict[str, int] = {"histories": past}
+        for source, rows in self.rows.items():
+            found[source] = int((rows < 0).sum())
+        return found
 
 
 def _without_held_out(events: pa.RecordBatch, plan: JoinPlan) -> pa.RecordBatch:
@@ -247,13 +274,9 @@ def _uses(table: pa.Table, features: FeatureSchema) -> dict[str, IdUse]:
     }
 
 
-def join_events(events: pa.RecordBatch, plan: JoinPlan) -> pa.Table:
+def join_events(events: pa.RecordBatch, plan: JoinPlan, places: Places) -> pa.Table:
     """Samples of some ingested events, in their order."""
     own = without_codes(plan.recipe.features)
-    rows = {
-        source: plan.entities[source].positions(ids_or_missing(events[key]))
-        for source, key in _ENTITY_KEYS.items()
-    }
     data = {samples.key_column(name): events[name] for name in samples.KEYS}
     for task in plan.recipe.ranking.tasks:
         data[samples.label_column(task.name)] = events[task.label_name].cast(pa.float32())
@@ -264,15 +287,16 @@ def join_events(events: pa.RecordBatch, plan: JoinPlan) -> pa.Table:
         if column in events.schema.names:
             data[samples.oracle_column(task_name)] = events[column]
     for feature in own.sparse:
-        data[samples.sparse_column(feature.name)] = _sparse(feature, events, rows, plan)
+        data[samples.sparse_column(feature.name)] = _sparse(feature, events, places, plan)
     for dense in own.dense:
         if dense.source == "events":
             values = floats(events[dense.column_name])
         else:
-            values = plan.entities[dense.source].dense[dense.column_name][rows[dense.source]]
+            values = plan.entities[dense.source].dense[dense.column_name]
+            values = values[places.rows[dense.source]]
         data[samples.dense_column(dense.name)] = pa.array(transform_dense(values, dense))
     for sequence in own.sequences:
-        data[samples.sequence_column(sequence.name)] = _sequence(sequence, events, plan)
+        data[samples.sequence_column(sequence.name)] = _sequence(sequence, events, places, plan)
     if plan.codes is None:
         return pa.table(data)
     data |= code_columns(plan.recipe.features, plan.codes, events)
@@ -280,7 +304,7 @@ def join_events(events: pa.RecordBatch, plan: JoinPlan) -> pa.Table:
 
 
 def _sparse(
-    feature: SparseFeature, events: pa.RecordBatch, rows: dict[Source, Int64Array], plan: JoinPlan
+    feature: SparseFeature, events: pa.RecordBatch, places: Places, plan: JoinPlan
 ) -> pa.Array:
     name = feature.column_name
     if feature.source == "events" or name == _ENTITY_KEYS[feature.source]:
@@ -288,13 +312,15 @@ def _sparse(
         at = np.arange(events.num_rows)
     else:
         column = plan.entities[feature.source].ids[name]
-        at = rows[feature.source]
+        at = places.rows[feature.source]
     if isinstance(column, IdLists):
         return column.take(at, feature.max_length)
     return pa.array(column[at])
 
 
-def _sequence(feature: SequenceFeature, events: pa.RecordBatch, plan: JoinPlan) -> pa.ListArray:
+def _sequence(
+    feature: SequenceFeature, events: pa.RecordBatch, places: Places, plan: JoinPlan
+) -> pa.ListArray:
     past_items = normal_lists(events[history_column(feature.history, "item_id")])
     name = feature.column_name
     match feature.source:
@@ -308,10 +334,9 @@ def _sequence(feature: SequenceFeature, events: pa.RecordBatch, plan: JoinPlan) 
         case "items":
             values = past_items.values.to_numpy()
             if name != "item_id":
-                items = plan.entities["items"]
-                column = items.ids[name]
+                column = plan.entities["items"].ids[name]
                 assert not isinstance(column, IdLists)
-                values = column[items.positions(values)]
+                values = column[places.past_rows[feature.history]]
     return pa.ListArray.from_arrays(past_items.offsets, pa.array(values))
 
 

@@ -169,7 +169,7 @@ def toy_sharded(
         model(schema, torch.device("meta")),
         optimizer=optimizer,
         sharding=sharding or ShardingConfig(),
-        dense_optimizer=lambda params: torch.optim.AdamW(params, lr=0.01, fused=True),
+        dense_optimizer=lambda params: torch.optim.Adam(params, lr=0.01, fused=True),
         device=device,
         plan=plan,
     )

@@ -57,8 +57,8 @@ class EventColumns(SourceColumns):
     @property
     def required(self) -> tuple[str, ...]:
         """All columns that every event file must have."""
-        floats = (*self.labels, *self.weights.values(), *self.dense)
-        return _unique((*KEY_COLUMNS, "timestamp", *self.ids, *floats))
+        own = (*self.labels, *self.ids, *self.dense, *self.weights.values())
+        return _unique((*KEY_COLUMNS, "timestamp", *own))
 
 
 def source_columns(features: FeatureSchema, source: Source) -> SourceColumns:

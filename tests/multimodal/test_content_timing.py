@@ -84,10 +84,12 @@ def test_flops_of_the_contrastive_loss(negatives: str) -> None:
     cost = cic_cost(CicLoss(config, dim, width))
     heads = 3 * 2 * (dim * dim + dim * width)
     assert cost.parameters == dim * dim + dim * width
-    if negatives == "queue":
-        # Scores against the queue, both ways; the queue itself gets no gradient.
+    if negatives != "in_batch":
+        # Scores against the negatives, both ways, and gradients of who asks and, but for those of
+        # the queue, of the negatives.
         assert cost.flops_per_pair == pytest.approx(0, abs=1e-6)
-        each = 2 * 2 * (2 * num_negatives * dim)
+        products = 2 if negatives == "queue" else 3
+        each = products * 2 * (2 * num_negatives * dim)
         assert cost.flops_per_item == pytest.approx(heads + each)
         assert cost.bytes_per_pair < 1
     else:

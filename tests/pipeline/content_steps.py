@@ -217,7 +217,7 @@ def _train(settings: Recipe, folder: Path) -> dict[str, Any]:
     losses: list[float] = []
     metrics: dict[str, float] = {}
     for _ in range(NUM_STEPS):
-        mean = loss(*steps.run(batches)) / world_size
+        mean = loss(*steps.run(batches)[:3]) / world_size
         content.source.learn(1.0)
         dist.all_reduce(mean)
         losses.append(float(mean))

@@ -78,6 +78,7 @@ def test_the_recipe_trains_and_a_new_catalogue_leaves_the_day_as_it_is(
     command = ["--recipe", "ours.yaml", "--date", "2026-03-02", "--out", "runs"]
     command += ["--set", "cluster.num_workers=1", "--set", "gate.min_auc=0"]
     command += ["--set", "gate.calibration=[0.01, 100]"]
+    command += ["--set", "gate.min_rows=1", "--set", "gate.min_rows_per_class=1"]
     assert main(["run", *command]) == 0
     directory = folder / "runs" / "2026-03-02"
     assert (directory / "report.html").exists()

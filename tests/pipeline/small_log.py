@@ -74,6 +74,19 @@ def write_catalogue(root: Path, num_items: int = 4, num_users: int = 5) -> None:
     )
 
 
+def write_days_to_train_on(root: Path, num_days: int) -> None:
+    """A catalogue and days of 90 events with both labels."""
+    write_catalogue(root)
+    for day in range(num_days):
+        rows = [
+            event(
+                day, 1 + k % 5, 60 * k, item_id=1 + (k + day) % 4, click=int((7 * k + day) % 3 == 0)
+            )
+            for k in range(90)
+        ]
+        write_day(root, day, [rows])
+
+
 def make_recipe(root: Path, **changes: Any) -> Recipe:
     """A recipe that reads every column of the small log."""
     tables = ("user", "item", "category", "country", "tag", "device", "stars", "gap")

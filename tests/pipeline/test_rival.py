@@ -17,7 +17,7 @@ from pipeline.registry import production_before
 from pipeline.rival import EvaluatedRows, rival_of
 from ranking.evaluation import evaluate_predictions
 from tests.one_process import in_one_process
-from tests.pipeline.small_log import DAYS, event, make_recipe, write_catalogue, write_day
+from tests.pipeline.small_log import DAYS, make_recipe, write_days_to_train_on
 
 pytestmark = pytest.mark.integration
 
@@ -27,13 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Two days that were run one after the other; a third day to evaluate on."""
     folder = tmp_path_factory.mktemp("rival")
     root = folder / "data"
-    write_catalogue(root)
-    for i in range(3):
-        rows = [
-            event(i, 1 + k % 5, 60 * k, item_id=1 + (k + i) % 4, click=int((7 * k + i) % 3 == 0))
-            for k in range(90)
-        ]
-        write_day(root, i, [rows])
+    write_days_to_train_on(root, 3)
     recipe = make_recipe(root).model_dump(mode="json")
     recipe["cluster"]["num_workers"] = 1
     recipe["gate"] |= {"min_auc": 0.0, "calibration": [0.01, 100.0], "max_auc_drop": 1.0}

@@ -9,7 +9,7 @@ import yaml
 from deploy.app import main
 from pipeline.lineage import start_of_next_run
 from tests.one_process import in_one_process
-from tests.pipeline.small_log import DAYS, event, make_recipe, write_catalogue, write_day
+from tests.pipeline.small_log import DAYS, make_recipe, write_days_to_train_on
 
 pytestmark = pytest.mark.integration
 
@@ -18,13 +18,7 @@ def test_days_that_taught_nothing_are_trained_on_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root, out, path = tmp_path / "data", tmp_path / "out", tmp_path / "small.yaml"
-    write_catalogue(root)
-    for i in range(4):
-        rows = [
-            event(i, 1 + k % 5, 60 * k, item_id=1 + (k + i) % 4, click=int((7 * k + i) % 3 == 0))
-            for k in range(90)
-        ]
-        write_day(root, i, [rows])
+    write_days_to_train_on(root, 4)
     recipe = make_recipe(root).model_dump(mode="json")
     recipe["cluster"]["num_workers"] = 1
     recipe["window"]["validation_days"] = 1

@@ -1,7 +1,7 @@
 """`braid export`: the bundle of a trained day in a folder of the user's, whatever the gate says.
 
-Reads DIR/<date>/train, and writes with the code of the publish stage; production stays as it is,
-and runs go on meanwhile.
+Reads DIR/<date>/train, or catch_up where the run's recipe has that, and writes with the code of
+the publish stage; production stays as it is, and runs go on meanwhile.
 """
 
 import shutil
@@ -11,6 +11,7 @@ from pathlib import Path
 from deploy.publish import publish
 from embedding.errors import UserError
 from pipeline.artifacts import read_manifest, reading
+from pipeline.catch_up import training_to_publish
 from pipeline.recipe import RECIPE_FILE, read_recipe
 from pipeline.registry import BUNDLE
 
@@ -53,7 +54,7 @@ def export_bundle(out: Path, date: str, folder: Path) -> Exported:
 
 
 def _trained(out: Path, date: str) -> Path:
-    """The train artifact of a date."""
+    """The training of a date whose model its run publishes."""
     train = out / date / "train"
     if read_manifest(train) is None:
         known = sorted(path.parts[-3] for path in out.glob("????-??-??/train/manifest.json"))
@@ -66,7 +67,8 @@ def _trained(out: Path, date: str) -> Path:
             f"{train} does not hold the recipe it was trained with (an earlier version of Braid "
             f"wrote it); remove that directory and run {date} again"
         )
-    return train
+    caught_up = read_recipe(train.parent).publish.catch_up
+    return training_to_publish(train.parent) if caught_up else train
 
 
 def _scratch(folder: Path) -> Path:

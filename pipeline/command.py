@@ -24,7 +24,7 @@ from pipeline.recipe import write_recipe
 from pipeline.registry import promote_newest
 from pipeline.reports.report import REPORT, write_report
 from pipeline.run import DayRun
-from pipeline.stages import STAGES
+from pipeline.stages import CATCH_UP, STAGES
 from pipeline.summary import SUMMARY, Summary, read_summary, summarize, write_summary
 from ranking.evaluation import SliceMetrics
 
@@ -87,6 +87,11 @@ class Command:
         if name == "content" and self.recipe.content is None:
             raise UserError(
                 "stage content reads items' text and images, and content is null; set it"
+            )
+        if name == CATCH_UP and not self.recipe.publish.catch_up:
+            raise UserError(
+                f"stage {CATCH_UP} trains on the days that a model was evaluated on, and "
+                "publish.catch_up is false; set it"
             )
         run = self._day(date)
         self._write_recipe(date)

@@ -209,9 +209,9 @@ class GateConfig(TaskGate):
     """Rules of further tasks; a model passes where it breaks none of any task."""
 
     @property
-    def tasks(self) -> tuple[TaskGate, ...]:
-        """The rules of every task that has some."""
-        return (self, *self.also)
+    def by_path(self) -> tuple[tuple[str, TaskGate], ...]:
+        """The rules of every task that has some, and where in the recipe they are."""
+        return (("gate", self), *((f"gate.also.{i}", rules) for i, rules in enumerate(self.also)))
 
 
 class PublishConfig(StrictConfig):
@@ -220,6 +220,10 @@ class PublishConfig(StrictConfig):
     promote: bool = True
     """Put its bundle into production at once. false: publish it only, for one that is to be tried
     first (`braid models promote` does it later); `braid run --no-promote` sets it for one run."""
+    catch_up: bool = False
+    """Once the gate has passed, train on the days that the model was evaluated on, too, and publish
+    that. Its figures are those from before: it has seen the rows they are of. The next run takes
+    this training over instead of repeating it."""
 
 
 class Recipe(StrictConfig):
@@ -304,6 +308,12 @@ class Recipe(StrictConfig):
                 "evaluation.held_out_items keeps items from training, and a warm start would bring "
                 "weights that may have seen them; set window.warm_start to false"
             )
+        if self.evaluation.held_out_items is not None and self.publish.catch_up:
+            raise ValueError(
+                "publish.catch_up trains on the days that the model was evaluated on, and "
+                "evaluation.held_out_items evaluates on items that are never trained on; set one "
+                "of the two"
+            )
         labels = [task.label_name for task in self.ranking.tasks]
         for history in self.features.histories:
             if history.label is not None and history.label not in labels:
@@ -316,12 +326,13 @@ class Recipe(StrictConfig):
 
 def _check_gate(gate: GateConfig, tasks: list[str]) -> None:
     seen: list[str] = []
-    for index, rules in enumerate(gate.tasks):
-        path = "gate.task" if index == 0 else f"gate.also.{index - 1}.task"
+    for path, rules in gate.by_path:
         if rules.task not in tasks:
-            raise ValueError(f"{path}: {rules.task!r} is not among the tasks {tasks}")
+            raise ValueError(f"{path}.task: {rules.task!r} is not among the tasks {tasks}")
         if rules.task in seen:
-            raise ValueError(f"{path}: {rules.task!r} has rules already; write them in one place")
+            raise ValueError(
+                f"{path}.task: {rules.task!r} has rules already; write them in one place"
+            )
         seen.append(rules.task)
 
 

@@ -50,9 +50,8 @@ def decide(
         reasons.append(f"auc {metrics.auc:.4f} is below {where}.min_auc={rules.min_auc}")
     low, high = rules.calibration
     if metrics.calibration is None or not low <= metrics.calibration <= high:
-        reasons.append(
-            f"calibration {metrics.calibration} is outside {where}.calibration=[{low}, {high}]"
-        )
+        found = "(no label is 1)" if metrics.calibration is None else f"{metrics.calibration:.4f}"
+        reasons.append(f"calibration {found} is outside {where}.calibration=[{low}, {high}]")
     theirs = None if rival is None else rival.metrics.get(rules.task)
     if rules.max_auc_drop is not None and rival and theirs and theirs.auc is not None:
         drop = theirs.auc - metrics.auc
@@ -91,8 +90,7 @@ def gate(recipe: Recipe, evaluation: Path, rival: Rival | None, scratch: Path) -
     found = read_metrics(evaluation / METRICS_FILE)
     reasons: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
-    for index, rules in enumerate(recipe.gate.tasks):
-        where = "gate" if index == 0 else f"gate.also.{index - 1}"
+    for where, rules in recipe.gate.by_path:
         reasons += decide(rules, where, found[rules.task], rival)
         warnings += _not_compared(rules, rival)
     metrics = found[recipe.gate.task]

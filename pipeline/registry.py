@@ -20,6 +20,8 @@ from pipeline.lock import changing
 PRODUCTION = "production.json"
 MODELS = "models"
 BUNDLE = "bundle"
+TRAINING = "training"
+"""Fact of a published bundle: the stage whose model it holds; of earlier versions: `train`."""
 
 
 class Promotion(StrictConfig):

@@ -9,16 +9,19 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from embedding.errors import UserError
-from pipeline.artifacts import Manifest, read_manifest
+from pipeline.artifacts import read_manifest
 from pipeline.config import Recipe
+from pipeline.content.paths import ContentPaths
 from pipeline.evaluate import PREDICTIONS, evaluate
 from pipeline.failures import user_error
-from pipeline.identity import plan_config, samples_config
+from pipeline.identity import content_config, plan_config, samples_config
 from pipeline.metrics_file import METRICS_FILE, read_metrics
 from pipeline.recipe import read_recipe
-from pipeline.registry import PublishedModel
+from pipeline.registry import TRAINING, PublishedModel
+from pipeline.stages import CATCH_UP
 from pipeline.train import TrainedModel
 from ranking.evaluation import TaskMetrics
 
@@ -40,11 +43,12 @@ class Rival:
 class EvaluatedRows:
     """What the new model was evaluated on."""
 
-    train: Path
-    """Its train artifact."""
+    run: Path
+    """OUT/DATE."""
+    days: tuple[str, ...]
     samples: Callable[[], list[Path]]
-    counts: Path
-    """The ingest artifact of its date."""
+    content: ContentPaths | None
+    """Tokens of all items that the rows show, where its recipe has content."""
 
 
 def rival_of(
@@ -63,19 +67,22 @@ def rival_of(
         scratch: of the gate; predictions are not kept there.
         wait: called before the cluster is used.
     """
-    if all(rules.max_auc_drop is None for rules in recipe.gate.tasks):
+    if all(rules.max_auc_drop is None for _, rules in recipe.gate.by_path):
         return None
-    train = new.train.parents[1] / current.date / "train"
-    obstacle = _obstacle(recipe, current, train, new)
+    if _is_same_model(current, new):
+        metrics = read_metrics(new.run / "evaluate" / METRICS_FILE)
+        return Rival(current.date, metrics, "on the same rows: it is this very model")
+    training = new.run.parent / current.date / _training_of(current)
+    obstacle = _obstacle(recipe, current, training, new)
     if obstacle is not None:
         return _as_published(current, obstacle)
     wait()
     same = {"cluster": recipe.cluster, "evaluation": recipe.evaluation}
-    model = TrainedModel.of(read_recipe(train).model_copy(update=same), train, None)
+    model = TrainedModel.of(read_recipe(training).model_copy(update=same), training, new.content)
     folder = scratch / PRODUCTION
     folder.mkdir()
     try:
-        evaluate(model, samples=new.samples(), counts=new.counts, scratch=folder)
+        evaluate(model, samples=new.samples(), counts=new.run / "ingest", scratch=folder)
     except Exception as error:
         fault = user_error(error)
         if fault is None:
@@ -91,32 +98,49 @@ def _as_published(current: PublishedModel, obstacle: str) -> Rival:
     return Rival(current.date, read_metrics(current.directory / METRICS_FILE), rows)
 
 
+def _training_of(current: PublishedModel) -> str:
+    """The stage that made the model."""
+    name: str = current.manifest.facts.get(TRAINING, "train")
+    return name
+
+
+def _is_same_model(current: PublishedModel, new: EvaluatedRows) -> bool:
+    """Whether the new training has taken over what the one in production learned last."""
+    trained = read_manifest(new.run / "train")
+    assert trained is not None
+    taken_over = trained.facts.get(CATCH_UP)
+    return _training_of(current) == CATCH_UP and (
+        taken_over == current.manifest.inputs.get(CATCH_UP)
+    )
+
+
 def _obstacle(
-    recipe: Recipe, current: PublishedModel, train: Path, new: EvaluatedRows
+    recipe: Recipe, current: PublishedModel, training: Path, new: EvaluatedRows
 ) -> str | None:
     """Why its checkpoint cannot predict the rows of the new model; None: it can."""
-    trained, planned = read_manifest(train), read_manifest(train.parent / "plan")
+    trained, planned = read_manifest(training), read_manifest(training.parent / "plan")
     if (
         trained is None
         or planned is None
-        or _inputs(current.manifest, trained)
-        != (
-            trained.artifact_id,
-            planned.artifact_id,
-        )
+        or current.manifest.inputs.get(training.name) != trained.artifact_id
+        or trained.inputs.get("plan") != planned.artifact_id
     ):
-        return f"the run that trained it is no longer in {train.parent}"
+        return f"the run that trained it is no longer in {training.parent}"
+    if training.name == CATCH_UP:
+        seen = sorted({*trained.facts["days"]} & {*new.days})
+        if seen:
+            return f"it has been trained on {', '.join(seen)}, which the new one is evaluated on"
     try:
-        other = read_recipe(train)
+        other = read_recipe(training)
     except UserError as error:
         return str(error)
-    if recipe.content is not None or other.content is not None:
-        return "models that read content are not compared on the same rows"
+    if _tokens(other) != _tokens(recipe):
+        return "what it reads of items' texts and images is another"
     theirs, ours = samples_config(other), samples_config(recipe)
     differing = sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))
     if differing:
         return f"its samples are others ({', '.join(differing)})"
-    trained_now = read_manifest(new.train)
+    trained_now = read_manifest(new.run / "train")
     assert trained_now is not None
     if trained.facts.get("codebooks") != trained_now.facts.get("codebooks"):
         return "its codes are of other codebooks"
@@ -125,5 +149,5 @@ def _obstacle(
     return None
 
 
-def _inputs(published: Manifest, trained: Manifest) -> tuple[str | None, str | None]:
-    return published.inputs.get("train"), trained.inputs.get("plan")
+def _tokens(recipe: Recipe) -> dict[str, Any] | None:
+    return None if recipe.content is None else content_config(recipe.content)

@@ -4,6 +4,7 @@
     DIR/<date>/content                         tokens of items, where the recipe has content
     DIR/<date>/align, quantize                 vectors and codes of items, where it has codes
     DIR/<date>/plan, train, evaluate, gate, publish, summary.json, report.html
+    DIR/<date>/catch_up                        with `publish.catch_up`
 
 Which spans of days a run needs, and what each continues, `pipeline.spans` says.
 """
@@ -17,6 +18,7 @@ from typing import Any
 from embedding.errors import UserError
 from pipeline.artifacts import Manifest, read_manifest
 from pipeline.catalogue_use import CATALOGUE, CatalogueUse
+from pipeline.catch_up import training_to_publish
 from pipeline.cluster import ONE_CPU, RaySession, rank_bundles, worker_bundle
 from pipeline.codes.quantize_stage import codes_of_day
 from pipeline.config import Recipe
@@ -24,24 +26,24 @@ from pipeline.consent import Consent
 from pipeline.console import Reporter
 from pipeline.content.paths import ContentPaths
 from pipeline.content.stage import STORES, content_stage
-from pipeline.day_warnings import DAY_FILES, Ancestry, day_fingerprints, day_warnings
 from pipeline.days import Span, Split, available_days, require_complete, split_days
 from pipeline.evaluate import evaluate
 from pipeline.gate import gate
-from pipeline.identity import ingest_config, plan_config, samples_config, training_config
-from pipeline.lineage import learned_days, parent_of, unlearned
+from pipeline.identity import ingest_config, plan_config, samples_config
+from pipeline.lineage import parent_of
 from pipeline.metrics_file import METRICS_FILE
 from pipeline.plan import plan, plan_inputs
 from pipeline.publication import Publish
-from pipeline.registry import production_before
+from pipeline.registry import TRAINING, production_before
 from pipeline.rival import EvaluatedRows, rival_of
 from pipeline.samples.held_out import require_held_out
 from pipeline.samples.ingest import check_span, ingest
 from pipeline.samples.join import HELD_OUT, SAMPLES, join
 from pipeline.samples.join_facts import unknown_rows
 from pipeline.spans import Spans
-from pipeline.stages import STAGES, StageOutput, StageRecord, StageSpec, execute
-from pipeline.train import TrainedModel, TrainInputs, train
+from pipeline.stages import CATCH_UP, STAGES, StageOutput, StageRecord, StageSpec, execute
+from pipeline.train import TrainedModel
+from pipeline.training_stages import catch_up_stage, train_stage
 
 
 class DayRun:
@@ -97,13 +99,17 @@ class DayRun:
                 yield from self._content()
             case "align" | "quantize":
                 yield from self._codes(name)
+            case "train":
+                yield train_stage(self)
+            case "catch_up":
+                if self.recipe.publish.catch_up:
+                    yield catch_up_stage(self)
             case "join":
                 for span in (*self.training_spans(), *self.evaluation_spans()):
                     yield self._join(span)
             case _:
                 single = {
                     "plan": self._plan,
-                    "train": self._train,
                     "evaluate": self._evaluate,
                     "gate": self._gate,
                     "publish": self._publish,
@@ -214,7 +220,7 @@ class DayRun:
 
     def _join(self, span: Span) -> StageSpec:
         last = span.days[-1]
-        inputs = {"ingest": self._artifact_id("ingest", last)}
+        inputs = {"ingest": self.artifact_id("ingest", last)}
         inputs[CATALOGUE] = self._catalogue.fingerprint()
         codes = None if self.codes is None else self.codes.file
         if self.codes is not None:
@@ -242,65 +248,18 @@ class DayRun:
             "plan", self.directory("plan"), plan_config(self.recipe), plan_inputs(self.recipe), body
         )
 
-    def _train(self) -> StageSpec:
-        parent = self.parent
-        days = self.training_days()
-        inputs = {"plan": self._artifact_id("plan", self.date)}
-        if self.recipe.content is not None:
-            inputs["content"] = self._artifact_id("content", self.date)
-        for span in self.training_spans():
-            inputs[f"join:{span.days[-1]}"] = self._artifact_id("join", span.days[-1])
-        if parent is not None:
-            inputs["parent"] = self._artifact_id("train", parent)
-        files = day_fingerprints(self.recipe.data.root, days)
-        config = {
-            **training_config(self.recipe),
-            "days": days,
-            "validation_days": self.split.validation,
-        }
-
-        def body(scratch: Path) -> StageOutput:
-            root, ancestry = self.recipe.data.root, Ancestry.of(self.out, parent)
-            warnings = self.reporter.warn(day_warnings(root, self.split, days, ancestry))
-            self.session.wait_for("train", self.session.group())
-            sources = TrainInputs(
-                samples=self.samples(days),
-                validation=self.samples(self.split.validation),
-                plan=self.directory("plan"),
-                parent=None if parent is None else self.directory("train", parent),
-                content=self.content_paths(),
-                codebooks=None if self.codes is None else self.codes.change_since(parent),
-            )
-            output = train(self.recipe, sources, scratch, self.reporter)
-            facts = {**output.facts, "parent": parent, "days": days, DAY_FILES: files}
-            facts["codebooks"] = None if self.codes is None else self.codes.codebooks
-            if parent is not None and output.facts["best_step"] == 0:
-                facts |= learned_days(self.directory("train", parent))
-                warnings += self.reporter.warn([unlearned(days, parent)])
-            return StageOutput(output.rows_in, output.rows_out, output.quarantined, facts, warnings)
-
-        return StageSpec(
-            "train",
-            self.directory("train"),
-            config,
-            inputs,
-            body,
-            # Checkpoints load into any plan: training goes on after the cluster has changed.
-            resume_without=frozenset({"plan"}),
-        )
-
     def _evaluate(self) -> StageSpec:
         days = self.evaluation_days()
         inputs = {
-            "train": self._artifact_id("train", self.date),
-            "join": self._artifact_id("join", days[-1]),
-            "ingest": self._artifact_id("ingest", self.date),
+            "train": self.artifact_id("train", self.date),
+            "join": self.artifact_id("join", days[-1]),
+            "ingest": self.artifact_id("ingest", self.date),
         }
         spans = self.evaluation_spans()[:-1]
         if days != self.split.evaluation:
             spans = self.training_spans() + spans
         for span in spans:
-            inputs[f"join:{span.days[-1]}"] = self._artifact_id("join", span.days[-1])
+            inputs[f"join:{span.days[-1]}"] = self.artifact_id("join", span.days[-1])
         config = {"evaluation": self._dump("evaluation"), "days": days}
 
         def body(scratch: Path) -> StageOutput:
@@ -317,7 +276,7 @@ class DayRun:
     def _gate(self) -> StageSpec:
         current = production_before(self.out, self.date)
         inputs = {
-            "evaluate": self._artifact_id("evaluate", self.date),
+            "evaluate": self.artifact_id("evaluate", self.date),
             "production": "" if current is None else current.manifest.artifact_id,
         }
 
@@ -325,7 +284,10 @@ class DayRun:
             rival = None
             if current is not None:
                 rows = EvaluatedRows(
-                    self.directory("train"), self.evaluation_samples, self.directory("ingest")
+                    run=self.out / self.date,
+                    days=self.evaluation_days(),
+                    samples=self.evaluation_samples,
+                    content=self.content_paths(),
                 )
                 wait = partial(self.session.wait_for, "gate", rank_bundles(self.recipe.cluster))
                 rival = rival_of(self.recipe, current, rows, scratch, wait)
@@ -337,12 +299,18 @@ class DayRun:
 
     def _publish(self) -> StageSpec:
         inputs = {
-            "train": self._artifact_id("train", self.date),
-            "gate": self._artifact_id("gate", self.date),
+            "train": self.artifact_id("train", self.date),
+            "gate": self.artifact_id("gate", self.date),
         }
+        if self.recipe.publish.catch_up:
+            inputs[CATCH_UP] = self.artifact_id(CATCH_UP, self.date)
 
         def body(scratch: Path) -> StageOutput:
-            output = self.publish(self.recipe, self.directory("train"), scratch)
+            training = self.directory("train")
+            if self.recipe.publish.catch_up:
+                training = training_to_publish(training.parent)
+            output = self.publish(self.recipe, training, scratch)
+            output.facts[TRAINING] = training.name
             # What later gates compare with belongs to the bundle.
             shutil.copyfile(self.directory("evaluate") / METRICS_FILE, scratch / METRICS_FILE)
             return output
@@ -388,6 +356,7 @@ class DayRun:
         dumped: dict[str, Any] = getattr(self.recipe, part).model_dump(mode="json")
         return dumped
 
-    def _artifact_id(self, stage: str, day: str) -> str:
+    def artifact_id(self, stage: str, day: str) -> str:
+        """Of what a stage of a day has published; empty where there is nothing."""
         manifest: Manifest | None = read_manifest(self.directory(stage, day))
         return "" if manifest is None else manifest.artifact_id

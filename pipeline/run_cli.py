@@ -29,7 +29,9 @@ WaitOption = Annotated[
         help="Wait so long for another command that holds --out; default: end with 2 at once.",
     ),
 ]
-STAGE_HELP = "ingest, content, align, quantize, join, plan, train, evaluate, gate or publish."
+STAGE_HELP = (
+    "ingest, content, align, quantize, join, plan, train, evaluate, gate, catch_up or publish."
+)
 
 
 def run_command(  # noqa: PLR0913 # a command's parameters are its options

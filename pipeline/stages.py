@@ -27,9 +27,10 @@ from pipeline.console import Reporter, duration, human
 from pipeline.failures import last_line, user_error
 from pipeline.lock import Holder, this_process
 
+CATCH_UP = "catch_up"
 STAGES = (
     *("ingest", "content", "align", "quantize", "join", "plan", "train", "evaluate", "gate"),
-    "publish",
+    *(CATCH_UP, "publish"),
 )
 """Of a run, in their order."""
 

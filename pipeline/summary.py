@@ -12,7 +12,7 @@ from pipeline.codes.quantize_facts import collapse_warning
 from pipeline.metrics_file import METRICS_FILE, ORACLE_FILE, read_metrics
 from pipeline.registry import bundle_of_run
 from pipeline.spans import INGEST
-from pipeline.stages import WARNINGS, StageRecord
+from pipeline.stages import CATCH_UP, WARNINGS, StageRecord
 from ranking.evaluation import TaskMetrics
 
 SUMMARY = "summary.json"
@@ -44,6 +44,16 @@ class TrainSummary(StrictConfig):
     """Whether validation ended the training before its last epoch."""
 
 
+class CatchUpSummary(StrictConfig):
+    """The training on the days that the model was evaluated on (`publish.catch_up`)."""
+
+    days: tuple[str, ...]
+    accepted: bool
+    """Whether its result is what was published; else that of `train` was."""
+    reasons: tuple[str, ...]
+    """Why not."""
+
+
 class Summary(StrictConfig):
     """Everything a script needs to know of a run; version 1."""
 
@@ -58,6 +68,8 @@ class Summary(StrictConfig):
     oracle: dict[str, TaskMetrics] = Field(default_factory=dict)
     """Metrics of the true probability; synthetic data only."""
     gate: dict[str, Any]
+    catch_up: CatchUpSummary | None = None
+    """None without `publish.catch_up`, and where the gate refused."""
     bundle: str | None
     """Path of the published bundle, of the copy that never changes where it was promoted; None when
     the gate refused."""
@@ -83,10 +95,18 @@ def summarize(directory: Path, recipe: str, records: list[StageRecord]) -> Summa
         eval=read_metrics(directory / "evaluate" / METRICS_FILE),
         oracle=read_metrics(directory / "evaluate" / ORACLE_FILE),
         gate=gate.facts,
+        catch_up=_caught_up(records),
         bundle=None if published is None else str(published),
         warnings=warnings_of(records),
         artifacts=_artifacts(records),
     )
+
+
+def _caught_up(records: list[StageRecord]) -> CatchUpSummary | None:
+    facts = next((record.manifest.facts for record in records if record.name == CATCH_UP), None)
+    if facts is None:
+        return None
+    return CatchUpSummary(**{key: facts[key] for key in CatchUpSummary.model_fields})
 
 
 def read_summary(directory: Path, records: list[StageRecord]) -> Summary | None:
@@ -119,7 +139,8 @@ def warnings_of(records: list[StageRecord]) -> list[str]:
 
 def _artifacts(records: list[StageRecord]) -> dict[str, str]:
     ids = {record.name: record.manifest.artifact_id for record in records}
-    return {name: ids[name] for name in ("train", "evaluate", "gate", "publish") if name in ids}
+    own = ("train", "evaluate", "gate", CATCH_UP, "publish")
+    return {name: ids[name] for name in own if name in ids}
 
 
 def _stages(records: list[StageRecord]) -> dict[str, StageSummary]:

@@ -18,7 +18,7 @@ from pipeline.console import Reporter
 from pipeline.content.paths import ContentPaths
 from pipeline.follow import MetricsFollower
 from pipeline.plan import PLAN
-from pipeline.recipe import write_recipe
+from pipeline.recipe import RECIPE_FILE, write_recipe
 from pipeline.reports.warm_start_view import warm_start_line
 from pipeline.stages import StageOutput
 from pipeline.worker_group import RunWorkers, run_workers
@@ -28,6 +28,8 @@ METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 RESULT = "result.json"
 LOGS = "logs"
+RECORDS = (METRICS, TENSORBOARD, RESULT, LOGS)
+"""What an artifact keeps of its training beside the checkpoint."""
 REFUSAL = "refusal.txt"
 """What the user must change: a restarted worker group says it again at once instead of training."""
 
@@ -144,13 +146,28 @@ def train(
         (job.resume / REFUSAL).unlink(missing_ok=True)
         with MetricsFollower(job.resume / METRICS, reporter):
             run(_train_worker, job, recipe.cluster, scratch)
-    result = TrainResult.model_validate_json((job.resume / RESULT).read_text())
-    for name in (METRICS, TENSORBOARD, RESULT, LOGS):
+    result = _result(job.resume)
+    for name in RECORDS:
         _link(job.resume / name, scratch / name)
     _link(job.checkpoints / result.checkpoint, scratch / CHECKPOINT / result.checkpoint)
     write_recipe(recipe, scratch)
     if inputs.parent is not None and result.warm_start is not None:
         reporter.line(f"  {warm_start_line(result.warm_start, inputs.parent.parent.name)}")
+    return _output(result)
+
+
+def take_over(earlier: Path, scratch: Path) -> StageOutput:
+    """The result of an artifact of the same training, instead of training once more."""
+    for name in (*RECORDS, CHECKPOINT, RECIPE_FILE):
+        _link(earlier / name, scratch / name)
+    return _output(_result(earlier))
+
+
+def _result(directory: Path) -> TrainResult:
+    return TrainResult.model_validate_json((directory / RESULT).read_text())
+
+
+def _output(result: TrainResult) -> StageOutput:
     return StageOutput(
         rows_in=result.rows, rows_out=result.rows, facts=result.model_dump(mode="json")
     )

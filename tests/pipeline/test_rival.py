@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -44,12 +45,31 @@ def run(folder: Path, day: int, *settings: str, out: Path | None = None) -> int:
     return main(["run", *words, "--out", str(out or folder / "runs"), *overrides])
 
 
+def run_with_texts(folder: Path, tmp_path: Path) -> Path:
+    """The same two days with texts that a tower reads."""
+    root, out = tmp_path / "data", tmp_path / "runs"
+    write_days_to_train_on(root, 3)
+    items = pq.read_table(root / "items.parquet")
+    words = pa.array([f"a thing of kind {i}" for i in range(len(items))])
+    pq.write_table(items.append_column("text", words), root / "items.parquet")
+    tower = "text: {model: tiny, lora: null}, fusion: {kind: concat}, dim: 8"
+    content = f"content={{{tower}, in_history: false}}"
+    for day in range(2):
+        assert run(folder, day, f"data.root={root}", content, out=out) == 0
+    return out
+
+
 def decision(out: Path) -> Any:
     return json.loads((out / DAYS[1] / "gate" / "gate.json").read_text())
 
 
-def test_production_is_scored_on_the_rows_of_the_new_model(folder: Path) -> None:
-    out, scores = folder / "runs", folder / "scores.parquet"
+@pytest.mark.parametrize("content", [False, True])
+def test_production_is_scored_on_the_rows_of_the_new_model(
+    folder: Path, tmp_path: Path, content: bool
+) -> None:
+    out, scores = folder / "runs", tmp_path / "scores.parquet"
+    if content:
+        out = run_with_texts(folder, tmp_path)
     decided = decision(out)
     assert (decided["compared_with"], decided["compared"]) == (DAYS[0], "on the same rows")
 
@@ -108,7 +128,10 @@ def edit_facts(run: Path) -> None:
         (lambda run: (run / "train" / "recipe.yaml").write_text(""), "holds no mapping"),
         (edit_recipe(lambda r: r["features"]["dense"].pop()), "its samples are others (features)"),
         (edit_recipe(lambda r: r["cluster"].update(num_workers=2)), "placed on another cluster"),
-        (edit_recipe(lambda r: r.update(content={"text": {}})), "that read content are not"),
+        (
+            edit_recipe(lambda r: r.update(content={"text": {}})),
+            "texts and images is another",
+        ),
         (edit_facts, "its codes are of other codebooks"),
     ],
 )
@@ -123,7 +146,7 @@ def test_what_was_published_stands_in_where_rows_cannot_be_the_same(
     def never() -> Any:
         raise AssertionError("nothing is predicted")
 
-    new = EvaluatedRows(out / DAYS[1] / "train", never, out / DAYS[1] / "ingest")
+    new = EvaluatedRows(out / DAYS[1], (DAYS[2],), never, None)
     rival = rival_of(load_recipe(str(folder / "small.yaml")), current, new, tmp_path, never)
     assert rival is not None
     assert rival.rows.startswith("on the days after its own date, since ")

@@ -1,0 +1,164 @@
+"""The stages of a run that train: `train`, and `catch_up` with `publish.catch_up`.
+
+`train` makes the model that is evaluated, on the days up to the run's date. `catch_up` goes on from
+it, once its gate has passed, on the days that it was evaluated on, so that what is published knows
+the newest day (`pipeline.catch_up`). The next run trains on the same days from the same model, and
+takes that result over.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.artifacts import config_hash, read_manifest
+from pipeline.catch_up import accepted, objections
+from pipeline.cluster import rank_bundles
+from pipeline.day_warnings import DAY_FILES, Ancestry, day_fingerprints, day_warnings
+from pipeline.days import Span
+from pipeline.evaluate import PREDICTIONS, evaluate
+from pipeline.identity import training_config
+from pipeline.lineage import learned_days, unlearned
+from pipeline.metrics_file import METRICS_FILE, read_metrics
+from pipeline.stages import CATCH_UP, StageOutput, StageSpec
+from pipeline.train import TrainedModel, TrainInputs, take_over, train
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pipeline.run import DayRun
+
+
+def train_stage(run: "DayRun") -> StageSpec:
+    """The model of the run's date."""
+    parent, days = run.parent, run.training_days()
+    config = _config(run, days, run.split.validation)
+    inputs = _inputs(run, run.training_spans())
+    if parent is not None:
+        inputs["parent"] = run.artifact_id("train", parent)
+    files = day_fingerprints(run.recipe.data.root, days)
+
+    def body(scratch: Path) -> StageOutput:
+        root, ancestry = run.recipe.data.root, Ancestry.of(run.out, parent)
+        warnings = run.reporter.warn(day_warnings(root, run.split, days, ancestry))
+        facts: dict[str, Any] = {"parent": parent, "days": days, DAY_FILES: files}
+        facts["codebooks"] = None if run.codes is None else run.codes.codebooks
+        earlier = None if parent is None else run.directory(CATCH_UP, parent)
+        caught_up = None if earlier is None else _same_training(earlier, config, inputs)
+        if earlier is not None and caught_up is not None:
+            run.reporter.line(f"  trained when the run of {parent} caught up; nothing is left")
+            output = take_over(earlier, scratch)
+            facts[CATCH_UP] = caught_up
+        else:
+            run.session.wait_for("train", run.session.group())
+            start = None if parent is None else run.directory("train", parent)
+            change = None if run.codes is None else run.codes.change_since(parent)
+            sources = TrainInputs(
+                samples=run.samples(days),
+                validation=run.samples(run.split.validation),
+                plan=run.directory("plan"),
+                parent=start,
+                content=run.content_paths(),
+                codebooks=change,
+            )
+            output = train(run.recipe, sources, scratch, run.reporter)
+            if start is not None and parent is not None and output.facts["best_step"] == 0:
+                facts |= learned_days(start)
+                warnings += run.reporter.warn([unlearned(days, parent)])
+        facts = {**output.facts, **facts}
+        return StageOutput(output.rows_in, output.rows_out, facts=facts, warnings=warnings)
+
+    return StageSpec(
+        "train",
+        run.directory("train"),
+        config,
+        inputs,
+        body,
+        # Checkpoints load into any plan: training goes on after the cluster has changed.
+        resume_without=frozenset({"plan"}),
+    )
+
+
+def catch_up_stage(run: "DayRun") -> StageSpec:
+    """The same model, trained on the days that it has been judged by."""
+    days = (*run.split.validation, *run.split.evaluation)
+    spans = run.evaluation_spans()
+    if run.split.validation:
+        spans = run.training_spans() + spans
+    inputs = _inputs(run, spans)
+    inputs["train"] = run.artifact_id("train", run.date)
+    inputs["gate"] = run.artifact_id("gate", run.date)
+
+    def body(scratch: Path) -> StageOutput:
+        run.session.wait_for(CATCH_UP, run.session.group())
+        sources = TrainInputs(
+            samples=run.samples(days),
+            validation=[],
+            plan=run.directory("plan"),
+            parent=run.directory("train"),
+            content=run.content_paths(),
+        )
+        output = train(run.recipe, sources, scratch, run.reporter)
+        run.session.wait_for(CATCH_UP, rank_bundles(run.recipe.cluster))
+        judged = scratch / "evaluation"
+        judged.mkdir()
+        evaluate(
+            TrainedModel.of(run.recipe, scratch, run.content_paths()),
+            samples=run.evaluation_samples(),
+            counts=run.directory("ingest"),
+            scratch=judged,
+        )
+        before = read_metrics(run.directory("evaluate") / METRICS_FILE)
+        after = read_metrics(judged / METRICS_FILE)
+        for path in (judged / PREDICTIONS).iterdir():
+            path.unlink()
+        (judged / PREDICTIONS).rmdir()
+        reasons = objections(run.recipe.gate, before, after)
+        warnings = (
+            ()
+            if not reasons
+            else (
+                f"catch_up is not published, but the model of {run.date} as its gate passed it: "
+                f"{'; '.join(reasons)}",
+            )
+        )
+        facts = {
+            **output.facts,
+            "days": days,
+            "codebooks": None if run.codes is None else run.codes.codebooks,
+            "accepted": not reasons,
+            "reasons": reasons,
+        }
+        run.reporter.warn(warnings)
+        return StageOutput(output.rows_in, output.rows_out, facts=facts, warnings=warnings)
+
+    return StageSpec(
+        CATCH_UP,
+        run.directory(CATCH_UP),
+        _config(run, days, ()),
+        inputs,
+        body,
+        resume_without=frozenset({"plan"}),
+    )
+
+
+def _config(run: "DayRun", days: "Sequence[str]", validation: "Sequence[str]") -> dict[str, Any]:
+    return {**training_config(run.recipe), "days": days, "validation_days": validation}
+
+
+def _inputs(run: "DayRun", spans: list[Span]) -> dict[str, str]:
+    """Artifacts that a training reads, but for the model it goes on from."""
+    inputs = {"plan": run.artifact_id("plan", run.date)}
+    if run.recipe.content is not None:
+        inputs["content"] = run.artifact_id("content", run.date)
+    for span in spans:
+        inputs[f"join:{span.days[-1]}"] = run.artifact_id("join", span.days[-1])
+    return inputs
+
+
+def _same_training(earlier: Path, config: dict[str, Any], inputs: dict[str, str]) -> str | None:
+    """Artifact id of a `catch_up` that is exactly the training of these inputs; None: it is not."""
+    found = read_manifest(earlier)
+    if found is None or not accepted(found) or found.config_hash != config_hash(config):
+        return None
+    theirs = {key: value for key, value in found.inputs.items() if key != "gate"}
+    ours = {("train" if key == "parent" else key): value for key, value in inputs.items()}
+    return found.artifact_id if theirs == ours else None

@@ -1,0 +1,190 @@
+"""Models that learn the days they were judged by before they are published."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file
+
+from deploy.app import main
+from pipeline import catch_up
+from pipeline.catch_up import objections
+from pipeline.config import GateConfig, TaskGate
+from pipeline.metrics_file import read_metrics
+from ranking.evaluation import TaskMetrics, evaluate_predictions
+from tests.one_process import in_one_process
+from tests.pipeline.small_log import DAYS, make_recipe, write_days_to_train_on
+
+
+def metrics(probs: list[float]) -> TaskMetrics:
+    return evaluate_predictions(
+        labels=np.array([0, 1, 0, 1], np.float32),
+        probs=np.array(probs),
+        groups=np.array([1, 1, 2, 2]),
+        slices={},
+    )
+
+
+RULES = GateConfig(
+    task="click",
+    min_rows=1,
+    min_rows_per_class=1,
+    also=(TaskGate(task="like", min_rows=1, min_rows_per_class=1, min_auc=0.9),),
+)
+
+
+def test_what_has_learned_its_rows_is_accepted() -> None:
+    before = {"click": metrics([0.4, 0.6, 0.7, 0.5]), "like": metrics([0.3, 0.9, 0.4, 0.6])}
+    after = {"click": metrics([0.3, 0.7, 0.6, 0.5]), "like": metrics([0.2, 0.9, 0.3, 0.7])}
+
+    assert objections(RULES, before, after) == ()
+
+
+def test_what_got_worse_on_the_rows_it_learned_is_not() -> None:
+    # Of four pairs of a positive and a negative three are in order before, and two after.
+    before = {"click": metrics([0.4, 0.6, 0.55, 0.5]), "like": metrics([0.3, 0.9, 0.4, 0.6])}
+    after = {"click": metrics([0.45, 0.6, 0.7, 0.5]), "like": metrics([0.1, 0.2, 0.15, 0.15])}
+
+    assert objections(RULES, before, after) == (
+        "click: auc on the rows it has learned fell from 0.7500 to 0.5000",
+        "like: auc 0.8750 is below gate.also.0.min_auc=0.9",
+        "like: calibration 0.3000 is outside gate.also.0.calibration=[0.5, 2.0]",
+        "like: auc on the rows it has learned fell from 1.0000 to 0.8750",
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Two days that were run with the option and, elsewhere, without; a third to evaluate on."""
+    folder = tmp_path_factory.mktemp("catch_up")
+    root = folder / "data"
+    write_days_to_train_on(root, 3)
+    recipe = make_recipe(root).model_dump(mode="json")
+    recipe["cluster"]["num_workers"] = 1
+    recipe["gate"] |= {"min_auc": 0.0, "calibration": [0.01, 100.0], "max_auc_drop": 1.0}
+    (folder / "small.yaml").write_text(yaml.safe_dump(recipe))
+    with in_one_process():
+        for day in range(2):
+            assert run(folder / "ahead", day) == 0
+            assert run(folder / "behind", day, "publish.catch_up=false") == 0
+        yield folder
+
+
+def run(out: Path, day: int, *settings: str) -> int:
+    words = ["--recipe", str(out.parent / "small.yaml"), "--date", DAYS[day], "--out", str(out)]
+    overrides = [f"--set={setting}" for setting in ("publish.catch_up=true", *settings)]
+    return main(["run", *words, *overrides])
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def facts(out: Path, day: int, stage: str) -> Any:
+    return read_json(out / DAYS[day] / stage / "manifest.json")["facts"]
+
+
+def weights(bundle: Path) -> dict[str, np.ndarray]:
+    found = {path.name: load_file(path) for path in bundle.rglob("*.safetensors")}
+    return {f"{file}/{key}": value for file, group in found.items() for key, value in group.items()}
+
+
+@pytest.mark.integration
+def test_what_is_published_is_what_the_next_day_would_have_trained(folder: Path) -> None:
+    ahead = weights(folder / "ahead" / DAYS[0] / "publish" / "bundle")
+    next_day = weights(folder / "behind" / DAYS[1] / "publish" / "bundle")
+    same_day = weights(folder / "behind" / DAYS[0] / "publish" / "bundle")
+
+    assert ahead.keys() == next_day.keys()
+    for key, value in next_day.items():
+        np.testing.assert_allclose(ahead[key], value, atol=1e-6, err_msg=key)
+    assert any(not np.allclose(ahead[key], value, atol=1e-4) for key, value in same_day.items())
+
+
+@pytest.mark.integration
+def test_a_model_is_judged_before_it_learns_the_rows(folder: Path) -> None:
+    ahead, behind = (
+        read_metrics(folder / out / DAYS[1] / "evaluate" / "metrics.json")["click"].auc
+        for out in ("ahead", "behind")
+    )
+    assert ahead == pytest.approx(behind, abs=1e-6)
+    published = read_metrics(folder / "ahead" / DAYS[1] / "publish" / "metrics.json")
+    assert published["click"].auc == ahead
+
+
+@pytest.mark.integration
+def test_the_next_day_takes_the_training_over(folder: Path) -> None:
+    caught_up, trained = facts(folder / "ahead", 0, "catch_up"), facts(folder / "ahead", 1, "train")
+    plain = facts(folder / "behind", 1, "train")
+
+    assert caught_up["days"] == trained["days"] == [DAYS[1]]
+    assert trained["parent"] == DAYS[0]
+    assert trained["rows_per_s"] == caught_up["rows_per_s"], "it was not trained again"
+    assert {*trained} - {*plain} == {"catch_up"}
+    decision = read_json(folder / "ahead" / DAYS[1] / "gate" / "gate.json")
+    assert decision["compared"] == "on the same rows: it is this very model"
+    summary = read_json(folder / "ahead" / DAYS[1] / "summary.json")
+    assert summary["catch_up"] == {"days": [DAYS[2]], "accepted": True, "reasons": []}
+
+
+@pytest.mark.integration
+def test_production_that_has_seen_the_rows_is_not_compared_on_them(folder: Path) -> None:
+    out = folder / "ahead"
+    assert run(out, 1, "window.warm_start=false", "window.eval_days=1") == 0
+    assert read_json(out / DAYS[1] / "gate" / "gate.json")["compared"] == "on the same rows"
+
+
+@pytest.mark.integration
+def test_a_training_that_went_wrong_leaves_the_model_of_the_gate(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(catch_up, "TOLERANCE", -1.0)
+    out = folder / "wrong"
+
+    assert run(out, 0) == 0
+    published, plain = (
+        weights(folder / name / DAYS[0] / "publish" / "bundle") for name in ("wrong", "behind")
+    )
+    for key, value in plain.items():
+        np.testing.assert_allclose(published[key], value, atol=1e-6, err_msg=key)
+    summary = read_json(out / DAYS[0] / "summary.json")
+    assert summary["catch_up"]["accepted"] is False
+    assert summary["warnings"][-1].startswith("catch_up is not published, but the model of")
+    assert "auc on the rows it has learned fell" in " ".join(capsys.readouterr().out.split())
+    assert main(["status", "--out", str(out)]) == 0
+
+
+@pytest.mark.integration
+def test_export_writes_what_is_published(folder: Path, tmp_path: Path) -> None:
+    out = folder / "ahead"
+    to = ["--date", DAYS[0], "--out", str(out), "--to", str(tmp_path / "bundle")]
+    assert main(["export", *to]) == 0
+    exported, published = (
+        weights(path) for path in (tmp_path / "bundle", out / DAYS[0] / "publish" / "bundle")
+    )
+    assert exported.keys() == published.keys()
+    for key, value in published.items():
+        np.testing.assert_array_equal(exported[key], value, err_msg=key)
+
+
+def test_it_is_refused_where_items_are_kept_from_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("publish.catch_up=true", "window.warm_start=false", "evaluation.held_out_items={}")
+    words = [f"--set={setting}" for setting in settings]
+    assert main(["validate", "--recipe", "demo", *words]) == 2
+    assert "set one of the two" in " ".join(capsys.readouterr().err.split())
+
+
+def test_its_stage_needs_the_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_days_to_train_on(tmp_path / "data", 2)
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text(yaml.safe_dump(make_recipe(tmp_path / "data").model_dump(mode="json")))
+    words = ["--recipe", str(recipe), "--date", DAYS[0], "--out", str(tmp_path / "out")]
+
+    assert main(["stage", "catch_up", *words]) == 2
+    assert "publish.catch_up is false; set it" in " ".join(capsys.readouterr().err.split())

@@ -1,4 +1,4 @@
-"""The README's own data: its script, its recipe and its commands, as they stand."""
+"""The guide to own data: its script, its recipe and its commands, as they stand."""
 
 import json
 import re
@@ -14,8 +14,8 @@ from deploy.app import main
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
-SECTION = README[README.index("### Your own data") :]
+GUIDE = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+SECTION = GUIDE[GUIDE.index("## Your own data") :]
 HEADER = "request,user,item,time,device,clicked,category,price"
 
 

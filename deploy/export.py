@@ -12,7 +12,7 @@ from deploy.publish import publish
 from embedding.errors import UserError
 from pipeline.artifacts import read_manifest, reading
 from pipeline.catch_up import training_to_publish
-from pipeline.recipe import RECIPE_FILE, read_recipe
+from pipeline.recipe import read_recipe
 from pipeline.registry import BUNDLE
 
 
@@ -61,11 +61,6 @@ def _trained(out: Path, date: str) -> Path:
         raise UserError(
             f"--date {date}: {out} holds no trained model of that date (trained are: "
             f"{', '.join(known) or 'none'}); run `braid run --date {date} --out {out} ...` first"
-        )
-    if not (train / RECIPE_FILE).is_file():
-        raise UserError(
-            f"{train} does not hold the recipe it was trained with (an earlier version of Braid "
-            f"wrote it); remove that directory and run {date} again"
         )
     caught_up = read_recipe(train.parent).publish.catch_up
     return training_to_publish(train.parent) if caught_up else train

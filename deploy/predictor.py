@@ -27,13 +27,11 @@ logger = logging.getLogger(__name__)
 class Predictor:
     """Scores batches with a published bundle on the CPU."""
 
-    def __init__(self, directory: Path, *, compiled: bool = False) -> None:
+    def __init__(self, directory: Path) -> None:
         """Load a bundle.
 
         Args:
             directory: of the bundle.
-            compiled: fuse steps with `torch.compile`, if the model was trained so; it needs g++,
-                and the first batch takes minutes.
 
         Raises:
             UserError: It is no bundle, or a file is missing or damaged.
@@ -52,7 +50,7 @@ class Predictor:
         # Ids are mapped before the model sees them, so managed tables are plain ones here.
         self.model = RankingModel(
             plain_schema(self.schema),
-            serving_config(recipe.ranking, compiled=compiled),
+            serving_config(recipe.ranking),
             tables_device=torch.device("cpu"),
             content=None if recipe.content is None else content_shape(recipe.content, self.schema),
         )
@@ -161,10 +159,11 @@ class IdMap:
         return torch.where(self.ids[index_N] == ids_N, self.rows[index_N], unknown_N)
 
 
-def serving_config(trained: RankingConfig, *, compiled: bool) -> RankingConfig:
+def serving_config(trained: RankingConfig) -> RankingConfig:
     """The model on this CPU: what it computes is trained, how it computes is this machine's.
 
-    Emulated bf16 products are hundreds of times slower than fp32 ones, which are no less exact.
+    Emulated bf16 products are hundreds of times slower than fp32 ones, which are no less exact; and
+    `torch.compile` needs a compiler, and minutes for the first batch.
     """
     model, trainer = trained.model, trained.trainer
     if trainer.precision == "bf16" and not cpu_has_bf16():
@@ -172,8 +171,7 @@ def serving_config(trained: RankingConfig, *, compiled: bool) -> RankingConfig:
             "this CPU has no bf16 instructions: the model, trained in bf16, runs in fp32"
         )
         trainer = trainer.model_copy(update={"precision": "fp32"})
-    if not compiled:
-        model = model.model_copy(update={"compile": False})
+    model = model.model_copy(update={"compile": False})
     return trained.model_copy(update={"model": model, "trainer": trainer})
 
 

@@ -4,7 +4,7 @@ Imports pydantic and nothing heavy, so that `braid validate` and `--help` never 
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -31,14 +31,6 @@ class StrictConfig(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
-
-
-def is_unset(value: object) -> bool:
-    """For `Field(exclude_if=...)` of an option that came later.
-
-    Where it is not set it is in no dump, so that artifacts of recipes without it stay current.
-    """
-    return value is None
 
 
 # --- id schemes: raw id -> row of the table ------------------------------------------------------
@@ -140,17 +132,7 @@ class RowWiseAdagrad(StrictConfig):
     weight_decay: NonNegativeFloat = 0.0
 
 
-class _Undecayed(StrictConfig):
-    @model_validator(mode="before")
-    @classmethod
-    def _forget_no_decay(cls, data: Any) -> Any:
-        """Recipes that earlier versions wrote out hold the decay of 0 that they allowed."""
-        if isinstance(data, dict) and data.get("weight_decay") == 0:
-            return {key: value for key, value in data.items() if key != "weight_decay"}
-        return data
-
-
-class Adagrad(_Undecayed):
+class Adagrad(StrictConfig):
     """Adagrad with one accumulator per element."""
 
     kind: Literal["adagrad"] = "adagrad"
@@ -169,7 +151,7 @@ class Adam(StrictConfig):
     weight_decay: NonNegativeFloat = 0.0
 
 
-class Sgd(_Undecayed):
+class Sgd(StrictConfig):
     """Plain SGD, no state."""
 
     kind: Literal["sgd"] = "sgd"

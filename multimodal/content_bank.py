@@ -70,11 +70,11 @@ class ContentBank:
     def fits(self, tensors: Mapping[str, Tensor]) -> bool:
         """Whether a `state` is one of the same items."""
         same_items = "item_ids" in tensors and self.item_ids_R.equal(tensors["item_ids"])
-        return same_items and "fused" in tensors and tensors["fused"].shape == self.fused_RH.shape
+        return same_items and tensors["fused"].shape == self.fused_RH.shape
 
     def has_tokens_of(self, tensors: Mapping[str, Tensor]) -> bool:
         """Whether a `state` is one of the same items, and their texts and images are the same."""
-        return self.fits(tensors) and self.tokens.equal(tensors.get("tokens", self.tokens - 1))
+        return self.fits(tensors) and self.tokens.equal(tensors["tokens"])
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from a `state`.
@@ -85,8 +85,7 @@ class ContentBank:
         if self.num_rows and not self.fits(tensors):
             raise UserError(
                 "the content bank of the checkpoint is of other items or another content.fusion "
-                "than this run's content, or an earlier version wrote it: start a new run, or "
-                "restore the content artifact"
+                "than this run's content: start a new run, or restore the content artifact"
             )
         if self.num_rows:
             self.fused_RH.copy_(tensors["fused"])

@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from embedding.config import StrictConfig, is_unset
+from embedding.config import StrictConfig
 
 TINY = "tiny"
 """Model name of the randomly initialised small towers."""
@@ -181,7 +181,7 @@ class ContentOptimizer(StrictConfig):
     head_learning_rate: PositiveFloat = 1e-3
     """Of the last layer, which learns from every item of a step, encoded or not."""
     weight_decay: NonNegativeFloat = 0.0
-    max_grad_norm: PositiveFloat | None = Field(default=None, exclude_if=is_unset)
+    max_grad_norm: PositiveFloat | None = None
     """Bound on the norm of the gradient of towers and fusion together, and on that of the last
     layer; None: none. The ranker's own gradients have `ranking.trainer.max_grad_norm`."""
 

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from embedding.errors import UserError
 from multimodal.content_config import ContentConfig
 from multimodal.rank_group import RankGroup
 from multimodal.standardised import StandardisedLinear
@@ -94,16 +93,7 @@ def trained_vectors(
         encoder: its tensors below `encoder/`.
         bank: its tensors below `bank/`.
         rows_N: of the bank; None: all.
-
-    Raises:
-        UserError: an earlier version of this program wrote it.
     """
-    if "fused" not in bank:
-        raise UserError(
-            "the content bank of this checkpoint was written by an earlier version: it holds "
-            "vectors without what their last layer reads; train the day again, a warm start from "
-            "it carries the encoder over"
-        )
     weights = _below(_LAYER, encoder)
     dim, width = weights["weight"].shape
     layer = StandardisedLinear(width, dim).requires_grad_(False)

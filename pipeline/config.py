@@ -219,7 +219,7 @@ class PublishConfig(StrictConfig):
 
     promote: bool = True
     """Put its bundle into production at once. false: publish it only, for one that is to be tried
-    first (`braid models promote` does it later); `braid run --no-promote` sets it for one run."""
+    first (`braid models promote` does it later)."""
     catch_up: bool = False
     """Once the gate has passed, train on the days that the model was evaluated on, too, and publish
     that. Its figures are those from before: it has seen the rows they are of. The next run takes

@@ -65,8 +65,6 @@ def decide(
 
 def _too_few(rules: TaskGate, where: str, metrics: TaskMetrics) -> str | None:
     positives = metrics.num_positives
-    if positives is None:  # evaluated by an earlier version, which knew no weights
-        positives = round(metrics.num_rows * (metrics.label_rate or 0))
     counts = {
         "evaluation rows": (metrics.num_rows, "min_rows", rules.min_rows),
         "evaluation rows with label 1": (positives, "min_rows_per_class", rules.min_rows_per_class),

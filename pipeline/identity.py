@@ -85,26 +85,6 @@ def training_config(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def computation_marks(recipe: Recipe) -> dict[str, Any]:
-    """What a trial is computed with, beyond its settings; empty where that changes no result.
-
-    A study compares figures, so it must not mix trials from before and after a change of what the
-    same settings compute, nor those of CPUs with those of GPUs. CPUs a worker are not part of it:
-    they change times only, and all finished trials would be run again.
-    """
-    found: dict[str, Any] = {"device": "cuda"} if recipe.cluster.use_gpu else {}
-    generator, trainer = recipe.ranking.model.generator, recipe.ranking.trainer
-    if trainer.precision == "bf16":
-        found["logits"] = "float32"
-    if generator is None:
-        return found
-    if recipe.embedding.l2 and generator.embeddings == "separate" and recipe.features.sequences:
-        found["l2_of_sequences"] = "classifier"
-    if trainer.ema_decay is not None and generator.batch_norm:
-        found["moments"] = "averaged"
-    return found
-
-
 def _tasks(recipe: Recipe) -> list[str]:
     weights = recipe.ranking.sample_weights
     return [

@@ -12,7 +12,6 @@ from pydantic import ValidationError
 from embedding.config import StrictConfig
 from embedding.errors import UserError
 from pipeline.artifacts import write_durably
-from pipeline.recipe import RECIPE_FILE, read_recipe
 
 NAME_FILE = "recipe_name.json"
 
@@ -43,7 +42,7 @@ def claim(out: Path, recipe: str) -> None:
 
 
 def _known_name(out: Path) -> str | None:
-    """Name of the recipe whose runs are there; of the latest run where nobody wrote it down."""
+    """Name of the recipe whose runs are there."""
     path = out / NAME_FILE
     if path.exists():
         try:
@@ -53,9 +52,4 @@ def _known_name(out: Path) -> str | None:
                 f"{path} is damaged or of another version of Braid; remove it, and the next run "
                 "writes it anew"
             ) from error
-    for run in sorted(out.glob(f"????-??-??/{RECIPE_FILE}"), reverse=True):
-        try:
-            return read_recipe(run.parent).name
-        except UserError:  # of another version
-            continue
     return None

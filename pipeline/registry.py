@@ -21,7 +21,7 @@ PRODUCTION = "production.json"
 MODELS = "models"
 BUNDLE = "bundle"
 TRAINING = "training"
-"""Fact of a published bundle: the stage whose model it holds; of earlier versions: `train`."""
+"""Fact of a published bundle: the stage whose model it holds."""
 
 
 class Promotion(StrictConfig):
@@ -32,8 +32,8 @@ class Promotion(StrictConfig):
     """Of the bundle: promoted, or, in a rollback, taken back."""
     at: str
     rollback: bool = False
-    train: str | None = None
-    """Artifact id of its training; None in entries of earlier versions."""
+    train: str
+    """Artifact id of its training."""
 
 
 class Promotions(StrictConfig):
@@ -247,20 +247,9 @@ def spoiled_by(out: Path, day: str) -> str | None:
 def _trainings(out: Path) -> tuple[set[str], dict[str, str]]:
     """Artifact ids of trainings whose bundles are in force, or were withdrawn, with their dates."""
     past = promotions(out)
-    withdrawn = {_training(out, change): change.date for change in past.withdrawn}
+    withdrawn = {change.train: change.date for change in past.withdrawn}
     ids = {change.artifact_id for change in past.withdrawn}
-    approved = {_training(out, c) for c in past.in_force if c.artifact_id not in ids}
-    return (
-        {train for train in approved if train},
-        {train: date for train, date in withdrawn.items() if train},
-    )
-
-
-def _training(out: Path, change: Promotion) -> str | None:
-    if change.train is not None:
-        return change.train
-    manifest = read_manifest(out / MODELS / change.artifact_id)
-    return None if manifest is None else manifest.inputs.get("train")
+    return {c.train for c in past.in_force if c.artifact_id not in ids}, withdrawn
 
 
 def rollback(out: Path, say: Callable[[str], None] = lambda _: None) -> PublishedModel:
@@ -315,9 +304,8 @@ def _promote(out: Path, date: str) -> PublishedModel:
     if not kept.exists():
         _link(model, kept)
     if not (past.in_force and past.in_force[-1].artifact_id == identity):
-        entry = Promotion(
-            date=date, artifact_id=identity, at=_now(), train=model.manifest.inputs.get("train")
-        )
+        train = model.manifest.inputs["train"]
+        entry = Promotion(date=date, artifact_id=identity, at=_now(), train=train)
         _write(out, Promotions(history=(*past.history, entry)))
     current = production(out)
     assert current is not None

@@ -100,7 +100,7 @@ def _as_published(current: PublishedModel, obstacle: str) -> Rival:
 
 def _training_of(current: PublishedModel) -> str:
     """The stage that made the model."""
-    name: str = current.manifest.facts.get(TRAINING, "train")
+    name: str = current.manifest.facts[TRAINING]
     return name
 
 

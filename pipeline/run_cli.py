@@ -16,10 +16,6 @@ if TYPE_CHECKING:
     from pipeline.command import Command
 
 DateOption = Annotated[str, typer.Option("--date", "-d", help="Day to train up to, YYYY-MM-DD.")]
-NoPromoteOption = Annotated[
-    bool,
-    typer.Option("--no-promote", help="Publish only; `braid models promote` does the rest later."),
-]
 WaitOption = Annotated[
     float,
     typer.Option(
@@ -39,7 +35,6 @@ def run_command(  # noqa: PLR0913 # a command's parameters are its options
     recipe: RecipeOption,
     date: DateOption,
     out: OutOption,
-    no_promote: NoPromoteOption = False,
     wait_s: WaitOption = 0,
     overrides: SetOption = None,
     shorter_histories: ShorterHistoriesOption = False,
@@ -50,11 +45,10 @@ def run_command(  # noqa: PLR0913 # a command's parameters are its options
     Ends with 0 if the model was published, 1 if something failed, 2 if you must change something
     first, 3 if the gate refused the model.
     """
-    settings = [*(overrides or []), *(["publish.promote=false"] if no_promote else [])]
     place = _Place(
         out, f"braid run --date {date}", wait_s, Consent(shorter_histories, refresh_catalogue)
     )
-    with _recorded(context, recipe, settings, place) as command:
+    with _recorded(context, recipe, overrides or [], place) as command:
         refused = command.run_day(date)
     raise typer.Exit(REFUSED if refused else 0)
 
@@ -91,7 +85,6 @@ def backfill_command(  # noqa: PLR0913 # a command's parameters are its options
     first: Annotated[str, typer.Option("--from", help="First day, YYYY-MM-DD.")],
     last: Annotated[str, typer.Option("--to", help="Last day, YYYY-MM-DD.")],
     out: OutOption,
-    no_promote: NoPromoteOption = False,
     wait_s: WaitOption = 0,
     overrides: SetOption = None,
     shorter_histories: ShorterHistoriesOption = False,
@@ -107,8 +100,7 @@ def backfill_command(  # noqa: PLR0913 # a command's parameters are its options
         wait_s,
         Consent(shorter_histories, refresh_catalogue),
     )
-    settings = [*(overrides or []), *(["publish.promote=false"] if no_promote else [])]
-    with _recorded(context, recipe, settings, place) as command:
+    with _recorded(context, recipe, overrides or [], place) as command:
         refused = command.run_days(first, last)
     raise typer.Exit(REFUSED if refused else 0)
 

@@ -15,24 +15,18 @@ from pipeline.days import PARTITION, Span, day_files, fingerprint
 
 INGEST = "ingest"
 FIRST_DAY = "first_day"
-"""Fact of an ingest artifact: `first_day_held`; those of earlier versions lack it."""
+"""Fact of an ingest artifact: `first_day_held`."""
 
 
 def first_day_held(days: Sequence[str], previous: Path | None) -> str:
-    """First day whose events are in the histories and counts of a span, as far as it is known.
+    """First day whose events are in the histories and counts of a span.
 
     Args:
         days: of the span.
         previous: the ingest artifact that the span continues.
     """
-    first = days[0]
-    while previous is not None and (manifest := read_manifest(previous)) is not None:
-        if FIRST_DAY in manifest.facts:
-            return str(manifest.facts[FIRST_DAY])
-        before = manifest.facts["previous"]
-        first = before or manifest.facts["days"][0]
-        previous = None if before is None else previous.parents[1] / before / INGEST
-    return first
+    manifest = None if previous is None else read_manifest(previous)
+    return days[0] if manifest is None else str(manifest.facts[FIRST_DAY])
 
 
 class Spans:
@@ -184,8 +178,8 @@ class Spans:
             manifest = read_manifest(path.parent)
             assert manifest is not None
             # The artifacts of earlier days may be gone: each says how far back its own events go.
-            known = (manifest.facts["previous"], manifest.facts.get(FIRST_DAY))
-            held.update(manifest.facts["days"], filter(None, known))
+            held.update(manifest.facts["days"], [manifest.facts[FIRST_DAY]])
+            held.update(filter(None, [manifest.facts["previous"]]))
         last, start = span.days[-1], span.previous or ""
         lost = sorted(day for day in held - set(self.days) if start < day < last)
         if lost:

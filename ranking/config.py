@@ -12,7 +12,7 @@ from pydantic import (
     model_validator,
 )
 
-from embedding.config import StrictConfig, is_unset
+from embedding.config import StrictConfig
 from embedding.names import Name
 from ranking.classifier_config import Classifier, Dnn, Dropout
 from ranking.experts_config import ExpertsConfig
@@ -29,7 +29,7 @@ class TaskConfig(StrictConfig):
     """0/1 column of the events; null where the task is not observed. Default: the task's name."""
     weight: PositiveFloat = 1.0
     """Weight of the task's loss."""
-    sample_weight: str | None = Field(default=None, exclude_if=is_unset)
+    sample_weight: str | None = None
     """Column of the events with the weight of each row in the task's loss and metrics, 0 or more; a
     null counts as 1. With 1 / rate on rows that were kept at a rate, as sampled negatives are,
     predictions are those of all rows. Default: that of the task `after` which this one comes, and

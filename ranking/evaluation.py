@@ -34,9 +34,8 @@ class SliceMetrics(BaseModel):
 
     num_rows: int
     """Rows whose label is observed."""
-    num_positives: int | None = None
-    """Of these, rows whose label is 1; None in files of earlier versions. All that follows weighs
-    each row by its weight."""
+    num_positives: int
+    """Of these, rows whose label is 1. All that follows weighs each row by its weight."""
     label_rate: float | None = None
     auc: float | None = None
     """Weighted share of (positive, negative) pairs in the right order; ties count half."""
@@ -96,7 +95,7 @@ class _SortedRows:
             labels, probs, weights = labels[mask], probs[mask], weights[mask]
             by_group = by_group[mask[by_group]]
         if len(labels) == 0:
-            return SliceMetrics(num_rows=0)
+            return SliceMetrics(num_rows=0, num_positives=0)
         total, positives = float(weights.sum()), float((weights * labels).sum())
         clipped = probs.clip(_EPS, 1 - _EPS)
         likelihoods = np.where(labels > 0.5, np.log(clipped), np.log1p(-clipped))

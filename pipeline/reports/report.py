@@ -126,8 +126,6 @@ def warm_start_section(facts: dict[str, Any]) -> dict[str, Any]:
     report, parent = facts["warm_start"], facts["parent"]
     if parent is None:
         return {"warm_start": "started from drawn values", "redrawn": []}
-    if report is None:  # of a training that was interrupted before restarts kept the report
-        return {"warm_start": f"warm start from {parent}", "redrawn": []}
     return {"warm_start": warm_start_line(report, parent), "redrawn": redrawn_rows(report)}
 
 

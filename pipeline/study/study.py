@@ -23,7 +23,7 @@ from pipeline.console import Reporter, duration
 from pipeline.content.stage import STORES
 from pipeline.days import available_days
 from pipeline.failures import user_error
-from pipeline.identity import computation_marks, training_config
+from pipeline.identity import training_config
 from pipeline.marketplace.synthetic import ensure_data
 from pipeline.metrics_file import METRICS_FILE, read_metrics
 from pipeline.recipe import load_recipe
@@ -202,9 +202,9 @@ class Study:
         config = training_config(recipe) | {
             "evaluation": recipe.evaluation.model_dump(mode="json"),
             "num_workers": recipe.cluster.num_workers,
+            "use_gpu": recipe.cluster.use_gpu,
             "days": day.training_days(),
             "validation_days": day.split.validation,
-            **computation_marks(recipe),
         }
         directories = sorted({path.parents[2] for path in (*samples, *validation, *evaluation)})
         sources = {f"join:{directory.parent.name}": directory for directory in directories}

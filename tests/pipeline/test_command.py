@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from deploy.app import main
 from embedding.errors import UserError
 from pipeline import command as command_module
 from pipeline.artifacts import Manifest, publish, writing
@@ -78,9 +77,12 @@ def write_artifacts(out: Path, date: str, auc: float, *, passed: bool) -> list[S
     records = []
     for stage, values in facts.items():
         directory, identity = out / date / stage, f"{stage}-{date}-{auc}"
-        manifest = Manifest(stage=stage, artifact_id=identity, config_hash="", facts=values)
+        inputs = {"train": f"train-{date}-{auc}"}
+        manifest = Manifest(
+            stage=stage, artifact_id=identity, config_hash="", inputs=inputs, facts=values
+        )
         with writing(directory, identity) as scratch:
-            metrics = {"click": TaskMetrics(num_rows=9, auc=auc)}
+            metrics = {"click": TaskMetrics(num_rows=9, num_positives=4, auc=auc)}
             write_metrics(metrics, scratch / METRICS_FILE)
             publish(scratch, directory, manifest)
         records.append(StageRecord(stage, "current", manifest))
@@ -158,22 +160,6 @@ def test_a_model_that_is_to_be_tried_first_is_published_and_not_promoted(
 
     run_date(DAYS[1])
     assert production(tmp_path / "out").date == DAYS[1]
-
-
-@pytest.mark.parametrize("command", [["run", "-d", "D"], ["backfill", "--from", "D", "--to", "D"]])
-def test_no_promote_is_a_setting_of_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
-) -> None:
-    seen = []
-
-    def keep(recipe: Recipe, *_: Any, **__: Any) -> None:
-        seen.append(recipe.publish.promote)
-        raise UserError("enough")
-
-    monkeypatch.setattr(command_module, "Command", keep)
-    words = [*command, "--recipe", "demo", "--out", str(tmp_path)]
-    assert [main([*words, *option]) for option in ([], ["--no-promote"])] == [2, 2]
-    assert seen == [True, False]
 
 
 def test_reasons_of_a_gate_are_shown_as_they_are(

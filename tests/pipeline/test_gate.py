@@ -14,8 +14,8 @@ TASKS = [{"name": "click"}, {"name": "buy"}]
 
 
 def of(auc: float | None = 0.7, **changes: Any) -> TaskMetrics:
-    figures = {"num_rows": 1000, "label_rate": 0.1, "auc": auc, "calibration": 1.0}
-    return TaskMetrics.model_validate({**figures, **changes})
+    figures = {"num_rows": 1000, "num_positives": 100, "label_rate": 0.1, "auc": auc}
+    return TaskMetrics.model_validate({**figures, "calibration": 1.0, **changes})
 
 
 def folder(path: Path, **metrics: TaskMetrics) -> Path:
@@ -82,9 +82,9 @@ def test_a_small_drop_and_a_first_model_pass(tmp_path: Path) -> None:
     [
         ({"num_rows": 999}, "click: 999 evaluation rows are too few"),
         ({"num_rows": 0, "label_rate": None, "auc": None}, "click: 0 evaluation rows are too few"),
-        ({"label_rate": 0.099}, "99 evaluation rows with label 1 are too few"),
-        ({"label_rate": 0.901}, "99 evaluation rows with label 0 are too few"),
-        ({"label_rate": 0.0, "auc": None}, "0 evaluation rows with label 1 are too few"),
+        ({"num_positives": 99}, "99 evaluation rows with label 1 are too few"),
+        ({"num_positives": 901}, "99 evaluation rows with label 0 are too few"),
+        ({"num_positives": 0, "auc": None}, "0 evaluation rows with label 1 are too few"),
     ],
 )
 def test_too_few_rows_to_judge_by_are_refused_with_the_remedy(
@@ -99,7 +99,10 @@ def test_too_few_rows_to_judge_by_are_refused_with_the_remedy(
 
 def test_every_task_that_has_rules_must_keep_them(tmp_path: Path) -> None:
     rules = {"also": [{"task": "buy", "min_auc": 0.6, "max_auc_drop": 0.01, "min_rows": 500}]}
-    good, new = {"click": of(), "buy": of()}, {"click": of(), "buy": of(0.55, num_rows=600)}
+    good, new = (
+        {"click": of(), "buy": of()},
+        {"click": of(), "buy": of(0.55, num_rows=600, num_positives=60)},
+    )
 
     assert decide(tmp_path / "good", good, good, **rules) == (True, "")
     passed, reasons = decide(tmp_path / "worse", new, good, **rules)

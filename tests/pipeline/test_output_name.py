@@ -5,8 +5,6 @@ import pytest
 from deploy.app import main
 from embedding.errors import UserError
 from pipeline.output_name import NAME_FILE, claim
-from pipeline.recipe import write_recipe
-from tests.pipeline.small_log import DAYS, make_recipe
 
 
 def test_a_directory_belongs_to_the_recipe_of_its_first_run(tmp_path: Path) -> None:
@@ -15,20 +13,6 @@ def test_a_directory_belongs_to_the_recipe_of_its_first_run(tmp_path: Path) -> N
 
     with pytest.raises(UserError, match=r"runs of the recipe 'ours'.*'shadow'.*--set name=ours"):
         claim(tmp_path, "shadow")
-
-
-def test_runs_of_before_say_whose_the_directory_is(tmp_path: Path) -> None:
-    recipe = make_recipe(tmp_path / "data")
-    for day, name in zip(DAYS[:2], ("first", "second"), strict=True):
-        (tmp_path / day).mkdir()
-        write_recipe(recipe.model_copy(update={"name": name}), tmp_path / day)
-    (tmp_path / DAYS[2]).mkdir()
-    (tmp_path / DAYS[2] / "recipe.yaml").write_text("name: damaged\n")
-
-    with pytest.raises(UserError, match="runs of the recipe 'second'"):
-        claim(tmp_path, "first")
-    assert not (tmp_path / NAME_FILE).exists()
-    claim(tmp_path, "second")
 
 
 def test_a_damaged_owner_is_named_with_the_remedy(tmp_path: Path) -> None:

@@ -23,7 +23,9 @@ def publish_model(out: Path, date: str, artifact_id: str = "") -> None:
     with writing(directory, identity) as scratch:
         (scratch / "bundle").mkdir()
         (scratch / "bundle" / "weights").write_text(identity)
-        publish(scratch, directory, Manifest(stage="publish", artifact_id=identity, config_hash=""))
+        inputs = {"train": f"train-{identity}"}
+        manifest = Manifest(stage="publish", artifact_id=identity, config_hash="", inputs=inputs)
+        publish(scratch, directory, manifest)
 
 
 def test_last_promotion_is_in_production_and_rollback_returns_to_the_one_before(

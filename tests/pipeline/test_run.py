@@ -30,7 +30,6 @@ from tests.pipeline.small_log import (
     write_catalogue,
     write_day,
 )
-from tests.pipeline.small_models import write_manifest as write_model_manifest
 from tests.pipeline.small_models import write_model
 
 AS_IS = Consent()
@@ -427,21 +426,6 @@ def test_a_late_file_cuts_no_history_whose_artifact_is_gone(tmp_path: Path) -> N
 
     with pytest.raises(UserError, match=rf"there go back to {DAYS[0]}, and"):
         ingested(run_of(root, 2))
-
-
-def test_a_span_of_an_earlier_version_says_as_much_as_the_artifacts_before_it(
-    tmp_path: Path,
-) -> None:
-    for before, day in zip([None, *DAYS[:2]], DAYS[:3], strict=True):
-        of_a_day = {"days": [day], "previous": before}
-        write_model_manifest(tmp_path, day, "ingest", day, **of_a_day)
-    last = tmp_path / DAYS[2] / "ingest"
-    assert first_day_held(DAYS[3:], last) == DAYS[0]
-
-    shutil.rmtree(tmp_path / DAYS[1])
-    assert first_day_held(DAYS[3:], last) == DAYS[1], "the last one that anything knows of"
-    write_model_manifest(tmp_path, DAYS[2], "ingest", "", **of_a_day, first_day=DAYS[0])
-    assert first_day_held(DAYS[3:], last) == DAYS[0]
 
 
 def test_columns_of_items_and_limits_leave_histories_as_they_are() -> None:

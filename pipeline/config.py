@@ -247,6 +247,15 @@ class Recipe(StrictConfig):
     gate: GateConfig
     publish: PublishConfig = PublishConfig()
 
+    @property
+    def contents(self) -> dict[str, ContentConfig]:
+        """The towers that stages run, by their place in the recipe; codes may have their own."""
+        found = {"content": self.content}
+        if self.codes is not None and self.codes.has_alignment:
+            assert not isinstance(self.codes.vectors, ColumnVectors)
+            found["codes.vectors.content"] = self.codes.vectors.content
+        return {path: content for path, content in found.items() if content is not None}
+
     @model_validator(mode="after")
     def _derive_features(self) -> Self:
         own = without_codes(self.features)

@@ -136,6 +136,17 @@ def require_commit(tower: Tower) -> None:
         )
 
 
+def require_files(tower: Tower) -> None:
+    """Refuse a model whose files are not there or may change, without loading or downloading it.
+
+    Raises:
+        UserError: it is a hub id without its commit, or there are no such files.
+    """
+    require_commit(tower)
+    if not is_on_hub(tower):  # else it is downloaded where it is read
+        model_directory(tower)
+
+
 def tower_fingerprint(modality: str, tower: Tower) -> str:
     """Identity of the tower's stored tokens: model, layer, preprocessing and precision.
 

@@ -207,10 +207,10 @@ def validate(recipe: RecipeOption, overrides: SetOption = None) -> None:
     from rich.console import Console
     from rich.markup import escape
 
-    from pipeline.planning.request import check_plan_files
+    from pipeline.recipe_files import check_recipe_files
 
     loaded = _load(recipe, overrides)
-    check_plan_files(loaded)
+    check_recipe_files(loaded)
     features, tasks = loaded.features, ", ".join(task.name for task in loaded.ranking.tasks)
     console = Console(highlight=False, soft_wrap=True)
     console.print(

@@ -17,10 +17,10 @@ from pipeline.days import available_days, parse_day, require_complete, split_day
 from pipeline.last_run import Progress
 from pipeline.marketplace.synthetic import ensure_data
 from pipeline.output_name import claim
-from pipeline.planning.request import check_plan_files
 from pipeline.pruned import forget_pruned
 from pipeline.publication import Publish
 from pipeline.recipe import write_recipe
+from pipeline.recipe_files import check_recipe_files
 from pipeline.registry import promote_newest
 from pipeline.reports.report import REPORT, write_report
 from pipeline.run import DayRun
@@ -43,10 +43,10 @@ class Command:
         """Nothing is started.
 
         Raises:
-            UserError: a file that the plan stage will read is missing or does not suit the recipe,
-                or a path is relative on a cluster.
+            UserError: a file that a stage will read is missing or does not suit the recipe, or a
+                path is relative on a cluster.
         """
-        check_plan_files(recipe)
+        check_recipe_files(recipe)
         require_absolute({"--out": out, "data.root": recipe.data.root})
         self.recipe = recipe
         self.out = out

@@ -247,6 +247,15 @@ class Recipe(StrictConfig):
     gate: GateConfig
     publish: PublishConfig = PublishConfig()
 
+    @property
+    def contents(self) -> dict[str, ContentConfig]:
+        """The towers that stages run, by their place in the recipe; codes may have their own."""
+        found = {"content": self.content}
+        if self.codes is not None and self.codes.has_alignment:
+            assert not isinstance(self.codes.vectors, ColumnVectors)
+            found["codes.vectors.content"] = self.codes.vectors.content
+        return {path: content for path, content in found.items() if content is not None}
+
     @model_validator(mode="after")
     def _derive_features(self) -> Self:
         own = without_codes(self.features)
@@ -274,14 +283,8 @@ class Recipe(StrictConfig):
                 f"codes.vectors: vectors of kind {vectors.kind!r} are made of towers, and there "
                 "are none; set codes.vectors.content (or content), or choose kind column"
             )
-        known = [history.name for history in self.features.histories]
         if isinstance(vectors, AlignedVectors):
-            wanted = vectors.history or next(iter(known), None)
-            if wanted not in known:
-                raise ValueError(
-                    f"codes.vectors.history: pairs come from the events of a history, and "
-                    f"{wanted!r} is not among {known}; name one, add one, or choose kind towers"
-                )
+            _check_pairs(vectors, {h.name: h.max_length for h in self.features.histories})
         return self
 
     @model_validator(mode="after")
@@ -322,6 +325,22 @@ class Recipe(StrictConfig):
                 )
         _check_gate(self.gate, [task.name for task in self.ranking.tasks])
         return self
+
+
+def _check_pairs(vectors: AlignedVectors, lengths: dict[str, int]) -> None:
+    wanted = vectors.history or next(iter(lengths), None)
+    if wanted not in lengths:
+        raise ValueError(
+            f"codes.vectors.history: pairs come from the events of a history, and {wanted!r} is "
+            f"not among {[*lengths]}; name one, add one, or choose kind towers"
+        )
+    looked_at = vectors.user2item.max_history if vectors.user2item else None
+    if looked_at is not None and looked_at > lengths[wanted]:
+        raise ValueError(
+            f"codes.vectors.user2item.max_history={looked_at}, but the history {wanted!r} keeps "
+            f"{lengths[wanted]} events; lower it, or raise the max_length of that one of "
+            "features.histories"
+        )
 
 
 def _check_gate(gate: GateConfig, tasks: list[str]) -> None:

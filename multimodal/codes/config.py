@@ -200,8 +200,14 @@ class Swing(StrictConfig):
 class User2Item(StrictConfig):
     """Pairs of a positive and the most similar of the user's earlier positives."""
 
-    max_history: PositiveInt = 50
-    """Latest earlier positives that are looked at."""
+    max_history: PositiveInt | None = None
+    """Latest earlier positives that are looked at, no more than the history keeps (`max_length`).
+    None: all that it keeps, but 50 at most."""
+
+    @property
+    def num_looked_at(self) -> int:
+        """Latest earlier positives that are looked at, as far as they are there."""
+        return self.max_history or 50
 
 
 # --- item vectors --------------------------------------------------------------------------------

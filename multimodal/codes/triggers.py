@@ -81,7 +81,7 @@ def trigger_pairs(
         config: how far back to look.
     """
     ends = offsets[1:]
-    starts = np.maximum(offsets[:-1], ends - config.max_history)
+    starts = np.maximum(offsets[:-1], ends - config.num_looked_at)
     target_at = vectors.rows_of(target_ids_B)
     lengths = np.where(target_at >= 0, ends - starts, 0)
     best = np.full(len(target_ids_B), -1, np.int64)

@@ -12,7 +12,7 @@ from embedding.limits import check_support
 from embedding.planning.calibration import constants_for, read_calibration, suits
 from embedding.planning.cluster_shape import MACHINE_PATTERN, ClusterShape, parse_shape
 from multimodal.content_config import ContentConfig, Service
-from multimodal.tower_files import is_on_hub, model_directory, require_commit
+from multimodal.tower_files import require_files
 from pipeline.capacity.types import CapacityRequest, Target
 from pipeline.config import Recipe
 from pipeline.planning.request import measured_traffic, with_traffic
@@ -124,9 +124,7 @@ def _check_content(content: ContentConfig, shapes: tuple[ClusterShape, ...]) -> 
     """Before anything is started: costs of towers come from their files."""
     for name, tower in content.towers.items():
         try:
-            require_commit(tower)
-            if not is_on_hub(tower):  # else it is downloaded where it is counted
-                model_directory(tower)
+            require_files(tower)
         except UserError as error:
             key = f"content.{name}" if len(content.towers) > 1 else "content"
             raise UserError(

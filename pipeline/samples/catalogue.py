@@ -19,6 +19,7 @@ from embedding.raw_ids import Int64Array, is_id_type, to_raw_ids
 from pipeline.samples.columns import SourceColumns, source_columns
 from pipeline.samples.contract import (
     CatalogueIds,
+    as_float32,
     feature_type_faults,
     open_parquet,
     presence_faults,
@@ -63,7 +64,7 @@ def entity_faults(path: Path, key: str, columns: SourceColumns) -> Iterator[str]
             f"{path}: column {key!r} has type {schema.field(key).type} but must be an integer or "
             "a string; cast it to int64 where the file is written"
         )
-    yield from feature_type_faults(schema, columns.ids, columns.dense, path)
+    yield from feature_type_faults(schema, columns, path)
 
 
 def check_entities(path: Path, key: str, columns: SourceColumns) -> Int64Array:
@@ -95,11 +96,11 @@ def check_entities(path: Path, key: str, columns: SourceColumns) -> Int64Array:
 
 def _check_dense(table: pa.Table, key: str, dense: Sequence[str], path: Path) -> None:
     for name in dense:
-        wrong = pc.invert(pc.is_finite(table[name].cast(pa.float64(), safe=False)))
+        wrong = pc.invert(pc.is_finite(as_float32(table[name])))
         count = pc.sum(wrong).as_py() or 0
         if count:
             owner = table[key][pc.index(wrong, True).as_py()].as_py()
             raise UserError(
-                f"{path}: dense column {name!r} is NaN or infinite for {key} {owner!r} (in {count} "
-                "rows); write null where a value is missing"
+                f"{path}: dense column {name!r} is NaN or infinite as float32 for {key} {owner!r} "
+                f"(in {count} rows); write null where a value is missing"
             )

@@ -15,6 +15,8 @@ class SourceColumns(StrictConfig):
 
     ids: tuple[str, ...]
     """Read as raw ids (by sparse and sequence features)."""
+    sequence: tuple[str, ...] = ()
+    """Those of `ids` that sequences read: one id a row, no lists."""
     dense: tuple[str, ...]
     """Read as floats."""
 
@@ -44,9 +46,11 @@ class EventColumns(SourceColumns):
             for history in features.histories
         }
         columns = source_columns(features, "events")
-        ids = (*columns.ids, *(name for names in values.values() for name in names))
+        keys = (*KEY_COLUMNS, "timestamp")
+        past = [name for names in values.values() for name in names if name not in keys]
         return cls(
-            ids=_unique(name for name in ids if name not in (*KEY_COLUMNS, "timestamp")),
+            ids=_unique(name for name in (*columns.ids, *past) if name not in keys),
+            sequence=_unique(past),
             dense=columns.dense,
             labels=_unique(task.label_name for task in tasks),
             weights=recipe.ranking.sample_weights,
@@ -65,10 +69,10 @@ def source_columns(features: FeatureSchema, source: Source) -> SourceColumns:
     """Columns of `source` that sparse, dense and sequence features read, its own id excluded."""
     own_id = {"events": "", "items": "item_id", "users": "user_id"}[source]
     sparse = [f.column_name for f in features.sparse if f.source == source]
-    if source == "items":
-        sparse += [f.column_name for f in features.sequences if f.source == "items"]
+    past = [f.column_name for f in features.sequences if f.source == source == "items"]
     return SourceColumns(
-        ids=_unique(name for name in sparse if name != own_id),
+        ids=_unique(name for name in (*sparse, *past) if name != own_id),
+        sequence=_unique(name for name in past if name != own_id),
         dense=_unique(f.column_name for f in features.dense if f.source == source),
     )
 

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from embedding.errors import UserError
 from embedding.raw_ids import Int64Array, is_id_list_type, is_id_type, to_raw_ids
 from pipeline.days import PARTITION, available_days, parse_day
-from pipeline.samples.columns import KEY_COLUMNS, EventColumns
+from pipeline.samples.columns import KEY_COLUMNS, EventColumns, SourceColumns
 
 MS_PER_DAY = 86_400_000
 
@@ -189,9 +189,8 @@ def event_schema_faults(schema: pa.Schema, columns: EventColumns, path: Path) ->
         kind = _kind(schema, name)
         if kind is not None and not _is_number(kind):
             yield _wrong_type(path, name, kind, "a weight", "float32")
-    labels = set(columns.labels)
-    ids = [name for name in columns.ids if name not in labels]
-    yield from feature_type_faults(schema, ids, columns.dense, path)
+    ids = tuple(name for name in columns.ids if name not in columns.labels)
+    yield from feature_type_faults(schema, columns.model_copy(update={"ids": ids}), path)
     for name in columns.oracles.values():
         kind = _kind(schema, name)
         if kind is not None and not pa.types.is_floating(kind):
@@ -220,15 +219,18 @@ def presence_faults(schema: pa.Schema, names: Sequence[str], path: Path) -> Iter
         yield f"{path} has more than one column {twice[0]!r}; rename or drop the others"
 
 
-def feature_type_faults(
-    schema: pa.Schema, ids: Sequence[str], dense: Sequence[str], path: Path
-) -> Iterator[str]:
-    """Feature columns that are there and neither categorical (`ids`) nor numeric (`dense`)."""
-    for name in ids:
+def feature_type_faults(schema: pa.Schema, columns: SourceColumns, path: Path) -> Iterator[str]:
+    """Feature columns that are there and neither categorical (one id in sequences) nor numeric."""
+    for name in columns.ids:
         kind = _kind(schema, name)
         if kind is not None and not (is_id_type(kind) or is_id_list_type(kind)):
             yield _wrong_type(path, name, kind, "an integer, a string or a list of them", "int64")
-    for name in dense:
+        elif kind is not None and name in columns.sequence and is_id_list_type(kind):
+            yield (
+                f"{path}: features.sequences read the list column {name!r} ({kind}), but a "
+                "sequence holds one id an event; choose a single-valued column"
+            )
+    for name in columns.dense:
         kind = _kind(schema, name)
         if kind is not None and not _is_number(kind):
             yield _wrong_type(path, name, kind, "a number", "float32")
@@ -278,7 +280,7 @@ def normalise_events(table: pa.Table, columns: EventColumns, path: Path) -> pa.T
             data[name] = to_raw_ids(column)
         for name in (*columns.labels, *columns.weights.values(), *columns.dense):
             if name not in data:
-                data[name] = table[name].cast(pa.float32(), safe=False).combine_chunks()
+                data[name] = as_float32(table[name]).combine_chunks()
         for name in columns.oracles.values():
             if name in table.column_names:
                 data[name] = table[name].cast(pa.float32()).combine_chunks()
@@ -287,6 +289,11 @@ def normalise_events(table: pa.Table, columns: EventColumns, path: Path) -> pa.T
     except pa.ArrowException as error:
         raise UserError(f"{path}: column {name!r} cannot be read ({error}); correct it") from error
     return pa.table(data)
+
+
+def as_float32(column: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Array:
+    """A numeric column as samples hold it: infinite where float32 cannot hold a value."""
+    return column.cast(pa.float32(), safe=False)
 
 
 def _label_to_int(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -316,15 +323,15 @@ def row_faults(
     days = events["timestamp"].fill_null(0).to_numpy() // MS_PER_DAY
     faults.append(("timestamp outside of the dt day", days != epoch_day(day)))
     for name in dict.fromkeys((*columns.labels, *columns.dense)):
-        values = table[name].cast(pa.float64(), safe=False)
         if name in columns.labels:
+            values = table[name].cast(pa.float64(), safe=False)
             is_label = pc.is_in(values, value_set=pa.array([0.0, 1.0, None]))
             faults.append((f"label {name} not 0, 1 or null", ~_bools(is_label)))
         else:
-            finite = pc.is_finite(values).fill_null(True)
+            finite = pc.is_finite(as_float32(table[name])).fill_null(True)
             faults.append((f"NaN or inf in dense column {name}", ~_bools(finite)))
     for name in dict.fromkeys(columns.weights.values()):
-        values = table[name].cast(pa.float64(), safe=False).fill_null(1.0)
+        values = as_float32(table[name]).fill_null(1.0)
         is_weight = pc.and_(pc.is_finite(values), pc.greater_equal(values, 0.0))
         faults.append((f"weight {name} not a number of 0 or more", ~_bools(is_weight)))
     faults.append(("item_id without catalogue row", ~_known(events["item_id"], known.items)))

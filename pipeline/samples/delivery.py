@@ -121,15 +121,13 @@ def _ids(recipe: Recipe, source: Source, found: Delivery) -> Int64Array | None:
 
 def _content_faults(recipe: Recipe, path: Path) -> Iterator[str]:
     """Columns that towers and codes read."""
-    contents = [] if recipe.content is None else [recipe.content]
     names = []
     if recipe.codes is not None and recipe.codes.taken_from is None:
         vectors = recipe.codes.vectors
         if isinstance(vectors, ColumnVectors):
             names.append(vectors.column)
-        elif vectors.content is not None:
-            contents.append(vectors.content)
-    names += [tower.column for content in contents for tower in content.towers.values()]
+    for content in recipe.contents.values():
+        names += [tower.column for tower in content.towers.values()]
     with open_parquet(path) as file:
         yield from presence_faults(file.schema_arrow, list(dict.fromkeys(names)), path)
 

@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 
 from embedding import samples
 from embedding.config import FeatureSchema, SequenceFeature, Source, SparseFeature
-from embedding.errors import UserError
 from embedding.raw_ids import Int64Array, ids_or_missing
 from multimodal.codes.schema import without_codes
 from pipeline.codes.columns import code_columns
@@ -95,8 +94,8 @@ def join(
         codes: the file with the codes of items; needed where features follow from codes.
 
     Raises:
-        UserError: a sequence reads a list column, a file is damaged, or the catalogue lacks the
-            items of more events than the recipe allows.
+        UserError: a file breaks the data contract, or the catalogue lacks the items of more events
+            than the recipe allows.
     """
     (scratch / "ids").mkdir()
     files = sorted((ingest_dir / "events").glob("dt=*/*.parquet"))
@@ -144,7 +143,7 @@ def plan_join(recipe: Recipe, scratch: Path, codes: Path | None = None) -> JoinP
     """Load the feature columns of items and users, and the codes of items.
 
     Raises:
-        UserError: a file breaks the data contract, or a sequence reads a list column.
+        UserError: a file breaks the data contract.
     """
     check_catalogue(recipe.data.root, recipe.features)  # ingest may have checked another one
     entities: dict[Source, EntityColumns] = {}
@@ -155,14 +154,6 @@ def plan_join(recipe: Recipe, scratch: Path, codes: Path | None = None) -> JoinP
         entities[source] = (
             load_entities(path, key, columns.ids, columns.dense) if exists else no_entities()
         )
-    for sequence in recipe.features.sequences:
-        column = entities["items"].ids.get(sequence.column_name)
-        if sequence.source == "items" and isinstance(column, IdLists):
-            raise UserError(
-                f"features.sequences: {sequence.name!r} reads the list column "
-                f"{sequence.column_name!r} of items.parquet, but a sequence holds one id an event; "
-                "choose a single-valued column"
-            )
     item_codes = None if codes is None else ItemCodes.load(codes)
     return JoinPlan(recipe, EventColumns.of(recipe), entities, item_codes, scratch)
 

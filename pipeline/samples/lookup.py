@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from embedding.config import MISSING_ID, DenseFeature
 from embedding.errors import UserError
 from embedding.raw_ids import Int64Array, ids_or_missing, to_raw_ids
-from pipeline.samples.contract import read_columns
+from pipeline.samples.contract import as_float32, read_columns
 from pipeline.samples.histories import ragged_positions
 
 FloatArray = np.ndarray[Any, np.dtype[np.float32]]
@@ -113,8 +113,7 @@ def with_missing(column: Int64Array | IdLists) -> Int64Array | IdLists:
 
 def floats(column: pa.ChunkedArray | pa.Array) -> FloatArray:
     """A numeric column as float32, NaN where it is null."""
-    values = column.cast(pa.float64(), safe=False).fill_null(np.nan)
-    return np.asarray(values.to_numpy(), np.float32)
+    return np.asarray(as_float32(column).fill_null(np.nan).to_numpy(), np.float32)
 
 
 def transform_dense(values: FloatArray, feature: DenseFeature) -> FloatArray:

@@ -27,6 +27,7 @@ from pipeline.identity import training_config
 from pipeline.marketplace.synthetic import ensure_data
 from pipeline.metrics_file import METRICS_FILE, read_metrics
 from pipeline.recipe import load_recipe
+from pipeline.recipe_files import check_recipe_files
 from pipeline.run import DayRun
 from pipeline.stages import STAGES, StageOutput, StageSpec, execute
 from pipeline.study.runner import Outcome, Trial, TrialProcesses, on_groups
@@ -126,9 +127,11 @@ class Study:
         self.recipes = {}
         for variant in self.variants:
             try:
-                self.recipes[variant.name] = load_recipe(recipe, [*overrides, *variant.overrides])
+                loaded = load_recipe(recipe, [*overrides, *variant.overrides])
+                check_recipe_files(loaded)
             except UserError as error:
                 raise UserError(f"variant {variant.name!r}: {error}") from error
+            self.recipes[variant.name] = loaded
         for read in self.recipes.values():
             require_absolute({"--out": out, "data.root": read.data.root})
         require_comparable(self.recipes)

@@ -74,6 +74,15 @@ def test_without_targets_or_vectors_nothing_is_found() -> None:
     assert pairs.counts["target_without_vector"] == 1
 
 
+def test_fifty_earlier_positives_are_looked_at_unless_said_otherwise() -> None:
+    """The item that the target equals lies 51 events back, another one like it 50 back."""
+    table = IdVectors.of(np.arange(4), np.array([[1, 0], [1, 0], [0.9, 0.1], [0, 1]]))
+    past = np.array([1, 2, *[3] * 49])
+    for config, trigger in ((User2Item(), 2), (User2Item(max_history=51), 1)):
+        pairs = trigger_pairs(np.array([0]), np.array([0, 51]), past, table, config)
+        assert pairs.triggers.tolist() == [trigger]
+
+
 def test_an_item_that_shares_its_row_with_the_target_is_no_trigger() -> None:
     """In a hashed table its vector is the target's own, and says nothing."""
     rows = np.array([0, 1, 0, 2])

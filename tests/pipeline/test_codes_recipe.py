@@ -141,3 +141,17 @@ def test_code_features_are_not_written_by_hand(tmp_path: Path) -> None:
     data["features"]["sparse"].append({"name": "sid_0", "table": "item", "source": "codes"})
     with pytest.raises(ValidationError, match="follow from the section codes; remove those"):
         Recipe.model_validate(data)
+
+
+def test_no_more_earlier_positives_are_asked_for_than_a_history_keeps(tmp_path: Path) -> None:
+    codes = {"vectors": {"kind": "aligned", "content": {"text": {}}}}
+    path = write(tmp_path, small(tmp_path, codes))
+    for limits in ([], ["codes.vectors.user2item.max_history=3"]):
+        load_recipe(path, limits)  # the first history, clicks, keeps 3
+    four = "codes.vectors.user2item.max_history=4"
+    load_recipe(path, [four, "features.histories.clicks.max_length=4"])
+
+    with pytest.raises(UserError, match=r"max_history=4, but the history 'clicks' keeps 3 events"):
+        load_recipe(path, [four])
+    with pytest.raises(UserError, match=r"max_history=3, but the history 'seen' keeps 2 .*lower"):
+        load_recipe(path, ["codes.vectors.user2item.max_history=3", "codes.vectors.history=seen"])

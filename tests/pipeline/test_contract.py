@@ -82,6 +82,14 @@ def test_wrong_type_is_named_with_the_cast(
     refused(lambda: read_day(root), str(day_file(root)), f"'{column}' has type {kind}", remedy)
 
 
+def test_sequence_over_a_list_column_is_refused(root: Path) -> None:
+    rewrite(day_file(root), "device", pa.array([["a", "b"]] * 6))
+    assert read_day(root)  # a pooled feature takes lists
+
+    rewrite(day_file(root), "stars", pa.array([[1, 2]] * 6))
+    refused(lambda: read_day(root), str(day_file(root)), "list column 'stars'", "single-valued")
+
+
 def test_truncated_file_is_named(root: Path) -> None:
     content = day_file(root).read_bytes()
     day_file(root).write_bytes(content[: len(content) // 2])
@@ -174,7 +182,13 @@ def test_repeated_and_null_ids_are_named(root: Path) -> None:
 def test_nan_of_an_item_is_named(root: Path) -> None:
     rewrite(root / "items.parquet", "weight", pa.array([1.0, None, float("nan"), 2.0]))
 
-    refused(lambda: catalogue(root), "'weight' is NaN or infinite for item_id 3", "write null")
+    refused(lambda: catalogue(root), "'weight' is NaN or infinite as float32 for item_id 3", "null")
+
+
+def test_number_of_an_item_beyond_float32_is_named(root: Path) -> None:
+    rewrite(root / "items.parquet", "weight", pa.array([1.0, None, 3e38, -1e300]))
+
+    refused(lambda: catalogue(root), "infinite as float32 for item_id 4 (in 1 rows)", "write null")
 
 
 def test_missing_and_mistyped_catalogue_columns_are_named(root: Path) -> None:
@@ -183,3 +197,9 @@ def test_missing_and_mistyped_catalogue_columns_are_named(root: Path) -> None:
 
     rewrite(root / "items.parquet", "tags", None)
     refused(lambda: catalogue(root), str(root / "items.parquet"), "lacks the columns ['tags']")
+
+
+def test_sequence_over_a_list_column_of_items_is_refused(root: Path) -> None:
+    rewrite(root / "items.parquet", "category", pa.array([["a"], ["b", "c"], None, []]))
+
+    refused(lambda: catalogue(root), str(root / "items.parquet"), "list column 'category'")

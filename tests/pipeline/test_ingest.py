@@ -206,18 +206,18 @@ def test_bad_rows_go_to_quarantine_with_reason_and_source(tmp_path: Path) -> Non
     }
     sound = [event(0, 1, s) for s in range(20)] + [event(0, 1, 30, click=None, price=None)]
     faulty = [event(0, 1, 40) | change for change in bad.values()]
-    faulty.append(event(0, 1, 50, price=float("inf")))
+    faulty += [event(0, 1, 50, price=float("inf")), event(0, 1, 51, price=-1e300)]
     write_day(root, 0, [sound, faulty])
 
     facts = run(make_recipe(root), DAYS[:1], None, tmp_path / "out")
 
     assert (facts.rows_in, facts.rows_out) == (len(sound) + len(faulty), len(sound))
     once = dict.fromkeys(bad, 1)
-    assert facts.quarantined == {**once, "NaN or inf in dense column price": 2}
+    assert facts.quarantined == {**once, "NaN or inf in dense column price": 3}
     assert len(read_events(tmp_path / "out")) == len(sound)
     parts = sorted((tmp_path / "out" / "quarantine").glob("*.parquet"))
     aside = pa.concat_tables([pq.ParquetFile(part).read() for part in parts]).to_pylist()
-    assert [row["reason"] for row in aside] == [*bad, "NaN or inf in dense column price"]
+    assert [row["reason"] for row in aside] == [*bad, *["NaN or inf in dense column price"] * 2]
     assert {row["source_file"] for row in aside} == {f"dt={DAYS[0]}/part-00001.parquet"}
     assert [row["source_row"] for row in aside] == list(range(len(faulty)))
     assert [row["click"] for row in aside].count(2) == 1

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from deploy.app import main
 from embedding.errors import UserError
 from pipeline.recipe import load_recipe
 from tests.pipeline.test_recipe import changed, write
@@ -143,12 +144,12 @@ def test_a_single_field_cannot_be_combined(tmp_path: Path) -> None:
         load_recipe(write(tmp_path, data))
 
 
-def test_model_faults_are_found_without_torch(tmp_path: Path) -> None:
-    path = write(tmp_path, changed(f"{MODEL}.generator", {"pool_rounding": "floor"}))
+def validated(*words: str) -> str:
+    """What `braid validate` says of a recipe that it refuses, without torch."""
     code = (
         "import sys\n"
         "from deploy.app import main\n"
-        f"code = main(['validate', '--recipe', {path!r}])\n"
+        f"code = main({['validate', *words]!r})\n"
         "assert 'torch' not in sys.modules, 'torch was imported'\n"
         "sys.exit(code)"
     )
@@ -156,7 +157,33 @@ def test_model_faults_are_found_without_torch(tmp_path: Path) -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 2, done.stderr
-    assert f"{MODEL}.generator.pools.1" in done.stderr
+    return " ".join(done.stderr.split())
+
+
+def test_model_faults_are_found_without_torch(tmp_path: Path) -> None:
+    path = write(tmp_path, changed(f"{MODEL}.generator", {"pool_rounding": "floor"}))
+    assert f"{MODEL}.generator.pools.1" in validated("--recipe", path)
+
+
+def test_towers_that_a_stage_would_refuse_are_found_without_torch() -> None:
+    hub = "content={text: {model: intfloat/multilingual-e5-small}}"
+    said = validated("--recipe", "demo", "--set", hub)
+    assert "content.text: tower model 'intfloat/multilingual-e5-small' is a hub id" in said
+    assert "set `revision` beside `model`" in said
+
+
+def test_a_run_whose_towers_are_not_there_starts_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = tmp_path / "gone"
+    towers = f"{{kind: towers, content: {{text: {{model: {gone}}}}}}}"
+    data, out = tmp_path / "data", tmp_path / "out"
+    words = ["--set", f"codes={{vectors: {towers}}}", "--set", f"data.root={data}"]
+    words += ["--date", "2024-01-07", "--out", str(out)]
+    assert main(["run", "--recipe", "demo", *words]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"codes.vectors.content.text: tower model '{gone}': there is no such directory" in said
+    assert not data.exists()
 
 
 def test_what_an_interest_needs_of_its_history_is_said(tmp_path: Path) -> None:

@@ -29,8 +29,6 @@ class ManagedClock(StrictConfig):
 
     iteration: int
     last_eviction: int
-    history_capacity: int
-    """Ids it can remember between evictions; -1 before the first step."""
     num_pending: int
     """Ids seen since the last eviction."""
 

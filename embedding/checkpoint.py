@@ -4,16 +4,17 @@
     manifest.json                     step, plan, progress, sizes and checksums of the files
     .metadata, __0_0.distcp, ...      tensors (torch.distributed.checkpoint), a file per rank
 <directory>/.step-00000240.partial/   being written, or left by a killed run
+<directory>/.step-00000240.damaged/   set aside when training went on from the one before
 """
 
 import logging
 import os
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
@@ -39,6 +40,8 @@ from embedding.warm_start import WarmStartReport, warm_start
 logger = logging.getLogger(__name__)
 
 _READ_BYTES = 4 << 20
+
+T = TypeVar("T")
 
 
 class Checkpointer:
@@ -115,21 +118,29 @@ class Checkpointer:
     def load_latest(self, sharded: Sharded) -> tuple[int, dict[str, Any]] | None:
         """Restore the newest undamaged checkpoint: (step, progress), or None if there is none.
 
-        Damaged ones are logged and skipped.
+        Damaged ones are logged and skipped; when an older one is restored, they are set aside.
         """
-        found: list[Any] = [None]
-        if self._rank == 0:
-            found = [sorted(steps(self.directory), reverse=True)]
-        dist.broadcast_object_list(found, src=0, group=self._group)
-        for step in found[0]:
+        found = _of_rank_0(lambda: sorted(steps(self.directory), reverse=True), self._group)
+        for tried, step in enumerate(found):
             directory = step_directory(self.directory, step)
             try:
                 manifest = _verified(directory, self._group)
             except UserError as error:
                 logger.warning("%s; falling back to the checkpoint before", error)
                 continue
-            return step, self._restore(directory, manifest, sharded)
+            progress = self._restore(directory, manifest, sharded)
+            if self._rank == 0:
+                self._set_aside(found[:tried])
+            return step, progress
         return None
+
+    def _set_aside(self, damaged: list[int]) -> None:
+        """So that they are not among the latest that are kept."""
+        for step in damaged:
+            directory = step_directory(self.directory, step)
+            aside = self.directory / f".{directory.name}.damaged"
+            shutil.rmtree(aside, ignore_errors=True)
+            directory.rename(aside)
 
     def _restore(
         self, directory: Path, manifest: CheckpointManifest, sharded: Sharded
@@ -160,7 +171,9 @@ class Checkpointer:
             files = {name: file for part in gathered for name, file in part.items()}
             files[".metadata"] = _stored_file(partial / ".metadata")
             _publish(partial, final, manifest.model_copy(update={"files": files}))
-            for step in sorted(steps(self.directory))[: -self._keep]:
+            # Later steps were skipped as damaged before this one was trained.
+            up_to_now = sorted(step for step in steps(self.directory) if step <= manifest.step)
+            for step in up_to_now[: -self._keep]:
                 if step != retain:
                     shutil.rmtree(step_directory(self.directory, step))
         dist.barrier(group=self._group)
@@ -180,7 +193,7 @@ def load_into(
         UserError: if the directory has no complete checkpoint, or a damaged one, or a table has
             another size than its codebooks.
     """
-    step = latest_step(directory)
+    step = _of_rank_0(lambda: latest_step(directory))
     if step is None:
         raise UserError(f"no complete checkpoint in {directory}; give the folder of a finished run")
     source = step_directory(directory, step)
@@ -193,7 +206,7 @@ def _verified(directory: Path, group: dist.ProcessGroup | None = None) -> Checkp
     Raises:
         UserError: on all ranks, naming the files that are missing or damaged.
     """
-    manifest = read_manifest(directory)
+    manifest = _of_rank_0(lambda: read_manifest(directory), group)
     world_size = dist.get_world_size(group)
     names = sorted(manifest.files)[dist.get_rank(group) :: world_size]
     damaged = [problem for name in names if (problem := _damage(directory, name, manifest))]
@@ -206,6 +219,24 @@ def _verified(directory: Path, group: dist.ProcessGroup | None = None) -> Checkp
             "continue from the one before, or restore it from a copy"
         )
     return manifest
+
+
+def _of_rank_0(read: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """What rank 0 reads, on all ranks, whose views of a shared file system may differ for a while.
+
+    Raises:
+        UserError: on all ranks, where rank 0 raises it.
+    """
+    outcome: list[Any] = [None]
+    if dist.get_rank(group) == 0:
+        try:
+            outcome = [read()]
+        except UserError as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome, src=0, group=group)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return cast(T, outcome[0])
 
 
 def _publish(partial: Path, final: Path, manifest: CheckpointManifest) -> None:

@@ -9,7 +9,7 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from embedding.config import StrictConfig
 from embedding.errors import UserError
@@ -29,8 +29,6 @@ class ManagedClock(StrictConfig):
 
     iteration: int
     last_eviction: int
-    history_capacity: int
-    """Ids it can remember between evictions; -1 before the first step."""
     num_pending: int
     """Ids seen since the last eviction."""
 
@@ -89,7 +87,11 @@ def latest_step(directory: Path) -> int | None:
     """Step of the newest checkpoint whose files have their full size, or None."""
     for step in sorted(steps(directory), reverse=True):
         folder = step_directory(directory, step)
-        manifest = read_manifest(folder)
+        try:
+            manifest = read_manifest(folder)
+        except UserError as error:
+            logger.warning("%s; skipped", error)
+            continue
         sizes = {name: file.num_bytes for name, file in manifest.files.items()}
         if all(
             (folder / name).exists() and (folder / name).stat().st_size == size
@@ -111,8 +113,14 @@ def step_directory(directory: Path, step: int) -> Path:
 
 
 def read_manifest(directory: Path) -> CheckpointManifest:
-    """The manifest of one checkpoint; raises UserError where there is none."""
+    """The manifest of one checkpoint; raises UserError where there is none, or a damaged one."""
     path = directory / MANIFEST
     if not path.exists():
         raise UserError(f"{directory} is not a complete checkpoint: it has no {MANIFEST}")
-    return CheckpointManifest.model_validate_json(path.read_text())
+    try:
+        return CheckpointManifest.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise UserError(
+            f"{path} is damaged or of another version: {error.errors()[0]['msg']}; "
+            "delete its folder to continue from the checkpoint before, or restore it from a copy"
+        ) from error

@@ -50,7 +50,6 @@ def clock_of(module: MCHManagedCollisionModule) -> ManagedClock:
     return ManagedClock(
         iteration=module._current_iter,
         last_eviction=module._last_eviction_iter,
-        history_capacity=module._input_history_buffer_size,
         num_pending=module._current_history_buffer_offset,
     )
 
@@ -92,17 +91,24 @@ def pending_of(module: MCHManagedCollisionModule) -> PendingIds:
 def set_pending(
     module: MCHManagedCollisionModule, pending: PendingIds, clock: ManagedClock
 ) -> None:
-    """Continue from `clock` with `pending`, as if this module had seen those ids itself."""
+    """Continue from `clock` with `pending`, as if this module had seen those ids itself.
+
+    The interval between evictions may be another one than that of the module that was saved.
+    """
     module._current_iter = clock.iteration
-    module._last_eviction_iter = clock.last_eviction
+    # TorchRec evicts when exactly an interval has passed, so a longer one would never end.
+    overdue_at = clock.iteration - module._eviction_interval
+    module._last_eviction_iter = max(clock.last_eviction, overdue_at + 1)
     module._current_iter_tensor.fill_(max(clock.iteration, 0))
-    module._input_history_buffer_size = clock.history_capacity
-    module._current_history_buffer_offset = pending.ids_P.numel()
-    if clock.history_capacity < 0:
+    module._current_history_buffer_offset = num_ids = pending.ids_P.numel()
+    # Full: the next batch knows how much room it needs. Without an id TorchRec makes the buffers.
+    module._input_history_buffer_size = num_ids or -1
+    if not num_ids:
         return
-    module._history_accumulator = _buffer_with(pending.ids_P, clock.history_capacity, module)
+    device = module._mch_sorted_raw_ids.device
+    module._history_accumulator = pending.ids_P.to(device, copy=True)
     for name, values in pending.metadata.items():
-        buffer = _buffer_with(values, clock.history_capacity, module)
+        buffer = values.to(device, copy=True)
         module.register_buffer(f"_history_{name}", buffer, persistent=False)
         module._history_metadata[name] = buffer
 
@@ -153,9 +159,3 @@ def _value(metadata: dict[str, Tensor]) -> Tensor:
         return metadata["counts"].double()
     age = metadata["last_access_iter"].max() - metadata["last_access_iter"] + 1
     return metadata["counts"].double() / age
-
-
-def _buffer_with(values: Tensor, capacity: int, module: MCHManagedCollisionModule) -> Tensor:
-    buffer = torch.zeros(capacity, dtype=torch.int64, device=module._mch_sorted_raw_ids.device)
-    buffer[: values.numel()] = values
-    return buffer

@@ -54,7 +54,7 @@ class SampleFiles:
         """Read the footers of `paths`; with `items`, batches say which items they show.
 
         Raises:
-            UserError: a file is not readable, lacks a column or has one of a wrong type.
+            UserError: a file is missing or damaged, lacks a column or has one of a wrong type.
         """
         with ThreadPoolExecutor(max_workers=8) as pool:
             footers = list(pool.map(_read_footer, paths))
@@ -290,6 +290,8 @@ def _read_footer(path: Path) -> pq.FileMetaData:
     try:
         return pq.read_metadata(path)
     except (pa.ArrowException, OSError) as error:
+        if _may_pass(error):
+            raise
         raise _unreadable(path, error) from error
 
 
@@ -298,7 +300,18 @@ def _read_row_group(group: RowGroup, columns: list[str]) -> pa.Table:
         with pq.ParquetFile(group.path) as file:
             return file.read_row_group(group.index, columns=columns, use_threads=True)
     except (pa.ArrowException, OSError) as error:
+        if _may_pass(error):
+            raise
         raise _unreadable(group.path, error) from error
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the system failed to read, so that a restart may succeed.
+
+    Pyarrow raises OSError for damage, too, but only the system's errors have a number.
+    """
+    lasting = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+    return isinstance(error, OSError) and error.errno is not None and not isinstance(error, lasting)
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:

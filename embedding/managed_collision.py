@@ -22,9 +22,48 @@ from torchrec.modules.mc_modules import (
     MCHEvictionPolicy,
     MCHManagedCollisionModule,
 )
+from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from embedding.config import FeatureSchema, ManagedCollision
 from embedding.hashing import MANAGED_ID_RANGE
+
+_HISTORY_SLACK = 1.25
+"""Of the memory of ids over what batches like the present one need; TorchRec's own."""
+
+
+class CollisionModule(MCHManagedCollisionModule):
+    """TorchRec's, whose memory of ids between evictions grows instead of dropping some silently.
+
+    TorchRec sizes it by the first batch, which may be smaller than later ones; restored, it is just
+    large enough for the ids that were saved.
+    """
+
+    _input_history_buffer_size: int
+    _history_accumulator: Tensor
+
+    def profile(self, features: dict[str, JaggedTensor]) -> dict[str, JaggedTensor]:
+        """Called by TorchRec with the ids of a batch that this rank owns."""
+        if self.training:
+            self._make_room(sum(feature.values().numel() for feature in features.values()))
+        return super().profile(features)
+
+    def _make_room(self, num_ids: int) -> None:
+        used = self._current_history_buffer_offset
+        if not 0 <= self._input_history_buffer_size < used + num_ids:
+            return
+        needed = max(used + num_ids, num_ids * self._eviction_interval)
+        self._input_history_buffer_size = size = int(needed * _HISTORY_SLACK)
+        self._history_accumulator = _grown(self._history_accumulator[:used], size)
+        for name, values in self._history_metadata.items():
+            buffer = _grown(values[:used], size)
+            self.register_buffer(f"_history_{name}", buffer, persistent=False)
+            self._history_metadata[name] = buffer
+
+
+def _grown(values: Tensor, size: int) -> Tensor:
+    buffer = values.new_empty(size)
+    buffer[: values.numel()] = values
+    return buffer
 
 
 def collision_collection(
@@ -35,7 +74,7 @@ def collision_collection(
     for config in configs:
         scheme = schema.table(config.name).ids
         assert isinstance(scheme, ManagedCollision)
-        modules[config.name] = MCHManagedCollisionModule(
+        modules[config.name] = CollisionModule(
             zch_size=config.num_embeddings,
             device=device,
             eviction_policy=_eviction_policy(scheme),

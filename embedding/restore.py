@@ -262,25 +262,12 @@ class Restorer:
             clock = clocks[self._rank]
         else:
             mine = (owner_of(ids, self._world_size) == self._rank).nonzero().squeeze(1)
-            clock = self._clock_of_moved(clocks, mine.numel())
-        if not saved:
-            module = managed_modules(self._sharded.model)[table]
-            infos = module._eviction_policy.metadata_info
-            saved = {info.metadata_name: ids for info in infos if info.is_history_metadata}
+            clock = ManagedClock(
+                iteration=max(clock.iteration for clock in clocks),
+                last_eviction=max(clock.last_eviction for clock in clocks),
+                num_pending=mine.numel(),
+            )
         return PendingIds(ids[mine], {name: v[mine] for name, v in saved.items()}), clock
-
-    def _clock_of_moved(self, clocks: list[ManagedClock], num_pending: int) -> ManagedClock:
-        capacities = [clock.history_capacity for clock in clocks]
-        capacity = -1
-        if max(capacities) >= 0:
-            # As many ids in all as before, and room for those that came.
-            capacity = max(sum(capacities) // self._world_size, num_pending, 1)
-        return ManagedClock(
-            iteration=max(clock.iteration for clock in clocks),
-            last_eviction=max(clock.last_eviction for clock in clocks),
-            history_capacity=capacity,
-            num_pending=num_pending,
-        )
 
     def _set_step(self, shard: TableShard) -> None:
         step = self._manifest.tables[shard.table.name].step

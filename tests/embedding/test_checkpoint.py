@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def test_two_ranks(tmp_path: Path) -> None:
 
 def _check_two_ranks(directory: Path) -> None:
     _check_exact_resume(directory / "resume")
+    _check_ranks_restore_the_same_step(directory / "views")
     _check_evicted_rows_start_anew()
 
 
@@ -75,6 +77,34 @@ def _check_exact_resume(directory: Path) -> None:
             checkpointer.close()
 
 
+def _check_ranks_restore_the_same_step(directory: Path) -> None:
+    """Also while one rank sees other files than the others, as on a lagging file system."""
+    sharded = _build()
+    checkpointer = Checkpointer(directory, keep=2)
+    weights = {}
+    for step in (1, 2):
+        train(sharded, range(step, step + 1))
+        checkpointer.save(step, sharded, {"step": step})
+        weights[step] = gather_tables(sharded)["user"].weight
+    checkpointer.close()
+    for unseen_by, name, expected in (
+        (0, MANIFEST, 1),
+        (1, MANIFEST, 2),  # the first rank tells the others
+        (1, "__0_0.distcp", 1),  # which the second rank checks
+    ):
+        view = directory / f"view-{unseen_by}-{expected}" / str(dist.get_rank())
+        shutil.copytree(directory, view, ignore=shutil.ignore_patterns("view-*"))
+        if dist.get_rank() == unseen_by:
+            (step_directory(view, 2) / name).unlink()
+        if name == MANIFEST:
+            load_into(view, sharded)
+            assert torch.equal(gather_tables(sharded)["user"].weight, weights[expected])
+        checkpointer = Checkpointer(view, keep=2)
+        assert checkpointer.load_latest(sharded) == (expected, {"step": expected})
+        assert torch.equal(gather_tables(sharded)["user"].weight, weights[expected])
+        checkpointer.close()
+
+
 def _check_evicted_rows_start_anew() -> None:
     """After an eviction, ids that just got their row have no optimizer state; old ones keep it."""
     ids = ManagedCollision(eviction="lru", eviction_interval_steps=4)
@@ -103,6 +133,8 @@ def test_one_rank(tmp_path: Path) -> None:
 def _check_one_rank(directory: Path) -> None:
     _check_retained_step(directory / "retained")
     _check_retention_and_damage(directory / "damage")
+    _check_damaged_manifest(directory / "manifest")
+    _check_damaged_steps_do_not_count_as_kept(directory / "kept")
     _check_nothing_is_dropped_silently(directory / "silent")
     _check_warm_start(directory / "warm")
     _check_companion(directory / "companion")
@@ -151,9 +183,41 @@ def _check_retention_and_damage(directory: Path) -> None:
     assert checkpointer.latest_step() == 2
     assert checkpointer.load_latest(sharded) == (2, {"step": 2})
     assert torch.equal(gather_tables(sharded)["user"].weight, weights[2])
+    assert sorted(steps(directory)) == [2]
+    assert (directory / ".step-00000003.damaged" / MANIFEST).exists()
     # A killed save leaves a partial directory, which is never taken for a checkpoint.
+    checkpointer.save(3, sharded, {})
     step_directory(directory, 3).rename(directory / ".step-00000004.partial")
     assert checkpointer.latest_step() == 2
+    checkpointer.close()
+
+
+def _check_damaged_manifest(directory: Path) -> None:
+    sharded = _build()
+    checkpointer = Checkpointer(directory, keep=2)
+    for content in (b"", b"{", b"\xff\x00", b"{}"):
+        for step in (1, 2):
+            checkpointer.save(step, sharded, {"step": step})
+        path = step_directory(directory, 2) / MANIFEST
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"{path} is damaged"):
+            read_manifest(path.parent)
+        assert checkpointer.latest_step() == 1
+        assert checkpointer.load_latest(sharded) == (1, {"step": 1})
+    checkpointer.close()
+
+
+def _check_damaged_steps_do_not_count_as_kept(directory: Path) -> None:
+    sharded = _build()
+    checkpointer = Checkpointer(directory, keep=2)
+    for step in (1, 2, 3):
+        checkpointer.save(step, sharded, {"step": step})
+    next(step_directory(directory, 3).glob("*.distcp")).unlink()
+    checkpointer.save(1, sharded, {"step": 1})
+    assert sorted(steps(directory)) == [1, 2, 3], "the step just written is kept"
+    assert checkpointer.load_latest(sharded) == (2, {"step": 2})
+    checkpointer.save(4, sharded, {"step": 4})
+    assert sorted(steps(directory)) == [2, 4]
     checkpointer.close()
 
 

@@ -1,19 +1,52 @@
 """Ids that move to other shards; reset of evicted rows."""
 
 import torch
+from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from embedding.config import ManagedCollision
 from embedding.hashing import MANAGED_ID_RANGE, NO_ID
-from embedding.id_map import by_row, insert_ids, managed_modules, owner_of, set_by_row
+from embedding.id_map import (
+    by_row,
+    clock_of,
+    insert_ids,
+    managed_modules,
+    owner_of,
+    pending_of,
+    set_by_row,
+    set_pending,
+)
 from embedding.managed_collision import reset_states
 from embedding.tables import EmbeddingTables
 from tests.embedding.toy import CPU, toy_schema
 
 
-def module(eviction: str = "lfu"):
-    """The unsharded collision module of a 17-row table."""
-    schema = toy_schema("row_wise", ManagedCollision(eviction=eviction))
+def module(eviction: str = "lfu", interval: int = 100, scale: int = 1):
+    """The unsharded collision module of a table of 17 * scale rows."""
+    ids = ManagedCollision(eviction=eviction, eviction_interval_steps=interval)
+    schema = toy_schema("row_wise", ids, scale)
     return managed_modules(EmbeddingTables(schema, CPU))["genre"]
+
+
+def restored(saved, interval: int, scale: int = 1):
+    """A module that goes on where `saved` is, with an interval of its own."""
+    mch = module(interval=interval, scale=scale)
+    set_by_row(mch, by_row(saved))
+    set_pending(mch, pending_of(saved), clock_of(saved))
+    return mch
+
+
+def feed(mch, batches: range, batch_size: int) -> set[int]:
+    """Train on batches of ids never seen before; the ids."""
+    for batch in batches:
+        ids = torch.arange(batch * batch_size, (batch + 1) * batch_size)
+        mch({"genres": JaggedTensor(ids, lengths=torch.ones_like(ids))})
+    return set(range(batches.start * batch_size, batches.stop * batch_size))
+
+
+def owners(mch) -> set[int]:
+    """Ids that own a row."""
+    ids = by_row(mch)["ids"]
+    return set(ids[ids != NO_ID].tolist())
 
 
 def random_ids(count: int) -> torch.Tensor:
@@ -72,6 +105,33 @@ def test_a_full_shard_keeps_the_most_valuable_ids_and_counts_the_others() -> Non
         assert insertion.num_dropped == 24
         assert set(insertion.saved_rows_K.tolist()) == best
         assert insertion.state["ids"][16] == NO_ID
+
+
+def test_eviction_goes_on_with_a_shorter_interval() -> None:
+    for steps in (0, 1, 19, 20, 55):
+        saved = module(interval=20, scale=100)
+        seen = feed(saved, range(steps), 3)
+        for interval in (1, 7, 19, 20, 40):
+            mch = restored(saved, interval, scale=100)
+            seen_too = seen | feed(mch, range(steps, steps + interval), 3)
+            # One interval at most after the restart, everything seen until then owns a row.
+            missing = seen_too - owners(mch)
+            assert len(missing) < 3 * interval, (steps, interval)
+            assert owners(mch), (steps, interval)
+
+
+def test_no_id_is_forgotten_before_the_next_eviction() -> None:
+    """Whatever came first: small batches, an empty one, another interval."""
+    for eviction in ("lfu", "lru", "distance_lfu"):
+        mch = module(eviction, interval=10, scale=100)
+        feed(mch, range(1), 0)
+        seen = feed(mch, range(4), 2) | feed(mch, range(1, 6), 50)
+        assert owners(mch) == seen, eviction
+    saved = module(interval=4, scale=100)
+    seen = feed(saved, range(6), 2)
+    mch = restored(saved, interval=12, scale=100)
+    seen |= feed(mch, range(1, 11), 50)
+    assert owners(mch) == seen
 
 
 def test_reset_clears_row_wise_and_element_wise_states() -> None:

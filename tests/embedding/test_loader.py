@@ -1,5 +1,6 @@
 """Batches against a naive row-by-row reading of the same files."""
 
+import errno
 import json
 import threading
 import time
@@ -243,6 +244,40 @@ def test_damage_inside_a_file_reaches_the_consumer_and_ends_the_threads(
     with _loader([damaged]).sequential() as stream, pytest.raises(UserError, match="damaged"):
         list(stream)
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (errno.EIO, OSError),
+        (errno.ESTALE, OSError),
+        (errno.ETIMEDOUT, TimeoutError),
+        (errno.ENOENT, UserError),
+        (errno.EACCES, UserError),
+        (None, UserError),
+    ],
+)
+def test_only_what_stays_wrong_with_a_file_is_a_user_error(
+    samples: tuple[list[Path], list[dict[str, Any]]],
+    monkeypatch: pytest.MonkeyPatch,
+    number: int | None,
+    expected: type[Exception],
+) -> None:
+    """The others end the group, which goes on from its checkpoint; pyarrow numbers them so."""
+    error = OSError("Unexpected end of stream") if number is None else OSError(number, "as said")
+
+    def fails(*_: object, **__: object) -> pa.Table:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pq, "read_metadata", fails)
+        with pytest.raises(expected) as opening:
+            _loader(samples[0])
+    loader = _loader(samples[0])
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", fails)
+    with loader.sequential() as stream, pytest.raises(expected) as reading:
+        list(stream)
+    assert {type(opening.value), type(reading.value)} == {expected}
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,12 @@ from embedding.planning.cost import CostModel, Placed
 from embedding.planning.demand import StepSettings
 from embedding.planning.id_distribution import DEFAULT_EXPONENT
 from embedding.planning.plan_description import PlanDescription
-from embedding.planning.prediction import describe, placement_of, refuse_other_tables
+from embedding.planning.prediction import (
+    describe,
+    placement_of,
+    refuse_other_sizes,
+    refuse_other_tables,
+)
 from embedding.planning.search import Found, search
 from embedding.planning.traffic import Traffic
 from embedding.planning.workload import TableLoad, table_loads
@@ -136,6 +141,7 @@ def check_trainable(plan: PlanDescription, schema: FeatureSchema) -> None:
         UserError: It names the tables.
     """
     refuse_other_tables(plan, {table.name for table in schema.tables})
+    refuse_other_sizes(plan, schema)
     stored = [entry.table for entry in plan.tables if entry.kernel == KEY_VALUE]
     if stored:
         raise UserError(

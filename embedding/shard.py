@@ -42,6 +42,7 @@ from embedding.planning.demand import step_settings
 from embedding.planning.plan import plan_of
 from embedding.planning.plan_description import PlanDescription
 from embedding.planning.planner import PlanRequest, plan_tables
+from embedding.planning.prediction import refuse_other_sizes
 from embedding.planning.sharders import make_sharders
 from embedding.planning.topology import local_shape, ranks_per_host, use_hosts_of
 from embedding.row_optimizer import RowOptimizer
@@ -141,6 +142,7 @@ def shard(
     # Tables first: their optimizer is fused into backward, so it must exist before sharding.
     declare_optimizer(tables, optimizer)
     plan = plan or plan_together(model, optimizer=optimizer, sharding=sharding, device=device)
+    refuse_other_sizes(plan, schema)
     sharded = DistributedModelParallel(
         model,
         device=device,

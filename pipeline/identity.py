@@ -6,6 +6,7 @@ from multimodal.content_config import ContentConfig
 from multimodal.tower_files import TOKENS_FORMAT, input_settings
 from pipeline.config import Recipe
 from pipeline.samples.columns import EventColumns
+from ranking.compatibility import table_widths
 
 SAMPLES_FORMAT = 2
 """Of what join writes; samples of another format are joined again."""
@@ -60,9 +61,10 @@ def content_config(content: ContentConfig) -> dict[str, Any]:
 
 
 def plan_config(recipe: Recipe) -> dict[str, Any]:
-    """What a sharding plan depends on."""
+    """What a sharding plan depends on; the model only makes rows wider."""
+    features = table_widths(recipe.features, recipe.ranking.model)
     return {
-        "features": recipe.features.model_dump(mode="json"),
+        "features": features.model_dump(mode="json"),
         "embedding": recipe.embedding.model_dump(mode="json"),
         "cluster": recipe.cluster.model_dump(
             mode="json", include={"num_workers", "cpus_per_worker", "use_gpu"}

@@ -3,8 +3,10 @@
 Reads the recipe and the cluster's resources; writes `plan.json`, which training takes as input.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -18,6 +20,10 @@ from pipeline.days import fingerprint
 from pipeline.stages import StageOutput
 
 PLAN = "plan.json"
+CLUSTER = "cluster"
+"""Fact of a plan: the cluster that it was made for."""
+_MEMORY_TOLERANCE = 0.02
+"""Two machines of one kind differ by less memory than this."""
 
 
 def plan(recipe: Recipe, scratch: Path) -> StageOutput:
@@ -26,8 +32,33 @@ def plan(recipe: Recipe, scratch: Path) -> StageOutput:
     Raises:
         UserError: No plan fits the cluster, or a setting cannot run on its devices.
     """
+    shape = training_shape(recipe)
     plan = PlanDescription.model_validate_json(_on_a_worker(_plan_tables, recipe))
-    return write_plan(plan, scratch)
+    output = write_plan(plan, scratch)
+    output.facts[CLUSTER] = cluster_facts(shape)
+    return output
+
+
+def cluster_facts(shape: ClusterShape) -> dict[str, Any]:
+    """What a plan depends on of a cluster: hosts, their ranks, memory."""
+    return {
+        "topology": shape.name,
+        "device_bytes": shape.device_bytes,
+        "host_bytes": shape.host_bytes_per_rank * shape.ranks_per_host,
+    }
+
+
+def is_of_cluster(facts: Mapping[str, Any], shape: ClusterShape) -> bool:
+    """Whether facts of a plan speak of such a cluster."""
+    made, here = facts.get(CLUSTER), cluster_facts(shape)
+    return (
+        made is not None
+        and made["topology"] == here["topology"]
+        and all(
+            math.isclose(made[key], here[key], rel_tol=_MEMORY_TOLERANCE)
+            for key in ("device_bytes", "host_bytes")
+        )
+    )
 
 
 def training_shape(recipe: Recipe) -> ClusterShape:

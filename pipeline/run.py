@@ -10,7 +10,7 @@ Which spans of days a run needs, and what each continues, `pipeline.spans` says.
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from embedding.errors import UserError
 from pipeline.artifacts import Manifest, read_manifest
 from pipeline.catalogue_use import CATALOGUE, CatalogueUse
 from pipeline.catch_up import training_to_publish
-from pipeline.cluster import ONE_CPU, RaySession, rank_bundles, worker_bundle
+from pipeline.cluster import ONE_CPU, Bundle, RaySession, rank_bundles, worker_bundle
 from pipeline.codes.quantize_stage import codes_of_day
 from pipeline.config import Recipe
 from pipeline.consent import Consent
@@ -32,7 +32,7 @@ from pipeline.gate import gate
 from pipeline.identity import ingest_config, plan_config, samples_config
 from pipeline.lineage import parent_of
 from pipeline.metrics_file import METRICS_FILE
-from pipeline.plan import plan, plan_inputs
+from pipeline.plan import is_of_cluster, plan, plan_inputs, training_shape
 from pipeline.publication import Publish
 from pipeline.registry import TRAINING, production_before
 from pipeline.rival import EvaluatedRows, rival_of
@@ -68,6 +68,7 @@ class DayRun:
         self.publish = publish
         self.at: str | None = None
         """The stage that `execute` has come to."""
+        self._plan_suits = False
         root = recipe.data.root
         require_complete(root, date, recipe.data.complete_marker)
         self.days = available_days(root, recipe.data.complete_marker)
@@ -242,6 +243,7 @@ class DayRun:
     def _plan(self) -> StageSpec:
         def body(scratch: Path) -> StageOutput:
             self.session.wait_for("plan", [worker_bundle(self.recipe.cluster)])
+            self._plan_suits = True
             return plan(self.recipe, scratch)
 
         return StageSpec(
@@ -263,7 +265,7 @@ class DayRun:
         config = {"evaluation": self._dump("evaluation"), "days": days}
 
         def body(scratch: Path) -> StageOutput:
-            self.session.wait_for("evaluate", rank_bundles(self.recipe.cluster))
+            self.wait_for_ranks("evaluate", rank_bundles(self.recipe.cluster))
             return evaluate(
                 TrainedModel.of(self.recipe, self.directory("train"), self.content_paths()),
                 samples=self.evaluation_samples(),
@@ -318,6 +320,28 @@ class DayRun:
         return StageSpec("publish", self.directory("publish"), {}, inputs, body)
 
     # --- pieces ----------------------------------------------------------------------------------
+
+    def wait_for_ranks(self, stage: str, bundles: Sequence[Bundle]) -> None:
+        """Wait for what a stage on the ranks needs, and plan again if the cluster is another.
+
+        What a plan's identity leaves out: hosts, their ranks and memory. Whoever has nothing to
+        run needs no cluster, and nothing that is trained depends on them.
+
+        Raises:
+            UserError: it was not free in time, or no plan fits.
+        """
+        self.session.wait_for(stage, bundles)
+        planned = read_manifest(self.directory("plan"))
+        if self._plan_suits or planned is None:
+            return
+        here = training_shape(self.recipe)
+        if not is_of_cluster(planned.facts, here):
+            self.reporter.line(
+                f"  the plan was made for another cluster than {here.name} with the memory it has; "
+                "it is made again"
+            )
+            execute(self._plan(), self.reporter, anew=True)
+        self._plan_suits = True
 
     def evaluation_days(self) -> tuple[str, ...]:
         """Days whose rows are evaluated."""

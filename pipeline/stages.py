@@ -141,11 +141,17 @@ def failure_of(directory: Path) -> str | None:
     return reason
 
 
-def execute(spec: StageSpec, reporter: Reporter) -> StageRecord:
-    """Run a stage unless its artifact is current. A failure leaves nothing half-visible."""
+def execute(spec: StageSpec, reporter: Reporter, *, anew: bool = False) -> StageRecord:
+    """Run a stage unless its artifact is current. A failure leaves nothing half-visible.
+
+    Args:
+        spec: the stage.
+        reporter: shows it.
+        anew: run it even so.
+    """
     finish_interrupted(spec.directory)
     failure = failure_file(spec.directory)
-    if spec.is_current:
+    if spec.is_current and not anew:
         failure.unlink(missing_ok=True)
         manifest = read_manifest(spec.directory)
         assert manifest is not None

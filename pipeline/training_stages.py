@@ -48,7 +48,7 @@ def train_stage(run: "DayRun") -> StageSpec:
             output = take_over(earlier, scratch)
             facts[CATCH_UP] = caught_up
         else:
-            run.session.wait_for("train", run.session.group())
+            run.wait_for_ranks("train", run.session.group())
             start = None if parent is None else run.directory("train", parent)
             change = None if run.codes is None else run.codes.change_since(parent)
             sources = TrainInputs(
@@ -88,7 +88,7 @@ def catch_up_stage(run: "DayRun") -> StageSpec:
     inputs["gate"] = run.artifact_id("gate", run.date)
 
     def body(scratch: Path) -> StageOutput:
-        run.session.wait_for(CATCH_UP, run.session.group())
+        run.wait_for_ranks(CATCH_UP, run.session.group())
         sources = TrainInputs(
             samples=run.samples(days),
             validation=[],

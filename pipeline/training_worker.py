@@ -30,6 +30,7 @@ from pipeline.config import Recipe
 from pipeline.content.paths import ContentPaths
 from pipeline.devices import own_device
 from pipeline.evaluate import EvaluateJob
+from pipeline.rank_hosts import check_hosts
 from pipeline.train import LOGS, METRICS, RESULT, TENSORBOARD, TrainJob, TrainResult
 from ranking.averaging import AVERAGE
 from ranking.model import RankingModel, RankingStep
@@ -51,6 +52,7 @@ WARM_START = "warm_start.json"
 def train_worker(job: TrainJob) -> None:
     """Train on this rank from the last checkpoint, the parent's, or the start."""
     device = _prepare_process(job.recipe, job.resume / LOGS)
+    check_hosts(job.plan, device)
     content = _rank_content(job.recipe, job.content, device)
     try:
         _train(job, content, device)
@@ -117,6 +119,7 @@ def predict_worker(job: EvaluateJob) -> None:
     """Predict this rank's consecutive share of the samples into `rank-N.parquet`."""
     recipe = job.model.recipe
     device = _prepare_process(recipe, job.predictions.parent / LOGS)
+    check_hosts(job.model.plan, device)
     content = _rank_content(recipe, job.model.content, device, predicts=True)
     sharded = build(recipe, job.model.plan, device, content)
     report = load_into(job.model.checkpoint, sharded)

@@ -31,8 +31,7 @@ DENSE = "dense"
 FUSED = "fused"
 UVM = "fused_uvm"
 UVM_CACHING = "fused_uvm_caching"
-KEY_VALUE = "key_value"
-KERNELS = (DENSE, FUSED, UVM, UVM_CACHING, KEY_VALUE)
+KERNELS = (DENSE, FUSED, UVM, UVM_CACHING)
 
 LOAD_FACTORS = (0.05, 0.1, 0.2, 0.4, 0.7)
 MIN_COLUMNS = 16
@@ -101,7 +100,7 @@ def _with_kernels(
             choices.append(Choice(sharding, DENSE))
             continue
         for kernel in _kernels(shape, kernels):
-            factors = LOAD_FACTORS if kernel in (UVM_CACHING, KEY_VALUE) else (None,)
+            factors = LOAD_FACTORS if kernel == UVM_CACHING else (None,)
             choices += [Choice(sharding, kernel, column_shards, factor) for factor in factors]
     return choices
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from embedding.limits import ELEMENT_BYTES
-from embedding.planning.choices import DATA_PARALLEL, KEY_VALUE, ROW_WISE, UVM_CACHING, Choice
+from embedding.planning.choices import DATA_PARALLEL, ROW_WISE, UVM_CACHING, Choice
 from embedding.planning.cluster_shape import ClusterShape
 from embedding.planning.cost_constants import CostConstants
 from embedding.planning.demand import (
@@ -117,7 +117,7 @@ class CostModel:
 
     def group_of(self, table: str, choice: Choice) -> GroupKey:
         """The kernel and exchange that the table would share."""
-        cached = choice.kernel in (UVM_CACHING, KEY_VALUE)
+        cached = choice.kernel == UVM_CACHING
         return self.loads[table].module, choice.sharding, cached
 
     def group_seconds(self, key: GroupKey) -> np.ndarray:

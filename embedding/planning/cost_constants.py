@@ -16,8 +16,6 @@ PCIE_GATHER_SHARE = 0.5
 """Of PCIe's peak, for rows fetched one by one."""
 CORE_BANDWIDTH = 8e9
 """Bytes per second that one core of many draws or copies: not what its socket does."""
-SSD_BANDWIDTH = 3e9
-"""Bytes per second of one rank's share of a host's NVMe drives."""
 GPU_CALL_S = 60e-6
 """A handful of kernel launches, and the Python around them."""
 GPU_EXCHANGE_S = 40e-6
@@ -117,7 +115,6 @@ def _offloading(machine: Machine, call: float) -> dict[str, float]:
         "prefetch_calls": 3 * call,
         "prefetch_ids": 8 * 10 / (MEMORY_SHARE * machine.hbm_bandwidth),
         "prefetch_bytes": gather,
-        "prefetch_ssd_bytes": 1 / SSD_BANDWIDTH,
         "lookup_host_bytes": gather,
         "update_host_bytes": gather,
     }

@@ -15,7 +15,6 @@ from embedding.config import ShardingConfig, SparseOptimizer
 from embedding.limits import ELEMENT_BYTES
 from embedding.planning.choices import (
     DATA_PARALLEL,
-    KEY_VALUE,
     ROW_WISE,
     UVM,
     UVM_CACHING,
@@ -36,7 +35,6 @@ COUNTS: tuple[tuple[str, str], ...] = (
     ("prefetch_calls", "prefetch"),
     ("prefetch_ids", "prefetch"),
     ("prefetch_bytes", "prefetch"),
-    ("prefetch_ssd_bytes", "prefetch"),
     ("lookup_calls", "lookup"),
     ("lookup_bags", "lookup"),
     ("lookup_ids", "lookup"),
@@ -169,7 +167,7 @@ class _Context:
 
         Except a row-wise accumulator: FBGEMM keeps it in device memory (`construct_split_state`).
         """
-        elsewhere = self.choice.kernel in (UVM, UVM_CACHING, KEY_VALUE)
+        elsewhere = self.choice.kernel in (UVM, UVM_CACHING)
         return elsewhere and self.settings.optimizer.kind != "row_wise_adagrad"
 
     def far_share(self) -> float:
@@ -231,12 +229,10 @@ def _count_lookup(c: _Context, demand: Demand) -> None:
             # lies (FBGEMM, embedding_forward_split_template.cu), and GPUs do not cache host memory
             # (CUDA C++ Best Practices Guide, zero copy): a row that occurs twice crosses twice.
             _put(demand.owner, lookup_host_bytes=c.owned_ids * c.row_bytes)
-        case "fused_uvm_caching" | "key_value":
-            missed = _missed_rows(c)
+        case "fused_uvm_caching":
             # Every row that comes in pushes one out.
-            moved = 2 * missed * c.row_bytes
-            kind = "prefetch_ssd_bytes" if c.choice.kernel == KEY_VALUE else "prefetch_bytes"
-            _put(demand.owner, prefetch_ids=c.owned_ids, **{kind: moved})
+            moved = 2 * _missed_rows(c) * c.row_bytes
+            _put(demand.owner, prefetch_ids=c.owned_ids, prefetch_bytes=moved)
 
 
 def _missed_rows(c: _Context) -> float:
@@ -318,7 +314,7 @@ def _count_bytes(c: _Context, demand: Demand) -> None:
     rows = -(-c.load.num_rows // c.row_shards)
     weights, states = rows * c.row_bytes, rows * c.state_bytes_per_row
     device, cache = 1.0, 0.0
-    if c.choice.kernel in (UVM, UVM_CACHING, KEY_VALUE):
+    if c.choice.kernel in (UVM, UVM_CACHING):
         device = 0.0
         demand.owner_host_bytes = weights
         if c.choice.kernel != UVM:
@@ -327,8 +323,6 @@ def _count_bytes(c: _Context, demand: Demand) -> None:
             cache = factor * weights + rows * (4 + 16 * factor)
     states_here = 0.0 if c.states_on_host else states
     demand.owner_host_bytes += states - states_here
-    if c.choice.kernel == KEY_VALUE:
-        demand.owner_host_bytes = 0.0
     flight = BATCHES_IN_FLIGHT[c.shape.machine.device]
     received = c.owned_ids * ID_BYTES + c.world * c.bags * LENGTH_BYTES
     vectors = c.world * c.vectors * c.row_bytes

@@ -7,13 +7,18 @@ from pathlib import Path
 from embedding.config import FeatureSchema
 from embedding.errors import UserError
 from embedding.planning.calibration import constants_for
-from embedding.planning.choices import FUSED, KEY_VALUE, UVM, UVM_CACHING, Choice, choices_of
+from embedding.planning.choices import FUSED, KERNELS, UVM, UVM_CACHING, Choice, choices_of
 from embedding.planning.cluster_shape import ClusterShape
 from embedding.planning.cost import CostModel, Placed
 from embedding.planning.demand import StepSettings
 from embedding.planning.id_distribution import DEFAULT_EXPONENT
 from embedding.planning.plan_description import PlanDescription
-from embedding.planning.prediction import describe, placement_of, refuse_other_tables
+from embedding.planning.prediction import (
+    describe,
+    placement_of,
+    refuse_other_sizes,
+    refuse_other_tables,
+)
 from embedding.planning.search import Found, search
 from embedding.planning.traffic import Traffic
 from embedding.planning.workload import TableLoad, table_loads
@@ -130,17 +135,18 @@ def find_plan(
 
 
 def check_trainable(plan: PlanDescription, schema: FeatureSchema) -> None:
-    """Refuse a plan that training cannot use: of other tables, or with a kernel it lacks.
+    """Refuse a plan that training cannot use: of other tables, or with an unknown kernel.
 
     Raises:
         UserError: It names the tables.
     """
     refuse_other_tables(plan, {table.name for table in schema.tables})
-    stored = [entry.table for entry in plan.tables if entry.kernel == KEY_VALUE]
-    if stored:
+    refuse_other_sizes(plan, schema)
+    unknown = {entry.table: entry.kernel for entry in plan.tables if entry.kernel not in KERNELS}
+    if unknown:
         raise UserError(
-            f"the plan keeps {stored} in {KEY_VALUE} tables, which `braid plan` can weigh and "
-            "training cannot write to checkpoints; plan again without --kernel key_value"
+            f"the plan has tables with kernels that training lacks ({unknown}); plan again with "
+            f"some of {', '.join(KERNELS)}"
         )
     missing = [table.name for table in schema.tables if plan.table(table.name) is None]
     if missing:

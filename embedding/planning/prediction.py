@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from embedding.config import FeatureSchema
 from embedding.errors import UserError
 from embedding.limits import ELEMENT_BYTES
 from embedding.planning.choices import Choice, shards_of
@@ -101,6 +102,26 @@ def refuse_other_tables(plan: PlanDescription, wanted: set[str]) -> None:
             f"the plan places {sorted(planned - wanted)}, which the recipe lacks; it has "
             f"{sorted(wanted)}: plan again for this recipe"
         )
+
+
+def refuse_other_sizes(plan: PlanDescription, schema: FeatureSchema) -> None:
+    """Refuse a plan whose tables have other rows or columns; columns are the model's, too.
+
+    Raises:
+        UserError: It names the first such table.
+    """
+    for table in schema.tables:
+        entry = plan.table(table.name)
+        if entry is None:
+            continue
+        rows = max(shard.row_offset + shard.num_rows for shard in entry.shards)
+        columns = max(shard.column_offset + shard.num_columns for shard in entry.shards)
+        if (rows, columns) != (table.num_embeddings, table.embedding_dim):
+            raise UserError(
+                f"the plan of table {table.name!r} is for {rows} x {columns} elements, and the "
+                f"model's table has {table.num_embeddings} x {table.embedding_dim} (a generator "
+                "with separate embeddings widens rows); plan again for this recipe"
+            )
 
 
 def _placed(entry: TablePlan, load: TableLoad, shape: ClusterShape) -> Placed:

@@ -73,8 +73,7 @@ def plan_command(  # noqa: PLR0913 # every option of a command is a parameter
         list[str] | None,
         typer.Option(
             "--kernel",
-            help="Allow only these: fused, fused_uvm, fused_uvm_caching, or key_value (on SSD; "
-            "to compare, not to train with). May be repeated.",
+            help="Allow only these: fused, fused_uvm, fused_uvm_caching. May be repeated.",
         ),
     ] = None,
     also_torchrec: Annotated[

@@ -137,7 +137,7 @@ def test_filling_of_caches_is_the_data_sheets_as_nothing_measures_it(tmp_path: P
     made = calibration("h200", device_name="NVIDIA H200", fits=(made_up("h200:8"),))
     constants = constants_for(parse_shape("h200:8"), written(tmp_path, made))
     sheet = data_sheet_constants(parse_shape("h200:8"))
-    for name in ("prefetch_calls", "prefetch_ids", "prefetch_bytes", "prefetch_ssd_bytes"):
+    for name in ("prefetch_calls", "prefetch_ids", "prefetch_bytes"):
         assert constants.seconds[name] == sheet.seconds[name]
     assert constants.seconds["lookup_host_bytes"] == 7.0
     assert "filling of caches from the data sheet" in constants.source

@@ -199,6 +199,8 @@ def test_a_plan_for_other_tables_or_ranks_is_refused() -> None:
         plan_tables(request_for(10**6, 64, "h100:4", pinned=plan))
     with pytest.raises(UserError, match="does not tile"):
         plan_tables(request_for(10**6 + 999, 64, "h100:2x4", pinned=plan))
+    with pytest.raises(UserError, match="'big' is for 1000000 x 64 elements.* 1000000 x 128"):
+        check_trainable(plan, request_for(10**6, 128, "h100:2x4").schema)
     request = request_for(10**6, 64, "h100:2x4", pinned=plan)
     tables = tuple(t for t in request.schema.tables if t.name == "big")
     features = tuple(f for f in request.schema.sparse if f.table == "big")

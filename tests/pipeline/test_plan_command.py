@@ -234,12 +234,18 @@ def test_here_is_what_the_plan_stage_plans_for_and_cluster_is_all_there_is(
     assert everywhere.world_size == whole.world_size
 
 
-def test_a_key_value_plan_is_for_comparison_only(
+def test_a_plan_with_a_kernel_that_training_lacks_is_refused(
     plan: Plan, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    plan("h200:2", "--kernel", "key_value", "--constraint", "item=table_wise")
-    code, said = checked(capsys, f"embedding.sharding.plan={tmp_path / 'plan.json'}")
-    assert (code, "without --kernel key_value" in said) == (2, True)
+    made = plan("h200:2", "--constraint", "item=table_wise")
+    other = made.table("item").model_copy(update={"kernel": "key_value"})
+    tables = tuple(other if table.table == "item" else table for table in made.tables)
+    path = tmp_path / "plan.json"
+    path.write_text(made.model_copy(update={"tables": tables}).model_dump_json())
+    code, said = checked(capsys, f"embedding.sharding.plan={path}")
+    assert (code, "{'item': 'key_value'}" in said) == (2, True)
+    assert "fused, fused_uvm, fused_uvm_caching" in said
+    assert "'key_value' is unknown" in refused(capsys, "-t", "h200:2", "--kernel", "key_value")
 
 
 def test_a_calibration_of_another_version_is_refused(

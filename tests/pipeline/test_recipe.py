@@ -10,7 +10,7 @@ from embedding.config import RowWise
 from embedding.errors import UserError
 from embedding.names import TAKEN_NAMES
 from pipeline.config import EmbeddingPlaneConfig, Recipe, WindowConfig
-from pipeline.identity import training_config
+from pipeline.identity import plan_config, training_config
 from pipeline.recipe import apply_override, load_recipe
 from ranking.config import RankingConfig, TaskConfig
 
@@ -347,6 +347,14 @@ def test_a_task_has_the_row_weights_of_the_task_before_it() -> None:
         "buy": "value",
         "refund": "value",
     }
+
+
+def test_a_plan_is_made_anew_when_the_model_makes_rows_wider() -> None:
+    shared = load_recipe("avazu", ["ranking.model.generator.embeddings=shared"])
+    none = load_recipe("avazu", ["ranking.model.generator=null"])
+    deeper = load_recipe("avazu", ["ranking.model.classifier.hidden=[64]"])
+    assert plan_config(load_recipe("avazu")) == plan_config(deeper) != plan_config(shared)
+    assert plan_config(shared) == plan_config(none)
 
 
 def test_what_earlier_versions_wrote_out_is_read_and_is_current() -> None:

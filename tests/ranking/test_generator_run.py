@@ -11,7 +11,9 @@ from deploy.predictor import Predictor
 from embedding.checkpoint import Checkpointer, load_into
 from embedding.checkpoint_files import step_directory
 from embedding.config import FeatureSchema, RowWiseAdagrad, ShardingConfig
+from embedding.errors import UserError
 from embedding.loader import SampleFiles, SampleLoader
+from embedding.planning.plan_description import PlanDescription
 from embedding.shard import Sharded, shard
 from pipeline.config import DataConfig, GateConfig, Recipe
 from ranking.config import RankingConfig
@@ -42,7 +44,7 @@ def two_shardings() -> FeatureSchema:
     return FeatureSchema.model_validate(data)
 
 
-def build(config: RankingConfig) -> Sharded:
+def build(config: RankingConfig, plan: PlanDescription | None = None) -> Sharded:
     model = RankingModel(two_shardings(), config, tables_device=torch.device("meta"))
     sharded = shard(
         RankingStep(model, config),
@@ -50,6 +52,7 @@ def build(config: RankingConfig) -> Sharded:
         sharding=ShardingConfig(),
         dense_optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-2),
         device=CPU,
+        plan=plan,
     )
     sharded.initialize(seed=0)
     return sharded
@@ -90,6 +93,8 @@ def train_and_publish(folder: Path) -> None:
     plain = build(small_config())
     report = load_into(folder / "checkpoints", plain)
     assert report.initialised["tables/item"] == "embedding_dim changed from 32 to 16"
+    with pytest.raises(UserError, match="'user' is for .* x 16 elements.* x 32 .*plan again"):
+        build(config, plain.plan)
     if rank == 0:
         recipe = Recipe(
             name="small",

@@ -13,6 +13,7 @@ from pydantic import (
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
@@ -248,6 +249,19 @@ class HistoryConfig(StrictConfig):
     """Only events whose label column is 1 enter; by default every event enters."""
     max_length: PositiveInt = 50
     """Latest events kept."""
+    columns: dict[str, str] | None = None
+    """The log delivers this history, and ingest computes none: list columns of each event, oldest
+    first, by what they hold. `item_id` is needed, `timestamp` where a sequence reads `gap`, and
+    every column of past events that a sequence reads."""
+
+    @field_validator("columns")
+    @classmethod
+    def _check_columns(cls, columns: dict[str, str] | None) -> dict[str, str] | None:
+        if columns is not None and "item_id" not in columns:
+            raise ValueError(
+                "the items of a delivered history are missing; name their column: item_id"
+            )
+        return columns
 
 
 class SequenceFeature(StrictConfig):
@@ -300,6 +314,14 @@ class FeatureSchema(StrictConfig):
                 raise ValueError(
                     f"sequence {sequence.name!r}: history {sequence.history!r} is not among the "
                     f"histories {histories}; add it or use one of them"
+                )
+            history = self.histories[histories.index(sequence.history)]
+            wanted = {"gap": "timestamp", "events": sequence.column_name}.get(sequence.source)
+            if history.columns is not None and wanted not in (None, *history.columns):
+                raise ValueError(
+                    f"sequence {sequence.name!r}: the log delivers history {history.name!r}, and "
+                    f"its columns {sorted(history.columns)} lack {wanted!r}; name the list column "
+                    "that holds it, or leave the sequence out"
                 )
             if sequence.target is None:
                 continue

@@ -23,8 +23,6 @@ MAX_FSQ_CODES = 1 << 20
 CODES_FORMAT = 3
 """Of codes artifacts; those of another format are made again."""
 
-# --- nearest items -------------------------------------------------------------------------------
-
 
 class ExactIndex(StrictConfig):
     """Compares a vector with all items; cost grows with the square of the catalogue."""
@@ -61,9 +59,6 @@ class IndexBySize(StrictConfig):
 
 
 VqIndex = Annotated[ExactIndex | IvfIndex | HnswIndex | IndexBySize, Field(discriminator="kind")]
-
-
-# --- quantizers ----------------------------------------------------------------------------------
 
 
 class Vq(StrictConfig):

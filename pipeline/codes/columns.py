@@ -12,7 +12,7 @@ from pipeline.codes.features import (
     history_columns,
     user_code_ids,
 )
-from pipeline.samples.buckets import history_column
+from pipeline.samples.columns import history_column
 from pipeline.samples.histories import normal_lists
 from pipeline.samples.lookup import floats, transform_dense
 

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 
 from embedding.config import HistoryConfig
 from pipeline.config import HeldOutItems
-from pipeline.samples.buckets import bucket_file, history_column
+from pipeline.samples.buckets import bucket_file
+from pipeline.samples.columns import history_column
 from pipeline.samples.contract import open_parquet
 from pipeline.samples.held_out import is_held_out
 from pipeline.samples.ingest import STATE_FILE, IngestState

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from embedding.config import HistoryConfig
 from embedding.raw_ids import Int64Array, ids_or_missing, mix64
-from pipeline.samples.columns import KEY_COLUMNS, EventColumns
+from pipeline.samples.columns import KEY_COLUMNS, EventColumns, history_column
 from pipeline.samples.contract import MS_PER_DAY, epoch_day, open_parquet
 from pipeline.samples.histories import (
     BoolArray,
@@ -47,6 +47,7 @@ class BucketPlan:
 
     columns: EventColumns
     histories: tuple[HistoryConfig, ...]
+    """Those to compute."""
     days: tuple[str, ...]
     num_buckets: int
     parts: Path
@@ -73,11 +74,6 @@ class BucketFacts:
     def num_rows(self) -> int:
         """New events of the bucket."""
         return sum(self.rows_per_day.values())
-
-
-def history_column(history: str, column: str) -> str:
-    """Column of an ingest event file: one attribute of every event of a history."""
-    return f"history:{history}:{column}"
 
 
 def bucket_file(bucket: int) -> str:
@@ -109,6 +105,9 @@ def build_bucket(bucket: int, plan: BucketPlan) -> BucketFacts:
     new_rows = new_rows[np.argsort(times[new_rows], kind="stable")]
     rows_per_day = _write_days(bucket, table, new_rows, spans, plan)
     lengths = {name: int(span.lengths[new_rows].sum()) for name, span in spans.items()}
+    for name in plan.columns.delivered:
+        lists = table[history_column(name, "item_id")]
+        lengths[name] = pc.sum(pc.list_value_length(lists)).as_py() or 0
     return BucketFacts(
         bucket,
         rows_per_day,
@@ -289,8 +288,7 @@ def _with_histories(
     for history, span in spans.items():
         offsets, past = span.gather(rows)
         list_offsets = pa.array(offsets.astype(np.int32))
-        columns = dict.fromkeys(("item_id", "timestamp", *plan.columns.history_values[history]))
-        for column in columns:
+        for column in plan.columns.history_columns[history]:
             lists = pa.ListArray.from_arrays(list_offsets, pa.array(flat[column][past]))
             events = events.append_column(history_column(history, column), lists)
     return events

@@ -21,6 +21,15 @@ class SourceColumns(StrictConfig):
     """Read as floats."""
 
 
+class DeliveredHistory(StrictConfig):
+    """A history that the log delivers."""
+
+    columns: dict[str, str]
+    """List column of the events by what it holds: `item_id`, `timestamp`, or what a sequence
+    reads."""
+    max_length: int
+
+
 class EventColumns(SourceColumns):
     """Columns of the events."""
 
@@ -31,7 +40,9 @@ class EventColumns(SourceColumns):
     oracles: dict[str, str]
     """Column with the true probability of each task; optional in the files."""
     history_values: dict[str, tuple[str, ...]]
-    """By history: columns of the past events that its sequences read."""
+    """By computed history: columns of the past events that its sequences read."""
+    delivered: dict[str, DeliveredHistory] = {}
+    """By name."""
 
     @classmethod
     def of(cls, recipe: Recipe) -> Self:
@@ -44,6 +55,7 @@ class EventColumns(SourceColumns):
                 if sequence.source == "events" and sequence.history == history.name
             )
             for history in features.histories
+            if history.columns is None
         }
         columns = source_columns(features, "events")
         keys = (*KEY_COLUMNS, "timestamp")
@@ -56,13 +68,35 @@ class EventColumns(SourceColumns):
             weights=recipe.ranking.sample_weights,
             oracles={task.name: f"oracle_{task.name}" for task in tasks},
             history_values=values,
+            delivered={
+                history.name: DeliveredHistory(
+                    columns=history.columns, max_length=history.max_length
+                )
+                for history in features.histories
+                if history.columns is not None
+            },
         )
 
     @property
     def required(self) -> tuple[str, ...]:
         """All columns that every event file must have."""
         own = (*self.labels, *self.ids, *self.dense, *self.weights.values())
-        return _unique((*KEY_COLUMNS, "timestamp", *own))
+        lists = (name for history in self.delivered.values() for name in history.columns.values())
+        return _unique((*KEY_COLUMNS, "timestamp", *own, *lists))
+
+    @property
+    def history_columns(self) -> dict[str, tuple[str, ...]]:
+        """By history: what an ingested event holds of each of its past events."""
+        computed = {
+            name: _unique(("item_id", "timestamp", *values))
+            for name, values in self.history_values.items()
+        }
+        return computed | {name: tuple(own.columns) for name, own in self.delivered.items()}
+
+
+def history_column(history: str, column: str) -> str:
+    """Column of an ingest event file: one attribute of every event of a history."""
+    return f"history:{history}:{column}"
 
 
 def source_columns(features: FeatureSchema, source: Source) -> SourceColumns:

@@ -14,8 +14,7 @@ import pyarrow.compute as pc
 from embedding.errors import UserError
 from embedding.raw_ids import Int64Array, mix64
 from pipeline.config import HeldOutItems
-from pipeline.samples.buckets import history_column
-from pipeline.samples.columns import EventColumns
+from pipeline.samples.columns import EventColumns, history_column
 
 _GRAINS = 1 << 53
 
@@ -32,14 +31,14 @@ def forget_held_out(
     events: pa.RecordBatch, columns: EventColumns, config: HeldOutItems
 ) -> pa.RecordBatch:
     """Ingested events whose histories lack the events of held-out items."""
-    for history, values in columns.history_values.items():
+    for history, values in columns.history_columns.items():
         items = events[history_column(history, "item_id")]
         keep_N = ~is_held_out(items.flatten().to_numpy(zero_copy_only=False), config)
         lengths = items.value_lengths().to_numpy()
         kept_before = np.concatenate([[0], np.cumsum(keep_N)])
         ends = np.cumsum(lengths)
         offsets = pa.array(kept_before[np.concatenate([[0], ends])].astype(np.int32))
-        for value in ("item_id", "timestamp", *values):
+        for value in values:
             name = history_column(history, value)
             kept = pc.filter(events[name].flatten(), pa.array(keep_N))
             lists = pa.ListArray.from_arrays(offsets, kept)

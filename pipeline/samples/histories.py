@@ -99,7 +99,7 @@ def _counts_before(flags: BoolArray) -> Int64Array:
 
 
 def normal_lists(lists: pa.ListArray) -> pa.ListArray:
-    """The same lists with offsets that start at 0 (batches of a file are slices)."""
+    """The same lists with offsets that start at 0 (batches of a file are slices); null is empty."""
     offsets = np.zeros(len(lists) + 1, np.int32)
-    np.cumsum(lists.value_lengths().to_numpy(), out=offsets[1:])
+    np.cumsum(lists.value_lengths().fill_null(0).to_numpy(), out=offsets[1:])
     return pa.ListArray.from_arrays(pa.array(offsets), lists.flatten())

@@ -176,7 +176,7 @@ def ingest(
     partitioned = _partition(recipe, checked, parts, scratch / "quarantine", report)
     plan = BucketPlan(
         columns=checked.columns,
-        histories=recipe.features.histories,
+        histories=tuple(h for h in recipe.features.histories if h.columns is None),
         days=checked.days,
         num_buckets=checked.num_buckets,
         parts=parts,

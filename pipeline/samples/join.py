@@ -25,9 +25,9 @@ from pipeline.codes.columns import code_columns
 from pipeline.codes.features import ItemCodes
 from pipeline.config import Recipe
 from pipeline.planning.id_use import FILE, IdFacts, IdUse, merge_uses, read_uses, use_of, write_uses
-from pipeline.samples.buckets import ROWS_PER_GROUP, history_column
+from pipeline.samples.buckets import ROWS_PER_GROUP
 from pipeline.samples.catalogue import check_catalogue
-from pipeline.samples.columns import EventColumns, source_columns
+from pipeline.samples.columns import EventColumns, history_column, source_columns
 from pipeline.samples.held_out import forget_held_out, is_held_out
 from pipeline.samples.histories import normal_lists
 from pipeline.samples.join_facts import JoinFacts, item_histories, require_items

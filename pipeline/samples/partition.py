@@ -20,6 +20,7 @@ from pipeline.samples.contract import (
     read_columns,
     row_faults,
 )
+from pipeline.samples.delivered import latest
 
 ROWS_PER_CHUNK = 1 << 19
 
@@ -111,6 +112,7 @@ def partition_chunk(chunk: Chunk, plan: PartitionPlan) -> PartitionFacts:
         )
         example = f"{path} row {first_row + bad[0]}: {reasons[fault[bad[0]]]}"
         events = events.filter(pa.array(fault < 0))
+    events = latest(events, columns)
     _write_buckets(events, plan.parts / f"{chunk.name}.arrow", plan.num_buckets)
     return PartitionFacts(
         index=chunk.index,

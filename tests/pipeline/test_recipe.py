@@ -9,8 +9,8 @@ import yaml
 from embedding.config import RowWise
 from embedding.errors import UserError
 from embedding.names import TAKEN_NAMES
-from pipeline.config import EmbeddingPlaneConfig, Recipe, WindowConfig
-from pipeline.identity import plan_config, training_config
+from pipeline.config import EmbeddingPlaneConfig, WindowConfig
+from pipeline.identity import plan_config
 from pipeline.recipe import apply_override, load_recipe
 from ranking.config import RankingConfig, TaskConfig
 
@@ -355,14 +355,3 @@ def test_a_plan_is_made_anew_when_the_model_makes_rows_wider() -> None:
     deeper = load_recipe("avazu", ["ranking.model.classifier.hidden=[64]"])
     assert plan_config(load_recipe("avazu")) == plan_config(deeper) != plan_config(shared)
     assert plan_config(shared) == plan_config(none)
-
-
-def test_what_earlier_versions_wrote_out_is_read_and_is_current() -> None:
-    recipe = load_recipe("demo", ["embedding.optimizer={kind: sgd, learning_rate: 0.1}"])
-    assert "sample_weight" not in training_config(recipe)["ranking"]["tasks"][0]
-    dumped = recipe.model_dump(mode="json")
-    dumped["embedding"]["optimizer"]["weight_decay"] = 0.0  # it could be no other number
-    assert Recipe.model_validate(dumped) == recipe
-    dumped["embedding"]["optimizer"]["weight_decay"] = 0.1
-    with pytest.raises(ValueError, match="weight_decay"):
-        Recipe.model_validate(dumped)

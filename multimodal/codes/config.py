@@ -50,12 +50,11 @@ class HnswIndex(StrictConfig):
 
 
 class IndexBySize(StrictConfig):
-    """Exact up to a limit, inverted lists beyond."""
+    """Exact up to a limit, inverted lists (of which `num_probes` are searched) beyond."""
 
     kind: Literal["by_size"] = "by_size"
     exact_up_to_items: PositiveInt = 100_000
     num_probes: PositiveInt = 32
-    """Of the inverted lists."""
 
 
 VqIndex = Annotated[ExactIndex | IvfIndex | HnswIndex | IndexBySize, Field(discriminator="kind")]

@@ -83,7 +83,8 @@ def test_content_is_part_of_the_answer(tmp_path: Path, capsys: pytest.CaptureFix
 def test_a_missing_tower_ends_the_command_with_one_sentence(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    code = main(["capacity", "-r", "movielens_content", "--set", "content.text={}", "-t", "h100:8"])
+    nowhere = ["--set", "content.text={}", "--set", "content.image.model=./nowhere"]
+    code = main(["capacity", "-r", "movielens_content", *nowhere, "-t", "h100:8"])
     assert code == 2
     said = capsys.readouterr().err
     assert "content.image: capacity counts the tower from its files" in " ".join(said.split())

@@ -371,12 +371,13 @@ def test_content_that_fills_a_rank_is_a_refusal_with_the_remedy() -> None:
 
 
 def test_a_tower_that_is_not_there_is_said_before_anything_starts() -> None:
-    recipe = load_recipe("movielens_content", ["content.text={}"])
+    nowhere = ["content.text={}", "content.image.model=./nowhere"]
+    recipe = load_recipe("movielens_content", nowhere)
     with pytest.raises(UserError) as raised:
         sweep_request(recipe, SweepOptions(("h100:8",)))
     said = str(raised.value)
     assert "content.image" in said
-    assert "'./models/dinov2-small': there is no such directory" in said
+    assert "'./nowhere': there is no such directory" in said
     assert "--set content.image=null" in said
     assert "\n" not in said
     without = load_recipe("movielens_content", ["content.text={}", "content.image=null"])

@@ -184,8 +184,22 @@ class TaskGate(StrictConfig):
     """Against the model in production, whose AUC is that of the same rows as long as its run is
     there and reads the same features, else that of the days after its own date; None: not
     compared."""
+    min_gauc: float | None = Field(default=None, ge=0, le=1)
+    """The least GAUC (`evaluation.group_by`); None: any."""
+    max_gauc_drop: PositiveFloat | None = None
+    """As max_auc_drop, of GAUC."""
     calibration: tuple[float, float] = (0.5, 2.0)
     """Allowed range of sum of predictions / sum of labels."""
+
+    @property
+    def compares(self) -> bool:
+        """Whether a rule looks at the model in production."""
+        return self.max_auc_drop is not None or self.max_gauc_drop is not None
+
+    @property
+    def needs_gauc(self) -> bool:
+        """Whether a rule is of GAUC, which is not defined where no group has both classes."""
+        return self.min_gauc is not None or self.max_gauc_drop is not None
 
     @field_validator("calibration")
     @classmethod

@@ -15,6 +15,8 @@ from pipeline.stages import StageOutput
 from ranking.evaluation import TaskMetrics
 
 GATE = "gate.json"
+RANKING = ("auc", "gauc")
+"""Metrics that have a rule min_NAME and a rule max_NAME_drop."""
 
 
 class GateDecision(StrictConfig):
@@ -44,22 +46,28 @@ def decide(
     few = _too_few(rules, where, metrics)
     if few is not None:  # no other figure says anything then
         return (few,)
+    theirs = None if rival is None else rival.metrics.get(rules.task)
     reasons = []
-    assert metrics.auc is not None, "both classes are there"
-    if metrics.auc < rules.min_auc:
-        reasons.append(f"auc {metrics.auc:.4f} is below {where}.min_auc={rules.min_auc}")
+    for name in RANKING:
+        value, least = getattr(metrics, name), getattr(rules, f"min_{name}")
+        if value is None:  # both classes are there, so auc is defined
+            if rules.needs_gauc:
+                reasons.append(
+                    "gauc is not defined: no group (evaluation.group_by) has both classes"
+                )
+            continue
+        if least is not None and value < least:
+            reasons.append(f"{name} {value:.4f} is below {where}.min_{name}={least}")
+        before, allowed = getattr(theirs, name, None), getattr(rules, f"max_{name}_drop")
+        if rival and before is not None and allowed is not None and before - value > allowed:
+            reasons.append(
+                f"{name} fell by {before - value:.4f} against production, more than "
+                f"{where}.max_{name}_drop={allowed} ({name} of {rival.date} {rival.rows})"
+            )
     low, high = rules.calibration
     if metrics.calibration is None or not low <= metrics.calibration <= high:
         found = "(no label is 1)" if metrics.calibration is None else f"{metrics.calibration:.4f}"
         reasons.append(f"calibration {found} is outside {where}.calibration=[{low}, {high}]")
-    theirs = None if rival is None else rival.metrics.get(rules.task)
-    if rules.max_auc_drop is not None and rival and theirs and theirs.auc is not None:
-        drop = theirs.auc - metrics.auc
-        if drop > rules.max_auc_drop:
-            reasons.append(
-                f"auc fell by {drop:.4f} against production, more than "
-                f"{where}.max_auc_drop={rules.max_auc_drop} (auc of {rival.date} {rival.rows})"
-            )
     return tuple(f"{rules.task}: {reason}" for reason in reasons)
 
 
@@ -109,12 +117,12 @@ def gate(recipe: Recipe, evaluation: Path, rival: Rival | None, scratch: Path) -
 
 def _not_compared(rules: TaskGate, rival: Rival | None) -> tuple[str, ...]:
     """Says that a rule of a task had nothing to compare with."""
-    if rules.max_auc_drop is None or rival is None:
+    if rival is None:
         return ()
     theirs = rival.metrics.get(rules.task)
-    if theirs is not None and theirs.auc is not None:
-        return ()
-    return (
-        f"max_auc_drop of task {rules.task} compares nothing: the model of {rival.date}, which is "
-        "in production, has no AUC of it",
+    return tuple(
+        f"max_{name}_drop of task {rules.task} compares nothing: the model of {rival.date}, which "
+        f"is in production, has no {name.upper()} of it"
+        for name in RANKING
+        if getattr(rules, f"max_{name}_drop") is not None and getattr(theirs, name, None) is None
     )

@@ -67,7 +67,7 @@ def rival_of(
         scratch: of the gate; predictions are not kept there.
         wait: called before the cluster is used.
     """
-    if all(rules.max_auc_drop is None for _, rules in recipe.gate.by_path):
+    if not any(rules.compares for _, rules in recipe.gate.by_path):
         return None
     if _is_same_model(current, new):
         metrics = read_metrics(new.run / "evaluate" / METRICS_FILE)

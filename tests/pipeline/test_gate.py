@@ -47,6 +47,21 @@ def test_a_model_is_compared_with_the_one_in_production(tmp_path: Path) -> None:
     assert "(auc of 2024-01-01 on the same rows)" in reasons
 
 
+def test_gauc_has_rules_of_its_own(tmp_path: Path) -> None:
+    rules = {"max_auc_drop": None, "min_gauc": 0.6, "max_gauc_drop": 0.05}
+    old = {"click": of(gauc=0.7)}
+
+    assert decide(tmp_path / "good", {"click": of(gauc=0.66)}, old, **rules) == (True, "")
+    passed, reasons = decide(tmp_path / "worse", {"click": of(gauc=0.59)}, old, **rules)
+    assert not passed
+    assert "gauc 0.5900 is below gate.min_gauc=0.6" in reasons
+    assert "gauc fell by 0.1100 against production, more than gate.max_gauc_drop=0.05" in reasons
+    passed, reasons = decide(tmp_path / "none", {"click": of()}, old, **rules)
+    assert not passed
+    assert "gauc is not defined: no group (evaluation.group_by) has both classes" in reasons
+    assert decide(tmp_path / "unasked", {"click": of()}, old) == (True, "")
+
+
 def test_rows_are_counted_whatever_they_weigh(tmp_path: Path) -> None:
     """Negatives that were sampled at 1 in 20 weigh 20: the label rate is that of all rows."""
     sampled = of(num_rows=20_000, num_positives=991, label_rate=0.0026)

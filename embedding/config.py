@@ -377,7 +377,8 @@ class ShardingConfig(StrictConfig):
     """How the tables are placed on ranks and talk to each other."""
 
     communication: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """Precision of pooled vectors and their gradients on the wire."""
+    """Precision of looked-up vectors on the wire. Of their gradients: bf16 with fp16, too, which
+    would round those of most negatives to zero; fp32 on CPU."""
     ranks_per_host: PositiveInt | None = None
     """Default: what the cluster reports. Set it to test hierarchical sharding on one machine."""
     hbm_gib: PositiveFloat | None = None

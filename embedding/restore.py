@@ -44,9 +44,15 @@ class Restorer:
         self._sharded = sharded
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self.dropped_ids: dict[str, int] = {}
+        saved, running = manifest.optimizer, sharded.optimizer_kind
+        self._takes_row_means = (saved, running) == ("adagrad", "row_wise_adagrad")
+        self.carries_states = saved == running or self._takes_row_means
+        """Whether the running optimizer can go on with what the saved one has accumulated."""
 
     def restore_table(self, name: str, carry: RowCarry | None = None) -> None:
         """Weights, optimizer states and, under managed collision, the id map of one table.
+
+        Another optimizer keeps the states it starts with, unless they follow from those saved.
 
         Args:
             name: the table.
@@ -73,7 +79,8 @@ class Restorer:
                 self._carry_rows(shard, carry)
             else:
                 self._copy_rows(shard)
-            self._set_step(shard)
+            if self.carries_states:
+                self._set_step(shard)
         flush_caches(shards, forget=True)
 
     def restore_dense(self, name: str) -> None:
@@ -138,7 +145,7 @@ class Restorer:
         name, rows = shard.table.name, self._rows_to_copy(shard)
         weight = f"tables/{name}/weight"
         self._reader.read_into(weight, shard.weight_RD[:rows], [*_origin(shard)])
-        for state, value in shard.states.items():
+        for state, value in self._states(shard).items():
             if value.dim() == 2:
                 self._reader.read_into(f"tables/{name}/{state}", value[:rows], _origin(shard))
             else:
@@ -154,13 +161,16 @@ class Restorer:
             device = shard.weight_RD.device
             shard.weight_RD[piece.rows.to(device)] = block[piece.sources].to(device)
             rows, sources = piece.rows[piece.carried].to(device), piece.sources[piece.carried]
-            for state, value in shard.states.items():
+            for state, value in self._states(shard).items():
                 if value.dim() == 2:
                     saved = torch.empty(piece.num_saved, width, dtype=value.dtype)
                     self._reader.read_into(f"tables/{name}/{state}", saved, place)
                 else:
                     saved = self._row_wise(shard, state, piece.first_saved, piece.num_saved)
                 value[rows] = saved[sources].to(value)
+
+    def _states(self, shard: TableShard) -> dict[str, Tensor]:
+        return shard.states if self.carries_states else {}
 
     def _rows_to_copy(self, shard: TableShard) -> int:
         saved = self._manifest.tables[shard.table.name].num_rows
@@ -172,6 +182,8 @@ class Restorer:
         An accumulator sums mean squares over a block's columns, so the one of merged blocks is
         their mean weighted by width; of a part of a block only the block's own mean is known.
         """
+        if self._takes_row_means:
+            return self._row_means(shard, state, first_row, rows)
         first, last = shard.columns
         total = torch.zeros(rows)
         blocks = self._column_blocks(shard.table.name, state)
@@ -194,6 +206,18 @@ class Restorer:
             )
         return total
 
+    def _row_means(self, shard: TableShard, state: str, first_row: int, rows: int) -> Tensor:
+        """Of Adagrad's sums of squares: the sums of mean squares, which the row-wise one keeps."""
+        width = shard.weight_RD.shape[1]
+        means = torch.empty(rows)
+        per_block = max(1, BLOCK_BYTES // (width * means.element_size()))
+        for start in range(0, rows, per_block):
+            block = torch.empty(min(per_block, rows - start), width)
+            place = [first_row + start, shard.column_offset]
+            self._reader.read_into(f"tables/{shard.table.name}/{state}", block, place)
+            means[start : start + per_block] = block.mean(dim=1)
+        return means
+
     def _column_blocks(self, table: str, state: str) -> list[tuple[str, tuple[int, int]]]:
         blocks = []
         for name in self._reader.names(f"tables/{table}/{state}@"):
@@ -209,13 +233,15 @@ class Restorer:
         num_kept = insertion.saved_rows_K.numel()
         unused = torch.arange(num_kept, shard.weight_RD.shape[0], device=shard.weight_RD.device)
         reset_states(list(shard.states.values()), unused)
-        targets = {"weight": shard.weight_RD} | {
-            state_name(state, value, shard.columns): value for state, value in shard.states.items()
-        }
+        targets = {"weight": shard.weight_RD}
+        for state, value in self._states(shard).items():
+            whole = self._takes_row_means  # managed tables have no column shards
+            targets[state if whole else state_name(state, value, shard.columns)] = value
         for key, target in targets.items():
             unknown_sum = torch.zeros_like(target[-1:], device="cpu")
             for start, block in self._reader.row_blocks(f"tables/{table}/{key}"):
                 stop = start + block.shape[0]
+                block = block if block.dim() == target.dim() else block.mean(dim=1)
                 first, last = torch.searchsorted(
                     insertion.saved_rows_K, torch.tensor([start, stop])
                 ).tolist()

@@ -4,6 +4,7 @@ The files are torch.distributed.checkpoint's. Shards are written as blocks of ro
 never holds more than one block beside its target.
 """
 
+import bisect
 import functools
 import operator
 from collections.abc import Iterator, Sequence
@@ -105,6 +106,7 @@ class CheckpointReader:
         metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(metadata, is_coordinator=False)
         self._tensors = cast(dict[str, TensorStorageMetadata], metadata.state_dict_metadata)
+        self._chunks: dict[str, _ChunksByRow] = {}
         self.consumed: set[str] = set()
         """Names read so far."""
 
@@ -157,7 +159,9 @@ class CheckpointReader:
     def _read_items(
         self, name: str, size: torch.Size, offset: tuple[int, ...]
     ) -> Iterator[ReadItem | None]:
-        for chunk in self._tensors[name].chunks:
+        if name not in self._chunks:
+            self._chunks[name] = _ChunksByRow(self._tensors[name].chunks)
+        for chunk in self._chunks[name].meeting(offset[0], offset[0] + size[0]):
             starts = [max(a, b) for a, b in zip(offset, chunk.offsets, strict=True)]
             stops = [
                 min(a + n, b + m)
@@ -176,6 +180,20 @@ class CheckpointReader:
                 ),
                 lengths=torch.Size(lengths),
             )
+
+
+class _ChunksByRow:
+    """The stored blocks of one tensor, of which a large table has tens of thousands."""
+
+    def __init__(self, chunks: Sequence[ChunkStorageMetadata]) -> None:
+        self._chunks = sorted(chunks, key=lambda chunk: tuple(chunk.offsets))
+        self._starts = [chunk.offsets[0] for chunk in self._chunks]
+        self._most_rows = max(chunk.sizes[0] for chunk in chunks)
+
+    def meeting(self, start: int, stop: int) -> list[ChunkStorageMetadata]:
+        """Blocks that may have some of these rows: all that do, and few others."""
+        first = bisect.bisect_right(self._starts, start - self._most_rows)
+        return self._chunks[first : bisect.bisect_left(self._starts, stop)]
 
 
 class _Into:

@@ -27,6 +27,8 @@ class WarmStartReport(StrictConfig):
     """Saved tensors that this model has no place for."""
     dropped_ids: dict[str, int]
     """Managed-collision ids that found no room, by table, summed over ranks."""
+    weights_only: tuple[str, ...] = ()
+    """Tables among them that start with a new optimizer state: another optimizer trained them."""
     rows: dict[str, CarriedRows] = {}
     """Tables whose rows have changed their meaning since they were saved."""
 
@@ -38,6 +40,9 @@ def warm_start(
     carries: Mapping[str, RowCarry] | None = None,
 ) -> WarmStartReport:
     """Take over what fits from another run: tables with their optimizer state, dense parameters.
+
+    Under another sparse optimizer tables start with a new state; row-wise Adagrad goes on with the
+    row means of Adagrad's, which are what it would have accumulated itself.
 
     Managed-collision and identity tables may have grown; new tables and parameters keep their
     start values. A hashed table whose size changed is not carried: its ids hash to other rows.
@@ -87,6 +92,7 @@ def warm_start(
         kept = sharded.companion.warm_start(beside)
         initialised |= {f"{COMPANION}{name}": reason for name, reason in kept.items()}
         carried += [f"{COMPANION}{n}" for n in beside if n.split("/")[0] not in kept]
+    tables = tuple(name for name in carried if name.startswith("tables/"))
     outcomes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(outcomes, (reader.consumed, restorer.dropped_ids))
     unread = set(reader.names()).difference(*(consumed for consumed, _ in outcomes))
@@ -95,6 +101,7 @@ def warm_start(
         initialised=initialised,
         ignored=tuple(sorted(name for name in unread if not name.startswith("rng/"))),
         dropped_ids=sum_dropped([dropped for _, dropped in outcomes]),
+        weights_only=() if restorer.carries_states else tables,
         rows=rows,
     )
 
@@ -115,8 +122,6 @@ def _why_not_carried(manifest: CheckpointManifest, sharded: Sharded, name: str) 
         return f"embedding_dim changed from {saved.num_columns} to {table.embedding_dim}"
     if saved.ids != table.ids.kind:
         return f"ids changed from {saved.ids} to {table.ids.kind}"
-    if manifest.optimizer != sharded.optimizer_kind:
-        return f"optimizer changed from {manifest.optimizer} to {sharded.optimizer_kind}"
     if table.ids.kind == "hashed" and saved.num_rows != table.num_embeddings:
         return (
             f"num_embeddings changed from {saved.num_rows} to {table.num_embeddings}, so its ids "

@@ -86,7 +86,7 @@ class StepSettings:
     batch_size_per_rank: int
     optimizer: SparseOptimizer
     wire_bytes: int = ELEMENT_BYTES
-    """Bytes of an element of vectors and gradients on the wire."""
+    """Bytes of an element of vectors on the wire; of gradients only on CUDA, elsewhere float32."""
 
 
 def step_settings(
@@ -147,8 +147,13 @@ class _Context:
         """Ranks that share the rows of one unit."""
         vectors = self.bags if load.pooled else self.ids
         self.vectors = vectors
-        self.wire_bytes = vectors * self.width * settings.wire_bytes
-        """Of one rank's vectors of one unit, on the wire."""
+        half_gradients = shape.machine.device == "cuda"
+        gradient_bytes = settings.wire_bytes if half_gradients else ELEMENT_BYTES
+        self.wire_bytes = {
+            "output": vectors * self.width * settings.wire_bytes,
+            "backward": vectors * self.width * gradient_bytes,
+        }
+        """Of one rank's vectors of one unit, or of their gradients, on the wire."""
         self.unique = load.ids.expected_unique(self.world * self.ids) / self.row_shards
         """Distinct rows that one owner reads in a step."""
         hottest = load.ids.mass[0] / load.ids.num_rows[0]
@@ -250,27 +255,29 @@ def _count_output(c: _Context, demand: Demand) -> None:
         ("output", "reduce_bytes", "exchange_bytes", "output_inter_bytes"),
         ("backward", "backward_gather_bytes", "backward_exchange_bytes", "backward_inter_bytes"),
     ):
-        del phase
+        wire_bytes = c.wire_bytes[phase]
         if not c.load.pooled and c.row_shards > 1:
             # Every id's vector goes back from its row's owner.
-            sent = c.wire_bytes * (c.world - 1) / c.world
-            _put(demand.owner, **{exchange: sent, inter: c.wire_bytes * c.far_share()})
+            sent = wire_bytes * (c.world - 1) / c.world
+            _put(demand.owner, **{exchange: sent, inter: wire_bytes * c.far_share()})
         elif c.choice.sharding == ROW_WISE:
             # Partial sums of all samples; the ring crosses hosts on all of their cards at once.
-            sent = (c.world - 1) * c.wire_bytes
+            sent = (c.world - 1) * wire_bytes
             far = sent / c.local if c.far_share() else 0.0
             _put(demand.owner, **{reduce: sent, inter: far})
         elif c.choice.domain == "host":
-            summed = (c.local - 1) / c.local * c.world * c.wire_bytes
+            summed = (c.local - 1) / c.local * c.world * wire_bytes
             hosts = c.world // c.local
-            _put(demand.owner, **{reduce: summed, inter: 0.5 * (hosts - 1) * c.wire_bytes})
-            far = 0.5 * c.choice.num_units * c.wire_bytes * c.far_share()
+            _put(demand.owner, **{reduce: summed, inter: 0.5 * (hosts - 1) * wire_bytes})
+            far = 0.5 * c.choice.num_units * wire_bytes * c.far_share()
             _put(demand.everyone, **{inter: far})
         else:
-            _put_exchange(c, demand, exchange, inter)
+            _put_exchange(c, demand, wire_bytes, exchange, inter)
 
 
-def _put_exchange(c: _Context, demand: Demand, exchange: str, inter: str) -> None:
+def _put_exchange(
+    c: _Context, demand: Demand, wire_bytes: float, exchange: str, inter: str
+) -> None:
     """All-to-all: the owner sends all vectors, everyone receives its own; half the time each.
 
     What the owner sends to itself crosses no link, which is taken off its own side.
@@ -279,11 +286,11 @@ def _put_exchange(c: _Context, demand: Demand, exchange: str, inter: str) -> Non
     _put(
         demand.owner,
         **{
-            exchange: 0.5 * (others - 1) * c.wire_bytes,
-            inter: 0.5 * (c.world - c.local) * c.wire_bytes,
+            exchange: 0.5 * (others - 1) * wire_bytes,
+            inter: 0.5 * (c.world - c.local) * wire_bytes,
         },
     )
-    received = c.choice.num_units * c.wire_bytes
+    received = c.choice.num_units * wire_bytes
     _put(
         demand.everyone,
         **{

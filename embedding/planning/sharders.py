@@ -90,8 +90,11 @@ def _kernels(sharding_type: str, compute_device_type: str) -> list[str]:
 def _codecs(config: ShardingConfig, device_type: str) -> dict[str, QuantizedCommCodecs] | None:
     if config.communication == "fp32":
         return None
-    precision = CommType[config.communication.upper()]
+    # A loss divided by the batch size has gradients below the least float16. FBGEMM's loss scale is
+    # no remedy: it divides what it received before it widens it. Gloo knows no bf16.
+    backward = CommType.BF16 if device_type == "cuda" else CommType.FP32
+    forward = CommType[config.communication.upper()]
     return get_qcomm_codecs_registry(
-        QCommsConfig(forward_precision=precision, backward_precision=precision),
+        QCommsConfig(forward_precision=forward, backward_precision=backward),
         device=torch.device(device_type),
     )

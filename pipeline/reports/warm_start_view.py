@@ -10,7 +10,11 @@ _SHOWN = 6
 def warm_start_line(facts: Mapping[str, Any], parent: str) -> str:
     """One line from a `WarmStartReport`: how much came from the run of `parent`."""
     redrawn = list(facts["initialised"])
-    line = f"warm start from {parent}: carried {len(facts['carried'])}, redrawn {len(redrawn)}"
+    line = f"warm start from {parent}: carried {len(facts['carried'])}, "
+    weights_only = facts.get("weights_only", ())
+    if weights_only:
+        line += f"of {len(weights_only)} tables weights only, for the optimizer is another one, "
+    line += f"redrawn {len(redrawn)}"
     if redrawn:
         more = len(redrawn) - _SHOWN
         names = ", ".join(redrawn[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
@@ -30,6 +34,10 @@ def warm_start_line(facts: Mapping[str, Any], parent: str) -> str:
 def redrawn_rows(facts: Mapping[str, Any]) -> list[dict[str, str]]:
     """What starts anew and why, for the report; and managed ids that found no room."""
     rows = [{"name": name, "why": why} for name, why in facts["initialised"].items()]
+    rows += [
+        {"name": table, "why": "weights go on; another sparse optimizer has no use for the state"}
+        for table in facts.get("weights_only", ())
+    ]
     dropped = {table: number for table, number in facts["dropped_ids"].items() if number}
     return rows + [
         {"name": f"tables/{table}", "why": f"{number} ids of the earlier run found no room"}

@@ -84,6 +84,23 @@ def test_exchanged_bytes_agree_with_a_loop(placed: Placed) -> None:
     np.testing.assert_allclose(counted, (sent + arrived) / 2)
 
 
+@pytest.mark.parametrize(("device", "gradient_bytes"), [("cpu", 4), ("h100", 2)])
+@pytest.mark.parametrize("placed", CHOICES[:-1], ids=lambda p: str(p.choice))
+def test_gradients_are_narrow_on_the_wire_on_cuda_only(placed, device, gradient_bytes) -> None:
+    shape = ClusterShape(machine=find_machine(device), num_hosts=2, ranks_per_host=2)
+    settings = StepSettings(BATCH, RowWiseAdagrad(), wire_bytes=2)
+    model = CostModel(table_loads(SCHEMA), shape, settings, data_sheet_constants(shape))
+    counts = usage_of(model, {"t": placed}).counts_WK
+    for backward, output in (
+        ("backward_exchange_bytes", "exchange_bytes"),
+        ("backward_gather_bytes", "reduce_bytes"),
+        ("backward_inter_bytes", "output_inter_bytes"),
+    ):
+        vectors, gradients = (counts[:, COUNT_INDEX[name]] for name in (output, backward))
+        np.testing.assert_allclose(gradients, vectors / 2 * gradient_bytes)
+        assert (vectors > 0).any() or output in ("exchange_bytes", "reduce_bytes")
+
+
 @pytest.mark.parametrize("placed", CHOICES, ids=lambda p: str(p.choice))
 @pytest.mark.parametrize("optimizer", [RowWiseAdagrad(), Adagrad()])
 def test_weights_and_states_are_the_shards_bytes(placed: Placed, optimizer) -> None:

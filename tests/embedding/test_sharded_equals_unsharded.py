@@ -31,16 +31,29 @@ def _check_all() -> None:
 
 def _check_half_precision_communication() -> None:
     schema = toy_schema("row_wise")
-    exact = toy_sharded(schema, Sgd(), ShardingConfig(ranks_per_host=WORLD_SIZE))
-    half = toy_sharded(
-        schema, Sgd(), ShardingConfig(ranks_per_host=WORLD_SIZE, communication="fp16")
+    exact, half = (
+        toy_sharded(
+            schema,
+            RowWiseAdagrad(),
+            ShardingConfig(ranks_per_host=WORLD_SIZE, communication=communication),
+        )
+        for communication in ("fp32", "fp16")
     )
     batch = toy_batch(schema, 3 + dist.get_rank())
     logits, half_logits = exact.model(batch), half.model(batch)
     # float16 keeps 11 bits of about 60 summed products with weights of at most 1
     torch.testing.assert_close(half_logits, logits, rtol=0, atol=60 * 2.0**-11)
     assert not torch.equal(half_logits, logits), "nothing was quantized"
-    half_logits.sum().backward()
+    # Gradients as small as those of a large batch's mean, squared in the accumulators.
+    for outcome in (logits, half_logits):
+        (1e-9 * outcome.sum()).backward()
+    held, expected = gather_tables(half), gather_tables(exact)
+    for name, table in expected.items():
+        for span, state in table.states["momentum1"].items():
+            assert state.any(), f"nothing of {name} was updated"
+            torch.testing.assert_close(
+                held[name].states["momentum1"][span], state, rtol=TOLERANCE, atol=0
+            )
 
 
 def _check(sharding: str, optimizer) -> None:

@@ -43,6 +43,15 @@ def test_line_counts_the_rows_of_code_tables() -> None:
     )
 
 
+def test_line_counts_tables_whose_optimizer_is_another() -> None:
+    report = {**facts(), "weights_only": ["tables/item"]}
+    assert warm_start_line(report, "d") == (
+        "warm start from d: carried 3, of 1 tables weights only, for the optimizer is another one, "
+        "redrawn 0"
+    )
+    assert redrawn_rows(report)[0]["name"] == "tables/item"
+
+
 def test_line_stays_short_and_the_rows_have_everything() -> None:
     report = facts(**{f"dense/{i}": f"shape changed from {i}" for i in range(9)})
 

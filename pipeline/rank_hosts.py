@@ -1,10 +1,11 @@
-"""Whether the machines that a group's ranks are on suit its plan. Needs a process group in Ray.
+"""Whether the machines that a group's ranks are on suit its plan. Needs a process group.
 
 A plan takes ranks to share hosts in equal consecutive blocks; Ray packs them as it sees fit.
 """
 
 import logging
 import math
+import platform
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,7 +51,8 @@ def check_hosts(path: Path, device: torch.device) -> None:
         return
     on_gpu = device.type == "cuda"
     gpu_bytes = torch.cuda.get_device_properties(device).total_memory if on_gpu else None
-    node = ray.get_runtime_context().get_node_id()
+    # Outside of Ray, ranks are processes of machines that know nothing of nodes.
+    node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else platform.node()
     places: list[Place] = [Place("", 0)] * world_size
     dist.all_gather_object(places, Place(node, memory_of_this_machine(), gpu_bytes))
     refuse_other_hosts(PlanDescription.model_validate_json(path.read_text()), places)

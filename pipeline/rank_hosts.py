@@ -95,7 +95,9 @@ def _refuse_too_little_memory(plan: PlanDescription, places: Sequence[Place]) ->
     needed: Counter[str] = Counter()
     for rank, (place, expected) in enumerate(zip(places, plan.predicted.ranks, strict=True)):
         own = sum(expected.bytes.values())
-        needed[place.node] += expected.host_bytes + (own if place.device_bytes is None else 0)
+        needed[place.node] += sum(expected.host_bytes.values()) + (
+            own if place.device_bytes is None else 0
+        )
         if place.device_bytes is not None and own > place.device_bytes:
             _refuse(f"{size(own)} of the memory of rank {rank}'s GPU, which is", place.device_bytes)
     for place in places:

@@ -21,7 +21,7 @@ from embedding.planning.choices import (
     Choice,
 )
 from embedding.planning.cluster_shape import ClusterShape
-from embedding.planning.plan_description import BYTE_KINDS, PHASES
+from embedding.planning.plan_description import BYTE_KINDS, HOST_BYTE_KINDS, PHASES
 from embedding.planning.workload import TableLoad
 
 COUNTS: tuple[tuple[str, str], ...] = (
@@ -70,6 +70,8 @@ NUM_COUNTS = len(COUNTS)
 COUNT_INDEX = {name: index for index, name in enumerate(COUNT_NAMES)}
 PHASE_OF_COUNT = np.array([PHASES.index(phase) for _, phase in COUNTS])
 
+TABLES, COPY = (HOST_BYTE_KINDS.index(kind) for kind in HOST_BYTE_KINDS)
+
 ID_BYTES = 8
 LENGTH_BYTES = 4
 BATCHES_IN_FLIGHT = {"cuda": 3, "cpu": 1}
@@ -87,6 +89,8 @@ class StepSettings:
     optimizer: SparseOptimizer
     wire_bytes: int = ELEMENT_BYTES
     """Bytes of an element of vectors and gradients on the wire."""
+    copies_for_checkpoints: bool = False
+    """Whether checkpoints are written beside training, from a copy in host memory."""
 
 
 def step_settings(
@@ -110,7 +114,7 @@ class Demand:
     """On every rank, for all units together."""
     owner_bytes: np.ndarray = field(default_factory=lambda: np.zeros(len(BYTE_KINDS)))
     everyone_bytes: np.ndarray = field(default_factory=lambda: np.zeros(len(BYTE_KINDS)))
-    owner_host_bytes: float = 0.0
+    owner_host_bytes: np.ndarray = field(default_factory=lambda: np.zeros(len(HOST_BYTE_KINDS)))
 
 
 def demand_of(
@@ -316,13 +320,13 @@ def _count_bytes(c: _Context, demand: Demand) -> None:
     device, cache = 1.0, 0.0
     if c.choice.kernel in (UVM, UVM_CACHING):
         device = 0.0
-        demand.owner_host_bytes = weights
         if c.choice.kernel != UVM:
             # Cached rows, and their places: 4 bytes a row, 16 bytes a slot.
             factor = c.choice.load_factor or 0.0
             cache = factor * weights + rows * (4 + 16 * factor)
     states_here = 0.0 if c.states_on_host else states
-    demand.owner_host_bytes += states - states_here
+    demand.owner_host_bytes[TABLES] = weights * (1 - device) + states - states_here
+    _count_copy(c, demand, weights + states)
     flight = BATCHES_IN_FLIGHT[c.shape.machine.device]
     received = c.owned_ids * ID_BYTES + c.world * c.bags * LENGTH_BYTES
     vectors = c.world * c.vectors * c.row_bytes
@@ -342,6 +346,16 @@ def _count_bytes(c: _Context, demand: Demand) -> None:
     demand.everyone_bytes += _bytes(
         input=own * units * flight, output=2 * c.vectors * c.load.dim * ELEMENT_BYTES
     )
+
+
+def _count_copy(c: _Context, demand: Demand, num_bytes: float) -> None:
+    """The copy of a shard that a checkpoint is written from."""
+    if not c.settings.copies_for_checkpoints:
+        return
+    if c.shape.machine.device == "cpu":
+        demand.owner_bytes += _bytes(copy=num_bytes)
+    else:
+        demand.owner_host_bytes[COPY] = num_bytes
 
 
 def _step_vectors(c: _Context, vectors: float, num_ids: float) -> float:
@@ -380,4 +394,6 @@ def _replicated(c: _Context) -> Demand:
         * BATCHES_IN_FLIGHT[c.shape.machine.device],
         output=_step_vectors(c, c.vectors * c.load.dim * ELEMENT_BYTES, c.ids),
     )
+    # One rank writes it; its host's memory is counted in shares of ranks.
+    _count_copy(c, demand, (table_bytes + states) / c.local)
     return demand

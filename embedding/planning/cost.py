@@ -20,10 +20,8 @@ from embedding.limits import ELEMENT_BYTES
 from embedding.planning.choices import DATA_PARALLEL, ROW_WISE, UVM_CACHING, Choice
 from embedding.planning.cluster_shape import ClusterShape
 from embedding.planning.cost_constants import CostConstants
+from embedding.planning.counts import COUNT_INDEX, NUM_COUNTS, PHASE_OF_COUNT
 from embedding.planning.demand import (
-    COUNT_INDEX,
-    NUM_COUNTS,
-    PHASE_OF_COUNT,
     Demand,
     StepSettings,
     demand_of,

@@ -15,8 +15,12 @@ PHASES = ("input_dist", "prefetch", "lookup", "output_dist", "backward")
 """Parts of a step that the cost model times: ids to their owners, rows from host memory into the
 device's cache, the lookup, vectors back, and their gradients with the rows' update."""
 
-BYTE_KINDS = ("weights", "optimizer", "gradient", "cache", "input", "output", "copy", "process")
+BYTE_KINDS = (
+    *("weights", "optimizer", "gradient", "managed", "cache", "input", "output", "copy"),
+    "process",
+)
 """What a rank's memory holds of the tables. `gradient`: the dense one of data-parallel tables.
+`managed`: managed collision's map of ids, and those that wait for a row.
 `copy`: on CPU, of all of a rank's tables and states, while a checkpoint is written beside training.
 `process`: code and buffers that the first step brings in, whatever the tables; calibrated."""
 

@@ -22,7 +22,8 @@ from embedding.planning.choices import Choice, shards_of
 from embedding.planning.cluster_shape import ClusterShape, find_machine
 from embedding.planning.cost import CostModel, Placed, usage_of
 from embedding.planning.cost_constants import PCIE_GATHER_SHARE, data_sheet_constants
-from embedding.planning.demand import COPY, COUNT_INDEX, StepSettings
+from embedding.planning.counts import COUNT_INDEX
+from embedding.planning.demand import COPY, StepSettings
 from embedding.planning.id_distribution import IdDistribution
 from embedding.planning.plan_description import BYTE_KINDS, PHASES
 from embedding.planning.workload import table_loads

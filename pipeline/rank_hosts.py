@@ -1,10 +1,11 @@
-"""Whether the machines that a group's ranks are on suit its plan. Needs a process group in Ray.
+"""Whether the machines that a group's ranks are on suit its plan. Needs a process group.
 
 A plan takes ranks to share hosts in equal consecutive blocks; Ray packs them as it sees fit.
 """
 
 import logging
 import math
+import platform
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,7 +51,8 @@ def check_hosts(path: Path, device: torch.device) -> None:
         return
     on_gpu = device.type == "cuda"
     gpu_bytes = torch.cuda.get_device_properties(device).total_memory if on_gpu else None
-    node = ray.get_runtime_context().get_node_id()
+    # Outside of Ray, ranks are processes of machines that know nothing of nodes.
+    node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else platform.node()
     places: list[Place] = [Place("", 0)] * world_size
     dist.all_gather_object(places, Place(node, memory_of_this_machine(), gpu_bytes))
     refuse_other_hosts(PlanDescription.model_validate_json(path.read_text()), places)
@@ -93,7 +95,9 @@ def _refuse_too_little_memory(plan: PlanDescription, places: Sequence[Place]) ->
     needed: Counter[str] = Counter()
     for rank, (place, expected) in enumerate(zip(places, plan.predicted.ranks, strict=True)):
         own = sum(expected.bytes.values())
-        needed[place.node] += expected.host_bytes + (own if place.device_bytes is None else 0)
+        needed[place.node] += sum(expected.host_bytes.values()) + (
+            own if place.device_bytes is None else 0
+        )
         if place.device_bytes is not None and own > place.device_bytes:
             _refuse(f"{size(own)} of the memory of rank {rank}'s GPU, which is", place.device_bytes)
     for place in places:

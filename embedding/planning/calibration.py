@@ -17,7 +17,7 @@ from embedding.config import StrictConfig
 from embedding.errors import UserError
 from embedding.planning.cluster_shape import ClusterShape, find_machine
 from embedding.planning.cost_constants import CostConstants, data_sheet_constants
-from embedding.planning.demand import COUNT_NAMES, COUNTS
+from embedding.planning.counts import COUNT_NAMES, COUNTS
 from embedding.planning.machines import Machine
 
 VERSIONED = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu")

@@ -8,7 +8,7 @@ TorchRec runs one exchange and one kernel per sharding type of a collection, so 
 its price; that price is a group's.
 """
 
-# Shapes: P phases, W ranks, K counts, M kinds of bytes.
+# Shapes: P phases, W ranks, K counts, M kinds of bytes, H of those in host memory.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,15 +20,13 @@ from embedding.limits import ELEMENT_BYTES
 from embedding.planning.choices import DATA_PARALLEL, ROW_WISE, UVM_CACHING, Choice
 from embedding.planning.cluster_shape import ClusterShape
 from embedding.planning.cost_constants import CostConstants
+from embedding.planning.counts import COUNT_INDEX, NUM_COUNTS, PHASE_OF_COUNT
 from embedding.planning.demand import (
-    COUNT_INDEX,
-    NUM_COUNTS,
-    PHASE_OF_COUNT,
     Demand,
     StepSettings,
     demand_of,
 )
-from embedding.planning.plan_description import BYTE_KINDS, PHASES
+from embedding.planning.plan_description import BYTE_KINDS, HOST_BYTE_KINDS, PHASES
 from embedding.planning.workload import TableLoad
 
 RESERVED_SHARE = 0.15
@@ -60,7 +58,7 @@ class Priced:
     owner_bytes: float
     everyone_bytes: float
     owner_host_bytes: float
-    """In the memory of the host of one owner; per owner."""
+    """In the memory of the host of one owner; per owner, all kinds."""
     mean_s: float
     """Mean over the ranks, all phases: the cost under a perfect balance."""
 
@@ -111,7 +109,7 @@ class CostModel:
                 mean_s=float((everyone_s + owner_s * owned_share).sum()),
                 owner_bytes=float(demand.owner_bytes.sum()),
                 everyone_bytes=float(demand.everyone_bytes.sum()),
-                owner_host_bytes=demand.owner_host_bytes,
+                owner_host_bytes=float(demand.owner_host_bytes.sum()),
             )
         return self._priced[key]
 
@@ -192,8 +190,8 @@ class Usage:
 
     seconds_PW: np.ndarray
     device_bytes_W: np.ndarray
-    host_bytes_W: np.ndarray
-    """Of tables in host memory, by the rank that owns them."""
+    host_bytes_WH: np.ndarray
+    """In host memory, by the rank whose tables they are of."""
     counts_WK: np.ndarray
     bytes_WM: np.ndarray
     groups: list[GroupKey]
@@ -205,7 +203,7 @@ def usage_of(model: CostModel, placement: dict[str, Placed]) -> Usage:
     world = shape.world_size
     counts_WK, bytes_WM = np.zeros((world, NUM_COUNTS)), np.zeros((world, len(BYTE_KINDS)))
     bytes_WM[:, BYTE_KINDS.index("process")] = model.constants.process_bytes
-    host_bytes_W = np.zeros(world)
+    host_bytes_WH = np.zeros((world, len(HOST_BYTE_KINDS)))
     groups: dict[GroupKey, None] = {}
     for table, (choice, targets) in placement.items():
         priced = model.price(table, choice)
@@ -216,11 +214,11 @@ def usage_of(model: CostModel, placement: dict[str, Placed]) -> Usage:
             owners = model.owners(choice, target)
             counts_WK[owners] += priced.demand.owner
             bytes_WM[owners] += priced.demand.owner_bytes
-            host_bytes_W[owners] += priced.owner_host_bytes
+            host_bytes_WH[owners] += priced.demand.owner_host_bytes
     return Usage(
         seconds_PW=_PHASE_OF @ (counts_WK * model._c_K).T,
         device_bytes_W=bytes_WM.sum(axis=1),
-        host_bytes_W=host_bytes_W,
+        host_bytes_WH=host_bytes_WH,
         counts_WK=counts_WK,
         bytes_WM=bytes_WM,
         groups=list(groups),

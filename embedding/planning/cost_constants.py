@@ -5,7 +5,7 @@ from pydantic import Field, model_validator
 
 from embedding.config import StrictConfig
 from embedding.planning.cluster_shape import ClusterShape
-from embedding.planning.demand import COUNT_NAMES
+from embedding.planning.counts import COUNT_NAMES
 from embedding.planning.machines import Machine
 
 MEMORY_SHARE = 0.6

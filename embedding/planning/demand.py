@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from embedding.config import ShardingConfig, SparseOptimizer
+from embedding.config import ManagedCollision, ShardingConfig, SparseOptimizer
 from embedding.limits import ELEMENT_BYTES
 from embedding.planning.choices import (
     DATA_PARALLEL,
@@ -21,54 +21,12 @@ from embedding.planning.choices import (
     Choice,
 )
 from embedding.planning.cluster_shape import ClusterShape
-from embedding.planning.plan_description import BYTE_KINDS, PHASES
+from embedding.planning.collision_bytes import CollisionBytes, collision_bytes
+from embedding.planning.counts import COUNT_INDEX, NUM_COUNTS
+from embedding.planning.plan_description import BYTE_KINDS, HOST_BYTE_KINDS
 from embedding.planning.workload import TableLoad
 
-COUNTS: tuple[tuple[str, str], ...] = (
-    ("input_calls", "input_dist"),
-    ("input_sent_ids", "input_dist"),
-    ("input_received_ids", "input_dist"),
-    ("input_lengths", "input_dist"),
-    ("input_bucketized_ids", "input_dist"),
-    ("input_managed_ids", "input_dist"),
-    ("input_inter_bytes", "input_dist"),
-    ("prefetch_calls", "prefetch"),
-    ("prefetch_ids", "prefetch"),
-    ("prefetch_bytes", "prefetch"),
-    ("lookup_calls", "lookup"),
-    ("lookup_bags", "lookup"),
-    ("lookup_ids", "lookup"),
-    ("lookup_bytes", "lookup"),
-    ("lookup_unique_bytes", "lookup"),
-    ("lookup_host_bytes", "lookup"),
-    ("replicated_lookup_bytes", "lookup"),
-    ("exchange_calls", "output_dist"),
-    ("exchange_bytes", "output_dist"),
-    ("reduce_calls", "output_dist"),
-    ("reduce_bytes", "output_dist"),
-    ("output_inter_bytes", "output_dist"),
-    ("output_bytes", "output_dist"),
-    ("backward_calls", "backward"),
-    ("backward_exchange_bytes", "backward"),
-    ("backward_gather_bytes", "backward"),
-    ("backward_inter_bytes", "backward"),
-    ("update_ids", "backward"),
-    ("update_bytes", "backward"),
-    ("update_unique_rows", "backward"),
-    ("update_unique_bytes", "backward"),
-    ("update_host_bytes", "backward"),
-    ("replicated_calls", "backward"),
-    ("replicated_table_bytes", "backward"),
-    ("replicated_update_bytes", "backward"),
-    ("all_reduce_bytes", "backward"),
-    ("all_reduce_inter_bytes", "backward"),
-)
-"""Every count with the phase it costs time in."""
-
-COUNT_NAMES = tuple(name for name, _ in COUNTS)
-NUM_COUNTS = len(COUNTS)
-COUNT_INDEX = {name: index for index, name in enumerate(COUNT_NAMES)}
-PHASE_OF_COUNT = np.array([PHASES.index(phase) for _, phase in COUNTS])
+TABLES, COPY = (HOST_BYTE_KINDS.index(kind) for kind in HOST_BYTE_KINDS)
 
 ID_BYTES = 8
 LENGTH_BYTES = 4
@@ -87,6 +45,8 @@ class StepSettings:
     optimizer: SparseOptimizer
     wire_bytes: int = ELEMENT_BYTES
     """Bytes of an element of vectors on the wire; of gradients only on CUDA, elsewhere float32."""
+    copies_for_checkpoints: bool = False
+    """Whether checkpoints are written beside training, from a copy in host memory."""
 
 
 def step_settings(
@@ -110,7 +70,7 @@ class Demand:
     """On every rank, for all units together."""
     owner_bytes: np.ndarray = field(default_factory=lambda: np.zeros(len(BYTE_KINDS)))
     everyone_bytes: np.ndarray = field(default_factory=lambda: np.zeros(len(BYTE_KINDS)))
-    owner_host_bytes: float = 0.0
+    owner_host_bytes: np.ndarray = field(default_factory=lambda: np.zeros(len(HOST_BYTE_KINDS)))
 
 
 def demand_of(
@@ -323,13 +283,14 @@ def _count_bytes(c: _Context, demand: Demand) -> None:
     device, cache = 1.0, 0.0
     if c.choice.kernel in (UVM, UVM_CACHING):
         device = 0.0
-        demand.owner_host_bytes = weights
         if c.choice.kernel != UVM:
             # Cached rows, and their places: 4 bytes a row, 16 bytes a slot.
             factor = c.choice.load_factor or 0.0
             cache = factor * weights + rows * (4 + 16 * factor)
     states_here = 0.0 if c.states_on_host else states
-    demand.owner_host_bytes += states - states_here
+    demand.owner_host_bytes[TABLES] = weights * (1 - device) + states - states_here
+    managed = _collision_bytes(c, rows)
+    _count_copy(c, demand, weights + states + managed.saved)
     flight = BATCHES_IN_FLIGHT[c.shape.machine.device]
     received = c.owned_ids * ID_BYTES + c.world * c.bags * LENGTH_BYTES
     vectors = c.world * c.vectors * c.row_bytes
@@ -338,6 +299,7 @@ def _count_bytes(c: _Context, demand: Demand) -> None:
     demand.owner_bytes += _bytes(
         weights=weights * device,
         optimizer=states_here,
+        managed=managed.held + managed.eviction,
         cache=cache,
         input=received * flight,
         output=_step_vectors(c, vectors, c.owned_ids),
@@ -349,6 +311,25 @@ def _count_bytes(c: _Context, demand: Demand) -> None:
     demand.everyone_bytes += _bytes(
         input=own * units * flight, output=2 * c.vectors * c.load.dim * ELEMENT_BYTES
     )
+
+
+def _collision_bytes(c: _Context, rows: int) -> CollisionBytes:
+    scheme = c.load.table.ids
+    if not isinstance(scheme, ManagedCollision):
+        return CollisionBytes(held=0.0, eviction=0.0, saved=0.0)
+    seen = c.world * c.ids * scheme.eviction_interval_steps
+    distinct = c.load.ids.expected_unique(seen) / c.row_shards
+    return collision_bytes(scheme, rows, c.owned_ids, distinct)
+
+
+def _count_copy(c: _Context, demand: Demand, num_bytes: float) -> None:
+    """The copy of a shard that a checkpoint is written from."""
+    if not c.settings.copies_for_checkpoints:
+        return
+    if c.shape.machine.device == "cpu":
+        demand.owner_bytes += _bytes(copy=num_bytes)
+    else:
+        demand.owner_host_bytes[COPY] = num_bytes
 
 
 def _step_vectors(c: _Context, vectors: float, num_ids: float) -> float:
@@ -387,4 +368,6 @@ def _replicated(c: _Context) -> Demand:
         * BATCHES_IN_FLIGHT[c.shape.machine.device],
         output=_step_vectors(c, c.vectors * c.load.dim * ELEMENT_BYTES, c.ids),
     )
+    # One rank writes it; its host's memory is counted in shares of ranks.
+    _count_copy(c, demand, (table_bytes + states) / c.local)
     return demand

@@ -14,7 +14,7 @@ import numpy as np
 
 from embedding.planning.cost import GroupKey, group_counts
 from embedding.planning.cost_constants import CostConstants
-from embedding.planning.demand import COUNT_NAMES, NUM_COUNTS, PHASE_OF_COUNT
+from embedding.planning.counts import COUNT_NAMES, NUM_COUNTS, PHASE_OF_COUNT
 from embedding.planning.plan_description import PHASES
 
 TIMED_PARTS: Mapping[str, tuple[str, ...]] = {

@@ -15,9 +15,18 @@ PHASES = ("input_dist", "prefetch", "lookup", "output_dist", "backward")
 """Parts of a step that the cost model times: ids to their owners, rows from host memory into the
 device's cache, the lookup, vectors back, and their gradients with the rows' update."""
 
-BYTE_KINDS = ("weights", "optimizer", "gradient", "cache", "input", "output", "process")
+BYTE_KINDS = (
+    *("weights", "optimizer", "gradient", "managed", "cache", "input", "output", "copy"),
+    "process",
+)
 """What a rank's memory holds of the tables. `gradient`: the dense one of data-parallel tables.
+`managed`: managed collision's map of ids, and those that wait for a row.
+`copy`: on CPU, of all of a rank's tables and states, while a checkpoint is written beside training.
 `process`: code and buffers that the first step brings in, whatever the tables; calibrated."""
+
+HOST_BYTE_KINDS = ("tables", "copy")
+"""What a GPU's rank holds in host memory: weights and states of tables that live there, and the
+copy of all of its tables and states while a checkpoint is written beside training."""
 
 
 class ShardPlacement(StrictConfig):
@@ -51,8 +60,8 @@ class RankPrediction(StrictConfig):
 
     bytes: dict[str, int]
     """Device memory by kind; on CPU the rank's memory."""
-    host_bytes: int
-    """Weights and states of tables that live in host memory."""
+    host_bytes: dict[str, int]
+    """Of a GPU's rank, in host memory, by kind."""
     seconds: dict[str, float]
     """By phase, one step."""
 
@@ -80,6 +89,11 @@ class Prediction(StrictConfig):
     def peak_bytes(self) -> int:
         """Device bytes of the fullest rank."""
         return max(sum(rank.bytes.values()) for rank in self.ranks)
+
+    @property
+    def step_peak_bytes(self) -> int:
+        """The same while no checkpoint is written."""
+        return max(sum(rank.bytes.values()) - rank.bytes["copy"] for rank in self.ranks)
 
 
 class PlanDescription(StrictConfig):

@@ -14,6 +14,7 @@ from embedding.planning.cluster_shape import ClusterShape
 from embedding.planning.cost import CostModel, Placed, Usage, usage_of
 from embedding.planning.plan_description import (
     BYTE_KINDS,
+    HOST_BYTE_KINDS,
     PHASES,
     PlanDescription,
     Prediction,
@@ -160,7 +161,9 @@ def predict(model: CostModel, placement: Mapping[str, Placed]) -> Prediction:
         ranks=tuple(
             RankPrediction(
                 bytes=dict(zip(BYTE_KINDS, map(int, bytes_M), strict=True)),
-                host_bytes=int(usage.host_bytes_W[rank]),
+                host_bytes=dict(
+                    zip(HOST_BYTE_KINDS, map(int, usage.host_bytes_WH[rank]), strict=True)
+                ),
                 seconds=dict(
                     zip(PHASES, map(float, usage.seconds_PW[:, rank] + calls_P), strict=True)
                 ),

@@ -9,6 +9,7 @@ from embedding.limits import COLUMN_MULTIPLE
 from embedding.planning.choices import UVM, UVM_CACHING, Choice, choices_of
 from embedding.planning.cluster_shape import ClusterShape
 from embedding.planning.cost import CostModel, usage_of
+from embedding.planning.demand import COPY, TABLES
 from embedding.planning.plan_description import PlanDescription
 from embedding.planning.planner import PlanRequest
 from embedding.planning.prediction import placement_of
@@ -45,6 +46,14 @@ def _pinned_too_large(request: PlanRequest, pinned: PlanDescription, model: Cost
     short = needed - model.device_capacity
     where = f"rank {rank} needs {_gib(needed)} of {_gib(model.device_capacity)}"
     why = f"{where}, {_gib(short)} short" if short > 0 else "the other tables fit nowhere beside it"
+    per_host = usage.host_bytes_WH.sum(axis=1).reshape(request.shape.num_hosts, -1).sum(axis=1)
+    most = float(per_host.max())
+    if most > model.host_capacity:
+        why = (
+            f"a host needs {_gib(most)} of {_gib(model.host_capacity)} for tables that live there "
+            f"and the copy that checkpoints are written from, {_gib(most - model.host_capacity)} "
+            "short"
+        )
     return UserError(
         f"the pinned plan does not fit {request.shape.name}: {why}; plan again without it"
     )
@@ -85,15 +94,26 @@ def _too_little(shape: ClusterShape, model: CostModel, options: Options) -> str:
         table: min(_all_bytes(model, table, choice) for choice in choices)
         for table, choices in options.items()
     }
+    copies = sum(
+        min(_host_bytes(model, table, choice, COPY) for choice in choices)
+        for table, choices in options.items()
+    )
+    host_room = model.host_capacity * shape.num_hosts
+    if copies > host_room:
+        return (
+            f"checkpoints are written beside training from a copy of the tables, which needs "
+            f"{_gib(copies)} of {_gib(host_room)} that the memory of "
+            f"{_counted(shape.num_hosts, 'host')} has for it, {_gib(copies - host_room)} short"
+        )
     uses_host = any(
-        model.price(table, choice).owner_host_bytes
+        _host_bytes(model, table, choice, TABLES)
         for table, choices in options.items()
         for choice in choices
     )
     room = model.device_capacity * shape.world_size
     where = _counted(shape.world_size, "rank")
     if uses_host:
-        room += model.host_capacity * shape.num_hosts
+        room += host_room - copies
         where += f" and the memory of {_counted(shape.num_hosts, 'host')}"
     largest = _names(sorted(needed, key=lambda table: -needed[table]))
     total = sum(needed.values())
@@ -109,8 +129,12 @@ def _too_little(shape: ClusterShape, model: CostModel, options: Options) -> str:
 
 
 def _all_bytes(model: CostModel, table: str, choice: Choice) -> float:
-    host = model.price(table, choice).owner_host_bytes * model.num_owners(choice)
-    return total_bytes(model, table, choice) + host
+    return total_bytes(model, table, choice) + _host_bytes(model, table, choice, TABLES)
+
+
+def _host_bytes(model: CostModel, table: str, choice: Choice, kind: int) -> float:
+    owned = model.price(table, choice).demand.owner_host_bytes[kind]
+    return float(owned) * model.num_owners(choice)
 
 
 def _remedies(request: PlanRequest) -> Iterator[str]:

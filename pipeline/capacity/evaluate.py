@@ -147,7 +147,7 @@ def evaluate_point(request: CapacityRequest, key: PointKey) -> CapacityPoint:
         growth, why = breaking_growth(planned, reserve=reserve)
     elif inside is not None and len(planned.kernels) > 1:
         growth, why = breaking_growth(planned, known=inside, reserve=reserve)
-    offloads = any(rank.host_bytes for rank in plan.predicted.ranks)
+    offloads = any(rank.host_bytes["tables"] for rank in plan.predicted.ranks)
     figures = _figures(request, key, plan.predicted)
     kinds = Counter(f"{table.sharding} {table.kernel}" for table in plan.tables)
     return point.model_copy(
@@ -268,7 +268,10 @@ def _figures(
     rows_per_s = batch * shape.world_size / step
     price = shape.price_per_hour
     host = [
-        sum(rank.host_bytes for rank in predicted.ranks[start : start + shape.ranks_per_host])
+        sum(
+            sum(rank.host_bytes.values())
+            for rank in predicted.ranks[start : start + shape.ranks_per_host]
+        )
         for start in range(0, shape.world_size, shape.ranks_per_host)
     ]
     return figures | {

@@ -130,7 +130,8 @@ class CapacityPoint(StrictConfig):
     headroom: float | None = None
     """Free share of the fullest rank's memory."""
     host_bytes: int | None = None
-    """Of the fullest host: tables that do not live on its devices."""
+    """Of the fullest host of GPUs: tables that do not live on these, and the copy that checkpoints
+    are written from."""
     binding: str | None = None
     offloads_at_growth: float | None = None
     """Factor of these tables' rows from which device memory alone does not hold them."""

@@ -54,7 +54,7 @@ def compare(
                 },
                 predicted_phase_s=predicted.phase_s,
                 measured_peak_bytes=max(run.peak_bytes) if run.peak_bytes else None,
-                predicted_peak_bytes=predicted.peak_bytes,
+                predicted_peak_bytes=predicted.step_peak_bytes,
             )
         )
     return comparisons

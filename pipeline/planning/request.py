@@ -45,8 +45,11 @@ def plan_request(recipe: Recipe, shape: ClusterShape) -> PlanRequest:
     return PlanRequest(
         schema=table_widths(recipe.features, recipe.ranking.model),
         shape=shape,
-        settings=step_settings(
-            recipe.ranking.trainer.batch_size_per_rank, recipe.embedding.optimizer, sharding
+        settings=replace(
+            step_settings(
+                recipe.ranking.trainer.batch_size_per_rank, recipe.embedding.optimizer, sharding
+            ),
+            copies_for_checkpoints=True,
         ),
         calibration=sharding.calibration,
         tables_path=TABLES_PATH,

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from embedding.planning.plan_description import (
     BYTE_KINDS,
+    HOST_BYTE_KINDS,
     PHASES,
     PlanDescription,
     Prediction,
@@ -88,16 +89,16 @@ def _ranks(plan: PlanDescription) -> Iterator[Table]:
 
 def _memory(predicted: Prediction, shown: list[int], title: str) -> Table:
     kinds = [k for k in BYTE_KINDS if any(r.bytes[k] for r in predicted.ranks)]
-    on_host = any(rank.host_bytes for rank in predicted.ranks)
-    largest = max(max(rank.host_bytes, *rank.bytes.values()) for rank in predicted.ranks)
+    on_host = [k for k in HOST_BYTE_KINDS if any(r.host_bytes[k] for r in predicted.ranks)]
+    largest = max(max(*rank.host_bytes.values(), *rank.bytes.values()) for rank in predicted.ranks)
     unit, divisor = ("GiB", 1 << 30) if largest >= 1 << 30 else ("MiB", 1 << 20)
     view = Table(box=SIMPLE, title=f"{title}: memory in {unit}", title_justify="left")
-    for column in ("rank", *kinds, "all", *(["+ host"] if on_host else [])):
+    for column in ("rank", *kinds, "all", *(f"+ host {kind}" for kind in on_host)):
         view.add_column(column, justify="right")
     for rank in shown:
         part = predicted.ranks[rank]
         held = [*(part.bytes[kind] for kind in kinds), sum(part.bytes.values())]
-        held += [part.host_bytes] if on_host else []
+        held += [part.host_bytes[kind] for kind in on_host]
         view.add_row(str(rank), *(f"{n / divisor:,.2f}" for n in held))
     return view
 

@@ -22,7 +22,8 @@ from embedding.planning.choices import Choice, shards_of
 from embedding.planning.cluster_shape import ClusterShape, find_machine
 from embedding.planning.cost import CostModel, Placed, usage_of
 from embedding.planning.cost_constants import PCIE_GATHER_SHARE, data_sheet_constants
-from embedding.planning.demand import COUNT_INDEX, StepSettings
+from embedding.planning.counts import COUNT_INDEX
+from embedding.planning.demand import COPY, StepSettings
 from embedding.planning.id_distribution import IdDistribution
 from embedding.planning.plan_description import BYTE_KINDS, PHASES
 from embedding.planning.workload import table_loads
@@ -114,6 +115,39 @@ def test_weights_and_states_are_the_shards_bytes(placed: Placed, optimizer) -> N
     np.testing.assert_array_equal(held[:, BYTE_KINDS.index("optimizer")], states)
 
 
+@pytest.mark.parametrize("placed", CHOICES, ids=lambda p: str(p.choice))
+def test_a_checkpoint_beside_training_holds_a_copy_of_weights_and_states(placed: Placed) -> None:
+    load = table_loads(SCHEMA)[0]
+    copied = np.zeros(WORLD)
+    for rank, _, _, num_rows, num_columns in shards_of(load, *placed, SHAPE):
+        if placed.choice.sharding != "data_parallel" or rank == 0:
+            copied[rank] += num_rows * (num_columns + 1) * 4
+    machines = {"cpu": SHAPE, "cuda": SHAPE.model_copy(update={"machine": find_machine("h100")})}
+    for device, shape in machines.items():
+        without, beside = (
+            usage_of(
+                CostModel(
+                    table_loads(SCHEMA),
+                    shape,
+                    StepSettings(BATCH, RowWiseAdagrad(), copies_for_checkpoints=copies),
+                    data_sheet_constants(shape),
+                ),
+                {"t": placed},
+            )
+            for copies in (False, True)
+        )
+        on_device = beside.bytes_WM[:, BYTE_KINDS.index("copy")]
+        on_host = beside.host_bytes_WH[:, COPY]
+        found, other = (on_device, on_host) if device == "cpu" else (on_host, on_device)
+        # Of a replicated table the first host's share is the whole copy.
+        np.testing.assert_array_equal(found.reshape(2, 2).sum(axis=1)[0], copied[:2].sum())
+        if placed.choice.sharding != "data_parallel":
+            np.testing.assert_array_equal(found, copied)
+        np.testing.assert_array_equal(other, 0)
+        assert not without.host_bytes_WH.any()
+        assert not without.bytes_WM[:, BYTE_KINDS.index("copy")].any()
+
+
 @pytest.mark.parametrize("kernel", ["fused_uvm", "fused_uvm_caching"])
 @pytest.mark.parametrize("optimizer", [RowWiseAdagrad(), Adagrad(), Adam()], ids=lambda o: o.kind)
 def test_updates_cross_to_host_memory_where_fbgemm_keeps_rows_and_states(kernel, optimizer) -> None:
@@ -134,7 +168,7 @@ def test_updates_cross_to_host_memory_where_fbgemm_keeps_rows_and_states(kernel,
     counted = usage_of(model, {"t": Placed(Choice("table_wise", kernel, 1, factor), (0,))})
 
     weights = ROWS * DIM * 4
-    assert counted.host_bytes_W[0] == weights + split.uvm_size * 4 * states
+    assert counted.host_bytes_WH[0].sum() == weights + split.uvm_size * 4 * states
     touched = 1 - (1 - 1 / ROWS) ** (BATCH * POOLING)
     crossing = split.uvm_size * 4 * states + (weights if kernel == "fused_uvm" else 0)
     np.testing.assert_allclose(

@@ -9,7 +9,8 @@ from embedding.planning.choices import FUSED, choices_of
 from embedding.planning.cluster_shape import parse_shape
 from embedding.planning.cost import CostModel, usage_of
 from embedding.planning.cost_constants import CostConstants, data_sheet_constants
-from embedding.planning.demand import COUNT_NAMES, StepSettings
+from embedding.planning.counts import COUNT_NAMES
+from embedding.planning.demand import StepSettings
 from embedding.planning.fit import (
     MeasuredPlan,
     fit_constants,

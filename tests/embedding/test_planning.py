@@ -216,3 +216,21 @@ def test_a_pinned_plan_that_does_not_fit_says_so() -> None:
     request = request_for(10**8, 64, "h100:2x4", pinned=plan)
     with pytest.raises(UserError, match="the pinned plan does not fit"):
         plan_tables(replace(request, shape=shape))
+
+
+def test_copies_for_checkpoints_take_the_hosts_memory() -> None:
+    """60 GiB of weights on two GPUs whose host has 64 GiB: the tables fit, their copy does not."""
+    machine = find_machine("h100").model_copy(update={"host_bytes": 64 * GIB})
+    shape = ClusterShape(machine=machine, ranks_per_host=2)
+    planned = replace(request_for(60 * 2**20, 256, "h100:2"), shape=shape)
+    plan_tables(planned)
+    settings = replace(planned.settings, copies_for_checkpoints=True)
+    with pytest.raises(UserError, match=r"checkpoints are written .* needs 60\.\d\d GiB of 54\.40"):
+        plan_tables(replace(planned, settings=settings))
+    more = find_machine("h100").model_copy(update={"host_bytes": 80 * GIB})
+    roomy = replace(planned, settings=settings, shape=shape.model_copy(update={"machine": more}))
+    plan = plan_tables(roomy)
+    assert plan.predicted is not None
+    copied = sum(rank.host_bytes["copy"] for rank in plan.predicted.ranks)
+    assert copied >= sum(plan.weight_bytes_per_rank()) > 60 * GIB
+    assert all(rank.bytes["copy"] == 0 for rank in plan.predicted.ranks)

@@ -116,7 +116,9 @@ def test_tables_cut_over_a_hosts_ranks_need_these_ranks_on_one_node() -> None:
 def test_ranks_that_share_a_node_need_its_memory_for_the_tables_of_all() -> None:
     plan = planned("row_wise", "cpu:2x2")
     assert plan.predicted is not None
-    needed = [sum(rank.bytes.values()) + rank.host_bytes for rank in plan.predicted.ranks]
+    needed = [
+        sum(rank.bytes.values()) + sum(rank.host_bytes.values()) for rank in plan.predicted.ranks
+    ]
     two, four = sum(needed[:2]), sum(needed)
     refuse_other_hosts(plan, [Place(node, two) for node in "aabb"])
     refuse_other_hosts(plan, [Place("a", four)] * 4)

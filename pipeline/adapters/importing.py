@@ -224,16 +224,43 @@ def split_lines(path: Path, delimiter: str, at_least: int) -> Iterator[tuple[int
         yield number, cells
 
 
-def to_int(text: str, path: Path, line: int, column: str) -> int:
-    """An integer of a cell.
+def to_int(text: str, path: Path, line: int, column: str, *, bits: int = 64) -> int:
+    """An integer of a cell, as large as `bits` and a sign allow.
 
     Raises:
         UserError: it is none.
     """
     try:
-        return int(text)
-    except ValueError as error:
+        number = int(text)
+    except ValueError:
+        number = None
+    if number is None or number.bit_length() >= bits:
         raise UserError(
-            f"{path}, line {line}: column {column!r} is {text!r} but must be an integer; correct "
-            "that line, or download the file again"
+            f"{path}, line {line}: column {column!r} is {text!r} but must be an integer of {bits} "
+            "bits; correct that line, or download the file again"
+        )
+    return number
+
+
+def csv_rows(
+    reader: "csv.DictReader[str]", path: Path, needed: Sequence[str]
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line number and cells of every row of a small CSV file.
+
+    Raises:
+        UserError: a row ends before a column in `needed`, or is no CSV.
+    """
+    try:
+        for row in reader:
+            lacking = [name for name in needed if row[name] is None]
+            if lacking:
+                raise UserError(
+                    f"{path}, line {reader.line_num}: the row ends before its column {lacking[0]!r}"
+                    "; correct that line, or download the file again"
+                )
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise UserError(
+            f"{path}, line {reader.line_num}: {error}; correct that line, or download the file "
+            "again"
         ) from error

@@ -26,7 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 from deploy.app import main as braid
-from multimodal.codes.config import Swing, suggested_codebook_size
+from multimodal.codes.config import suggested_codebook_size
+from multimodal.codes.pair_config import Swing
 from multimodal.codes.swing import swing_pairs, user_lists
 from multimodal.codes.vectors import unit_rows
 from pipeline.adapters.movielens import import_movielens

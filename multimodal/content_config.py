@@ -276,6 +276,15 @@ class ContentConfig(StrictConfig):
         pairs = (("text", self.text), ("image", self.image))
         return {name: tower for name, tower in pairs if tower is not None}
 
+    @property
+    def has_dropout(self) -> bool:
+        """Whether training draws which activations it drops."""
+        loras = [tower.lora for tower in self.towers.values() if tower.lora is not None]
+        rates = [lora.dropout for lora in loras]
+        if isinstance(self.fusion, FqFormer):
+            rates.append(self.fusion.dropout)
+        return any(rates)
+
     @model_validator(mode="after")
     def _check_parts(self) -> Self:
         if not self.towers:

@@ -13,21 +13,23 @@ file is what a killed process left, and is removed when the store is opened for 
 Shapes: N items of a part, L token positions, H width of the tower.
 """
 
-import json
 import uuid
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from embedding.config import StrictConfig
 from embedding.errors import UserError
 from embedding.raw_ids import Int64Array
 from multimodal.content_config import Precision
@@ -70,6 +72,22 @@ class PartTokens:
     """M of them."""
 
 
+class _Owner(StrictConfig):
+    """`store.json`; version 1."""
+
+    schema_version: Literal[1] = 1
+    fingerprint: str
+    """Of the tower."""
+
+
+class _SoundParts(StrictConfig):
+    """`sound.json`; version 1."""
+
+    schema_version: Literal[1] = 1
+    parts: dict[str, tuple[int, ...]]
+    """Size and time of change of every part when it was compared last."""
+
+
 class TokenStore:
     """The tokens of one tower.
 
@@ -88,8 +106,13 @@ class TokenStore:
         path = directory / _STORE_FILE
         if not path.exists():
             directory.mkdir(parents=True, exist_ok=True)
-            _write_text(path, json.dumps({"fingerprint": fingerprint}))
-        found = json.loads(path.read_text()).get("fingerprint")
+            _write_text(path, _Owner(fingerprint=fingerprint).model_dump_json())
+        try:
+            found = _Owner.model_validate_json(path.read_text()).fingerprint
+        except ValidationError as error:
+            raise UserError(
+                f"{path} is damaged; delete {directory}, and the content stage computes it anew"
+            ) from error
         if found != fingerprint:
             raise UserError(
                 f"{directory} holds tokens of tower {found}, not of {fingerprint}; delete it, and "
@@ -181,19 +204,19 @@ class TokenStore:
                 num_read += 1
         finally:
             if num_read:
-                _write_text(self.directory / _SOUND_FILE, json.dumps(sound))
+                text = _SoundParts(parts=sound).model_dump_json()
+                _write_text(self.directory / _SOUND_FILE, text)
         return num_read
 
-    def _sound(self) -> dict[str, list[int]]:
+    def _sound(self) -> dict[str, tuple[int, ...]]:
         """Size and time of change of every part when it was compared last."""
         path = self.directory / _SOUND_FILE
         if not path.exists():
             return {}
         try:
-            found: dict[str, list[int]] = json.loads(path.read_text())
-        except ValueError:
+            return _SoundParts.model_validate_json(path.read_text()).parts
+        except ValidationError:
             return {}  # then all are compared
-        return found
 
     def open(self, name: str) -> Tensor:
         """Tokens (N, L, H) of a part, memory-mapped.
@@ -237,12 +260,12 @@ def part_fault(directory: Path, name: str) -> str | None:
     return None
 
 
-def _seen(path: Path) -> list[int]:
+def _seen(path: Path) -> tuple[int, ...]:
     """Size and time of change; empty where there is no file."""
     if not path.is_file():
-        return []
+        return ()
     stat = path.stat()
-    return [stat.st_size, stat.st_mtime_ns]
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _damaged(path: Path, why: str) -> UserError:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
@@ -23,8 +24,9 @@ LOCK, OWNER = ".lock", ".owner.json"
 
 
 class Holder(StrictConfig):
-    """The process that holds an output directory."""
+    """The process that holds an output directory, or runs a stage; version 1."""
 
+    schema_version: Literal[1] = 1
     pid: int
     host: str
     command: str

@@ -1,16 +1,16 @@
 """Running one stage: skip it when its artifact is current, else write and publish it."""
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 from rich.markup import escape
 
+from embedding.config import StrictConfig
 from pipeline.artifacts import (
     Manifest,
     abandoned,
@@ -99,6 +99,14 @@ class StageRecord:
     manifest: Manifest
 
 
+class Failure(StrictConfig):
+    """Why a stage failed; version 1."""
+
+    schema_version: Literal[1] = 1
+    stage: str
+    error: str
+
+
 def failure_file(directory: Path) -> Path:
     """Where a failed stage leaves its reason for `braid status`."""
     return directory.parent / f".{directory.name}.failed.json"
@@ -135,10 +143,9 @@ def failure_of(directory: Path) -> str | None:
     if not path.exists():
         return None
     try:
-        reason: str = json.loads(path.read_text())["error"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return Failure.model_validate_json(path.read_text()).error
+    except (OSError, ValidationError):
         return f"{path} cannot be read, so nobody knows why; the log of that run says it"
-    return reason
 
 
 def execute(spec: StageSpec, reporter: Reporter, *, anew: bool = False) -> StageRecord:
@@ -190,7 +197,8 @@ def execute(spec: StageSpec, reporter: Reporter, *, anew: bool = False) -> Stage
     except BaseException as error:
         failure.parent.mkdir(parents=True, exist_ok=True)
         reason = user_error(error) or last_line(error)
-        write_durably(failure, json.dumps({"stage": spec.name, "error": str(reason)}))
+        failed = Failure(stage=spec.name, error=str(reason))
+        write_durably(failure, failed.model_dump_json())
         raise
     failure.unlink(missing_ok=True)
     rows = f"{human(manifest.rows_in)} rows -> {human(manifest.rows_out)}"

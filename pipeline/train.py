@@ -7,7 +7,7 @@ Reads sample files, `plan.json` and the parent's checkpoint; writes `checkpoint/
 
 import shutil
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from embedding.config import StrictConfig
 from embedding.errors import UserError
@@ -101,8 +101,9 @@ class TrainJob(StrictConfig):
 
 
 class TrainResult(StrictConfig):
-    """Rank 0's account of a finished training."""
+    """Rank 0's account of a finished training; version 1."""
 
+    schema_version: Literal[1] = 1
     checkpoint: str
     """Directory name of the checkpoint that is the result: the best validation's, else the last."""
     rows: int

@@ -286,7 +286,12 @@ def prediction_batch(predictions: Predictions, tasks: list[str]) -> pa.RecordBat
 
 
 class MetricsFile:
-    """`metrics.jsonl` and TensorBoard, written by rank 0; a restart cuts them back to its step."""
+    """`metrics.jsonl` and TensorBoard, written by rank 0; a restart cuts them back to its step.
+
+    A line of the file is one JSON object: `step`; `rows` and `total_rows`, trained so far and in
+    all; `line`, for people; and, by name (`train/ne`, `time/data_s`, ...), the numbers of a window
+    of steps or of a validation.
+    """
 
     def __init__(self, job: TrainJob, first: int) -> None:
         self.tasks = job.recipe.ranking.tasks

@@ -84,7 +84,7 @@ class AlignmentStep:
         log_share_2N: of triggers and targets, see `PairItems`, by item row; zeros switch the
             correction off.
         log_temperature: a parameter, or a constant that needs no gradient.
-        items_per_chunk: items whose activations are held at a time; None: all.
+        items_per_chunk: items whose activations are held, and dropout drawn, at a time; None: all.
     """
 
     def __init__(

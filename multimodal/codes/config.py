@@ -1,4 +1,4 @@
-"""Configuration of semantic codes (QARM): quantizers, pair mining, refits.
+"""Configuration of semantic codes (QARM): quantizers, item vectors, refits.
 
 Imports pydantic and nothing heavy, so that a recipe is checked without torch or faiss.
 """
@@ -17,9 +17,12 @@ from pydantic import (
 )
 
 from embedding.config import StrictConfig
+from multimodal.codes.pair_config import Swing, User2Item
 from multimodal.content_config import ContentConfig
 
 MAX_FSQ_CODES = 1 << 20
+LEARNED_TEMPERATURES = (0.01, 1.0)
+"""Bounds of a temperature that is trained: beyond them only the hardest negative, or all alike."""
 CODES_FORMAT = 3
 """Of codes artifacts; those of another format are made again."""
 
@@ -169,41 +172,6 @@ class RefitPolicy(StrictConfig):
     """Dates of runs that fit anew whatever the rest of the policy says."""
 
 
-# --- pair mining ---------------------------------------------------------------------------------
-
-
-class Swing(StrictConfig):
-    """Item2Item pairs: Swing over the user-item graph.
-
-    Two users of both items add w_u w_v / (alpha + number of items they share), w = 1 / sqrt(number
-    of the user's items); `multimodal.codes.swing` has the whole formula.
-    """
-
-    alpha: PositiveFloat = 1.0
-    num_neighbours: PositiveInt = 20
-    """Most similar items kept of every item."""
-    min_common_users: Annotated[int, Field(ge=2)] = 3
-    """Users that engaged with both items, at least: fewer are no stable evidence."""
-    max_items_per_user: PositiveInt = 200
-    """Longer lists are sampled, reproducibly; the users are counted."""
-    max_users_per_item: PositiveInt = 500
-    """Longer lists are sampled, reproducibly; the items are counted."""
-    seed: NonNegativeInt = 0
-
-
-class User2Item(StrictConfig):
-    """Pairs of a positive and the most similar of the user's earlier positives."""
-
-    max_history: PositiveInt | None = None
-    """Latest earlier positives that are looked at, no more than the history keeps (`max_length`).
-    None: all that it keeps, but 50 at most."""
-
-    @property
-    def num_looked_at(self) -> int:
-        """Latest earlier positives that are looked at, as far as they are there."""
-        return self.max_history or 50
-
-
 # --- item vectors --------------------------------------------------------------------------------
 
 
@@ -245,9 +213,12 @@ class AlignedVectors(StrictConfig):
     batch_size: Annotated[int, Field(ge=2)] = 1024
     """Pairs of a step, over all ranks."""
     items_per_chunk: PositiveInt | None = 256
-    """Items whose activations a rank holds at a time; the result does not depend on it."""
+    """Items whose activations a rank holds at a time. With dropout, which is drawn for so many
+    items at once, another number is another alignment; without, the result does not depend on it.
+    """
     temperature: PositiveFloat = 0.07
     learn_temperature: bool = False
+    """Train it, too, between 0.01 and 1; an alignment that goes on starts from the one before."""
     popularity_correction: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
     """1: negatives weigh as if all items were drawn equally often; 0: as often as they are."""
     learning_rate: PositiveFloat = 1e-3
@@ -258,6 +229,16 @@ class AlignedVectors(StrictConfig):
     """Train on from the last alignment when it is so old: all vectors move, so codebooks are fitted
     anew then. None: the first alignment stays."""
     seed: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _check_temperature(self) -> Self:
+        low, high = LEARNED_TEMPERATURES
+        if self.learn_temperature and not low <= self.temperature <= high:
+            raise ValueError(
+                f"temperature={self.temperature} is learned between {low} and {high}; start there, "
+                "or set learn_temperature=false"
+            )
+        return self
 
 
 ItemVectorSource = Annotated[

@@ -19,7 +19,7 @@ import numpy as np
 from scipy import sparse
 
 from embedding.raw_ids import mix64
-from multimodal.codes.config import Swing
+from multimodal.codes.pair_config import Swing
 from multimodal.codes.vectors import Float32Array, Int64Array
 
 Float64Array = np.ndarray[Any, np.dtype[np.float64]]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from multimodal.codes.config import User2Item
+from multimodal.codes.pair_config import User2Item
 from multimodal.codes.vectors import Float32Array, FloatArray, Int64Array, unit_rows
 
 _EVENTS_PER_BLOCK = 1 << 18

@@ -110,7 +110,15 @@ def import_criteo(
         pq.write_table(pa.table({"item_id": pa.array([0], pa.int64())}), scratch / "items.parquet")
         return write_summary(
             scratch,
-            ImportSummary(num_rows, 0, 1, days, names[0], names[-1], {"click": clicks / num_rows}),
+            ImportSummary(
+                events=num_rows,
+                users=0,
+                items=1,
+                days=days,
+                first_day=names[0],
+                last_day=names[-1],
+                label_rates={"click": clicks / num_rows},
+            ),
         )
 
 

@@ -2,20 +2,19 @@
 
 import csv
 import gzip
-import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Literal, cast
 
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
+from embedding.config import StrictConfig
 from embedding.errors import UserError
 from pipeline.days import fingerprint
-from pipeline.samples.dataset import Receipt, is_written, writing_dataset
+from pipeline.samples.dataset import is_written, writing_dataset
 
 RECEIPT = "import.json"
 SUMMARY = "import_summary.json"
@@ -25,10 +24,22 @@ BLOCK_BYTES = 16 << 20
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
-class ImportSummary:
-    """What an import wrote."""
+class ImportReceipt(StrictConfig):
+    """`import.json`: what was asked for, and of which files; version 1."""
 
+    schema_version: Literal[1] = 1
+    command: str
+    version: int = ADAPTER_VERSION
+    """Of the adapters."""
+    options: dict[str, Any]
+    source: str
+    """Fingerprint of the files."""
+
+
+class ImportSummary(StrictConfig):
+    """`import_summary.json`: what an import wrote; version 1."""
+
+    schema_version: Literal[1] = 1
     events: int
     users: int
     """Rows of users.parquet; 0 where the dataset has none."""
@@ -39,21 +50,16 @@ class ImportSummary:
     last_day: str
     label_rates: dict[str, float]
     """Share of ones among the rows where a task is observed."""
-    notes: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, int] = {}
     """What was filled in or left out, counted."""
 
 
-def source_receipt(command: str, files: Sequence[Path], **options: Any) -> Receipt:
-    """Identity of an import: what was asked for, and of which files."""
-    return {
-        "command": command,
-        "version": ADAPTER_VERSION,
-        "options": options,
-        "source": fingerprint(files),
-    }
+def source_receipt(command: str, files: Sequence[Path], **options: Any) -> ImportReceipt:
+    """Identity of an import."""
+    return ImportReceipt(command=command, options=options, source=fingerprint(files))
 
 
-def finished_import(out: Path, receipt: Receipt) -> ImportSummary | None:
+def finished_import(out: Path, receipt: ImportReceipt) -> ImportSummary | None:
     """The summary of the same import done before, or None where there is none.
 
     Raises:
@@ -61,11 +67,11 @@ def finished_import(out: Path, receipt: Receipt) -> ImportSummary | None:
     """
     if not is_written(out, RECEIPT, receipt):
         return None
-    return ImportSummary(**json.loads((out / SUMMARY).read_text()))
+    return ImportSummary.model_validate_json((out / SUMMARY).read_text())
 
 
 @contextmanager
-def importing(out: Path, receipt: Receipt) -> Iterator[Path]:
+def importing(out: Path, receipt: ImportReceipt) -> Iterator[Path]:
     """Scratch directory that becomes `out`; write the summary with `write_summary`.
 
     Raises:
@@ -82,7 +88,7 @@ def importing(out: Path, receipt: Receipt) -> Iterator[Path]:
 
 def write_summary(scratch: Path, summary: ImportSummary) -> ImportSummary:
     """Keep the summary beside the data, for the next time the same import is asked for."""
-    (scratch / SUMMARY).write_text(json.dumps(asdict(summary), indent=2))
+    (scratch / SUMMARY).write_text(summary.model_dump_json(indent=2))
     return summary
 
 
@@ -224,16 +230,43 @@ def split_lines(path: Path, delimiter: str, at_least: int) -> Iterator[tuple[int
         yield number, cells
 
 
-def to_int(text: str, path: Path, line: int, column: str) -> int:
-    """An integer of a cell.
+def to_int(text: str, path: Path, line: int, column: str, *, bits: int = 64) -> int:
+    """An integer of a cell, as large as `bits` and a sign allow.
 
     Raises:
         UserError: it is none.
     """
     try:
-        return int(text)
-    except ValueError as error:
+        number = int(text)
+    except ValueError:
+        number = None
+    if number is None or number.bit_length() >= bits:
         raise UserError(
-            f"{path}, line {line}: column {column!r} is {text!r} but must be an integer; correct "
-            "that line, or download the file again"
+            f"{path}, line {line}: column {column!r} is {text!r} but must be an integer of {bits} "
+            "bits; correct that line, or download the file again"
+        )
+    return number
+
+
+def csv_rows(
+    reader: "csv.DictReader[str]", path: Path, needed: Sequence[str]
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line number and cells of every row of a small CSV file.
+
+    Raises:
+        UserError: a row ends before a column in `needed`, or is no CSV.
+    """
+    try:
+        for row in reader:
+            lacking = [name for name in needed if row[name] is None]
+            if lacking:
+                raise UserError(
+                    f"{path}, line {reader.line_num}: the row ends before its column {lacking[0]!r}"
+                    "; correct that line, or download the file again"
+                )
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise UserError(
+            f"{path}, line {reader.line_num}: {error}; correct that line, or download the file "
+            "again"
         ) from error

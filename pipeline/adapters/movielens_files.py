@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 from embedding.errors import UserError
 from embedding.raw_ids import Int64Array
 from pipeline.adapters.importing import (
+    csv_rows,
     header_of,
     refuse_nulls,
     require_directory,
@@ -58,6 +59,8 @@ RATING_ALIASES = {
     "timestamp": ("timestamp", "unix_timestamp"),
 }
 TAGS_PER_ITEM = 20
+_YEAR_10000 = 253_402_300_800
+"""Seconds since 1970."""
 YEAR_IN_TITLE = re.compile(r"\((\d{4})\)\s*$")
 POSTER_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -158,7 +161,8 @@ def read_ratings(path: Path) -> Ratings:
         refuse_nulls(path, batch, line)
         user, item, rating, seconds = (column.to_numpy() for column in batch.columns)
         doubled = rating * 2
-        wrong = (doubled < 1) | (doubled > 10) | (doubled != np.round(doubled)) | (seconds < 0)
+        wrong = (doubled < 1) | (doubled > 10) | (doubled != np.round(doubled))
+        wrong |= (seconds < 0) | (seconds >= _YEAR_10000)
         if wrong.any():
             at = int(wrong.argmax())
             raise UserError(
@@ -239,16 +243,16 @@ def _csv_movies(path: Path) -> Iterator[tuple[int, Movie]]:
             "or rename them"
         )
     flags = [name for name in header if name in ITEM_FLAG_COLUMNS]
-    for row in reader:
+    for line, row in csv_rows(reader, path, (key, "title")):
         genres = [name for name in flags if row[name] == "1"] or (row.get("genres") or "").split(
             "|"
         )
-        movie = _movie(row["title"] or "", genres)
+        movie = _movie(row["title"], genres)
         if row.get("year"):
-            movie.year = int(float(row["year"]))
+            movie.year = to_int(row["year"].removesuffix(".0"), path, line, "year", bits=16)
         movie.overview = (row.get("overview") or "").strip()
         movie.poster = row.get("poster") or None
-        yield to_int(row[key], path, reader.line_num, key), movie
+        yield to_int(row[key], path, line, key), movie
 
 
 def text_lines_with_ends(path: Path) -> list[str]:
@@ -290,20 +294,20 @@ def read_users(path: Path | None) -> dict[int, Person]:
     users = {}
     if path.suffix == ".csv":
         reader = csv.DictReader(text_lines_with_ends(path))
-        wanted = {"user_id", "age", "sex", "occupation", "zip_code"}
-        missing = sorted(wanted - set(reader.fieldnames or ()))
+        wanted = ("user_id", "age", "sex", "occupation", "zip_code")
+        missing = sorted({*wanted} - set(reader.fieldnames or ()))
         if missing:
             raise UserError(f"{path}: its header lacks {missing}; add them or remove the file")
-        for row in reader:
-            age = to_int(row["age"], path, reader.line_num, "age")
-            key = to_int(row["user_id"], path, reader.line_num, "user_id")
+        for line, row in csv_rows(reader, path, wanted):
+            age = to_int(row["age"], path, line, "age", bits=16)
+            key = to_int(row["user_id"], path, line, "user_id")
             users[key] = Person(age, row["sex"], row["occupation"], row["zip_code"])
         return users
     is_100k = path.name == "u.user"
     for line, cells in split_lines(path, "|" if is_100k else "::", 5):
         key = to_int(cells[0], path, line, "user id")
         if is_100k:
-            age = to_int(cells[1], path, line, "age")
+            age = to_int(cells[1], path, line, "age", bits=16)
             users[key] = Person(age, cells[2], cells[3], cells[4])
             continue
         code = to_int(cells[3], path, line, "occupation")
@@ -312,7 +316,7 @@ def read_users(path: Path | None) -> dict[int, Person]:
                 f"{path}, line {line}: occupation {code} is not 0 .. {len(OCCUPATIONS_1M) - 1}; "
                 "correct the line"
             )
-        age = to_int(cells[2], path, line, "age")
+        age = to_int(cells[2], path, line, "age", bits=16)
         users[key] = Person(age, cells[1], OCCUPATIONS_1M[code], cells[4])
     return users
 

@@ -5,7 +5,7 @@ positives of the training days. Writes
 
     content/             index of the items' tokens (`pipeline.content.stage`)
     pairs/               item2item, user2item (of a training only)
-    encoder.safetensors  what training changed, and the standardisation
+    encoder.safetensors  what training changed, the standardisation and a learned temperature
     item_ids.npy, vectors.npy
 
 Every rank of a Ray Train worker group trains on its share of each batch of pairs, then encodes its
@@ -25,7 +25,8 @@ from pydantic import Field
 from embedding.config import StrictConfig
 from embedding.errors import UserError
 from embedding.raw_ids import Int64Array
-from multimodal.codes.config import AlignedVectors, TowerVectors, User2Item
+from multimodal.codes.config import AlignedVectors, TowerVectors
+from multimodal.codes.pair_config import User2Item
 from multimodal.content_config import ConcatFusion, ContentConfig
 from multimodal.stored_content import StoredContent
 from multimodal.token_store import NO_ROW

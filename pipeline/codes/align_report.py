@@ -13,8 +13,7 @@ from pipeline.codes.mine_pairs import PairFacts
 from pipeline.codes.pair_sample import PairSample
 from pipeline.config import Recipe
 from pipeline.console import duration
-from pipeline.content.tasks import Catalogue
-from pipeline.reports.item_cards import ItemCard, item_cards
+from pipeline.reports.item_cards import ItemCard, item_cards, shown_catalogue
 
 _STAGE = "align"
 _LIKE = {
@@ -121,7 +120,7 @@ def _aligned(recipe: Recipe, source: AlignedVectors, directory: Path) -> dict[st
             for name, mined, note in _counts(pairs)
         ],
         bounds=_bounds(source, pairs),
-        samples=_samples(recipe, source, pairs),
+        samples=_samples(recipe, pairs),
     )
 
 
@@ -178,16 +177,12 @@ def _bounds(source: AlignedVectors, pairs: PairFacts) -> list[str]:
     return said
 
 
-def _samples(recipe: Recipe, source: AlignedVectors, pairs: PairFacts) -> list[ShownSource]:
+def _samples(recipe: Recipe, pairs: PairFacts) -> list[ShownSource]:
     kept: dict[str, PairSample] = {name: some for name, some in pairs.samples.items() if some}
     if not kept:
         return []
-    content = source.content or recipe.content
-    assert content is not None  # checked with the recipe
-    columns = {name: tower.column for name, tower in content.towers.items()}
     ids = [item for some in kept.values() for pair in some for item in pair[:2]]
-    catalogue = Catalogue(recipe.data.root, {"text": "text", "image": "image", **columns})
-    cards = item_cards(catalogue, np.unique(np.array(ids, np.int64)))
+    cards = item_cards(shown_catalogue(recipe), np.unique(np.array(ids, np.int64)))
     return [
         ShownSource(
             _LIKE[name],

@@ -277,12 +277,14 @@ def alignment_settings(recipe: Recipe) -> dict[str, Any]:
     assert recipe.codes is not None
     source, held_out = recipe.codes.vectors, recipe.evaluation.held_out_items
     assert not isinstance(source, ColumnVectors)
+    encoder = _encoder(recipe, source)
+    without_say = {"content", "realign_every_days"}
+    if not encoder.has_dropout:
+        without_say.add("items_per_chunk")
     return {
         "held_out": None if held_out is None else held_out.model_dump(mode="json"),
-        "vectors": source.model_dump(
-            mode="json", exclude={"content", "realign_every_days", "items_per_chunk"}
-        ),
-        "content": _encoder(recipe, source).model_dump(mode="json", exclude=_OF_THE_RANKER),
+        "vectors": source.model_dump(mode="json", exclude=without_say),
+        "content": encoder.model_dump(mode="json", exclude=_OF_THE_RANKER),
     }
 
 

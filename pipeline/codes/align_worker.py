@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from embedding.errors import UserError
 from embedding.memory import keep_freed_memory
 from multimodal.codes.alignment import AlignmentStep
-from multimodal.codes.config import AlignedVectors
+from multimodal.codes.config import LEARNED_TEMPERATURES, AlignedVectors
 from multimodal.codes.pair_sampler import PairSampler
 from multimodal.content_encoder import (
     ContentEncoder,
@@ -33,6 +33,8 @@ from pipeline.devices import own_device
 
 _ITEMS_PER_CHUNK = 256
 _WARM_UP_SHARE = 0.1
+_TEMPERATURE = "temperature"
+"""In the encoder's file, beside its tensors, where it is learned."""
 
 logger = logging.getLogger(__name__)
 
@@ -45,13 +47,18 @@ def align_worker(config: dict[str, str]) -> None:
     reader = ContentReader(job.index, job.stores)
     reader.require_towers(job.content)
     encoder = load_content_encoder(job.content)
+    state = {} if job.state is None else load_file(job.state)
+    temperature = state.pop(_TEMPERATURE, None)
     if job.state is not None:
-        load_trained_state(encoder, load_file(job.state))
+        load_trained_state(encoder, state)
     else:
         _standardise(encoder, reader, job.content.seed)
     encoder.to(device)
     if job.training is not None and job.pairs is not None:
-        result = _train(encoder, reader, job, job.training, device)
+        if temperature is None:
+            temperature = torch.tensor(job.training.temperature)
+        result = _train(encoder, reader, job, temperature.to(device))
+        temperature = torch.tensor(result.temperature) if job.training.learn_temperature else None
         if dist.get_rank() == 0:
             (job.output / RESULT).write_text(result.model_dump_json(indent=2))
     vectors_ND = _encode(encoder, reader, job, device)
@@ -59,6 +66,8 @@ def align_worker(config: dict[str, str]) -> None:
     np.save(job.output / f"{PART}-{dist.get_rank():05d}.npy", vectors_ND)
     if dist.get_rank() == 0:
         state = {name: value.cpu().contiguous() for name, value in trained_state(encoder).items()}
+        if temperature is not None:
+            state[_TEMPERATURE] = temperature
         save_file(state, job.output / ENCODER)
     dist.barrier()
 
@@ -71,22 +80,20 @@ def _standardise(encoder: ContentEncoder, reader: ContentReader, seed: int) -> N
 
 
 def _train(
-    encoder: ContentEncoder,
-    reader: ContentReader,
-    job: AlignJob,
-    config: AlignedVectors,
-    device: torch.device,
+    encoder: ContentEncoder, reader: ContentReader, job: AlignJob, temperature: Tensor
 ) -> AlignmentResult:
+    """Train on the job's pairs; `temperature` is where the loss starts."""
     started = time.monotonic()
+    config = job.training
+    assert config is not None
     assert job.pairs is not None
     pairs = _read_pairs(job.pairs, reader)
     sampler = PairSampler([*pairs.values()], reader.num_items, config.seed)
-    start = torch.tensor(config.temperature, device=device).log()
-    log_temperature = nn.Parameter(start, requires_grad=config.learn_temperature)
+    log_temperature = nn.Parameter(temperature.log(), requires_grad=config.learn_temperature)
     step = AlignmentStep(
         encoder.train(),
         reader.read,
-        log_share_2N=(config.popularity_correction * sampler.log_share_2N).to(device),
+        log_share_2N=(config.popularity_correction * sampler.log_share_2N).to(temperature.device),
         log_temperature=log_temperature,
         items_per_chunk=config.items_per_chunk,
     )
@@ -102,6 +109,8 @@ def _train(
         losses.append(step.backward(trigger[mine], target[mine], seed))
         require_finite(losses, config)
         optimizer.step()
+        if config.learn_temperature:
+            keep_in_bounds(log_temperature)
         schedule.step()
     tenth = max(1, len(losses) // 10)
     return AlignmentResult(
@@ -112,6 +121,13 @@ def _train(
         seconds=time.monotonic() - started,
         num_pairs={name: len(triggers) for name, (triggers, _) in pairs.items()},
     )
+
+
+def keep_in_bounds(log_temperature: Tensor) -> None:
+    """Clamp a temperature that is learned, in place."""
+    low, high = LEARNED_TEMPERATURES
+    with torch.no_grad():
+        log_temperature.clamp_(math.log(low), math.log(high))
 
 
 def require_finite(losses: Sequence[float], config: AlignedVectors) -> None:

@@ -21,10 +21,9 @@ from pipeline.codes.features import CODES_FILE
 from pipeline.codes.paths import codebook_versions, coded_dates, codes_directory
 from pipeline.codes.quantize_facts import QuantizeFacts, code_facts
 from pipeline.config import Recipe
-from pipeline.content.tasks import Catalogue
 from pipeline.recipe import RECIPE_FILE, read_recipe
 from pipeline.registry import require_output
-from pipeline.reports.item_cards import item_names
+from pipeline.reports.item_cards import item_names, shown_catalogue
 
 Prefix = tuple[int, ...]
 
@@ -174,9 +173,9 @@ class CodesOfRun:
         """Id and title of items, by raw id; the raw id alone of those no longer in a catalogue."""
         wanted = np.unique(np.fromiter(item_ids, np.int64))
         found = {int(item): (str(item), "") for item in wanted}
-        root = self.recipe.data.root if self.recipe else None
-        if root is not None and (root / "items.parquet").is_file():
-            found |= item_names(Catalogue(root, {"text": "text"}), wanted)
+        catalogue = shown_catalogue(self.recipe) if self.recipe else None
+        if catalogue is not None and catalogue.path.is_file():
+            found |= item_names(catalogue, wanted)
         return found
 
     def neighbours(self, row: int) -> list[int]:

@@ -27,7 +27,7 @@ from pydantic import Field
 from embedding.config import StrictConfig
 from embedding.errors import UserError
 from embedding.raw_ids import Int64Array, mix64
-from multimodal.codes.config import Swing, User2Item
+from multimodal.codes.pair_config import Swing, User2Item
 from multimodal.codes.swing import UserLists, join_lists, swing_pairs, user_lists
 from multimodal.codes.triggers import IdVectors, TriggerPairs, trigger_pairs
 from pipeline.codes.pair_sample import PairSample, join_samples, sample_pairs

@@ -23,11 +23,11 @@ NUM_ITEMS = 8
 NUM_DAYS = 14
 
 
-def code_section(root: Path, directory: Path, task: str) -> dict[str, Any] | None:
+def code_section(catalogue: Catalogue, directory: Path, task: str) -> dict[str, Any] | None:
     """What the report says about codes; None for a run without them.
 
     Args:
-        root: data root with the catalogue.
+        catalogue: its texts and images are shown.
         directory: of the run.
         task: whose AUC is shown day by day.
     """
@@ -47,7 +47,7 @@ def code_section(root: Path, directory: Path, task: str) -> dict[str, Any] | Non
         "days": code_days(directory, task),
         "tables": [{"name": name, **counts} for name, counts in rows.items()],
         "max_items": NUM_ITEMS,
-        "browser": browse(directory / "quantize" / CODES_FILE, root),
+        "browser": browse(directory / "quantize" / CODES_FILE, catalogue),
     }
 
 
@@ -196,12 +196,12 @@ class ShownCode:
     shown: list[ItemCard]
 
 
-def browse(codes: Path, root: Path) -> list[ShownCode]:
+def browse(codes: Path, catalogue: Catalogue) -> list[ShownCode]:
     """The most frequent first codes, their most frequent second codes, and items of each.
 
     Args:
         codes: a codes artifact's file.
-        root: data root with the catalogue.
+        catalogue: its texts and images are shown.
     """
     table = pq.read_table(codes)
     levels = [name for name in ("sid_0", "sid_1") if name in table.column_names]
@@ -216,7 +216,7 @@ def browse(codes: Path, root: Path) -> list[ShownCode]:
     members = {prefix: tree.items(prefix) for prefix in prefixes}
     ids = table["item_id"].to_numpy()
     wanted = np.unique(np.concatenate([ids[rows[:NUM_ITEMS]] for rows in members.values()]))
-    cards = item_cards(Catalogue(root, {"text": "text", "image": "image"}), wanted)
+    cards = item_cards(catalogue, wanted)
     return [
         ShownCode(
             "-".join(map(str, prefix)),

@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
+from embedding.config import StrictConfig
 from embedding.errors import UserError
 from embedding.raw_ids import Int64Array
 from pipeline.config import Recipe, SyntheticConfig
@@ -25,7 +26,7 @@ from pipeline.marketplace.counter_random import FloatArray
 from pipeline.marketplace.market import CALIBRATION_ROWS, DEVICES, Marketplace, sigmoid
 from pipeline.marketplace.views import audience, catalogue
 from pipeline.recipe import apply_override
-from pipeline.samples.dataset import TIMESTAMP, DayWriter, Receipt, is_written, writing_dataset
+from pipeline.samples.dataset import TIMESTAMP, DayWriter, is_written, writing_dataset
 
 RECEIPT = "synthetic.json"
 GENERATOR_VERSION = 1
@@ -79,6 +80,15 @@ def synthetic_config(sizes: Mapping[str, Any], overrides: Sequence[str] = ()) ->
         raise UserError(f"synthetic marketplace: {'; '.join(faults)} (keys: {allowed})") from error
 
 
+class MarketplaceReceipt(StrictConfig):
+    """`synthetic.json`; version 1."""
+
+    schema_version: Literal[1] = 1
+    version: int = GENERATOR_VERSION
+    """Of the generator."""
+    config: SyntheticConfig
+
+
 def generate(config: SyntheticConfig, root: Path, *, progress: Progress | None = None) -> None:
     """Write the marketplace to `root`; nothing happens if it is there already.
 
@@ -90,7 +100,7 @@ def generate(config: SyntheticConfig, root: Path, *, progress: Progress | None =
     Raises:
         UserError: `root` holds something else.
     """
-    receipt: Receipt = {"version": GENERATOR_VERSION, "config": config.model_dump(mode="json")}
+    receipt = MarketplaceReceipt(config=config)
     if is_written(root, RECEIPT, receipt):
         return
     market = Marketplace(config)

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from embedding.raw_ids import Int64Array, to_raw_ids
 from multimodal.content_config import MAX_PIXELS
 from multimodal.images import read_image
+from pipeline.config import Recipe
 from pipeline.content.tasks import Catalogue
 from pipeline.samples.contract import open_parquet
 
@@ -35,6 +36,17 @@ class ItemCard:
     title: str
     picture: str | None
     """A data URI; None where there is no image that can be used."""
+
+
+def shown_catalogue(recipe: Recipe) -> Catalogue:
+    """The catalogue with the columns of text and image that towers read, those of codes first.
+
+    A modality without a tower is its name's column, if there is one.
+    """
+    columns = {"text": "text", "image": "image"}
+    for content in recipe.contents.values():
+        columns |= {name: tower.column for name, tower in content.towers.items()}
+    return Catalogue(recipe.data.root, columns)
 
 
 def item_cards(catalogue: Catalogue, item_ids: Int64Array) -> dict[int, ItemCard]:

@@ -18,6 +18,7 @@ from pipeline.content.paths import ContentPaths
 from pipeline.content.stage import STORES
 from pipeline.content.view import content_charts
 from pipeline.reports import charts
+from pipeline.reports.item_cards import shown_catalogue
 from pipeline.reports.warm_start_view import redrawn_rows, warm_start_line
 from pipeline.samples.table_ids import table_ids
 from pipeline.stages import WARNINGS
@@ -46,7 +47,9 @@ def write_report(recipe: Recipe, summary: Summary, directory: Path) -> Path:
         recipe_yaml=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=100),
         align=align_section(recipe, directory),
         codes=(
-            code_section(recipe.data.root, directory, recipe.gate.task) if recipe.codes else None
+            code_section(shown_catalogue(recipe), directory, recipe.gate.task)
+            if recipe.codes
+            else None
         ),
         content=_content(recipe, directory),
         **warm_start_section(_require(directory / "train").facts),

@@ -5,7 +5,6 @@ ROOT/items.parquet, ROOT/users.parquet
 ROOT/<receipt>.json                            what made it, and from what
 """
 
-import json
 import logging
 import shutil
 from collections.abc import Iterator
@@ -17,32 +16,38 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
+from pydantic import ValidationError
 
+from embedding.config import StrictConfig
 from embedding.errors import UserError
 from pipeline.days import PARTITION
 
 TIMESTAMP = pa.timestamp("ms", tz="UTC")
 ROW_GROUP_ROWS = 131_072
 
-Receipt = dict[str, Any]
-
 logger = logging.getLogger(__name__)
 
 
-def is_written(root: Path, name: str, receipt: Receipt) -> bool:
+def is_written(root: Path, name: str, receipt: StrictConfig) -> bool:
     """True if `root` already holds the dataset of this receipt; False if `root` is free.
+
+    Args:
+        root: of the dataset.
+        name: of the receipt's file.
+        receipt: what makes it, and from what; a model with plain values.
 
     Raises:
         UserError: something else lies there.
     """
     path = root / name
     if path.is_file():
-        found = json.loads(path.read_text())
-        if found == json.loads(json.dumps(receipt)):
+        found = _read(path, type(receipt))
+        if found == receipt:
             return True
+        other = "unreadable" if found is None else _difference(_plain(found), _plain(receipt))
         raise UserError(
-            f"{root} already holds another dataset ({name}: {_difference(found, receipt)}); choose "
-            "another directory, or delete this one to write it anew"
+            f"{root} already holds another dataset ({name}: {other}); choose another directory, or "
+            "delete this one to write it anew"
         )
     if root.is_dir() and not any(root.iterdir()):
         return False
@@ -55,7 +60,7 @@ def is_written(root: Path, name: str, receipt: Receipt) -> bool:
 
 
 @contextmanager
-def writing_dataset(root: Path, name: str, receipt: Receipt) -> Iterator[Path | None]:
+def writing_dataset(root: Path, name: str, receipt: StrictConfig) -> Iterator[Path | None]:
     """A scratch directory that becomes `root` when the block ends, and vanishes when it raises.
 
     One process at a time: another one waits, and gets None if the dataset is there by then.
@@ -82,13 +87,13 @@ def _waiting_for(lock: FileLock, root: Path) -> AbstractContextManager[object]:
 
 
 @contextmanager
-def _writing_alone(root: Path, name: str, receipt: Receipt) -> Iterator[Path]:
+def _writing_alone(root: Path, name: str, receipt: StrictConfig) -> Iterator[Path]:
     scratch = root.parent / f".{root.name}.partial"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
         yield scratch
-        (scratch / name).write_text(json.dumps(receipt, indent=2))
+        (scratch / name).write_text(receipt.model_dump_json(indent=2))
         if root.is_dir():
             root.rmdir()  # empty: `is_written` has seen to it
         scratch.rename(root)
@@ -145,10 +150,18 @@ class DayWriter:
         self.close()
 
 
-def _difference(found: Any, wanted: Receipt) -> str:
-    if not isinstance(found, dict):
-        return "unreadable"
-    wanted = json.loads(json.dumps(wanted))
+def _read(path: Path, kind: type[StrictConfig]) -> StrictConfig | None:
+    try:
+        return kind.model_validate_json(path.read_text())
+    except ValidationError:
+        return None
+
+
+def _plain(receipt: StrictConfig) -> dict[str, Any]:
+    return receipt.model_dump(mode="json")
+
+
+def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
     for key in sorted({*found, *wanted}):
         here, there = found.get(key), wanted.get(key)
         if isinstance(here, dict) and isinstance(there, dict) and here != there:

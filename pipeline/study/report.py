@@ -26,6 +26,7 @@ from pipeline.study.statistics import (
 STUDY_REPORT = "study.html"
 SCOPE = "over seeds, given these evaluation days"
 """What an interval is an interval over; it says nothing about other days."""
+INCOMPLETE = "; n: seeds that finished, where not all did"
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,22 @@ class Cell:
     """Class of the difference in the page: good, bad, soft or none."""
 
     @classmethod
-    def of(cls, metric: str, found: Estimate | None, difference: Difference | None) -> "Cell":
-        """As it is shown."""
+    def of(
+        cls,
+        metric: str,
+        found: Estimate | None,
+        difference: Difference | None,
+        seeds: tuple[int, ...],
+    ) -> "Cell":
+        """As it is shown; with the number of its seeds where those are not all of the study's."""
         stands_out = (
             difference is not None and difference.excludes_zero and metric not in OF_A_TRIAL
         )
         tone = "soft"
         if difference is not None and stands_out:
             tone = {True: "good", False: "bad", None: ""}[is_better(metric, difference.diff)]
-        return cls(estimate(found), signed(difference), stands_out, tone)
+        mean = estimate(found) + _fewer(found, seeds)
+        return cls(mean, signed(difference) + _fewer(difference, seeds), stands_out, tone)
 
 
 def require_metrics(recipes: Iterable[Recipe], wanted: Sequence[str]) -> None:
@@ -90,6 +98,7 @@ def study_table(result: StudyResult, metrics: Sequence[str]) -> Table:
     title = (
         f"{result.recipe} {result.date}, {len(result.seeds)} seeds: mean +- 95% interval {SCOPE}; "
         f"difference to {first}, paired by seed, bold where its interval excludes 0"
+        f"{INCOMPLETE if result.failed else ''}"
     )
     table = _table(title, ("metric", "variant"), ("mean", "diff"))
     for metric in metrics:
@@ -147,7 +156,9 @@ def _marked(cells: Iterable[Cell]) -> Iterator[str]:
 def _cells(result: StudyResult, variant: str, metrics: Iterable[str]) -> list[Cell]:
     """Every metric of a variant."""
     found, paired = result.variants[variant], result.paired.get(variant, {})
-    return [Cell.of(metric, found.get(metric), paired.get(metric)) for metric in metrics]
+    return [
+        Cell.of(metric, found.get(metric), paired.get(metric), result.seeds) for metric in metrics
+    ]
 
 
 def write_study_report(result: StudyResult, metrics: Sequence[str], directory: Path) -> Path:
@@ -167,6 +178,7 @@ def write_study_report(result: StudyResult, metrics: Sequence[str], directory: P
         ],
         charts=[(metric, _chart(result, metric)) for metric in metrics],
         scope=SCOPE,
+        incomplete=INCOMPLETE if result.failed else "",
     )
     partial = directory / f"{STUDY_REPORT}.partial"
     partial.write_text(page)
@@ -205,6 +217,10 @@ def estimate(found: Estimate | None) -> str:
     digits = 4 if abs(found.mean) < 100 else 0
     mean = f"{found.mean:.{digits}f}"
     return mean if found.ci95 is None else f"{mean} +- {found.ci95:.{digits}f}"
+
+
+def _fewer(part: Estimate | Difference | None, seeds: tuple[int, ...]) -> str:
+    return "" if part is None or len(part.seeds) == len(seeds) else f" (n={len(part.seeds)})"
 
 
 def signed(difference: Difference | None) -> str:

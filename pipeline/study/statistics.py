@@ -43,6 +43,8 @@ class Difference(StrictConfig):
     diff: float
     ci95: float | None
     """Half the width of the paired 95% interval; None with one seed."""
+    seeds: tuple[int, ...]
+    """Seeds whose trial finished for both."""
 
     @property
     def excludes_zero(self) -> bool:
@@ -64,8 +66,9 @@ class StudyResult(StrictConfig):
     overrides: dict[str, tuple[str, ...]]
     """What each variant changes in the recipe."""
     failed: dict[str, str] = {}
-    """Trials that did not finish, as `variant/seed-N`, and why; their seeds count for no variant's
-    comparison."""
+    """Trials that did not finish, as `variant/seed-N`, and why. Their seeds count for no comparison
+    of that variant, and where it is the first one for none at all; means of other variants keep
+    them."""
 
 
 def is_better(metric: str, diff: float) -> bool | None:
@@ -115,7 +118,9 @@ def differences(
     found = {}
     for name in names:
         values = [trials[seed][name] - first[seed][name] for seed in seeds]
-        found[name] = Difference(diff=float(np.mean(values)), ci95=half_width(values))
+        found[name] = Difference(
+            diff=float(np.mean(values)), ci95=half_width(values), seeds=tuple(seeds)
+        )
     return found
 
 

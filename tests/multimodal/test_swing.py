@@ -5,7 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from multimodal.codes.config import Swing
+from multimodal.codes.pair_config import Swing
 from multimodal.codes.swing import UserLists, join_lists, swing_pairs, user_lists
 
 Log = tuple[np.ndarray, np.ndarray]

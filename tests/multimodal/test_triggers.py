@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import multimodal.codes.triggers
-from multimodal.codes.config import User2Item
+from multimodal.codes.pair_config import User2Item
 from multimodal.codes.triggers import IdVectors, trigger_pairs
 
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from safetensors.torch import load_file
 from small_log import DAYS, event, make_recipe, write_catalogue, write_day
 
 from deploy.app import main
@@ -28,6 +29,7 @@ CODES = {
             "cic": None,
         },
         **{"num_steps": 12, "warm_steps": 4, "batch_size": 64, "items_per_chunk": 16},
+        "learn_temperature": True,
         "swing": {"min_common_users": 2},
     },
     "rq": {"num_levels": 2, "codebook_size": 4},
@@ -156,8 +158,9 @@ def test_a_training_that_diverges_is_refused(
     days: Days, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
+    tiny = ["codes.vectors.temperature=1.0e-45", "codes.vectors.learn_temperature=false"]
     with in_one_process():
-        assert days.run(0, "codes.vectors.temperature=1.0e-45") == 2
+        assert days.run(0, *tiny) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "codes.vectors: the alignment loss is nan at step 1, so its vectors would" in said
     assert days.facts(0, "align")["training"]["steps"] == 12, "the artifact of before is there"
@@ -180,6 +183,18 @@ def test_a_new_encoder_moves_all_vectors_and_codes_go_on(days: Days) -> None:
     assert quantized["version"] == "v0002"
     assert quantized["refit"]["reasons"][0].startswith("the encoder changed from aligned:")
     assert quantized["stability"]["levels"][0] > 0.5
+
+
+def test_a_learned_temperature_goes_on_where_it_was(days: Days) -> None:
+    files = [days.folder / "runs" / DAYS[i] / "align" / "encoder.safetensors" for i in range(3)]
+    saved = [float(load_file(file)["temperature"]) for file in files]
+    assert saved[1] == saved[0]  # the second day trained nothing
+    trained = [days.facts(day, "align")["training"]["temperature"] for day in (0, 2)]
+    np.testing.assert_allclose([saved[0], saved[2]], trained, rtol=1e-6)
+    # AdamW moves the logarithm by its rate at most: 1e-3 that falls to nothing over 4 steps.
+    furthest = 1e-3 * (1 + 0.75 + 0.5 + 0.25) * 1.01
+    assert abs(np.log(saved[2] / saved[0])) < furthest
+    assert abs(np.log(saved[0] / 0.07)) > 2 * furthest, "else the first temperature is as near"
 
 
 def test_pairs_that_are_not_there_are_named(days: Days, capsys: pytest.CaptureFixture[str]) -> None:

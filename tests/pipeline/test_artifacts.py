@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 from filelock import Timeout
+from rich.console import Console
 
 from embedding.errors import UserError
 from pipeline import artifacts, lock
@@ -15,7 +17,7 @@ from pipeline.artifacts import Manifest, config_hash, publish, read_manifest, wr
 from pipeline.console import Reporter
 from pipeline.failures import user_error
 from pipeline.lock import exclusive, holder
-from pipeline.stages import StageOutput, StageSpec, execute, failure_file
+from pipeline.stages import StageOutput, StageSpec, execute, failure_file, failure_of, running_file
 from pipeline.status import stage_state
 
 MANIFEST = Manifest(stage="s", artifact_id="i", config_hash="c")
@@ -337,3 +339,18 @@ def test_full_disk_is_something_the_user_can_mend() -> None:
     error = OSError(28, "No space left on device", "runs/a")
 
     assert "disk is full while writing runs/a" in str(user_error(error))
+
+
+def test_files_that_are_read_back_say_their_version(tmp_path: Path) -> None:
+    def fails(scratch: Path) -> StageOutput:
+        note = json.loads(running_file(tmp_path / "a").read_text())
+        assert note["schema_version"] == 1
+        raise UserError("no luck")
+
+    with pytest.raises(UserError, match="no luck"):
+        execute(StageSpec("a", tmp_path / "a", {}, {}, fails), Reporter(Console(quiet=True)))
+
+    failed = failure_file(tmp_path / "a")
+    assert json.loads(failed.read_text()) == {"schema_version": 1, "stage": "a", "error": "no luck"}
+    failed.write_text('{"schema_version": 2, "stage": "a", "error": "later"}')
+    assert str(failure_of(tmp_path / "a")).startswith(f"{failed} cannot be read")

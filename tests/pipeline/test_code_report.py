@@ -5,6 +5,7 @@ import io
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +18,7 @@ from multimodal.codes.config import Codes
 from pipeline.artifacts import Manifest, publish
 from pipeline.codes.features import NearItems, codes_table
 from pipeline.codes.item_vectors import ItemVectors
+from pipeline.codes.lookup import CodesOfRun
 from pipeline.codes.quantize import quantize
 from pipeline.codes.report import (
     NUM_FIRST_CODES,
@@ -25,8 +27,15 @@ from pipeline.codes.report import (
     browse,
     code_section,
 )
+from pipeline.content.tasks import Catalogue
+from pipeline.recipe import load_recipe
+from pipeline.reports.item_cards import shown_catalogue
 from pipeline.stages import WARNINGS, StageRecord
 from pipeline.summary import summarize, warnings_of, write_summary
+
+
+def shown(root: Path) -> Catalogue:
+    return Catalogue(root, {"text": "text", "image": "image"})
 
 
 def catalogue(root: Path, num_items: int, *, titles: bool) -> None:
@@ -49,7 +58,7 @@ def test_the_most_frequent_codes_are_shown_with_their_items(tmp_path: Path) -> N
     ids = to_raw_ids(pa.array([f"i{i}" for i in range(num_items)])).to_numpy()
     pq.write_table(codes_table(ids, codes), tmp_path / "codes.parquet")
 
-    found = browse(tmp_path / "codes.parquet", tmp_path)
+    found = browse(tmp_path / "codes.parquet", shown(tmp_path))
 
     firsts = [int(code.prefix.split("-")[0]) for code in found]
     frequent = np.argsort(-np.bincount(codes[:, 0]), kind="stable")[:NUM_FIRST_CODES]
@@ -74,8 +83,28 @@ def test_items_without_a_title_show_their_text_or_id(tmp_path: Path) -> None:
     ids = to_raw_ids(pa.array(["i0", "i1", "i2"])).to_numpy()
     codes = np.zeros((3, 1), np.int32)
     pq.write_table(codes_table(ids, codes), tmp_path / "codes.parquet")
-    (code,) = browse(tmp_path / "codes.parquet", tmp_path)
+    (code,) = browse(tmp_path / "codes.parquet", shown(tmp_path))
     assert [item.title for item in code.shown] == ["item i0", "1 b c d e f g h", "2 b c d e f g h"]
+
+
+def test_the_columns_that_towers_of_codes_read_are_shown(tmp_path: Path) -> None:
+    catalogue(tmp_path, 2, titles=False)
+    items = pq.read_table(tmp_path / "items.parquet")
+    items = items.rename_columns(["item_id", "cover", "headline"])
+    pq.write_table(items.append_column("text", pa.array(["old"] * 2)), tmp_path / "items.parquet")
+    towers = "{text: {column: headline}, image: {column: cover}}"
+    codes = f"codes={{vectors: {{kind: towers, content: {towers}}}}}"
+    recipe = load_recipe("demo", [f"data.root={tmp_path}", "content={text: {}}", codes])
+    ids = to_raw_ids(pa.array(["i0", "i1"])).to_numpy()
+    pq.write_table(codes_table(ids, np.zeros((2, 1), np.int32)), tmp_path / "codes.parquet")
+
+    (code,) = browse(tmp_path / "codes.parquet", shown_catalogue(recipe))
+    table = pq.read_table(tmp_path / "codes.parquet")
+    names = CodesOfRun(tmp_path, "2024-01-01", Mock(), 0, table, recipe).names(ids.tolist())
+
+    assert [item.title for item in code.shown] == ["item i0", "1 b c d e f g h"]
+    assert [item.picture is not None for item in code.shown] == [False, True]
+    assert names[int(ids[1])] == ("i1", "1 b c d e f g h")
 
 
 def test_vq_codes_alone_have_no_browser(tmp_path: Path) -> None:
@@ -85,7 +114,7 @@ def test_vq_codes_alone_have_no_browser(tmp_path: Path) -> None:
         codes_table(np.arange(2), none, None, NearItems(np.arange(2), near)),
         tmp_path / "codes.parquet",
     )
-    assert browse(tmp_path / "codes.parquet", tmp_path) == []
+    assert browse(tmp_path / "codes.parquet", shown(tmp_path)) == []
 
 
 def test_the_section_says_what_the_stage_found(tmp_path: Path) -> None:
@@ -114,7 +143,7 @@ def test_the_section_says_what_the_stage_found(tmp_path: Path) -> None:
     assert sharing > 0
 
     pages = [
-        " ".join(rendered(code_section(tmp_path, tmp_path / day, "click")).split())
+        " ".join(rendered(code_section(shown(tmp_path), tmp_path / day, "click")).split())
         for day in ("2026-01-01", "2026-01-02")
     ]
 

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from deploy.bundle import Bundle
 from embedding.config import StrictConfig
 from embedding.errors import UserError
+from pipeline.codes.align_stage import alignment_settings
 from pipeline.config import Recipe
 from pipeline.identity import ingest_config, samples_config, training_config
 from pipeline.recipe import load_recipe
@@ -141,6 +142,18 @@ def test_code_features_are_not_written_by_hand(tmp_path: Path) -> None:
     data["features"]["sparse"].append({"name": "sid_0", "table": "item", "source": "codes"})
     with pytest.raises(ValidationError, match="follow from the section codes; remove those"):
         Recipe.model_validate(data)
+
+
+def test_what_holds_activations_makes_another_alignment_with_dropout_only(tmp_path: Path) -> None:
+    codes = {"vectors": {"kind": "aligned", "content": {"text": {}}}}
+    path, fewer = write(tmp_path, small(tmp_path, codes)), "codes.vectors.items_per_chunk=8"
+    content = "codes.vectors.content"
+    for dropout in ("text.lora.dropout=0.1", "fusion={kind: fq_former, dropout: 0.1}"):
+        drops = f"{content}.{dropout}"
+        for given, equal in (((), True), ((drops,), False)):
+            first = alignment_settings(load_recipe(path, given))
+            second = alignment_settings(load_recipe(path, [*given, fewer]))
+            assert (first == second) is equal
 
 
 def test_no_more_earlier_positives_are_asked_for_than_a_history_keeps(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from small_log import DAYS, Row, event, file_bytes, make_recipe, write_catalogue
 
 from embedding.config import HistoryConfig
 from embedding.errors import UserError
-from multimodal.codes.config import Swing, User2Item
+from multimodal.codes.pair_config import Swing, User2Item
 from multimodal.codes.triggers import IdVectors
 from pipeline.cluster import RaySession
 from pipeline.codes import mine_pairs as mining

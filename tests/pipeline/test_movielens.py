@@ -334,6 +334,18 @@ def spoil(path: str, old: str, new: str) -> Callable[[Path], None]:
         ("plots", spoil("items.csv", "title", "name"), r"items\.csv: its header .* title"),
         ("plots", spoil("items.csv", "s/10.jpg", "s/11.jpg"), r"poster posters/11\.jpg"),
         ("plots", spoil("users.csv", "sex", "gender"), r"lacks \['sex'\]"),
+        ("plots", spoil("users.csv", ",85711", ""), r"users\.csv, line 2: .*column 'zip_code'"),
+        ("plots", spoil("users.csv", "1,24,M,technician,85711", "1"), r"line 2: .*column 'age'"),
+        ("plots", spoil("users.csv", "1,24,", "1,99999,"), r"users\.csv, line 2: .*16 bits"),
+        ("plots", spoil("items.csv", "1995.0", "unknown"), r"items\.csv, line 3: .*'year' is 'unk"),
+        ("plots", spoil("items.csv", "1995.0", "inf"), r"items\.csv, line 3: .*'year' is 'inf'"),
+        (
+            "plots",
+            spoil("items.csv", "1995.0", "40000"),
+            r"items\.csv, line 3: .*'year' is '40000'",
+        ),
+        ("1m", spoil("movies.dat", "10::", f"{10**19}::"), r"movies\.dat, line 1: .*'MovieID'"),
+        ("100k", spoil("u.data", str(T0 + 70), f"{T0}000"), rf"line 3: .* timestamp {T0}000"),
     ],
 )
 def test_sources_that_do_not_fit_are_named(

@@ -70,6 +70,7 @@ def test_differences_are_paired_by_seed() -> None:
     # Differences 0.03 and 0.01: standard deviation 0.0141421; t with 1 degree: 12.706205.
     assert found.ci95 == pytest.approx(12.706205 * 0.0141421 / 2**0.5, rel=1e-5)
     assert not found.excludes_zero
+    assert set(found.seeds) == {0, 2}
 
 
 def test_one_seed_has_no_interval() -> None:
@@ -486,6 +487,43 @@ def result_of(auc: dict[str, dict[str, list[float]]]) -> StudyResult:
         paired={n: differences(by, trials[first]) for n, by in trials.items() if n != first},
         overrides=dict.fromkeys(trials, ()),
     )
+
+
+def test_figures_of_fewer_seeds_say_how_many(tmp_path: Path) -> None:
+    """A seed of the first variant failed: comparisons lose it, the other's mean does not."""
+    auc = {
+        "first": {0: 0.5, 2: 0.7},
+        "whole": {0: 0.6, 1: 0.1, 2: 0.8},
+        "half": {1: 0.4, 2: 0.9},
+    }
+    trials = {name: {s: {"click.auc": v} for s, v in by.items()} for name, by in auc.items()}
+    result = StudyResult(
+        recipe="r",
+        date="2024-01-01",
+        seeds=(0, 1, 2),
+        variants={name: estimates(by) for name, by in trials.items()},
+        paired={n: differences(trials[n], trials["first"]) for n in ("whole", "half")},
+        overrides=dict.fromkeys(trials, ()),
+        failed={"first/seed-1": "gone", "half/seed-0": "gone"},
+    )
+
+    table = study_table(result, ["click.auc"])
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(table)
+    rows = [line.split() for line in captured.get().splitlines()]
+    shown = {name: row for row in rows for name in auc if name in row[:2]}
+
+    assert shown["first"][-1] == "(n=2)"
+    whole = shown["whole"]
+    assert whole[whole.index("whole") + 1] == "0.5000"  # of three seeds
+    assert whole[-1] == "(n=2)"
+    assert whole.count("(n=2)") == 1
+    assert shown["half"][-2:] == ["+0.2000", "(n=1)"]  # 0.9 - 0.7
+    assert "n: seeds that finished" in " ".join(str(table.title).split())
+    page = write_study_report(result, ["click.auc"], tmp_path).read_text()
+    assert "+0.2000 (n=1)" in page
+    assert "n: seeds that finished" in page
 
 
 ROWS = {"cold": 30, "popular": 1200}

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from embedding.checkpoint_files import read_manifest
-from embedding.checksums import file_sha256
 from embedding.config import ManagedCollision, StrictConfig
 from embedding.errors import UserError
+from embedding.files import file_sha256
 from embedding.hashing import NO_ID
 from embedding.stored import read_companion, read_dense, read_id_map, read_tables
 from multimodal.content_head import trained_vectors

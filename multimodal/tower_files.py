@@ -10,8 +10,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from embedding.checksums import file_sha256
 from embedding.errors import UserError
+from embedding.files import file_sha256
 from multimodal.content_config import TINY, ImageTower, TextTower
 
 TOKENS_FORMAT = 2

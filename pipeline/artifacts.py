@@ -6,7 +6,6 @@ leaves nothing half-visible and the next run finds either the whole artifact or 
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +15,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
-from embedding.checksums import file_sha256
 from embedding.config import StrictConfig
 from embedding.errors import UserError
+from embedding.files import file_sha256, write_durably
 
 MANIFEST = "manifest.json"
 RESUME = "resume"
@@ -174,19 +173,6 @@ def damaged_files(directory: Path, *, thorough: bool) -> list[str]:
         if not (directory / name).is_file()
         or (thorough and file_sha256(directory / name) != checksum)
     ]
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Replace a file in one move, on disk before the call returns."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
 
 
 def _reveal(scratch: Path, directory: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from embedding.config import StrictConfig
-from pipeline.artifacts import write_durably
+from embedding.files import write_durably
 from pipeline.failures import last_line, user_error
 
 LAST_RUN = "last_run.json"

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from embedding.config import StrictConfig
 from embedding.errors import UserError
-from pipeline.artifacts import write_durably
+from embedding.files import write_durably
 
 CHANGE_TIMEOUT_S = 10.0
 LOOK_TIMEOUT_S = 1.0

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from embedding.config import StrictConfig
 from embedding.errors import UserError
-from pipeline.artifacts import write_durably
+from embedding.files import write_durably
 
 NAME_FILE = "recipe_name.json"
 

@@ -12,8 +12,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from embedding.errors import UserError
+from embedding.files import write_durably
 from embedding.yaml_text import load_yaml
-from pipeline.artifacts import write_durably
 from pipeline.config import Recipe
 
 RECIPES = Path(__file__).parent / "recipes"

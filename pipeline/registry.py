@@ -13,8 +13,8 @@ from typing import Literal
 
 from embedding.config import StrictConfig
 from embedding.errors import UserError
-from embedding.links import link_or_copy
-from pipeline.artifacts import Manifest, read_manifest, write_durably
+from embedding.files import link_or_copy, write_durably
+from pipeline.artifacts import Manifest, read_manifest
 from pipeline.lock import changing
 
 PRODUCTION = "production.json"

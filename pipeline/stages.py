@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from rich.markup import escape
 
 from embedding.config import StrictConfig
+from embedding.files import write_durably
 from pipeline.artifacts import (
     Manifest,
     abandoned,
@@ -20,7 +21,6 @@ from pipeline.artifacts import (
     finish_interrupted,
     publish,
     read_manifest,
-    write_durably,
     writing,
 )
 from pipeline.console import Reporter, duration, human

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from embedding.config import StrictConfig
+from embedding.files import write_durably
 from pipeline.artifacts import read_manifest
 from pipeline.codes.paths import STAGE as QUANTIZE
 from pipeline.codes.quantize_facts import collapse_warning
@@ -164,6 +165,5 @@ def _stages(records: list[StageRecord]) -> dict[str, StageSummary]:
 
 def write_summary(summary: Summary, directory: Path) -> Path:
     """Write `summary.json` in one move."""
-    partial = directory / f"{SUMMARY}.partial"
-    partial.write_text(summary.model_dump_json(indent=2))
-    return partial.replace(directory / SUMMARY)
+    write_durably(directory / SUMMARY, summary.model_dump_json(indent=2))
+    return directory / SUMMARY

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 from embedding.config import StrictConfig
 from embedding.errors import UserError
-from embedding.links import link_or_copy
+from embedding.files import link_or_copy
 from pipeline.artifacts import RESUME
 from pipeline.config import Recipe
 from pipeline.console import Reporter

@@ -19,13 +19,13 @@ from embedding import samples as columns
 from embedding.checkpoint import Checkpointer, load_into
 from embedding.checkpoint_files import BUFFERS, COMPANION, step_directory
 from embedding.errors import UserError
+from embedding.files import write_durably
 from embedding.loader import SampleFiles, SampleLoader
 from embedding.memory import keep_freed_memory
 from embedding.notices import divert_library_notices
 from embedding.planning.plan_description import PlanDescription
 from embedding.shard import Sharded, shard
 from embedding.warm_start import WarmStartReport
-from pipeline.artifacts import write_durably
 from pipeline.config import Recipe
 from pipeline.content.paths import ContentPaths
 from pipeline.devices import own_device
@@ -110,9 +110,7 @@ def _train(job: TrainJob, content: "RankContent | None", device: torch.device) -
             warm_start=None if carried is None else carried.model_dump(mode="json"),
             content=record.content,
         )
-        partial = job.resume / f"{RESULT}.partial"
-        partial.write_text(result.model_dump_json(indent=2))
-        partial.replace(job.resume / RESULT)
+        write_durably(job.resume / RESULT, result.model_dump_json(indent=2))
 
 
 def predict_worker(job: EvaluateJob) -> None:

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from embedding.config import StrictConfig
 from embedding.errors import UserError
-from embedding.links import link_tree
+from embedding.files import link_tree, write_durably
 from multimodal.codes.config import Codes
 from multimodal.codes.match import Carry, fresh
 from multimodal.codes.metrics import CodeMetrics, Stability
@@ -106,7 +106,7 @@ def publish_version(
             "fingerprint": codebooks.fingerprint,
         }
     )
-    (scratch / MANIFEST).write_text(stamped.model_dump_json(indent=2))
+    write_durably(scratch / MANIFEST, stamped.model_dump_json(indent=2))
     scratch.rename(directory)
     return directory
 

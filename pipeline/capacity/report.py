@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.box import SIMPLE
 from rich.table import Table
 
@@ -13,6 +12,7 @@ from pipeline.capacity.types import CapacityAnswer, CapacityPoint
 from pipeline.console import duration, human
 from pipeline.planning.tables_view import size
 from pipeline.reports import charts
+from pipeline.reports.page import write_page
 
 GIB = 1 << 30
 _TERMINAL_ROWS = 24
@@ -85,10 +85,9 @@ def _lasts(point: CapacityPoint) -> str:
 
 def write_capacity_report(answer: CapacityAnswer, path: Path) -> None:
     """The page, written in one move."""
-    environment = Environment(
-        loader=PackageLoader("pipeline"), autoescape=True, undefined=StrictUndefined
-    )
-    page = environment.get_template("capacity.html.j2").render(
+    write_page(
+        path,
+        "capacity.html.j2",
         recipe=answer.recipe,
         answer=answer.answer,
         tiles=_tiles(answer),
@@ -104,9 +103,6 @@ def write_capacity_report(answer: CapacityAnswer, path: Path) -> None:
         num_points=len(answer.points),
         seconds=duration(answer.seconds),
     )
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(page)
-    partial.replace(path)
 
 
 def _tiles(answer: CapacityAnswer) -> list[dict[str, str]]:

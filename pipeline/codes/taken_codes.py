@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from embedding.errors import UserError
-from embedding.links import link_or_copy
+from embedding.files import link_or_copy
 from embedding.raw_ids import to_raw_ids
 from multimodal.codes.config import Codes
 from multimodal.codes.refit import RefitDecision

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from embedding.checkpoint_files import latest_step, step_directory
 from pipeline.artifacts import Manifest, read_manifest
@@ -19,6 +18,7 @@ from pipeline.content.stage import STORES
 from pipeline.content.view import content_charts
 from pipeline.reports import charts
 from pipeline.reports.item_cards import shown_catalogue
+from pipeline.reports.page import write_page
 from pipeline.reports.warm_start_view import redrawn_rows, warm_start_line
 from pipeline.samples.table_ids import table_ids
 from pipeline.stages import WARNINGS
@@ -31,10 +31,9 @@ MIB = 1 << 20
 
 def write_report(recipe: Recipe, summary: Summary, directory: Path) -> Path:
     """Write the report of a finished run in one move."""
-    environment = Environment(
-        loader=PackageLoader("pipeline"), autoescape=True, undefined=StrictUndefined
-    )
-    page = environment.get_template("report.html.j2").render(
+    return write_page(
+        directory / REPORT,
+        "report.html.j2",
         summary=summary,
         group_by=recipe.evaluation.group_by,
         rare_max_events=recipe.evaluation.rare_max_events,
@@ -57,9 +56,6 @@ def write_report(recipe: Recipe, summary: Summary, directory: Path) -> Path:
         **_ids(recipe, directory / "join"),
         **_plan(directory / "plan"),
     )
-    partial = directory / f"{REPORT}.partial"
-    partial.write_text(page)
-    return partial.replace(directory / REPORT)
 
 
 def _tiles(recipe: Recipe, summary: Summary) -> list[dict[str, str]]:

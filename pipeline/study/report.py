@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.box import SIMPLE
 from rich.table import Table
 
@@ -14,6 +13,7 @@ from pipeline.config import Recipe
 from pipeline.evaluate import SLICES
 from pipeline.recipe import nearest_name
 from pipeline.reports import charts
+from pipeline.reports.page import write_page
 from pipeline.study.statistics import (
     METRICS,
     OF_A_TRIAL,
@@ -163,10 +163,9 @@ def _cells(result: StudyResult, variant: str, metrics: Iterable[str]) -> list[Ce
 
 def write_study_report(result: StudyResult, metrics: Sequence[str], directory: Path) -> Path:
     """Write `study.html` in one move."""
-    environment = Environment(
-        loader=PackageLoader("pipeline"), autoescape=True, undefined=StrictUndefined
-    )
-    page = environment.get_template("study.html.j2").render(
+    return write_page(
+        directory / STUDY_REPORT,
+        "study.html.j2",
         result=result,
         first=next(iter(result.variants)),
         tables=[
@@ -180,9 +179,6 @@ def write_study_report(result: StudyResult, metrics: Sequence[str], directory: P
         scope=SCOPE,
         incomplete=INCOMPLETE if result.failed else "",
     )
-    partial = directory / f"{STUDY_REPORT}.partial"
-    partial.write_text(page)
-    return partial.replace(directory / STUDY_REPORT)
 
 
 def _section(result: StudyResult, title: str, columns: Mapping[str, str]) -> dict[str, Any]:

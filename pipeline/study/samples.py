@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from embedding.errors import UserError
-from embedding.links import link_tree
+from embedding.files import link_tree
 from pipeline.artifacts import config_hash, damaged_files, read_manifest
 from pipeline.codes.align_stage import alignment_settings
 from pipeline.config import Recipe

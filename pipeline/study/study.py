@@ -14,6 +14,7 @@ import ray
 from rich.markup import escape
 
 from embedding.errors import UserError
+from embedding.files import write_durably
 from embedding.yaml_text import load_yaml
 from pipeline.artifacts import read_manifest
 from pipeline.cluster import RaySession, require_absolute
@@ -291,9 +292,7 @@ class Study:
             failed=failed,
         )
         path = self.out / STUDY_FILE
-        partial = path.with_suffix(".partial")
-        partial.write_text(result.model_dump_json(indent=2))
-        partial.replace(path)
+        write_durably(path, result.model_dump_json(indent=2))
         return result
 
 

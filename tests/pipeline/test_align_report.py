@@ -6,7 +6,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from embedding.raw_ids import to_raw_ids
@@ -16,6 +15,7 @@ from pipeline.codes.align_report import align_section
 from pipeline.codes.mine_pairs import PairFacts
 from pipeline.config import Recipe
 from pipeline.content.stage import ContentFacts
+from pipeline.reports.page import render
 from tests.pipeline.small_log import make_recipe
 
 NAMES = [f"i{i}" for i in range(6)]
@@ -93,10 +93,7 @@ def write_run(out: Path, day: str, *, previous: str | None, encoder: str, **fact
 
 
 def page(section: dict[str, Any] | None) -> str:
-    environment = Environment(
-        loader=PackageLoader("pipeline"), autoescape=True, undefined=StrictUndefined
-    )
-    return environment.get_template("align.html.j2").render(align=section)
+    return render("align.html.j2", align=section)
 
 
 def test_a_later_run_shows_the_pairs_that_its_encoder_was_trained_on(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from unittest.mock import Mock
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from embedding.raw_ids import to_raw_ids
@@ -30,6 +29,7 @@ from pipeline.codes.report import (
 from pipeline.content.tasks import Catalogue
 from pipeline.recipe import load_recipe
 from pipeline.reports.item_cards import shown_catalogue
+from pipeline.reports.page import render
 from pipeline.stages import WARNINGS, StageRecord
 from pipeline.summary import summarize, warnings_of, write_summary
 
@@ -159,10 +159,7 @@ def test_the_section_says_what_the_stage_found(tmp_path: Path) -> None:
 
 
 def rendered(section: dict[str, Any] | None) -> str:
-    environment = Environment(
-        loader=PackageLoader("pipeline"), autoescape=True, undefined=StrictUndefined
-    )
-    return environment.get_template("codes.html.j2").render(codes=section)
+    return render("codes.html.j2", codes=section)
 
 
 def test_the_summary_warns_of_vectors_that_hardly_differ(tmp_path: Path) -> None:

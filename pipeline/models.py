@@ -9,6 +9,7 @@ from rich.table import Table
 
 from embedding.config import StrictConfig
 from pipeline.registry import (
+    LEARNED_UP_TO,
     Promotions,
     PublishedModel,
     promotions,
@@ -26,6 +27,9 @@ class ModelEntry(StrictConfig):
 
     date: str
     """Of the run that trained it."""
+    learned_up_to: str
+    """The last day it was trained on: earlier than `date` with `window.validation_days`, later with
+    `publish.catch_up`."""
     artifact_id: str
     published_at: str
     """UTC, ISO 8601."""
@@ -72,11 +76,12 @@ def current_model(out: Path) -> CurrentModel:
 
 def models_table(found: ModelList) -> Table:
     """One row a bundle."""
-    table = Table("state", "date", "published", "bundle")
+    table = Table("state", "date", "learned up to", "published", "bundle")
     for entry in found.models:
         style = _STYLE[entry.state]
         state = f"[{style}]{entry.state}[/]" if style else entry.state
-        table.add_row(state, entry.date, entry.published_at, escape(entry.bundle))
+        when = entry.learned_up_to, entry.published_at
+        table.add_row(state, entry.date, *when, escape(entry.bundle))
     return table
 
 
@@ -84,6 +89,7 @@ def _entry(model: PublishedModel, past: Promotions) -> ModelEntry:
     identity = model.manifest.artifact_id
     return ModelEntry(
         date=model.date,
+        learned_up_to=model.manifest.facts[LEARNED_UP_TO],
         artifact_id=identity,
         published_at=model.manifest.created_at,
         state=_state(identity, past),

@@ -20,6 +20,8 @@ from pipeline.lock import changing
 PRODUCTION = "production.json"
 MODELS = "models"
 BUNDLE = "bundle"
+LEARNED_UP_TO = "learned_up_to"
+"""Fact of a published bundle: the last day that its model was trained on."""
 TRAINING = "training"
 """Fact of a published bundle: the stage whose model it holds."""
 

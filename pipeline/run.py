@@ -34,7 +34,7 @@ from pipeline.lineage import parent_of
 from pipeline.metrics_file import METRICS_FILE
 from pipeline.plan import is_of_cluster, plan, plan_inputs, training_shape
 from pipeline.publication import Publish
-from pipeline.registry import TRAINING, production_before
+from pipeline.registry import LEARNED_UP_TO, TRAINING, production_before
 from pipeline.rival import EvaluatedRows, rival_of
 from pipeline.samples.held_out import require_held_out
 from pipeline.samples.ingest import check_span, ingest
@@ -312,7 +312,10 @@ class DayRun:
             if self.recipe.publish.catch_up:
                 training = training_to_publish(training.parent)
             output = self.publish(self.recipe, training, scratch)
-            output.facts[TRAINING] = training.name
+            trained = read_manifest(training)
+            assert trained is not None
+            last = trained.facts["days"][-1]
+            output.facts.update({TRAINING: training.name, LEARNED_UP_TO: last})
             # What later gates compare with belongs to the bundle.
             shutil.copyfile(self.directory("evaluate") / METRICS_FILE, scratch / METRICS_FILE)
             return output

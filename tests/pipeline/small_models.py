@@ -52,6 +52,10 @@ def write_model(
         (scratch / "bundle").mkdir()
         (scratch / "bundle" / "weights").write_text(identity)
         manifest = Manifest(
-            stage="publish", artifact_id=identity, config_hash="", inputs={"train": train}
+            stage="publish",
+            artifact_id=identity,
+            config_hash="",
+            inputs={"train": train},
+            facts={"training": "train", "learned_up_to": (days or [day])[-1]},
         )
         publish(scratch, directory, manifest)

@@ -52,7 +52,7 @@ def run_day(
         "train": {"days": run.training_days(), "parent": run.parent},
         "evaluate": {},
         "gate": {"passed": passed, "reasons": []},
-        **({"publish": {}} if passed else {}),
+        **({"publish": {"learned_up_to": DAYS[day], "training": "train"}} if passed else {}),
     }
     for stage, values in facts.items():
         (spec,) = run.specs(stage)

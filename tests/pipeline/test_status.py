@@ -144,7 +144,7 @@ def test_a_long_note_is_not_cut_in_a_pipe(
 ) -> None:
     out = write_runs(tmp_path, 1)
     note = "word " * 200 + "end"
-    failure_file(out / DAYS[0] / "train").write_text(json.dumps({"error": note}))
+    failure_file(out / DAYS[0] / "train").write_text(json.dumps({"stage": "train", "error": note}))
 
     assert main(["status", "--out", str(out)]) == 0
     assert note in capsys.readouterr().out

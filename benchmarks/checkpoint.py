@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import torch.distributed as dist
+import workload
 from torch import nn
 
 from embedding.checkpoint import Checkpointer
@@ -105,12 +106,15 @@ def build(rows: int) -> Sharded:
         for name in ("item", "user")
     )
     features = tuple(SparseFeature(name=f"{t.name}_id", table=t.name) for t in tables)
+    model = TablesOnly(FeatureSchema(tables=tables, sparse=features))
+    optimizer, device = Adagrad(), torch.device("cpu")
     sharded = shard(
-        TablesOnly(FeatureSchema(tables=tables, sparse=features)),
-        optimizer=Adagrad(),
+        model,
+        optimizer=optimizer,
         sharding=ShardingConfig(),
         dense_optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
-        device=torch.device("cpu"),
+        device=device,
+        plan=workload.plan_here(model, optimizer, device),
     )
     sharded.initialize(seed=0)
     for piece in sharded.shards:

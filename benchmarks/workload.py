@@ -3,12 +3,14 @@
 import logging
 import os
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from embedding.arrow import SingleIds
@@ -19,11 +21,16 @@ from embedding.config import (
     RowWiseAdagrad,
     ShardingConfig,
     SparseFeature,
+    SparseOptimizer,
     TableConfig,
 )
+from embedding.planning.demand import step_settings
+from embedding.planning.plan_description import PlanDescription
+from embedding.planning.planner import PlanRequest, plan_tables
+from embedding.planning.topology import local_shape
 from embedding.samples import KEYS
 from embedding.shard import Sharded, shard
-from embedding.tables import EmbeddedBatch
+from embedding.tables import EmbeddedBatch, EmbeddingTables
 from ranking.classifier_config import DcnV2, DeepFm, Ipnn
 from ranking.compatibility import table_widths
 from ranking.config import ModelConfig, RankingConfig, TaskConfig, TrainerConfig
@@ -133,19 +140,35 @@ def build_sharded(
     optimizer: RowWiseAdagrad = RowWiseAdagrad(),  # noqa: B008 # frozen
 ) -> Sharded:
     """The model, sharded over the process group."""
-    model = RankingModel(schema, settings, tables_device=torch.device("meta"))
+    ranking = RankingModel(schema, settings, tables_device=torch.device("meta"))
+    model = RankingStep(ranking, settings)
     adam = settings.trainer.dense_optimizer
     sharded = shard(
-        RankingStep(model, settings),
+        model,
         optimizer=optimizer,
         sharding=ShardingConfig(),
         dense_optimizer=lambda parameters: torch.optim.AdamW(
             parameters, lr=adam.learning_rate, weight_decay=adam.weight_decay, fused=True
         ),
         device=device,
+        plan=plan_here(model, optimizer, device),
     )
     sharded.initialize(seed=0)
     return sharded
+
+
+def plan_here(
+    model: nn.Module, optimizer: SparseOptimizer, device: torch.device
+) -> PlanDescription:
+    """A plan for the running process group; every rank makes the same."""
+    sharding = ShardingConfig()
+    request = PlanRequest(
+        schema=cast(EmbeddingTables, model.tables).schema,
+        shape=local_shape(sharding, dist.get_world_size(), device),
+        settings=step_settings(1024, optimizer, sharding),
+        tables_path=next(name for name, each in model.named_modules() if each is model.tables),
+    )
+    return plan_tables(request)
 
 
 def _arrow_schema() -> pa.Schema:

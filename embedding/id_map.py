@@ -39,6 +39,11 @@ def owner_of(ids: Tensor, world_size: int) -> Tensor:
     return ids // -(-MANAGED_ID_RANGE // world_size)
 
 
+def owned_by(ids: Tensor, rank: int, world_size: int) -> Tensor:
+    """Places of the ids that `rank` owns, ascending; rows without an id have none."""
+    return ((ids != NO_ID) & (owner_of(ids, world_size) == rank)).nonzero().squeeze(1)
+
+
 def rows_of_module(module: MCHManagedCollisionModule) -> tuple[int, int]:
     """First global row of the module, and the row after the last one."""
     start = module._output_global_offset
@@ -125,30 +130,26 @@ class Insertion:
 
 
 def insert_ids(
-    module: MCHManagedCollisionModule, saved: dict[str, Tensor], rank: int, world_size: int
+    module: MCHManagedCollisionModule, saved_rows_K: Tensor, saved: dict[str, Tensor]
 ) -> Insertion:
-    """Choose rows of this shard for all saved ids that it owns now.
+    """Choose rows of this shard for the saved ids that it owns now (`owned_by`).
 
     Args:
         module: of this rank, any state.
-        saved: `ids` and metadata by row, of the whole table or of blocks already filtered.
-        rank: whose ids to keep.
-        world_size: of the running group.
+        saved_rows_K: saved rows of these ids, ascending.
+        saved: `ids` and metadata, (K,) each.
     """
-    ids = saved["ids"]
-    mine = ((ids != NO_ID) & (owner_of(ids, world_size) == rank)).nonzero().squeeze(1)
     capacity = module._zch_size - 1  # the last row is the unknown row
-    num_dropped = max(0, mine.numel() - capacity)
+    num_dropped = max(0, saved_rows_K.numel() - capacity)
     if num_dropped:
-        value = _value({name: values[mine] for name, values in saved.items()})
-        best = value.argsort(descending=True, stable=True)[:capacity]
-        mine = mine[best.sort().values]
+        best = _value(saved).argsort(descending=True, stable=True)[:capacity].sort().values
+        saved_rows_K, saved = saved_rows_K[best], {name: v[best] for name, v in saved.items()}
     state = {}
     for name, values in saved.items():
         empty = NO_ID if name == "ids" else 0
         state[name] = torch.full((module._zch_size,), empty, dtype=torch.int64)
-        state[name][: mine.numel()] = values[mine]
-    return Insertion(saved_rows_K=mine, state=state, num_dropped=num_dropped)
+        state[name][: values.numel()] = values
+    return Insertion(saved_rows_K=saved_rows_K, state=state, num_dropped=num_dropped)
 
 
 def _value(metadata: dict[str, Tensor]) -> Tensor:

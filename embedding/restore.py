@@ -11,22 +11,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from embedding.capture import dense_buffers, set_rng_states, state_name
-from embedding.checkpoint_files import BUFFERS, COMPANION, CheckpointManifest, ManagedClock
+from embedding.checkpoint_files import BUFFERS, COMPANION, CheckpointManifest
 from embedding.config import ManagedCollision
 from embedding.errors import UserError
-from embedding.id_map import (
-    Insertion,
-    PendingIds,
-    insert_ids,
-    managed_modules,
-    owner_of,
-    rows_of_module,
-    set_by_row,
-    set_pending,
-)
+from embedding.id_map import Insertion, insert_ids, managed_modules, set_by_row, set_pending
 from embedding.managed_collision import reset_states
 from embedding.placement import TableShard, flush_caches
 from embedding.row_carry import RowCarry
+from embedding.saved_ids import SavedIds
 from embedding.shard import Sharded
 from embedding.stored import BLOCK_BYTES, CheckpointReader
 
@@ -62,16 +54,16 @@ class Restorer:
         flush_caches(shards, forget=False)  # a kernel's other tables keep what is cached
         module = managed_modules(self._sharded.model).get(name)
         insertion = None
-        if module is not None and not self._same_segments(name):
-            saved = self._saved_map(name)
-            insertion = insert_ids(module, saved, self._rank, self._world_size)
-            self.dropped_ids[name] = insertion.num_dropped
-            set_by_row(module, insertion.state)
-        elif module is not None:
-            start, stop = rows_of_module(module)
-            set_by_row(module, self._saved_map(name, start, stop))
         if module is not None:
-            set_pending(module, *self._pending(name))
+            table = self._sharded.schema.table(name)
+            saved = SavedIds(self._reader, self._manifest, table, module)
+            if saved.stay:
+                set_by_row(module, saved.of_rows())
+            else:
+                insertion = insert_ids(module, *saved.owned())
+                self.dropped_ids[name] = insertion.num_dropped
+                set_by_row(module, insertion.state)
+            set_pending(module, *saved.pending())
         for shard in shards:
             if insertion is not None:
                 self._move_rows(shard, insertion)
@@ -251,49 +243,6 @@ class Restorer:
                 unknown_sum += block[inside].sum(dim=0, keepdim=True)
             # Every shard has one unknown row; the new ones start from the mean of the old ones.
             target[-1:] = (unknown_sum / unknown.numel()).to(target.device)
-
-    def _same_segments(self, table: str) -> bool:
-        module = managed_modules(self._sharded.model)[table]
-        saved = self._manifest.segments(table)
-        return (
-            len(saved) == self._world_size
-            and saved[self._rank] == rows_of_module(module)
-            and saved[-1][1] == self._sharded.schema.table(table).num_embeddings
-        )
-
-    def _saved_map(self, table: str, start: int = 0, stop: int | None = None) -> dict[str, Tensor]:
-        prefix = f"managed/{table}/"
-        state = {}
-        for name in self._reader.names(prefix):
-            if name.startswith(f"{prefix}pending/"):
-                continue
-            num_rows = (stop or self._reader.size(name)[0]) - start
-            values = torch.empty(num_rows, dtype=torch.int64)
-            self._reader.read_into(name, values, [start])
-            state[name.removeprefix(prefix)] = values
-        return state
-
-    def _pending(self, table: str) -> tuple[PendingIds, ManagedClock]:
-        prefix = f"managed/{table}/pending/"
-        saved = {
-            name.removeprefix(prefix): self._reader.read(name)
-            for name in self._reader.names(prefix)
-        }
-        clocks = [facts.clocks[table] for facts in self._manifest.ranks]
-        ids = saved.pop("ids", torch.empty(0, dtype=torch.int64))
-        if self._same_segments(table):
-            counts = [clock.num_pending for clock in clocks]
-            first = sum(counts[: self._rank])
-            mine = torch.arange(first, first + counts[self._rank])
-            clock = clocks[self._rank]
-        else:
-            mine = (owner_of(ids, self._world_size) == self._rank).nonzero().squeeze(1)
-            clock = ManagedClock(
-                iteration=max(clock.iteration for clock in clocks),
-                last_eviction=max(clock.last_eviction for clock in clocks),
-                num_pending=mine.numel(),
-            )
-        return PendingIds(ids[mine], {name: v[mine] for name, v in saved.items()}), clock
 
     def _set_step(self, shard: TableShard) -> None:
         step = self._manifest.tables[shard.table.name].step

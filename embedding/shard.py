@@ -38,13 +38,11 @@ from embedding.placement import (
     sharded_collections,
     table_shards,
 )
-from embedding.planning.demand import step_settings
 from embedding.planning.plan import plan_of
 from embedding.planning.plan_description import PlanDescription
-from embedding.planning.planner import PlanRequest, plan_tables
 from embedding.planning.prediction import refuse_other_sizes
 from embedding.planning.sharders import make_sharders
-from embedding.planning.topology import local_shape, ranks_per_host, use_hosts_of
+from embedding.planning.topology import ranks_per_host, use_hosts_of
 from embedding.row_optimizer import RowOptimizer
 from embedding.tables import EmbeddingTables
 from embedding.unpooled_cpu import mend_unpooled_lookups
@@ -118,7 +116,7 @@ def shard(
     sharding: ShardingConfig,
     dense_optimizer: DenseOptimizer,
     device: torch.device,
-    plan: PlanDescription | None = None,
+    plan: PlanDescription,
 ) -> Sharded:
     """Shard `model.tables` (built on meta) over the default process group; build the optimizers.
 
@@ -128,20 +126,18 @@ def shard(
         sharding: memory, hosts, precision on the wire.
         dense_optimizer: makes the optimizer of all other parameters.
         device: of this rank.
-        plan: a plan made before; by default the planner makes one.
+        plan: for this process group.
 
     Raises:
-        UserError: if something asked for cannot run on `device`, or no plan fits.
+        UserError: if something asked for cannot run on `device`, or the plan is of another model.
     """
     tables = cast(EmbeddingTables, model.tables)
-    schema, world_size = tables.schema, dist.get_world_size()
+    schema = tables.schema
     check_support(schema, optimizer, sharding, device.type)
     # Hierarchical shards must find the hosts that their plan was made for.
-    planned_hosts = plan.ranks_per_host if plan is not None else None
-    use_hosts_of(planned_hosts or ranks_per_host(sharding, world_size))
+    use_hosts_of(plan.ranks_per_host or ranks_per_host(sharding, dist.get_world_size()))
     # Tables first: their optimizer is fused into backward, so it must exist before sharding.
     declare_optimizer(tables, optimizer)
-    plan = plan or plan_together(model, optimizer=optimizer, sharding=sharding, device=device)
     refuse_other_sizes(plan, schema)
     sharded = DistributedModelParallel(
         model,
@@ -197,37 +193,6 @@ def _refuse_other_plan(plan: PlanDescription, sharded: DistributedModelParallel)
             f"the sharding plan does not fit the model: it places {sorted(planned - found)}, which "
             f"the model lacks, and misses {sorted(found - planned)}; plan again for this recipe"
         )
-
-
-def plan_together(
-    model: nn.Module,
-    *,
-    optimizer: SparseOptimizer,
-    sharding: ShardingConfig,
-    device: torch.device,
-    batch_size_per_rank: int = 1024,
-) -> PlanDescription:
-    """Plan on rank 0 for the running process group and tell the others; all raise its error."""
-    outcome: list[Any] = [None]
-    world_size = dist.get_world_size()
-    schema = cast(EmbeddingTables, model.tables).schema
-    if dist.get_rank() == 0:
-        try:
-            request = PlanRequest(
-                schema=schema,
-                shape=local_shape(sharding, world_size, device),
-                settings=step_settings(batch_size_per_rank, optimizer, sharding),
-                tables_path=next(n for n, m in model.named_modules() if m is model.tables),
-                kernels=sharding.kernels,
-                calibration=sharding.calibration,
-            )
-            outcome = [plan_tables(request).model_dump_json()]
-        except UserError as error:
-            outcome = [error]
-    dist.broadcast_object_list(outcome, src=0)
-    if isinstance(outcome[0], UserError):
-        raise outcome[0]
-    return PlanDescription.model_validate_json(outcome[0])
 
 
 def declare_optimizer(tables: EmbeddingTables, optimizer: SparseOptimizer) -> None:

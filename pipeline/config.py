@@ -121,6 +121,8 @@ class EmbeddingPlaneConfig(StrictConfig):
     """Sparse optimizer and sharding of all tables."""
 
     optimizer: SparseOptimizer = RowWiseAdagrad()
+    """After a change of its kind, tables go on with their weights and a new state; from `adagrad`
+    to `row_wise_adagrad` with the row means of their state."""
     sharding: ShardingConfig = ShardingConfig()
     l2: NonNegativeFloat = 0.0
     """L2 on the vectors each sample looks up, in the loss (`ranking.regularization`): works with

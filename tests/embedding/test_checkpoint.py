@@ -3,13 +3,14 @@
 import dataclasses
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from embedding import stored
 from embedding.checkpoint import Checkpointer, load_into
 from embedding.checkpoint_files import MANIFEST, read_manifest, step_directory, steps
 from embedding.config import Adagrad, Hashed, ManagedCollision, RowWiseAdagrad, Sgd, ShardingConfig
@@ -18,7 +19,7 @@ from embedding.hashing import NO_ID
 from embedding.id_map import by_row, managed_modules
 from embedding.restore import device_of_step
 from embedding.shard import Sharded
-from embedding.stored import read_dense, read_id_map, read_tables
+from embedding.stored import CheckpointReader, read_dense, read_id_map, read_tables
 from tests.distributed import run_distributed
 from tests.embedding.toy import gather_tables, toy_batch, toy_schema, toy_sharded, train
 
@@ -315,7 +316,10 @@ def _check_growth(directory: Path) -> None:
     train(small, range(5), 20)
     _saved(directory, small).close()
     big = _build(ids=ids, scale=2)
-    _load(directory, big)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stored, "BLOCK_BYTES", 64)
+        patch.setattr(CheckpointReader, "read_into", _in_blocks_of_ids(8))
+        _load(directory, big)
     for name, module in managed_modules(big.model).items():
         old = by_row(managed_modules(small.model)[name])["ids"]
         new = by_row(module)["ids"]
@@ -335,6 +339,17 @@ def _check_growth(directory: Path) -> None:
     logging.getLogger("embedding.restore").addHandler(handler)
     _load(directory / "big", small)
     assert any("ids found no room and were evicted" in message for message in messages)
+
+
+def _in_blocks_of_ids(most: int):
+    """`read_into` that allows to read so many elements of a tensor of id maps at a time."""
+    read_into = CheckpointReader.read_into
+
+    def read(self, name: str, target: torch.Tensor, offset: Sequence[int]) -> None:
+        assert not name.startswith("managed/") or target.numel() <= most, name
+        read_into(self, name, target, offset)
+
+    return read
 
 
 def _check_export(directory: Path) -> None:

@@ -10,6 +10,7 @@ from embedding.id_map import (
     clock_of,
     insert_ids,
     managed_modules,
+    owned_by,
     owner_of,
     pending_of,
     set_by_row,
@@ -77,7 +78,8 @@ def test_every_owned_id_is_inserted_once() -> None:
     saved = {"ids": torch.cat([ids, torch.tensor([NO_ID])]), "counts": torch.arange(21)}
     inserted: list[int] = []
     for rank in range(3):
-        insertion = insert_ids(module(), saved, rank, world_size=3)
+        rows = owned_by(saved["ids"], rank, world_size=3)
+        insertion = insert_ids(module(), rows, {name: v[rows] for name, v in saved.items()})
         kept = insertion.state["ids"][: insertion.saved_rows_K.numel()]
         assert torch.equal(kept, saved["ids"][insertion.saved_rows_K])
         assert torch.equal(insertion.state["counts"][: kept.numel()], insertion.saved_rows_K)
@@ -95,7 +97,8 @@ def test_a_full_shard_keeps_the_most_valuable_ids_and_counts_the_others() -> Non
         },
     }
     for eviction, metadata in cases.items():
-        insertion = insert_ids(module(eviction), {"ids": random_ids(40), **metadata}, 0, 1)
+        saved = {"ids": random_ids(40), **metadata}
+        insertion = insert_ids(module(eviction), torch.arange(40), saved)
         if eviction == "distance_lfu":
             age = metadata["last_access_iter"].max() - metadata["last_access_iter"] + 1
             value = metadata["counts"] / age

@@ -30,8 +30,9 @@ from embedding.config import (
 from embedding.hashing import rows_of
 from embedding.placement import flush_caches
 from embedding.planning.plan_description import PlanDescription
-from embedding.shard import Sharded, shard
+from embedding.shard import Sharded
 from embedding.tables import EmbeddingTables
+from tests.planned import shard_planned
 
 CPU = torch.device("cpu")
 BATCH_SIZE = 6
@@ -165,7 +166,7 @@ def toy_sharded(
 ) -> Sharded:
     """The toy model sharded over the running process group, with start values of `seed`."""
     torch.manual_seed(0)
-    sharded = shard(
+    sharded = shard_planned(
         model(schema, torch.device("meta")),
         optimizer=optimizer,
         sharding=sharding or ShardingConfig(),

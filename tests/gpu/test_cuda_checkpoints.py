@@ -16,9 +16,9 @@ from embedding.config import (
     TableConfig,
 )
 from embedding.planning.plan_timing import TablesStep
-from embedding.shard import shard
 from tests.embedding.held import NUM_IDS, load_and_compare, save
 from tests.embedding.toy import CPU, toy_schema, toy_sharded, train
+from tests.planned import shard_planned
 
 pytestmark = pytest.mark.gpu
 
@@ -62,7 +62,7 @@ def test_saving_and_loading_hold_no_second_copy_on_the_device(group, tmp_path: P
         tables=(TableConfig(name="big", num_embeddings=1_000_000, embedding_dim=64),),
         sparse=(SparseFeature(name="f", table="big"),),
     )
-    sharded = shard(
+    sharded = shard_planned(
         TablesStep(schema),
         optimizer=Adam(),
         sharding=ONE_HOST,

@@ -17,7 +17,7 @@ from embedding.config import (
     SparseFeature,
     TableConfig,
 )
-from embedding.shard import Sharded, shard
+from embedding.shard import Sharded
 from ranking.classifier_config import DcnV2, DeepFm, Ipnn
 from ranking.config import ModelConfig, RankingConfig, TaskConfig
 from ranking.dien import InterestEvolution
@@ -27,6 +27,7 @@ from ranking.interest import TargetAttention
 from ranking.interest_config import Hstu
 from ranking.model import RankingModel, RankingStep
 from ranking.trainer_config import TrainerConfig
+from tests.planned import shard_planned
 
 pytestmark = pytest.mark.gpu
 
@@ -76,7 +77,7 @@ def _sharded(model: str, precision: str, device: torch.device) -> Sharded:
         trainer=TrainerConfig(batch_size_per_rank=BATCH_SIZE, precision=precision),
     )
     ranking = RankingModel(SCHEMA, config, tables_device=torch.device("meta"))
-    sharded = shard(
+    sharded = shard_planned(
         RankingStep(ranking, config),
         optimizer=RowWiseAdagrad(),
         sharding=ShardingConfig(ranks_per_host=1),

@@ -9,7 +9,6 @@ import torch
 
 from embedding.config import RowWiseAdagrad, ShardingConfig
 from embedding.loader import SampleFiles, SampleLoader
-from embedding.shard import shard
 from ranking.classifier_config import DeepFm
 from ranking.config import ModelConfig, RankingConfig, TaskConfig
 from ranking.experts_config import ProgressiveExtractionConfig
@@ -17,6 +16,7 @@ from ranking.interest_config import Dien, Din, Hstu
 from ranking.model import RankingModel, RankingStep
 from ranking.steps import PipelinedSteps
 from ranking.trainer import Trainer, TrainingHooks
+from tests.planned import shard_planned
 from tests.ranking.small_run import SCHEMA, small_config, write_samples
 
 pytestmark = pytest.mark.gpu
@@ -56,7 +56,7 @@ def _fit(files: SampleFiles, device: torch.device) -> dict[str, Any]:
         ),
         trainer=small_config(max_grad_norm=1.0).trainer,
     )
-    sharded = shard(
+    sharded = shard_planned(
         RankingStep(
             RankingModel(SCHEMA, config, tables_device=torch.device("meta")),
             config,

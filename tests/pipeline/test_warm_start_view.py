@@ -96,9 +96,7 @@ def test_a_restarted_training_still_says_what_it_started_from(
     assert at_start == after_restart == made
 
 
-def test_a_report_that_is_not_there_is_no_start_from_drawn_values() -> None:
+def test_a_training_without_a_parent_started_from_drawn_values() -> None:
     assert warm_start_section({"warm_start": None, "parent": None})["warm_start"] == (
         "started from drawn values"
     )
-    unrecorded = warm_start_section({"warm_start": None, "parent": "2024-01-06"})
-    assert unrecorded["warm_start"] == "warm start from 2024-01-06"

@@ -8,11 +8,11 @@ import torch
 from embedding.config import RowWiseAdagrad, ShardingConfig
 from embedding.items import ItemIndex, ItemSource
 from embedding.loader import SampleFiles, SampleLoader
-from embedding.shard import shard
 from ranking.content import ContentPart, ContentPenalty, ContentShape
 from ranking.model import RankingModel, RankingStep
 from ranking.steps import PipelinedSteps, PlainSteps
 from tests.distributed import run_distributed
+from tests.planned import shard_planned
 from tests.ranking.content_vectors import DIM, STORE, Likeness, StoredVectors
 from tests.ranking.small_run import SCHEMA, TASKS, small_config, write_samples
 
@@ -36,7 +36,7 @@ def _check_pipeline(folder: Path) -> None:
             content=ContentShape(DIM, ("past",)),
         )
         part = ContentPart(source, ContentPenalty(Likeness(), "item_id"))
-        sharded = shard(
+        sharded = shard_planned(
             RankingStep(model, config, content=part),
             optimizer=RowWiseAdagrad(),
             sharding=ShardingConfig(),

@@ -21,7 +21,7 @@ from embedding.config import (
     SparseOptimizer,
 )
 from embedding.loader import SampleFiles, SampleLoader
-from embedding.shard import Sharded, shard
+from embedding.shard import Sharded
 from ranking.averaging import DenseAverage
 from ranking.classifier_config import DeepFm
 from ranking.config import ModelConfig, RankingConfig, TaskConfig
@@ -36,6 +36,7 @@ from ranking.trainer_config import CosineDecay, ScheduleConfig
 from ranking.validation import validate
 from tests.distributed import run_distributed
 from tests.embedding.toy import gather_tables
+from tests.planned import shard_planned
 from tests.ranking.small_run import NUM_ROWS, SCHEMA, TASKS, small_config, write_samples
 
 CPU = torch.device("cpu")
@@ -57,7 +58,7 @@ def _sharded(
         if optimizer is None
         else partial(torch.optim.SGD, lr=RATES["dense"])
     )
-    sharded = shard(
+    sharded = shard_planned(
         RankingStep(model, config, embedding_l2=embedding_l2),
         optimizer=optimizer or RowWiseAdagrad(),
         sharding=ShardingConfig(),

@@ -14,12 +14,13 @@ from embedding.config import FeatureSchema, RowWiseAdagrad, ShardingConfig
 from embedding.errors import UserError
 from embedding.loader import SampleFiles, SampleLoader
 from embedding.planning.plan_description import PlanDescription
-from embedding.shard import Sharded, shard
+from embedding.shard import Sharded
 from pipeline.config import DataConfig, GateConfig, Recipe
 from ranking.config import RankingConfig
 from ranking.fgcnn_config import Fgcnn
 from ranking.model import RankingModel, RankingStep
 from tests.distributed import run_distributed
+from tests.planned import shard_planned
 from tests.ranking.small_run import SCHEMA, TASKS, small_config, write_samples
 
 pytestmark = pytest.mark.integration
@@ -46,7 +47,7 @@ def two_shardings() -> FeatureSchema:
 
 def build(config: RankingConfig, plan: PlanDescription | None = None) -> Sharded:
     model = RankingModel(two_shardings(), config, tables_device=torch.device("meta"))
-    sharded = shard(
+    sharded = shard_planned(
         RankingStep(model, config),
         optimizer=RowWiseAdagrad(),
         sharding=ShardingConfig(),

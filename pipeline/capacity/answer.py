@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from embedding.planning.traffic import MIN_GROWTH_DAYS
 from multimodal.content_config import ContentConfig, Service
 from pipeline.capacity.types import CapacityPoint, Target
 from pipeline.console import duration, human
@@ -152,6 +153,11 @@ def _future(point: CapacityPoint) -> str:
     when = ""
     if point.days_left is not None:
         when = f", {_in_days(point.days_left)} at today's growth"
+    elif point.traffic_days is not None:
+        when = (
+            f" (in how many days is not known: traffic of {point.traffic_days} of at least "
+            f"{MIN_GROWTH_DAYS} days; measure more, or give --growth-per-day)"
+        )
     spill = ""
     offloads = point.offloads_at_growth
     if offloads is not None and 1 < offloads < 0.9 * point.breaks_at_growth:

@@ -140,7 +140,10 @@ class CapacityPoint(StrictConfig):
     breaks_at_growth: float | None = None
     """Factor of these tables' rows at which no plan fits; None if even a thousandfold does."""
     days_left: float | None = None
-    """Until then, at today's growth."""
+    """Until then, at today's growth; None where nothing says it."""
+    traffic_days: int | None = None
+    """Days that the traffic is of, where they are too few to show growth and nothing else says it.
+    """
     cost_per_billion_rows: float | None = None
     price_per_hour: float | None = None
     search_s: float | None = None

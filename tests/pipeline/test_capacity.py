@@ -208,12 +208,13 @@ def test_days_of_grown_tables_are_counted_in_todays_rows() -> None:
     assert point.days_left == pytest.approx(3 * (point.breaks_at_growth - 1) / 0.01)
 
 
-def measured_growth(rows_per_day: float) -> Traffic:
+def measured_growth(rows_per_day: float | None, days: int = 14) -> Traffic:
     """Traffic of the demo recipe whose tables all gain so many rows a day."""
     tables = load_recipe("demo").features.tables
     return Traffic(
         rows=100,
         rows_per_day=100,
+        days=days,
         tables=tuple(
             TableTraffic(
                 table=table.name,
@@ -249,6 +250,22 @@ def test_given_growth_is_counted_before_the_measured_one(tmp_path: Path, growth:
     assert measured.days_left == pytest.approx(more * elements / gained, rel=1e-3)
     assert given.days_left == pytest.approx(more / 0.01)
     assert none.days_left is None
+
+
+def test_two_days_of_traffic_say_nothing_of_how_long_a_cluster_lasts(tmp_path: Path) -> None:
+    path = tmp_path / "traffic.json"
+    path.write_text(measured_growth(None, days=2).model_dump_json())
+    shape, recipe = small_gpus(64 * MIB), with_traffic(load_recipe("demo"), path)
+    unknown, given = (
+        evaluate_point(request_of((shape,), recipe=recipe, growth_per_day=rate), key_of(shape))
+        for rate in (None, 0.01)
+    )
+    assert (unknown.days_left, unknown.traffic_days) == (None, 2)
+    assert "in how many days is not known: traffic of 2 of at least 14" in answer_of(
+        (unknown,), unknown, Target()
+    )
+    assert given.traffic_days is None
+    assert "is not known" not in answer_of((given,), given, Target())
 
 
 def test_grown_tables_are_looked_up_with_the_same_skew() -> None:

@@ -60,7 +60,7 @@ def run_capacity(
     chosen = choose(ordered, request.target)
     return CapacityAnswer(
         recipe=request.recipe.name,
-        answer=answer_of(ordered, chosen, request.target, request.recipe.content),
+        answer=answer_of(ordered, chosen, request.target, request.recipe),
         target=request.target,
         chosen=chosen,
         dense=request.dense[1.0],
@@ -282,6 +282,10 @@ def _figures(
         )
         for start in range(0, shape.world_size, shape.ranks_per_host)
     ]
+    free, host_free = 1 - used / shape.device_bytes, None
+    if shape.machine.device == "cuda":
+        whole = shape.host_bytes_per_rank * shape.ranks_per_host
+        host_free = 1 - RESERVED_SHARE - max(host) / whole
     return figures | {
         "step_s": step,
         "sparse_s": predicted.step_s,
@@ -290,7 +294,8 @@ def _figures(
         "rows_per_s": rows_per_s,
         "peak_bytes": int(used),
         "device_bytes": shape.device_bytes,
-        "headroom": 1 - used / shape.device_bytes,
+        "headroom": min(free, 1.0 if host_free is None else host_free),
+        "host_headroom": host_free,
         "host_bytes": max(host),
         "cost_per_billion_rows": None if price is None else price / 3600 * 1e9 / rows_per_s,
     }

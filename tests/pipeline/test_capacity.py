@@ -83,6 +83,21 @@ def test_a_point_says_what_its_plan_and_the_dense_side_take() -> None:
     assert point.headroom == pytest.approx(free / (80 * 1024 * MIB))
 
 
+def test_the_fuller_of_rank_and_host_leaves_the_headroom() -> None:
+    """80 GiB of a GPU and 64 MiB of its host, which holds a copy of all tables; CPUs have one."""
+    machine = find_machine("h100").model_copy(update={"host_bytes": 64 * MIB})
+    shape = ClusterShape(machine=machine, ranks_per_host=2)
+    point = evaluate_point(request_of((shape,)), key_of(shape))
+    assert point.refusal is None
+    assert point.host_bytes is not None
+    assert point.host_bytes > point.table_bytes
+    free = 0.85 - point.host_bytes / (64 * MIB)
+    assert point.headroom == pytest.approx(free) == pytest.approx(point.host_headroom)
+    assert 1 - (point.peak_bytes or 0) / (point.device_bytes or 1) > 0.8
+    cpu = parse_shape("cpu:2")
+    assert evaluate_point(request_of((cpu,)), key_of(cpu)).host_headroom is None
+
+
 def test_a_history_s_attention_counts_as_dense_work() -> None:
     """Of a two-layer HSTU of width 32: at least its square projections of every token."""
     hstu = "ranking.model.interests=[{kind: hstu, history: clicks, gap: clicks_gap}]"

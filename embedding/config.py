@@ -382,7 +382,7 @@ class ShardingConfig(StrictConfig):
     ranks_per_host: PositiveInt | None = None
     """Default: what the cluster reports. Set it to test hierarchical sharding on one machine."""
     hbm_gib: PositiveFloat | None = None
-    """Memory per rank the plan may use; default: what the device has."""
+    """Memory per rank the plan may use, on every topology; default: what the device has."""
     kernels: Annotated[
         tuple[Literal["fused", "fused_uvm", "fused_uvm_caching"], ...], Field(min_length=1)
     ] = ("fused", "fused_uvm", "fused_uvm_caching")

@@ -29,6 +29,7 @@ def check_support(
     """Raise UserError for the first thing asked for that cannot run on `device_type`."""
     check_optimizer(optimizer, device_type)
     check_communication(sharding, device_type)
+    check_kernels(sharding, device_type)
     for table in schema.tables:
         check_table(table, in_sequence=table.name in schema.sequence_tables)
 
@@ -55,6 +56,16 @@ def check_communication(sharding: ShardingConfig, device_type: str) -> None:
         raise UserError(
             "embedding.sharding.communication: bf16 is not supported by gloo on CPU; use fp16 or "
             "fp32 there, bf16 on GPUs (cluster.use_gpu)"
+        )
+
+
+def check_kernels(sharding: ShardingConfig, device_type: str) -> None:
+    """Refuse to leave out the one kernel that there is on CPU."""
+    if device_type == "cpu" and "fused" not in sharding.kernels:
+        raise UserError(
+            f"embedding.sharding.kernels: {list(sharding.kernels)} keep tables in host memory for "
+            "GPUs, and on CPU, where all tables are there, the only kernel is fused; add it, or "
+            "train on GPUs (cluster.use_gpu)"
         )
 
 

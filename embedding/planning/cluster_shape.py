@@ -16,7 +16,7 @@ from pydantic import PositiveInt, ValidationError
 from embedding.config import StrictConfig
 from embedding.errors import UserError
 from embedding.planning.host_memory import memory_of_this_machine
-from embedding.planning.machines import MACHINES, Machine
+from embedding.planning.machines import GIB, MACHINES, Machine
 from embedding.yaml_text import load_yaml
 
 MACHINE_PATTERN = r"(?P<name>[A-Za-z0-9_-]+|.+\.ya?ml)"
@@ -81,6 +81,19 @@ class ClusterShape(StrictConfig):
     def with_hosts(self, num_hosts: int) -> "ClusterShape":
         """The same hosts, more or fewer of them."""
         return self.model_copy(update={"num_hosts": num_hosts})
+
+
+def limited(shape: ClusterShape, hbm_gib: float | None) -> ClusterShape:
+    """The cluster as if every rank had no more memory than this; None: as it is."""
+    if hbm_gib is None:
+        return shape
+    machine, limit = shape.machine, int(hbm_gib * GIB)
+    if machine.device == "cpu":
+        whole = machine.host_bytes or memory_of_this_machine()
+        changes = {"host_bytes": min(limit * shape.ranks_per_host, whole)}
+    else:
+        changes = {"hbm_bytes": min(limit, machine.hbm_bytes)}
+    return shape.model_copy(update={"machine": machine.model_copy(update=changes)})
 
 
 def find_machine(name: str) -> Machine:

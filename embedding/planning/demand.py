@@ -201,12 +201,9 @@ def _count_lookup(c: _Context, demand: Demand) -> None:
 
 
 def _missed_rows(c: _Context) -> float:
-    """Distinct rows of a step that are not among the cached, hottest ones."""
+    """Distinct rows of a step that are not cached."""
     cached = (c.choice.load_factor or 0.0) * c.load.num_rows
-    ids = c.load.ids
-    hit = ids.share_of_hottest(cached)
-    lookups = c.world * c.ids * (1 - hit)
-    return min(lookups, ids.expected_unique(c.world * c.ids)) / c.row_shards
+    return c.load.ids.missed_rows(cached, c.world * c.ids) / c.row_shards
 
 
 def _count_output(c: _Context, demand: Demand) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 DEFAULT_EXPONENT = 1.0
 """Of a table nothing is known about: popularity of log data is close to Zipf's law."""
 _NUM_BINS = 96
+_BISECTIONS = 40
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,36 @@ class IdDistribution:
         taken_B = np.clip(num_rows - (np.cumsum(rows_B) - rows_B), 0, rows_B)
         return float((mass_B * taken_B / rows_B).sum())
 
+    def missed_rows(self, num_cached: float, num_lookups: float) -> float:
+        """Distinct rows of a step of independent lookups that a cache lacks.
+
+        The cache holds the `num_cached` rows looked up last, as FBGEMM's does by default. By Che's
+        approximation a row is there if it was looked up within the last t lookups, where t is the
+        same for all rows: so many lookups touch as many rows as the cache holds.
+        """
+        return _missed_rows(self, float(num_cached), float(num_lookups))
+
 
 @lru_cache(maxsize=65536)
 def _expected_unique(ids: IdDistribution, num_lookups: float) -> float:
     rows_B, mass_B = np.asarray(ids.num_rows), np.asarray(ids.mass)
     p_B = np.minimum(mass_B / rows_B, 1 - 1e-15)
     return float((rows_B * -np.expm1(num_lookups * np.log1p(-p_B))).sum())
+
+
+@lru_cache(maxsize=65536)
+def _missed_rows(ids: IdDistribution, num_cached: float, num_lookups: float) -> float:
+    rows_B, p_B = np.asarray(ids.num_rows), np.asarray(ids.mass) / np.asarray(ids.num_rows)
+    if num_cached >= ids.total_rows:
+        return 0.0
+    low, high = 0.0, max(num_cached, 1.0)
+    while (rows_B * -np.expm1(-high * p_B)).sum() < num_cached:
+        low, high = high, 2 * high
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        touched = (rows_B * -np.expm1(-middle * p_B)).sum()
+        low, high = (middle, high) if touched < num_cached else (low, middle)
+    return float((rows_B * -np.expm1(-num_lookups * p_B) * np.exp(-low * p_B)).sum())
 
 
 @lru_cache(maxsize=4096)

@@ -16,9 +16,9 @@ from torchrec.distributed.planner.types import (
 
 from embedding.config import ShardingConfig
 from embedding.errors import UserError
-from embedding.planning.cluster_shape import ClusterShape, find_machine
+from embedding.planning.cluster_shape import ClusterShape, find_machine, limited
 from embedding.planning.host_memory import memory_of_this_machine
-from embedding.planning.machines import GIB, MACHINES, Machine
+from embedding.planning.machines import MACHINES, Machine
 
 logger = logging.getLogger(__name__)
 
@@ -56,13 +56,8 @@ def local_shape(sharding: ShardingConfig, world_size: int, device: torch.device)
     """The cluster of a process group of such devices, with the memory they have."""
     ranks = ranks_per_host(sharding, world_size)
     machine = local_machine(device)
-    if sharding.hbm_gib is not None:
-        limit = int(sharding.hbm_gib * GIB)
-        on_cpu = device.type == "cpu"
-        machine = machine.model_copy(
-            update={"host_bytes": limit * ranks} if on_cpu else {"hbm_bytes": limit}
-        )
-    return ClusterShape(machine=machine, num_hosts=world_size // ranks, ranks_per_host=ranks)
+    shape = ClusterShape(machine=machine, num_hosts=world_size // ranks, ranks_per_host=ranks)
+    return limited(shape, sharding.hbm_gib)
 
 
 def local_machine(device: torch.device) -> Machine:

@@ -8,6 +8,9 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, Valid
 from embedding.config import FeatureSchema, StrictConfig
 from embedding.errors import UserError
 
+MIN_GROWTH_DAYS = 14
+"""Over fewer days, rows that come back after a while look like rows that are new."""
+
 
 class TableTraffic(StrictConfig):
     """Lookups of one table."""
@@ -26,7 +29,7 @@ class TableTraffic(StrictConfig):
     bin_shares: tuple[float, ...]
     """Share of the lookups that go to every bin."""
     new_rows_per_day: NonNegativeFloat | None = None
-    """Rows touched on the last day and never before; None with less than two days."""
+    """Rows touched on the last day and never before; None with less than `MIN_GROWTH_DAYS` days."""
 
 
 class Traffic(StrictConfig):
@@ -35,6 +38,8 @@ class Traffic(StrictConfig):
     schema_version: Literal[1] = 1
     rows: NonNegativeInt
     """Samples read."""
+    days: PositiveInt = 1
+    """That they are of."""
     rows_per_day: NonNegativeFloat
     ids_per_sample: dict[str, float] = Field(default_factory=dict)
     """By feature; missing ids count, as they are looked up too."""

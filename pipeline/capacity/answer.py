@@ -2,15 +2,17 @@
 
 from collections.abc import Iterator, Sequence
 
+from embedding.planning.traffic import MIN_GROWTH_DAYS
 from multimodal.content_config import ContentConfig, Service
 from pipeline.capacity.types import CapacityPoint, Target
+from pipeline.config import Recipe
 from pipeline.console import duration, human
 from pipeline.planning.tables_view import size
 
 FAR_DAYS = 3650
 """Further ahead no number of days is said."""
 MIN_HEADROOM = 0.05
-"""A cluster whose fullest rank has less free memory is no recommendation."""
+"""A cluster whose fullest rank or host has less free memory is no recommendation."""
 
 
 def today(points: Sequence[CapacityPoint]) -> list[CapacityPoint]:
@@ -63,23 +65,29 @@ def answer_of(
     points: Sequence[CapacityPoint],
     chosen: CapacityPoint | None,
     target: Target,
-    content: ContentConfig | None = None,
+    recipe: Recipe | None = None,
 ) -> str:
-    """The conclusion in a few sentences; `content` is the recipe's."""
+    """The conclusion in a few sentences; of the recipe, what the sweep changes of it."""
     if chosen is None:
         return _no_cluster(points, target)
     lead = _lead(points, chosen, target)
-    if target.rows_per_day is not None and chosen.rows_per_s:
-        hours = duration(target.rows_per_day / chosen.rows_per_s)
-        lead += f": {human(target.rows_per_day)} rows take {hours} of the {target.window_hours:g}h"
+    trained = target.trained_rows_per_day
+    if trained is not None and chosen.rows_per_s:
+        hours = duration(trained / chosen.rows_per_s)
+        times = f" in {target.epochs} epochs" if target.epochs > 1 else ""
+        lead += (
+            f": {human(target.rows_per_day or 0)} rows{times} take {hours} of the "
+            f"{target.window_hours:g}h"
+        )
     parts = [
         f"{lead}.",
         f"With {chosen.batch_size_per_rank:,} rows a rank it trains about "
         f"{human(chosen.rows_per_s or 0)} rows/s, {1e3 * (chosen.step_s or 0):.3g} ms a step "
-        f"({_parts(chosen)}).",
-        *_content(chosen, content),
-        f"The fullest rank uses {size(chosen.peak_bytes or 0)} of {size(chosen.device_bytes or 0)}"
-        f"; {chosen.headroom or 0:.0%} stay free.",
+        f"({_parts(chosen)}), as long as batches arrive: every host has to read and decode "
+        f"{human((chosen.rows_per_s or 0) / chosen.num_hosts)} rows/s, which is not counted.",
+        *_batch(chosen, recipe),
+        *_content(chosen, None if recipe is None else recipe.content),
+        *_memory(chosen),
         _future(chosen),
         *_passed_over(points, chosen, target),
         *_not_compared(points, chosen),
@@ -101,6 +109,40 @@ def _lead(points: Sequence[CapacityPoint], chosen: CapacityPoint, target: Target
     if priced:
         return f"{chosen.topology} trains the cheapest rows{among}"
     return f"{chosen.topology} trains the most rows a rank"
+
+
+def _batch(chosen: CapacityPoint, recipe: Recipe | None) -> Iterator[str]:
+    """A learning rate suits a number of rows a step: other clusters have other numbers."""
+    if recipe is None:
+        return
+    ranks, batch = recipe.cluster.num_workers, recipe.ranking.trainer.batch_size_per_rank
+    rows = chosen.world_size * chosen.batch_size_per_rank
+    if rows != ranks * batch:
+        yield (
+            f"A step takes {rows:,} rows, the recipe's {ranks * batch:,} ({ranks} x {batch:,}): "
+            "learning rates may have to change."
+        )
+
+
+def _memory(point: CapacityPoint) -> Iterator[str]:
+    used, whole = point.peak_bytes or 0, point.device_bytes or 1
+    if point.host_headroom is None:
+        yield (
+            f"The fullest rank uses {size(used)} of {size(whole)}; {point.headroom or 0:.0%} stay "
+            "free."
+        )
+        return
+    yield (
+        f"The fullest rank uses {size(used)} of {size(whole)}, and {1 - used / whole:.0%} stay "
+        f"free; in the memory of its host tables and their copy take {size(point.host_bytes or 0)}"
+        f", and {point.host_headroom:.0%} stay free."
+    )
+
+
+def _fullest(point: CapacityPoint) -> str:
+    """What has the least free memory."""
+    host = point.host_headroom
+    return "fullest " + ("host" if host is not None and host == point.headroom else "rank")
 
 
 def _unpriced(points: Sequence[CapacityPoint]) -> list[str]:
@@ -152,6 +194,11 @@ def _future(point: CapacityPoint) -> str:
     when = ""
     if point.days_left is not None:
         when = f", {_in_days(point.days_left)} at today's growth"
+    elif point.traffic_days is not None:
+        when = (
+            f" (in how many days is not known: traffic of {point.traffic_days} of at least "
+            f"{MIN_GROWTH_DAYS} days; measure more, or give --growth-per-day)"
+        )
     spill = ""
     offloads = point.offloads_at_growth
     if offloads is not None and 1 < offloads < 0.9 * point.breaks_at_growth:
@@ -178,7 +225,7 @@ def _passed_over(
         return
     yield (
         f"{tempting.topology} costs less and would train {human(tempting.rows_per_s or 0)} rows/s, "
-        f"but {tempting.headroom or 0:.0%} of its fullest rank's memory would stay free; "
+        f"but {tempting.headroom or 0:.0%} of its {_fullest(tempting)}'s memory would stay free; "
         f"{MIN_HEADROOM:.0%} are asked for."
     )
 
@@ -201,7 +248,7 @@ def _no_cluster(points: Sequence[CapacityPoint], target: Target) -> str:
         return said
     return (
         f"{said} {_at(tight)} reaches it with {human(tight.rows_per_s or 0)} rows/s, but "
-        f"{tight.headroom or 0:.0%} of its fullest rank's memory would stay free."
+        f"{tight.headroom or 0:.0%} of its {_fullest(tight)}'s memory would stay free."
     )
 
 

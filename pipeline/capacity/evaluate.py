@@ -18,6 +18,7 @@ from embedding.planning.choices import FUSED
 from embedding.planning.cost import RESERVED_SHARE
 from embedding.planning.plan_description import Prediction
 from embedding.planning.planner import PlanRequest, plan_tables
+from embedding.planning.traffic import MIN_GROWTH_DAYS
 from pipeline.capacity.answer import answer_of, choose
 from pipeline.capacity.content_step import ContentStep, content_step
 from pipeline.capacity.growth import breaking_growth, grown, no_room, with_dims
@@ -59,7 +60,7 @@ def run_capacity(
     chosen = choose(ordered, request.target)
     return CapacityAnswer(
         recipe=request.recipe.name,
-        answer=answer_of(ordered, chosen, request.target, request.recipe.content),
+        answer=answer_of(ordered, chosen, request.target, request.recipe),
         target=request.target,
         chosen=chosen,
         dense=request.dense[1.0],
@@ -160,6 +161,7 @@ def evaluate_point(request: CapacityRequest, key: PointKey) -> CapacityPoint:
             "breaks_first": why,
             "offloads_at_growth": 1.0 if offloads else inside,
             "days_left": _days_left(request, key, planned, growth),
+            "traffic_days": _too_few_days(request, planned),
             "search_s": time.perf_counter() - began,
         }
     )
@@ -211,11 +213,17 @@ def _days_left(
     return None if not per_day else (growth - 1) / per_day
 
 
+def _too_few_days(request: CapacityRequest, planned: PlanRequest) -> int | None:
+    if request.growth_per_day is not None or planned.traffic is None:
+        return None
+    return planned.traffic.days if planned.traffic.days < MIN_GROWTH_DAYS else None
+
+
 def _growth_per_day(request: CapacityRequest, key: PointKey, planned: PlanRequest) -> float | None:
     """Share of the point's tables that is added a day: as given, else by the measured tables."""
     if request.growth_per_day is not None:
         return request.growth_per_day / key.growth
-    if planned.traffic is None:
+    if planned.traffic is None or planned.traffic.days < MIN_GROWTH_DAYS:
         return None
     gained = total = 0.0
     for table in planned.schema.tables:
@@ -274,6 +282,10 @@ def _figures(
         )
         for start in range(0, shape.world_size, shape.ranks_per_host)
     ]
+    free, host_free = 1 - used / shape.device_bytes, None
+    if shape.machine.device == "cuda":
+        whole = shape.host_bytes_per_rank * shape.ranks_per_host
+        host_free = 1 - RESERVED_SHARE - max(host) / whole
     return figures | {
         "step_s": step,
         "sparse_s": predicted.step_s,
@@ -282,7 +294,8 @@ def _figures(
         "rows_per_s": rows_per_s,
         "peak_bytes": int(used),
         "device_bytes": shape.device_bytes,
-        "headroom": 1 - used / shape.device_bytes,
+        "headroom": min(free, 1.0 if host_free is None else host_free),
+        "host_headroom": host_free,
         "host_bytes": max(host),
         "cost_per_billion_rows": None if price is None else price / 3600 * 1e9 / rows_per_s,
     }

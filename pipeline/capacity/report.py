@@ -115,12 +115,14 @@ def _tiles(answer: CapacityAnswer) -> list[dict[str, str]]:
         {
             "label": "Step",
             "value": f"{1e3 * (chosen.step_s or 0):.3g} ms",
-            "note": f"{chosen.batch_size_per_rank:,} rows a rank",
+            "note": f"{chosen.batch_size_per_rank:,} rows a rank, "
+            f"{chosen.batch_size_per_rank * chosen.world_size:,} in all",
         },
         {
             "label": "Memory free",
             "value": f"{chosen.headroom or 0:.0%}",
-            "note": f"of {size(chosen.device_bytes or 0)}, fullest rank",
+            "note": f"of {size(chosen.device_bytes or 0)} of the fullest rank"
+            + ("" if chosen.host_headroom is None else ", or of its host"),
         },
         {"label": "Lasts", "value": _lasts(chosen), "note": "until tables no longer fit"},
     ]

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from embedding.errors import UserError
 from embedding.limits import check_support
 from embedding.planning.calibration import constants_for, read_calibration, suits
-from embedding.planning.cluster_shape import MACHINE_PATTERN, ClusterShape, parse_shape
+from embedding.planning.cluster_shape import MACHINE_PATTERN, ClusterShape, limited, parse_shape
 from multimodal.content_config import ContentConfig, Service
 from multimodal.tower_files import require_files
 from pipeline.capacity.types import CapacityRequest, Target
@@ -60,13 +60,14 @@ def sweep_request(recipe: Recipe, options: SweepOptions) -> CapacityRequest:
     try:
         return CapacityRequest(
             recipe=recipe,
-            shapes=priced,
+            shapes=tuple(limited(s, recipe.embedding.sharding.hbm_gib) for s in priced),
             batch_sizes=options.batch_sizes or (recipe.ranking.trainer.batch_size_per_rank,),
             growth=_with_today(options.growth),
             dim_factors=_with_today(options.dims),
             target=Target(
                 rows_per_s=options.rows_per_s,
                 rows_per_day=options.rows_per_day,
+                epochs=recipe.ranking.trainer.epochs,
                 window_hours=options.window_hours,
             ),
             calibrations=options.calibrations,

@@ -49,13 +49,21 @@ class Target(StrictConfig):
     rows_per_s: PositiveFloat | None = None
     rows_per_day: PositiveFloat | None = None
     """Rows of one daily retraining."""
+    epochs: PositiveInt = 1
+    """How often a retraining reads them."""
     window_hours: PositiveFloat = 4.0
     """Time that the retraining may take."""
 
     @property
+    def trained_rows_per_day(self) -> float | None:
+        """Rows that a daily retraining trains on, all epochs."""
+        return None if self.rows_per_day is None else self.epochs * self.rows_per_day
+
+    @property
     def needed_rows_per_s(self) -> float | None:
         """The larger of both demands."""
-        daily = None if self.rows_per_day is None else self.rows_per_day / self.window_hours / 3600
+        rows = self.trained_rows_per_day
+        daily = None if rows is None else rows / self.window_hours / 3600
         given = [value for value in (self.rows_per_s, daily) if value is not None]
         return max(given, default=None)
 
@@ -128,7 +136,10 @@ class CapacityPoint(StrictConfig):
     """Of the fullest rank, with content and the reserved share."""
     device_bytes: int | None = None
     headroom: float | None = None
-    """Free share of the fullest rank's memory."""
+    """Free share of the fullest rank's memory, or of the fullest host's if that is less."""
+    host_headroom: float | None = None
+    """Free share of the fullest host's memory; None on CPU, where the ranks' memory is the host's.
+    """
     host_bytes: int | None = None
     """Of the fullest host of GPUs: tables that do not live on these, and the copy that checkpoints
     are written from."""
@@ -140,7 +151,10 @@ class CapacityPoint(StrictConfig):
     breaks_at_growth: float | None = None
     """Factor of these tables' rows at which no plan fits; None if even a thousandfold does."""
     days_left: float | None = None
-    """Until then, at today's growth."""
+    """Until then, at today's growth; None where nothing says it."""
+    traffic_days: int | None = None
+    """Days that the traffic is of, where they are too few to show growth and nothing else says it.
+    """
     cost_per_billion_rows: float | None = None
     price_per_hour: float | None = None
     search_s: float | None = None

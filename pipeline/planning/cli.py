@@ -126,7 +126,7 @@ def traffic_command(
     from pipeline.cluster import ONE_CPU, RaySession
     from pipeline.console import Reporter
     from pipeline.planning.traffic import measure_traffic, sample_files
-    from pipeline.planning.traffic_view import advice_lines, facts_table
+    from pipeline.planning.traffic_view import advice_lines, facts_table, growth_line
 
     loaded = _load(recipe, overrides)
     files = sample_files(out, date)
@@ -140,6 +140,9 @@ def traffic_command(
     console.print(facts_table(facts))
     for line in advice_lines(facts):
         console.print(line)
+    unknown = growth_line(traffic)
+    if unknown is not None:
+        console.print(unknown)
     if json_file is not None:
         json_file.write_text(traffic.model_dump_json(indent=2))
         console.print(f"traffic {json_file}")

@@ -18,7 +18,7 @@ from embedding.errors import UserError
 from embedding.limits import check_support
 from embedding.planning.calibration import read_calibration
 from embedding.planning.choices import KERNELS
-from embedding.planning.cluster_shape import ClusterShape
+from embedding.planning.cluster_shape import ClusterShape, limited
 from embedding.planning.demand import step_settings
 from embedding.planning.plan_description import PlanDescription, read_plan
 from embedding.planning.planner import PlanRequest, check_trainable, plan_tables
@@ -44,7 +44,7 @@ def plan_request(recipe: Recipe, shape: ClusterShape) -> PlanRequest:
     sharding = recipe.embedding.sharding
     return PlanRequest(
         schema=table_widths(recipe.features, recipe.ranking.model),
-        shape=shape,
+        shape=limited(shape, sharding.hbm_gib),
         settings=replace(
             step_settings(
                 recipe.ranking.trainer.batch_size_per_rank, recipe.embedding.optimizer, sharding
@@ -188,7 +188,7 @@ def plan_with(recipe: Recipe, shape: ClusterShape, changes: RequestChanges) -> P
     check_support(
         request.schema,
         request.settings.optimizer,
-        recipe.embedding.sharding,
+        recipe.embedding.sharding.model_copy(update={"kernels": request.kernels}),
         shape.machine.device,
     )
     starts = {}

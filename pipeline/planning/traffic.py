@@ -22,7 +22,7 @@ from embedding.config import (
 )
 from embedding.errors import UserError
 from embedding.planning.id_distribution import from_counts
-from embedding.planning.traffic import TableTraffic, Traffic
+from embedding.planning.traffic import MIN_GROWTH_DAYS, TableTraffic, Traffic
 from pipeline.tasks import stream_tasks
 
 _MERGE_AT = 8
@@ -109,22 +109,30 @@ def measure_traffic(
             target[table].add(*part)
         if progress:
             progress(rows, sum(file_rows))
-    several = len(days) > 1
+    shows_growth = len(days) >= MIN_GROWTH_DAYS
     return Traffic(
         rows=rows,
+        days=len(days),
         rows_per_day=rows / len(days),
         ids_per_sample={name: number / max(rows, 1) for name, number in ids.items()},
         tables=tuple(
-            table_traffic(table, earlier[table.name], latest[table.name], several=several)
+            table_traffic(table, earlier[table.name], latest[table.name], shows_growth=shows_growth)
             for table in schema.tables
         ),
     )
 
 
 def table_traffic(
-    table: TableConfig, earlier: RowCounts, latest: RowCounts, *, several: bool
+    table: TableConfig, earlier: RowCounts, latest: RowCounts, *, shows_growth: bool
 ) -> TableTraffic:
-    """Statistics of a table; `latest` counts the last day, `earlier` those before, if `several`."""
+    """Statistics of a table.
+
+    Args:
+        table: the table.
+        earlier: lookups before the last day.
+        latest: lookups of the last day.
+        shows_growth: whether there are days enough to call rows new.
+    """
     known, known_counts = earlier.total()
     now, now_counts = latest.total()
     both = RowCounts()
@@ -143,7 +151,7 @@ def table_traffic(
         highest_row=int(rows[-1]) if placed else None,
         bin_rows=distribution.num_rows,
         bin_shares=distribution.mass,
-        new_rows_per_day=float(new) if several else None,
+        new_rows_per_day=float(new) if shows_growth else None,
     )
 
 

@@ -6,6 +6,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from embedding.planning.table_advice import CACHE_SHARES, TableFacts
+from embedding.planning.traffic import MIN_GROWTH_DAYS, Traffic
 from pipeline.console import human
 
 
@@ -28,6 +29,17 @@ def facts_table(facts: Sequence[TableFacts]) -> Table:
             *(f"{fact.hit_rates[share]:.0%}" for share in CACHE_SHARES),
         )
     return view
+
+
+def growth_line(traffic: Traffic) -> str | None:
+    """Why the rows that a day adds are not told; None: they are."""
+    if traffic.days >= MIN_GROWTH_DAYS:
+        return None
+    counted = "1 day" if traffic.days == 1 else f"{traffic.days} days"
+    return (
+        f"How fast tables grow is not told: the samples are of {counted}, and below "
+        f"{MIN_GROWTH_DAYS} rows that come back look new."
+    )
 
 
 def advice_lines(facts: Sequence[TableFacts]) -> Iterator[str]:

@@ -112,6 +112,13 @@ def test_bf16_communication_is_refused_on_cpu_only() -> None:
         check_support(schema, Adagrad(), sharding, "cpu")
 
 
+def test_kernels_for_host_memory_alone_are_refused_on_cpu_only() -> None:
+    schema, sharding = toy_schema("row_wise"), ShardingConfig(kernels=("fused_uvm",))
+    check_support(schema, Adagrad(), sharding, "cuda")
+    with pytest.raises(UserError, match=r"kernels: \['fused_uvm'\].* the only kernel is fused"):
+        check_support(schema, Adagrad(), sharding, "cpu")
+
+
 def test_ranks_per_host_must_divide_the_world_size() -> None:
     assert ranks_per_host(ShardingConfig(ranks_per_host=2), 4) == 2
     with pytest.raises(UserError, match="does not divide"):

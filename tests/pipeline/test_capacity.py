@@ -83,6 +83,21 @@ def test_a_point_says_what_its_plan_and_the_dense_side_take() -> None:
     assert point.headroom == pytest.approx(free / (80 * 1024 * MIB))
 
 
+def test_the_fuller_of_rank_and_host_leaves_the_headroom() -> None:
+    """80 GiB of a GPU and 64 MiB of its host, which holds a copy of all tables; CPUs have one."""
+    machine = find_machine("h100").model_copy(update={"host_bytes": 64 * MIB})
+    shape = ClusterShape(machine=machine, ranks_per_host=2)
+    point = evaluate_point(request_of((shape,)), key_of(shape))
+    assert point.refusal is None
+    assert point.host_bytes is not None
+    assert point.host_bytes > point.table_bytes
+    free = 0.85 - point.host_bytes / (64 * MIB)
+    assert point.headroom == pytest.approx(free) == pytest.approx(point.host_headroom)
+    assert 1 - (point.peak_bytes or 0) / (point.device_bytes or 1) > 0.8
+    cpu = parse_shape("cpu:2")
+    assert evaluate_point(request_of((cpu,)), key_of(cpu)).host_headroom is None
+
+
 def test_a_history_s_attention_counts_as_dense_work() -> None:
     """Of a two-layer HSTU of width 32: at least its square projections of every token."""
     hstu = "ranking.model.interests=[{kind: hstu, history: clicks, gap: clicks_gap}]"
@@ -208,12 +223,13 @@ def test_days_of_grown_tables_are_counted_in_todays_rows() -> None:
     assert point.days_left == pytest.approx(3 * (point.breaks_at_growth - 1) / 0.01)
 
 
-def measured_growth(rows_per_day: float) -> Traffic:
+def measured_growth(rows_per_day: float | None, days: int = 14) -> Traffic:
     """Traffic of the demo recipe whose tables all gain so many rows a day."""
     tables = load_recipe("demo").features.tables
     return Traffic(
         rows=100,
         rows_per_day=100,
+        days=days,
         tables=tuple(
             TableTraffic(
                 table=table.name,
@@ -249,6 +265,22 @@ def test_given_growth_is_counted_before_the_measured_one(tmp_path: Path, growth:
     assert measured.days_left == pytest.approx(more * elements / gained, rel=1e-3)
     assert given.days_left == pytest.approx(more / 0.01)
     assert none.days_left is None
+
+
+def test_two_days_of_traffic_say_nothing_of_how_long_a_cluster_lasts(tmp_path: Path) -> None:
+    path = tmp_path / "traffic.json"
+    path.write_text(measured_growth(None, days=2).model_dump_json())
+    shape, recipe = small_gpus(64 * MIB), with_traffic(load_recipe("demo"), path)
+    unknown, given = (
+        evaluate_point(request_of((shape,), recipe=recipe, growth_per_day=rate), key_of(shape))
+        for rate in (None, 0.01)
+    )
+    assert (unknown.days_left, unknown.traffic_days) == (None, 2)
+    assert "in how many days is not known: traffic of 2 of at least 14" in answer_of(
+        (unknown,), unknown, Target()
+    )
+    assert given.traffic_days is None
+    assert "is not known" not in answer_of((given,), given, Target())
 
 
 def test_grown_tables_are_looked_up_with_the_same_skew() -> None:

@@ -8,7 +8,9 @@ from rich.console import Console
 from embedding.planning.cluster_shape import parse_shape
 from pipeline.capacity.answer import answer_of, choose
 from pipeline.capacity.report import best_batches, points_table, write_capacity_report
+from pipeline.capacity.sweep import SweepOptions, sweep_request
 from pipeline.capacity.types import CapacityAnswer, CapacityPoint, DenseCost, Target
+from pipeline.recipe import load_recipe
 
 DENSE = DenseCost(flops_per_row=2e6, parameters=10**6, cpu_seconds_per_row=1e-4, precision="fp32")
 
@@ -199,3 +201,36 @@ def test_the_report_shows_every_cluster_and_the_chosen_one(tmp_path: Path) -> No
         assert ('class="chosen"' in page) == (chosen is not None)
         again = CapacityAnswer.model_validate_json(answer.model_dump_json())
         assert again == answer
+
+
+def test_a_cluster_whose_hosts_are_full_is_no_recommendation() -> None:
+    full = point_of("h100:1", 5e6, headroom=0.02, host_headroom=0.02, host_bytes=90)
+    roomy = point_of("h100:2", 5e6, headroom=0.4, host_headroom=0.4, host_bytes=50)
+    assert choose((full, roomy), Target(rows_per_s=1e6)) == roomy
+    said = answer_of((full, roomy), roomy, Target(rows_per_s=1e6))
+    assert "and 70% stay free; in the memory of its host" in said
+    assert "take 0.0 KiB, and 40% stay free" in said
+    assert "2% of its fullest host's memory would stay free" in said
+
+
+def test_epochs_multiply_the_rows_of_a_retraining() -> None:
+    """7.2 G rows in two hours are 1 M rows/s; read three times, 3 M."""
+    target = Target(rows_per_day=7200e6, window_hours=2, epochs=3)
+    assert target.needed_rows_per_s == 3e6
+    assert Target(rows_per_day=7200e6, window_hours=2).needed_rows_per_s == 1e6
+    point = point_of("h100:2", 6e6)
+    assert "7.2G rows in 3 epochs take 1h00m of the 2h" in answer_of((point,), point, target)
+    recipe = load_recipe("demo", ["ranking.trainer.epochs=3"])
+    request = sweep_request(recipe, SweepOptions(("h100:8",), rows_per_day=7200e6, window_hours=2))
+    assert request.target.needed_rows_per_s == 3e6
+
+
+def test_another_batch_than_the_recipes_and_what_hosts_must_decode_are_said() -> None:
+    settings = ["cluster.num_workers=2", "ranking.trainer.batch_size_per_rank=512"]
+    recipe = load_recipe("demo", settings)
+    point = point_of("h100:4x8", 8e6)
+    said = answer_of((point,), point, Target(), recipe)
+    assert "A step takes 32,768 rows, the recipe's 1,024 (2 x 512): learning rates may" in said
+    assert "every host has to read and decode 2M rows/s" in said
+    same = point_of("h100:1", 1e6)
+    assert "learning rates" not in answer_of((same,), same, Target(), recipe)

@@ -323,7 +323,7 @@ def test_a_point_adds_content_to_time_and_memory() -> None:
     assert without.content_s is None
     assert with_content.content_actor_s is None
 
-    said = answer_of((with_content,), with_content, Target(), request.recipe.content)
+    said = answer_of((with_content,), with_content, Target(), request.recipe)
     assert f"{1e3 * step.rank_s:.3g} ms content" in said
     assert f"each rank encodes {step.items.encoded / 8:,.0f} items a step" in said
     assert "content" not in answer_of((without,), without, Target())
@@ -333,8 +333,8 @@ def test_a_service_s_own_devices_are_named() -> None:
     override = "content.placement={kind: service, num_actors: 3, gpus_per_actor: 1}"
     shape = parse_shape("h100:8")
     point = point_on(shape, override)
-    config = load_recipe("demo", [CONTENT, override]).content
-    said = answer_of((point,), point, Target(), config)
+    recipe = load_recipe("demo", [CONTENT, override])
+    said = answer_of((point,), point, Target(), recipe)
     assert "each of 3 actors encodes" in said
     assert "they need 3 GPUs and 3 CPUs beside the cluster" in said
     assert point.content_actor_s is not None

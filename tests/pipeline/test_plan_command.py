@@ -10,9 +10,12 @@ import pytest
 
 from deploy.app import main
 from embedding.planning.calibration import installed_versions
+from embedding.planning.cluster_shape import parse_shape
 from embedding.planning.plan_description import PlanDescription, read_plan
+from pipeline.capacity.sweep import SweepOptions, sweep_request
 from pipeline.plan import PLAN, present_shape, training_shape
 from pipeline.plan import plan as plan_stage
+from pipeline.planning.request import plan_request
 from pipeline.recipe import load_recipe
 from tests.embedding.test_calibration import calibration
 from tests.one_ray import one_ray
@@ -246,6 +249,23 @@ def test_a_plan_with_a_kernel_that_training_lacks_is_refused(
     assert (code, "{'item': 'key_value'}" in said) == (2, True)
     assert "fused, fused_uvm, fused_uvm_caching" in said
     assert "'key_value' is unknown" in refused(capsys, "-t", "h200:2", "--kernel", "key_value")
+
+
+@pytest.mark.parametrize("topology", ["h200:2x4", "cpu:2"])
+def test_a_limit_of_memory_holds_on_every_topology(topology: str) -> None:
+    recipe = load_recipe("demo", ["embedding.sharding.hbm_gib=0.25"])
+    shape = parse_shape(topology)
+    planned = plan_request(recipe, shape).shape
+    assert (planned.name, planned.device_bytes) == (topology, GIB // 4)
+    assert plan_request(recipe, planned).shape == planned
+    (swept,) = sweep_request(recipe, SweepOptions((topology,))).shapes
+    assert swept == planned
+    more = load_recipe("demo", ["embedding.sharding.hbm_gib=1e6"])
+    assert plan_request(more, shape).shape.device_bytes == shape.device_bytes
+
+
+def test_a_kernel_that_cpus_lack_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "the only kernel is fused" in refused(capsys, "-t", "cpu:2", "--kernel", "fused_uvm")
 
 
 def test_a_calibration_of_another_version_is_refused(

@@ -28,6 +28,7 @@ from embedding.planning.table_advice import table_facts
 from embedding.planning.traffic import TableTraffic, Traffic, read_traffic
 from pipeline.planning import traffic as traffic_module
 from pipeline.planning.traffic import measure_traffic, sample_files
+from pipeline.planning.traffic_view import growth_line
 
 ROWS = 50
 SCHEMA = FeatureSchema(
@@ -44,12 +45,13 @@ SCHEMA = FeatureSchema(
 )
 
 
-def write_days(out: Path) -> dict[str, list[tuple[int, list[int], list[int]]]]:
-    """Two joined days; (item, past items, gaps) of every row."""
+def write_days(out: Path, num_days: int = 2) -> dict[str, list[tuple[int, list[int], list[int]]]]:
+    """Joined days; (item, past items, gaps) of every row. The last one has items of its own."""
     rng = np.random.default_rng(0)
     days = {}
-    for day in ("2024-01-01", "2024-01-02"):
-        high = 20 if day.endswith("1") else 30
+    for number in range(1, num_days + 1):
+        day = f"2024-01-{number:02}"
+        high = 20 if number < num_days else 30
         rows = [
             (
                 int(rng.integers(1, high)),
@@ -87,12 +89,14 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("in_this_process")
 def test_lookups_are_counted_as_a_loop_counts_them(tmp_path: Path) -> None:
-    days = write_days(tmp_path)
+    *first, last = write_days(tmp_path, 14).values()
+    first = [row for day in first for row in day]
     measured = measure_traffic(SCHEMA, sample_files(tmp_path, None))
-    first, last = days["2024-01-01"], days["2024-01-02"]
     everything = first + last
     assert measured.rows == len(everything)
-    assert measured.rows_per_day == len(everything) / 2
+    assert measured.rows_per_day == len(everything) / 14
+    assert measured.days == 14
+    assert growth_line(measured) is None
     assert measured.ids_per_sample["item_id"] == 1
     past = sum(len(row[1]) for row in everything)
     assert measured.ids_per_sample["past"] == pytest.approx(past / len(everything))
@@ -117,11 +121,13 @@ def test_lookups_are_counted_as_a_loop_counts_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_one_day_says_nothing_of_growth(tmp_path: Path) -> None:
-    write_days(tmp_path)
-    measured = measure_traffic(SCHEMA, sample_files(tmp_path, "2024-01-01"))
-    assert measured.rows == 40
+@pytest.mark.parametrize(("num_days", "said"), [(1, "of 1 day,"), (13, "of 13 days, and below 14")])
+def test_few_days_say_nothing_of_growth(tmp_path: Path, num_days: int, said: str) -> None:
+    write_days(tmp_path, 14)
+    measured = measure_traffic(SCHEMA, sample_files(tmp_path, f"2024-01-{num_days:02}"))
+    assert measured.rows == 40 * num_days
     assert all(table.new_rows_per_day is None for table in measured.tables)
+    assert said in (growth_line(measured) or "")
 
 
 @pytest.mark.usefixtures("in_this_process")

@@ -5,7 +5,9 @@ Every reader goes through blocks of rows, so memory does not grow with the numbe
 
 # Shapes: N items, D vector dim.
 
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -135,6 +137,24 @@ def sample_rows(num_rows: int, size: int, seed: int) -> Int64Array:
 def read_rows(vectors_ND: FloatArray, rows: Int64Array) -> Float32Array:
     """Some rows, fp32, in memory."""
     return np.ascontiguousarray(vectors_ND[rows], dtype=np.float32)
+
+
+def rows_in_file(vectors_ND: FloatArray, rows: Int64Array, directory: Path) -> FloatArray:
+    """Some rows, memory-mapped: copied a block at a time into a file that ends with the array.
+
+    Args:
+        vectors_ND: memory-mapped itself, or memory would hold it all the same.
+        rows: ascending.
+        directory: where the file, which has no name, takes room.
+    """
+    if not len(rows):
+        return vectors_ND[:0]
+    with tempfile.TemporaryFile(dir=directory) as file:
+        shape = (len(rows), vectors_ND.shape[1])
+        copy: FloatArray = np.memmap(file, vectors_ND.dtype, "w+", shape=shape)
+    for start in range(0, len(rows), ROWS_PER_BLOCK):
+        copy[start : start + ROWS_PER_BLOCK] = vectors_ND[rows[start : start + ROWS_PER_BLOCK]]
+    return copy
 
 
 def unit_rows(vectors_ND: FloatArray) -> Float32Array:

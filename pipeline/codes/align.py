@@ -20,6 +20,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
+from numpy.lib.format import open_memmap
 from pydantic import Field
 
 from embedding.config import StrictConfig
@@ -27,6 +28,7 @@ from embedding.errors import UserError
 from embedding.raw_ids import Int64Array
 from multimodal.codes.config import AlignedVectors, TowerVectors
 from multimodal.codes.pair_config import User2Item
+from multimodal.codes.vectors import ROWS_PER_BLOCK
 from multimodal.content_config import ConcatFusion, ContentConfig
 from multimodal.stored_content import StoredContent
 from multimodal.token_store import NO_ROW
@@ -152,22 +154,30 @@ def changed_rows(index: Path, earlier: Path | None) -> Int64Array:
 def merge_vectors(job: AlignJob, earlier: Path | None) -> tuple[int, int]:
     """Write ids and vectors of all items with content, from the workers' parts and `earlier`.
 
+    No more than a part of them is in memory.
+
     Returns:
         The number of items with a vector, and of those without content.
     """
     now = places(job.index)
     ids, rows = now.index.to_numpy(), np.load(job.rows)
     parts = sorted(job.output.glob(f"{PART}-*.npy"))
-    new_ND = np.concatenate([np.load(part) for part in parts])
+    new_ND = [np.load(part, mmap_mode="r") for part in parts]
     kept = np.flatnonzero((now != _NOWHERE).any(axis=1))
-    vectors_ND = np.zeros((len(ids), new_ND.shape[1]), np.float32)
-    vectors_ND[rows] = new_ND
+    np.save(job.output / IDS, ids[kept])
+    shape = (len(kept), new_ND[0].shape[1])
+    vectors_ND = open_memmap(job.output / VECTORS, "w+", np.float32, shape)
+    ends = np.cumsum([len(part_BD) for part_BD in new_ND])
+    for place_B, part_BD in zip(
+        np.split(np.searchsorted(kept, rows), ends[:-1]), new_ND, strict=True
+    ):
+        vectors_ND[place_B] = part_BD
     if earlier is not None:
         old_ids, old_ND = np.load(earlier / IDS), np.load(earlier / VECTORS, mmap_mode="r")
-        others = np.setdiff1d(kept, rows)
-        vectors_ND[others] = old_ND[np.searchsorted(old_ids, ids[others])]
-    np.save(job.output / IDS, ids[kept])
-    np.save(job.output / VECTORS, vectors_ND[kept])
+        others = np.flatnonzero(~np.isin(kept, rows))
+        for place_B in np.split(others, range(ROWS_PER_BLOCK, len(others), ROWS_PER_BLOCK)):
+            vectors_ND[place_B] = old_ND[np.searchsorted(old_ids, ids[kept[place_B]])]
+    vectors_ND.flush()
     for part in parts:
         part.unlink()
     return len(kept), len(ids) - len(kept)

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from embedding.errors import UserError
 from embedding.raw_ids import Int64Array, to_raw_ids
 from multimodal.codes.config import ColumnVectors
-from multimodal.codes.vectors import BoolArray, Float32Array, FloatArray, row_digests
+from multimodal.codes.vectors import BoolArray, Float32Array, FloatArray, row_digests, rows_in_file
 from pipeline.codes.kept_codes import KeptCodes
 from pipeline.samples.contract import check_present, open_parquet, read_columns
 
@@ -56,13 +56,21 @@ class ItemVectors:
 
     @cached_property
     def seen(self) -> "ItemVectors":
-        """The items that codebooks may be fitted to; a copy of their vectors, made once."""
+        """The items that codebooks may be fitted to; a copy of their vectors, made once.
+
+        Of vectors in a file the copy is in one, too, which goes with it.
+        """
         if self.seen_N is None or self.seen_N.all():
             return self
+        if self.file is None:
+            vectors_ND = self.vectors_ND[self.seen_N]
+        else:
+            rows = np.flatnonzero(self.seen_N)
+            vectors_ND = rows_in_file(self.vectors_ND, rows, self.file.parent)
         return replace(
             self,
             item_ids_N=self.item_ids_N[self.seen_N],
-            vectors_ND=self.vectors_ND[self.seen_N],
+            vectors_ND=vectors_ND,
             seen_N=None,
             kept=None,
             file=None,

@@ -11,7 +11,12 @@ import pytest
 from embedding.errors import UserError
 from embedding.raw_ids import to_raw_ids
 from multimodal.codes.config import ColumnVectors
-from pipeline.codes.item_vectors import read_column_vectors
+from multimodal.codes.vectors import ROWS_PER_BLOCK
+from multimodal.content_config import ContentConfig, TextTower
+from multimodal.stored_content import Places, StoredContent, StoredModality, write_index
+from multimodal.token_store import NO_ROW
+from pipeline.codes.align import AlignJob, merge_vectors
+from pipeline.codes.item_vectors import ItemVectors, read_column_vectors
 
 SOURCE = ColumnVectors(column="vec", encoder="v7")
 
@@ -69,3 +74,66 @@ def test_a_missing_column_is_named(tmp_path: Path) -> None:
     write(tmp_path, pa.array([[1.0], [2.0], [3.0]]))
     with pytest.raises(UserError, match=r"lacks the columns \['vector'\]"):
         read_column_vectors(tmp_path, ColumnVectors())
+
+
+def test_seen_vectors_of_a_file_are_copied_into_one_that_goes_with_them(tmp_path: Path) -> None:
+    num_items = 2 * ROWS_PER_BLOCK + 7
+    vectors_ND = np.random.default_rng(1).standard_normal((num_items, 2)).astype(np.float32)
+    seen_N = np.arange(num_items) % 3 > 0
+    path = tmp_path / "vectors.npy"
+    np.save(path, vectors_ND)
+    mapped_ND = np.load(path, mmap_mode="c")
+    ids = np.arange(num_items)
+    items = ItemVectors(ids, mapped_ND, "e", "d", "d", seen_N=seen_N, file=path)
+
+    seen = items.seen
+
+    assert isinstance(seen.vectors_ND, np.memmap)
+    np.testing.assert_array_equal(seen.vectors_ND, vectors_ND[seen_N])
+    np.testing.assert_array_equal(seen.item_ids_N, ids[seen_N])
+    assert [file.name for file in tmp_path.iterdir()] == ["vectors.npy"]
+
+
+def test_vectors_of_ranks_and_of_the_day_before_are_put_together(tmp_path: Path) -> None:
+    """Items 0 .. 8; 3 lacks content, 1, 5 and 7 are encoded by two ranks, the others kept."""
+    now, before = tmp_path / "now", tmp_path / "before"
+    (now / "content").mkdir(parents=True)
+    before.mkdir()
+    row_N = np.where(np.arange(9) == 3, NO_ROW, np.arange(9))
+    text = StoredModality(
+        store="s", fingerprint="f", precision="float16", hidden_size=2, parts=("p",)
+    )
+    write_index(
+        now / "content",
+        np.arange(9),
+        StoredContent(num_items=9, modalities={"text": text}),
+        {"text": Places(np.where(row_N == NO_ROW, NO_ROW, 0), row_N, row_N)},
+    )
+    np.save(now / "rows.npy", [1, 5, 7])
+    np.save(now / "part-00000.npy", np.array([[1, 10], [5, 50]], np.float32))
+    np.save(now / "part-00001.npy", np.array([[7, 70]], np.float32))
+    old = [0, 2, 3, 4, 6, 7, 8]  # item 3 had content then
+    np.save(before / "item_ids.npy", old)
+    np.save(before / "vectors.npy", np.array([[i, -i] for i in old], np.float32))
+    job = AlignJob(
+        content=ContentConfig(text=TextTower()),
+        training=None,
+        num_steps=0,
+        index=now / "content",
+        stores=tmp_path,
+        pairs=None,
+        state=None,
+        standardised=False,
+        rows=now / "rows.npy",
+        output=now,
+    )
+
+    assert merge_vectors(job, before) == (8, 1)
+
+    assert np.load(now / "item_ids.npy").tolist() == [0, 1, 2, 4, 5, 6, 7, 8]
+    merged = np.load(now / "vectors.npy")
+    kept = [[i, -i] for i in (0, 2, 4, 6, 8)]
+    assert sorted(merged.tolist()) == sorted([*kept, [1, 10], [5, 50], [7, 70]])
+    assert merged[:, 0].tolist() == [0, 1, 2, 4, 5, 6, 7, 8]
+    assert merged.dtype == np.float32
+    assert not [*now.glob("part-*")]

@@ -69,28 +69,48 @@ def by_row(module: MCHManagedCollisionModule) -> dict[str, Tensor]:
     }
 
 
-def set_by_row(module: MCHManagedCollisionModule, state: dict[str, Tensor]) -> None:
-    """The inverse of `by_row`."""
+def set_by_row(module: MCHManagedCollisionModule, state: dict[str, Tensor], now: int) -> None:
+    """The inverse of `by_row`.
+
+    Args:
+        module: holds no id yet; its eviction policy may be another one than that of the module that
+            was saved.
+        state: `ids` and metadata, (N,) each.
+        now: the iteration that the module is at.
+    """
     start, stop = rows_of_module(module)
+    empty = {name: values.to(state["ids"].device) for name, values in by_row(module).items()}
     mapping = module._mch_remapped_ids_mapping
     mapping.copy_(torch.arange(start, stop, device=mapping.device))
     module._mch_sorted_raw_ids.copy_(state["ids"])
     for name, values in module._mch_metadata.items():
-        values.copy_(state[name])
+        unknown = torch.where(
+            state["ids"] == NO_ID, empty[name], _as_if_seen_once(name, state["ids"], now)
+        )
+        values.copy_(state.get(name, unknown))
     module._sort_mch_buffers()
+
+
+def _as_if_seen_once(name: str, ids: Tensor, now: int) -> Tensor:
+    """Metadata that another policy did not keep: every id as if it had been seen once, just now."""
+    return torch.full_like(ids, {"counts": 1, "last_access_iter": now}[name])
 
 
 def pending_of(module: MCHManagedCollisionModule) -> PendingIds:
     """What the module will merge into its map at the next eviction."""
     count = module._current_history_buffer_offset
     if module._input_history_buffer_size < 0:
-        names = [info.metadata_name for info in module._eviction_policy.metadata_info if info[2]]
         none = torch.empty(0, dtype=torch.int64)
-        return PendingIds(none, dict.fromkeys(names, none))
+        return PendingIds(none, dict.fromkeys(_of_pending(module), none))
     return PendingIds(
         module._history_accumulator[:count],
         {name: values[:count] for name, values in module._history_metadata.items()},
     )
+
+
+def _of_pending(module: MCHManagedCollisionModule) -> list[str]:
+    """Metadata that the policy keeps of an id before the id owns a row."""
+    return [info.metadata_name for info in module._eviction_policy.metadata_info if info[2]]
 
 
 def set_pending(
@@ -98,7 +118,7 @@ def set_pending(
 ) -> None:
     """Continue from `clock` with `pending`, as if this module had seen those ids itself.
 
-    The interval between evictions may be another one than that of the module that was saved.
+    Interval and policy of evictions may be others than those of the module that was saved.
     """
     module._current_iter = clock.iteration
     # TorchRec evicts when exactly an interval has passed, so a longer one would never end.
@@ -112,8 +132,9 @@ def set_pending(
         return
     device = module._mch_sorted_raw_ids.device
     module._history_accumulator = pending.ids_P.to(device, copy=True)
-    for name, values in pending.metadata.items():
-        buffer = values.to(device, copy=True)
+    for name in _of_pending(module):
+        unknown = _as_if_seen_once(name, pending.ids_P, clock.iteration)
+        buffer = pending.metadata.get(name, unknown).to(device, copy=True)
         module.register_buffer(f"_history_{name}", buffer, persistent=False)
         module._history_metadata[name] = buffer
 

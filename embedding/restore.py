@@ -57,13 +57,14 @@ class Restorer:
         if module is not None:
             table = self._sharded.schema.table(name)
             saved = SavedIds(self._reader, self._manifest, table, module)
+            pending, clock = saved.pending()
             if saved.stay:
-                set_by_row(module, saved.of_rows())
+                set_by_row(module, saved.of_rows(), clock.iteration)
             else:
                 insertion = insert_ids(module, *saved.owned())
                 self.dropped_ids[name] = insertion.num_dropped
-                set_by_row(module, insertion.state)
-            set_pending(module, *saved.pending())
+                set_by_row(module, insertion.state, clock.iteration)
+            set_pending(module, pending, clock)
         for shard in shards:
             if insertion is not None:
                 self._move_rows(shard, insertion)

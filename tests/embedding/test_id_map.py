@@ -28,10 +28,10 @@ def module(eviction: str = "lfu", interval: int = 100, scale: int = 1):
     return managed_modules(EmbeddingTables(schema, CPU))["genre"]
 
 
-def restored(saved, interval: int, scale: int = 1):
-    """A module that goes on where `saved` is, with an interval of its own."""
-    mch = module(interval=interval, scale=scale)
-    set_by_row(mch, by_row(saved))
+def restored(saved, interval: int, scale: int = 1, eviction: str = "lfu"):
+    """A module that goes on where `saved` is, with an interval and a policy of its own."""
+    mch = module(eviction, interval=interval, scale=scale)
+    set_by_row(mch, by_row(saved), clock_of(saved).iteration)
     set_pending(mch, pending_of(saved), clock_of(saved))
     return mch
 
@@ -67,7 +67,7 @@ def test_by_row_and_back() -> None:
     state = {"ids": torch.full((17,), NO_ID), "counts": torch.zeros(17, dtype=torch.int64)}
     state["ids"][:5] = torch.tensor([50, 10, 40, 20, 30])
     state["counts"][:5] = torch.arange(1, 6)
-    set_by_row(mch, state)
+    set_by_row(mch, state, 0)
     assert mch._mch_sorted_raw_ids[:5].tolist() == [10, 20, 30, 40, 50]
     assert mch._mch_remapped_ids_mapping[:5].tolist() == [1, 3, 4, 2, 0]
     assert all(torch.equal(by_row(mch)[name], state[name]) for name in state)
@@ -135,6 +135,23 @@ def test_no_id_is_forgotten_before_the_next_eviction() -> None:
     mch = restored(saved, interval=12, scale=100)
     seen |= feed(mch, range(1, 11), 50)
     assert owners(mch) == seen
+
+
+def test_ids_stay_under_another_policy_and_give_way_to_more_wanted_ones() -> None:
+    for before in ("lfu", "lru", "distance_lfu"):
+        for after in ("lfu", "lru", "distance_lfu"):
+            saved = module(before, interval=4)
+            known = feed(saved, range(4), 2) | feed(saved, range(4, 5), 2)
+            assert len(owners(saved)) == 8, "two ids wait for the next eviction"
+            mch = restored(saved, interval=4, eviction=after)
+            assert owners(mch) == owners(saved)
+            feed(mch, range(4, 8), 0)
+            assert owners(mch) == known, (before, after)
+            wanted = set(range(100, 116))
+            for _ in range(8):  # of 16 rows that ids can own
+                ids = torch.tensor(sorted(wanted))
+                mch({"genres": JaggedTensor(ids, lengths=torch.ones_like(ids))})
+            assert owners(mch) == wanted, (before, after)
 
 
 def test_reset_clears_row_wise_and_element_wise_states() -> None:

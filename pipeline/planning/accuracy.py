@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import spearmanr
 
 from embedding.planning.calibration import (
     Calibration,
@@ -72,18 +73,10 @@ def median_abs_error(measured: Sequence[float], predicted: Sequence[float]) -> f
 
 
 def rank_correlation(measured: Sequence[float], predicted: Sequence[float]) -> float:
-    """Spearman's: Pearson's of the ranks, ties sharing their mean rank."""
-    ranks = [_ranks(np.asarray(values)) for values in (measured, predicted)]
-    if len(measured) < 2 or not all(r.std() for r in ranks):
+    """Spearman's; 0 where one side says nothing of order."""
+    if len(set(measured)) < 2 or len(set(predicted)) < 2:
         return 0.0
-    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    mean_rank: np.ndarray = (last - (counts - 1) / 2)[inverse]
-    return mean_rank
+    return float(spearmanr(measured, predicted).statistic)
 
 
 def measured_plans(

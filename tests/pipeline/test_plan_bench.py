@@ -317,6 +317,10 @@ def test_figures_of_accuracy() -> None:
     assert median_abs_error([1.0, 2.0, 4.0], [1.1, 1.0, 4.0]) == pytest.approx(0.1)
     assert rank_correlation([1.0, 2.0, 3.0], [10.0, 20.0, 30.0]) == pytest.approx(1.0)
     assert rank_correlation([1.0, 2.0, 3.0], [3.0, 2.0, 1.0]) == pytest.approx(-1.0)
+    # Ranks 1, 2.5, 2.5, 4 beside 1, 2, 3, 4: 4.5 / sqrt(4.5 * 5).
+    tied = rank_correlation([1.0, 2.0, 2.0, 3.0], [1.0, 2.0, 3.0, 4.0])
+    assert tied == pytest.approx(4.5 / 22.5**0.5)
+    assert rank_correlation([1.0, 2.0], [3.0, 3.0]) == rank_correlation([1.0], [1.0]) == 0.0
     rng = np.random.default_rng(0)
     noise = [float(x) for x in rng.random(200)]
     assert abs(rank_correlation(noise, noise[::-1])) < 0.2

@@ -319,7 +319,11 @@ def main() -> None:
     try:
         found = measure(common, lengths, args.threads, 5 if args.quick else 15)
     except UserError as error:
-        sys.stderr.write(f"error: {error} (--image-model DIR)\n")
+        sys.stderr.write(
+            f"error: {error}\nThe towers are those of the recipe {RECIPE}: `make towers` installs "
+            "that of texts; --image-model DIR names a directory with DINOv2-small, which comes "
+            "from the model hub (facebook/dinov2-small; its commit is in docs/content.md)\n"
+        )
         raise SystemExit(2) from error
     show(found)
     if args.json:

@@ -253,11 +253,24 @@ def gemm_gflop_per_s(precision: str) -> float:
     return 3 * 2 * GEMM_SIZE**3 / (time.perf_counter() - started) / 1e9
 
 
+def missing_peer(python: Path | None, models: Path | None) -> str | None:
+    """What of FuxiCTR is not there, as a sentence; None: nothing."""
+    for option, path in (("--fuxictr-python", python), ("--fuxictr-models", models)):
+        if path is None or not path.exists():
+            found = "is not given" if path is None else f"{path} does not exist"
+            return (
+                f"{option} {found}; the comparison runs FuxiCTR beside Braid, from an environment "
+                "with fuxictr 2.3.10 (--fuxictr-python PYTHON) and the model_zoo of its repository "
+                "(--fuxictr-models DIR): docs/peers.md has the commands that get both"
+            )
+    return None
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--fuxictr-python", type=Path, required=True)
-    parser.add_argument("--fuxictr-models", type=Path, required=True)
+    parser.add_argument("--fuxictr-python", type=Path, help="interpreter with fuxictr 2.3.10")
+    parser.add_argument("--fuxictr-models", type=Path, help="model_zoo of a checkout of FuxiCTR")
     parser.add_argument("--quick", action="store_true", help="throughput only, under five minutes")
     parser.add_argument(
         "--compiled", action="store_true", help="also with ranking.model.compile; needs g++"
@@ -267,6 +280,9 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
+    missing = missing_peer(args.fuxictr_python, args.fuxictr_models)
+    if missing is not None:
+        parser.exit(2, f"error: {missing}\n")
     plan = Plan(2, 98_304, 1, with_auc=False) if args.quick else Plan(5, 262_144, 65_536, True)
     with tempfile.TemporaryDirectory() as folder:
         write_data(Path(folder) / "train.parquet", ROWS_PER_TABLE, plan.train_rows, seed=1)

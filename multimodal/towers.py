@@ -12,6 +12,7 @@ Shapes: U unique items, L token positions, H width of the tower.
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -32,6 +33,8 @@ _LAYERS = ("encoder.layer", "encoder.layers", "layers", "layer", "transformer.la
 """Where architectures keep their transformer layers."""
 _FINAL_NORMS = ("layernorm", "layer_norm", "norm", "post_layernorm", "encoder.layer_norm")
 _QUERY_VALUE = (("query", "value"), ("q_proj", "v_proj"), ("q_lin", "v_lin"))
+_POSITIONS_BEHIND_PADDING = ("roberta", "xlm-roberta", "camembert")
+"""Kinds of models whose first position is the one behind the padding's id."""
 _PROBE_TOLERANCE = 1e-4
 _SHORT = 96
 """Token positions."""
@@ -167,12 +170,10 @@ def _split(model: nn.Module, tower: Tower) -> SplitTower:
     if getattr(model, "pooler", None) is not None:
         model.register_module("pooler", None)  # of the first token, for tasks that are not ours
     probe = _probe(tower, config)
-    with torch.no_grad():
-        whole_ULH = model(**probe).last_hidden_state
+    whole_ULH, norm_at = _whole(model, probe)
     cut = len(layers) - tower.layers_in_step
     upper_layers = nn.ModuleList(layers[cut:])
     del layers[cut:]
-    norm_at = next((path for path in _FINAL_NORMS if _find(model, path) is not None), None)
     norm = None
     if norm_at is not None and tower.layers_in_step:
         norm = _find(model, norm_at)
@@ -184,6 +185,26 @@ def _split(model: nn.Module, tower: Tower) -> SplitTower:
     )
     _check_split(split, probe, whole_ULH, tower)
     return split
+
+
+def _whole(model: nn.Module, probe: Mapping[str, Tensor]) -> tuple[Tensor, str | None]:
+    """Tokens of the unsplit model, and the path of the norm that they come out of, if it has one.
+
+    Some norms are those of a pooled token, as CLIP's.
+    """
+    outputs: dict[str, Tensor] = {}
+    hooks = []
+    for path in _FINAL_NORMS:
+        norm = _find(model, path)
+        if norm is not None:
+            keep = partial(outputs.__setitem__, path)
+            hooks.append(norm.register_forward_hook(lambda _, __, out, keep=keep: keep(out)))
+    with torch.no_grad():
+        whole_ULH: Tensor = model(**probe).last_hidden_state
+    for hook in hooks:
+        hook.remove()
+    at = next((path for path, out in outputs.items() if torch.equal(out, whole_ULH)), None)
+    return whole_ULH, at
 
 
 def _check_split(
@@ -223,6 +244,8 @@ def _probe(tower: Tower, config: Any) -> dict[str, Tensor]:
         values = torch.linspace(-1, 1, 2 * 3 * size * size).reshape(2, 3, size, size)
         return {"pixel_values": values}
     longest = getattr(config, "max_position_embeddings", tower.max_tokens)
+    if config.model_type in _POSITIONS_BEHIND_PADDING:
+        longest -= config.pad_token_id + 1
     if tower.max_tokens > longest:
         raise UserError(
             f"max_tokens={tower.max_tokens}, but {tower.model!r} reads at most {longest}; lower it"

@@ -1,5 +1,6 @@
 """What benchmarks draw and sum up, without running them."""
 
+import importlib
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -35,6 +36,35 @@ def test_grown_tables_are_looked_up_over_all_their_rows(
     assert of_usual["sparse:s0"].to_numpy().max() < peers.ROWS_PER_TABLE[0]
     for table in range(1, len(tables)):
         assert of_grown[f"sparse:s{table}"] == of_usual[f"sparse:s{table}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "parts"),
+    [
+        ("peers", [], ["--fuxictr-python is not given", "--fuxictr-models DIR", "docs/peers.md"]),
+        ("peers", ["--fuxictr-python", "/no/python"], ["/no/python does not exist"]),
+        (
+            "content_cost",
+            ["--image-model", "/no/model"],
+            ["error: tower model", "make towers", "--image-model DIR", "facebook/dinov2-small"],
+        ),
+    ],
+)
+def test_a_benchmark_says_what_it_needs_and_where_to_get_it(
+    name: str,
+    options: list[str],
+    parts: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--quick", *options])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(name).main()
+
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert all(part in said for part in parts)
 
 
 def test_a_classifier_whose_trials_all_failed_leaves_the_others_in_the_table(

@@ -5,7 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModel, GPT2Config, ModernBertConfig, ViTConfig
+from transformers import (
+    AutoModel,
+    CamembertConfig,
+    CLIPVisionConfig,
+    GPT2Config,
+    ModernBertConfig,
+    RobertaConfig,
+    SiglipVisionConfig,
+    ViTConfig,
+    XLMRobertaConfig,
+)
 
 from embedding.errors import UserError
 from multimodal.content_config import ImageTower, Lora, TextTower
@@ -49,6 +59,20 @@ def test_an_architecture_with_layers_at_its_top_is_split_too(tmp_path: Path) -> 
     pixels = torch.randn(2, 3, 32, 32)
     expected = AutoModel.from_pretrained(tmp_path).eval()(pixels).last_hidden_state
     found = split.upper(split.lower({"pixel_values": pixels}).clone(), torch.ones(2, 5).bool())
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [CLIPVisionConfig, SiglipVisionConfig])
+def test_towers_of_images_and_texts_are_split_too(tmp_path: Path, kind: type) -> None:
+    """CLIP's tokens come without its last norm, which is that of the pooled token."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = kind(**sizes, intermediate_size=24, image_size=32, patch_size=16)
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    split = load_tower(ImageTower(model=str(tmp_path), image_size=32, trainable_layers=2))
+    pixels = torch.randn(2, 3, 32, 32)
+    expected = AutoModel.from_pretrained(tmp_path).eval()(pixels).last_hidden_state
+    tokens = split.lower({"pixel_values": pixels}).clone()
+    found = split.upper(tokens, torch.ones(tokens.shape[:2]).bool())
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -151,6 +175,21 @@ def test_a_model_that_is_not_there_says_what_to_do(
 def test_texts_longer_than_the_model_reads_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="at most 16; lower it"):
         load_tower(TextTower(model=save_text_model(tmp_path), max_tokens=17))
+
+
+@pytest.mark.parametrize("kind", [RobertaConfig, XLMRobertaConfig, CamembertConfig])
+def test_positions_that_padding_takes_are_not_read(tmp_path: Path, kind: type) -> None:
+    """The first token is at position 2, behind that of the padding: 10 hold 8 tokens."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = kind(**sizes, intermediate_size=24, vocab_size=64, max_position_embeddings=10)
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="max_tokens=9, .* reads at most 8; lower it"):
+        load_tower(TextTower(model=str(tmp_path), max_tokens=9))
+
+    split = load_tower(TextTower(model=str(tmp_path), max_tokens=8))
+    words = torch.arange(8, 24).reshape(2, 8)
+    tokens = split.lower({"input_ids": words, "attention_mask": torch.ones_like(words)})
+    assert tokens.shape == (2, 8, 16)
 
 
 def test_image_size_must_fit_the_patches(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ class AdaptedModel(StrictConfig):
     lora: Lora | None = Lora()
     """None: nothing in the tower trains, and all its layers run once per item."""
     precision: Precision = "float16"
-    """Of the stored tokens. Training sees the stored values, so it is exact given them."""
+    """How tokens are stored. Training sees the stored values, so it is exact given them."""
 
     @property
     def layers_in_step(self) -> int:
@@ -71,7 +71,7 @@ class TextTower(AdaptedModel):
     """A text encoder."""
 
     column: str = "text"
-    """Of items.parquet."""
+    """Column of items.parquet with the texts."""
     max_tokens: Annotated[int, Field(ge=2, le=4096)] = 32
     """Longer texts are cut, and counted."""
 
@@ -80,7 +80,7 @@ class ImageTower(AdaptedModel):
     """A vision encoder."""
 
     column: str = "image"
-    """Of items.parquet."""
+    """Column of items.parquet with the images."""
     image_size: Annotated[int, Field(ge=8, le=2048)] = 32
     """Images are resized to a square of so many pixels; a multiple of the model's patch size."""
     max_pixels: PositiveInt = MAX_PIXELS
@@ -99,7 +99,7 @@ class FqFormer(StrictConfig):
     num_heads: PositiveInt = 4
     num_queries: PositiveInt = 2
     dim: PositiveInt | None = None
-    """Of queries and projected tokens; None: `content.dim`. What the projection of a tower's tokens
+    """Width of queries and projected tokens; None: `content.dim`. What the projection of a tower's tokens
     drops, training must find again: several times `content.dim` starts from more of them."""
     mean_tokens: bool = False
     """Let the last layer read the mean token of every modality, too, beside the queries' outputs:
@@ -176,10 +176,10 @@ class ContentOptimizer(StrictConfig):
     """AdamW of everything in the content encoder."""
 
     learning_rate: PositiveFloat = 1e-3
-    """Of the fusion, and of the vectors that stand for what an item lacks."""
+    """Rate of the fusion, and of the vectors that stand for what an item lacks."""
     lora_learning_rate: PositiveFloat = 1e-3
     head_learning_rate: PositiveFloat = 1e-3
-    """Of the last layer, which learns from every item of a step, encoded or not."""
+    """Rate of the last layer, which learns from every item of a step, encoded or not."""
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: PositiveFloat | None = None
     """Bound on the norm of the gradient of towers and fusion together, and on that of the last
@@ -204,7 +204,7 @@ class Service(StrictConfig):
     """0: vectors of step t+1 come from the weights after step t. 1: from those before it, computed
     while the ranks work on step t."""
     timeout_s: PositiveFloat = 60.0
-    """Of every wait between ranks and actors."""
+    """Limit of every wait between ranks and actors."""
     cpus_per_actor: NonNegativeFloat = 1
     gpus_per_actor: NonNegativeFloat = 0
     transport: Literal["auto", "object_store", "direct"] = "object_store"
@@ -251,7 +251,7 @@ class ContentConfig(StrictConfig):
     text: TextTower | None = None
     image: ImageTower | None = None
     dim: PositiveInt = 64
-    """Of the content vector."""
+    """Width of the content vector."""
     fusion: Fusion = FqFormer()
     frozen: bool = False
     """Train nothing of the encoder but its last linear layer: an ablation. Items are encoded once,
@@ -268,7 +268,7 @@ class ContentConfig(StrictConfig):
     bank, too; weights, their optimizer, and the vectors that are evaluated and published stay
     fp32."""
     seed: NonNegativeInt = 0
-    """Of the encoder's initial weights."""
+    """Draws the encoder's initial weights."""
 
     @property
     def towers(self) -> dict[str, TextTower | ImageTower]:

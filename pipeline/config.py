@@ -151,7 +151,7 @@ class HeldOutItems(StrictConfig):
     """
 
     share: float = Field(default=0.2, gt=0, lt=1)
-    """Of all items, drawn by id."""
+    """Share of all items, drawn by id."""
     seed: NonNegativeInt = 0
     days: Literal["evaluation", "all"] = "evaluation"
     """Evaluate on their rows of the evaluation days, or of the training days as well: more rows,

@@ -155,7 +155,7 @@ class AutoInt(StrictConfig):
     head_dim: PositiveInt = 8
     hidden: Hidden = (256, 128)
     dropout: Dropout = 0.0
-    """Of the MLP."""
+    """Dropout of the MLP."""
 
 
 class MaskNet(StrictConfig):
@@ -171,7 +171,7 @@ class MaskNet(StrictConfig):
     hidden: Hidden = (256, 128)
     """The MLP on the parallel blocks' outputs; the serial form has none."""
     dropout: Dropout = 0.0
-    """Of that MLP."""
+    """Dropout of the MLP."""
 
     @model_validator(mode="after")
     def _check_form(self) -> Self:

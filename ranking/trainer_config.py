@@ -24,7 +24,7 @@ class Constant(StrictConfig):
 
 
 class LinearDecay(StrictConfig):
-    """In a straight line from 1 to `final_factor`."""
+    """Falls in a straight line from 1 to `final_factor`."""
 
     kind: Literal["linear"] = "linear"
     num_steps: PositiveInt | None = None
@@ -102,9 +102,9 @@ class TrainerConfig(StrictConfig):
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Average the dense weights over steps, and validate, evaluate and publish the average."""
     validation: ValidationConfig = ValidationConfig()
-    """In force with `window.validation_days`: the best checkpoint is then the result."""
+    """What is validated and when, with `window.validation_days`: the best checkpoint is then the result."""
     seed: NonNegativeInt = 0
-    """Of initial values, data order and dropout."""
+    """Draws initial values, the order of rows, and dropout."""
     log_every_steps: PositiveInt = 50
     """Steps between two metric lines; the metrics cover the steps in between."""
     checkpoint_every_steps: PositiveInt | None = 500

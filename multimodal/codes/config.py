@@ -207,9 +207,9 @@ class AlignedVectors(StrictConfig):
     user2item: User2Item | None = User2Item()
     """None: Item2Item pairs only."""
     num_steps: PositiveInt = 300
-    """Of the first alignment."""
+    """Steps of the first alignment."""
     warm_steps: PositiveInt = 100
-    """Of one that goes on from an earlier one."""
+    """Steps of an alignment that goes on from an earlier one."""
     batch_size: Annotated[int, Field(ge=2)] = 1024
     """Pairs of a step, over all ranks."""
     items_per_chunk: PositiveInt | None = 256
@@ -222,7 +222,7 @@ class AlignedVectors(StrictConfig):
     popularity_correction: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
     """1: negatives weigh as if all items were drawn equally often; 0: as often as they are."""
     learning_rate: PositiveFloat = 1e-3
-    """Of fusion and projection."""
+    """Rate of fusion and projection."""
     lora_learning_rate: PositiveFloat = 2e-4
     weight_decay: NonNegativeFloat = 1e-4
     realign_every_days: PositiveInt | None = None
@@ -257,12 +257,12 @@ class EncodeWorkers(StrictConfig):
     """
 
     num_workers: PositiveInt = 4
-    """At most; as many as the cluster has room for."""
+    """The most workers; fewer where the cluster has no room for them."""
     items_per_task: PositiveInt = 1 << 20
     """Items whose vectors a worker holds at a time."""
     cpus_per_worker: PositiveFloat = 1
     gpus_per_worker: NonNegativeFloat = 0
-    """With one, workers look up on it."""
+    """1: workers look codes up on a GPU."""
 
 
 # --- features -----------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ class CodeFeatures(StrictConfig):
     histories: tuple[str, ...] | None = None
     """Histories that the families `history` and `shared` read; default: all of the recipe."""
     embedding_dim: PositiveInt = 16
-    """Of all code tables; a multiple of 4."""
+    """Width of all code tables; a multiple of 4."""
     vector_dims: NonNegativeInt = 0
     """So many first elements of the item vector as dense features: content behind a stop-gradient,
     which codes are compared with."""

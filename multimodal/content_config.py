@@ -99,8 +99,8 @@ class FqFormer(StrictConfig):
     num_heads: PositiveInt = 4
     num_queries: PositiveInt = 2
     dim: PositiveInt | None = None
-    """Width of queries and projected tokens; None: `content.dim`. What the projection of a tower's tokens
-    drops, training must find again: several times `content.dim` starts from more of them."""
+    """Width of queries and projected tokens; None: `content.dim`. What the projection of a tower's
+    tokens drops, training must find again: several times `content.dim` starts from more of them."""
     mean_tokens: bool = False
     """Let the last layer read the mean token of every modality, too, beside the queries' outputs:
     what pretrained towers say reaches the ranker from the first step, and not only as far as the

@@ -102,7 +102,8 @@ class TrainerConfig(StrictConfig):
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Average the dense weights over steps, and validate, evaluate and publish the average."""
     validation: ValidationConfig = ValidationConfig()
-    """What is validated and when, with `window.validation_days`: the best checkpoint is then the result."""
+    """What is validated and when, with `window.validation_days`: the best checkpoint is then the
+    result."""
     seed: NonNegativeInt = 0
     """Draws initial values, the order of rows, and dropout."""
     log_every_steps: PositiveInt = 50

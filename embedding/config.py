@@ -246,7 +246,8 @@ class HistoryConfig(StrictConfig):
 
     name: ModuleName
     label: str | None = None
-    """Only events whose label column is 1 enter; by default every event enters."""
+    """Only events whose label column is 1 enter; by default every event enters. With `columns`:
+    what is true of the events in the lists; pairs for codes are made of such events."""
     max_length: PositiveInt = 50
     """Latest events kept."""
     columns: dict[str, str] | None = None

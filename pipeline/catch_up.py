@@ -11,13 +11,14 @@ passed is published as it is.
 from pathlib import Path
 
 from pipeline.artifacts import Manifest, read_manifest
-from pipeline.config import GateConfig
-from pipeline.gate import decide
+from pipeline.gate import RANKING, decide
+from pipeline.gate_config import GateConfig
 from pipeline.stages import CATCH_UP
 from ranking.evaluation import TaskMetrics
 
 TOLERANCE = 0.005
-"""AUC on rows that were just trained on may fall by so much: other tasks and dropout shift it."""
+"""AUC and GAUC on rows that were just trained on may fall by so much: other tasks and dropout shift
+them."""
 
 
 def objections(
@@ -33,11 +34,11 @@ def objections(
     reasons: tuple[str, ...] = ()
     for where, rules in gate.by_path:
         reasons += decide(rules, where, after[rules.task], None)
-        was, now = before[rules.task].auc, after[rules.task].auc
-        if was is not None and now is not None and now < was - TOLERANCE:
-            reasons += (
-                f"{rules.task}: auc on the rows it has learned fell from {was:.4f} to {now:.4f}",
-            )
+        for name in RANKING:
+            was, now = getattr(before[rules.task], name), getattr(after[rules.task], name)
+            if was is not None and now is not None and now < was - TOLERANCE:
+                fall = f"fell from {was:.4f} to {now:.4f}"
+                reasons += (f"{rules.task}: {name} on the rows it has learned {fall}",)
     return reasons
 
 

@@ -15,12 +15,12 @@ from pydantic import (
     PositiveInt,
     SerializerFunctionWrapHandler,
     field_serializer,
-    field_validator,
     model_validator,
 )
 
 from embedding.config import (
     FeatureSchema,
+    HistoryConfig,
     RowWiseAdagrad,
     ShardingConfig,
     SparseOptimizer,
@@ -31,6 +31,7 @@ from embedding.limits import check_support
 from multimodal.codes.config import AlignedVectors, Codes, ColumnVectors
 from multimodal.codes.schema import features_with_codes, without_codes
 from multimodal.content_config import ContentConfig, Service
+from pipeline.gate_config import GateConfig
 from ranking.compatibility import check_model, table_widths
 from ranking.config import RankingConfig
 from ranking.trainer_config import ValidationConfig
@@ -172,64 +173,6 @@ class EvaluationConfig(StrictConfig):
     """Evaluate on items that were kept from training instead of on all."""
 
 
-class TaskGate(StrictConfig):
-    """What a model must show of one task, on the rows that the run evaluates."""
-
-    task: str
-    min_rows: PositiveInt = 1000
-    """The fewest rows whose label is observed: fewer say too little of a model."""
-    min_rows_per_class: PositiveInt = 100
-    """The fewest rows with label 1, and with label 0."""
-    min_auc: float = Field(default=0.5, ge=0, le=1)
-    """The least AUC."""
-    max_auc_drop: PositiveFloat | None = None
-    """Against the model in production, whose AUC is that of the same rows as long as its run is
-    there and reads the same features, else that of the days after its own date; None: not
-    compared."""
-    min_gauc: float | None = Field(default=None, ge=0, le=1)
-    """The least GAUC (`evaluation.group_by`); None: any."""
-    max_gauc_drop: PositiveFloat | None = None
-    """As max_auc_drop, of GAUC."""
-    calibration: tuple[float, float] = (0.5, 2.0)
-    """Allowed range of sum of predictions / sum of labels."""
-
-    @property
-    def compares(self) -> bool:
-        """Whether a rule looks at the model in production."""
-        return self.max_auc_drop is not None or self.max_gauc_drop is not None
-
-    @property
-    def needs_gauc(self) -> bool:
-        """Whether a rule is of GAUC, which is not defined where no group has both classes."""
-        return self.min_gauc is not None or self.max_gauc_drop is not None
-
-    @field_validator("calibration")
-    @classmethod
-    def _check_calibration(cls, allowed: tuple[float, float]) -> tuple[float, float]:
-        low, high = allowed
-        if not 0 <= low < high:
-            raise ValueError(
-                f"[{low:g}, {high:g}] allows no model; write it as [low, high] with "
-                "0 <= low < high, for example [0.8, 1.25]"
-            )
-        return allowed
-
-
-class GateConfig(TaskGate):
-    """What a model must show before it is published.
-
-    `task` is the one that counts, which reports show first.
-    """
-
-    also: tuple[TaskGate, ...] = ()
-    """Rules of further tasks; a model passes where it breaks none of any task."""
-
-    @property
-    def by_path(self) -> tuple[tuple[str, TaskGate], ...]:
-        """The rules of every task that has some, and where in the recipe they are."""
-        return (("gate", self), *((f"gate.also.{i}", rules) for i, rules in enumerate(self.also)))
-
-
 class PublishConfig(StrictConfig):
     """What becomes of a model that passed its gate."""
 
@@ -239,7 +182,8 @@ class PublishConfig(StrictConfig):
     catch_up: bool = False
     """Once the gate has passed, train on the days that the model was evaluated on, too, and publish
     that. Its figures are those from before: it has seen the rows they are of. The next run takes
-    this training over instead of repeating it."""
+    this training over instead of repeating it where it would be the very same: with one evaluation
+    day, and catalogue (of content) and codes as they were."""
 
 
 class Recipe(StrictConfig):
@@ -300,7 +244,7 @@ class Recipe(StrictConfig):
                 "are none; set codes.vectors.content (or content), or choose kind column"
             )
         if isinstance(vectors, AlignedVectors):
-            _check_pairs(vectors, {h.name: h.max_length for h in self.features.histories})
+            _check_pairs(vectors, {h.name: h for h in self.features.histories})
         return self
 
     @model_validator(mode="after")
@@ -327,6 +271,11 @@ class Recipe(StrictConfig):
                 "evaluation.held_out_items keeps items from training, and a warm start would bring "
                 "weights that may have seen them; set window.warm_start to false"
             )
+        if self.publish.catch_up and self.window.validation_days:
+            raise ValueError(
+                "publish.catch_up trains on all days there are, and window.validation_days holds "
+                "some back to say when a training is over; set one of the two"
+            )
         if self.evaluation.held_out_items is not None and self.publish.catch_up:
             raise ValueError(
                 "publish.catch_up trains on the days that the model was evaluated on, and "
@@ -339,36 +288,30 @@ class Recipe(StrictConfig):
                 raise ValueError(
                     f"features.histories: label {history.label!r} is not a task's label {labels}"
                 )
-        _check_gate(self.gate, [task.name for task in self.ranking.tasks])
+        self.gate.check_tasks([task.name for task in self.ranking.tasks])
         return self
 
 
-def _check_pairs(vectors: AlignedVectors, lengths: dict[str, int]) -> None:
-    wanted = vectors.history or next(iter(lengths), None)
-    if wanted not in lengths:
+def _check_pairs(vectors: AlignedVectors, histories: dict[str, HistoryConfig]) -> None:
+    wanted = vectors.history or next(iter(histories), None)
+    if wanted not in histories:
         raise ValueError(
             f"codes.vectors.history: pairs come from the events of a history, and {wanted!r} is "
-            f"not among {[*lengths]}; name one, add one, or choose kind towers"
+            f"not among {[*histories]}; name one, add one, or choose kind towers"
+        )
+    history = histories[wanted]
+    if history.columns is not None and history.label is None:
+        raise ValueError(
+            f"codes.vectors.history: pairs are of events with label 1, and the history {wanted!r}, "
+            "which the log delivers, has no label; name the label of the events that it holds"
         )
     looked_at = vectors.user2item.max_history if vectors.user2item else None
-    if looked_at is not None and looked_at > lengths[wanted]:
+    if looked_at is not None and looked_at > history.max_length:
         raise ValueError(
             f"codes.vectors.user2item.max_history={looked_at}, but the history {wanted!r} keeps "
-            f"{lengths[wanted]} events; lower it, or raise the max_length of that one of "
+            f"{history.max_length} events; lower it, or raise the max_length of that one of "
             "features.histories"
         )
-
-
-def _check_gate(gate: GateConfig, tasks: list[str]) -> None:
-    seen: list[str] = []
-    for path, rules in gate.by_path:
-        if rules.task not in tasks:
-            raise ValueError(f"{path}.task: {rules.task!r} is not among the tasks {tasks}")
-        if rules.task in seen:
-            raise ValueError(
-                f"{path}.task: {rules.task!r} has rules already; write them in one place"
-            )
-        seen.append(rules.task)
 
 
 def _check_transport(content: ContentConfig | None, cluster: ClusterConfig) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from embedding.config import StrictConfig
-from pipeline.config import Recipe, TaskGate
+from pipeline.config import Recipe
+from pipeline.gate_config import TaskGate
 from pipeline.metrics_file import METRICS_FILE, read_metrics
 from pipeline.rival import Rival
 from pipeline.stages import StageOutput

@@ -246,6 +246,12 @@ def spoiled_by(out: Path, day: str) -> str | None:
     return None
 
 
+def was_withdrawn(out: Path, stage: str, artifact_id: str) -> bool:
+    """Whether a bundle that was made of an artifact of a stage was taken out of production."""
+    manifests = (read_manifest(out / MODELS / c.artifact_id) for c in promotions(out).withdrawn)
+    return any(m is not None and m.inputs.get(stage) == artifact_id for m in manifests)
+
+
 def _trainings(out: Path) -> tuple[set[str], dict[str, str]]:
     """Artifact ids of trainings whose bundles are in force, or were withdrawn, with their dates."""
     past = promotions(out)

@@ -72,7 +72,9 @@ def rival_of(
     if _is_same_model(current, new):
         metrics = read_metrics(new.run / "evaluate" / METRICS_FILE)
         return Rival(current.date, metrics, "on the same rows: it is this very model")
-    training = new.run.parent / current.date / _training_of(current)
+    rows, training = "on the same rows", new.run.parent / current.date / _training_of(current)
+    if training.name == CATCH_UP and _has_learned(training, new.days):
+        rows, training = "on the same rows, before it caught up", training.with_name("train")
     obstacle = _obstacle(recipe, current, training, new)
     if obstacle is not None:
         return _as_published(current, obstacle)
@@ -90,7 +92,7 @@ def rival_of(
         shutil.rmtree(folder)
         return _as_published(current, str(fault))  # a damaged checkpoint holds no new model back
     shutil.rmtree(folder / PREDICTIONS)
-    return Rival(current.date, read_metrics(folder / METRICS_FILE), "on the same rows")
+    return Rival(current.date, read_metrics(folder / METRICS_FILE), rows)
 
 
 def _as_published(current: PublishedModel, obstacle: str) -> Rival:
@@ -114,6 +116,11 @@ def _is_same_model(current: PublishedModel, new: EvaluatedRows) -> bool:
     )
 
 
+def _has_learned(training: Path, days: tuple[str, ...]) -> bool:
+    trained = read_manifest(training)
+    return trained is not None and not {*trained.facts["days"]}.isdisjoint(days)
+
+
 def _obstacle(
     recipe: Recipe, current: PublishedModel, training: Path, new: EvaluatedRows
 ) -> str | None:
@@ -126,10 +133,6 @@ def _obstacle(
         or trained.inputs.get("plan") != planned.artifact_id
     ):
         return f"the run that trained it is no longer in {training.parent}"
-    if training.name == CATCH_UP:
-        seen = sorted({*trained.facts["days"]} & {*new.days})
-        if seen:
-            return f"it has been trained on {', '.join(seen)}, which the new one is evaluated on"
     try:
         other = read_recipe(training)
     except UserError as error:

@@ -6,10 +6,11 @@ the newest day (`pipeline.catch_up`). The next run trains on the same days from 
 takes that result over.
 """
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.artifacts import config_hash, read_manifest
+from pipeline.artifacts import Manifest, config_hash, damaged_files, read_manifest
 from pipeline.catch_up import accepted, objections
 from pipeline.cluster import rank_bundles
 from pipeline.day_warnings import DAY_FILES, Ancestry, day_fingerprints, day_warnings
@@ -18,8 +19,10 @@ from pipeline.evaluate import PREDICTIONS, evaluate
 from pipeline.identity import training_config
 from pipeline.lineage import learned_days, unlearned
 from pipeline.metrics_file import METRICS_FILE, read_metrics
+from pipeline.registry import was_withdrawn
 from pipeline.stages import CATCH_UP, StageOutput, StageSpec
 from pipeline.train import TrainedModel, TrainInputs, take_over, train
+from ranking.evaluation import TaskMetrics
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,10 +46,10 @@ def train_stage(run: "DayRun") -> StageSpec:
         facts["codebooks"] = None if run.codes is None else run.codes.codebooks
         earlier = None if parent is None else run.directory(CATCH_UP, parent)
         caught_up = None if earlier is None else _same_training(earlier, config, inputs)
-        if earlier is not None and caught_up is not None:
+        if earlier is not None and caught_up is not None and _is_approved(run.out, caught_up):
             run.reporter.line(f"  trained when the run of {parent} caught up; nothing is left")
             output = take_over(earlier, scratch)
-            facts[CATCH_UP] = caught_up
+            facts[CATCH_UP] = caught_up.artifact_id
         else:
             run.wait_for_ranks("train", run.session.group())
             start = None if parent is None else run.directory("train", parent)
@@ -79,47 +82,33 @@ def train_stage(run: "DayRun") -> StageSpec:
 
 def catch_up_stage(run: "DayRun") -> StageSpec:
     """The same model, trained on the days that it has been judged by."""
-    days = (*run.split.validation, *run.split.evaluation)
-    spans = run.evaluation_spans()
-    if run.split.validation:
-        spans = run.training_spans() + spans
-    inputs = _inputs(run, spans)
+    days = run.split.evaluation
+    config, inputs = _config(run, days, ()), _inputs(run, run.evaluation_spans())
     inputs["train"] = run.artifact_id("train", run.date)
-    inputs["gate"] = run.artifact_id("gate", run.date)
+    judged_by = {"gate": run.artifact_id("gate", run.date)}
 
     def body(scratch: Path) -> StageOutput:
-        run.wait_for_ranks(CATCH_UP, run.session.group())
-        sources = TrainInputs(
-            samples=run.samples(days),
-            validation=[],
-            plan=run.directory("plan"),
-            parent=run.directory("train"),
-            content=run.content_paths(),
-        )
-        output = train(run.recipe, sources, scratch, run.reporter)
-        run.session.wait_for(CATCH_UP, rank_bundles(run.recipe.cluster))
-        judged = scratch / "evaluation"
-        judged.mkdir()
-        evaluate(
-            TrainedModel.of(run.recipe, scratch, run.content_paths()),
-            samples=run.evaluation_samples(),
-            counts=run.directory("ingest"),
-            scratch=judged,
-        )
+        own = run.directory(CATCH_UP)
+        if _same_training(own, config, inputs) is not None:  # only the gate is another
+            output = take_over(own, scratch)
+        else:
+            run.wait_for_ranks(CATCH_UP, run.session.group())
+            sources = TrainInputs(
+                samples=run.samples(days),
+                validation=[],
+                plan=run.directory("plan"),
+                parent=run.directory("train"),
+                content=run.content_paths(),
+            )
+            output = train(run.recipe, sources, scratch, run.reporter)
         before = read_metrics(run.directory("evaluate") / METRICS_FILE)
-        after = read_metrics(judged / METRICS_FILE)
-        for path in (judged / PREDICTIONS).iterdir():
-            path.unlink()
-        (judged / PREDICTIONS).rmdir()
-        reasons = objections(run.recipe.gate, before, after)
-        warnings = (
-            ()
-            if not reasons
-            else (
+        reasons = objections(run.recipe.gate, before, _on_the_same_rows(run, scratch))
+        warnings: tuple[str, ...] = ()
+        if reasons:
+            warnings = (
                 f"catch_up is not published, but the model of {run.date} as its gate passed it: "
                 f"{'; '.join(reasons)}",
             )
-        )
         facts = {
             **output.facts,
             "days": days,
@@ -133,11 +122,26 @@ def catch_up_stage(run: "DayRun") -> StageSpec:
     return StageSpec(
         CATCH_UP,
         run.directory(CATCH_UP),
-        _config(run, days, ()),
-        inputs,
+        config,
+        {**inputs, **judged_by},
         body,
-        resume_without=frozenset({"plan"}),
+        resume_without=frozenset({"plan", *judged_by}),
     )
+
+
+def _on_the_same_rows(run: "DayRun", trained: Path) -> dict[str, TaskMetrics]:
+    """Metrics of a training in a directory on what the run's model was evaluated on."""
+    run.wait_for_ranks(CATCH_UP, rank_bundles(run.recipe.cluster))
+    judged = trained / "evaluation"
+    judged.mkdir()
+    evaluate(
+        TrainedModel.of(run.recipe, trained, run.content_paths()),
+        samples=run.evaluation_samples(),
+        counts=run.directory("ingest"),
+        scratch=judged,
+    )
+    shutil.rmtree(judged / PREDICTIONS)
+    return read_metrics(judged / METRICS_FILE)
 
 
 def _config(run: "DayRun", days: "Sequence[str]", validation: "Sequence[str]") -> dict[str, Any]:
@@ -154,11 +158,18 @@ def _inputs(run: "DayRun", spans: list[Span]) -> dict[str, str]:
     return inputs
 
 
-def _same_training(earlier: Path, config: dict[str, Any], inputs: dict[str, str]) -> str | None:
-    """Artifact id of a `catch_up` that is exactly the training of these inputs; None: it is not."""
+def _same_training(
+    earlier: Path, config: dict[str, Any], inputs: dict[str, str]
+) -> Manifest | None:
+    """A `catch_up` that is exactly the training of these inputs, and whole; None: it is not."""
     found = read_manifest(earlier)
-    if found is None or not accepted(found) or found.config_hash != config_hash(config):
+    if found is None or found.config_hash != config_hash(config):
         return None
     theirs = {key: value for key, value in found.inputs.items() if key != "gate"}
     ours = {("train" if key == "parent" else key): value for key, value in inputs.items()}
-    return found.artifact_id if theirs == ours else None
+    return found if theirs == ours and not damaged_files(earlier, thorough=False) else None
+
+
+def _is_approved(out: Path, caught_up: Manifest) -> bool:
+    """Whether it was accepted, and its bundle has not been taken out of production."""
+    return accepted(caught_up) and not was_withdrawn(out, CATCH_UP, caught_up.artifact_id)

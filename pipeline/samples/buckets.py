@@ -105,7 +105,7 @@ def build_bucket(bucket: int, plan: BucketPlan) -> BucketFacts:
     new_rows = new_rows[np.argsort(times[new_rows], kind="stable")]
     rows_per_day = _write_days(bucket, table, new_rows, spans, plan)
     lengths = {name: int(span.lengths[new_rows].sum()) for name, span in spans.items()}
-    for name in plan.columns.delivered:
+    for name in plan.columns.logged:
         lists = table[history_column(name, "item_id")]
         lengths[name] = pc.sum(pc.list_value_length(lists)).as_py() or 0
     return BucketFacts(

@@ -6,6 +6,8 @@ from typing import Self
 from embedding.config import FeatureSchema, Source, StrictConfig
 from pipeline.config import Recipe
 
+_VALUES_PER_ROW = 16
+"""Numbers that an event without lists holds, about."""
 KEY_COLUMNS = ("request_id", "user_id", "item_id")
 """Id columns that every event has; `timestamp` is the fourth key."""
 
@@ -21,7 +23,7 @@ class SourceColumns(StrictConfig):
     """Read as floats."""
 
 
-class DeliveredHistory(StrictConfig):
+class LoggedHistory(StrictConfig):
     """A history that the log delivers."""
 
     columns: dict[str, str]
@@ -41,7 +43,7 @@ class EventColumns(SourceColumns):
     """Column with the true probability of each task; optional in the files."""
     history_values: dict[str, tuple[str, ...]]
     """By computed history: columns of the past events that its sequences read."""
-    delivered: dict[str, DeliveredHistory] = {}
+    logged: dict[str, LoggedHistory] = {}
     """By name."""
 
     @classmethod
@@ -68,10 +70,8 @@ class EventColumns(SourceColumns):
             weights=recipe.ranking.sample_weights,
             oracles={task.name: f"oracle_{task.name}" for task in tasks},
             history_values=values,
-            delivered={
-                history.name: DeliveredHistory(
-                    columns=history.columns, max_length=history.max_length
-                )
+            logged={
+                history.name: LoggedHistory(columns=history.columns, max_length=history.max_length)
                 for history in features.histories
                 if history.columns is not None
             },
@@ -81,8 +81,14 @@ class EventColumns(SourceColumns):
     def required(self) -> tuple[str, ...]:
         """All columns that every event file must have."""
         own = (*self.labels, *self.ids, *self.dense, *self.weights.values())
-        lists = (name for history in self.delivered.values() for name in history.columns.values())
+        lists = (name for history in self.logged.values() for name in history.columns.values())
         return _unique((*KEY_COLUMNS, "timestamp", *own, *lists))
+
+    @property
+    def row_weight(self) -> float:
+        """How many rows without logged histories take the memory of one row, about."""
+        values = sum(own.max_length * len(own.columns) for own in self.logged.values())
+        return 1 + values / _VALUES_PER_ROW
 
     @property
     def history_columns(self) -> dict[str, tuple[str, ...]]:
@@ -91,7 +97,7 @@ class EventColumns(SourceColumns):
             name: _unique(("item_id", "timestamp", *values))
             for name, values in self.history_values.items()
         }
-        return computed | {name: tuple(own.columns) for name, own in self.delivered.items()}
+        return computed | {name: tuple(own.columns) for name, own in self.logged.items()}
 
 
 def history_column(history: str, column: str) -> str:

@@ -28,7 +28,7 @@ from embedding.errors import UserError
 from embedding.raw_ids import Int64Array, is_id_list_type, is_id_type, to_raw_ids
 from pipeline.days import PARTITION, available_days, parse_day
 from pipeline.samples.columns import KEY_COLUMNS, EventColumns, SourceColumns
-from pipeline.samples.delivered import delivered_faults, delivered_histories, list_type_faults
+from pipeline.samples.logged_histories import list_type_faults, logged_faults, logged_histories
 
 MS_PER_DAY = 86_400_000
 
@@ -188,8 +188,8 @@ def event_schema_faults(schema: pa.Schema, columns: EventColumns, path: Path) ->
         kind = _kind(schema, name)
         if kind is not None and not _is_number(kind):
             yield _wrong_type(path, name, kind, wanted, cast)
-    for name, wanted in list_type_faults(schema, columns):
-        yield _wrong_type(path, name, schema.field(name).type, wanted, wanted)
+    for name, wanted, cast in list_type_faults(schema, columns):
+        yield _wrong_type(path, name, schema.field(name).type, wanted, cast)
     ids = tuple(name for name in columns.ids if name not in columns.labels)
     yield from feature_type_faults(schema, columns.model_copy(update={"ids": ids}), path)
     for name in columns.oracles.values():
@@ -287,10 +287,9 @@ def normalise_events(table: pa.Table, columns: EventColumns, path: Path) -> pa.T
                 data[name] = table[name].cast(pa.float32()).combine_chunks()
             else:  # another file of the span has it
                 data[name] = pa.nulls(table.num_rows, pa.float32())
-        data |= delivered_histories(table, columns)
     except pa.ArrowException as error:
         raise UserError(f"{path}: column {name!r} cannot be read ({error}); correct it") from error
-    return pa.table(data)
+    return pa.table(data | logged_histories(table, columns, path))
 
 
 def as_float32(column: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Array:
@@ -336,7 +335,7 @@ def row_faults(
         values = as_float32(table[name]).fill_null(1.0)
         is_weight = pc.and_(pc.is_finite(values), pc.greater_equal(values, 0.0))
         faults.append((f"weight {name} not a number of 0 or more", ~_bools(is_weight)))
-    faults += delivered_faults(events, columns)
+    faults += logged_faults(events, columns)
     faults.append(("item_id without catalogue row", ~_known(events["item_id"], known.items)))
     if known.users is not None:
         faults.append(

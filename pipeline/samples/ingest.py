@@ -140,7 +140,7 @@ def check_span(recipe: Recipe, days: Sequence[str], previous: Path | None) -> Ch
     num_rows = sum(file.num_rows for file in files)
     # Doubling keeps the state of an earlier span aligned with the new buckets.
     num_buckets = recipe.data.user_buckets
-    while num_buckets * ROWS_PER_BUCKET < num_rows:
+    while num_buckets * ROWS_PER_BUCKET < num_rows * columns.row_weight:
         num_buckets *= 2
     return CheckedSpan(
         days=tuple(days),
@@ -231,7 +231,7 @@ def _partition(
 ) -> list[PartitionFacts]:
     plan = PartitionPlan(span.columns, span.known, span.num_buckets, parts, quarantine)
     found = []
-    chunks = plan_chunks(span.files)
+    chunks = plan_chunks(span.files, span.columns.row_weight)
     rows = [chunk.num_rows for chunk in chunks]
     for facts in stream_tasks(partition_chunk, chunks, plan, rows):
         found.append(facts)

@@ -20,7 +20,7 @@ from pipeline.samples.contract import (
     read_columns,
     row_faults,
 )
-from pipeline.samples.delivered import latest
+from pipeline.samples.logged_histories import latest
 
 ROWS_PER_CHUNK = 1 << 19
 
@@ -74,13 +74,18 @@ def user_buckets(user_ids: Int64Array, num_buckets: int) -> Int64Array:
     return np.asarray((mix64(user_ids) % np.uint64(num_buckets)).astype(np.int64))
 
 
-def plan_chunks(files: list[EventFile]) -> list[Chunk]:
-    """Cut the files into chunks of about `ROWS_PER_CHUNK` rows; a row group is never cut."""
+def plan_chunks(files: list[EventFile], row_weight: float = 1) -> list[Chunk]:
+    """Cut the files into chunks of about `ROWS_PER_CHUNK` rows; a row group is never cut.
+
+    Args:
+        files: the event files.
+        row_weight: ordinary rows that take the memory of one of these.
+    """
     chunks: list[Chunk] = []
     for file in files:
         start, rows = 0, 0
         for group, group_rows in enumerate(file.row_groups):
-            if rows and rows + group_rows > ROWS_PER_CHUNK:
+            if rows and (rows + group_rows) * row_weight > ROWS_PER_CHUNK:
                 chunks.append(Chunk(len(chunks), file, tuple(range(start, group))))
                 start, rows = group, 0
             rows += group_rows

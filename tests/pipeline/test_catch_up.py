@@ -1,6 +1,7 @@
 """Models that learn the days they were judged by before they are published."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from safetensors.numpy import load_file
 from deploy.app import main
 from pipeline import catch_up
 from pipeline.catch_up import objections
-from pipeline.config import GateConfig, TaskGate
+from pipeline.gate_config import GateConfig, TaskGate
 from pipeline.metrics_file import read_metrics
+from pipeline.registry import promote, rollback
 from ranking.evaluation import TaskMetrics, evaluate_predictions
 from tests.one_process import in_one_process
 from tests.pipeline.small_log import DAYS, make_recipe, write_days_to_train_on
@@ -54,6 +56,7 @@ def test_what_got_worse_on_the_rows_it_learned_is_not() -> None:
         "like: auc 0.8750 is below gate.also.0.min_auc=0.9",
         "like: calibration 0.3000 is outside gate.also.0.calibration=[0.5, 2.0]",
         "like: auc on the rows it has learned fell from 1.0000 to 0.8750",
+        "like: gauc on the rows it has learned fell from 1.0000 to 0.7500",
     )
 
 
@@ -62,7 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Two days that were run with the option and, elsewhere, without; a third to evaluate on."""
     folder = tmp_path_factory.mktemp("catch_up")
     root = folder / "data"
-    write_days_to_train_on(root, 3)
+    write_days_to_train_on(root, 4)
     recipe = make_recipe(root).model_dump(mode="json")
     recipe["cluster"]["num_workers"] = 1
     recipe["gate"] |= {"min_auc": 0.0, "calibration": [0.01, 100.0], "max_auc_drop": 1.0}
@@ -132,10 +135,43 @@ def test_the_next_day_takes_the_training_over(folder: Path) -> None:
 
 
 @pytest.mark.integration
-def test_production_that_has_seen_the_rows_is_not_compared_on_them(folder: Path) -> None:
-    out = folder / "ahead"
-    assert run(out, 1, "window.warm_start=false", "window.eval_days=1") == 0
-    assert read_json(out / DAYS[1] / "gate" / "gate.json")["compared"] == "on the same rows"
+def test_production_that_has_seen_the_rows_is_compared_as_it_was_before(folder: Path) -> None:
+    out = folder / "two"
+    for day in range(2):
+        assert run(out, day, "window.eval_days=2") == 0
+    decided = read_json(out / DAYS[1] / "gate" / "gate.json")
+    assert decided["compared"] == "on the same rows, before it caught up"
+    theirs = read_metrics(out / DAYS[1] / "gate" / "production" / "metrics.json")
+    assert theirs["click"].num_rows == 180
+    assert "catch_up" not in facts(out, 1, "train"), "it has learned other days"
+
+
+@pytest.mark.integration
+def test_another_gate_judges_again_and_trains_nothing(folder: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(folder / "ahead", folder / "judged"))
+    before = facts(out, 1, "catch_up")
+
+    assert run(out, 1, "gate.min_auc=0.01") == 0
+    assert facts(out, 1, "catch_up") == before
+    said = read_json(out / DAYS[1] / "summary.json")["stages"]["catch_up"]["status"]
+    assert said == "ran"
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("why", ["withdrawn", "damaged"])
+def test_what_is_not_to_be_built_on_is_not_taken_over(folder: Path, why: str) -> None:
+    out = Path(shutil.copytree(folder / "ahead", folder / why))
+    if why == "damaged":
+        next((out / DAYS[1] / "catch_up").rglob("*.distcp")).unlink()
+    else:
+        rollback(out)  # what has caught up is bad, and the model of that day is put in its place
+        assert run(out, 1, "publish.catch_up=false") == 0
+        promote(out, DAYS[1])
+
+    assert run(out, 2) == 0
+    trained = facts(out, 2, "train")
+    assert (trained["parent"], trained["days"]) == (DAYS[1], [DAYS[2]])
+    assert "catch_up" not in trained
 
 
 @pytest.mark.integration
@@ -171,11 +207,17 @@ def test_export_writes_what_is_published(folder: Path, tmp_path: Path) -> None:
         np.testing.assert_array_equal(exported[key], value, err_msg=key)
 
 
-def test_it_is_refused_where_items_are_kept_from_training(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("window.warm_start=false", "evaluation.held_out_items={}"),
+        ("window.validation_days=1",),
+    ],
+)
+def test_it_is_refused_where_days_or_items_are_kept_from_training(
+    settings: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = ("publish.catch_up=true", "window.warm_start=false", "evaluation.held_out_items={}")
-    words = [f"--set={setting}" for setting in settings]
+    words = [f"--set={setting}" for setting in ("publish.catch_up=true", *settings)]
     assert main(["validate", "--recipe", "demo", *words]) == 2
     assert "set one of the two" in " ".join(capsys.readouterr().err.split())
 

@@ -3,8 +3,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import GateConfig, Recipe
+from pipeline.config import Recipe
 from pipeline.gate import gate
+from pipeline.gate_config import GateConfig
 from pipeline.metrics_file import METRICS_FILE, write_metrics
 from pipeline.rival import Rival
 from ranking.evaluation import TaskMetrics

@@ -10,7 +10,7 @@ from rich.console import Console
 from deploy.app import main
 from pipeline.lock import LOCK, OWNER, exclusive, holder, this_process
 from pipeline.recipe import RECIPE_FILE, write_recipe
-from pipeline.stages import failure_file, running_file
+from pipeline.stages import Failure, failure_file, running_file
 from pipeline.status import output_status, status_table
 from tests.pipeline.small_log import DAYS, event, make_recipe, write_catalogue, write_day
 
@@ -33,6 +33,10 @@ def shown(out: Path) -> list[str]:
     with console.capture() as captured:
         console.print(status_table(output_status(out, lambda *_: None)))
     return captured.get().splitlines()
+
+
+def failed_with(error: str) -> str:
+    return Failure(stage="train", error=error).model_dump_json()
 
 
 def test_a_date_whose_events_are_gone_does_not_hide_the_others(tmp_path: Path) -> None:
@@ -85,7 +89,7 @@ def run_train(out: Path) -> None:
 
 def test_a_stage_runs_as_long_as_its_process_holds_the_directory(tmp_path: Path) -> None:
     out = write_runs(tmp_path, 1)
-    failure_file(out / DAYS[0] / "train").write_text('{"error": "of the time before"}')
+    failure_file(out / DAYS[0] / "train").write_text(failed_with("of the time before"))
     run_train(out)
     assert "failed" in next(line for line in shown(out) if "train" in line), "it was killed"
 
@@ -144,7 +148,7 @@ def test_a_long_note_is_not_cut_in_a_pipe(
 ) -> None:
     out = write_runs(tmp_path, 1)
     note = "word " * 200 + "end"
-    failure_file(out / DAYS[0] / "train").write_text(json.dumps({"stage": "train", "error": note}))
+    failure_file(out / DAYS[0] / "train").write_text(failed_with(note))
 
     assert main(["status", "--out", str(out)]) == 0
     assert note in capsys.readouterr().out

@@ -15,9 +15,10 @@ from deploy.app import main
 from embedding.errors import UserError
 from multimodal.codes.config import AlignedVectors
 from pipeline.artifacts import MANIFEST, Manifest
-from pipeline.config import ClusterConfig, EvaluationConfig, GateConfig, Recipe
+from pipeline.config import ClusterConfig, EvaluationConfig, Recipe
 from pipeline.console import Reporter
 from pipeline.evaluate import SLICES, Slices
+from pipeline.gate_config import GateConfig
 from pipeline.metrics_file import METRICS_FILE, write_metrics
 from pipeline.recipe import load_recipe
 from pipeline.stages import StageOutput, StageSpec, execute

@@ -15,7 +15,8 @@ from embedding.errors import UserError
 from embedding.loader import SampleFiles, SampleLoader
 from embedding.planning.plan_description import PlanDescription
 from embedding.shard import Sharded
-from pipeline.config import DataConfig, GateConfig, Recipe
+from pipeline.config import DataConfig, Recipe
+from pipeline.gate_config import GateConfig
 from ranking.config import RankingConfig
 from ranking.fgcnn_config import Fgcnn
 from ranking.model import RankingModel, RankingStep

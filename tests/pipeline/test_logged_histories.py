@@ -14,6 +14,7 @@ from embedding.errors import UserError
 from pipeline.config import Recipe
 from pipeline.samples import ingest as ingest_module
 from pipeline.samples import join as join_module
+from pipeline.samples.columns import EventColumns
 from pipeline.samples.ingest import IngestFacts, check_span, ingest
 from pipeline.samples.join import join
 
@@ -61,6 +62,7 @@ def write_log(root: Path, changes: dict[int, Row] | None = None) -> None:
             | (changes or {}).get(row["request_id"], {})
             for row in rows
         ]
+        table = table.append_column("words", pa.array([["shoe"]] * len(rows)))
         for name, kind in TYPES.items():
             table = table.append_column(name, pa.array([row[name] for row in lists], kind))
         pq.write_table(table, path, row_group_size=5)
@@ -102,6 +104,22 @@ def test_samples_are_those_of_a_computed_history(tmp_path: Path) -> None:
     assert delivered_facts.quarantined == {}
 
 
+def test_a_file_of_empty_lists_needs_no_types(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    write_log(root)
+    path = root / "events" / f"dt={DAYS[0]}" / "part-00000.parquet"
+    table = pq.read_table(path)
+    for name in TYPES:
+        at = table.column_names.index(name)
+        table = table.set_column(at, name, pa.array([[]] * table.num_rows, pa.list_(pa.null())))
+    pq.write_table(table, path)
+
+    samples, facts = run(recipe_of(root, COLUMNS), tmp_path / "out")
+    assert facts.quarantined == {}
+    assert not any(row["sequence:past_item"] for row in samples if row["key:request_id"] < 100)
+    assert any(row["sequence:past_item"] for row in samples)
+
+
 def test_only_what_a_sequence_reads_must_be_delivered(tmp_path: Path) -> None:
     root = tmp_path / "data"
     write_log(root)
@@ -134,6 +152,10 @@ def test_only_what_a_sequence_reads_must_be_delivered(tmp_path: Path) -> None:
             {"recent_items": [1], "recent_stars": [1], "recent_times": "own"},
             "history clicks holds an event that is not earlier",
         ),
+        (
+            {"recent_items": [3, 2, 1], "recent_stars": [1, 1, 1], "recent_times": "newest first"},
+            "history clicks is not ordered by time, oldest first",
+        ),
     ],
 )
 def test_lists_that_cannot_be_right_are_put_aside(
@@ -141,7 +163,8 @@ def test_lists_that_cannot_be_right_are_put_aside(
 ) -> None:
     root = tmp_path / "data"
     own = small_log.START_MS + 8 * 1000  # of request 1
-    times = [own] if change.get("recent_times") == "own" else [own - 3, own - 2, own - 1]
+    times = {None: [own - 3, own - 2, own - 1], "own": [own], "newest first": [own - 1, own - 2, 1]}
+    times = times[change.get("recent_times")]
     write_log(root, {1: {"recent_stars": [], **change, "recent_times": times}})
     recipe = recipe_of(root, COLUMNS)
     (tmp_path / "ingest").mkdir()
@@ -156,7 +179,8 @@ def test_lists_that_cannot_be_right_are_put_aside(
     ("columns", "fault"),
     [
         (COLUMNS | {"item_id": "device"}, "must be a list of integers or strings"),
-        (COLUMNS | {"timestamp": "recent_items"}, "must be a list of Arrow timestamps"),
+        (COLUMNS | {"item_id": "words"}, "must be a list of ids like those of item_id (int64)"),
+        (COLUMNS | {"timestamp": "recent_items"}, "cast it to list<timestamp('ms')>"),
         (COLUMNS | {"stars": "no_such"}, "lacks the columns ['no_such']"),
     ],
 )
@@ -183,3 +207,20 @@ def test_a_recipe_names_all_that_its_sequences_read(
 ) -> None:
     with pytest.raises(ValueError, match=fault):
         recipe_of(tmp_path, columns)
+
+
+def test_pairs_need_to_know_which_events_a_logged_history_holds(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, COLUMNS).model_dump(mode="json")
+    recipe["codes"] = {"vectors": {"kind": "aligned", "content": {"text": {"model": "tiny"}}}}
+    recipe["codes"]["rq"] = {"num_levels": 2, "codebook_size": 4}
+    Recipe.model_validate(recipe)
+
+    recipe["features"]["histories"][0]["label"] = None
+    with pytest.raises(ValueError, match="'clicks', which the log delivers, has no label"):
+        Recipe.model_validate(recipe)
+
+
+def test_rows_with_long_lists_come_in_smaller_pieces(tmp_path: Path) -> None:
+    columns = EventColumns.of(recipe_of(tmp_path, COLUMNS))
+    assert columns.row_weight == 1 + 3 * 3 / 16  # three lists of at most three events
+    assert EventColumns.of(recipe_of(tmp_path, None)).row_weight == 1

@@ -121,7 +121,7 @@ def read_manifest(directory: Path) -> CheckpointManifest:
         return CheckpointManifest.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise UserError(
-            f"{path} is damaged or of another version of Braid ({error.errors()[0]['msg']}); restore "
-            "it from a copy, or, where it is one of several of an interrupted training, delete its "
-            "folder to continue from the one before"
+            f"{path} is damaged or of another version of Braid ({error.errors()[0]['msg']}); "
+            "restore it from a copy, or, where it is one of several of an interrupted training, "
+            "delete its folder to continue from the one before"
         ) from error

@@ -1,7 +1,7 @@
 """`braid export`: the bundle of a trained day in a folder of the user's, whatever the gate says.
 
-Reads DIR/<date>/train, or catch_up where the run's recipe has that, and writes with the code of
-the publish stage; production stays as it is, and runs go on meanwhile.
+Reads DIR/<date>/train, or catch_up where that is what was or would be published, and writes with
+the code of the publish stage; production stays as it is, and runs go on meanwhile.
 """
 
 import shutil
@@ -13,7 +13,7 @@ from embedding.errors import UserError
 from pipeline.artifacts import read_manifest, reading
 from pipeline.catch_up import training_to_publish
 from pipeline.recipe import read_recipe
-from pipeline.registry import BUNDLE
+from pipeline.registry import BUNDLE, TRAINING
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,17 @@ def export_bundle(out: Path, date: str, folder: Path) -> Exported:
 def _trained(out: Path, date: str) -> Path:
     """The training of a date whose model its run publishes."""
     train = out / date / "train"
-    if read_manifest(train) is None:
+    trained = read_manifest(train)
+    if trained is None:
         known = sorted(path.parts[-3] for path in out.glob("????-??-??/train/manifest.json"))
         raise UserError(
             f"--date {date}: {out} holds no trained model of that date (trained are: "
             f"{', '.join(known) or 'none'}); run `braid run --date {date} --out {out} ...` first"
         )
-    caught_up = read_recipe(train.parent).publish.catch_up
-    return training_to_publish(train.parent) if caught_up else train
+    published = read_manifest(train.parent / "publish")
+    if published is not None and published.inputs["train"] == trained.artifact_id:
+        return train.parent / published.facts[TRAINING]
+    return training_to_publish(train.parent)
 
 
 def _scratch(folder: Path) -> Path:

@@ -31,7 +31,10 @@ def write_artifact(out: Path, stage: str, **facts: Any) -> Path:
     with writing(directory, "i") as scratch:
         (scratch / "bundle").mkdir()
         (scratch / "bundle" / "weights").write_bytes(b"weights of " + stage.encode())
-        manifest = Manifest(stage=stage, artifact_id=stage, config_hash="", facts=facts)
+        inputs = {"train": "train"} if stage == "publish" else {}
+        manifest = Manifest(
+            stage=stage, artifact_id=stage, config_hash="", inputs=inputs, facts=facts
+        )
         publish(scratch, directory, manifest)
     return directory
 

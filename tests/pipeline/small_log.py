@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 
 from pipeline.config import Recipe
 from pipeline.samples.contract import MS_PER_DAY
@@ -134,6 +135,17 @@ def make_recipe(root: Path, **changes: Any) -> Recipe:
         "gate": {"task": "click", "min_rows": 1, "min_rows_per_class": 1},
     }
     return Recipe.model_validate({**recipe, "data": {**data, **changes}})
+
+
+def write_log_to_run(folder: Path, num_days: int, **gate: Any) -> Path:
+    """Days to train on, and `small.yaml`: a recipe of one rank whose gate lets models through."""
+    write_days_to_train_on(folder / "data", num_days)
+    recipe = make_recipe(folder / "data").model_dump(mode="json")
+    recipe["cluster"]["num_workers"] = 1
+    recipe["gate"] |= {"min_auc": 0.0, "calibration": [0.01, 100.0], **gate}
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
 
 
 def run_here(

@@ -19,7 +19,7 @@ from pipeline.metrics_file import read_metrics
 from pipeline.registry import promote, rollback
 from ranking.evaluation import TaskMetrics, evaluate_predictions
 from tests.one_process import in_one_process
-from tests.pipeline.small_log import DAYS, make_recipe, write_days_to_train_on
+from tests.pipeline.small_log import DAYS, make_recipe, write_days_to_train_on, write_log_to_run
 
 
 def metrics(probs: list[float]) -> TaskMetrics:
@@ -62,14 +62,9 @@ def test_what_got_worse_on_the_rows_it_learned_is_not() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Two days that were run with the option and, elsewhere, without; a third to evaluate on."""
+    """Two days that were run with the option and, elsewhere, without; two more to evaluate on."""
     folder = tmp_path_factory.mktemp("catch_up")
-    root = folder / "data"
-    write_days_to_train_on(root, 4)
-    recipe = make_recipe(root).model_dump(mode="json")
-    recipe["cluster"]["num_workers"] = 1
-    recipe["gate"] |= {"min_auc": 0.0, "calibration": [0.01, 100.0], "max_auc_drop": 1.0}
-    (folder / "small.yaml").write_text(yaml.safe_dump(recipe))
+    write_log_to_run(folder, 4, max_auc_drop=1.0)
     with in_one_process():
         for day in range(2):
             assert run(folder / "ahead", day) == 0

@@ -18,7 +18,7 @@ from pipeline.registry import production_before
 from pipeline.rival import EvaluatedRows, rival_of
 from ranking.evaluation import evaluate_predictions
 from tests.one_process import in_one_process
-from tests.pipeline.small_log import DAYS, make_recipe, write_days_to_train_on
+from tests.pipeline.small_log import DAYS, write_days_to_train_on, write_log_to_run
 
 pytestmark = pytest.mark.integration
 
@@ -27,12 +27,7 @@ pytestmark = pytest.mark.integration
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Two days that were run one after the other; a third day to evaluate on."""
     folder = tmp_path_factory.mktemp("rival")
-    root = folder / "data"
-    write_days_to_train_on(root, 3)
-    recipe = make_recipe(root).model_dump(mode="json")
-    recipe["cluster"]["num_workers"] = 1
-    recipe["gate"] |= {"min_auc": 0.0, "calibration": [0.01, 100.0], "max_auc_drop": 1.0}
-    (folder / "small.yaml").write_text(yaml.safe_dump(recipe))
+    write_log_to_run(folder, 3, max_auc_drop=1.0)
     with in_one_process():
         for day in range(2):
             assert run(folder, day) == 0

@@ -73,7 +73,7 @@ def write_texts(root: Path, *, edited: bool) -> None:
 
 
 @pytest.fixture(scope="module")
-def days(tmp_path_factory: pytest.TempPathFactory) -> Days:
+def days(shared_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Days:
     days = Days(tmp_path_factory.mktemp("align"))
     root = days.folder / "data"
     write_catalogue(root, num_items=NUM_ITEMS, num_users=9)

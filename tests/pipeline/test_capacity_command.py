@@ -1,6 +1,5 @@
 """`braid capacity` through the command line, on Ray: answer, JSON and report."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,17 +7,9 @@ import yaml
 
 from deploy.app import main
 from pipeline.capacity.types import CapacityAnswer
-from pipeline.config import ClusterConfig
-from tests.one_ray import one_ray
 from tests.pipeline.small_log import make_recipe
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray")]
-
-
-@pytest.fixture(scope="module")
-def ray() -> Iterator[None]:
-    with one_ray(ClusterConfig(num_workers=1)):
-        yield
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("shared_ray")]
 
 
 def test_a_small_sweep_is_answered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

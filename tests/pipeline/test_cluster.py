@@ -206,6 +206,7 @@ def test_waiting_for_what_another_job_holds(monkeypatch: pytest.MonkeyPatch) -> 
             ray.kill(ray.get_actor("holder", namespace="other"))
             session.wait_for("train", session.group())
             assert ray.get(ray.remote(times).options(num_cpus=2).remote(2, 3), timeout=60) == 6
+        assert not ray.is_initialized()
     finally:
         ray.shutdown()
         head.shutdown()

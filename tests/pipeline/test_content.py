@@ -22,8 +22,6 @@ from multimodal.token_store import part_fault
 from multimodal.tower_files import Tower
 from multimodal.tower_models import load_model
 from multimodal.towers import load_tower
-from pipeline.cluster import RaySession
-from pipeline.config import ClusterConfig
 from pipeline.consent import Consent
 from pipeline.console import Reporter
 from pipeline.content import stage
@@ -370,6 +368,7 @@ def test_a_recipe_without_content_has_no_such_stage(tmp_path: Path) -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.usefixtures("shared_ray")
 def test_ray_workers_store_what_this_process_would(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -377,9 +376,7 @@ def test_ray_workers_store_what_this_process_would(
     _, here = run_stage(tmp_path, "d1", image=None)
     monkeypatch.undo()
     (tmp_path / STORES).rename(tmp_path / "kept")
-    with RaySession(ClusterConfig()) as session:
-        session.start()
-        facts, there = run_stage(tmp_path, "d2", image=None)
+    facts, there = run_stage(tmp_path, "d2", image=None)
     assert facts.modalities["text"].num_computed == 9
     one, two = (reader.read(torch.arange(9)).modalities["text"] for reader in (here, there))
     assert torch.equal(one.mask_UL, two.mask_UL)

@@ -1,7 +1,6 @@
 """Wherever the content encoder runs, the same data trains the same weights."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from pipeline.planning_worker import plan_recipe
 from pipeline.train import TrainJob
 from pipeline.worker_group import run_workers
 from tests.distributed import run_distributed
-from tests.one_ray import one_ray
 from tests.pipeline.content_steps import (
     NUM_STEPS,
     actors_left,
@@ -31,7 +29,7 @@ from tests.pipeline.content_steps import (
     write_inputs,
 )
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_of_all_tests")]
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("shared_ray")]
 
 TOLERANCE = 1e-5
 SERVICE = {
@@ -63,12 +61,6 @@ ON_RANKS: dict[str, dict[str, Any]] = {
 
 
 CLUSTER = ClusterConfig(num_workers=2, max_failures=0)
-
-
-@pytest.fixture(scope="module")
-def ray_of_all_tests() -> Iterator[None]:
-    with one_ray(CLUSTER):
-        yield
 
 
 class _Cases(StrictConfig):

@@ -225,30 +225,30 @@ def test_a_cluster_without_room_is_refused() -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.usefixtures("shared_ray")
 def test_ray_workers_give_the_codes_of_the_driver(days: Days) -> None:
     done: list[tuple[int, int]] = []
     file = days.root / "vectors.npy"
     np.save(file, days.items(1).vectors_ND)
     days.day(1, "driver", CODES, kept=None)
-    with RaySession(ClusterConfig(num_workers=1)) as session:
-        run = RayPieces(session, lambda *counts: done.append(counts))
-        for name, where in (("memory", None), ("file", file)):
-            days.day(1, name, pieces(CODES, 150), Machines(run), kept=None, file=where)
-            assert days.table(name) == days.table("driver")
-        # RQ, then VQ, in 6 pieces each, in the order in which they came.
-        assert len(done) == 4 * 6
-        assert [counts for counts in done if counts[0] == 800] == [(800, 800)] * 4
-        # What a worker says is wrong arrives as a sentence, and no worker is left.
-        broken = np.zeros((800, 7), np.float32)
-        np.save(file, broken)
-        with pytest.raises(UserError, match="were fitted to vectors of 12 dimensions, these have"):
-            days.day(1, "broken", pieces(CODES, 150), Machines(run), kept=None, file=file)
-        few = pieces(CODES, 150).encode.model_copy(update={"gpus_per_worker": 1.0})
-        codes = CODES.model_copy(update={"encode": few})
-        if not ray.cluster_resources().get("GPU"):
-            with pytest.raises(UserError, match=r"codes.encode: a worker with cpus_per_worker=1"):
-                days.day(1, "no-gpu", codes, Machines(run), kept=None)
-    assert not ray.is_initialized()
+    session = RaySession(ClusterConfig(num_workers=1))
+    run = RayPieces(session, lambda *counts: done.append(counts))
+    for name, where in (("memory", None), ("file", file)):
+        days.day(1, name, pieces(CODES, 150), Machines(run), kept=None, file=where)
+        assert days.table(name) == days.table("driver")
+    # RQ, then VQ, in 6 pieces each, in the order in which they came.
+    assert len(done) == 4 * 6
+    assert [counts for counts in done if counts[0] == 800] == [(800, 800)] * 4
+    # What a worker says is wrong arrives as a sentence, and no worker is left.
+    broken = np.zeros((800, 7), np.float32)
+    np.save(file, broken)
+    with pytest.raises(UserError, match="were fitted to vectors of 12 dimensions, these have"):
+        days.day(1, "broken", pieces(CODES, 150), Machines(run), kept=None, file=file)
+    few = pieces(CODES, 150).encode.model_copy(update={"gpus_per_worker": 1.0})
+    codes = CODES.model_copy(update={"encode": few})
+    if not ray.cluster_resources().get("GPU"):
+        with pytest.raises(UserError, match=r"codes.encode: a worker with cpus_per_worker=1"):
+            days.day(1, "no-gpu", codes, Machines(run), kept=None)
 
 
 def test_a_worker_names_damaged_codebooks(days: Days) -> None:

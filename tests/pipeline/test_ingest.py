@@ -14,8 +14,7 @@ from small_log import DAYS, Row, event, file_bytes, make_recipe, write_catalogue
 from embedding.errors import UserError
 from embedding.raw_ids import to_raw_ids
 from pipeline.artifacts import MANIFEST, Manifest
-from pipeline.cluster import RaySession
-from pipeline.config import ClusterConfig, Recipe
+from pipeline.config import Recipe
 from pipeline.samples import ingest as ingest_module
 from pipeline.samples.ingest import IngestFacts, check_span, ingest
 
@@ -344,6 +343,7 @@ def test_other_histories_cannot_be_continued(tmp_path: Path) -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.usefixtures("shared_ray")
 def test_files_do_not_depend_on_parallelism_and_errors_come_through(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -353,14 +353,12 @@ def test_files_do_not_depend_on_parallelism_and_errors_come_through(
         patch.setattr(ingest_module, "stream_tasks", small_log.run_here)
         run(recipe, DAYS[:2], None, tmp_path / "serial")
     monkeypatch.setattr("pipeline.tasks.ROWS_PER_BUNDLE", 1)  # every task on its own
-    with RaySession(ClusterConfig()) as session:
-        session.start()
-        run(recipe, DAYS[:2], None, tmp_path / "parallel")
-        last = sorted((root / "events").rglob("*.parquet"))[-1]
-        content = last.read_bytes()
-        # The footer stays whole, so only the task that reads the pages can notice.
-        last.write_bytes(content[:4] + bytes(200) + content[204:])
-        with pytest.raises(UserError, match=f"{last} is not a complete Parquet file"):
-            run(recipe, DAYS[:2], None, tmp_path / "damaged")
+    run(recipe, DAYS[:2], None, tmp_path / "parallel")
+    last = sorted((root / "events").rglob("*.parquet"))[-1]
+    content = last.read_bytes()
+    # The footer stays whole, so only the task that reads the pages can notice.
+    last.write_bytes(content[:4] + bytes(200) + content[204:])
+    with pytest.raises(UserError, match=f"{last} is not a complete Parquet file"):
+        run(recipe, DAYS[:2], None, tmp_path / "damaged")
 
     assert file_bytes(tmp_path / "parallel") == file_bytes(tmp_path / "serial")

@@ -13,11 +13,9 @@ from embedding.config import HistoryConfig
 from embedding.errors import UserError
 from multimodal.codes.pair_config import Swing, User2Item
 from multimodal.codes.triggers import IdVectors
-from pipeline.cluster import RaySession
 from pipeline.codes import mine_pairs as mining
 from pipeline.codes.mine_pairs import MiningPlan, PairFacts, mine_pairs, plan_mining
 from pipeline.codes.positives import PairSource
-from pipeline.config import ClusterConfig
 from pipeline.samples import ingest as ingest_module
 from pipeline.samples.ingest import check_span, ingest
 
@@ -156,12 +154,11 @@ def test_days_without_events_are_named(tmp_path: Path, log: list[Row]) -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.usefixtures("shared_ray")
 def test_ray_writes_the_same_bytes(
     tmp_path: Path, log: list[Row], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with RaySession(ClusterConfig()) as session:
-        session.start()
-        distributed = mine(tmp_path, "ray", days=DAYS)
+    distributed = mine(tmp_path, "ray", days=DAYS)
     monkeypatch.setattr(mining, "stream_tasks", small_log.run_here)
 
     assert mine(tmp_path, "here", days=DAYS) == distributed

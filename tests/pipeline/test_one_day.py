@@ -23,7 +23,7 @@ pytestmark = pytest.mark.integration
 
 @dataclass(frozen=True)
 class Day:
-    """A finished `braid run`, on a Ray of its own."""
+    """A finished `braid run`, on Ray."""
 
     folder: Path
 
@@ -37,7 +37,7 @@ class Day:
 
 
 @pytest.fixture(scope="module")
-def day(tmp_path_factory: pytest.TempPathFactory) -> Day:
+def day(shared_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Day:
     """Two days of 90 events; a managed table, a mean, an averaged ranker, one rank."""
     day = Day(tmp_path_factory.mktemp("day"))
     root = day.folder / "data"

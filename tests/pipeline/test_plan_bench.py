@@ -14,7 +14,6 @@ from embedding.planning.calibration import constants_for
 from embedding.planning.cluster_shape import parse_shape
 from embedding.planning.plan_description import read_plan
 from embedding.planning.workload import table_loads
-from pipeline.cluster import RaySession
 from pipeline.config import ClusterConfig
 from pipeline.planning import bench as plan_bench
 from pipeline.planning import bench_worker as plan_bench_worker
@@ -244,20 +243,18 @@ def two_tables() -> BenchCase:
 
 
 @pytest.mark.integration
+@pytest.mark.usefixtures("shared_ray")
 def test_measured_plans_fit_constants_that_predict_them(tmp_path: Path) -> None:
     case = with_plans(two_tables(), TWO, 5, seed=0)
     seen: list[tuple[int, int]] = []
     effort = BenchEffort(rounds=2, steps_per_round=4, memory_steps=2)
-    cluster = ClusterConfig(num_workers=2)
-    with RaySession(cluster) as session:
-        session.start()
-        runs, parts = run_cases(
-            [case],
-            BenchGroup(cluster),
-            effort,
-            time_parts=True,
-            progress=lambda done, total: seen.append((done, total)),
-        )
+    runs, parts = run_cases(
+        [case],
+        BenchGroup(ClusterConfig(num_workers=2)),
+        effort,
+        time_parts=True,
+        progress=lambda done, total: seen.append((done, total)),
+    )
 
     assert [run.plan_index for run in runs] == list(range(5))
     assert all(total == 10 for _, total in seen)

@@ -1,12 +1,12 @@
 """`braid plan` through the command line: plans of a laptop's and of a GPU cluster's ranks."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import ray
 
 from deploy.app import main
 from embedding.planning.calibration import installed_versions
@@ -18,7 +18,6 @@ from pipeline.plan import plan as plan_stage
 from pipeline.planning.request import plan_request
 from pipeline.recipe import load_recipe
 from tests.embedding.test_calibration import calibration
-from tests.one_ray import one_ray
 from tests.pipeline.test_traffic import traffic_of
 
 Plan = Callable[..., PlanDescription]
@@ -217,6 +216,7 @@ def test_a_recipe_is_valid_with_a_plan_that_it_can_train_with_only(
 
 
 @pytest.mark.integration
+@pytest.mark.usefixtures("shared_ray")
 def test_here_is_what_the_plan_stage_plans_for_and_cluster_is_all_there_is(
     plan: Plan, tmp_path: Path
 ) -> None:
@@ -224,16 +224,15 @@ def test_here_is_what_the_plan_stage_plans_for_and_cluster_is_all_there_is(
     own = ("cluster.num_workers=1", "embedding.sharding.hbm_gib=0.25")
     recipe = load_recipe("demo", own)
     options = [text for override in own for text in ("--set", override)]
-    with one_ray(recipe.cluster):
-        plan_stage(recipe, tmp_path)
-        assert training_shape(recipe).device_bytes == GIB // 4
-        whole = present_shape(recipe.cluster)
-        here = plan("here", *options, name="here.json")
-        everywhere = plan("cluster", *options, name="all.json")
+    plan_stage(recipe, tmp_path)
+    assert training_shape(recipe).device_bytes == GIB // 4
+    whole = present_shape(recipe.cluster)
+    here = plan("here", *options, name="here.json")
+    everywhere = plan("cluster", *options, name="all.json")
 
     assert here == read_plan(tmp_path / PLAN)
     assert (here.topology, here.world_size) == ("cpu:1", 1)
-    assert whole.world_size == os.cpu_count()
+    assert whole.world_size == ray.cluster_resources()["CPU"]
     assert everywhere.world_size == whole.world_size
 
 

@@ -1,7 +1,6 @@
 """A worker group of Ray Train and its command: interrupts, and a cluster without room for it."""
 
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ import ray
 from embedding.config import StrictConfig
 from embedding.errors import UserError
 from pipeline import worker_group
-from pipeline.cluster import RaySession
 from pipeline.config import ClusterConfig
 
 CLUSTER = ClusterConfig(num_workers=1)
@@ -25,15 +23,8 @@ def _worker() -> worker_group.Worker:
     return lambda config: None
 
 
-@pytest.fixture(scope="module")
-def session() -> Iterator[RaySession]:
-    with RaySession(CLUSTER) as session:
-        session.start()
-        yield session
-
-
 @pytest.mark.integration
-@pytest.mark.usefixtures("session")
+@pytest.mark.usefixtures("shared_ray")
 def test_interrupts_are_the_commands_own_after_a_training(tmp_path: Path) -> None:
     """Ray Train's handler stayed: it swallowed two interrupts, and the third ended with code 0."""
     before = signal.getsignal(signal.SIGINT)
@@ -45,7 +36,7 @@ def test_interrupts_are_the_commands_own_after_a_training(tmp_path: Path) -> Non
 
 
 @pytest.mark.integration
-@pytest.mark.usefixtures("session")
+@pytest.mark.usefixtures("shared_ray")
 def test_a_group_that_finds_no_room_says_what_it_needs_and_what_is_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

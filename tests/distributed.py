@@ -5,7 +5,6 @@ interpreter spends seconds on these imports, whatever it runs.
 """
 
 import gc
-import importlib.util
 import os
 import sys
 import tempfile
@@ -20,8 +19,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 TIMEOUT = timedelta(seconds=300)
-IMPORTED = ["pytest", "pyarrow.parquet", "pipeline.training_worker", "pipeline.content.training"]
-"""What is imported before the fork; neither of them starts computing or opens a device."""
+PRELOADED = "tests.preloaded"
+"""What is imported before the fork."""
 
 
 def run_distributed(
@@ -38,9 +37,13 @@ def run_distributed(
         fresh: in interpreters of their own, for tests of how these end.
     """
     with tempfile.TemporaryDirectory() as directory:
-        context = _processes(fresh)
+        # What CUDA was asked in the process that forks, its forks can ask no more.
+        is_fresh = fresh or torch.cuda.is_available()
+        context = _processes(is_fresh)
         processes = [
-            context.Process(target=_run_rank, args=(rank, world_size, Path(directory), fn, args))
+            context.Process(
+                target=_run_rank, args=(rank, world_size, Path(directory), fn, args, is_fresh)
+            )
             for rank in range(world_size)
         ]
         for process in processes:
@@ -66,21 +69,25 @@ def run_distributed(
 
 
 def _processes(fresh: bool) -> Any:
-    # What CUDA was asked in the process that forks, its forks can ask no more.
-    if fresh or torch.cuda.is_available():
+    if fresh:
         return mp.get_context("spawn")
-    # The server of forks ignores modules that are not there, and every fork would import its own.
-    assert all(importlib.util.find_spec(name) for name in IMPORTED)
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED)
+    context.set_forkserver_preload([PRELOADED])
     return context
 
 
 def _run_rank(
-    rank: int, world_size: int, directory: Path, fn: Callable[..., None], args: tuple[Any, ...]
+    rank: int,
+    world_size: int,
+    directory: Path,
+    fn: Callable[..., None],
+    args: tuple[Any, ...],
+    fresh: bool,
 ) -> None:
     # Forks have the stderr of the test that was the first to need any.
     os.dup2(os.open(directory / f"stderr-{rank}", os.O_WRONLY | os.O_CREAT), 2)
+    # The server of forks ignores what it cannot import, and every fork would import its own.
+    assert fresh or PRELOADED in sys.modules
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
     store = dist.FileStore(str(directory / "store"), world_size)

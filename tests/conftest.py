@@ -1,7 +1,8 @@
 """Fixtures of tests in all folders."""
 
+import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,17 @@ SHARING = pytest.StashKey[set[Path]]()
 """Files whose tests share a Ray."""
 RAY: "pytest.StashKey[OneRay]" = pytest.StashKey()
 """That Ray, while it runs."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Without garbage collections, here and later, of what is imported: they would find nothing."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -40,7 +40,7 @@ from embedding.planning.plan_samples import sample_tables
 from embedding.planning.plan_timing import PlanRun, measure_peak_bytes
 from embedding.planning.planner import PlanRequest, plan_tables
 from embedding.planning.synthetic_batches import synthetic_batch
-from embedding.planning.topology import local_machine
+from embedding.planning.this_machine import local_machine
 
 STEPS = 4
 NUM_BATCHES = 2
@@ -102,7 +102,7 @@ def measure(table_set: TableSet, device: torch.device) -> dict[str, Any]:
     """Predicted and measured peak of one table set."""
     request = PlanRequest(
         schema=table_set.schema,
-        shape=ClusterShape(machine=local_machine(device), ranks_per_host=1),
+        shape=ClusterShape(machine=local_machine(str(device)), ranks_per_host=1),
         settings=StepSettings(table_set.batch_size, table_set.optimizer),
         kernels=(table_set.kernel,),
     )

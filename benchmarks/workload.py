@@ -27,7 +27,7 @@ from embedding.config import (
 from embedding.planning.demand import step_settings
 from embedding.planning.plan_description import PlanDescription
 from embedding.planning.planner import PlanRequest, plan_tables
-from embedding.planning.topology import local_shape
+from embedding.planning.this_machine import local_shape
 from embedding.samples import KEYS
 from embedding.shard import Sharded, shard
 from embedding.tables import EmbeddedBatch, EmbeddingTables
@@ -164,7 +164,7 @@ def plan_here(
     sharding = ShardingConfig()
     request = PlanRequest(
         schema=cast(EmbeddingTables, model.tables).schema,
-        shape=local_shape(sharding, dist.get_world_size(), device),
+        shape=local_shape(sharding, dist.get_world_size(), str(device)),
         settings=step_settings(1024, optimizer, sharding),
         tables_path=next(name for name, each in model.named_modules() if each is model.tables),
     )

@@ -42,7 +42,8 @@ from embedding.planning.plan import plan_of
 from embedding.planning.plan_description import PlanDescription
 from embedding.planning.prediction import refuse_other_sizes
 from embedding.planning.sharders import make_sharders
-from embedding.planning.topology import ranks_per_host, use_hosts_of
+from embedding.planning.this_machine import ranks_per_host
+from embedding.planning.topology import use_hosts_of
 from embedding.row_optimizer import RowOptimizer
 from embedding.tables import EmbeddingTables
 from embedding.unpooled_cpu import mend_unpooled_lookups

@@ -167,11 +167,9 @@ def _gpu_name() -> str:
 
 def _local_machine(use_gpu: bool) -> str:
     """Runs in a Ray worker: the machine it is on, as JSON."""
-    import torch
+    from embedding.planning.this_machine import local_machine
 
-    from embedding.planning.topology import local_machine
-
-    return local_machine(torch.device("cuda" if use_gpu else "cpu")).model_dump_json()
+    return local_machine("cuda" if use_gpu else "cpu").model_dump_json()
 
 
 def _training_shape(recipe: Recipe, ranks_per_host: int) -> str:

@@ -1,21 +1,19 @@
-"""Planning inside a Ray worker, where torch may be imported: it asks the device what it is."""
+"""Planning inside a Ray worker, which asks the device what it is; on CPUs without torch."""
 
 from dataclasses import replace
-
-import torch
 
 from embedding.limits import check_support
 from embedding.planning.cluster_shape import ClusterShape
 from embedding.planning.plan_description import PlanDescription, read_plan
 from embedding.planning.planner import check_trainable, plan_tables
-from embedding.planning.topology import local_shape
+from embedding.planning.this_machine import local_shape
 from pipeline.config import Recipe
 from pipeline.planning.request import plan_request
 
 
 def training_shape(recipe: Recipe, ranks_per_host: int) -> ClusterShape:
     """The ranks that train the recipe, with the memory that this machine has or the recipe sets."""
-    device = torch.device("cuda" if recipe.cluster.use_gpu else "cpu")
+    device = "cuda" if recipe.cluster.use_gpu else "cpu"
     sharding = recipe.embedding.sharding.model_copy(update={"ranks_per_host": ranks_per_host})
     return local_shape(sharding, recipe.cluster.num_workers, device)
 

@@ -10,7 +10,7 @@ from embedding.config import ShardingConfig, SparseOptimizer
 from embedding.planning.demand import step_settings
 from embedding.planning.plan_description import PlanDescription
 from embedding.planning.planner import PlanRequest, plan_tables
-from embedding.planning.topology import local_shape
+from embedding.planning.this_machine import local_shape
 from embedding.shard import DenseOptimizer, Sharded, shard
 from embedding.tables import EmbeddingTables
 
@@ -41,7 +41,7 @@ def plan_here(
     """A plan for the running process group."""
     request = PlanRequest(
         schema=cast(EmbeddingTables, model.tables).schema,
-        shape=local_shape(sharding, dist.get_world_size(), device),
+        shape=local_shape(sharding, dist.get_world_size(), str(device)),
         settings=step_settings(1024, optimizer, sharding),
         tables_path=next(n for n, m in model.named_modules() if m is model.tables),
         kernels=sharding.kernels,

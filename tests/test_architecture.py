@@ -96,6 +96,7 @@ def test_top_level_holds_nothing_else() -> None:
         # Of what workers import, a command has no use for the kernels.
         ("pipeline.command, deploy.publish, pipeline.tasks", "torchrec fbgemm_gpu transformers"),
         ("pipeline.samples.ingest, pipeline.samples.join, pipeline.tasks", "torch"),
+        ("pipeline.planning_worker", "torch pandas"),
     ],
 )
 def test_nothing_heavy_is_imported_before_it_is_needed(modules: str, heavy: str) -> None:

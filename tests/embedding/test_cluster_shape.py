@@ -7,7 +7,7 @@ import pytest
 from embedding.errors import UserError
 from embedding.planning.cluster_shape import find_machine, parse_shape
 from embedding.planning.machines import MACHINES
-from embedding.planning.topology import machine_of_gpu
+from embedding.planning.this_machine import machine_of_gpu
 
 
 @pytest.mark.parametrize(

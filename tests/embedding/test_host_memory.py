@@ -10,7 +10,7 @@ import torch
 from embedding.config import ShardingConfig
 from embedding.planning import host_memory
 from embedding.planning.host_memory import group_limits, memory_of_this_machine
-from embedding.planning.topology import local_shape
+from embedding.planning.this_machine import local_shape
 
 GIB = 1 << 30
 
@@ -67,7 +67,7 @@ def test_a_host_is_planned_for_with_the_memory_its_container_has(
     gpu = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=80 * GIB)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
 
-    shape = local_shape(ShardingConfig(), 2, torch.device(device))
+    shape = local_shape(ShardingConfig(), 2, device)
 
     assert shape.host_bytes_per_rank == GIB // 2
     assert shape.device_bytes == (GIB // 2 if device == "cpu" else 80 * GIB)

@@ -22,7 +22,8 @@ from embedding.planning.machines import GIB
 from embedding.planning.plan import describe_plan, plan_of, torchrec_plan
 from embedding.planning.plan_description import PlanDescription
 from embedding.planning.sharders import make_sharders
-from embedding.planning.topology import ranks_per_host, torchrec_topology
+from embedding.planning.this_machine import ranks_per_host
+from embedding.planning.topology import torchrec_topology
 from embedding.planning.workload import table_loads
 from tests.embedding.toy import SHARDINGS, ToyModel, toy_schema
 

@@ -1,7 +1,6 @@
 """A training that tests interrupt and let finish, in a process of its own, and stages around it."""
 
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -66,15 +65,6 @@ class Run:
         finally:
             driver.kill()
             driver.wait()
-
-
-def finished_copy(run: Run, prepared: Path, name: str = "undisturbed") -> Path:
-    """Output directory of an undisturbed run that published, from a prepared one."""
-    out = prepared.with_name(name)
-    shutil.copytree(prepared, out)
-    run.train(out)
-    run.up_to("publish", out)
-    return out
 
 
 def assert_bundle_scores_what_was_evaluated(published: Path, scratch: Path) -> None:

@@ -17,7 +17,6 @@ from tests.pipeline.interrupted import (
     DATE,
     Run,
     assert_bundle_scores_what_was_evaluated,
-    finished_copy,
     metrics,
     processes,
 )
@@ -85,9 +84,12 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def undisturbed(prepared: tuple[Path, Path]) -> Path:
-    """Output directory of a run that published."""
+    """Output directory of a run that published; its ranks are forked here, without Ray."""
     data, before_training = prepared
-    return finished_copy(run_on(data), before_training)
+    out = before_training.with_name("undisturbed")
+    shutil.copytree(before_training, out)
+    run_on(data).up_to("publish", out)
+    return out
 
 
 def test_killed_worker_and_killed_driver_change_nothing(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deploy.cli import export, score
+from deploy.serving.cli import serve
 from embedding.errors import UserError
 from pipeline.cli import app
 from pipeline.failures import last_line, user_error
@@ -20,6 +21,7 @@ WITH_STAGES = ("run", "stage", "backfill", "study")
 
 app.command()(export)
 app.command()(score)
+app.command()(serve)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,6 +6,7 @@ tables/<table>-<first row>.safetensors     `weight`: a block of rows a file
 ids/<table>.safetensors                    managed collision only: sorted `ids`, their `rows`
 content.safetensors                        where the model reads content: `item_ids`, `vectors`
 encoder/                                   and what encodes further items (deploy.encoder_files)
+codes.parquet                              where it reads codes of items: those of its run
 """
 
 from collections.abc import Iterator
@@ -21,10 +22,11 @@ from torch import Tensor
 from embedding.checkpoint_files import read_manifest
 from embedding.config import ManagedCollision, StrictConfig
 from embedding.errors import UserError
-from embedding.files import file_sha256
+from embedding.files import file_sha256, link_or_copy
 from embedding.hashing import NO_ID
 from embedding.stored import read_companion, read_dense, read_id_map, read_tables
 from multimodal.content_head import trained_vectors
+from pipeline.codes.features import CODES_FILE
 from pipeline.config import Recipe
 from ranking.averaging import published_weights
 
@@ -58,7 +60,11 @@ class Bundle(StrictConfig):
 
 
 def write_bundle(
-    recipe: Recipe, checkpoint: Path, directory: Path, codebooks: str | None = None
+    recipe: Recipe,
+    checkpoint: Path,
+    directory: Path,
+    codebooks: str | None = None,
+    codes: Path | None = None,
 ) -> Bundle:
     """Write the bundle of one checkpoint.
 
@@ -69,6 +75,7 @@ def write_bundle(
         checkpoint: one step's directory.
         directory: an empty or missing directory.
         codebooks: of the samples it was trained on.
+        codes: file with the codes of items, where the model reads them.
     """
     for folder in ("tables", "ids"):
         (directory / folder).mkdir(parents=True)
@@ -83,6 +90,8 @@ def write_bundle(
 
         save_file(_content(checkpoint), directory / CONTENT_FILE)
         write_encoder(recipe.content, read_companion(checkpoint, "encoder/"), directory)
+    if codes is not None:
+        link_or_copy(codes, directory / CODES_FILE)
     tables = {
         name: _write_table(recipe, checkpoint, name, blocks, directory)
         for name, blocks in read_tables(checkpoint)
@@ -101,11 +110,11 @@ def write_bundle(
     return bundle
 
 
-def read_bundle(directory: Path) -> Bundle:
-    """The description of a bundle whose files have been checked.
+def describe(directory: Path) -> Bundle:
+    """The description of a bundle; its files are not looked at.
 
     Raises:
-        UserError: It is no bundle, or a file is missing or damaged.
+        UserError: It is no bundle.
     """
     path = directory / BUNDLE_FILE
     if not path.is_file():
@@ -114,11 +123,20 @@ def read_bundle(directory: Path) -> Bundle:
             "`braid models list --out DIR`"
         )
     try:
-        bundle = Bundle.model_validate_json(path.read_text())
+        return Bundle.model_validate_json(path.read_text())
     except ValidationError as error:
         raise UserError(
             f"{path} is not a bundle description of this version; publish the model again"
         ) from error
+
+
+def read_bundle(directory: Path) -> Bundle:
+    """The description of a bundle whose files have been checked.
+
+    Raises:
+        UserError: It is no bundle, or a file is missing or damaged.
+    """
+    bundle = describe(directory)
     for name, checksum in bundle.files.items():
         file = directory / name
         if not file.is_file() or file_sha256(file) != checksum:

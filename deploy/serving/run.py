@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from deploy.bundle import describe
 from deploy.serving.service import ServiceConfig, build
@@ -19,8 +20,13 @@ from pipeline.config import ClusterConfig
 from pipeline.failures import last_line
 from pipeline.samples.catalogue import check_catalogue
 
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+
 LOOK_S = 2.0
 """Between two looks at what the service serves."""
+ANSWER_S = 60.0
+"""Until a replica must have said what it serves."""
 
 
 class Address(StrictConfig):
@@ -76,7 +82,6 @@ def running(config: ServiceConfig, address: Address) -> Iterator[Callable[[], Se
         UserError: the cluster has no room, has such an application, or a replica refuses to start.
     """
     from ray import serve
-    from ray.serve.exceptions import RayServeException
 
     cluster = ClusterConfig(num_workers=config.replicas, cpus_per_worker=config.cpus_per_replica)
     for name in ("ray", "ray.serve"):  # replicas log to files of their own
@@ -91,29 +96,41 @@ def running(config: ServiceConfig, address: Address) -> Iterator[Callable[[], Se
                 "--name and --route, or end that one"
             )
         try:
-            handle = serve.run(build(config), name=address.name, route_prefix=address.route)
-            yield lambda: handle.model.remote().result(timeout_s=60)
-        except (RuntimeError, RayServeException) as error:
-            told = serve.status().applications.get(address.name)
-            raise UserError(
-                f"the service could not start: {last_line(error)} {told.message if told else ''}"
-            ) from error
+            handle = _started(config, address)
+            yield lambda: handle.model.remote().result(timeout_s=ANSWER_S)
         finally:
             serve.delete(address.name)
             if cluster_address() is not None and not serve.status().applications:
                 serve.shutdown()  # a local Ray ends with the command
 
 
+def _started(config: ServiceConfig, address: Address) -> "DeploymentHandle":
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        return serve.run(build(config), name=address.name, route_prefix=address.route)
+    except (RuntimeError, RayServeException) as error:
+        told = serve.status().applications.get(address.name)
+        raise UserError(
+            f"the service could not start: {last_line(error)} {told.message if told else ''}"
+        ) from error
+
+
 def serve_until_ended(config: ServiceConfig, address: Address, say: Callable[[str], None]) -> None:
     """Serve, and tell when another model is served; SIGTERM and SIGINT end it."""
-    signal.signal(signal.SIGTERM, _interrupt)
     with running(config, address) as state:
-        served = None
+        # Not before: Ray sets a handler of its own, which aborts.
+        signal.signal(signal.SIGTERM, _interrupt)
+        said = ""
         while True:
-            now = state()
-            if (now.model, now.last_error) != served:
-                served = (now.model, now.last_error)
-                say(_told(now, address))
+            try:
+                told = _told(state(), address)
+            except Exception as error:  # noqa: BLE001 # Serve starts replicas anew that have died
+                told = f"no replica answers: {last_line(error)}"
+            if told != said:
+                said = told
+                say(told)
             time.sleep(LOOK_S)
 
 

@@ -1,4 +1,7 @@
-"""A bundle in one process: rows in, probabilities out, equal to what the trainer predicts."""
+"""A bundle in one process: rows in, probabilities out, equal to what the trainer predicts.
+
+With int8 tables they are those of the rounded tables.
+"""
 
 # Shapes: B samples, T tasks, N jagged values, R items with content, U items of a batch, D dim.
 

@@ -187,8 +187,8 @@ class PublishConfig(StrictConfig):
     day, and catalogue (of content) and codes as they were."""
     tables: TablePrecision = "fp32"
     """How a bundle holds its embedding tables, and whoever scores with it: as trained, or in 8 bits
-    an element with scale and bias of every row, in a fourth of the memory (dim 64: 28%, dim 16:
-    38%). Training, evaluation and gate are in fp32 all the same. Another value publishes again, and
+    an element with scale and bias of every row (28% of the memory at dim 64, 38% at dim 16).
+    Training, evaluation and gate are in fp32 all the same. Another value publishes again, and
     trains nothing."""
 
 

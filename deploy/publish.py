@@ -18,7 +18,7 @@ from pipeline.train import CHECKPOINT
 
 
 def publish(recipe: Recipe, train: Path, scratch: Path) -> StageOutput:
-    """Write the bundle; scoring it equals the trainer's predictions."""
+    """Write the bundle; with fp32 tables, scoring it equals the trainer's predictions."""
     checkpoints = train / CHECKPOINT
     step = latest_step(checkpoints)
     assert step is not None, checkpoints

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deploy.cli import export, score
+from deploy.serving.cli import bench_serve, serve
 from embedding.errors import UserError
 from pipeline.cli import app
 from pipeline.failures import last_line, user_error
+from pipeline.planning.bench_cli import bench_app
 
 if TYPE_CHECKING:
     from pipeline.config import Recipe
@@ -20,6 +22,8 @@ WITH_STAGES = ("run", "stage", "backfill", "study")
 
 app.command()(export)
 app.command()(score)
+app.command()(serve)
+bench_app.command("serve")(bench_serve)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

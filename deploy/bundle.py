@@ -2,10 +2,12 @@
 
 bundle.json                                recipe, tables, and the SHA-256 of every file
 dense.safetensors                          every parameter and buffer that is not a table's
-tables/<table>-<first row>.safetensors     `weight`: a block of rows a file
+tables/<table>-<first row>.safetensors     a block of rows a file: `weight` in fp32, or `rows` in
+                                           int8 (embedding.int8_rows)
 ids/<table>.safetensors                    managed collision only: sorted `ids`, their `rows`
 content.safetensors                        where the model reads content: `item_ids`, `vectors`
 encoder/                                   and what encodes further items (deploy.encoder_files)
+codes.parquet                              where it reads codes of items: those of its run
 """
 
 from collections.abc import Iterator
@@ -19,12 +21,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from embedding.checkpoint_files import read_manifest
-from embedding.config import ManagedCollision, StrictConfig
+from embedding.config import ManagedCollision, StrictConfig, TablePrecision
 from embedding.errors import UserError
-from embedding.files import file_sha256
+from embedding.files import file_sha256, link_or_copy
 from embedding.hashing import NO_ID
+from embedding.int8_rows import quantized_rows
 from embedding.stored import read_companion, read_dense, read_id_map, read_tables
 from multimodal.content_head import trained_vectors
+from pipeline.codes.features import CODES_FILE
 from pipeline.config import Recipe
 from ranking.averaging import published_weights
 
@@ -32,6 +36,8 @@ BUNDLE_FILE = "bundle.json"
 DENSE_FILE = "dense.safetensors"
 CONTENT_FILE = "content.safetensors"
 MODEL_PREFIX = "model."
+WEIGHT, ROWS = "weight", "rows"
+"""The tensor in a file of a table in fp32, and in int8."""
 
 
 class BundledTable(StrictConfig):
@@ -51,6 +57,8 @@ class Bundle(StrictConfig):
     schema_version: Literal[1] = 1
     recipe: Recipe
     tables: dict[str, BundledTable]
+    table_precision: TablePrecision = "fp32"
+    """Of the rows of all tables."""
     files: dict[str, str]
     """SHA-256 by path relative to the bundle."""
     codebooks: str | None = None
@@ -58,17 +66,25 @@ class Bundle(StrictConfig):
 
 
 def write_bundle(
-    recipe: Recipe, checkpoint: Path, directory: Path, codebooks: str | None = None
+    recipe: Recipe,
+    checkpoint: Path,
+    directory: Path,
+    codebooks: str | None = None,
+    codes: Path | None = None,
 ) -> Bundle:
     """Write the bundle of one checkpoint.
 
     Of tables, memory holds one block of rows; of content, what the bank holds of all items.
 
     Args:
-        recipe: what the checkpoint was trained with.
+        recipe: what the checkpoint was trained with, and how tables are to be held.
         checkpoint: one step's directory.
         directory: an empty or missing directory.
         codebooks: of the samples it was trained on.
+        codes: file with the codes of items, where the model reads them.
+
+    Raises:
+        UserError: int8 tables were asked for, and a table holds a value that is not finite.
     """
     for folder in ("tables", "ids"):
         (directory / folder).mkdir(parents=True)
@@ -83,6 +99,8 @@ def write_bundle(
 
         save_file(_content(checkpoint), directory / CONTENT_FILE)
         write_encoder(recipe.content, read_companion(checkpoint, "encoder/"), directory)
+    if codes is not None:
+        link_or_copy(codes, directory / CODES_FILE)
     tables = {
         name: _write_table(recipe, checkpoint, name, blocks, directory)
         for name, blocks in read_tables(checkpoint)
@@ -90,6 +108,7 @@ def write_bundle(
     bundle = Bundle(
         recipe=recipe,
         tables=tables,
+        table_precision=recipe.publish.tables,
         files={
             str(path.relative_to(directory)): file_sha256(path)
             for path in sorted(directory.rglob("*"))
@@ -101,11 +120,11 @@ def write_bundle(
     return bundle
 
 
-def read_bundle(directory: Path) -> Bundle:
-    """The description of a bundle whose files have been checked.
+def describe(directory: Path) -> Bundle:
+    """The description of a bundle; its files are not looked at.
 
     Raises:
-        UserError: It is no bundle, or a file is missing or damaged.
+        UserError: It is no bundle.
     """
     path = directory / BUNDLE_FILE
     if not path.is_file():
@@ -114,11 +133,20 @@ def read_bundle(directory: Path) -> Bundle:
             "`braid models list --out DIR`"
         )
     try:
-        bundle = Bundle.model_validate_json(path.read_text())
+        return Bundle.model_validate_json(path.read_text())
     except ValidationError as error:
         raise UserError(
             f"{path} is not a bundle description of this version; publish the model again"
         ) from error
+
+
+def read_bundle(directory: Path) -> Bundle:
+    """The description of a bundle whose files have been checked.
+
+    Raises:
+        UserError: It is no bundle, or a file is missing or damaged.
+    """
+    bundle = describe(directory)
     for name, checksum in bundle.files.items():
         file = directory / name
         if not file.is_file() or file_sha256(file) != checksum:
@@ -151,7 +179,7 @@ def _write_table(
     files = []
     for start, block in blocks:
         file = f"tables/{name}-{start:010d}.safetensors"
-        save_file({"weight": block.contiguous()}, directory / file)
+        save_file(_stored(recipe.publish.tables, name, start, block), directory / file)
         files.append(file)
     table = recipe.features.table(name)
     segments: tuple[tuple[int, int], ...] = ()
@@ -165,6 +193,21 @@ def _write_table(
         files=tuple(files),
         segments=segments,
     )
+
+
+def _stored(precision: TablePrecision, table: str, start: int, block: Tensor) -> dict[str, Tensor]:
+    match precision:
+        case "fp32":
+            return {WEIGHT: block.contiguous()}
+        case "int8":
+            bad_R = ~block.isfinite().all(dim=1)
+            if bad_R.any():
+                raise UserError(
+                    f"table {table!r}: row {start + int(bad_R.nonzero()[0])} holds a value that is "
+                    "not finite, and 8 bits would hide it; train anew with a lower learning rate, "
+                    "or publish with publish.tables=fp32"
+                )
+            return {ROWS: quantized_rows(block)}
 
 
 def _id_map(checkpoint: Path, name: str) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """Commands that write and read bundles."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -61,11 +61,19 @@ def export(
     out: Annotated[Path, typer.Option("--out", "-o", help="Output directory of the run.")],
     date: Annotated[str, typer.Option("--date", "-d", help="Day the model was trained up to.")],
     to: Annotated[Path, typer.Option("--to", help="Folder to write: not there yet, or empty.")],
+    tables: Annotated[
+        Literal["fp32", "int8"] | None,
+        typer.Option(
+            "--tables",
+            help="Embedding tables as trained, or in 8 bits an element; default: publish.tables of "
+            "the recipe that the day was run with.",
+        ),
+    ] = None,
 ) -> None:
     """Write the bundle of a trained day into a folder, whatever the gate says.
 
-    It is the bundle that `braid run` publishes: tables, dense weights, and the content encoder with
-    LoRA merged. What is published and in production stays as it is.
+    It is the bundle that `braid run` publishes, unless --tables differs: tables, dense weights, and
+    the content encoder with LoRA merged. What is published and in production stays as it is.
     """
     from rich.console import Console
     from rich.markup import escape
@@ -73,12 +81,12 @@ def export(
     from deploy.export import export_bundle
 
     console = Console(highlight=False, soft_wrap=True)
-    exported = export_bundle(out, date, to)
+    exported = export_bundle(out, date, to, tables)
     for reason in exported.refused:
         console.print(f"[yellow]![/] the gate refused this model: {escape(reason)}")
     console.print(
         escape(
-            f"{to}: bundle of {date}, {exported.num_rows} table rows, "
+            f"{to}: bundle of {date}, {exported.num_rows} table rows in {exported.tables}, "
             f"{exported.num_bytes / 2**20:.1f} MiB; score with braid score --bundle {to}"
         )
     )

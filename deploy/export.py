@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.publish import publish
+from embedding.config import TablePrecision
 from embedding.errors import UserError
 from pipeline.artifacts import read_manifest, reading
 from pipeline.catch_up import training_to_publish
-from pipeline.recipe import read_recipe
+from pipeline.config import Recipe
+from pipeline.recipe import RECIPE_FILE, read_recipe
 from pipeline.registry import BUNDLE, TRAINING
 
 
@@ -22,18 +24,22 @@ class Exported:
 
     num_rows: int
     """Of all tables."""
+    tables: TablePrecision
     num_bytes: int
     refused: tuple[str, ...]
     """Why the gate refused the model; empty where it passed, or did not look at it."""
 
 
-def export_bundle(out: Path, date: str, folder: Path) -> Exported:
+def export_bundle(
+    out: Path, date: str, folder: Path, tables: TablePrecision | None = None
+) -> Exported:
     """Write the bundle of the model that was trained up to a date.
 
     Args:
         out: output directory of the run.
         date: of the run, YYYY-MM-DD.
         folder: a missing or an empty directory. It holds the whole bundle or nothing.
+        tables: how the bundle holds tables; None: as the run of the date publishes them.
 
     Raises:
         UserError: nothing was trained, the folder holds something, or a run trains that date anew.
@@ -43,14 +49,26 @@ def export_bundle(out: Path, date: str, folder: Path) -> Exported:
     partial = _scratch(folder)
     try:
         with reading(train):
-            written = publish(read_recipe(train), train, partial)
+            recipe = _with_tables(read_recipe(train), tables or _published_as(out / date, train))
+            written = publish(recipe, train, partial)
         _check_free(folder)
         (partial / BUNDLE).rename(folder)  # an empty directory gives way
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     gate = read_manifest(out / date / "gate")
     refused = () if gate is None or gate.facts["passed"] else tuple(gate.facts["reasons"])
-    return Exported(written.rows_out, written.facts["bytes"], refused)
+    return Exported(written.rows_out, recipe.publish.tables, written.facts["bytes"], refused)
+
+
+def _published_as(run: Path, train: Path) -> TablePrecision:
+    """How the run of a date holds tables: its training may be older, and need not say the same."""
+    has_own = (run / RECIPE_FILE).exists()
+    return read_recipe(run if has_own else train).publish.tables
+
+
+def _with_tables(recipe: Recipe, tables: TablePrecision) -> Recipe:
+    settings = recipe.publish.model_copy(update={"tables": tables})
+    return recipe.model_copy(update={"publish": settings})
 
 
 def _trained(out: Path, date: str) -> Path:

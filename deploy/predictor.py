@@ -1,4 +1,7 @@
-"""A bundle in one process: rows in, probabilities out, equal to what the trainer predicts."""
+"""A bundle in one process: rows in, probabilities out, equal to what the trainer predicts.
+
+With int8 tables they are those of the rounded tables.
+"""
 
 # Shapes: B samples, T tasks, N jagged values, R items with content, U items of a batch, D dim.
 
@@ -10,12 +13,23 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from deploy.bundle import CONTENT_FILE, DENSE_FILE, Bundle, load_tensors, read_bundle
+from deploy.bundle import (
+    CONTENT_FILE,
+    DENSE_FILE,
+    ROWS,
+    WEIGHT,
+    Bundle,
+    load_tensors,
+    read_bundle,
+)
 from embedding.batch import RankingBatch
 from embedding.config import FeatureSchema, Hashed, ManagedCollision
 from embedding.id_map import owner_of
+from embedding.int8_rows import empty_rows
+from embedding.int8_tables import Int8Tables
 from embedding.items import ContentVectors, ItemRows, ItemSource
 from embedding.precision import cpu_has_bf16
+from embedding.tables import EmbeddingTables
 from pipeline.content.items import content_shape, item_source
 from ranking.config import RankingConfig
 from ranking.model import RankingModel
@@ -47,15 +61,20 @@ class Predictor:
             if isinstance(table.ids, ManagedCollision)
         }
         self.content = None if recipe.content is None else ItemContent(directory)
+        is_int8 = self.bundle.table_precision == "int8"
         # Ids are mapped before the model sees them, so managed tables are plain ones here.
         self.model = RankingModel(
             plain_schema(self.schema),
             serving_config(recipe.ranking),
-            tables_device=torch.device("cpu"),
+            tables_device=torch.device("meta" if is_int8 else "cpu"),
             content=None if recipe.content is None else content_shape(recipe.content, self.schema),
         )
         self._load_dense(directory)
-        self._load_tables(directory)
+        self.tables: EmbeddingTables | Int8Tables = self.model.tables
+        if is_int8:
+            self.tables = self._int8_tables(directory)
+        else:
+            self._load_weights(directory)
         self.model.eval()
 
     @torch.no_grad()
@@ -69,7 +88,8 @@ class Predictor:
         if self.content is not None:
             assert batch.content is not None
             content = self.content.of(batch.content)
-        return probabilities(self.model(self._mapped(batch), content))
+        batch = self._mapped(batch)
+        return probabilities(self.model.rank(self.tables(batch), batch, content))
 
     @property
     def item_source(self) -> ItemSource | None:
@@ -107,15 +127,25 @@ class Predictor:
         assert not lacking, lacking
         assert not found.unexpected_keys, found.unexpected_keys
 
-    def _load_tables(self, directory: Path) -> None:
+    def _load_weights(self, directory: Path) -> None:
         for name, parameter in self.model.tables.named_parameters():
-            weight_RD = parameter.data
-            row = 0
-            for file in self.bundle.tables[name.split(".")[-2]].files:
-                block = load_tensors(directory / file)["weight"]
-                weight_RD[row : row + len(block)] = block
-                row += len(block)
-            assert row == len(weight_RD), (name, row, len(weight_RD))
+            self._read_table(directory, name.split(".")[-2], WEIGHT, parameter.data)
+
+    def _int8_tables(self, directory: Path) -> Int8Tables:
+        rows = {}
+        for name, table in self.bundle.tables.items():
+            rows[name] = empty_rows(table.num_rows, table.embedding_dim)
+            self._read_table(directory, name, ROWS, rows[name])
+        return Int8Tables(rows, self.model.tables.schema)
+
+    def _read_table(self, directory: Path, name: str, part: str, target: Tensor) -> None:
+        """Fill a table; besides it, one block is in memory."""
+        row = 0
+        for file in self.bundle.tables[name].files:
+            block = load_tensors(directory / file)[part]
+            target[row : row + len(block)] = block
+            row += len(block)
+        assert row == len(target), (name, row, len(target))
 
 
 class ItemContent:

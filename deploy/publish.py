@@ -7,7 +7,10 @@ from pathlib import Path
 
 from deploy.bundle import write_bundle
 from embedding.checkpoint_files import latest_step, step_directory
+from embedding.errors import UserError
 from pipeline.artifacts import read_manifest
+from pipeline.codes.features import CODES_FILE
+from pipeline.codes.paths import codes_directory
 from pipeline.config import Recipe
 from pipeline.registry import BUNDLE
 from pipeline.stages import StageOutput
@@ -15,18 +18,39 @@ from pipeline.train import CHECKPOINT
 
 
 def publish(recipe: Recipe, train: Path, scratch: Path) -> StageOutput:
-    """Write the bundle; scoring it equals the trainer's predictions."""
+    """Write the bundle; with fp32 tables, scoring it equals the trainer's predictions."""
     checkpoints = train / CHECKPOINT
     step = latest_step(checkpoints)
     assert step is not None, checkpoints
     manifest = read_manifest(train)
     assert manifest is not None
+    codebooks = manifest.facts.get("codebooks")
     bundle = write_bundle(
         recipe,
         step_directory(checkpoints, step),
         scratch / BUNDLE,
-        codebooks=manifest.facts.get("codebooks"),
+        codebooks=codebooks,
+        codes=None if recipe.codes is None else _codes(train, codebooks),
     )
     rows = sum(table.num_rows for table in bundle.tables.values())
     num_bytes = sum((scratch / BUNDLE / file).stat().st_size for file in bundle.files)
     return StageOutput(rows_in=rows, rows_out=rows, facts={"bytes": num_bytes})
+
+
+def _codes(train: Path, codebooks: str | None) -> Path:
+    """The codes of items that the run of a training made, or took.
+
+    Raises:
+        UserError: they are gone, or of other codebooks by now.
+    """
+    run = train.parent
+    directory = codes_directory(run.parent, run.name)
+    made = read_manifest(directory)
+    found = None if made is None else made.facts["codebooks"]
+    if found != codebooks:
+        raise UserError(
+            f"{directory} holds codes of codebooks {found}, and {train} was trained on those of "
+            f"{codebooks}, which a bundle needs; run `braid run --date {run.name}` again, which "
+            "makes what has changed since then"
+        )
+    return directory / CODES_FILE

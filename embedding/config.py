@@ -197,6 +197,9 @@ class TableConfig(StrictConfig):
         return self
 
 
+TablePrecision = Literal["fp32", "int8"]
+"""Of tables that are looked up and no longer trained; `int8`: see `embedding.int8_rows`."""
+
 Source = Literal["events", "items", "users", "codes"]
 """`codes` features are derived from a recipe's semantic codes and not written by hand."""
 

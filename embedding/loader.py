@@ -58,7 +58,7 @@ class SampleFiles:
         """
         with ThreadPoolExecutor(max_workers=8) as pool:
             footers = list(pool.map(_read_footer, paths))
-        lists = {_list_columns(footer.schema.to_arrow_schema(), schema) for footer in footers}
+        lists = {list_columns(footer.schema.to_arrow_schema(), schema) for footer in footers}
         if len(lists) > 1:
             mixed = sorted(frozenset.union(*lists) - frozenset.intersection(*lists))
             raise UserError(
@@ -321,7 +321,8 @@ def _unreadable(path: Path, error: Exception) -> UserError:
     )
 
 
-def _list_columns(arrow: pa.Schema, schema: FeatureSchema) -> frozenset[str]:
+def list_columns(arrow: pa.Schema, schema: FeatureSchema) -> frozenset[str]:
+    """Columns of sparse and sequence features that hold lists in samples of an Arrow schema."""
     columns = [samples.sparse_column(f.name) for f in schema.sparse]
     columns += [samples.sequence_column(f.name) for f in schema.sequences]
     return frozenset(

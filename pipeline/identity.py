@@ -87,6 +87,12 @@ def training_config(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def publish_config(recipe: Recipe) -> dict[str, Any]:
+    """What a bundle depends on besides its training; what was published before 8 bits is fp32."""
+    tables = recipe.publish.tables
+    return {} if tables == "fp32" else {"tables": tables}
+
+
 def _tasks(recipe: Recipe) -> list[str]:
     weights = recipe.ranking.sample_weights
     return [

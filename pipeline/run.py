@@ -29,7 +29,7 @@ from pipeline.content.stage import STORES, content_stage
 from pipeline.days import Span, Split, available_days, require_complete, split_days
 from pipeline.evaluate import evaluate
 from pipeline.gate import gate
-from pipeline.identity import ingest_config, plan_config, samples_config
+from pipeline.identity import ingest_config, plan_config, publish_config, samples_config
 from pipeline.lineage import parent_of
 from pipeline.metrics_file import METRICS_FILE
 from pipeline.plan import is_of_cluster, plan, plan_inputs, training_shape
@@ -320,7 +320,9 @@ class DayRun:
             shutil.copyfile(self.directory("evaluate") / METRICS_FILE, scratch / METRICS_FILE)
             return output
 
-        return StageSpec("publish", self.directory("publish"), {}, inputs, body)
+        return StageSpec(
+            "publish", self.directory("publish"), publish_config(self.recipe), inputs, body
+        )
 
     # --- pieces ----------------------------------------------------------------------------------
 

@@ -58,6 +58,27 @@ class TrainInputs(StrictConfig):
     codebooks: CodebookChange | None = None
     """Where the parent's code tables belong to other codebooks than the samples."""
 
+    @property
+    def plan_file(self) -> Path:
+        """The sharding plan."""
+        return self.plan / PLAN
+
+    @property
+    def parent_checkpoint(self) -> Path | None:
+        """What to start from."""
+        return None if self.parent is None else self.parent / CHECKPOINT
+
+    def absolute(self) -> "TrainInputs":
+        """The same for a process with another working directory."""
+        return TrainInputs(
+            samples=[path.absolute() for path in self.samples],
+            validation=[path.absolute() for path in self.validation],
+            plan=self.plan.absolute(),
+            parent=None if self.parent is None else self.parent.absolute(),
+            content=None if self.content is None else self.content.absolute(),
+            codebooks=self.codebooks,
+        )
+
 
 class TrainedModel(StrictConfig):
     """A finished training, as the worker groups that read it need it."""
@@ -83,16 +104,9 @@ class TrainJob(StrictConfig):
     """All a worker needs to know; crosses to it as JSON."""
 
     recipe: Recipe
-    samples: list[Path]
-    validation: list[Path]
-    """Held-out samples; empty: no validation."""
-    plan: Path
-    parent_checkpoint: Path | None
-    codebooks: CodebookChange | None = None
+    inputs: TrainInputs
     resume: Path
     """Where everything lies while the training runs."""
-    content: ContentPaths | None = None
-    """Where the recipe has content."""
 
     @property
     def checkpoints(self) -> Path:
@@ -130,18 +144,7 @@ def train(
     run: RunWorkers = run_workers,
 ) -> StageOutput:
     """Train on the cluster; a dead worker restarts the group from the last checkpoint."""
-    job = TrainJob(
-        recipe=recipe,
-        samples=[path.absolute() for path in inputs.samples],
-        validation=[path.absolute() for path in inputs.validation],
-        plan=(inputs.plan / PLAN).absolute(),
-        parent_checkpoint=(
-            None if inputs.parent is None else (inputs.parent / CHECKPOINT).absolute()
-        ),
-        codebooks=inputs.codebooks,
-        resume=(scratch / RESUME).absolute(),
-        content=None if inputs.content is None else inputs.content.absolute(),
-    )
+    job = TrainJob(recipe=recipe, inputs=inputs.absolute(), resume=(scratch / RESUME).absolute())
     # The result is a training's last word: with it, only the publishing was interrupted.
     if not (job.resume / RESULT).exists():
         (job.resume / REFUSAL).unlink(missing_ok=True)

@@ -52,8 +52,8 @@ WARM_START = "warm_start.json"
 def train_worker(job: TrainJob) -> None:
     """Train on this rank from the last checkpoint, the parent's, or the start."""
     device = _prepare_process(job.recipe, job.resume / LOGS)
-    check_hosts(job.plan, device)
-    content = _rank_content(job.recipe, job.content, device)
+    check_hosts(job.inputs.plan_file, device)
+    content = _rank_content(job.recipe, job.inputs.content, device)
     try:
         _train(job, content, device)
     except BaseException:
@@ -68,7 +68,7 @@ def train_worker(job: TrainJob) -> None:
 
 def _train(job: TrainJob, content: "RankContent | None", device: torch.device) -> None:
     recipe = job.recipe
-    sharded = build(recipe, job.plan, device, content)
+    sharded = build(recipe, job.inputs.plan_file, device, content)
     checkpointer = Checkpointer(job.checkpoints, keep=recipe.ranking.trainer.keep_checkpoints)
     progress, carried = _restore(job, sharded, checkpointer)
     record = MetricsFile(job, progress.step) if dist.get_rank() == 0 else None
@@ -90,8 +90,8 @@ def _train(job: TrainJob, content: "RankContent | None", device: torch.device) -
             validated=record.add_validation if record else _ignore,
         ),
     )
-    loader = _loader(recipe, job.samples, content)
-    held_out = _loader(recipe, job.validation, content) if job.validation else None
+    loader = _loader(recipe, job.inputs.samples, content)
+    held_out = _loader(recipe, job.inputs.validation, content) if job.inputs.validation else None
     summary = trainer.fit(loader, progress, validation=held_out, is_warm_start=carried is not None)
     checkpointer.close()
     if record is not None:
@@ -196,14 +196,14 @@ def _restore(
         if record.exists():
             report = WarmStartReport.model_validate_json(record.read_text())
         return Progress.from_state_dict(progress), report
-    if job.parent_checkpoint is None:
+    if job.inputs.parent_checkpoint is None:
         return Progress(), None
     carries = None
-    if job.codebooks is not None:
+    if job.inputs.codebooks is not None:
         from pipeline.codes.carry import row_carries  # scipy: for a changed codebook only
 
-        carries = row_carries(job.codebooks, job.recipe.features)
-    report = load_into(job.parent_checkpoint, sharded, carries)
+        carries = row_carries(job.inputs.codebooks, job.recipe.features)
+    report = load_into(job.inputs.parent_checkpoint, sharded, carries)
     drawn = report.initialised
     own = {n: why for n, why in drawn.items() if not n.startswith(f"{BUFFERS}{AVERAGE}.")}
     if len(own) < len(drawn):  # the parent had no average, or that of another model

@@ -1,5 +1,7 @@
 """Files for clusters, checked against the schemas of the tools that read them."""
 
+import importlib
+import inspect
 import json
 import os
 import re
@@ -13,6 +15,7 @@ import jsonschema
 import pytest
 import ray
 import yaml
+from ray.serve.schema import ServeDeploySchema
 
 from pipeline.cluster import fitting, worker_bundle
 from pipeline.recipe import load_recipe
@@ -87,6 +90,35 @@ def test_pods_share_image_token_and_storage() -> None:
             if root.is_relative_to(mount["mountPath"]) and mount["mountPath"] != "/"
         ]
         assert mounted == cluster["PersistentVolumeClaim"]["metadata"]["name"]
+
+
+def test_a_service_on_kubernetes_has_room_and_reads_what_the_cluster_writes() -> None:
+    service, cluster = documents("service.yaml")["RayService"]["spec"], documents("cluster.yaml")
+    serve = ServeDeploySchema.model_validate(yaml.safe_load(service["serveConfigV2"]))
+    spec = service["rayClusterConfig"]
+    (application,) = serve.applications
+    module, function = application.import_path.split(":")
+    build = getattr(importlib.import_module(module), function)
+    config = inspect.get_annotations(build)["config"].model_validate(application.args)
+
+    nodes = cluster["RayCluster"]["spec"]
+    assert spec["rayVersion"] == nodes["rayVersion"]
+    head, (workers,) = spec["headGroupSpec"], spec["workerGroupSpecs"]
+    for group in (head, workers):
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        theirs = nodes["headGroupSpec"]["template"]["spec"]
+        assert container["image"] == theirs["containers"][0]["image"]
+        assert container["env"] == theirs["containers"][0]["env"]
+        assert pod["volumes"] == theirs["volumes"][:1]
+        (mount,) = container["volumeMounts"]
+        assert config.out.is_relative_to(mount["mountPath"])
+    limits = workers["template"]["spec"]["containers"][0]["resources"]["limits"]
+    each = {"CPU": config.cpus_per_replica}
+    room = workers["replicas"] * fitting({"CPU": float(limits["cpu"])}, each)
+    assert room == config.replicas
+    ports = [port["containerPort"] for port in head["template"]["spec"]["containers"][0]["ports"]]
+    assert serve.http_options.port in ports
 
 
 def test_the_recipe_of_a_cluster_has_room_on_kubernetes() -> None:

@@ -119,9 +119,9 @@ def test_sources_name_no_file_outside_of_the_repository() -> None:
 
 
 def test_an_invented_command_would_be_found() -> None:
-    assert unknown_commands("`braid serve` and `braid bench serve`\nbraid run --recipe demo") == [
-        "braid serve",
-        "braid bench serve",
+    assert unknown_commands("`braid fly` and `braid bench fly`\nbraid run --recipe demo") == [
+        "braid fly",
+        "braid bench fly",
     ]
 
 

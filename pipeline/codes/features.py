@@ -3,7 +3,7 @@
 Pure functions of ids and the codes artifact (item_id, sid_0, sid_1, ..., optional sid_suffix, vq
 and vq_nearest). Join calls, per row group:
 
-    codes = ItemCodes.load(path)                     once, in `plan_join`
+    codes = ItemCodes.load(path)                     once, in `FeatureSources.load`
     candidate_columns(codes, item_ids)               sparse:<sid_l>, sparse:<vq> of the candidate
     history_columns(codes, history lists)            sequence:<sid_l>, sequence:<vq_nearest>,
                                                      aligned with the history

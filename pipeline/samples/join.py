@@ -12,53 +12,36 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embedding import samples
-from embedding.config import FeatureSchema, SequenceFeature, Source, SparseFeature
-from embedding.raw_ids import Int64Array, ids_or_missing
-from multimodal.codes.schema import without_codes
-from pipeline.codes.columns import code_columns
-from pipeline.codes.features import ItemCodes
+from embedding.config import FeatureSchema
 from pipeline.config import Recipe
 from pipeline.planning.id_use import FILE, IdFacts, IdUse, merge_uses, read_uses, use_of, write_uses
 from pipeline.samples.buckets import ROWS_PER_GROUP
-from pipeline.samples.catalogue import check_catalogue
-from pipeline.samples.columns import EventColumns, history_column, source_columns
+from pipeline.samples.columns import history_column
 from pipeline.samples.held_out import forget_held_out, is_held_out
-from pipeline.samples.histories import normal_lists
 from pipeline.samples.join_facts import JoinFacts, item_histories, require_items
-from pipeline.samples.lookup import (
-    EntityColumns,
-    IdLists,
-    floats,
-    id_column,
-    load_entities,
-    no_entities,
-    transform_dense,
-)
+from pipeline.samples.join_rows import FeatureSources, Places, join_events
 from pipeline.tasks import stream_tasks
 
 SAMPLES = "samples"
 HELD_OUT = "held_out"
-
-_ENTITY_KEYS: dict[Source, str] = {"items": "item_id", "users": "user_id"}
 
 
 @dataclass(frozen=True)
 class JoinPlan:
     """What every join task needs to know."""
 
-    recipe: Recipe
-    columns: EventColumns
-    entities: dict[Source, EntityColumns]
-    """`items` and `users`."""
-    codes: ItemCodes | None
-    """Where features follow from codes."""
+    sources: FeatureSources
     scratch: Path
+
+    @property
+    def recipe(self) -> Recipe:
+        """Of the run."""
+        return self.sources.recipe
 
 
 @dataclass(frozen=True)
@@ -107,7 +90,8 @@ def join(
     done: list[FileFacts] = []
     features = [feature.name for feature in recipe.features.id_features]
     uses: dict[str, IdUse] = {name: merge_uses([]) for name in features}
-    for facts in stream_tasks(join_file, files, plan_join(recipe, scratch, codes), file_rows):
+    plan = JoinPlan(FeatureSources.load(recipe, codes), scratch)
+    for facts in stream_tasks(join_file, files, plan, file_rows):
         path = _ids_path(scratch, facts)
         for name, use in read_uses(path, facts.ids).items():
             uses[name] = merge_uses([uses[name], use])
@@ -139,25 +123,6 @@ def _facts(recipe: Recipe, done: list[FileFacts], uses: dict[str, IdUse]) -> Joi
     )
 
 
-def plan_join(recipe: Recipe, scratch: Path, codes: Path | None = None) -> JoinPlan:
-    """Load the feature columns of items and users, and the codes of items.
-
-    Raises:
-        UserError: a file breaks the data contract.
-    """
-    check_catalogue(recipe.data.root, recipe.features)  # ingest may have checked another one
-    entities: dict[Source, EntityColumns] = {}
-    for source, key in _ENTITY_KEYS.items():
-        columns = source_columns(recipe.features, source)
-        path = recipe.data.root / f"{source}.parquet"
-        exists = path.exists()
-        entities[source] = (
-            load_entities(path, key, columns.ids, columns.dense) if exists else no_entities()
-        )
-    item_codes = None if codes is None else ItemCodes.load(codes)
-    return JoinPlan(recipe, EventColumns.of(recipe), entities, item_codes, scratch)
-
-
 def join_file(path: Path, plan: JoinPlan) -> FileFacts:
     """Write the samples of one event file, row group by row group."""
     folder = path.parent.name
@@ -169,8 +134,8 @@ def join_file(path: Path, plan: JoinPlan) -> FileFacts:
     with pq.ParquetFile(path) as file:
         for events in file.iter_batches(ROWS_PER_GROUP, use_threads=False):
             events = _without_held_out(events, plan)
-            places = Places.of(events, plan)
-            table = join_events(events, plan, places)
+            places = Places.of(events, plan.sources)
+            table = join_events(events, plan.sources, places)
             for part, own in _parts(table, plan).items():
                 if part not in writers:
                     output = plan.scratch / part / folder / path.name
@@ -200,44 +165,9 @@ def join_file(path: Path, plan: JoinPlan) -> FileFacts:
     return facts
 
 
-@dataclass(frozen=True)
-class Places:
-    """Where items and users of some events lie in the catalogue; -1 for those that do not."""
-
-    rows: dict[Source, Int64Array]
-    """One an event."""
-    past_rows: dict[str, Int64Array]
-    """One a past event, by history whose sequences read columns of items."""
-
-    @classmethod
-    def of(cls, events: pa.RecordBatch, plan: JoinPlan) -> "Places":
-        """Looked up once."""
-        items = plan.entities["items"]
-        past = {
-            name: events[history_column(name, "item_id")].flatten()
-            for name in item_histories(plan.recipe.features)
-        }
-        return cls(
-            {
-                source: plan.entities[source].positions(ids_or_missing(events[key]))
-                for source, key in _ENTITY_KEYS.items()
-            },
-            {name: items.positions(ids_or_missing(ids)) for name, ids in past.items()},
-        )
-
-    @property
-    def num_unknown(self) -> dict[str, int]:
-        """Of items, users, and past events."""
-        past = sum(int((rows < 0).sum()) for rows in self.past_rows.values())
-        found: dict[str, int] = {"histories": past}
-        for source, rows in self.rows.items():
-            found[source] = int((rows < 0).sum())
-        return found
-
-
 def _without_held_out(events: pa.RecordBatch, plan: JoinPlan) -> pa.RecordBatch:
     held_out = plan.recipe.evaluation.held_out_items
-    return events if held_out is None else forget_held_out(events, plan.columns, held_out)
+    return events if held_out is None else forget_held_out(events, plan.sources.columns, held_out)
 
 
 def _parts(table: pa.Table, plan: JoinPlan) -> dict[str, pa.Table]:
@@ -263,75 +193,3 @@ def _uses(table: pa.Table, features: FeatureSchema) -> dict[str, IdUse]:
         )
         for name, column in columns.items()
     }
-
-
-def join_events(events: pa.RecordBatch, plan: JoinPlan, places: Places) -> pa.Table:
-    """Samples of some ingested events, in their order."""
-    own = without_codes(plan.recipe.features)
-    data = {samples.key_column(name): events[name] for name in samples.KEYS}
-    for task in plan.recipe.ranking.tasks:
-        data[samples.label_column(task.name)] = events[task.label_name].cast(pa.float32())
-    for task_name, column in plan.columns.weights.items():
-        weights = events[column].cast(pa.float32()).fill_null(1.0)
-        data[samples.weight_column(task_name)] = weights
-    for task_name, column in plan.columns.oracles.items():
-        if column in events.schema.names:
-            data[samples.oracle_column(task_name)] = events[column]
-    for feature in own.sparse:
-        data[samples.sparse_column(feature.name)] = _sparse(feature, events, places, plan)
-    for dense in own.dense:
-        if dense.source == "events":
-            values = floats(events[dense.column_name])
-        else:
-            values = plan.entities[dense.source].dense[dense.column_name]
-            values = values[places.rows[dense.source]]
-        data[samples.dense_column(dense.name)] = pa.array(transform_dense(values, dense))
-    for sequence in own.sequences:
-        data[samples.sequence_column(sequence.name)] = _sequence(sequence, events, places, plan)
-    if plan.codes is None:
-        return pa.table(data)
-    data |= code_columns(plan.recipe.features, plan.codes, events)
-    return pa.table(data).replace_schema_metadata({samples.CODEBOOKS: plan.codes.codebooks})
-
-
-def _sparse(
-    feature: SparseFeature, events: pa.RecordBatch, places: Places, plan: JoinPlan
-) -> pa.Array:
-    name = feature.column_name
-    if feature.source == "events" or name == _ENTITY_KEYS[feature.source]:
-        column = id_column(events[name])
-        at = np.arange(events.num_rows)
-    else:
-        column = plan.entities[feature.source].ids[name]
-        at = places.rows[feature.source]
-    if isinstance(column, IdLists):
-        return column.take(at, feature.max_length)
-    return pa.array(column[at])
-
-
-def _sequence(
-    feature: SequenceFeature, events: pa.RecordBatch, places: Places, plan: JoinPlan
-) -> pa.ListArray:
-    past_items = normal_lists(events[history_column(feature.history, "item_id")])
-    name = feature.column_name
-    match feature.source:
-        case "events":
-            return normal_lists(events[history_column(feature.history, name)])
-        case "gap":
-            times = normal_lists(events[history_column(feature.history, "timestamp")])
-            lengths = np.diff(times.offsets.to_numpy())
-            own = np.repeat(events["timestamp"].to_numpy(), lengths)
-            values = gap_ids(own - times.values.to_numpy())
-        case "items":
-            values = past_items.values.to_numpy()
-            if name != "item_id":
-                column = plan.entities["items"].ids[name]
-                assert not isinstance(column, IdLists)
-                values = column[places.past_rows[feature.history]]
-    return pa.ListArray.from_arrays(past_items.offsets, pa.array(values))
-
-
-def gap_ids(gap_ms: Int64Array) -> Int64Array:
-    """floor(log2(1 + seconds)) of gaps in milliseconds; exact at powers of two."""
-    _, exponent = np.frexp(1 + gap_ms / 1000)  # x = mantissa * 2**exponent, mantissa in [0.5, 1)
-    return exponent.astype(np.int64) - 1

@@ -10,6 +10,7 @@ from deploy import export
 from deploy.app import main
 from deploy.bundle import read_bundle
 from pipeline.artifacts import MANIFEST, Manifest
+from pipeline.config import Recipe
 from pipeline.lock import exclusive
 from pipeline.recipe import RECIPE_FILE, write_recipe
 from pipeline.train import CHECKPOINT
@@ -40,6 +41,12 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     (directory / MANIFEST).write_text(manifest.model_dump_json())
 
 
+def with_tables(precision: str) -> Recipe:
+    recipe = settings()
+    publish = recipe.publish.model_copy(update={"tables": precision})
+    return recipe.model_copy(update={"publish": publish})
+
+
 def command(out: Path, folder: Path, date: str = DATE) -> list[str]:
     return ["export", "--out", str(out), "--date", date, "--to", str(folder)]
 
@@ -62,6 +69,45 @@ def test_the_folder_holds_the_bundle_that_would_be_published(
     assert not [name for tower in towers for name in tower if "lora" in name]
     assert [path.name for path in folder.parent.iterdir()] == ["over"]
     assert artifacts(out) == before, "neither published nor promoted"
+
+
+@pytest.mark.parametrize(
+    ("trained", "run", "options", "expected"),
+    [
+        ("fp32", None, ["--tables", "int8"], "int8"),
+        ("int8", None, ["--tables", "fp32"], "fp32"),
+        ("int8", None, [], "int8"),
+        ("fp32", "int8", [], "int8"),  # the run publishes anew, and trains nothing
+    ],
+)
+def test_tables_are_held_as_asked_or_as_the_run_publishes_them(  # noqa: PLR0913 # a table of cases
+    out: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    trained: str,
+    run: str | None,
+    options: list[str],
+    expected: str,
+) -> None:
+    write_recipe(with_tables(trained), out / DATE / "train")
+    if run is not None:
+        write_recipe(with_tables(run), out / DATE)
+
+    assert main([*command(out, tmp_path / "bundle"), *options]) == 0
+
+    bundle = read_bundle(tmp_path / "bundle")
+    assert bundle.table_precision == expected
+    assert bundle.recipe == with_tables(expected)
+    assert f"60 table rows in {expected}, " in capsys.readouterr().out.replace("\n", "")
+
+
+def test_an_unknown_precision_of_tables_is_refused(
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command(out, tmp_path / "bundle"), "--tables", "int4"]) == 2
+    printed = capsys.readouterr().err
+    assert all(word in printed for word in ("--tables", "int4", "fp32", "int8")), printed
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_a_refused_model_is_exported_and_the_reason_said(

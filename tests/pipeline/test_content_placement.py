@@ -13,7 +13,7 @@ from embedding.errors import UserError
 from pipeline.config import ClusterConfig
 from pipeline.content.paths import ContentPaths
 from pipeline.planning_worker import plan_recipe
-from pipeline.train import TrainJob
+from pipeline.train import TrainInputs, TrainJob
 from pipeline.worker_group import run_workers
 from tests.distributed import run_distributed
 from tests.pipeline.content_steps import (
@@ -141,12 +141,14 @@ def test_actors_end_with_a_training_that_fails(tmp_path: Path) -> None:
     plan.write_text(plan_recipe(settings, 1).model_dump_json())
     job = TrainJob(
         recipe=settings,
-        samples=[tmp_path / "gone.parquet"],
-        validation=[],
-        plan=plan,
-        parent_checkpoint=None,
+        inputs=TrainInputs(
+            samples=[tmp_path / "gone.parquet"],
+            validation=[],
+            plan=tmp_path,
+            parent=None,
+            content=ContentPaths(index=tmp_path / "index", stores=tmp_path / "stores"),
+        ),
         resume=tmp_path / "resume",
-        content=ContentPaths(index=tmp_path / "index", stores=tmp_path / "stores"),
     )
     failed = ray.remote(failed_training).options(num_cpus=0).remote(job.model_dump_json())
     said, left = ray.get(failed)

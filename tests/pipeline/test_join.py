@@ -22,8 +22,9 @@ from pipeline.planning.id_use import FILE, read_uses
 from pipeline.samples import ingest as ingest_module
 from pipeline.samples import join as join_module
 from pipeline.samples.ingest import check_span, ingest
-from pipeline.samples.join import gap_ids, join
+from pipeline.samples.join import join
 from pipeline.samples.join_facts import JoinFacts, unknown_rows
+from pipeline.samples.join_rows import gap_ids
 
 
 @pytest.fixture(autouse=True)

@@ -10,18 +10,18 @@ import pytest
 from embedding.errors import UserError
 from pipeline import run as run_module
 from pipeline.artifacts import MANIFEST, Manifest, config_hash, read_manifest
-from pipeline.config import WindowConfig
+from pipeline.config import PublishConfig, WindowConfig
 from pipeline.consent import Consent
 from pipeline.console import Reporter
 from pipeline.days import catalogue_files, fingerprint
-from pipeline.identity import ingest_config, training_config
+from pipeline.identity import ingest_config, publish_config, training_config
 from pipeline.recipe import load_recipe
 from pipeline.registry import promote, rollback
 from pipeline.run import DayRun
 from pipeline.samples import ingest as ingest_module
 from pipeline.samples.join import SAMPLES
 from pipeline.spans import first_day_held
-from pipeline.stages import StageSpec, execute
+from pipeline.stages import STAGES, StageSpec, execute
 from tests.pipeline.small_log import (
     DAYS,
     event,
@@ -112,6 +112,21 @@ def test_how_often_a_training_reports_does_not_make_it_stale() -> None:
 
     assert training_config(busier) == training_config(recipe)
     assert training_config(larger) != training_config(recipe)
+
+
+def test_how_a_bundle_holds_its_tables_concerns_the_publish_stage_alone(tmp_path: Path) -> None:
+    write_log(tmp_path / "data", 3)
+
+    def stages(tables: str) -> dict[str, list[str]]:
+        run = run_of(tmp_path / "data", 1)
+        run.recipe = run.recipe.model_copy(update={"publish": PublishConfig(tables=tables)})
+        ingested(run)
+        return {name: [spec.artifact_id for spec in run.specs(name)] for name in STAGES}
+
+    fp32, int8 = stages("fp32"), stages("int8")
+    assert [name for name in STAGES if fp32[name] != int8[name]] == ["publish"]
+    recipe = load_recipe("demo")
+    assert publish_config(recipe) == {}, "what earlier versions published stays current"
 
 
 def run_of(root: Path, day: int, consent: Consent = AS_IS, **window: Any) -> DayRun:

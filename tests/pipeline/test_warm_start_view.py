@@ -9,7 +9,7 @@ from embedding.warm_start import WarmStartReport
 from pipeline import training_worker
 from pipeline.reports.report import warm_start_section
 from pipeline.reports.warm_start_view import redrawn_rows, warm_start_line
-from pipeline.train import TrainJob
+from pipeline.train import TrainInputs, TrainJob
 from ranking.progress import Progress
 from tests.pipeline.small_log import make_recipe
 
@@ -79,10 +79,7 @@ def test_a_restarted_training_still_says_what_it_started_from(
     monkeypatch.setattr(training_worker.dist, "get_rank", lambda: 0)
     job = TrainJob(
         recipe=make_recipe(tmp_path),
-        samples=[],
-        validation=[],
-        plan=tmp_path,
-        parent_checkpoint=tmp_path,
+        inputs=TrainInputs(samples=[], validation=[], plan=tmp_path, parent=tmp_path),
         resume=tmp_path,
     )
 

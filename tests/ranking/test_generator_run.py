@@ -15,7 +15,7 @@ from embedding.errors import UserError
 from embedding.loader import SampleFiles, SampleLoader
 from embedding.planning.plan_description import PlanDescription
 from embedding.shard import Sharded
-from pipeline.config import DataConfig, Recipe
+from pipeline.config import DataConfig, PublishConfig, Recipe
 from pipeline.gate_config import GateConfig
 from ranking.config import RankingConfig
 from ranking.fgcnn_config import Fgcnn
@@ -109,6 +109,10 @@ def train_and_publish(folder: Path) -> None:
         assert {table.embedding_dim for table in bundle.tables.values()} == {32}
         predicted_BT = Predictor(folder / "bundle").predict(batches[0])
         torch.testing.assert_close(predicted_BT, logits_BT.sigmoid(), rtol=1e-6, atol=1e-6)
+        in_int8 = recipe.model_copy(update={"publish": PublishConfig(tables="int8")})
+        write_bundle(in_int8, checkpoint, folder / "int8")
+        of_int8_BT = Predictor(folder / "int8").predict(batches[0])
+        assert (of_int8_BT - predicted_BT).abs().max() < predicted_BT.std() / 10
 
 
 def test_widened_tables_survive_every_stage(tmp_path: Path) -> None:

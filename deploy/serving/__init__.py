@@ -1,0 +1,1 @@
+"""Online serving: requests over HTTP, scored by the bundle in production."""

@@ -1,0 +1,162 @@
+"""`braid serve`, the model in production over HTTP, and `braid bench serve`, what it can do."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.planning.cli import JsonOption
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from deploy.serving.load import LoadFigures
+    from deploy.serving.service import ServiceConfig
+
+DataOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        help="Directory of items.parquet and users.parquet; default: the recipe's data.root. "
+        "Rewritten files are read again.",
+    ),
+]
+ReplicasOption = Annotated[
+    int, typer.Option("--replicas", min=1, help="Processes, each with the whole model.")
+]
+CpusOption = Annotated[int, typer.Option("--cpus-per-replica", min=1, help="Threads of the model.")]
+
+
+def serve(  # noqa: PLR0913 # a command's parameters are its options
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Output directory of the runs: its model in production is served, "
+            "and the next one from when it is promoted.",
+        ),
+    ] = None,
+    bundle: Annotated[
+        Path | None, typer.Option("--bundle", help="Serve this bundle instead, for good.")
+    ] = None,
+    data: DataOption = None,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 8000,
+    route: Annotated[
+        str, typer.Option("--route", help="Path in front of /score, for several services.")
+    ] = "/",
+    name: Annotated[
+        str, typer.Option("--name", help="Of the application on its Ray cluster.")
+    ] = "braid",
+    replicas: ReplicasOption = 1,
+    cpus_per_replica: CpusOption = 1,
+    poll_s: Annotated[
+        float,
+        typer.Option(
+            "--poll-s", min=0.1, help="Seconds between two looks at what is in production."
+        ),
+    ] = 10.0,
+    encode_new_items: Annotated[
+        bool,
+        typer.Option(
+            help="Give items that the bundle does not know a content vector, where it reads them."
+        ),
+    ] = True,
+) -> None:
+    """Serve the model in production over HTTP, with Ray Serve; promoted models take its place.
+
+    POST /score scores candidates of a user, GET /model says what a request holds, /docs shows both.
+    """
+    from rich.markup import escape
+
+    from deploy.serving.run import Address, check, serve_until_ended
+    from pipeline.console import Reporter
+
+    config = _config(
+        out=out,
+        bundle=bundle,
+        data=data,
+        encode_new_items=encode_new_items,
+        replicas=replicas,
+        cpus_per_replica=cpus_per_replica,
+        poll_s=poll_s,
+    )
+    address = Address(host=host, port=port, route=route, name=name)
+    reporter = Reporter()
+    check(config, address)
+    serve_until_ended(config, address, lambda text: reporter.line(escape(text)))
+
+
+def bench_serve(  # noqa: PLR0913 # a command's parameters are its options
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="Output directory whose ingested events are asked about."),
+    ],
+    url: Annotated[
+        str | None,
+        typer.Option("--url", help="A running service; default: one is started for --out."),
+    ] = None,
+    data: DataOption = None,
+    candidates: Annotated[
+        int, typer.Option("--candidates", min=1, max=10_000, help="Of a request.")
+    ] = 200,
+    concurrency: Annotated[
+        int, typer.Option("--concurrency", min=1, help="Callers that each wait for their answer.")
+    ] = 8,
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            "--rate", min=0.1, help="Requests a second, sent on time whatever came of the others."
+        ),
+    ] = None,
+    seconds: Annotated[float, typer.Option("--seconds", min=0.1)] = 20.0,
+    replicas: ReplicasOption = 1,
+    cpus_per_replica: CpusOption = 1,
+    json_path: JsonOption = None,
+) -> None:
+    """Ask a service about a day's users for a while: requests a second, and their times.
+
+    The callers run on this machine, and take CPUs from a service that runs here, too.
+    """
+    from deploy.serving.load import LoadPlan
+    from deploy.serving.load_test import measure, measure_own
+    from pipeline.console import result_console
+
+    plan = LoadPlan(seconds=seconds, concurrency=concurrency, rate=rate, candidates=candidates)
+    if url is None:
+        config = _config(out=out, data=data, replicas=replicas, cpus_per_replica=cpus_per_replica)
+        figures = measure_own(config, plan)
+    else:
+        figures = measure(url.rstrip("/"), out, data, plan)
+    if json_path is not None:
+        json_path.write_text(figures.model_dump_json(indent=2))
+    result_console().print(_figures_table(figures))
+
+
+def _config(**given: object) -> "ServiceConfig":
+    from pydantic import ValidationError
+
+    from deploy.serving.service import ServiceConfig
+    from embedding.errors import UserError
+
+    try:
+        return ServiceConfig.model_validate(given)
+    except ValidationError as error:
+        raise UserError("; ".join(one["msg"] for one in error.errors())) from error
+
+
+def _figures_table(figures: "LoadFigures") -> "Table":
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    table = Table(box=SIMPLE)
+    for column in ("requests/s", "candidates/s", "p50 ms", "p95 ms", "p99 ms", "max ms", "status"):
+        table.add_column(column, justify="right")
+    table.add_row(
+        f"{figures.requests_per_s:.1f}",
+        f"{figures.candidates_per_s:,.0f}",
+        *(f"{ms:.1f}" for ms in (figures.p50_ms, figures.p95_ms, figures.p99_ms, figures.max_ms)),
+        ", ".join(f"{count} x {status}" for status, count in figures.statuses.items()),
+    )
+    return table

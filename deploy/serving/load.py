@@ -1,0 +1,174 @@
+"""Requests against a running service, and how long their answers took.
+
+Closed loop: `concurrency` callers, each asking again once it has its answer: what the service can
+do. Open loop: requests leave at a fixed rate, whatever became of those before, and a request's time
+counts from when it should have left: what callers see at that rate.
+"""
+
+import asyncio
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import aiohttp
+import numpy as np
+from pydantic import NonNegativeFloat, NonNegativeInt
+
+from embedding.config import StrictConfig
+from embedding.errors import UserError
+
+_TIMEOUT_S = 60
+_WARM_UP = 20
+"""Requests that are not counted: the first ones load what the others find."""
+
+
+class LoadPlan(StrictConfig):
+    """How a service is asked."""
+
+    seconds: float = 20
+    concurrency: int = 8
+    """Callers of a closed loop; in an open one, requests under way at most."""
+    rate: float | None = None
+    """Requests a second of an open loop; None: a closed one."""
+    candidates: int = 200
+    """Of a request."""
+
+
+class LoadFigures(StrictConfig):
+    """What a service did."""
+
+    schema_version: Literal[1] = 1
+    plan: LoadPlan
+    requests: NonNegativeInt
+    seconds: NonNegativeFloat
+    requests_per_s: NonNegativeFloat
+    """Answered with status 200."""
+    candidates_per_s: NonNegativeFloat
+    p50_ms: NonNegativeFloat
+    p95_ms: NonNegativeFloat
+    p99_ms: NonNegativeFloat
+    max_ms: NonNegativeFloat
+    statuses: dict[str, int]
+    models: dict[str, int]
+    """Answers by the date of the model that gave them."""
+
+
+class _Answers:
+    """What came back so far."""
+
+    def __init__(self) -> None:
+        self.times_s: list[float] = []
+        self.statuses = Counter[str]()
+        self.models = Counter[str]()
+        self.example: str | None = None
+        """A refusal, as it came."""
+
+
+async def ask_all(url: str, bodies: Sequence[bytes], plan: LoadPlan) -> LoadFigures:
+    """Ask a service for some seconds.
+
+    Args:
+        url: in front of /score.
+        bodies: requests, asked in turn.
+        plan: how.
+
+    Raises:
+        UserError: nothing listens there, or it refuses what it is asked.
+    """
+    limit = aiohttp.TCPConnector(limit=plan.concurrency)
+    wait = aiohttp.ClientTimeout(total=_TIMEOUT_S)
+    async with aiohttp.ClientSession(connector=limit, timeout=wait) as session:
+        warm = _Answers()
+        for body in bodies[:_WARM_UP]:
+            await _ask(session, url, body, warm, time.perf_counter())
+        if warm.example is not None:
+            raise UserError(f"{url}/score refuses a request of the log: {warm.example}")
+        found = _Answers()
+        started = time.perf_counter()
+        if plan.rate is None:
+            await _closed_loop(session, url, bodies, plan, found)
+        else:
+            await _open_loop(session, url, bodies, plan, found)
+        seconds = time.perf_counter() - started
+    return _figures(found, plan, seconds)
+
+
+async def _closed_loop(
+    session: aiohttp.ClientSession,
+    url: str,
+    bodies: Sequence[bytes],
+    plan: LoadPlan,
+    found: _Answers,
+) -> None:
+    until = time.perf_counter() + plan.seconds
+
+    async def caller(first: int) -> None:
+        number = first
+        while time.perf_counter() < until:
+            await _ask(session, url, bodies[number % len(bodies)], found, time.perf_counter())
+            number += plan.concurrency
+
+    await asyncio.gather(*(caller(first) for first in range(plan.concurrency)))
+
+
+async def _open_loop(
+    session: aiohttp.ClientSession,
+    url: str,
+    bodies: Sequence[bytes],
+    plan: LoadPlan,
+    found: _Answers,
+) -> None:
+    assert plan.rate is not None
+    started = time.perf_counter()
+    under_way = []
+    for number in range(int(plan.seconds * plan.rate)):
+        due = started + number / plan.rate
+        await asyncio.sleep(max(0.0, due - time.perf_counter()))
+        body = bodies[number % len(bodies)]
+        under_way.append(asyncio.create_task(_ask(session, url, body, found, due)))
+    await asyncio.gather(*under_way)
+
+
+async def _ask(
+    session: aiohttp.ClientSession, url: str, body: bytes, found: _Answers, due: float
+) -> None:
+    headers = {"content-type": "application/json"}
+    try:
+        async with session.post(f"{url}/score", data=body, headers=headers) as answer:
+            text = await answer.text()
+    except aiohttp.ClientConnectorError as error:
+        raise UserError(f"{url} does not answer ({error}); start it with `braid serve`") from error
+    except (aiohttp.ClientError, TimeoutError) as error:
+        found.statuses[type(error).__name__] += 1
+        return
+    found.statuses[str(answer.status)] += 1
+    if answer.status != 200:  # noqa: PLR2004 # HTTP's own
+        found.example = text
+        return
+    found.times_s.append(time.perf_counter() - due)
+    found.models[str(_model_of(text)["date"])] += 1
+
+
+def _model_of(text: str) -> dict[str, Any]:
+    model: dict[str, Any] = json.loads(text)["model"]
+    return model
+
+
+def _figures(found: _Answers, plan: LoadPlan, seconds: float) -> LoadFigures:
+    times_ms = 1000 * np.array(found.times_s or [0.0])
+    p50, p95, p99 = np.percentile(times_ms, [50, 95, 99]).tolist()
+    return LoadFigures(
+        plan=plan,
+        requests=sum(found.statuses.values()),
+        seconds=seconds,
+        requests_per_s=len(found.times_s) / seconds,
+        candidates_per_s=plan.candidates * len(found.times_s) / seconds,
+        p50_ms=p50,
+        p95_ms=p95,
+        p99_ms=p99,
+        max_ms=float(times_ms.max()),
+        statuses=dict(found.statuses),
+        models=dict(found.models),
+    )

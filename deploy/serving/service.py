@@ -1,0 +1,131 @@
+"""The Ray Serve application: replicas that score requests with the model in production.
+
+    POST /score   `wire.ScoreRequest` -> `wire.ScoreResponse`
+    GET  /model   `wire.ServiceState`: what is served, and what a request must hold
+    GET  /docs    the same for people, and forms to try it
+
+`braid serve` runs it; a Serve config file names it as `deploy.serving.service:build`, with the
+fields of `ServiceConfig` as args.
+"""
+
+import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from pydantic import Field, PositiveFloat, PositiveInt
+from ray import serve
+from ray.serve import Application
+from ray.util.metrics import Counter, Histogram
+
+from deploy.serving.batches import Asked, score_together
+from deploy.serving.live_model import LiveModel, ModelSource
+from deploy.serving.scorer import Scores
+from deploy.serving.wire import ScoreRequest, ScoreResponse, ServiceState
+from embedding.errors import UserError
+
+MAX_BATCH_REQUESTS = 32
+"""Requests that came while the batch before was scored, and are scored together."""
+_MILLISECONDS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
+
+
+class ServiceConfig(ModelSource):
+    """A service: what it serves, and with how much."""
+
+    replicas: PositiveInt = 1
+    """Processes, each with the whole model."""
+    cpus_per_replica: PositiveFloat = 1
+    poll_s: PositiveFloat = 10
+    """Between two looks at what is in production."""
+    max_waiting: int = Field(default=256, ge=1)
+    """Requests that wait for a replica; more are refused at once, with status 503."""
+
+
+http = FastAPI(title="Braid", description="Scores candidates with the model in production.")
+
+
+@http.exception_handler(UserError)
+async def _refuse(_: Request, error: UserError) -> JSONResponse:
+    return JSONResponse({"detail": str(error)}, status_code=422)
+
+
+@serve.deployment
+@serve.ingress(http)
+class ScoringService:
+    """One replica."""
+
+    def __init__(self, config: ServiceConfig) -> None:
+        """Load what is in production, and watch it.
+
+        Raises:
+            UserError: there is none, or it cannot be used.
+        """
+        torch.set_num_threads(max(1, int(config.cpus_per_replica)))
+        self._live = LiveModel(config)
+        self._live.watch(config.poll_s)
+        # One thread: batches follow one another, and the event loop reads requests meanwhile.
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="score")
+        self._candidates = Counter("braid_serve_candidates", "Candidates scored.")
+        self._unknown = Counter(
+            "braid_serve_unknown_candidates", "Candidates without a row in items.parquet."
+        )
+        self._batch_ms = Histogram(
+            "braid_serve_batch_ms", "Milliseconds of a batch.", boundaries=list(_MILLISECONDS)
+        )
+
+    @http.post("/score")
+    async def score(self, request: ScoreRequest) -> ScoreResponse:
+        """Probabilities of every task for every candidate, in their order."""
+        loaded = self._live.now
+        rows = loaded.scorer.rows(request, time.time_ns() // 1_000_000)
+        scores: Scores | Exception = await self._scored(Asked(loaded, rows))
+        if isinstance(scores, Exception):
+            raise scores
+        columns = scores.probs_BT.T.tolist()
+        return ScoreResponse(
+            model=loaded.model,
+            candidates=request.candidates,
+            probabilities=dict(zip(loaded.scorer.tasks, columns, strict=True)),
+            unknown_candidates=scores.unknown_candidates,
+            unknown_user=scores.unknown_user,
+        )
+
+    @http.get("/model")
+    def model(self) -> ServiceState:
+        """What is served, and what a request must hold."""
+        return self._live.state
+
+    @serve.batch(max_batch_size=MAX_BATCH_REQUESTS, batch_wait_timeout_s=0.0)  # type: ignore[untyped-decorator]
+    async def _scored(self, asked: list[Asked]) -> list[Scores | Exception]:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._pool, self._score, asked)
+
+    def _score(self, asked: list[Asked]) -> list[Scores | Exception]:
+        started = time.perf_counter()
+        found = score_together(asked)
+        self._candidates.inc(sum(len(one.rows) for one in asked))
+        unknown = sum(one.unknown_candidates for one in found if isinstance(one, Scores))
+        if unknown:  # a counter refuses 0
+            self._unknown.inc(unknown)
+        self._batch_ms.observe(1000 * (time.perf_counter() - started))
+        return found
+
+    def __del__(self) -> None:
+        live = getattr(self, "_live", None)
+        if live is not None:
+            live.close()
+
+
+def build(config: ServiceConfig) -> Application:
+    """The application, for Ray Serve."""
+    service: serve.Deployment = ScoringService  # the decorator makes it one
+    deployment = service.options(
+        num_replicas=config.replicas,
+        ray_actor_options={"num_cpus": config.cpus_per_replica},
+        max_ongoing_requests=2 * MAX_BATCH_REQUESTS,
+        max_queued_requests=config.max_waiting,
+        max_constructor_retry_count=1,
+    )
+    return deployment.bind(config)

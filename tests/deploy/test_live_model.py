@@ -1,0 +1,226 @@
+"""What is served is what is in production, scored as offline, and nothing interrupts it."""
+
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from deploy.app import main
+from deploy.serving import batches as batches_module
+from deploy.serving import live_model
+from deploy.serving.batches import Asked, grouped, score_together
+from deploy.serving.live_model import LiveModel, ModelSource
+from deploy.serving.wire import ScoreRequest
+from embedding.errors import UserError
+from pipeline.registry import production, promote, rollback
+from tests.deploy.refusal import refused
+from tests.deploy.served import ingested, publish_days, request_of
+from tests.pipeline.small_log import DAYS
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def days(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return publish_days(tmp_path_factory.mktemp("days"))
+
+
+@pytest.fixture
+def out(days: Path, tmp_path: Path) -> Path:
+    """A copy of them, with the catalogue, that a test may change."""
+    shutil.copytree(days, tmp_path / "runs")
+    shutil.copytree(days.parent / "data", tmp_path / "data")
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def live(out: Path) -> Iterator[LiveModel]:
+    live = LiveModel(ModelSource(out=out, data=out.parent / "data"))
+    yield live
+    live.close()
+
+
+def asked(live: LiveModel, body: dict) -> Asked:
+    loaded = live.now
+    return Asked(loaded, loaded.scorer.rows(ScoreRequest.model_validate(body), now_ms=0))
+
+
+def test_served_probabilities_equal_those_of_offline_scoring(
+    out: Path, live: LiveModel, tmp_path: Path
+) -> None:
+    model = production(out)
+    assert model is not None
+    samples, scores = out / DAYS[2] / "join", tmp_path / "scores.parquet"
+    command = ["score", "--bundle", str(model.bundle), "--samples", str(samples)]
+    assert main([*command, "-o", str(scores)]) == 0
+
+    served = score_together([asked(live, request_of(row)) for row in ingested(out)])
+
+    expected = pq.read_table(scores)["probability:click"].to_numpy()
+    assert len(expected) == 90
+    assert len(set(expected)) > 10
+    found = torch.cat([one.probs_BT[:, 0] for one in served if not isinstance(one, Exception)])
+    torch.testing.assert_close(found, torch.from_numpy(expected.copy()), atol=1e-6, rtol=0)
+
+
+def test_ids_that_the_catalogue_lacks_are_scored_and_counted(out: Path, live: LiveModel) -> None:
+    row = ingested(out)[0]
+
+    (known,) = score_together([asked(live, request_of(row, [1, 77, 2, 78]))])
+    (strange,) = score_together([asked(live, request_of({**row, "user_id": 99}))])
+
+    assert not isinstance(known, Exception)
+    assert not isinstance(strange, Exception)
+    assert (known.unknown_candidates, known.unknown_user) == (2, False)
+    assert known.probs_BT.isfinite().all()
+    assert (strange.unknown_candidates, strange.unknown_user) == (0, True)
+
+
+def test_a_promoted_model_is_served_from_the_next_look_on(out: Path, live: LiveModel) -> None:
+    row = ingested(out)[3]
+    before = asked(live, request_of(row))
+    rollback(out)
+
+    assert live.refresh()
+
+    after = asked(live, request_of(row))
+    assert [one.loaded.model.date for one in (before, after)] == [DAYS[1], DAYS[0]]
+    newer, older = score_together([before, after])  # each by the model that it was asked of
+    assert not isinstance(newer, Exception)
+    assert not isinstance(older, Exception)
+    assert not torch.equal(newer.probs_BT, older.probs_BT)
+    alone = LiveModel(ModelSource(bundle=Path(after.loaded.model.bundle), data=out.parent / "data"))
+    (own,) = score_together([asked(alone, request_of(row))])
+    assert not isinstance(own, Exception)
+    torch.testing.assert_close(own.probs_BT, older.probs_BT)
+    assert not live.refresh()  # nothing new
+
+
+def test_a_model_that_cannot_be_loaded_leaves_the_present_one_in_place(
+    out: Path, live: LiveModel
+) -> None:
+    older = promote(out, DAYS[0])
+    table = next((older.bundle / "tables").iterdir())
+    sound = table.read_bytes()
+    table.unlink()  # a link to what the run published
+    table.write_bytes(sound[:-1])
+
+    assert not live.refresh()
+
+    assert live.now.model.date == DAYS[1]
+    assert live.state.last_error is not None
+    assert "missing or damaged" in live.state.last_error
+    (scores,) = score_together([asked(live, request_of(ingested(out)[0]))])
+    assert not isinstance(scores, Exception)
+    table.write_bytes(sound)
+    assert live.refresh()
+    assert live.state.last_error is None
+    assert live.state.model.date == DAYS[0]
+
+
+def test_a_rewritten_catalogue_is_read_and_the_bundle_is_kept(out: Path, live: LiveModel) -> None:
+    items = out.parent / "data" / "items.parquet"
+    before = live.now
+    row = request_of(ingested(out)[0], [1, 50])
+    table = pq.read_table(items)
+    new = table.slice(0, 1).set_column(0, "item_id", [[50]])
+    pq.write_table(table.from_batches([*table.to_batches(), *new.to_batches()]), items)
+
+    assert live.refresh()
+
+    (scores,) = score_together([asked(live, row)])
+    assert not isinstance(scores, Exception)
+    assert scores.unknown_candidates == 0
+    assert live.now.predictor is before.predictor
+
+
+def test_a_catalogue_that_is_damaged_is_not_served(out: Path, live: LiveModel) -> None:
+    items = out.parent / "data" / "items.parquet"
+    before = live.now
+    items.write_bytes(b"half of a file")
+    os.utime(items, (1, 1))
+
+    assert not live.refresh()
+
+    assert live.now is before
+    assert "items.parquet" in (live.state.last_error or "")
+
+
+def test_watching_refreshes_in_the_background(out: Path, live: LiveModel) -> None:
+    changed = threading.Event()
+    live.watch(0.01, on_change=changed.set)
+    rollback(out)
+
+    assert changed.wait(30)
+    assert live.now.model.date == DAYS[0]
+
+
+def test_what_breaks_one_request_does_not_break_its_batch(
+    out: Path, live: LiveModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [request_of(row) for row in ingested(out)[:3]]
+    batch = [asked(live, row) for row in rows]
+    scorer = live.now.scorer
+    score = scorer.score
+    broken = batch[1].rows
+
+    def break_one(requests: list) -> list:
+        if any(one is broken for one in requests):
+            raise ZeroDivisionError
+        return score(requests)
+
+    monkeypatch.setattr(scorer, "score", break_one)
+
+    found = score_together(batch)
+
+    assert [isinstance(one, ZeroDivisionError) for one in found] == [False, True, False]
+
+
+def test_batches_are_bounded_by_rows_and_never_of_two_models(live: LiveModel, out: Path) -> None:
+    row = ingested(out)[0]
+    three = asked(live, request_of(row, [1, 2, 3]))
+    rollback(out)
+    live.refresh()
+    other = asked(live, request_of(row, [1]))
+
+    groups = grouped([three, three, three, other, other, three], max_rows=6)
+
+    assert [len(group) for group in groups] == [2, 1, 2, 1]
+    assert grouped([three], max_rows=2) == [[three]]
+    assert batches_module.MAX_ROWS >= 1024
+
+
+@pytest.mark.parametrize("options", [[], ["--out", "{out}", "--bundle", "{out}"]])
+def test_a_service_needs_an_output_directory_or_a_bundle(
+    out: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    said = refused(capsys, main(["serve", *(o.format(out=out) for o in options)]))
+
+    assert "either an output directory" in said
+
+
+def test_nothing_in_production_is_refused_before_ray_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refused(capsys, main(["serve", "--out", str(tmp_path)]))
+
+    assert "is in production" in said
+
+
+def test_a_bundle_without_its_catalogue_is_refused(
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refused(capsys, main(["serve", "--out", str(out), "--data", str(tmp_path / "no")]))
+
+    assert "items.parquet does not exist" in said
+    assert "--data" in said
+
+
+def test_a_source_is_checked_where_it_is_made(out: Path) -> None:
+    with pytest.raises(UserError, match="is in production"):
+        live_model.LiveModel(ModelSource(out=out.parent))

@@ -50,8 +50,9 @@ def vectors() -> np.ndarray:
     return x.astype(np.float32)
 
 
-def pieces(codes: Codes, size: int) -> Codes:
-    return codes.model_copy(update={"encode": EncodeWorkers(items_per_task=size, num_workers=2)})
+def pieces(codes: Codes, size: int, num_workers: int = 2) -> Codes:
+    encode = EncodeWorkers(items_per_task=size, num_workers=num_workers)
+    return codes.model_copy(update={"encode": encode})
 
 
 def run_here(
@@ -233,8 +234,9 @@ def test_ray_workers_give_the_codes_of_the_driver(days: Days) -> None:
     days.day(1, "driver", CODES, kept=None)
     session = RaySession(ClusterConfig(num_workers=1))
     run = RayPieces(session, lambda *counts: done.append(counts))
-    for name, where in (("memory", None), ("file", file)):
-        days.day(1, name, pieces(CODES, 150), Machines(run), kept=None, file=where)
+    for name, where, workers in (("memory", None, 1), ("file", file, 2)):
+        codes = pieces(CODES, 150, workers)
+        days.day(1, name, codes, Machines(run), kept=None, file=where)
         assert days.table(name) == days.table("driver")
     # RQ, then VQ, in 6 pieces each, in the order in which they came.
     assert len(done) == 4 * 6
@@ -243,7 +245,7 @@ def test_ray_workers_give_the_codes_of_the_driver(days: Days) -> None:
     broken = np.zeros((800, 7), np.float32)
     np.save(file, broken)
     with pytest.raises(UserError, match="were fitted to vectors of 12 dimensions, these have"):
-        days.day(1, "broken", pieces(CODES, 150), Machines(run), kept=None, file=file)
+        days.day(1, "broken", pieces(CODES, 150, 1), Machines(run), kept=None, file=file)
     few = pieces(CODES, 150).encode.model_copy(update={"gpus_per_worker": 1.0})
     codes = CODES.model_copy(update={"encode": few})
     if not ray.cluster_resources().get("GPU"):

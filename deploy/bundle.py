@@ -30,6 +30,7 @@ from embedding.stored import read_companion, read_dense, read_id_map, read_table
 from multimodal.content_head import trained_vectors
 from pipeline.codes.features import CODES_FILE
 from pipeline.config import Recipe
+from pipeline.samples.columns import ColumnKind
 from ranking.averaging import published_weights
 
 BUNDLE_FILE = "bundle.json"
@@ -63,14 +64,24 @@ class Bundle(StrictConfig):
     """SHA-256 by path relative to the bundle."""
     codebooks: str | None = None
     """Codebooks that its code tables belong to; None without codes."""
+    event_columns: dict[str, ColumnKind] = {}
+    """What the id columns of the event log held: a request must hold the same."""
+
+
+class Origin(StrictConfig):
+    """What a bundle must know of the samples that its model was trained on."""
+
+    event_columns: dict[str, ColumnKind] = {}
+    codebooks: str | None = None
+    codes: Path | None = None
+    """File with the codes of items, where the model reads them."""
 
 
 def write_bundle(
     recipe: Recipe,
     checkpoint: Path,
     directory: Path,
-    codebooks: str | None = None,
-    codes: Path | None = None,
+    origin: Origin = Origin(),  # noqa: B008 # frozen
 ) -> Bundle:
     """Write the bundle of one checkpoint.
 
@@ -80,8 +91,7 @@ def write_bundle(
         recipe: what the checkpoint was trained with, and how tables are to be held.
         checkpoint: one step's directory.
         directory: an empty or missing directory.
-        codebooks: of the samples it was trained on.
-        codes: file with the codes of items, where the model reads them.
+        origin: of the samples it was trained on.
 
     Raises:
         UserError: int8 tables were asked for, and a table holds a value that is not finite.
@@ -99,8 +109,8 @@ def write_bundle(
 
         save_file(_content(checkpoint), directory / CONTENT_FILE)
         write_encoder(recipe.content, read_companion(checkpoint, "encoder/"), directory)
-    if codes is not None:
-        link_or_copy(codes, directory / CODES_FILE)
+    if origin.codes is not None:
+        link_or_copy(origin.codes, directory / CODES_FILE)
     tables = {
         name: _write_table(recipe, checkpoint, name, blocks, directory)
         for name, blocks in read_tables(checkpoint)
@@ -114,7 +124,8 @@ def write_bundle(
             for path in sorted(directory.rglob("*"))
             if path.is_file()
         },
-        codebooks=codebooks,
+        codebooks=origin.codebooks,
+        event_columns=origin.event_columns,
     )
     (directory / BUNDLE_FILE).write_text(bundle.model_dump_json(indent=2))
     return bundle

@@ -161,8 +161,9 @@ class ItemContent:
 
     def add(self, item_ids_N: Tensor, vectors_ND: Tensor) -> None:
         """Know further items; a loader must be given the `item_source` of afterwards."""
-        self.item_ids_R = torch.cat([self.item_ids_R, item_ids_N])
-        self.vectors_RD = torch.cat([self.vectors_RD, vectors_ND])
+        if len(item_ids_N):  # vectors first: whoever sees an id finds its vector
+            self.vectors_RD = torch.cat([self.vectors_RD, vectors_ND])
+            self.item_ids_R = torch.cat([self.item_ids_R, item_ids_N])
 
     def of(self, items: ItemRows) -> ContentVectors:
         """Those of a batch's items."""

@@ -5,7 +5,7 @@ Reads the train artifact's checkpoint; writes `bundle/`.
 
 from pathlib import Path
 
-from deploy.bundle import write_bundle
+from deploy.bundle import Origin, write_bundle
 from embedding.checkpoint_files import latest_step, step_directory
 from embedding.errors import UserError
 from pipeline.artifacts import read_manifest
@@ -13,6 +13,7 @@ from pipeline.codes.features import CODES_FILE
 from pipeline.codes.paths import codes_directory
 from pipeline.config import Recipe
 from pipeline.registry import BUNDLE
+from pipeline.samples.columns import EVENT_COLUMNS
 from pipeline.stages import StageOutput
 from pipeline.train import CHECKPOINT
 
@@ -29,8 +30,11 @@ def publish(recipe: Recipe, train: Path, scratch: Path) -> StageOutput:
         recipe,
         step_directory(checkpoints, step),
         scratch / BUNDLE,
-        codebooks=codebooks,
-        codes=None if recipe.codes is None else _codes(train, codebooks),
+        origin=Origin(
+            event_columns=manifest.facts.get(EVENT_COLUMNS, {}),
+            codebooks=codebooks,
+            codes=None if recipe.codes is None else _codes(train, codebooks),
+        ),
     )
     rows = sum(table.num_rows for table in bundle.tables.values())
     num_bytes = sum((scratch / BUNDLE / file).stat().st_size for file in bundle.files)

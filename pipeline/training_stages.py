@@ -20,6 +20,7 @@ from pipeline.identity import training_config
 from pipeline.lineage import learned_days, unlearned
 from pipeline.metrics_file import METRICS_FILE, read_metrics
 from pipeline.registry import was_withdrawn
+from pipeline.samples.columns import EVENT_COLUMNS
 from pipeline.stages import CATCH_UP, StageOutput, StageSpec
 from pipeline.train import TrainedModel, TrainInputs, take_over, train
 from ranking.evaluation import TaskMetrics
@@ -43,7 +44,7 @@ def train_stage(run: "DayRun") -> StageSpec:
         root, ancestry = run.recipe.data.root, Ancestry.of(run.out, parent)
         warnings = run.reporter.warn(day_warnings(root, run.split, days, ancestry))
         facts: dict[str, Any] = {"parent": parent, "days": days, DAY_FILES: files}
-        facts["codebooks"] = None if run.codes is None else run.codes.codebooks
+        facts |= _about_samples(run)
         earlier = None if parent is None else run.directory(CATCH_UP, parent)
         caught_up = None if earlier is None else _same_training(earlier, config, inputs)
         if earlier is not None and caught_up is not None and _is_approved(run.out, caught_up):
@@ -112,7 +113,7 @@ def catch_up_stage(run: "DayRun") -> StageSpec:
         facts = {
             **output.facts,
             "days": days,
-            "codebooks": None if run.codes is None else run.codes.codebooks,
+            **_about_samples(run),
             "accepted": not reasons,
             "reasons": reasons,
         }
@@ -127,6 +128,16 @@ def catch_up_stage(run: "DayRun") -> StageSpec:
         body,
         resume_without=frozenset({"plan", *judged_by}),
     )
+
+
+def _about_samples(run: "DayRun") -> dict[str, Any]:
+    """What whoever makes samples for this model elsewhere must know."""
+    ingested = read_manifest(run.directory("ingest"))
+    assert ingested is not None
+    return {
+        "codebooks": None if run.codes is None else run.codes.codebooks,
+        EVENT_COLUMNS: ingested.facts.get(EVENT_COLUMNS, {}),
+    }
 
 
 def _on_the_same_rows(run: "DayRun", trained: Path) -> dict[str, TaskMetrics]:

@@ -8,10 +8,15 @@ import typer
 from pipeline.planning.cli import JsonOption
 
 if TYPE_CHECKING:
+    from typing import TypeVar
+
+    from pydantic import BaseModel
     from rich.table import Table
 
     from deploy.serving.load import LoadFigures
     from deploy.serving.service import ServiceConfig
+
+    Checked = TypeVar("Checked", bound=BaseModel)
 
 DataOption = Annotated[
     Path | None,
@@ -57,6 +62,12 @@ def serve(  # noqa: PLR0913 # a command's parameters are its options
             "--poll-s", min=0.1, help="Seconds between two looks at what is in production."
         ),
     ] = 10.0,
+    replace: Annotated[
+        bool,
+        typer.Option(
+            "--replace", help="Take the place of an application of this name that is there."
+        ),
+    ] = False,
     encode_new_items: Annotated[
         bool,
         typer.Option(
@@ -82,10 +93,10 @@ def serve(  # noqa: PLR0913 # a command's parameters are its options
         cpus_per_replica=cpus_per_replica,
         poll_s=poll_s,
     )
-    address = Address(host=host, port=port, route=route, name=name)
+    address = _checked(Address, host=host, port=port, route=route, name=name)
     reporter = Reporter()
     check(config, address)
-    serve_until_ended(config, address, lambda text: reporter.line(escape(text)))
+    serve_until_ended(config, address, lambda text: reporter.line(escape(text)), replace=replace)
 
 
 def bench_serve(  # noqa: PLR0913 # a command's parameters are its options
@@ -135,15 +146,29 @@ def bench_serve(  # noqa: PLR0913 # a command's parameters are its options
 
 
 def _config(**given: object) -> "ServiceConfig":
+    from deploy.serving.service import ServiceConfig
+
+    return _checked(ServiceConfig, **given)
+
+
+def _checked(kind: "type[Checked]", **given: object) -> "Checked":
+    """The options as a model.
+
+    Raises:
+        UserError: one of them is refused.
+    """
     from pydantic import ValidationError
 
-    from deploy.serving.service import ServiceConfig
     from embedding.errors import UserError
 
     try:
-        return ServiceConfig.model_validate(given)
+        return kind.model_validate(given)
     except ValidationError as error:
-        raise UserError("; ".join(one["msg"] for one in error.errors())) from error
+        told = [
+            "".join(f"--{part}={given[str(part)]}: " for part in one["loc"]) + one["msg"]
+            for one in error.errors()
+        ]
+        raise UserError("; ".join(told)) from error
 
 
 def _figures_table(figures: "LoadFigures") -> "Table":

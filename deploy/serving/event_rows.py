@@ -1,12 +1,12 @@
-"""A request as rows of ingested events, one a candidate, for `pipeline.samples.join_rows`.
+"""A request as ingested events, one a candidate, for `pipeline.samples.join_rows`.
 
     request                                  events
     user 7, candidates [3, 5]                user_id  item_id  hour  history:clicks:item_id
     context {hour: 20}                       7        3        20    [1, 2]
     histories {clicks: {item_id: [1, 2]}}    7        5        20    [1, 2]
 
-What training took from the log and ingest is checked here: a column that is forgotten would be one
-that is missing in every row, and no score would show it.
+What training took from the log and ingest is checked here: a column that is forgotten, or whose ids
+are written in another way, would be missing in every row, and no score would show it.
 """
 
 # Shapes: N candidates of a request, S events of a history.
@@ -16,73 +16,99 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from deploy.serving.wire import ContextValue, RequestForm, ScoreRequest
+from deploy.serving.wire import ContextForm, ContextValue, RequestForm, ScoreRequest
 from embedding.errors import UserError
 from embedding.raw_ids import Int64Array, ids_or_missing, to_raw_ids
-from pipeline.samples.columns import KEY_COLUMNS, history_column, source_columns
+from pipeline.config import Recipe
+from pipeline.samples.columns import (
+    KEY_COLUMNS,
+    ColumnKind,
+    EventColumns,
+    history_column,
+    source_columns,
+)
 from pipeline.samples.contract import as_float32
-from pipeline.samples.join_rows import FeatureSources
 
-_KINDS = {"integer": int, "string": str}
+_NUMBER = "number"
+_WRITTEN: dict[str, type | tuple[type, ...]] = {"integer": int, "string": str, "any": (int, str)}
 
 
 @dataclass(frozen=True)
 class EventForm:
     """Which columns the events of a model's requests have."""
 
-    ids: tuple[str, ...]
-    """Read of the event itself, as ids."""
-    dense: tuple[str, ...]
+    asked: RequestForm
     labels: tuple[str, ...]
     weights: tuple[str, ...]
-    histories: dict[str, tuple[str, ...]]
-    max_lengths: dict[str, int]
-    """By history."""
-    item_kind: str
-    user_kind: str | None
+    max_lengths: dict[str, int | None]
+    """By history; and by context column that holds lists."""
 
     @classmethod
-    def of(cls, sources: FeatureSources) -> "EventForm":
-        """Of the recipe, and the ids of its catalogue."""
-        recipe = sources.recipe
-        own = source_columns(recipe.features, "events")
-        keys = (*KEY_COLUMNS, "timestamp")
-        root = recipe.data.root
-        users = root / "users.parquet"
-        item_kind = _kind(pq.read_schema(root / "items.parquet").field("item_id").type)
-        return cls(
-            ids=tuple(name for name in own.ids if name not in keys),
-            dense=own.dense,
-            labels=sources.columns.labels,
-            weights=tuple(dict.fromkeys(sources.columns.weights.values())),
-            histories=sources.columns.history_columns,
-            max_lengths={h.name: h.max_length for h in recipe.features.histories},
-            item_kind=item_kind,
-            user_kind=_kind(pq.read_schema(users).field("user_id").type)
-            if users.exists()
-            else None,
+    def of(cls, recipe: Recipe, kinds: Mapping[str, ColumnKind]) -> "EventForm":
+        """Of a recipe, and of the log that it was trained on.
+
+        Raises:
+            UserError: it is not known what the log held.
+        """
+        columns, own = EventColumns.of(recipe), source_columns(recipe.features, "events")
+        ids = [name for name in own.ids if name not in (*KEY_COLUMNS, "timestamp")]
+        histories = _history_kinds(recipe, columns, kinds)
+        lacking = [name for name in ("user_id", "item_id", *ids) if name not in kinds]
+        if lacking:
+            raise UserError(
+                f"the bundle does not say what the columns {lacking} of its event log held, which "
+                "requests must be compared with; it is older than online serving: publish it again"
+            )
+        lengths: dict[str, int | None] = {h.name: h.max_length for h in recipe.features.histories}
+        for name in ids:
+            readers = [f for f in recipe.features.sparse if f.column_name == name]
+            longest = [f.max_length for f in readers if f.source == "events"]
+            lengths[name] = None if None in longest else max(filter(None, longest))
+        asked = RequestForm(
+            user_id=kinds["user_id"].values,
+            item_id=kinds["item_id"].values,
+            context={n: ContextForm(values=kinds[n].values, is_list=kinds[n].is_list) for n in ids}
+            | {name: ContextForm(values=_NUMBER) for name in own.dense if name not in ids},
+            histories=histories,
         )
+        weights = tuple(dict.fromkeys(columns.weights.values()))
+        return cls(asked, columns.labels, weights, lengths)
 
-    @property
-    def context(self) -> tuple[str, ...]:
-        """Columns that a request gives beside its ids and histories."""
-        return tuple(dict.fromkeys((*self.ids, *self.dense)))
 
-    def told(self) -> RequestForm:
-        """As the service describes it."""
-        return RequestForm.model_validate(
-            {
-                "context": list(self.context),
-                "histories": {name: list(columns) for name, columns in self.histories.items()},
-                "item_id": self.item_kind,
-                "user_id": self.user_kind,
-            }
+@dataclass(frozen=True)
+class EventRows:
+    """The rows of one request: what all have is held once."""
+
+    own: dict[str, pa.Array]
+    """N values a column."""
+    shared: dict[str, pa.Array]
+    """One value a column."""
+
+    def __len__(self) -> int:
+        return len(self.own["item_id"])
+
+    def spread(self) -> pa.RecordBatch:
+        """One row a candidate."""
+        zeros = pa.array(np.zeros(len(self), np.int64))
+        shared = {name: column.take(zeros) for name, column in self.shared.items()}
+        return pa.RecordBatch.from_pydict({**shared, **self.own})
+
+    @staticmethod
+    def blank(form: EventForm) -> "EventRows":
+        """One row of which nothing is known."""
+        asked = form.asked
+        request = ScoreRequest(
+            user_id="" if asked.user_id == "string" else 0,
+            candidates=["" if asked.item_id == "string" else 0],
+            timestamp=0,
+            context=dict.fromkeys(asked.context),
+            histories={h: {c: [] for c in names} for h, names in asked.histories.items()},
         )
+        return event_rows(request, form, now_ms=0)
 
 
-def event_rows(request: ScoreRequest, form: EventForm, now_ms: int) -> pa.RecordBatch:
+def event_rows(request: ScoreRequest, form: EventForm, now_ms: int) -> EventRows:
     """The rows of one request.
 
     Args:
@@ -93,48 +119,54 @@ def event_rows(request: ScoreRequest, form: EventForm, now_ms: int) -> pa.Record
     Raises:
         UserError: the request lacks something, or has what the model does not know.
     """
-    count = len(request.candidates)
-    _require_kind("candidates", request.candidates, form.item_kind)
-    if form.user_kind is not None:
-        _require_kind("user_id", [request.user_id], form.user_kind)
+    asked = form.asked
     _require_columns(request, form)
     timestamp = now_ms if request.timestamp is None else request.timestamp
-    zeros = np.zeros(count, np.int64)
-    data: dict[str, pa.Array] = {
-        "request_id": pa.array(zeros),
-        "user_id": _ids("user_id", [request.user_id]).take(pa.array(zeros)),
-        "item_id": _ids("candidates", request.candidates),
-        "timestamp": pa.array(np.full(count, timestamp, np.int64)),
+    own = {"item_id": _ids("candidates", request.candidates, asked.item_id)}
+    shared = {
+        "request_id": pa.array([0], pa.int64()),
+        "user_id": _ids("user_id", [request.user_id], asked.user_id),
+        "timestamp": pa.array([timestamp], pa.int64()),
     }
-    data |= {name: pa.nulls(count, pa.int64()) for name in form.labels}
-    data |= {name: pa.nulls(count, pa.float32()) for name in form.weights}
-    for name in form.context:
-        values, take = _context(request, name, zeros)
-        column = _ids(name, values) if name in form.ids else _floats(name, values)
-        data[name] = column if take is None else column.take(take)
-    for history, columns in form.histories.items():
-        lists = _history(request, history, columns, timestamp, form)
-        data |= {
-            name: pa.array([one], pa.list_(pa.int64())).take(pa.array(zeros))
-            for name, one in lists.items()
-        }
-    return pa.RecordBatch.from_pydict(data)
+    shared |= {name: pa.nulls(1, pa.int64()) for name in form.labels}
+    shared |= {name: pa.nulls(1, pa.float32()) for name in form.weights}
+    for name, column in asked.context.items():
+        if name in request.candidate_context:
+            own[name] = _context(name, request.candidate_context[name], column, form)
+        else:
+            shared[name] = _context(name, [request.context[name]], column, form)
+    for history in asked.histories:
+        for name, values_S in _history(request, history, timestamp, form).items():
+            shared[name] = pa.array([values_S], pa.list_(pa.int64()))
+    return EventRows(own, shared)
 
 
-def together(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
-    """The rows of several requests; a column that is a list in one of them is one in all."""
-    columns = {}
-    for name in batches[0].schema.names:
-        parts = [batch[name] for batch in batches]
-        if len({part.type for part in parts}) > 1:
-            parts = [_as_lists(part) for part in parts]
-        columns[name] = pa.concat_arrays(parts)
-    return pa.RecordBatch.from_pydict(columns)
+def together(requests: Sequence[EventRows]) -> pa.RecordBatch:
+    """The rows of several requests, one after the other."""
+    batches = [request.spread() for request in requests]
+    names = batches[0].schema.names
+    return pa.RecordBatch.from_pydict(
+        {name: pa.concat_arrays([batch[name] for batch in batches]) for name in names}
+    )
+
+
+def _history_kinds(
+    recipe: Recipe, columns: EventColumns, kinds: Mapping[str, ColumnKind]
+) -> dict[str, dict[str, str]]:
+    """What each history holds of a past event."""
+    found: dict[str, dict[str, str]] = {}
+    for history in recipe.features.histories:
+        logged = history.columns or {}
+        found[history.name] = {}
+        for name in columns.history_columns[history.name]:
+            kind = kinds.get(logged.get(name, name), ColumnKind(values="any")).values
+            found[history.name][name] = "integer" if name == "timestamp" else kind
+    return found
 
 
 def _require_columns(request: ScoreRequest, form: EventForm) -> None:
-    given = [*request.context, *request.candidate_context]
-    _require_names("context", given, form.context)
+    asked = form.asked
+    _require_names("context", [*request.context, *request.candidate_context], asked.context)
     twice = set(request.context) & set(request.candidate_context)
     if twice:
         raise UserError(f"{sorted(twice)} are in context and in candidate_context; give each once")
@@ -144,8 +176,8 @@ def _require_columns(request: ScoreRequest, form: EventForm) -> None:
                 f"candidate_context.{name} has {len(values)} values and there are "
                 f"{len(request.candidates)} candidates; give one a candidate"
             )
-    _require_names("histories", request.histories, form.histories)
-    for name, columns in form.histories.items():
+    _require_names("histories", request.histories, asked.histories)
+    for name, columns in asked.histories.items():
         _require_names(f"histories.{name}", request.histories[name], columns)
         lengths = {column: len(values) for column, values in request.histories[name].items()}
         if len(set(lengths.values())) > 1:
@@ -162,62 +194,79 @@ def _require_names(where: str, given: Iterable[str], wanted: Iterable[str]) -> N
         )
     strange = [name for name in given if name not in wanted]
     if strange:
-        raise UserError(f"{where} has {strange}, which the model does not read; it reads {wanted}")
-
-
-def _require_kind(where: str, ids: Sequence[int | str | None], kind: str) -> None:
-    for value in ids:
-        if not isinstance(value, _KINDS[kind]):
-            raise UserError(
-                f"{where}: {value!r} is no {kind}, and the ids of the catalogue are; an id of "
-                "another type is another id"
-            )
+        raise UserError(
+            f"{where} has {strange[:3]}, which the model does not read; it reads {wanted}"
+        )
 
 
 def _context(
-    request: ScoreRequest, name: str, zeros: Int64Array
-) -> tuple[Sequence[ContextValue], pa.Array | None]:
-    """Values of a column, and how they are spread over the candidates (None: one each)."""
-    if name in request.candidate_context:
-        return request.candidate_context[name], None
-    return [request.context[name]], pa.array(zeros)
+    name: str, values: Sequence[ContextValue], column: ContextForm, form: EventForm
+) -> pa.Array:
+    if column.values == _NUMBER:
+        return _floats(name, values)
+    if not column.is_list:
+        nested = [value for value in values if isinstance(value, list)]
+        if nested:
+            raise UserError(f"{name} holds one id, and {nested[0][:3]} is a list; choose one of it")
+        return _ids(name, values, column.values, nullable=True)
+    longest = form.max_lengths[name]
+    lists = [_as_list(value)[:longest] for value in values if value is not None]
+    flat = _ids(name, [one for part in lists for one in part], column.values)
+    ends = np.cumsum([0, *(0 if v is None else len(_as_list(v)[:longest]) for v in values)])
+    nulls = pa.array([value is None for value in values])
+    return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), flat, mask=nulls)
 
 
-def _ids(where: str, values: Sequence[ContextValue]) -> pa.Array:
+def _as_list(value: ContextValue) -> list[ContextValue]:
+    return list(value) if isinstance(value, list) else [value]
+
+
+def _ids(
+    where: str, values: Sequence[ContextValue], kind: str, *, nullable: bool = False
+) -> pa.Array:
+    """Raw ids of values of one kind."""
+    for value in values:
+        if isinstance(value, _WRITTEN[kind]) or (nullable and value is None):
+            continue
+        raise UserError(
+            f"{where}: {_shown(value)} is no {kind}, which the log holds there; an id that is "
+            "written in another way is another id"
+        )
     try:
         raw = to_raw_ids(pa.array(values))
-    except (pa.ArrowException, TypeError, OverflowError) as error:
-        raise UserError(
-            f"{where}: {_shown(values)} are no ids; integers or strings, or lists of them, all of "
-            "one type"
-        ) from error
+    except (ValueError, OverflowError) as error:  # 2**64, half of a surrogate pair, 1 and "1"
+        raise UserError(f"{where}: {error}; give integers of 64 bits, or strings") from error
     return raw.cast(pa.int64()) if pa.types.is_null(raw.type) else raw
 
 
 def _floats(where: str, values: Sequence[ContextValue]) -> pa.Array:
+    for value in values:
+        if value is not None and not isinstance(value, int | float):
+            raise UserError(f"{where}: {_shown(value)} is no number, which the log holds there")
     try:
-        numbers = [float(value) if isinstance(value, bool) else value for value in values]
-        column = as_float32(pa.array(numbers, pa.float64()))
-    except (pa.ArrowException, TypeError) as error:
-        raise UserError(f"{where}: {_shown(values)} are no numbers") from error
+        numbers = [None if value is None else float(value) for value in values]  # type: ignore[arg-type]
+    except OverflowError as error:
+        raise UserError(f"{where}: a value is too large for float32") from error
+    column = as_float32(pa.array(numbers, pa.float64()))
     if not np.isfinite(column.drop_null().to_numpy()).all():
-        raise UserError(f"{where}: {_shown(values)} are not finite as float32; null is missing")
+        raise UserError(f"{where}: a value is not finite as float32; null stands for missing ones")
     return column
 
 
 def _history(
-    request: ScoreRequest, name: str, columns: Sequence[str], timestamp: int, form: EventForm
-) -> Mapping[str, Int64Array]:
+    request: ScoreRequest, name: str, timestamp: int, form: EventForm
+) -> dict[str, Int64Array]:
     """Columns of one history: the latest events before the request's time, as raw ids and times."""
     given = request.histories[name]
-    _require_kind(f"histories.{name}.item_id", given["item_id"], form.item_kind)
-    lists = {}
-    for column in columns:
+    lists: dict[str, Int64Array] = {}
+    for column, kind in form.asked.histories[name].items():
+        where = f"histories.{name}.{column}"
         if column == "timestamp":
-            _require_kind(f"histories.{name}.timestamp", given[column], "integer")
-            lists[column] = np.asarray(given[column], np.int64)
+            lists[column] = _times(where, given[column])
         else:
-            lists[column] = ids_or_missing(_ids(f"histories.{name}.{column}", given[column]))
+            nullable = column != "item_id"
+            ids = _ids(where, given[column], kind, nullable=nullable)
+            lists[column] = ids_or_missing(ids)
     if "timestamp" in lists:
         times_S = lists["timestamp"]
         if (np.diff(times_S) < 0).any():
@@ -226,21 +275,19 @@ def _history(
         seen = int(np.searchsorted(times_S, timestamp, side="left"))
         lists = {column: values_S[:seen] for column, values_S in lists.items()}
     longest = form.max_lengths[name]
+    assert longest is not None
     return {history_column(name, column): values_S[-longest:] for column, values_S in lists.items()}
 
 
-def _as_lists(column: pa.Array) -> pa.ListArray:
-    """One id a row as a list of one; a null is a null list, as in the log."""
-    if pa.types.is_list(column.type):
-        return column
-    offsets = pa.array(np.arange(len(column) + 1, dtype=np.int32))
-    return pa.ListArray.from_arrays(offsets, column, mask=column.is_null())
+def _times(where: str, values: Sequence[ContextValue]) -> Int64Array:
+    try:
+        return np.array(pa.array(values, pa.int64()).to_numpy(), np.int64)
+    except (pa.ArrowException, OverflowError) as error:
+        raise UserError(
+            f"{where}: times are milliseconds since 1970, and every past event has one"
+        ) from error
 
 
-def _kind(kind: pa.DataType) -> str:
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return "integer" if pa.types.is_integer(kind) or pa.types.is_boolean(kind) else "string"
-
-
-def _shown(values: Sequence[ContextValue]) -> str:
-    return f"{str(values[:3])[:-1]}, ...]" if len(values) > 3 else str(values)
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."  # noqa: PLR2004 # fits on a line

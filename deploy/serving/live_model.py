@@ -5,8 +5,9 @@ a batch is scored by one model, whole. One that cannot be loaded leaves the olde
 """
 
 import logging
+import random
 import threading
-from collections.abc import Callable
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,12 +15,17 @@ from typing import Self
 
 from pydantic import model_validator
 
+from deploy.bundle import describe
 from deploy.predictor import Predictor
-from deploy.serving.scorer import Scorer
+from deploy.serving.scorer import Scorer, feature_sources
 from deploy.serving.wire import ServedModel, ServiceState
 from embedding.config import StrictConfig
 from pipeline.days import catalogue_files, fingerprint
 from pipeline.registry import require_production
+
+FIRST_PAUSE_S = 10.0
+LONGEST_PAUSE_S = 600.0
+"""Between two tries to load the same."""
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +65,16 @@ class ModelSource(StrictConfig):
             date=model.date, artifact_id=model.manifest.artifact_id, bundle=str(model.bundle)
         )
 
+    def root_of(self, model: ServedModel) -> Path:
+        """Directory of its items.parquet and users.parquet.
+
+        Raises:
+            UserError: it is no bundle.
+        """
+        return self.data or describe(Path(model.bundle)).recipe.data.root
+
     def load(self, model: ServedModel, before: "Loaded | None" = None) -> "Loaded":
-        """Load a model with the catalogue as it is now.
+        """Load a model with the catalogue as it is now, and try it.
 
         Args:
             model: from `current`.
@@ -69,12 +83,14 @@ class ModelSource(StrictConfig):
         Raises:
             UserError: the bundle or the catalogue cannot be used.
         """
+        directory = Path(model.bundle)
+        root = self.root_of(model)
+        catalogue = _catalogue(root)  # of before it is read: rewritten meanwhile, it is read again
+        sources = feature_sources(describe(directory), directory, root)  # fails before the tables
         if before is not None and before.model == model:
             predictor = before.predictor
         else:
-            predictor = Predictor(Path(model.bundle))
-        root = self.data or predictor.bundle.recipe.data.root
-        catalogue = _catalogue(root)  # of before it is read: rewritten meanwhile, it is read again
+            predictor = Predictor(directory)
         if self.encode_new_items and predictor.content is not None:
             from deploy.new_items import add_new_items  # transformers: seconds, for content only
 
@@ -82,7 +98,7 @@ class ModelSource(StrictConfig):
             new = add_new_items(predictor, root / "items.parquet", lambda *_: None)
             logger.info("%s: %s", root, new)
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        return Loaded(model, predictor, Scorer(predictor, root), root, catalogue, now)
+        return Loaded(model, predictor, Scorer(predictor, sources), catalogue, now)
 
 
 @dataclass(frozen=True)
@@ -92,15 +108,9 @@ class Loaded:
     model: ServedModel
     predictor: Predictor
     scorer: Scorer
-    data_root: Path
     catalogue: str
     """Fingerprint of its items and users."""
     loaded_at: str
-
-    @property
-    def is_stale(self) -> bool:
-        """Whether the catalogue is another now."""
-        return _catalogue(self.data_root) != self.catalogue
 
 
 class LiveModel:
@@ -115,8 +125,10 @@ class LiveModel:
         self.source = source
         self.last_error: str | None = None
         self._now = source.load(source.current())
+        self._failed: tuple[ServedModel, str] | None = None
+        """Model and catalogue that could not be loaded."""
+        self._retry_at_s, self._pause_s = 0.0, FIRST_PAUSE_S
         self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
 
     @property
     def now(self) -> Loaded:
@@ -130,7 +142,7 @@ class LiveModel:
         return ServiceState(
             model=loaded.model,
             tasks=loaded.scorer.tasks,
-            request=loaded.scorer.form.told(),
+            request=loaded.scorer.form.asked,
             loaded_at=loaded.loaded_at,
             last_error=self.last_error,
         )
@@ -138,38 +150,44 @@ class LiveModel:
     def refresh(self) -> bool:
         """Serve what is in production, with the catalogue as it is; whether that was new.
 
-        Anything that keeps it from loading is logged, kept as `last_error`, and tried again.
+        Anything that keeps it from loading is logged and kept as `last_error`. The same is tried
+        again after a pause, which grows to `LONGEST_PAUSE_S`: loading costs what serving needs.
         """
+        now = self._now
+        wanted: tuple[ServedModel, str] | None = None
         try:
-            wanted, now = self.source.current(), self._now
-            if wanted == now.model and not now.is_stale:
-                self.last_error = None
+            model = self.source.current()
+            wanted = (model, _catalogue(self.source.root_of(model)))
+            if wanted == (now.model, now.catalogue):
+                self.last_error, self._failed = None, None
                 return False
-            self._now = self.source.load(wanted, now)
+            if wanted == self._failed and time.monotonic() < self._retry_at_s:
+                return False
+            self._now = self.source.load(model, now)
         except Exception as error:  # noqa: BLE001 # the older model goes on, whatever it is
             self.last_error = f"{type(error).__name__}: {error}"
-            logger.error("goes on with the model of %s: %s", self._now.model.date, self.last_error)
+            logger.error("goes on with the model of %s: %s", now.model.date, self.last_error)
+            self._pause_s = (
+                min(2 * self._pause_s, LONGEST_PAUSE_S) if wanted == self._failed else FIRST_PAUSE_S
+            )
+            self._failed, self._retry_at_s = wanted, time.monotonic() + self._pause_s
             return False
-        self.last_error = None
+        self.last_error, self._failed = None, None
         logger.info("serves %s", self._now.model)
         return True
 
-    def watch(self, interval_s: float, on_change: Callable[[], None] = lambda: None) -> None:
-        """Refresh in the background, until `close`."""
+    def watch(self, interval_s: float) -> None:
+        """Refresh in the background, until `close`; replicas do so at different times."""
 
         def look() -> None:
-            while not self._stop.wait(interval_s):
-                if self.refresh():
-                    on_change()
+            while not self._stop.wait(interval_s * random.uniform(0.8, 1.2)):  # noqa: S311
+                self.refresh()
 
-        self._thread = threading.Thread(target=look, name="model-watch", daemon=True)
-        self._thread.start()
+        threading.Thread(target=look, name="model-watch", daemon=True).start()
 
     def close(self) -> None:
-        """End the watching; a model that is being loaded is waited for."""
+        """End the watching; a model that is being loaded is not waited for."""
         self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
 
 
 def _catalogue(root: Path) -> str:

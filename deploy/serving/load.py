@@ -76,6 +76,7 @@ async def ask_all(url: str, bodies: Sequence[bytes], plan: LoadPlan) -> LoadFigu
 
     Raises:
         UserError: nothing listens there, or it refuses what it is asked.
+        RuntimeError: it stopped answering.
     """
     limit = aiohttp.TCPConnector(limit=plan.concurrency)
     wait = aiohttp.ClientTimeout(total=_TIMEOUT_S)
@@ -83,8 +84,11 @@ async def ask_all(url: str, bodies: Sequence[bytes], plan: LoadPlan) -> LoadFigu
         warm = _Answers()
         for body in bodies[:_WARM_UP]:
             await _ask(session, url, body, warm, time.perf_counter())
-        if warm.example is not None:
-            raise UserError(f"{url}/score refuses a request of the log: {warm.example}")
+        if not warm.times_s:
+            raise UserError(
+                f"{url}/score does not answer requests of the log: {dict(warm.statuses)} "
+                f"{warm.example or ''}"
+            )
         found = _Answers()
         started = time.perf_counter()
         if plan.rate is None:
@@ -92,6 +96,8 @@ async def ask_all(url: str, bodies: Sequence[bytes], plan: LoadPlan) -> LoadFigu
         else:
             await _open_loop(session, url, bodies, plan, found)
         seconds = time.perf_counter() - started
+    if not found.times_s:
+        raise RuntimeError(f"{url}/score answered none of the requests: {dict(found.statuses)}")
     return _figures(found, plan, seconds)
 
 
@@ -138,8 +144,6 @@ async def _ask(
     try:
         async with session.post(f"{url}/score", data=body, headers=headers) as answer:
             text = await answer.text()
-    except aiohttp.ClientConnectorError as error:
-        raise UserError(f"{url} does not answer ({error}); start it with `braid serve`") from error
     except (aiohttp.ClientError, TimeoutError) as error:
         found.statuses[type(error).__name__] += 1
         return
@@ -157,7 +161,7 @@ def _model_of(text: str) -> dict[str, Any]:
 
 
 def _figures(found: _Answers, plan: LoadPlan, seconds: float) -> LoadFigures:
-    times_ms = 1000 * np.array(found.times_s or [0.0])
+    times_ms = 1000 * np.array(found.times_s)
     p50, p95, p99 = np.percentile(times_ms, [50, 95, 99]).tolist()
     return LoadFigures(
         plan=plan,

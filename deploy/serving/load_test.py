@@ -54,7 +54,7 @@ def measure_own(config: ServiceConfig, plan: LoadPlan) -> LoadFigures:
         address = Address(port=probe.getsockname()[1], name="braid-bench", route="/braid-bench")
     check(config, address)
     assert config.out is not None
-    with running(config, address):
+    with running(config, address, lambda _: None):
         return measure(address.url, config.out, config.data, plan)
 
 

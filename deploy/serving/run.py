@@ -4,18 +4,21 @@ import logging
 import signal
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from pydantic import Field
+
 from deploy.bundle import describe
 from deploy.serving.service import ServiceConfig, build
-from deploy.serving.wire import ServedModel, ServiceState
+from deploy.serving.wire import ServiceState
 from embedding.config import StrictConfig
 from embedding.errors import UserError
-from pipeline.cluster import RaySession, cluster_address
+from pipeline.cluster import RaySession, cluster_address, require_absolute
 from pipeline.config import ClusterConfig
 from pipeline.failures import last_line
 from pipeline.samples.catalogue import check_catalogue
@@ -23,10 +26,16 @@ from pipeline.samples.catalogue import check_catalogue
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
+Say = Callable[[str], None]
+
 LOOK_S = 2.0
 """Between two looks at what the service serves."""
 ANSWER_S = 60.0
-"""Until a replica must have said what it serves."""
+"""Until a replica must have said what it serves, and a proxy must have an answer for a caller."""
+ROOM_S = 300.0
+"""Until a cluster must have room for the replicas."""
+DOWN_S = 300.0
+"""Without a replica for so long, the service ends with an error: whoever supervises it notices."""
 
 
 class Address(StrictConfig):
@@ -34,34 +43,37 @@ class Address(StrictConfig):
 
     host: str = "127.0.0.1"
     port: int = 8000
-    route: str = "/"
-    name: str = "braid"
+    route: str = Field(default="/", pattern=r"^/([\w.-]+(/[\w.-]+)*)?$")
+    name: str = Field(default="braid", min_length=1)
     """Of the application on its cluster."""
 
     @property
     def url(self) -> str:
-        """Of the endpoints."""
-        return f"http://{self.host}:{self.port}{self.route.rstrip('/')}"
+        """Of the endpoints, for callers."""
+        host = socket.gethostname() if self.host in ("0.0.0.0", "::") else self.host  # noqa: S104
+        return f"http://{host}:{self.port}{self.route.rstrip('/')}"
 
 
-def check(config: ServiceConfig, address: Address) -> ServedModel:
+def check(config: ServiceConfig, address: Address) -> None:
     """What can be said before Ray starts.
 
-    Returns:
-        What is going to be served.
-
     Raises:
-        UserError: no model is there, its catalogue does not suit it, or the port is in use.
+        UserError: no model is there, its catalogue does not suit it, the port is in use, or a path
+            is relative on a cluster.
     """
     model = config.current()
     bundle = describe(Path(model.bundle))
-    root = config.data or bundle.recipe.data.root
+    root = config.root_of(model)
+    given = {"--out": config.out, "--bundle": config.bundle, "--data (or data.root)": root}
+    require_absolute({option: path for option, path in given.items() if path is not None})
     if not (root / "items.parquet").is_file():
         raise UserError(
             f"{root / 'items.parquet'} does not exist, and candidates have their columns from it; "
             "name the directory of items.parquet and users.parquet with --data"
         )
     check_catalogue(root, bundle.recipe.features)
+    if cluster_address() is not None:  # Serve may listen there already, for others, too
+        return
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -71,30 +83,40 @@ def check(config: ServiceConfig, address: Address) -> ServedModel:
                 f"--host {address.host} --port {address.port} cannot be listened on: "
                 f"{error.strerror}; choose another port, or end what uses it"
             ) from error
-    return model
 
 
 @contextmanager
-def running(config: ServiceConfig, address: Address) -> Iterator[Callable[[], ServiceState]]:
+def running(
+    config: ServiceConfig, address: Address, say: Say, *, replace: bool = False
+) -> Iterator[Callable[[], ServiceState]]:
     """The service while the block runs; yields what asks a replica for its state.
+
+    Args:
+        config: of the service.
+        address: where it listens, unless the cluster's Serve listens somewhere already.
+        say: shows a line.
+        replace: an application of this name.
 
     Raises:
         UserError: the cluster has no room, has such an application, or a replica refuses to start.
     """
     from ray import serve
 
-    cluster = ClusterConfig(num_workers=config.replicas, cpus_per_worker=config.cpus_per_replica)
+    cluster = ClusterConfig(
+        num_workers=config.replicas,
+        cpus_per_worker=config.cpus_per_replica,
+        wait_timeout_s=ROOM_S,
+    )
     for name in ("ray", "ray.serve"):  # replicas log to files of their own
         logging.getLogger(name).setLevel(logging.WARNING)
-    with RaySession(cluster) as session:
-        session.wait_for("serve", session.group())
-        serve.start(http_options={"host": address.host, "port": address.port})
-        taken = serve.status().applications.get(address.name)
-        if taken is not None:
-            raise UserError(
-                f"the cluster has an application {address.name!r} ({taken.status}); choose another "
-                "--name and --route, or end that one"
-            )
+    with RaySession(cluster, say=say) as session:
+        try:
+            session.wait_for("serve", session.group())
+        except UserError as error:
+            asked = f"--replicas {config.replicas} --cpus-per-replica {config.cpus_per_replica:g}"
+            raise UserError(f"{asked}: {error}") from error
+        _listen(address, say)
+        _require_free(address, replace=replace)
         try:
             handle = _started(config, address)
             yield lambda: handle.model.remote().result(timeout_s=ANSWER_S)
@@ -104,34 +126,80 @@ def running(config: ServiceConfig, address: Address) -> Iterator[Callable[[], Se
                 serve.shutdown()  # a local Ray ends with the command
 
 
+def serve_until_ended(
+    config: ServiceConfig, address: Address, say: Say, *, replace: bool = False
+) -> None:
+    """Serve, and tell when another model is served; SIGTERM and SIGINT end it.
+
+    Raises:
+        RuntimeError: no replica has answered for `DOWN_S`, or the application is gone.
+    """
+    with running(config, address, say, replace=replace) as state:
+        # Not before: Ray sets a handler of its own, which aborts.
+        signal.signal(signal.SIGTERM, _interrupt)
+        said = deque[str](maxlen=2 * config.replicas)  # while they change, replicas differ
+        answered_s = time.monotonic()
+        while True:
+            try:
+                told = _told(state(), address)
+                answered_s = time.monotonic()
+            except Exception as error:  # noqa: BLE001 # Serve starts replicas anew that have died
+                _require_alive(address, time.monotonic() - answered_s)
+                told = f"no replica answers: {last_line(error)}"
+            if told not in said:
+                said.append(told)
+                say(told)
+            time.sleep(LOOK_S)
+
+
+def _listen(address: Address, say: Say) -> None:
+    from ray import serve
+
+    if serve.status().proxies:
+        say(
+            "Serve runs on this cluster already, and listens where it was told then: --host and "
+            f"--port change nothing; the route is {address.route}"
+        )
+    elif cluster_address() is not None and address.host.startswith("127."):
+        say(f"callers on other machines need --host 0.0.0.0: it listens on {address.host} alone")
+    options = {"host": address.host, "port": address.port, "request_timeout_s": ANSWER_S}
+    serve.start(http_options=options)
+
+
+def _require_free(address: Address, *, replace: bool) -> None:
+    from ray import serve
+
+    taken = serve.status().applications.get(address.name)
+    if taken is not None and not replace:
+        raise UserError(
+            f"the cluster has an application {address.name!r} ({taken.status}); --replace takes "
+            "its place, and another --name and --route stand beside it"
+        )
+
+
 def _started(config: ServiceConfig, address: Address) -> "DeploymentHandle":
     from ray import serve
     from ray.serve.exceptions import RayServeException
 
     try:
         return serve.run(build(config), name=address.name, route_prefix=address.route)
-    except (RuntimeError, RayServeException) as error:
+    except (RuntimeError, RayServeException, ValueError) as error:
         told = serve.status().applications.get(address.name)
         raise UserError(
             f"the service could not start: {last_line(error)} {told.message if told else ''}"
         ) from error
 
 
-def serve_until_ended(config: ServiceConfig, address: Address, say: Callable[[str], None]) -> None:
-    """Serve, and tell when another model is served; SIGTERM and SIGINT end it."""
-    with running(config, address) as state:
-        # Not before: Ray sets a handler of its own, which aborts.
-        signal.signal(signal.SIGTERM, _interrupt)
-        said = ""
-        while True:
-            try:
-                told = _told(state(), address)
-            except Exception as error:  # noqa: BLE001 # Serve starts replicas anew that have died
-                told = f"no replica answers: {last_line(error)}"
-            if told != said:
-                said = told
-                say(told)
-            time.sleep(LOOK_S)
+def _require_alive(address: Address, silent_s: float) -> None:
+    from ray import serve
+
+    known = serve.status().applications.get(address.name)
+    if known is None:
+        raise RuntimeError(f"the application {address.name!r} was deleted")
+    if silent_s > DOWN_S:
+        raise RuntimeError(
+            f"no replica has answered for {silent_s:.0f} s ({known.status}: {known.message})"
+        )
 
 
 def _told(state: ServiceState, address: Address) -> str:

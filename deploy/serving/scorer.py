@@ -7,15 +7,16 @@ requests -> event rows -> samples (as join writes them) -> RankingBatch -> Predi
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
+from deploy.bundle import Bundle
 from deploy.predictor import Predictor
-from deploy.serving.event_rows import EventForm, event_rows, together
+from deploy.serving.event_rows import EventForm, EventRows, event_rows, together
 from deploy.serving.wire import ScoreRequest
 from embedding.arrow import SampleColumns
 from embedding.errors import UserError
@@ -34,38 +35,56 @@ class Scores:
     unknown_user: bool
 
 
+def feature_sources(bundle: Bundle, directory: Path, data_root: Path) -> FeatureSources:
+    """Read the catalogue, and the codes of a bundle.
+
+    Args:
+        bundle: the description of what lies in `directory`.
+        directory: of the bundle.
+        data_root: directory of items.parquet and users.parquet.
+
+    Raises:
+        UserError: the catalogue breaks the data contract, or lacks what features read.
+    """
+    codes = None
+    if bundle.codebooks is not None:
+        codes = directory / CODES_FILE
+        if CODES_FILE not in bundle.files:
+            raise UserError(
+                f"bundle {directory} was published without the codes of its items, which its model "
+                "reads; publish it again"
+            )
+    data = bundle.recipe.data.model_copy(update={"root": data_root})
+    return FeatureSources.load(bundle.recipe.model_copy(update={"data": data}), codes)
+
+
 class Scorer:
     """Scores requests with one bundle and one state of the catalogue. Not for several threads."""
 
-    def __init__(self, predictor: Predictor, data_root: Path) -> None:
-        """Read the catalogue.
+    def __init__(self, predictor: Predictor, sources: FeatureSources) -> None:
+        """Make everything that requests need, and score one of which nothing is known.
 
         Args:
             predictor: of the bundle.
-            data_root: directory of items.parquet and users.parquet.
+            sources: of its items and users.
 
         Raises:
-            UserError: the catalogue breaks the data contract, or lacks what features read.
+            UserError: the bundle does not say what its log held.
         """
-        recipe = predictor.bundle.recipe
-        data = recipe.data.model_copy(update={"root": data_root})
-        recipe = recipe.model_copy(update={"data": data})
-        codes = None
-        if predictor.bundle.codebooks is not None:
-            codes = predictor.directory / CODES_FILE
-            if CODES_FILE not in predictor.bundle.files:
-                raise UserError(
-                    f"bundle {predictor.directory} was published without the codes of its items, "
-                    "which its model reads; publish it again"
-                )
         self.tasks = predictor.tasks
+        self.form = EventForm.of(sources.recipe, predictor.bundle.event_columns)
         self._predictor = predictor
-        self._sources = FeatureSources.load(recipe, codes)
-        self.form = EventForm.of(self._sources)
-        self._has_users = len(self._sources.entities["users"].sorted_ids) > 0
-        self._columns: dict[frozenset[str], SampleColumns] = {}
+        self._sources = sources
+        self._has_users = len(sources.entities["users"].sorted_ids) > 0
+        blank = EventRows.blank(self.form)
+        # The same for every request: which columns hold lists is the form's.
+        lists = list_columns(self._samples([blank])[0].schema, predictor.schema)
+        self._columns = SampleColumns(
+            predictor.schema, tasks=(), list_columns=lists, items=predictor.item_source
+        )
+        self.score([blank])  # what does not fit shows before it is served
 
-    def rows(self, request: ScoreRequest, now_ms: int) -> pa.RecordBatch:
+    def rows(self, request: ScoreRequest, now_ms: int) -> EventRows:
         """The event rows of a request; may run beside `score`.
 
         Raises:
@@ -73,16 +92,13 @@ class Scorer:
         """
         return event_rows(request, self.form, now_ms)
 
-    def score(self, requests: Sequence[pa.RecordBatch]) -> list[Scores]:
+    def score(self, requests: Sequence[EventRows]) -> list[Scores]:
         """Score the rows of some requests in one batch."""
-        events = together(requests)
-        places = Places.of(events, self._sources)
-        samples = join_events(events, self._sources, places)
-        rows = self._sample_columns(samples.schema).rows(samples, torch.arange(len(samples)))
+        samples, places = self._samples(requests)
+        rows = self._columns.rows(samples, torch.arange(len(samples)))
         probs_BT = self._predictor.predict(rows.to_batch(len(samples)))
         found = []
-        ends = np.cumsum([len(request) for request in requests]).tolist()
-        for start, stop in zip([0, *ends], ends, strict=False):
+        for start, stop in pairwise(accumulate(map(len, requests), initial=0)):
             items, users = (places.rows[source][start:stop] for source in ("items", "users"))
             found.append(
                 Scores(
@@ -93,14 +109,7 @@ class Scorer:
             )
         return found
 
-    def _sample_columns(self, schema: pa.Schema) -> SampleColumns:
-        """Those of samples some of whose columns hold lists; kept, they have threads."""
-        lists = list_columns(schema, self._predictor.schema)
-        if lists not in self._columns:
-            self._columns[lists] = SampleColumns(
-                self._predictor.schema,
-                tasks=(),
-                list_columns=lists,
-                items=self._predictor.item_source,
-            )
-        return self._columns[lists]
+    def _samples(self, requests: Sequence[EventRows]) -> tuple[pa.Table, Places]:
+        events = together(requests)
+        places = Places.of(events, self._sources)
+        return join_events(events, self._sources, places), places

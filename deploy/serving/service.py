@@ -8,27 +8,28 @@
 fields of `ServiceConfig` as args.
 """
 
-import asyncio
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 
 import torch
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import Field, PositiveFloat, PositiveInt
 from ray import serve
 from ray.serve import Application
 from ray.util.metrics import Counter, Histogram
 
-from deploy.serving.batches import Asked, score_together
+from deploy.serving.batches import Asked, Batcher, Outcome, score_together
 from deploy.serving.live_model import LiveModel, ModelSource
 from deploy.serving.scorer import Scores
 from deploy.serving.wire import ScoreRequest, ScoreResponse, ServiceState
 from embedding.errors import UserError
 
-MAX_BATCH_REQUESTS = 32
-"""Requests that came while the batch before was scored, and are scored together."""
+MAX_UNDER_WAY = 64
+"""Requests of a replica that are being read, wait for their batch, or are scored."""
 _MILLISECONDS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
+_ERRORS_TOLD = 3
 
 
 class ServiceConfig(ModelSource):
@@ -40,7 +41,8 @@ class ServiceConfig(ModelSource):
     poll_s: PositiveFloat = 10
     """Between two looks at what is in production."""
     max_waiting: int = Field(default=256, ge=1)
-    """Requests that wait for a replica; more are refused at once, with status 503."""
+    """Requests that wait at a proxy because all replicas are busy; more are refused at once, with
+    status 503."""
 
 
 http = FastAPI(title="Braid", description="Scores candidates with the model in production.")
@@ -49,6 +51,16 @@ http = FastAPI(title="Braid", description="Scores candidates with the model in p
 @http.exception_handler(UserError)
 async def _refuse(_: Request, error: UserError) -> JSONResponse:
     return JSONResponse({"detail": str(error)}, status_code=422)
+
+
+@http.exception_handler(RequestValidationError)
+async def _refuse_malformed(_: Request, error: RequestValidationError) -> JSONResponse:
+    """The first faults, without the request that they are of: it can be megabytes."""
+    told = [
+        f"{'.'.join(map(str, fault['loc'][1:])) or 'body'}: {fault['msg']}"
+        for fault in error.errors()[:_ERRORS_TOLD]
+    ]
+    return JSONResponse({"detail": "; ".join(told)}, status_code=422)
 
 
 @serve.deployment
@@ -65,8 +77,7 @@ class ScoringService:
         torch.set_num_threads(max(1, int(config.cpus_per_replica)))
         self._live = LiveModel(config)
         self._live.watch(config.poll_s)
-        # One thread: batches follow one another, and the event loop reads requests meanwhile.
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="score")
+        self._batcher = Batcher(self._score)
         self._candidates = Counter("braid_serve_candidates", "Candidates scored.")
         self._unknown = Counter(
             "braid_serve_unknown_candidates", "Candidates without a row in items.parquet."
@@ -80,9 +91,7 @@ class ScoringService:
         """Probabilities of every task for every candidate, in their order."""
         loaded = self._live.now
         rows = loaded.scorer.rows(request, time.time_ns() // 1_000_000)
-        scores: Scores | Exception = await self._scored(Asked(loaded, rows))
-        if isinstance(scores, Exception):
-            raise scores
+        scores = await self._batcher.scores(Asked(loaded, rows))
         columns = scores.probs_BT.T.tolist()
         return ScoreResponse(
             model=loaded.model,
@@ -97,18 +106,13 @@ class ScoringService:
         """What is served, and what a request must hold."""
         return self._live.state
 
-    @serve.batch(max_batch_size=MAX_BATCH_REQUESTS, batch_wait_timeout_s=0.0)  # type: ignore[untyped-decorator]
-    async def _scored(self, asked: list[Asked]) -> list[Scores | Exception]:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._pool, self._score, asked)
-
-    def _score(self, asked: list[Asked]) -> list[Scores | Exception]:
+    def _score(self, asked: Sequence[Asked]) -> list[Outcome]:
         started = time.perf_counter()
         found = score_together(asked)
-        self._candidates.inc(sum(len(one.rows) for one in asked))
         unknown = sum(one.unknown_candidates for one in found if isinstance(one, Scores))
         if unknown:  # a counter refuses 0
             self._unknown.inc(unknown)
+        self._candidates.inc(sum(len(one.rows) for one in asked))
         self._batch_ms.observe(1000 * (time.perf_counter() - started))
         return found
 
@@ -124,8 +128,7 @@ def build(config: ServiceConfig) -> Application:
     deployment = service.options(
         num_replicas=config.replicas,
         ray_actor_options={"num_cpus": config.cpus_per_replica},
-        max_ongoing_requests=2 * MAX_BATCH_REQUESTS,
+        max_ongoing_requests=MAX_UNDER_WAY,
         max_queued_requests=config.max_waiting,
-        max_constructor_retry_count=1,
     )
     return deployment.bind(config)

@@ -6,11 +6,18 @@ from pydantic import Field, NonNegativeInt, StrictBool, StrictFloat, StrictInt, 
 
 from embedding.config import StrictConfig
 
-Id = StrictInt | StrictStr
-"""As in the event log: an integer or a string."""
-ContextValue = StrictBool | StrictInt | StrictFloat | StrictStr | list[Id] | None
-
 MAX_CANDIDATES = 10_000
+MAX_HISTORY = 10_000
+MAX_LIST = 1_000
+"""Values of a context column that holds lists."""
+_YEAR_10000_MS = 253_402_300_800_000
+
+Id = StrictBool | StrictInt | StrictStr
+"""As in the event log: an integer or a string."""
+Milliseconds = Annotated[int, Field(strict=True, ge=0, lt=_YEAR_10000_MS)]
+"""Since 1970, UTC."""
+ContextValue = Id | StrictFloat | Annotated[list[Id], Field(max_length=MAX_LIST)] | None
+IdKind = Literal["integer", "string", "any"]
 
 
 class ScoreRequest(StrictConfig):
@@ -19,13 +26,15 @@ class ScoreRequest(StrictConfig):
     user_id: Id
     candidates: Annotated[list[Id], Field(min_length=1, max_length=MAX_CANDIDATES)]
     """Ids of items."""
-    timestamp: NonNegativeInt | None = None
-    """Milliseconds since 1970, UTC; the service's own time where it is left out."""
+    timestamp: Milliseconds | None = None
+    """The service's own time where it is left out."""
     context: dict[str, ContextValue] = {}
     """The event columns that features read, one value for all candidates; null where unknown."""
-    candidate_context: dict[str, list[ContextValue]] = {}
+    candidate_context: dict[
+        str, Annotated[list[ContextValue], Field(max_length=MAX_CANDIDATES)]
+    ] = {}
     """The same where candidates differ: one value a candidate, in their order."""
-    histories: dict[str, dict[str, list[Id | None]]] = {}
+    histories: dict[str, dict[str, Annotated[list[Id | None], Field(max_length=MAX_HISTORY)]]] = {}
     """By history: `item_id`, `timestamp` (milliseconds) and what else its sequences read of past
     events (null where unknown); lists of one length, oldest first."""
 
@@ -55,16 +64,22 @@ class ScoreResponse(StrictConfig):
     """Whether the user has no row in users.parquet; false where there is no such file."""
 
 
+class ContextForm(StrictConfig):
+    """What a context column holds."""
+
+    values: IdKind | Literal["number"]
+    is_list: bool = False
+
+
 class RequestForm(StrictConfig):
     """What a request to the model must hold."""
 
-    context: list[str]
+    user_id: IdKind
+    item_id: IdKind
+    context: dict[str, ContextForm]
     """Columns that every request gives, in `context` or in `candidate_context`."""
-    histories: dict[str, list[str]]
-    """Columns of each history."""
-    item_id: Literal["integer", "string"]
-    user_id: Literal["integer", "string"] | None
-    """None: any, there is no users.parquet."""
+    histories: dict[str, dict[str, IdKind]]
+    """Columns of each history; times are integers."""
 
 
 class ServiceState(StrictConfig):

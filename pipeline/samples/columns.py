@@ -1,7 +1,7 @@
 """Which columns of the data contract a recipe reads, and as what."""
 
 from collections.abc import Iterable
-from typing import Self
+from typing import Literal, Self
 
 from embedding.config import FeatureSchema, Source, StrictConfig
 from pipeline.config import Recipe
@@ -10,6 +10,16 @@ _VALUES_PER_ROW = 16
 """Numbers that an event without lists holds, about."""
 KEY_COLUMNS = ("request_id", "user_id", "item_id")
 """Id columns that every event has; `timestamp` is the fourth key."""
+EVENT_COLUMNS = "event_columns"
+"""Fact of ingest and of trainings: the `ColumnKind` of the log's id columns, by name."""
+
+
+class ColumnKind(StrictConfig):
+    """What a categorical column of the event log holds: an id of another type is another id."""
+
+    values: Literal["integer", "string", "any"]
+    """any: nothing but nulls."""
+    is_list: bool = False
 
 
 class SourceColumns(StrictConfig):

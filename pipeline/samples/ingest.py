@@ -37,7 +37,7 @@ from pipeline.samples.buckets import (
     merge_counts,
 )
 from pipeline.samples.catalogue import check_catalogue
-from pipeline.samples.columns import EventColumns
+from pipeline.samples.columns import ColumnKind, EventColumns
 from pipeline.samples.contract import CatalogueIds, EventFile, event_files
 from pipeline.samples.partition import (
     PartitionFacts,
@@ -96,6 +96,8 @@ class IngestFacts(StrictConfig):
     num_buckets: int
     first_day: str
     """Of all events so far: pruning deletes the artifacts that would tell."""
+    event_columns: dict[str, ColumnKind]
+    """What the id columns of the log hold, by its latest file."""
 
 
 @dataclass(frozen=True)
@@ -327,4 +329,5 @@ def _facts(
         num_users=counts["user_id"],
         num_buckets=span.num_buckets,
         first_day=first_day_held(span.days, span.previous),
+        event_columns=span.files[-1].kinds,
     )

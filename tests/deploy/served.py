@@ -33,7 +33,7 @@ def request_of(row: Row, candidates: list[int] | None = None) -> Row:
         "user_id": row["user_id"],
         "candidates": candidates or [row["item_id"]],
         "timestamp": row["timestamp"],
-        "context": {"device": row["device"], "price": row["price"]},
+        "context": {"device": "phone", "price": row["price"]},
         "histories": {
             "clicks": {
                 name: row[f"history:clicks:{name}"] for name in ("item_id", "timestamp", "stars")

@@ -1,5 +1,6 @@
 """Rows of a request equal those that ingest and join make of the same events."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pydantic import ValidationError
 
 from deploy.serving.event_rows import EventForm, event_rows, together
 from deploy.serving.wire import ScoreRequest
 from embedding.errors import UserError
+from embedding.raw_ids import hash_strings
 from pipeline.codes.features import NearItems, codes_table
 from pipeline.config import Recipe
 from pipeline.samples import ingest as ingest_module
 from pipeline.samples import join as join_module
+from pipeline.samples.columns import ColumnKind
 from pipeline.samples.ingest import check_span, ingest
 from pipeline.samples.join import join
 from pipeline.samples.join_rows import FeatureSources, Places, join_events
@@ -68,7 +72,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             patch.setattr(module, "stream_tasks", small_log.run_here)
         for name in ("ingest", "join"):
             (folder / name).mkdir()
-        ingest(recipe_of(folder), check_span(recipe_of(folder), DAYS[:1], None), folder / "ingest")
+        checked = check_span(recipe_of(folder), DAYS[:1], None)
+        facts = ingest(recipe_of(folder), checked, folder / "ingest")
+        (folder / "facts.json").write_text(facts.model_dump_json())
         join(recipe_of(folder), folder / "ingest", folder / "join", codes=folder / "codes.parquet")
     return folder
 
@@ -84,8 +90,11 @@ def sources(folder: Path) -> FeatureSources:
 
 
 @pytest.fixture(scope="module")
-def form(sources: FeatureSources) -> EventForm:
-    return EventForm.of(sources)
+def form(folder: Path) -> EventForm:
+    """As a bundle knows it: from what ingest read."""
+    facts = json.loads((folder / "facts.json").read_text())
+    kinds = {name: ColumnKind(**kind) for name, kind in facts["event_columns"].items()}
+    return EventForm.of(recipe_of(folder), kinds)
 
 
 def past(row: Row, clicked: bool) -> dict[str, list[Any]]:
@@ -142,27 +151,56 @@ def test_a_request_without_a_time_has_that_of_the_service(form: EventForm) -> No
     rows = requests()[-1]
     now = rows[0]["timestamp"] - 60_000  # before some of the history
 
-    events = event_rows(request_of(rows, timestamp=None), form, now_ms=now)
+    events = event_rows(request_of(rows, timestamp=None), form, now_ms=now).spread()
 
     assert events["timestamp"].to_pylist() == [now] * SHOWN
     times = events["history:seen:timestamp"].to_pylist()[0]
     assert times == [t for t in past(rows[0], clicked=False)["timestamp"] if t < now][-2:]
 
 
-def test_a_column_that_is_a_list_in_one_request_is_one_in_all(form: EventForm) -> None:
-    devices = ["phone", ["phone", "tablet"], None, []]
-    events = together(
-        [
-            event_rows(request_of(requests()[0], context={"device": device}), form, now_ms=0)
-            for device in devices
-        ]
-    )
+def test_lists_of_the_context_are_as_ingest_reads_them_and_no_longer_than_features(
+    folder: Path,
+) -> None:
+    recipe = recipe_of(folder).model_dump(mode="json")
+    sparse = {"name": "words", "table": "device", "max_length": 2}
+    recipe["features"]["sparse"].append(sparse)
+    kinds = {
+        "user_id": ColumnKind(values="integer"),
+        "item_id": ColumnKind(values="integer"),
+        "device": ColumnKind(values="any"),
+        "words": ColumnKind(values="string", is_list=True),
+    }
+    form = EventForm.of(Recipe.model_validate(recipe), kinds)
+    given: list[Any] = [["a", "b", "c"], "a", None, []]
 
-    phone, both, nothing, empty = events["device"].to_pylist()[::SHOWN]
-    assert phone == both[:1]
-    assert len(both) == 2
-    assert nothing is None
-    assert empty == []
+    found = []
+    for words in given:
+        context = {"device": 7, "words": words}
+        rows = event_rows(request_of(requests()[0], context=context), form, now_ms=0)
+        found.append(rows.spread()["words"][0].as_py())
+
+    raw = dict(zip("abc", hash_strings(pa.array(["a", "b", "c"])).tolist(), strict=True))
+    assert found == [[raw["a"], raw["b"]], [raw["a"]], None, []]
+    assert event_rows(
+        request_of(requests()[0], context={"device": "x", "words": []}), form, now_ms=0
+    ), "a column of nulls could be of any kind"
+
+
+def test_a_bundle_that_does_not_know_its_log_is_not_served(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"\['user_id', 'item_id', 'device'\].*publish it again"):
+        EventForm.of(recipe_of(folder), {})
+
+
+def test_rows_of_a_long_request_are_held_once(form: EventForm) -> None:
+    """A history that every candidate shares must not take memory for each while it waits."""
+    body = request_of(requests()[-1]).model_dump()
+    body |= {"candidates": [1] * 10_000, "candidate_context": {"price": [1.0] * 10_000}}
+
+    rows = event_rows(ScoreRequest.model_validate(body), form, now_ms=0)
+
+    held = sum(column.nbytes for column in (*rows.own.values(), *rows.shared.values()))
+    assert held < 10_000 * (8 + 4) + 2_000
+    assert rows.spread().num_rows == len(rows) == 10_000
 
 
 Change = Callable[[dict[str, Any]], object]
@@ -176,9 +214,14 @@ Change = Callable[[dict[str, Any]], object]
         (lambda r: r["context"].update(colour=1), "context has ['colour'], which the model"),
         (lambda r: r["context"].update(price=1.0), "['price'] are in context and in candidate"),
         (lambda r: r["candidate_context"]["price"].pop(), "candidate_context.price has 3 values"),
-        (lambda r: r["candidate_context"].update(price=["a"] * 4), "price: ['a', 'a', 'a', ...]"),
-        (lambda r: r["candidate_context"].update(price=[1e39] * 4), "are not finite as float32"),
-        (lambda r: r["context"].update(device=1.5), "device: [1.5] are no ids"),
+        (lambda r: r["candidate_context"].update(price=["a"] * 4), "price: 'a' is no number"),
+        (lambda r: r["candidate_context"].update(price=[10**400] * 4), "price: a value is too"),
+        (lambda r: r["candidate_context"].update(price=[1e39] * 4), "is not finite as float32"),
+        (lambda r: r["context"].update(device=1.5), "device: 1.5 is no string"),
+        (lambda r: r["context"].update(device=7), "device: 7 is no string"),
+        (lambda r: r["context"].update(device=["a"]), "device holds one id, and ['a'] is a list"),
+        (lambda r: r["context"].update(device="\ud800"), "give integers of 64 bits, or strings"),
+        (lambda r: r.update(user_id=2**64), "user_id: "),
         (lambda r: r.update(candidates=[1, 2, 3, "4"]), "candidates: '4' is no integer"),
         (lambda r: r.update(user_id="1"), "user_id: '1' is no integer"),
         (lambda r: r["histories"].pop("seen"), "histories lacks ['seen']"),
@@ -192,6 +235,18 @@ Change = Callable[[dict[str, Any]], object]
         (
             lambda r: r["histories"]["seen"].update(item_id=["1"] * 12),
             "histories.seen.item_id: '1' is no integer",
+        ),
+        (
+            lambda r: r["histories"]["seen"].update(item_id=[None] * 12),
+            "histories.seen.item_id: None is no integer",
+        ),
+        (
+            lambda r: r["histories"]["seen"].update(timestamp=[None] * 12),
+            "histories.seen.timestamp: times are milliseconds since 1970",
+        ),
+        (
+            lambda r: r["histories"]["seen"].update(timestamp=[2**70] * 12),
+            "histories.seen.timestamp: times are milliseconds since 1970",
         ),
     ],
 )
@@ -211,21 +266,24 @@ def test_a_request_that_does_not_suit_the_model_is_refused(
 
 
 def test_what_a_request_must_hold_is_told(form: EventForm) -> None:
-    assert form.told().model_dump() == {
-        "context": ["device", "price"],
-        "histories": {
-            "clicks": ["item_id", "timestamp", "stars"],
-            "seen": ["item_id", "timestamp"],
-        },
-        "item_id": "integer",
+    assert form.asked.model_dump() == {
         "user_id": "integer",
+        "item_id": "integer",
+        "context": {
+            "device": {"values": "string", "is_list": False},
+            "price": {"values": "number", "is_list": False},
+        },
+        "histories": {
+            "clicks": {"item_id": "integer", "timestamp": "integer", "stars": "integer"},
+            "seen": {"item_id": "integer", "timestamp": "integer"},
+        },
     }
 
 
-def test_rows_are_those_of_one_event_a_candidate(form: EventForm) -> None:
-    events = event_rows(request_of(requests()[-1]), form, now_ms=0)
-
-    assert isinstance(events, pa.RecordBatch)
-    assert events["item_id"].to_pylist() == [row["item_id"] for row in requests()[-1]]
-    assert len(set(map(str, events["history:clicks:item_id"].to_pylist()))) == 1
-    assert events["click"].null_count == len(events)
+@pytest.mark.parametrize(
+    "change",
+    [{"timestamp": -1}, {"timestamp": 2**70}, {"candidates": []}, {"candidates": [1] * 10_001}],
+)
+def test_requests_are_bounded(change: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        request_of(requests()[-1], **change)

@@ -2,8 +2,10 @@
 
 import os
 import shutil
-import threading
+import socket
+import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -11,7 +13,6 @@ import pytest
 import torch
 
 from deploy.app import main
-from deploy.serving import batches as batches_module
 from deploy.serving import live_model
 from deploy.serving.batches import Asked, grouped, score_together
 from deploy.serving.live_model import LiveModel, ModelSource
@@ -102,7 +103,7 @@ def test_a_promoted_model_is_served_from_the_next_look_on(out: Path, live: LiveM
 
 
 def test_a_model_that_cannot_be_loaded_leaves_the_present_one_in_place(
-    out: Path, live: LiveModel
+    out: Path, live: LiveModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     older = promote(out, DAYS[0])
     table = next((older.bundle / "tables").iterdir())
@@ -118,6 +119,8 @@ def test_a_model_that_cannot_be_loaded_leaves_the_present_one_in_place(
     (scores,) = score_together([asked(live, request_of(ingested(out)[0]))])
     assert not isinstance(scores, Exception)
     table.write_bytes(sound)
+    assert not live.refresh(), "the same is tried again after a pause"
+    monkeypatch.setattr(live, "_retry_at_s", 0.0)
     assert live.refresh()
     assert live.state.last_error is None
     assert live.state.model.date == DAYS[0]
@@ -151,13 +154,44 @@ def test_a_catalogue_that_is_damaged_is_not_served(out: Path, live: LiveModel) -
     assert "items.parquet" in (live.state.last_error or "")
 
 
+def test_the_pause_before_another_try_grows_and_ends_with_what_changes(
+    out: Path, live: LiveModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = 0
+
+    def fail(*_: object) -> None:
+        nonlocal tries
+        tries += 1
+        raise OSError("no memory")
+
+    monkeypatch.setattr(live_model, "Predictor", fail)
+    now = 1000.0
+    monkeypatch.setattr(live_model.time, "monotonic", lambda: now)
+    promote(out, DAYS[0])
+
+    tried_at = []
+    for _ in range(400):
+        before = tries
+        live.refresh()
+        tried_at += [now] * (tries - before)
+        now += 5.0
+
+    gaps = [b - a for a, b in pairwise(tried_at)]
+    assert gaps[:3] == [10.0, 20.0, 40.0]
+    assert max(gaps) == live_model.LONGEST_PAUSE_S
+    promote(out, DAYS[1])
+    live.refresh()  # the model that is served is in production again
+    assert live.state.last_error is None
+
+
 def test_watching_refreshes_in_the_background(out: Path, live: LiveModel) -> None:
-    changed = threading.Event()
-    live.watch(0.01, on_change=changed.set)
+    live.watch(0.01)
     rollback(out)
 
-    assert changed.wait(30)
-    assert live.now.model.date == DAYS[0]
+    until = time.monotonic() + 30
+    while live.now.model.date != DAYS[0]:
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 def test_what_breaks_one_request_does_not_break_its_batch(
@@ -192,7 +226,6 @@ def test_batches_are_bounded_by_rows_and_never_of_two_models(live: LiveModel, ou
 
     assert [len(group) for group in groups] == [2, 1, 2, 1]
     assert grouped([three], max_rows=2) == [[three]]
-    assert batches_module.MAX_ROWS >= 1024
 
 
 @pytest.mark.parametrize("options", [[], ["--out", "{out}", "--bundle", "{out}"]])
@@ -202,6 +235,36 @@ def test_a_service_needs_an_output_directory_or_a_bundle(
     said = refused(capsys, main(["serve", *(o.format(out=out) for o in options)]))
 
     assert "either an output directory" in said
+
+
+@pytest.mark.parametrize("route", ["scores", "/a/", "/{user}", "//"])
+def test_a_route_that_serve_cannot_have_is_refused(
+    out: Path, capsys: pytest.CaptureFixture[str], route: str
+) -> None:
+    said = refused(capsys, main(["serve", "--out", str(out), "--route", route]))
+
+    assert f"--route={route}: " in said
+
+
+def test_on_a_cluster_paths_are_absolute(
+    out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.chdir(out.parent)
+
+    said = refused(capsys, main(["serve", "--out", out.name, "--data", str(out.parent / "data")]))
+
+    assert f"--out={out.name} is relative" in said
+
+
+def test_a_port_that_is_taken_is_refused(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        said = refused(capsys, main(["serve", "--out", str(out), "--port", str(port)]))
+
+    assert f"--port {port} cannot be listened on" in said
 
 
 def test_nothing_in_production_is_refused_before_ray_starts(

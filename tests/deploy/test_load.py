@@ -14,7 +14,7 @@ from aiohttp import web
 from deploy.app import main
 from deploy.serving.load import LoadFigures, LoadPlan, ask_all
 from deploy.serving.logged_requests import logged_requests
-from deploy.serving.wire import RequestForm
+from deploy.serving.wire import ContextForm, RequestForm
 from embedding.errors import UserError
 from embedding.raw_ids import hash_strings
 from tests.deploy.refusal import refused
@@ -89,7 +89,7 @@ def test_what_is_refused_is_counted_and_has_no_time() -> None:
 
 
 def test_a_service_that_refuses_the_logged_requests_is_not_measured() -> None:
-    with pytest.raises(UserError, match="refuses a request of the log"):
+    with pytest.raises(UserError, match="does not answer requests of the log"):
         figures_of(LoadPlan(seconds=0.5), [422])
 
 
@@ -110,29 +110,32 @@ def test_requests_are_those_of_ingested_events_with_the_ids_of_the_catalogue(
     events = {
         "user_id": [7, 8],
         "timestamp": [1000, 2000],
-        "device": pa.array([5, None], pa.int64()),
+        "device": pa.array([hash_strings(pa.array(["phone"]))[0], None], pa.int64()),
         "price": pa.array([-1.0, None], pa.float32()),
         "history:clicks:item_id": [[raw[1], raw[2]], []],
         "history:clicks:stars": [[3, -1], []],
     }
     pq.write_table(pa.table(events), folder / "bucket-0000.parquet")
+    log = tmp_path / "events" / "dt=2024-01-02"
+    log.mkdir(parents=True)
+    pq.write_table(pa.table({"device": ["tablet", "phone", None]}), log / "part-0.parquet")
     form = RequestForm(
-        context=["device", "price"],
-        histories={"clicks": ["item_id", "stars"]},
+        user_id="integer",
         item_id="string",
-        user_id=None,
+        context={"device": ContextForm(values="string"), "price": ContextForm(values="number")},
+        histories={"clicks": {"item_id": "string", "stars": "integer"}},
     )
 
     requests = logged_requests(tmp_path / "runs", tmp_path, form, number=40, candidates=5)
 
     by_user = {request.user_id: request for request in requests}
     assert sorted(by_user) == [7, 8]
-    assert by_user[7].context == {"device": 5, "price": -1.0}
+    assert by_user[7].context == {"device": "phone", "price": -1.0}
     assert by_user[7].histories == {"clicks": {"item_id": ["hat", "coat"], "stars": [3, None]}}
     assert by_user[8].context == {"device": None, "price": None}
     assert {len(request.candidates) for request in requests} == {5}
     assert {item for request in requests for item in request.candidates} == set(names.to_pylist())
     assert json.loads(by_user[7].model_dump_json())["timestamp"] == 1000
-    wider = form.model_copy(update={"context": ["hour"]})
+    wider = form.model_copy(update={"context": {"hour": ContextForm(values="any")}})
     with pytest.raises(UserError, match=r"lacks \['hour'\]"):
         logged_requests(tmp_path / "runs", tmp_path, wider, number=1, candidates=1)

@@ -17,8 +17,10 @@ from typing import Any
 import pytest
 import torch
 
+from deploy.app import main
 from deploy.serving.batches import Asked, score_together
 from deploy.serving.live_model import LiveModel, ModelSource
+from deploy.serving.load import LoadFigures
 from deploy.serving.wire import ScoreRequest
 from pipeline.registry import rollback
 from tests.deploy.served import ingested, publish_days, request_of
@@ -124,7 +126,13 @@ def test_requests_are_answered_by_what_is_in_production_until_the_service_is_end
     status, refusal = service.ask({**body, "context": {}})
     assert (status, "context lacks ['device', 'price']" in refusal["detail"]) == (422, True)
     status, refusal = service.ask({"user_id": 1})
-    assert (status, refusal["detail"][0]["loc"]) == (422, ["body", "candidates"])
+    assert (status, refusal["detail"]) == (422, "candidates: Field required")
+    figures = out.parent / "figures.json"
+    bench = ["bench", "serve", "--out", str(out), "--url", service.url, "--seconds", "1"]
+    assert main([*bench, "--candidates", "3", "--json", str(figures)]) == 0
+    measured = LoadFigures.model_validate_json(figures.read_text())
+    assert measured.statuses == {"200": measured.requests}
+    assert measured.models == {DAYS[1]: measured.requests}
 
     answers: list[tuple[int, Any]] = []
     stop = threading.Event()

@@ -27,6 +27,8 @@ from embedding.config import FeatureSchema, SequenceFeature, SparseFeature, Tabl
 from embedding.hashing import rows_of
 from embedding.items import ItemRows, ItemSource
 
+_ROWS_FOR_THREADS = 8192
+
 # Shapes: R rows of a chunk, B rows of a batch, F features, T tasks, K keys, N jagged values.
 
 
@@ -273,7 +275,9 @@ class SampleColumns:
     def _ids(self, table: pa.Table, sources: "Sequence[_IdSource]", order: Tensor) -> Ids:
         names = tuple(source.feature for source in sources)
         if not any(source.column in self.list_columns for source in sources):
-            rows = self._pool.map(lambda s: _ordered_rows(table, s, order), sources)
+            # Waking a thread takes longer than hashing the few rows of a request.
+            each = map if len(order) < _ROWS_FOR_THREADS else self._pool.map
+            rows = each(lambda s: _ordered_rows(table, s, order), sources)
             return SingleIds(names, tuple(rows))
         values, offsets = [], []
         for source in sources:

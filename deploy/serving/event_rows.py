@@ -31,7 +31,7 @@ from pipeline.samples.columns import (
 from pipeline.samples.contract import as_float32
 
 _NUMBER = "number"
-_WRITTEN: dict[str, type | tuple[type, ...]] = {"integer": int, "string": str, "any": (int, str)}
+_WRITTEN = {"integer": (int, bool), "string": (str,), "any": (int, bool, str)}
 
 
 @dataclass(frozen=True)
@@ -225,11 +225,11 @@ def _ids(
     where: str, values: Sequence[ContextValue], kind: str, *, nullable: bool = False
 ) -> pa.Array:
     """Raw ids of values of one kind."""
-    for value in values:
-        if isinstance(value, _WRITTEN[kind]) or (nullable and value is None):
-            continue
+    allowed = {*_WRITTEN[kind], *((type(None),) if nullable else ())}
+    if not allowed.issuperset(map(type, values)):
+        strange = next(value for value in values if type(value) not in allowed)
         raise UserError(
-            f"{where}: {_shown(value)} is no {kind}, which the log holds there; an id that is "
+            f"{where}: {_shown(strange)} is no {kind}, which the log holds there; an id that is "
             "written in another way is another id"
         )
     try:

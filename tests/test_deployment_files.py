@@ -17,6 +17,7 @@ import ray
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
+from deploy.serving.run import ANSWER_S
 from pipeline.cluster import fitting, worker_bundle
 from pipeline.recipe import load_recipe
 
@@ -119,6 +120,7 @@ def test_a_service_on_kubernetes_has_room_and_reads_what_the_cluster_writes() ->
     assert room == config.replicas
     ports = [port["containerPort"] for port in head["template"]["spec"]["containers"][0]["ports"]]
     assert serve.http_options.port in ports
+    assert serve.http_options.request_timeout_s == ANSWER_S
 
 
 def test_the_recipe_of_a_cluster_has_room_on_kubernetes() -> None:

@@ -35,7 +35,7 @@ class Batcher:
     """
 
     def __init__(self, score: ScoreBatch) -> None:
-        """`score`: gives an outcome for each of at most `MAX_REQUESTS`."""
+        """`score`: gives an outcome for each of a `first_group`."""
         self._score = score
         self._waiting: list[tuple[Asked, asyncio.Future[Scores]]] = []
         self._draining: asyncio.Task[None] | None = None
@@ -53,13 +53,7 @@ class Batcher:
         loop = asyncio.get_running_loop()
         try:
             while self._waiting:
-                batch, self._waiting = (
-                    self._waiting[:MAX_REQUESTS],
-                    self._waiting[MAX_REQUESTS:],
-                )
-                batch = [(one, future) for one, future in batch if not future.done()]
-                if not batch:
-                    continue
+                batch = self._next_batch()
                 asked = [one for one, _ in batch]
                 outcomes = await loop.run_in_executor(self._thread, self._outcomes, asked)
                 for (_, future), outcome in zip(batch, outcomes, strict=True):
@@ -72,6 +66,13 @@ class Batcher:
         finally:
             self._draining = None
 
+    def _next_batch(self) -> "list[tuple[Asked, asyncio.Future[Scores]]]":
+        """The first of those that wait, as far as one model scores them at once."""
+        self._waiting = [(one, future) for one, future in self._waiting if not future.done()]
+        size = first_group([one for one, _ in self._waiting])
+        batch, self._waiting = self._waiting[:size], self._waiting[size:]
+        return batch
+
     def _outcomes(self, asked: Sequence[Asked]) -> list[Outcome]:
         try:
             return self._score(asked)
@@ -80,27 +81,25 @@ class Batcher:
 
 
 def score_together(asked: Sequence[Asked]) -> list[Outcome]:
-    """Outcome of each, in their order; what is wrong with one request does not end the others."""
-    found: list[Outcome] = []
-    for group in grouped(asked):
-        try:
-            found += group[0].loaded.scorer.score([one.rows for one in group])
-        except Exception as error:  # noqa: BLE001 # it is raised where its request is answered
-            alone = len(group) == 1
-            found += [error] if alone else [score_together([one])[0] for one in group]
-    return found
+    """Outcome of each, all of one model; what is wrong with one does not end the others."""
+    if not asked:
+        return []
+    try:
+        return list(asked[0].loaded.scorer.score([one.rows for one in asked]))
+    except Exception as error:  # noqa: BLE001 # it is raised where its request is answered
+        if len(asked) == 1:
+            return [error]
+        return [outcome for one in asked for outcome in score_together([one])]
 
 
-def grouped(asked: Sequence[Asked], max_rows: int = MAX_ROWS) -> list[list[Asked]]:
-    """Neighbours that one model scores at once: `max_rows` rows, unless a single one has more."""
-    found: list[list[Asked]] = []
+def first_group(asked: Sequence[Asked], max_rows: int = MAX_ROWS) -> int:
+    """How many of the first requests are scored at once: of one model, and bounded in number.
+
+    And in rows, unless the first alone has more.
+    """
     rows = 0
-    for one in asked:
-        fits = rows + len(one.rows) <= max_rows
-        if found and fits and found[-1][0].loaded is one.loaded:
-            found[-1].append(one)
-            rows += len(one.rows)
-        else:
-            found.append([one])
-            rows = len(one.rows)
-    return found
+    for place, one in enumerate(asked[:MAX_REQUESTS]):
+        rows += len(one.rows)
+        if place and (rows > max_rows or one.loaded is not asked[0].loaded):
+            return place
+    return min(len(asked), MAX_REQUESTS)

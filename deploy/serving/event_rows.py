@@ -58,7 +58,8 @@ class EventForm:
         if lacking:
             raise UserError(
                 f"the bundle does not say what the columns {lacking} of its event log held, which "
-                "requests must be compared with; it is older than online serving: publish it again"
+                "requests are compared with: its days were ingested before that was recorded; "
+                "serve one of a later day, or make its days in another --out"
             )
         lengths: dict[str, int | None] = {h.name: h.max_length for h in recipe.features.histories}
         for name in ids:
@@ -211,7 +212,7 @@ def _context(
         return _ids(name, values, column.values, nullable=True)
     longest = form.max_lengths[name]
     lists = [_as_list(value)[:longest] for value in values if value is not None]
-    flat = _ids(name, [one for part in lists for one in part], column.values)
+    flat = _ids(name, [one for part in lists for one in part], column.values, nullable=True)
     ends = np.cumsum([0, *(0 if v is None else len(_as_list(v)[:longest]) for v in values)])
     nulls = pa.array([value is None for value in values])
     return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), flat, mask=nulls)

@@ -8,6 +8,7 @@ import logging
 import random
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -113,6 +114,27 @@ class Loaded:
     loaded_at: str
 
 
+class Tries:
+    """When what could not be loaded is tried again: after pauses that double.
+
+    Loading costs what serving needs.
+    """
+
+    def __init__(self) -> None:
+        self._what: object = None
+        self._at_s, self._pause_s = 0.0, FIRST_PAUSE_S
+
+    def may(self, what: object) -> bool:
+        """Whether it is time."""
+        return what != self._what or time.monotonic() >= self._at_s
+
+    def failed(self, what: object) -> None:
+        """It was tried now."""
+        again = what == self._what
+        self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S) if again else FIRST_PAUSE_S
+        self._what, self._at_s = what, time.monotonic() + self._pause_s
+
+
 class LiveModel:
     """The loaded model of one replica."""
 
@@ -123,11 +145,9 @@ class LiveModel:
             UserError: there is none, or it cannot be used.
         """
         self.source = source
-        self.last_error: str | None = None
         self._now = source.load(source.current())
-        self._failed: tuple[ServedModel, str] | None = None
-        """Model and catalogue that could not be loaded."""
-        self._retry_at_s, self._pause_s = 0.0, FIRST_PAUSE_S
+        self._tries = {"model": Tries(), "catalogue": Tries()}
+        self._errors: dict[str, str] = {}
         self._stop = threading.Event()
 
     @property
@@ -144,37 +164,43 @@ class LiveModel:
             tasks=loaded.scorer.tasks,
             request=loaded.scorer.form.asked,
             loaded_at=loaded.loaded_at,
-            last_error=self.last_error,
+            last_error="; ".join(self._errors.values()) or None,
         )
 
     def refresh(self) -> bool:
-        """Serve what is in production, with the catalogue as it is; whether that was new.
+        """Serve what is in production, with the catalogue as it is; whether anything was new.
 
-        Anything that keeps it from loading is logged and kept as `last_error`. The same is tried
-        again after a pause, which grows to `LONGEST_PAUSE_S`: loading costs what serving needs.
+        Whatever keeps it from loading is logged, kept as `last_error`, and tried again later; the
+        model that is served goes on, with its catalogue read anew where that is another by now.
         """
-        now = self._now
-        wanted: tuple[ServedModel, str] | None = None
+        before = self._now
+        self._attempt("model", self._newer_model)
+        self._attempt("catalogue", self._newer_catalogue)
+        return self._now is not before
+
+    def _newer_model(self) -> tuple[ServedModel, str] | None:
+        model = self.source.current()
+        return None if model == self._now.model else (model, "")
+
+    def _newer_catalogue(self) -> tuple[ServedModel, str] | None:
+        catalogue = _catalogue(self.source.root_of(self._now.model))
+        return None if catalogue == self._now.catalogue else (self._now.model, catalogue)
+
+    def _attempt(self, what: str, newer: Callable[[], tuple[ServedModel, str] | None]) -> None:
+        wanted, tries = None, self._tries[what]
         try:
-            model = self.source.current()
-            wanted = (model, _catalogue(self.source.root_of(model)))
-            if wanted == (now.model, now.catalogue):
-                self.last_error, self._failed = None, None
-                return False
-            if wanted == self._failed and time.monotonic() < self._retry_at_s:
-                return False
-            self._now = self.source.load(model, now)
-        except Exception as error:  # noqa: BLE001 # the older model goes on, whatever it is
-            self.last_error = f"{type(error).__name__}: {error}"
-            logger.error("goes on with the model of %s: %s", now.model.date, self.last_error)
-            self._pause_s = (
-                min(2 * self._pause_s, LONGEST_PAUSE_S) if wanted == self._failed else FIRST_PAUSE_S
-            )
-            self._failed, self._retry_at_s = wanted, time.monotonic() + self._pause_s
-            return False
-        self.last_error, self._failed = None, None
-        logger.info("serves %s", self._now.model)
-        return True
+            wanted = newer()
+            if wanted is not None:
+                if not tries.may(wanted):
+                    return
+                self._now = self.source.load(wanted[0], self._now)
+                logger.info("serves %s", self._now.model)
+        except Exception as error:  # noqa: BLE001 # the older one goes on, whatever it is
+            tries.failed(wanted)
+            self._errors[what] = f"{type(error).__name__}: {error}"
+            logger.error("goes on with the %s before: %s", what, self._errors[what])
+        else:
+            self._errors.pop(what, None)
 
     def watch(self, interval_s: float) -> None:
         """Refresh in the background, until `close`; replicas do so at different times."""

@@ -15,7 +15,7 @@ from deploy.serving.wire import RequestForm, ScoreRequest
 from embedding.config import MISSING_ID
 from embedding.errors import UserError
 from embedding.raw_ids import to_raw_ids
-from pipeline.days import day_files
+from pipeline.days import catalogue_files, day_files
 from pipeline.samples.columns import history_column
 
 _ROWS = 4096
@@ -40,8 +40,17 @@ def logged_requests(
         UserError: nothing was ingested, or what was lacks what the model reads.
     """
     paths = _latest_files(out)
-    rows = _events(paths, form)
     written = _Written(data_root, paths[0].parent.name.removeprefix("dt="))
+    rows = [
+        {**row, "user_id": user}
+        for row in _events(paths, form)
+        if (user := written.values("user_id", row["user_id"], form.user_id)) is not None
+    ]
+    if not rows:
+        raise UserError(
+            f"no user of {paths[0]} is found in {data_root} (events, users.parquet), so nobody can "
+            "be asked about; name the data of these runs with --data"
+        )
     items = _by_raw_id(data_root / "items.parquet", "item_id")
     shown = list(items.values())
     rng = np.random.default_rng(0)
@@ -58,7 +67,7 @@ def logged_requests(
             histories[history]["item_id"] = [items.get(item, shown[0]) for item in past]
         found.append(
             ScoreRequest(
-                user_id=written.values("user_id", row["user_id"], form.user_id),
+                user_id=row["user_id"],
                 candidates=[shown[i] for i in rng.integers(0, len(shown), candidates).tolist()],
                 timestamp=row["timestamp"],
                 context={
@@ -75,7 +84,7 @@ class _Written:
     """Raw ids as a day of the log writes them."""
 
     def __init__(self, data_root: Path, day: str) -> None:
-        self._files = day_files(data_root, [day])
+        self._files = [*day_files(data_root, [day]), *catalogue_files(data_root)]
         self._columns: dict[str, dict[int, int | str]] = {}
 
     def values(self, column: str, raw: Any, kind: str) -> Any:
@@ -89,8 +98,8 @@ class _Written:
         if kind != "string":
             return raw
         if column not in self._columns:
-            known = (_by_raw_id(path, column) for path in self._files)
-            self._columns[column] = next(known, {})
+            known = [_by_raw_id(path, column) for path in self._files]
+            self._columns[column] = {key: value for part in known for key, value in part.items()}
         return self._columns[column].get(raw)
 
 

@@ -115,15 +115,16 @@ def running(
         except UserError as error:
             asked = f"--replicas {config.replicas} --cpus-per-replica {config.cpus_per_replica:g}"
             raise UserError(f"{asked}: {error}") from error
-        _listen(address, say)
+        is_ours = _listen(address, say)
         _require_free(address, replace=replace)
         try:
             handle = _started(config, address)
             yield lambda: handle.model.remote().result(timeout_s=ANSWER_S)
         finally:
             serve.delete(address.name)
-            if cluster_address() is not None and not serve.status().applications:
-                serve.shutdown()  # a local Ray ends with the command
+            # A local Ray ends with the command; on a cluster, Serve may be somebody else's.
+            if is_ours and cluster_address() is not None and not serve.status().applications:
+                serve.shutdown()
 
 
 def serve_until_ended(
@@ -152,10 +153,12 @@ def serve_until_ended(
             time.sleep(LOOK_S)
 
 
-def _listen(address: Address, say: Say) -> None:
+def _listen(address: Address, say: Say) -> bool:
+    """Start Serve, unless it runs; whether it was started here."""
     from ray import serve
 
-    if serve.status().proxies:
+    runs = bool(serve.status().proxies)
+    if runs:
         say(
             "Serve runs on this cluster already, and listens where it was told then: --host and "
             f"--port change nothing; the route is {address.route}"
@@ -164,6 +167,7 @@ def _listen(address: Address, say: Say) -> None:
         say(f"callers on other machines need --host 0.0.0.0: it listens on {address.host} alone")
     options = {"host": address.host, "port": address.port, "request_timeout_s": ANSWER_S}
     serve.start(http_options=options)
+    return not runs
 
 
 def _require_free(address: Address, *, replace: bool) -> None:

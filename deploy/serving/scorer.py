@@ -69,7 +69,7 @@ class Scorer:
             sources: of its items and users.
 
         Raises:
-            UserError: the bundle does not say what its log held.
+            UserError: the bundle does not say what its log held, or scores nothing finite.
         """
         self.tasks = predictor.tasks
         self.form = EventForm.of(sources.recipe, predictor.bundle.event_columns)
@@ -82,7 +82,11 @@ class Scorer:
         self._columns = SampleColumns(
             predictor.schema, tasks=(), list_columns=lists, items=predictor.item_source
         )
-        self.score([blank])  # what does not fit shows before it is served
+        (trial,) = self.score([blank])  # what does not fit shows before it is served
+        if not trial.probs_BT.isfinite().all():
+            raise UserError(
+                f"the model of bundle {predictor.directory} gives probabilities that are not finite"
+            )
 
     def rows(self, request: ScoreRequest, now_ms: int) -> EventRows:
         """The event rows of a request; may run beside `score`.

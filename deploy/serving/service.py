@@ -111,10 +111,13 @@ class ScoringService:
     def _score(self, asked: Sequence[Asked]) -> list[Outcome]:
         started = time.perf_counter()
         found = score_together(asked)
-        unknown = sum(one.unknown_candidates for one in found if isinstance(one, Scores))
-        if unknown:  # a counter refuses 0
-            self._unknown.inc(unknown)
-        self._candidates.inc(sum(len(one.rows) for one in asked))
+        scored = [one for one in found if isinstance(one, Scores)]
+        for counter, count in (
+            (self._candidates, sum(len(one.probs_BT) for one in scored)),
+            (self._unknown, sum(one.unknown_candidates for one in scored)),
+        ):
+            if count:  # a counter refuses 0
+                counter.inc(count)
         self._batch_ms.observe(1000 * (time.perf_counter() - started))
         return found
 

@@ -16,7 +16,7 @@ Id = StrictBool | StrictInt | StrictStr
 """As in the event log: an integer or a string."""
 Milliseconds = Annotated[int, Field(strict=True, ge=0, lt=_YEAR_10000_MS)]
 """Since 1970, UTC."""
-ContextValue = Id | StrictFloat | Annotated[list[Id], Field(max_length=MAX_LIST)] | None
+ContextValue = Id | StrictFloat | Annotated[list[Id | None], Field(max_length=MAX_LIST)] | None
 IdKind = Literal["integer", "string", "any"]
 
 

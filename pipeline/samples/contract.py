@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from embedding.errors import UserError
 from embedding.raw_ids import Int64Array, is_id_list_type, is_id_type, to_raw_ids
 from pipeline.days import PARTITION, available_days, parse_day
+from pipeline.samples.column_kinds import column_kinds
 from pipeline.samples.columns import KEY_COLUMNS, ColumnKind, EventColumns, SourceColumns
 from pipeline.samples.logged_histories import list_type_faults, logged_faults, logged_histories
 
@@ -153,32 +154,6 @@ def _event_file(path: Path, day: str, columns: EventColumns) -> EventFile:
 
 
 # --- columns -------------------------------------------------------------------------------------
-
-
-def column_kinds(schema: pa.Schema, columns: EventColumns) -> dict[str, ColumnKind]:
-    """What the id columns of a sound event file hold, lists of logged histories included."""
-    lists = (name for history in columns.logged.values() for name in history.columns.values())
-    names = dict.fromkeys(("user_id", "item_id", *columns.ids, *lists))
-    return {
-        name: _column_kind(schema.field(name).type)
-        for name in names
-        if not pa.types.is_timestamp(_value_type(schema.field(name).type))
-    }
-
-
-def _column_kind(kind: pa.DataType) -> ColumnKind:
-    values = _value_type(kind)
-    values = values.value_type if pa.types.is_dictionary(values) else values
-    is_list = is_id_list_type(kind)
-    if pa.types.is_null(values):
-        return ColumnKind(values="any", is_list=is_list)
-    is_integer = pa.types.is_integer(values) or pa.types.is_boolean(values)
-    return ColumnKind(values="integer" if is_integer else "string", is_list=is_list)
-
-
-def _value_type(kind: pa.DataType) -> pa.DataType:
-    nested = pa.types.is_list(kind) or pa.types.is_large_list(kind)
-    return kind.value_type if nested or pa.types.is_fixed_size_list(kind) else kind
 
 
 def check_event_schema(schema: pa.Schema, columns: EventColumns, path: Path) -> None:

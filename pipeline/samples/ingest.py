@@ -37,6 +37,7 @@ from pipeline.samples.buckets import (
     merge_counts,
 )
 from pipeline.samples.catalogue import check_catalogue
+from pipeline.samples.column_kinds import merged_kinds
 from pipeline.samples.columns import ColumnKind, EventColumns
 from pipeline.samples.contract import CatalogueIds, EventFile, event_files
 from pipeline.samples.partition import (
@@ -97,7 +98,7 @@ class IngestFacts(StrictConfig):
     first_day: str
     """Of all events so far: pruning deletes the artifacts that would tell."""
     event_columns: dict[str, ColumnKind]
-    """What the id columns of the log hold, by its latest file."""
+    """What the id columns of the log hold."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,8 @@ class CheckedSpan:
     earlier: EarlierState | None
     """The state of `previous`."""
     files: list[EventFile]
+    kinds: dict[str, ColumnKind]
+    """Of the id columns of all files."""
     known: CatalogueIds
     columns: EventColumns
     num_buckets: int
@@ -149,6 +152,7 @@ def check_span(recipe: Recipe, days: Sequence[str], previous: Path | None) -> Ch
         previous=previous,
         earlier=earlier,
         files=files,
+        kinds=merged_kinds((file.path, file.kinds) for file in files),
         known=check_catalogue(root, recipe.features),
         columns=columns.model_copy(update={"oracles": oracles}),
         num_buckets=num_buckets,
@@ -329,5 +333,5 @@ def _facts(
         num_users=counts["user_id"],
         num_buckets=span.num_buckets,
         first_day=first_day_held(span.days, span.previous),
-        event_columns=span.files[-1].kinds,
+        event_columns=span.kinds,
     )

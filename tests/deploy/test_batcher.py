@@ -3,12 +3,13 @@
 import asyncio
 import threading
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
 
-from deploy.serving.batches import MAX_REQUESTS, Asked, Batcher, Outcome
+from deploy.serving.batches import MAX_REQUESTS, Asked, Batcher, Outcome, first_group
 from deploy.serving.scorer import Scores
 
 
@@ -16,26 +17,29 @@ def scores_of(number: int) -> Scores:
     return Scores(torch.tensor([[float(number)]]), 0, False)
 
 
-def asked(number: int) -> Asked:
-    """A request that is its number."""
-    return cast("Asked", number)
+def asked(number: int, num_rows: int = 1, model: str = "") -> Asked:
+    """A request with a number, of some candidates, for a model."""
+    return cast("Asked", SimpleNamespace(number=number, rows=[None] * num_rows, loaded=model))
+
+
+def numbers(batch: Sequence[Asked]) -> list[int]:
+    return [cast("Any", one).number for one in batch]
 
 
 class Scorer:
     """Scores a batch once it is let go."""
 
     def __init__(self) -> None:
-        self.batches: list[list[Any]] = []
+        self.batches: list[list[int]] = []
         self.begun = threading.Semaphore(0)
         self.go = threading.Semaphore(0)
 
     def __call__(self, batch: Sequence[Asked]) -> list[Outcome]:
-        self.batches.append(list(batch))
+        self.batches.append(numbers(batch))
         self.begun.release()
         assert self.go.acquire(timeout=30)
         return [
-            ZeroDivisionError() if number == 13 else scores_of(number)
-            for number in cast("list[int]", list(batch))
+            ZeroDivisionError() if number == 13 else scores_of(number) for number in numbers(batch)
         ]
 
 
@@ -68,23 +72,48 @@ def test_batches_grow_with_what_waits_and_answers_are_those_of_their_requests() 
 
 
 def test_a_caller_that_went_away_is_not_scored_and_holds_nobody_up() -> None:
-    async def run() -> None:
+    async def run() -> list[list[int]]:
         scorer = Scorer()
         batcher = Batcher(scorer)
-        first, gone, third = (asyncio.create_task(batcher.scores(asked(i))) for i in range(3))
-        await asyncio.sleep(0)
+        first = asyncio.create_task(batcher.scores(asked(0)))
         await begun(scorer)
+        gone, third = (asyncio.create_task(batcher.scores(asked(i))) for i in (1, 2))
+        await asyncio.sleep(0)
         gone.cancel()
-        first_batch = list(scorer.batches[0])
         scorer.go.release()
         scorer.go.release()
         assert (await first).probs_BT.item() == 0
         assert (await third).probs_BT.item() == 2
         with pytest.raises(asyncio.CancelledError):
             await gone
-        assert first_batch + sum(scorer.batches[1:], []) in ([0, 2], [0, 1, 2])
+        return scorer.batches
+
+    assert asyncio.run(run()) == [[0], [2]]
+
+
+def test_a_caller_that_goes_while_its_batch_is_scored_holds_nobody_up() -> None:
+    async def run() -> None:
+        scorer = Scorer()
+        batcher = Batcher(scorer)
+        gone, other = (asyncio.create_task(batcher.scores(asked(i))) for i in range(2))
+        await begun(scorer)
+        gone.cancel()
+        scorer.go.release()
+        assert (await other).probs_BT.item() == 1
 
     asyncio.run(run())
+
+
+def test_a_batch_is_of_one_model_and_bounded_in_rows() -> None:
+    three = asked(0, num_rows=3, model="new")
+    one, other = asked(1, model="new"), asked(2, model="old")
+
+    assert first_group([three, three, three], max_rows=6) == 2
+    assert first_group([three, one, other, one], max_rows=6) == 2
+    assert first_group([other, three], max_rows=6) == 1
+    assert first_group([three], max_rows=2) == 1
+    assert first_group([one] * 100, max_rows=1000) == MAX_REQUESTS
+    assert first_group([]) == 0
 
 
 def test_a_batch_that_breaks_as_a_whole_is_answered() -> None:

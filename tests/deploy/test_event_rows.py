@@ -19,6 +19,7 @@ from pipeline.codes.features import NearItems, codes_table
 from pipeline.config import Recipe
 from pipeline.samples import ingest as ingest_module
 from pipeline.samples import join as join_module
+from pipeline.samples.column_kinds import merged_kinds
 from pipeline.samples.columns import ColumnKind
 from pipeline.samples.ingest import check_span, ingest
 from pipeline.samples.join import join
@@ -171,7 +172,7 @@ def test_lists_of_the_context_are_as_ingest_reads_them_and_no_longer_than_featur
         "words": ColumnKind(values="string", is_list=True),
     }
     form = EventForm.of(Recipe.model_validate(recipe), kinds)
-    given: list[Any] = [["a", "b", "c"], "a", None, []]
+    given: list[Any] = [["a", "b", "c"], "a", None, [], ["c", None]]
 
     found = []
     for words in given:
@@ -180,14 +181,29 @@ def test_lists_of_the_context_are_as_ingest_reads_them_and_no_longer_than_featur
         found.append(rows.spread()["words"][0].as_py())
 
     raw = dict(zip("abc", hash_strings(pa.array(["a", "b", "c"])).tolist(), strict=True))
-    assert found == [[raw["a"], raw["b"]], [raw["a"]], None, []]
+    assert found == [[raw["a"], raw["b"]], [raw["a"]], None, [], [raw["c"], None]]
     assert event_rows(
         request_of(requests()[0], context={"device": "x", "words": []}), form, now_ms=0
     ), "a column of nulls could be of any kind"
 
 
+def test_files_of_nulls_tell_nothing_and_two_ways_to_write_an_id_are_refused(
+    tmp_path: Path,
+) -> None:
+    nothing, names = ColumnKind(values="any"), ColumnKind(values="string", is_list=True)
+    numbers = ColumnKind(values="integer")
+    paths = [tmp_path / name for name in "abc"]
+
+    def merged(*kinds: ColumnKind) -> dict[str, ColumnKind]:
+        return merged_kinds((path, {"x": kind}) for path, kind in zip(paths, kinds, strict=True))
+
+    assert merged(nothing, names, nothing) == {"x": names}
+    with pytest.raises(UserError, match=f"strings in {paths[1]} and integers in {paths[2]}"):
+        merged(nothing, names, numbers)
+
+
 def test_a_bundle_that_does_not_know_its_log_is_not_served(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"\['user_id', 'item_id', 'device'\].*publish it again"):
+    with pytest.raises(UserError, match=r"\['user_id', 'item_id', 'device'\].*another --out"):
         EventForm.of(recipe_of(folder), {})
 
 

@@ -1,5 +1,6 @@
 """What is served is what is in production, scored as offline, and nothing interrupts it."""
 
+import json
 import os
 import shutil
 import socket
@@ -11,13 +12,15 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from deploy.app import main
 from deploy.serving import live_model
-from deploy.serving.batches import Asked, grouped, score_together
+from deploy.serving.batches import Asked, score_together
 from deploy.serving.live_model import LiveModel, ModelSource
 from deploy.serving.wire import ScoreRequest
 from embedding.errors import UserError
+from embedding.files import file_sha256
 from pipeline.registry import production, promote, rollback
 from tests.deploy.refusal import refused
 from tests.deploy.served import ingested, publish_days, request_of
@@ -91,7 +94,7 @@ def test_a_promoted_model_is_served_from_the_next_look_on(out: Path, live: LiveM
 
     after = asked(live, request_of(row))
     assert [one.loaded.model.date for one in (before, after)] == [DAYS[1], DAYS[0]]
-    newer, older = score_together([before, after])  # each by the model that it was asked of
+    ((newer,), (older,)) = (score_together([one]) for one in (before, after))  # by its own model
     assert not isinstance(newer, Exception)
     assert not isinstance(older, Exception)
     assert not torch.equal(newer.probs_BT, older.probs_BT)
@@ -120,7 +123,7 @@ def test_a_model_that_cannot_be_loaded_leaves_the_present_one_in_place(
     assert not isinstance(scores, Exception)
     table.write_bytes(sound)
     assert not live.refresh(), "the same is tried again after a pause"
-    monkeypatch.setattr(live, "_retry_at_s", 0.0)
+    monkeypatch.setattr(live._tries["model"], "_at_s", 0.0)
     assert live.refresh()
     assert live.state.last_error is None
     assert live.state.model.date == DAYS[0]
@@ -140,6 +143,41 @@ def test_a_rewritten_catalogue_is_read_and_the_bundle_is_kept(out: Path, live: L
     assert not isinstance(scores, Exception)
     assert scores.unknown_candidates == 0
     assert live.now.predictor is before.predictor
+
+
+def test_items_of_the_present_model_go_on_while_a_newer_one_does_not_load(
+    out: Path, live: LiveModel
+) -> None:
+    older = promote(out, DAYS[0])
+    table = next((older.bundle / "tables").iterdir())
+    table.unlink()
+    items = out.parent / "data" / "items.parquet"
+    rows = pq.read_table(items)
+    pq.write_table(rows.slice(0, 3), items)
+
+    assert live.refresh()
+
+    (scores,) = score_together([asked(live, request_of(ingested(out)[0], [1, 4]))])
+    assert not isinstance(scores, Exception)
+    assert (live.now.model.date, scores.unknown_candidates) == (DAYS[1], 1)
+    assert "missing or damaged" in (live.state.last_error or "")
+
+
+def test_a_model_that_scores_nothing_finite_is_not_served(out: Path, live: LiveModel) -> None:
+    older = promote(out, DAYS[0])
+    dense = older.bundle / "dense.safetensors"
+    weights = {name: torch.full_like(w, torch.nan) for name, w in load_file(dense).items()}
+    dense.unlink()
+    save_file(weights, dense)
+    told = older.bundle / "bundle.json"
+    bundle = json.loads(told.read_text())
+    bundle["files"]["dense.safetensors"] = file_sha256(dense)
+    told.unlink()
+    told.write_text(json.dumps(bundle))
+
+    assert not live.refresh()
+
+    assert "not finite" in (live.state.last_error or "")
 
 
 def test_a_catalogue_that_is_damaged_is_not_served(out: Path, live: LiveModel) -> None:
@@ -213,19 +251,6 @@ def test_what_breaks_one_request_does_not_break_its_batch(
     found = score_together(batch)
 
     assert [isinstance(one, ZeroDivisionError) for one in found] == [False, True, False]
-
-
-def test_batches_are_bounded_by_rows_and_never_of_two_models(live: LiveModel, out: Path) -> None:
-    row = ingested(out)[0]
-    three = asked(live, request_of(row, [1, 2, 3]))
-    rollback(out)
-    live.refresh()
-    other = asked(live, request_of(row, [1]))
-
-    groups = grouped([three, three, three, other, other, three], max_rows=6)
-
-    assert [len(group) for group in groups] == [2, 1, 2, 1]
-    assert grouped([three], max_rows=2) == [[three]]
 
 
 @pytest.mark.parametrize("options", [[], ["--out", "{out}", "--bundle", "{out}"]])

@@ -108,7 +108,7 @@ def test_requests_are_those_of_ingested_events_with_the_ids_of_the_catalogue(
     folder = tmp_path / "runs" / "2024-01-02" / "ingest" / "events" / "dt=2024-01-02"
     folder.mkdir(parents=True)
     events = {
-        "user_id": [7, 8],
+        "user_id": hash_strings(pa.array(["ann", "bob"])),
         "timestamp": [1000, 2000],
         "device": pa.array([hash_strings(pa.array(["phone"]))[0], None], pa.int64()),
         "price": pa.array([-1.0, None], pa.float32()),
@@ -118,9 +118,11 @@ def test_requests_are_those_of_ingested_events_with_the_ids_of_the_catalogue(
     pq.write_table(pa.table(events), folder / "bucket-0000.parquet")
     log = tmp_path / "events" / "dt=2024-01-02"
     log.mkdir(parents=True)
-    pq.write_table(pa.table({"device": ["tablet", "phone", None]}), log / "part-0.parquet")
+    for i, device in enumerate(["tablet", "phone"]):
+        pq.write_table(pa.table({"device": [device, None]}), log / f"part-{i}.parquet")
+    pq.write_table(pa.table({"user_id": ["bob", "ann"]}), tmp_path / "users.parquet")
     form = RequestForm(
-        user_id="integer",
+        user_id="string",
         item_id="string",
         context={"device": ContextForm(values="string"), "price": ContextForm(values="number")},
         histories={"clicks": {"item_id": "string", "stars": "integer"}},
@@ -129,13 +131,16 @@ def test_requests_are_those_of_ingested_events_with_the_ids_of_the_catalogue(
     requests = logged_requests(tmp_path / "runs", tmp_path, form, number=40, candidates=5)
 
     by_user = {request.user_id: request for request in requests}
-    assert sorted(by_user) == [7, 8]
-    assert by_user[7].context == {"device": "phone", "price": -1.0}
-    assert by_user[7].histories == {"clicks": {"item_id": ["hat", "coat"], "stars": [3, None]}}
-    assert by_user[8].context == {"device": None, "price": None}
+    assert sorted(by_user) == ["ann", "bob"]
+    assert by_user["ann"].context == {"device": "phone", "price": -1.0}
+    assert by_user["ann"].histories == {"clicks": {"item_id": ["hat", "coat"], "stars": [3, None]}}
+    assert by_user["bob"].context == {"device": None, "price": None}
     assert {len(request.candidates) for request in requests} == {5}
     assert {item for request in requests for item in request.candidates} == set(names.to_pylist())
-    assert json.loads(by_user[7].model_dump_json())["timestamp"] == 1000
+    assert json.loads(by_user["ann"].model_dump_json())["timestamp"] == 1000
     wider = form.model_copy(update={"context": {"hour": ContextForm(values="any")}})
     with pytest.raises(UserError, match=r"lacks \['hour'\]"):
         logged_requests(tmp_path / "runs", tmp_path, wider, number=1, candidates=1)
+    (tmp_path / "users.parquet").unlink()
+    with pytest.raises(UserError, match="nobody can be asked about"):
+        logged_requests(tmp_path / "runs", tmp_path, form, number=1, candidates=1)

@@ -1,5 +1,6 @@
 """Items that training did not know are scored by their text and image."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from deploy import new_items
 from deploy.app import main
 from deploy.item_encoder import ItemEncoder
 from deploy.predictor import Predictor
+from deploy.serving.live_model import LiveModel, ModelSource
+from deploy.serving.wire import ScoreRequest
 from embedding.errors import UserError
 from embedding.items import NO_CONTENT, ItemIndex
 from multimodal.content_encoder import load_content_encoder, load_trained_state
@@ -213,6 +216,57 @@ def test_new_items_are_scored_by_their_content(
     found = scores(tmp_path)
     assert found[0] == without[0]
     assert (np.abs(found[1:] - without[1:]) > 100 * ACCURACY).all()
+
+
+def test_new_items_are_served_as_they_are_scored_offline(published: Path, tmp_path: Path) -> None:
+    """Also those that come while a service runs, with its bundle as it is."""
+    bundle = with_event_columns(published / "bundle", tmp_path / "bundle")
+    catalogue = tmp_path / "items.parquet"
+    write_catalogue(catalogue, catalogue_rows())
+    live = LiveModel(ModelSource(bundle=bundle, data=tmp_path))
+    before = live.now
+    rows = pq.read_table(published / "samples.parquet").slice(0, 1).to_pylist()[0]
+    request = ScoreRequest(
+        user_id=rows["key:user_id"],
+        candidates=[NEW, 1, OTHER_NEW],
+        timestamp=1000,
+        histories={"past": {"item_id": [2, NEW], "timestamp": [1, 2]}},
+    )
+    write_catalogue(catalogue, [*catalogue_rows(), item_row(NEW), item_row(OTHER_NEW, like=1)])
+
+    assert live.refresh()
+
+    assert live.now.predictor is before.predictor
+    served, older = (
+        one.scorer.score([one.scorer.rows(request, 0)])[0].probs_BT[:, 0]
+        for one in (live.now, before)
+    )
+    samples = tmp_path / "scoring.parquet"
+    columns = {
+        "key:request_id": [0, 1, 2],
+        "key:user_id": [request.user_id] * 3,
+        "key:item_id": request.candidates,
+        "key:timestamp": [1000] * 3,
+        "sparse:user_id": [request.user_id] * 3,
+        "sparse:item_id": request.candidates,
+        "sequence:past_item": pa.array([[2, NEW]] * 3, pa.list_(pa.int64())),
+    }
+    pq.write_table(pa.table(columns), samples)
+    command = ["score", "--bundle", str(bundle), "--samples", str(samples)]
+    command += ["--items", str(catalogue), "-o", str(tmp_path / "scores.parquet")]
+    assert main(command) == 0
+    offline = pq.read_table(tmp_path / "scores.parquet")["probability:click"].to_numpy()
+    torch.testing.assert_close(served, torch.from_numpy(offline.copy()), atol=1e-6, rtol=0)
+    assert (served - older).abs().min() > 1e-6, "all three read the content of a new item"
+
+
+def with_event_columns(bundle: Path, copy: Path) -> Path:
+    """The bundle, as publishing makes it of a log with integer ids."""
+    shutil.copytree(bundle, copy)
+    told = json.loads((copy / "bundle.json").read_text())
+    told["event_columns"] = {name: {"values": "integer"} for name in ("user_id", "item_id")}
+    (copy / "bundle.json").write_text(json.dumps(told))
+    return copy
 
 
 # --- what the user must change -------------------------------------------------------------------

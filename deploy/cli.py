@@ -28,6 +28,8 @@ def score(
 
     To join scores back, hash your own column: embedding.raw_ids.to_raw_ids(table["item_id"]).
     """
+    import logging
+
     from rich.console import Console
     from rich.markup import escape
 
@@ -38,6 +40,8 @@ def score(
     reporter, console = Reporter(), Console(highlight=False, soft_wrap=True)
     paths = sample_files(samples)
     require_writable(output)
+    # TorchRec asks torch something by a name that torch has renamed, and torch says so.
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     predictor = Predictor(bundle)
     if items is not None:
         from deploy.new_items import add_new_items  # transformers: seconds, for new items only

@@ -41,8 +41,10 @@ class EventForm:
     asked: RequestForm
     labels: tuple[str, ...]
     weights: tuple[str, ...]
-    max_lengths: dict[str, int | None]
-    """By history; and by context column that holds lists."""
+    history_lengths: dict[str, int]
+    """Past events that are read, at most."""
+    list_lengths: dict[str, int | None]
+    """Values that features read of a list, by context column; None: all."""
 
     @classmethod
     def of(cls, recipe: Recipe, kinds: Mapping[str, ColumnKind]) -> "EventForm":
@@ -61,11 +63,11 @@ class EventForm:
                 "requests are compared with: its days were ingested before that was recorded; "
                 "serve one of a later day, or make its days in another --out"
             )
-        lengths: dict[str, int | None] = {h.name: h.max_length for h in recipe.features.histories}
+        list_lengths: dict[str, int | None] = {}
         for name in ids:
             readers = [f for f in recipe.features.sparse if f.column_name == name]
             longest = [f.max_length for f in readers if f.source == "events"]
-            lengths[name] = None if None in longest else max(filter(None, longest))
+            list_lengths[name] = None if None in longest else max(filter(None, longest))
         asked = RequestForm(
             user_id=kinds["user_id"].values,
             item_id=kinds["item_id"].values,
@@ -74,7 +76,8 @@ class EventForm:
             histories=histories,
         )
         weights = tuple(dict.fromkeys(columns.weights.values()))
-        return cls(asked, columns.labels, weights, lengths)
+        history_lengths = {h.name: h.max_length for h in recipe.features.histories}
+        return cls(asked, columns.labels, weights, history_lengths, list_lengths)
 
 
 @dataclass(frozen=True)
@@ -210,7 +213,7 @@ def _context(
         if nested:
             raise UserError(f"{name} holds one id, and {nested[0][:3]} is a list; choose one of it")
         return _ids(name, values, column.values, nullable=True)
-    longest = form.max_lengths[name]
+    longest = form.list_lengths[name]
     lists = [_as_list(value)[:longest] for value in values if value is not None]
     flat = _ids(name, [one for part in lists for one in part], column.values, nullable=True)
     ends = np.cumsum([0, *(0 if v is None else len(_as_list(v)[:longest]) for v in values)])
@@ -275,8 +278,7 @@ def _history(
         # As in training: what is not strictly earlier is not seen.
         seen = int(np.searchsorted(times_S, timestamp, side="left"))
         lists = {column: values_S[:seen] for column, values_S in lists.items()}
-    longest = form.max_lengths[name]
-    assert longest is not None
+    longest = form.history_lengths[name]
     return {history_column(name, column): values_S[-longest:] for column, values_S in lists.items()}
 
 

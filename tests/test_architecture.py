@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,12 @@ MAX_LINES = 400
 
 def source_files() -> list[Path]:
     return sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+
+
+def test_every_package_is_installed() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in source_files()}
+    assert set(project["tool"]["setuptools"]["packages"]) == found
 
 
 def imported_packages(path: Path) -> set[str]:

@@ -16,6 +16,7 @@ from deploy.serving.run import Address, check, running
 from deploy.serving.service import ServiceConfig
 from deploy.serving.wire import ServiceState
 from embedding.errors import UserError
+from pipeline.cluster import cluster_address
 
 _REQUESTS = 512
 """Different ones, asked in turn."""
@@ -44,11 +45,16 @@ def measure(url: str, out: Path, data_root: Path | None, plan: LoadPlan) -> Load
 
 
 def measure_own(config: ServiceConfig, plan: LoadPlan) -> LoadFigures:
-    """Start a service, ask it, and end it.
+    """Start a service on this machine, ask it, and end it.
 
     Raises:
         UserError: it cannot be started.
     """
+    if cluster_address() is not None:  # whose Serve may listen anywhere
+        raise UserError(
+            "with RAY_ADDRESS set, name a running service with --url; without it, one is started "
+            "on this machine"
+        )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = Address(port=probe.getsockname()[1], name="braid-bench", route="/braid-bench")

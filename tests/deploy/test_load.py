@@ -99,6 +99,16 @@ def test_nothing_that_listens_is_said(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "is no service of Braid" in refused(capsys, main(command))
 
 
+def test_a_service_of_its_own_is_not_started_on_a_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+
+    said = refused(capsys, main(["bench", "serve", "--out", str(tmp_path)]))
+
+    assert "name a running service with --url" in said
+
+
 def test_requests_are_those_of_ingested_events_with_the_ids_of_the_catalogue(
     tmp_path: Path,
 ) -> None:

@@ -81,78 +81,72 @@ async def ask_all(url: str, bodies: Sequence[bytes], plan: LoadPlan) -> LoadFigu
     limit = aiohttp.TCPConnector(limit=plan.concurrency)
     wait = aiohttp.ClientTimeout(total=_TIMEOUT_S)
     async with aiohttp.ClientSession(connector=limit, timeout=wait) as session:
-        warm = _Answers()
-        for body in bodies[:_WARM_UP]:
-            await _ask(session, url, body, warm, time.perf_counter())
-        if not warm.times_s:
+        warm = _Caller(session, url, bodies)
+        for number in range(min(_WARM_UP, len(bodies))):
+            await warm.ask(number, time.perf_counter())
+        if not warm.answers.times_s:
             raise UserError(
-                f"{url}/score does not answer requests of the log: {dict(warm.statuses)} "
-                f"{warm.example or ''}"
+                f"{url}/score does not answer requests of the log: {dict(warm.answers.statuses)} "
+                f"{warm.answers.example or ''}"
             )
-        found = _Answers()
+        caller = _Caller(session, url, bodies)
         started = time.perf_counter()
         if plan.rate is None:
-            await _closed_loop(session, url, bodies, plan, found)
+            await _closed_loop(caller, plan)
         else:
-            await _open_loop(session, url, bodies, plan, found)
+            await _open_loop(caller, plan, plan.rate)
         seconds = time.perf_counter() - started
+    found = caller.answers
     if not found.times_s:
         raise RuntimeError(f"{url}/score answered none of the requests: {dict(found.statuses)}")
     return _figures(found, plan, seconds)
 
 
-async def _closed_loop(
-    session: aiohttp.ClientSession,
-    url: str,
-    bodies: Sequence[bytes],
-    plan: LoadPlan,
-    found: _Answers,
-) -> None:
+async def _closed_loop(caller: "_Caller", plan: LoadPlan) -> None:
     until = time.perf_counter() + plan.seconds
 
-    async def caller(first: int) -> None:
+    async def ask_again(first: int) -> None:
         number = first
         while time.perf_counter() < until:
-            await _ask(session, url, bodies[number % len(bodies)], found, time.perf_counter())
+            await caller.ask(number, time.perf_counter())
             number += plan.concurrency
 
-    await asyncio.gather(*(caller(first) for first in range(plan.concurrency)))
+    await asyncio.gather(*(ask_again(first) for first in range(plan.concurrency)))
 
 
-async def _open_loop(
-    session: aiohttp.ClientSession,
-    url: str,
-    bodies: Sequence[bytes],
-    plan: LoadPlan,
-    found: _Answers,
-) -> None:
-    assert plan.rate is not None
+async def _open_loop(caller: "_Caller", plan: LoadPlan, rate: float) -> None:
     started = time.perf_counter()
     under_way = []
-    for number in range(int(plan.seconds * plan.rate)):
-        due = started + number / plan.rate
+    for number in range(int(plan.seconds * rate)):
+        due = started + number / rate
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
-        body = bodies[number % len(bodies)]
-        under_way.append(asyncio.create_task(_ask(session, url, body, found, due)))
+        under_way.append(asyncio.create_task(caller.ask(number, due)))
     await asyncio.gather(*under_way)
 
 
-async def _ask(
-    session: aiohttp.ClientSession, url: str, body: bytes, found: _Answers, due: float
-) -> None:
-    headers = {"content-type": "application/json"}
-    try:
-        async with session.post(f"{url}/score", data=body, headers=headers) as answer:
-            text = await answer.text()
-    except (aiohttp.ClientError, TimeoutError) as error:
-        found.statuses[type(error).__name__] += 1
-        return
-    found.statuses[str(answer.status)] += 1
-    if answer.status != 200:  # noqa: PLR2004 # HTTP's own
-        found.example = text
-        return
-    found.times_s.append(time.perf_counter() - due)
-    found.models[str(_model_of(text)["date"])] += 1
+class _Caller:
+    """Asks, and keeps what came back."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: str, bodies: Sequence[bytes]) -> None:
+        self._session, self._url, self._bodies = session, f"{url}/score", bodies
+        self.answers = _Answers()
+
+    async def ask(self, number: int, due: float) -> None:
+        """Send a request; its time counts from when it was due."""
+        body, found = self._bodies[number % len(self._bodies)], self.answers
+        headers = {"content-type": "application/json"}
+        try:
+            async with self._session.post(self._url, data=body, headers=headers) as answer:
+                text = await answer.text()
+        except (aiohttp.ClientError, TimeoutError) as error:
+            found.statuses[type(error).__name__] += 1
+            return
+        found.statuses[str(answer.status)] += 1
+        if answer.status != 200:  # noqa: PLR2004 # HTTP's own
+            found.example = text
+            return
+        found.times_s.append(time.perf_counter() - due)
+        found.models[str(_model_of(text)["date"])] += 1
 
 
 def _model_of(text: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from embedding.errors import not_among
 from embedding.names import ModuleName, Name
 
 MISSING_ID = -1
@@ -310,14 +311,13 @@ class FeatureSchema(StrictConfig):
         for feature in self.id_features:
             if feature.table not in tables:
                 raise ValueError(
-                    f"feature {feature.name!r}: table {feature.table!r} is not among the tables "
-                    f"{tables}; add it or use one of them"
+                    f"feature {feature.name!r}: table {not_among(feature.table, 'tables', tables)}"
                 )
         for sequence in self.sequences:
             if sequence.history not in histories:
                 raise ValueError(
-                    f"sequence {sequence.name!r}: history {sequence.history!r} is not among the "
-                    f"histories {histories}; add it or use one of them"
+                    f"sequence {sequence.name!r}: history "
+                    f"{not_among(sequence.history, 'histories', histories)}"
                 )
             history = self.histories[histories.index(sequence.history)]
             wanted = {"gap": "timestamp", "events": sequence.column_name}.get(sequence.source)

@@ -6,6 +6,8 @@ import yaml
 
 from embedding.errors import UserError
 
+_DATE = "tag:yaml.org,2002:timestamp"
+
 
 def load_yaml(text: str, where: str) -> Any:
     """The data of a YAML text.
@@ -15,26 +17,36 @@ def load_yaml(text: str, where: str) -> Any:
         where: names the text in errors.
 
     Raises:
-        UserError: it is no YAML, or sets a key twice.
+        UserError: it is no YAML, sets a key twice, or has a date that is none.
     """
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
             return None
-        _refuse_repeated(node, (), where, set())
+        _check(node, (), where, set())
         return loader.construct_document(node)
     except yaml.YAMLError as error:
         raise UserError(f"{where} is not valid YAML: {error}") from error
 
 
-def _refuse_repeated(node: yaml.Node, path: tuple[str, ...], where: str, seen: set[int]) -> None:
+def _check(node: yaml.Node, path: tuple[str, ...], where: str, seen: set[int]) -> None:
+    """Refuse repeated keys, and what YAML takes for a date and Python does not."""
     if id(node) in seen:  # an alias
         return
     seen.add(id(node))
+    if node.tag == _DATE:
+        try:
+            yaml.SafeLoader.construct_yaml_timestamp(yaml.SafeLoader(""), node)
+        except ValueError as error:
+            key = f"{'.'.join(path)}: " if path else ""
+            raise UserError(
+                f"{where}, line {node.start_mark.line + 1}: {key}{node.value!r} is no date, as "
+                f"{error}; write YYYY-MM-DD"
+            ) from error
     if isinstance(node, yaml.SequenceNode):
         for i, entry in enumerate(node.value):
-            _refuse_repeated(entry, (*path, str(i)), where, seen)
+            _check(entry, (*path, str(i)), where, seen)
     if not isinstance(node, yaml.MappingNode):
         return
     lines: dict[tuple[str, str], int] = {}
@@ -46,4 +58,4 @@ def _refuse_repeated(node: yaml.Node, path: tuple[str, ...], where: str, seen: s
                 f"line {lines[key.tag, name]}); keep one of them"
             )
         lines[key.tag, name] = line
-        _refuse_repeated(value, (*path, name), where, seen)
+        _check(value, (*path, name), where, seen)

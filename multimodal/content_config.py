@@ -288,9 +288,9 @@ class ContentConfig(StrictConfig):
     @model_validator(mode="after")
     def _check_parts(self) -> Self:
         if not self.towers:
-            raise ValueError("content: text and image are both null; set at least one of them")
+            raise ValueError("text and image are both null; set at least one of them")
         if isinstance(self.fusion, FqFormer):
-            name = "content.dim" if self.fusion.dim is None else "content.fusion.dim"
+            name = "dim" if self.fusion.dim is None else "fusion.dim"
             dim, heads = self.fusion.dim or self.dim, self.fusion.num_heads
             if dim % heads:
                 raise ValueError(
@@ -300,16 +300,14 @@ class ContentConfig(StrictConfig):
         trained = [name for name, tower in self.towers.items() if tower.lora is not None]
         if self.frozen and trained:
             raise ValueError(
-                f"content.frozen trains no tower, but {', '.join(trained)} has lora; set "
-                f"content.{trained[0]}.lora=null"
+                f"frozen trains no tower, but {', '.join(trained)} has lora; set "
+                f"{trained[0]}.lora to null"
             )
         if self.frozen and isinstance(self.placement, Service):
             raise ValueError(
-                "content.frozen trains only the encoder's last layer, which is the ranks': actors "
-                "would have nothing to do; set content.placement={kind: inline}"
+                "frozen trains only the encoder's last layer, which is the ranks': actors would "
+                "have nothing to do; set placement to {kind: inline}"
             )
         if self.text and self.image and self.text.column == self.image.column:
-            raise ValueError(
-                f"content: text and image both read the column {self.text.column!r}; name two"
-            )
+            raise ValueError(f"text and image both read the column {self.text.column!r}; name two")
         return self

@@ -218,7 +218,7 @@ def validate(recipe: RecipeOption, overrides: SetOption = None) -> None:
         f"{len(features.sparse)} sparse, {len(features.dense)} dense and "
         f"{len(features.sequences)} sequence features, tasks {escape(tasks)}"
     )
-    for line in _derived(loaded):
+    for line in _derived(loaded) + _unread(loaded):
         console.print(f"   {escape(line)}")
 
 
@@ -299,6 +299,17 @@ def _derived(recipe: "Recipe") -> list[str]:
     if recipe.codes is not None and recipe.codes.taken_from is not None:
         lines.append(f"codes are taken from the runs of {recipe.codes.taken_from}")
     return lines
+
+
+def _unread(recipe: "Recipe") -> list[str]:
+    """Sequences that cost a lookup and reach no part of the model."""
+    read = {interest.history for interest in recipe.ranking.model.interests}
+    if recipe.content is not None and recipe.content.in_history:
+        read |= {history.name for history in recipe.features.histories}
+    unread = [s.name for s in recipe.features.sequences if s.history not in read]
+    if not unread:
+        return []
+    return [f"looked up, and read by nothing (ranking.model.interests): {', '.join(unread)}"]
 
 
 def _load(recipe: str, overrides: list[str] | None) -> "Recipe":

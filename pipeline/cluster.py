@@ -66,7 +66,8 @@ class RaySession:
 
         Raises:
             UserError: `RAY_ADDRESS` is not that of a cluster's own port, or the cluster has too few
-                CPUs or GPUs for `cluster.num_workers`, and no autoscaler that would add them.
+                CPUs or GPUs for `cluster.num_workers` and is local, or has no autoscaler that would
+                add them.
         """
         if self._started:
             return
@@ -94,8 +95,15 @@ class RaySession:
         self._is_shared = address is not None
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         lacking = lacking_resources(nodes, self.cluster, self.actors)
+        if lacking is None:
+            return
+        if not self._is_shared:
+            raise UserError(
+                f"{lacking}: a local one that this command has started, as RAY_ADDRESS is not set; "
+                "run it on the cluster (RAY_ADDRESS, or `ray job submit`), or ask for less"
+            )
         # An autoscaler adds nodes when a stage waits for them: GPUs are not there for ingest.
-        if lacking is not None and self.cluster.autoscale_timeout_s is None:
+        if self.cluster.autoscale_timeout_s is None:
             raise UserError(
                 f"{lacking}; lower num_workers, or add nodes; where an autoscaler adds them, set "
                 "cluster.autoscale_timeout_s"

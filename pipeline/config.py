@@ -272,6 +272,7 @@ class Recipe(StrictConfig):
         if self.content is not None and self.content.cic is not None:
             candidate_field(self.features)
         _check_transport(self.content, self.cluster)
+        _check_hosts(self.embedding.sharding.ranks_per_host, self.cluster.num_workers)
         if self.evaluation.held_out_items is not None and self.window.warm_start:
             raise ValueError(
                 "evaluation.held_out_items keeps items from training, and a warm start would bring "
@@ -329,6 +330,15 @@ def _check_transport(content: ContentConfig | None, cluster: ClusterConfig) -> N
             f"content.placement.transport=direct needs ranks and actors on devices of one kind, "
             f"each on its own, but with cluster.use_gpu={str(cluster.use_gpu).lower()} {obstacle}; "
             f"set gpus_per_actor to {int(cluster.use_gpu)}, or transport to object_store"
+        )
+
+
+def _check_hosts(ranks_per_host: int | None, num_workers: int) -> None:
+    if ranks_per_host is not None and num_workers % ranks_per_host:
+        raise ValueError(
+            f"embedding.sharding.ranks_per_host={ranks_per_host} does not divide "
+            f"cluster.num_workers={num_workers}; leave it out (what the cluster reports), or set a "
+            "divisor"
         )
 
 

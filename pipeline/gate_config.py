@@ -3,6 +3,7 @@
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from embedding.config import StrictConfig
+from embedding.errors import not_among
 
 
 class TaskGate(StrictConfig):
@@ -71,7 +72,9 @@ class GateConfig(TaskGate):
         seen: list[str] = []
         for path, rules in self.by_path:
             if rules.task not in tasks:
-                raise ValueError(f"{path}.task: {rules.task!r} is not among the tasks {tasks}")
+                raise ValueError(
+                    f"{path}.task: {not_among(rules.task, 'tasks', tasks, 'use one of them')}"
+                )
             if rules.task in seen:
                 raise ValueError(
                     f"{path}.task: {rules.task!r} has rules already; write them in one place"

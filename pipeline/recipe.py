@@ -1,6 +1,5 @@
 """Loading a recipe: YAML in, a checked `Recipe` out, with errors that name the place."""
 
-import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from embedding.errors import UserError
+from embedding.errors import UserError, nearest_name
 from embedding.files import write_durably
 from embedding.yaml_text import load_yaml
 from pipeline.config import Recipe
@@ -68,7 +67,8 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         return Recipe.model_validate(data)
     except ValidationError as error:
         faults = [_sentence(fault, data) for fault in error.errors()]
-        raise UserError(f"recipe {path.name}: " + "\n  ".join(faults)) from error
+        source = f"recipe {path.name}" + (" with --set" if overrides else "")
+        raise UserError(f"{source}: " + "\n  ".join(faults)) from error
 
 
 def write_recipe(recipe: Recipe, directory: Path) -> None:
@@ -165,6 +165,9 @@ def _sentence(fault: ErrorDetails, data: Any) -> str:
             key = str(fault["loc"][-1])
             allowed = _keys_at(Recipe, fault["loc"][:-1])
             hint = nearest_name(key, allowed) or f"; allowed are {', '.join(allowed)}"
+            if "kind" in allowed:
+                section = where.rpartition(".")[0]
+                hint += f"; if it is of another kind, replace all of {section} by {{kind: ...}}"
             return f"{where}: unknown key{hint}"
         case "missing":
             return f"{where}: required, but not there; add it"
@@ -180,6 +183,12 @@ def _sentence(fault: ErrorDetails, data: Any) -> str:
         case "value_error":
             message = fault["msg"].removeprefix("Value error, ")
             return f"{where}: {message}" if where else message
+        case "model_attributes_type" | "model_type" | "dict_type" if kinds := _kinds_at(
+            Recipe, fault["loc"]
+        ):
+            found = fault["input"]
+            kind = found if found in kinds else " | ".join(kinds)
+            return f"{where}: a section and not {found!r}; write {{kind: {kind}}}"
         case _:
             return f"{where}: {fault['msg']}; got {fault['input']!r}"
 
@@ -251,9 +260,3 @@ def _kind(annotation: Any) -> str | None:
         if field is not None and get_origin(field.annotation) is Literal:
             return str(get_args(field.annotation)[0])
     return None
-
-
-def nearest_name(word: str, words: Sequence[str]) -> str:
-    """A hint for a misspelt name, or nothing."""
-    matches = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    return f"; did you mean {matches[0]!r}?" if matches else ""

@@ -6,7 +6,7 @@ Imports nothing heavy, so that `braid validate` says it without torch.
 from collections import Counter
 
 from embedding.config import FeatureSchema, Identity
-from embedding.errors import UserError
+from embedding.errors import UserError, not_among
 from ranking.classifier_config import READ_ANY_DIMS
 from ranking.config import ModelConfig
 from ranking.interest_config import Hstu, InterestConfig
@@ -24,8 +24,8 @@ def check_model(schema: FeatureSchema, model: ModelConfig) -> None:
     for name in model.field_dropout:
         if name not in fields:
             raise UserError(
-                f"ranking.model.field_dropout: {name!r} is not among the sparse features {fields}; "
-                "name one of them"
+                "ranking.model.field_dropout: "
+                f"{not_among(name, 'sparse features', fields, 'name one of them')}"
             )
     for interest in model.interests:
         check_interest(schema, interest)
@@ -51,8 +51,8 @@ def check_interest(schema: FeatureSchema, interest: InterestConfig) -> None:
     histories = [history.name for history in schema.histories]
     if interest.history not in histories:
         raise UserError(
-            f"ranking.model.interests: history {interest.history!r} is not among the histories "
-            f"{histories}"
+            "ranking.model.interests: history "
+            f"{not_among(interest.history, 'histories', histories, 'name one of them')}"
         )
     sequences = [s for s in schema.sequences if s.history == interest.history]
     if all(sequence.target is None for sequence in sequences):

@@ -13,6 +13,7 @@ from pydantic import (
 )
 
 from embedding.config import StrictConfig
+from embedding.errors import not_among
 from embedding.names import Name
 from ranking.classifier_config import Classifier, Dnn, Dropout
 from ranking.experts_config import ExpertsConfig
@@ -82,8 +83,8 @@ class RankingConfig(StrictConfig):
         chosen = self.trainer.validation.task
         if chosen is not None and chosen not in names:
             raise ValueError(
-                f"trainer.validation.task: {chosen!r} is not among the tasks {names}; use one of "
-                "them, or null for their mean"
+                "trainer.validation.task: "
+                f"{not_among(chosen, 'tasks', names, 'use one of them, or null for their mean')}"
             )
         return self
 
@@ -106,8 +107,7 @@ def _check_ancestors(task: TaskConfig, tasks: dict[str, TaskConfig]) -> None:
     while (parent := tasks[path[-1]].after) is not None:
         if parent not in tasks:
             raise ValueError(
-                f"task {path[-1]!r}: after={parent!r} is not among the tasks {sorted(tasks)}; add "
-                "it or use one of them"
+                f"task {path[-1]!r}: after={not_among(parent, 'tasks', sorted(tasks))}"
             )
         path.append(parent)
         if parent in path[:-1]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from embedding.errors import UserError
+from embedding.errors import UserError, nearest_name
 from embedding.limits import check_support
 from embedding.planning.calibration import constants_for, read_calibration, suits
 from embedding.planning.cluster_shape import MACHINE_PATTERN, ClusterShape, limited, parse_shape
@@ -16,7 +16,6 @@ from multimodal.tower_files import require_files
 from pipeline.capacity.types import CapacityRequest, Target
 from pipeline.config import Recipe
 from pipeline.planning.request import measured_traffic, with_traffic
-from pipeline.recipe import nearest_name
 from ranking.compatibility import table_widths
 
 _RANGE = re.compile(rf"^{MACHINE_PATTERN}:(?P<low>\d+)\.\.(?P<high>\d+)(?P<ranks>x\d+)?$")

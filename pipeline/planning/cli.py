@@ -7,7 +7,7 @@ import typer
 
 if TYPE_CHECKING:
     from embedding.planning.cluster_shape import ClusterShape
-    from pipeline.config import Recipe
+    from pipeline.config import ClusterConfig, Recipe
 
 RecipeOption = Annotated[
     str, typer.Option("--recipe", "-r", help="Built-in recipe or path of a YAML file.")
@@ -81,21 +81,29 @@ def plan_command(  # noqa: PLR0913 # every option of a command is a parameter
     ] = False,
     overrides: SetOption = None,
 ) -> None:
-    """Plan where the tables go on a topology; no GPU is needed."""
+    """Plan where the tables go on a topology.
+
+    A named one needs neither GPUs nor Ray; `here` and `cluster` ask the Ray cluster what it is.
+    """
     from rich.console import Console
 
     from embedding.planning.plan_description import read_plan
-    from pipeline.planning.request import RequestChanges, plan_with
+    from pipeline.planning.request import (
+        RequestChanges,
+        known_kernels,
+        parse_constraints,
+        plan_with,
+    )
     from pipeline.planning.tables_view import diff_table, plan_view
 
     loaded = _load(recipe, overrides)
     changes = RequestChanges(
-        constraints=tuple(constraints or ()),
+        constraints=parse_constraints(constraints or (), loaded.features),
         pin=pin,
         calibration=calibration,
         traffic=traffic,
         batch_size_per_rank=batch_size_per_rank,
-        kernels=tuple(kernels) if kernels else None,
+        kernels=known_kernels(kernels) if kernels else None,
         also_torchrec=also_torchrec,
     )
     before = None if other is None else read_plan(other)
@@ -131,7 +139,7 @@ def traffic_command(
     loaded = _load(recipe, overrides)
     files = sample_files(out, date)
     reporter = Reporter()
-    with RaySession(loaded.cluster) as session:
+    with RaySession(_no_ranks(loaded)) as session:
         session.wait_for("traffic", [ONE_CPU])
         with reporter.stage("traffic"):
             traffic = measure_traffic(loaded.features, files, reporter.advance)
@@ -235,8 +243,7 @@ def capacity_command(  # noqa: PLR0913 # every option of a command is a paramete
         ),
     )
     reporter = Reporter()
-    local = loaded.cluster.model_copy(update={"num_workers": 1, "use_gpu": False})
-    with RaySession(local) as session:
+    with RaySession(_no_ranks(loaded)) as session:
         session.wait_for("capacity", [ONE_CPU])
         with reporter.stage("capacity", unit="points"):
             answer = run_capacity(request, reporter.advance)
@@ -255,6 +262,11 @@ def _load(recipe: str, overrides: list[str] | None) -> "Recipe":
     from pipeline.recipe import load_recipe
 
     return load_recipe(recipe, overrides or ())
+
+
+def _no_ranks(recipe: "Recipe") -> "ClusterConfig":
+    """The cluster of a command that trains nothing."""
+    return recipe.cluster.model_copy(update={"num_workers": 1, "use_gpu": False})
 
 
 def _shape(text: str, recipe: "Recipe") -> "ClusterShape":

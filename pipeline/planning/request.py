@@ -1,6 +1,7 @@
 """From a recipe to what planning needs. Imports nothing heavy."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from embedding.config import (
@@ -14,7 +15,7 @@ from embedding.config import (
     TableRowWise,
     TableWise,
 )
-from embedding.errors import UserError
+from embedding.errors import UserError, nearest_name
 from embedding.limits import check_support
 from embedding.planning.calibration import read_calibration
 from embedding.planning.choices import KERNELS
@@ -24,7 +25,6 @@ from embedding.planning.plan_description import PlanDescription, read_plan
 from embedding.planning.planner import PlanRequest, check_trainable, plan_tables
 from embedding.planning.traffic import Traffic, read_traffic
 from pipeline.config import Recipe
-from pipeline.recipe import nearest_name
 from ranking.compatibility import table_widths
 
 TABLES_PATH = "model.tables"
@@ -99,13 +99,30 @@ def check_plan_files(recipe: Recipe) -> None:
         )
 
 
-def with_constraints(request: PlanRequest, constraints: list[str]) -> PlanRequest:
-    """Force sharding types: `table=row_wise`, `table=column_wise:4` (number of column shards).
+def parse_constraints(texts: Iterable[str], schema: FeatureSchema) -> dict[str, Sharding]:
+    """Forced sharding types, by table: `table=row_wise`, `table=column_wise:4` (column shards).
 
     Raises:
         UserError: No such table or sharding type.
     """
-    forced = dict(_constraint(text, request.schema) for text in constraints)
+    return dict(_constraint(text, schema) for text in texts)
+
+
+def known_kernels(names: Sequence[str]) -> tuple[str, ...]:
+    """The same names.
+
+    Raises:
+        UserError: One is no kernel.
+    """
+    for name in names:
+        if name not in KERNELS:
+            hint = nearest_name(name, KERNELS)
+            raise UserError(f"--kernel {name!r} is unknown{hint}; use {', '.join(KERNELS)}")
+    return tuple(names)
+
+
+def with_constraints(request: PlanRequest, forced: Mapping[str, Sharding]) -> PlanRequest:
+    """The request with some tables' sharding types forced."""
     tables = tuple(
         table.model_copy(update={"sharding": forced.get(table.name, table.sharding)})
         for table in request.schema.tables
@@ -145,7 +162,8 @@ def _constraint(text: str, schema: FeatureSchema) -> tuple[str, Sharding]:
 class RequestChanges:
     """What the command line changes of a recipe's request."""
 
-    constraints: tuple[str, ...] = ()
+    constraints: Mapping[str, Sharding] = field(default_factory=dict)
+    """By table."""
     pin: Path | None = None
     calibration: Path | None = None
     traffic: Path | None = None
@@ -158,15 +176,11 @@ def changed_request(recipe: Recipe, shape: ClusterShape, changes: RequestChanges
     """The recipe's request with the command line's changes.
 
     Raises:
-        UserError: A change names something that does not exist.
+        UserError: A file is missing, or something else.
     """
     request = plan_request(with_traffic(recipe, changes.traffic), shape)
-    request = with_constraints(request, list(changes.constraints))
+    request = with_constraints(request, changes.constraints)
     if changes.kernels is not None:
-        unknown = [kernel for kernel in changes.kernels if kernel not in KERNELS]
-        if unknown:
-            hint = nearest_name(unknown[0], KERNELS)
-            raise UserError(f"--kernel {unknown[0]!r} is unknown{hint}; use {', '.join(KERNELS)}")
         request = replace(request, kernels=changes.kernels)
     if changes.batch_size_per_rank is not None:
         settings = replace(request.settings, batch_size_per_rank=changes.batch_size_per_rank)

@@ -8,10 +8,9 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.table import Table
 
-from embedding.errors import UserError
+from embedding.errors import UserError, nearest_name
 from pipeline.config import Recipe
 from pipeline.evaluate import SLICES
-from pipeline.recipe import nearest_name
 from pipeline.reports import charts
 from pipeline.reports.page import write_page
 from pipeline.study.statistics import (

@@ -78,6 +78,17 @@ def test_validate_names_what_follows_from_codes(capsys: pytest.CaptureFixture[st
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 
+def test_validate_names_sequences_that_nothing_reads(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["validate", "--recipe", "demo", "--set"]
+    assert main([*command, "ranking.model.interests=[]"]) == 0
+    _, line = capsys.readouterr().out.splitlines()
+    assert "read by nothing" in line
+    assert line.endswith(": clicks_item, clicks_category, clicks_gap")
+    content = "content={text: {max_tokens: 16}}"
+    assert main([*command, "ranking.model.interests=[]", "--set", content]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1, "content reads the items"
+
+
 def test_completion_and_short_options_are_there(capsys: pytest.CaptureFixture[str]) -> None:
     for command in (["data", "import", "movielens"], ["data", "synth"], ["score"]):
         assert main([*command, "--help"]) == 0

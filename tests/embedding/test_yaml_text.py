@@ -30,6 +30,11 @@ def test_sound_text_is_read_as_ever(text: str) -> None:
             r"^here, line 3: a is set a second time \(first in line 1\); keep one",
         ),
         ("t:\n- {n: x}\n- n: x\n  k: {m: 1, m: 1}", r"line 4: t\.1\.k\.m is set a second"),
+        (
+            "t:\n- a: {b: 2024-13-01}",
+            r"^here, line 2: t\.0\.a\.b: '2024-13-01' is no date, .* write",
+        ),
+        ("2024-02-30", "^here, line 1: '2024-02-30' is no date"),
         ("a: [", "^here is not valid YAML: "),
         ("a: !!python/object:os.system x", "^here is not valid YAML: "),
         ("a: \x00", "^here is not valid YAML: "),

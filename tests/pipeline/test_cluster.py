@@ -116,6 +116,17 @@ def test_without_an_autoscaler_a_small_cluster_is_refused_at_once(
     assert (cluster.now_s, cluster.asked) == (0, [])
 
 
+def test_a_local_ray_is_refused_though_an_autoscaler_would_add_nodes_elsewhere(
+    make: Callable[..., Cluster], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = make([0.0])
+    monkeypatch.delenv("RAY_ADDRESS")
+    sentence = "needs as many GPUs and the cluster has 2: a local one .* RAY_ADDRESS is not set"
+    with pytest.raises(UserError, match=sentence):
+        cluster.session(autoscale_timeout_s=6000, cpus_per_worker=1).start()
+    assert (cluster.now_s, cluster.asked) == (0, [])
+
+
 def test_a_stage_waits_for_what_others_hold_and_says_so(make: Callable[..., Cluster]) -> None:
     cluster = make([0.0, 0.0], 95.0)
     session = cluster.session()

@@ -14,7 +14,7 @@ from pipeline.artifacts import read_manifest
 from pipeline.config import WindowConfig
 from pipeline.console import Reporter
 from pipeline.plan import CLUSTER, PLAN, cluster_facts
-from pipeline.planning.request import with_constraints
+from pipeline.planning.request import parse_constraints, with_constraints
 from pipeline.rank_hosts import Place, refuse_other_hosts
 from pipeline.run import DayRun
 from pipeline.stages import StageOutput, execute
@@ -99,7 +99,9 @@ def test_a_plan_is_made_again_for_another_cluster_when_ranks_are_needed(
 
 def planned(sharding: str, topology: str = "cpu:2x6") -> PlanDescription:
     request = request_for(10**6, 64, topology)
-    return plan_tables(with_constraints(request, [f"big={sharding}"]))
+    return plan_tables(
+        with_constraints(request, parse_constraints([f"big={sharding}"], request.schema))
+    )
 
 
 def test_tables_cut_over_a_hosts_ranks_need_these_ranks_on_one_node() -> None:

@@ -117,7 +117,7 @@ def test_override_creates_missing_sections(tmp_path: Path) -> None:
         (
             "features.tables.user.sharding.shards",
             3,
-            ["features.tables.user.sharding.shards", "unknown key"],
+            ["user.sharding.shards: unknown key", "replace all of features.tables.user.sharding"],
         ),
         (
             "features.tables.item.embedding_dim",
@@ -125,7 +125,14 @@ def test_override_creates_missing_sections(tmp_path: Path) -> None:
             ["embedding_dim=10 must be a multiple of 4", "use 12"],
         ),
         ("features.tables.item.ids.kind", "hash", ["features.tables.item.ids", "'hashed'"]),
-        ("features.sparse.item_id.table", "items", ["table 'items' is not among"]),
+        ("features.sparse.item_id.table", "items", ["table 'items' is not among", "mean 'item'?"]),
+        ("ranking.model.classifier", "dnn", ["ranking.model.classifier: a section", "{kind: dnn}"]),
+        ("embedding.optimizer", "momentum", ["write {kind: row_wise_adagrad | adagrad | adam | sgd}"]),
+        (
+            "embedding.sharding.ranks_per_host",
+            3,
+            ["embedding.sharding.ranks_per_host=3 does not divide cluster.num_workers="],
+        ),
         ("gate.task", "clack", ["gate.task: 'clack'", "['click']"]),
         (
             "ranking.trainer.validation.every_steps",

@@ -60,5 +60,7 @@ def test_nothing_is_lost_when_the_model_is_used() -> None:
 def test_an_unknown_field_is_refused() -> None:
     model = ModelConfig(field_dropout={"item": 0.1})
 
-    with pytest.raises(UserError, match=r"'item' is not among the .*'item_id'\]; name one of them"):
+    with pytest.raises(
+        UserError, match=r"'item' is not among the .*'item_id'\]; did you mean 'item_id'"
+    ):
         check_model(SCHEMA, model)

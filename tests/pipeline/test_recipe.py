@@ -127,7 +127,11 @@ def test_override_creates_missing_sections(tmp_path: Path) -> None:
         ("features.tables.item.ids.kind", "hash", ["features.tables.item.ids", "'hashed'"]),
         ("features.sparse.item_id.table", "items", ["table 'items' is not among", "mean 'item'?"]),
         ("ranking.model.classifier", "dnn", ["ranking.model.classifier: a section", "{kind: dnn}"]),
-        ("embedding.optimizer", "momentum", ["write {kind: row_wise_adagrad | adagrad | adam | sgd}"]),
+        (
+            "embedding.optimizer",
+            "momentum",
+            ["write {kind: row_wise_adagrad | adagrad | adam | sgd}"],
+        ),
         (
             "embedding.sharding.ranks_per_host",
             3,

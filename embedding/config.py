@@ -206,7 +206,7 @@ Source = Literal["events", "items", "users", "codes"]
 
 
 class SparseFeature(StrictConfig):
-    """Ids of one column, looked up in a table; list columns are pooled."""
+    """Ids of a column of `source`, looked up in a table; those of a list are pooled."""
 
     name: Name
     table: str

@@ -35,7 +35,7 @@ def _check(node: yaml.Node, path: tuple[str, ...], where: str, seen: set[int]) -
     if id(node) in seen:  # an alias
         return
     seen.add(id(node))
-    if node.tag == _DATE:
+    if isinstance(node, yaml.ScalarNode) and node.tag == _DATE:
         try:
             yaml.SafeLoader.construct_yaml_timestamp(yaml.SafeLoader(""), node)
         except ValueError as error:

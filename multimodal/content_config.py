@@ -28,6 +28,7 @@ class Lora(StrictConfig):
     """Low-rank updates of a tower's trainable layers."""
 
     rank: PositiveInt = 8
+    """Width of the two factors of an adapter."""
     alpha: PositiveFloat = 16.0
     """The update is scaled by alpha / rank."""
     target_modules: tuple[str, ...] | None = None
@@ -106,6 +107,7 @@ class FqFormer(StrictConfig):
     what pretrained towers say reaches the ranker from the first step, and not only as far as the
     queries have learned to ask for it. Not part of the published method."""
     feed_forward: bool = False
+    """Adds the two-layer network of a transformer behind the attention of each layer."""
     modality_embedding: bool = False
     """Add a learned vector to the tokens of each modality."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -159,7 +161,9 @@ class Cic(StrictConfig):
     """Content-ID-contrastive loss between an item's content vector and its ID embedding."""
 
     weight: PositiveFloat = 1e-3
+    """Of this loss beside those of the tasks."""
     temperature: PositiveFloat = 0.1
+    """Cosines are divided by it: lower ones look at the hardest negatives only."""
     num_negatives: PositiveInt = 16
     """Per item, drawn with replacement; `in_batch` takes all there are instead."""
     negatives: Literal["uniform", "in_batch", "queue"] = "uniform"
@@ -178,6 +182,7 @@ class ContentOptimizer(StrictConfig):
     learning_rate: PositiveFloat = 1e-3
     """Rate of the fusion, and of the vectors that stand for what an item lacks."""
     lora_learning_rate: PositiveFloat = 1e-3
+    """Of the adapters in the towers."""
     head_learning_rate: PositiveFloat = 1e-3
     """Rate of the last layer, which learns from every item of a step, encoded or not."""
     weight_decay: NonNegativeFloat = 0.0
@@ -200,6 +205,7 @@ class Service(StrictConfig):
 
     kind: Literal["service"] = "service"
     num_actors: PositiveInt = 1
+    """Processes that share the items of a step."""
     staleness: Literal[0, 1] = 0
     """0: vectors of step t+1 come from the weights after step t. 1: from those before it, computed
     while the ranks work on step t."""
@@ -241,6 +247,7 @@ class TokenStage(StrictConfig):
     items_per_part: PositiveInt = 2048
     """Items of a file of the store; a worker holds the tokens of one part."""
     num_workers: PositiveInt = 1
+    """Processes that run the lower layers over new items, side by side."""
     cpus_per_worker: NonNegativeFloat = 1
     gpus_per_worker: NonNegativeFloat = 0
 

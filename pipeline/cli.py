@@ -167,7 +167,7 @@ def prune(
         int,
         typer.Option(
             min=1,
-            help="Latest runs, promotions before the last, and bundles never promoted, that stay.",
+            help="How many to keep: latest runs, earlier promotions, bundles never promoted.",
         ),
     ] = 7,
     dry_run: Annotated[

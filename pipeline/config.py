@@ -44,6 +44,7 @@ class SyntheticConfig(StrictConfig):
     num_days: PositiveInt = 8
     first_day: date = date(2024, 1, 1)
     events_per_day: PositiveInt = 20_000
+    """Impressions."""
     num_users: PositiveInt = 2_000
     num_items: PositiveInt = 1_000
     """Items alive on one day."""
@@ -52,6 +53,7 @@ class SyntheticConfig(StrictConfig):
     candidates_per_request: PositiveInt = 10
     taste_dim: PositiveInt = 8
     base_rate: float = Field(default=0.2, gt=0, lt=1)
+    """Share of impressions that are clicked, about."""
     drift: float = Field(default=0.1, ge=0)
     """Standard deviation of the daily step of popularity and tastes."""
     content_share: float = Field(default=0.8, ge=0, le=1)
@@ -107,7 +109,7 @@ class WindowConfig(StrictConfig):
     """Days after D; None: all days there are."""
     warm_start: bool = True
     """Start from the latest earlier model in the same output directory that passed its gate and was
-    not taken out of production."""
+    not withdrawn from production."""
 
     @model_validator(mode="after")
     def _check_days(self) -> Self:
@@ -135,8 +137,11 @@ class ClusterConfig(StrictConfig):
     """Workers of the training group."""
 
     num_workers: PositiveInt = 2
+    """Ranks of the training group: processes that share tables and rows."""
     cpus_per_worker: PositiveFloat = 1
+    """CPUs that Ray reserves for a rank, and threads of its torch."""
     use_gpu: bool = False
+    """Every rank trains on a GPU of its own (NCCL); else on its CPUs (gloo)."""
     max_failures: NonNegativeInt = 2
     """Restarts of the worker group from the last checkpoint before the stage fails."""
     autoscale_timeout_s: PositiveFloat | None = None

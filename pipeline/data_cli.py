@@ -121,9 +121,9 @@ def synth(  # noqa: PLR0913 # every option of a command is a parameter
 @data_app.command()
 def check(
     recipe: RecipeOption,
-    day: Annotated[
+    date: Annotated[
         str | None,
-        typer.Option("--day", "-d", help="Look into this day only, YYYY-MM-DD; default: all."),
+        typer.Option("--date", "-d", help="Look into this day only, YYYY-MM-DD; default: all."),
     ] = None,
     overrides: SetOption = None,
 ) -> None:
@@ -135,20 +135,22 @@ def check(
     from rich.markup import escape
 
     from pipeline.recipe import load_recipe
-    from pipeline.samples.delivery import check_delivery
+    from pipeline.samples.delivery import check_delivery, grouped
 
-    found = check_delivery(load_recipe(recipe, overrides or ()), day)
+    found = check_delivery(load_recipe(recipe, overrides or ()), date)
     console = Console(highlight=False, soft_wrap=True)
-    for sentence in found.faults:
+    faults = grouped(found.faults)
+    for sentence in faults:
         console.print(f"[red]fault[/] {escape(sentence)}")
-    for sentence in found.warnings:
+    for sentence in grouped(found.warnings):
         console.print(f"[yellow]warning[/] {escape(sentence)}")
     days = f"{found.days[0]} .. {found.days[-1]}" if found.days else "none"
-    state = f"[red]{len(found.faults)} faults[/]" if found.faults else "[green]ok[/]"
+    number = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
+    state = f"[red]{number}[/]" if faults else "[green]ok[/]"
     console.print(
         f"{state}: days {days}, {found.num_files} files, values of {found.num_rows:,} events"
     )
-    raise typer.Exit(2 if found.faults else 0)
+    raise typer.Exit(2 if faults else 0)
 
 
 def _import(run: Callable[["Progress"], "ImportSummary"], out: Path, *, unit: str = "rows") -> None:

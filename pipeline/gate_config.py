@@ -10,6 +10,7 @@ class TaskGate(StrictConfig):
     """What a model must show of one task, on the rows that the run evaluates."""
 
     task: str
+    """The task that these rules judge."""
     min_rows: PositiveInt = 1000
     """The fewest rows whose label is observed: fewer say too little of a model."""
     min_rows_per_class: PositiveInt = 100

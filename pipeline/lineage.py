@@ -1,4 +1,4 @@
-"""Which earlier model a run starts from: the latest one that its gate passed and nobody took back.
+"""Which earlier model a run starts from: the latest one that its gate passed and nobody withdrew.
 
 The days that a model which is passed over was trained on are trained on again: a run trains on the
 days since those of its parent.

@@ -35,7 +35,7 @@ class ModelEntry(StrictConfig):
     """UTC, ISO 8601."""
     state: State
     """`production`; `promoted`: was there before, and a rollback may return to it; `withdrawn`: was
-    taken out of production; `published`: was never there."""
+    withdrawn from production; `published`: was never there."""
     bundle: str
     """Path of its directory; one that was promoted never changes."""
 

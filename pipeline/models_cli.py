@@ -15,7 +15,11 @@ AsJsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for prog
 
 @models_app.command("list")
 def list_models(out: OutOption, as_json: AsJsonOption = False) -> None:
-    """List the published bundles: in production, before it, taken back, or never promoted."""
+    """List the published bundles.
+
+    State: `production`, `promoted` before (a rollback may return to it), `withdrawn` from
+    production, or `published` and never promoted.
+    """
     from pipeline.console import result_console
     from pipeline.models import model_list, models_table
 

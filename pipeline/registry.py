@@ -15,6 +15,7 @@ from embedding.config import StrictConfig
 from embedding.errors import UserError
 from embedding.files import link_or_copy, write_durably
 from pipeline.artifacts import Manifest, read_manifest
+from pipeline.days import parse_day
 from pipeline.lock import changing
 
 PRODUCTION = "production.json"
@@ -31,7 +32,7 @@ class Promotion(StrictConfig):
 
     date: str
     artifact_id: str
-    """Of the bundle: promoted, or, in a rollback, taken back."""
+    """Of the bundle: promoted, or, in a rollback, withdrawn."""
     at: str
     rollback: bool = False
     train: str
@@ -46,12 +47,12 @@ class Promotions(StrictConfig):
 
     @property
     def in_force(self) -> list[Promotion]:
-        """Promotions that were not taken back; the last one is in production."""
+        """Promotions that were not withdrawn; the last one is in production."""
         return self._replayed()[0]
 
     @property
     def withdrawn(self) -> list[Promotion]:
-        """Promotions of bundles that were taken out of production and not put back.
+        """Promotions of bundles that were withdrawn and not put back.
 
         By a rollback, or by promoting one of an earlier day in their place, which no run does. A
         rollback right after such a promotion undoes it, and puts them back.
@@ -190,9 +191,10 @@ def promote(out: Path, date: str) -> PublishedModel:
     """Put a published bundle into production; a no-op when it is there already.
 
     Raises:
-        UserError: Nothing is published under that date.
+        UserError: Nothing is published under that date, or it is none.
     """
     require_output(out)
+    parse_day(date, "--date")
     with changing(out / PRODUCTION):
         return _promote(out, date)
 
@@ -200,7 +202,7 @@ def promote(out: Path, date: str) -> PublishedModel:
 def promote_newest(out: Path, date: str) -> str | None:
     """Promote the bundle of a run that has just been published, as far as that is a step forward.
 
-    A model that was taken out of production on purpose stays out, and so do those trained from it;
+    A model that was withdrawn on purpose stays out, and so do those trained from it;
     one of an older day replaces none of a later one.
 
     Returns:
@@ -215,7 +217,7 @@ def promote_newest(out: Path, date: str) -> str | None:
             which = (
                 "it" if spoiled == date else f"the model of {spoiled}, which it was trained from,"
             )
-            return f"{which} was taken out of production"
+            return f"{which} was withdrawn from production"
         if past.ever_promoted(manifest.artifact_id):
             return None
         if past.in_force and past.in_force[-1].date > date:
@@ -227,7 +229,7 @@ def promote_newest(out: Path, date: str) -> str | None:
 def spoiled_by(out: Path, day: str) -> str | None:
     """Date of the model that makes the one of a day unfit to build on; None: nothing is known.
 
-    That is itself, where it was taken out of production (`Promotions.withdrawn`), or a model that
+    That is itself, where it was withdrawn (`Promotions.withdrawn`), or a model that
     it was trained from, as far back as their artifacts are there. One that is in force is fit,
     whatever it was trained from: it was promoted after that was withdrawn.
     """
@@ -247,7 +249,7 @@ def spoiled_by(out: Path, day: str) -> str | None:
 
 
 def was_withdrawn(out: Path, stage: str, artifact_id: str) -> bool:
-    """Whether a bundle that was made of an artifact of a stage was taken out of production."""
+    """Whether a bundle that was made of an artifact of a stage was withdrawn."""
     manifests = (read_manifest(out / MODELS / c.artifact_id) for c in promotions(out).withdrawn)
     return any(m is not None and m.inputs.get(stage) == artifact_id for m in manifests)
 
@@ -283,7 +285,7 @@ def rollback(out: Path, say: Callable[[str], None] = lambda _: None) -> Publishe
         current = _kept(out, after.in_force[-1])
         _write(out, after)
         for change in after.history[len(past.history) + 1 :]:
-            say(f"passed over: the model of {change.date}, which was taken out of production")
+            say(f"passed over: the model of {change.date}, which was withdrawn from production")
         return current
 
 

@@ -22,7 +22,7 @@ WaitOption = Annotated[
         "--wait",
         min=0,
         metavar="SECONDS",
-        help="Wait so long for another command that holds --out; default: end with 2 at once.",
+        help="Seconds to wait while another command uses --out; 0: end with code 2 at once.",
     ),
 ]
 STAGE_HELP = (

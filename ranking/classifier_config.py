@@ -163,6 +163,7 @@ class MaskNet(StrictConfig):
 
     kind: Literal["masknet"] = "masknet"
     form: Literal["parallel", "serial"] = "parallel"
+    """Blocks side by side on the embeddings, or each on the one before."""
     num_blocks: PositiveInt = 3
     block_dim: PositiveInt = 64
     """Outputs of a mask block."""

@@ -92,8 +92,11 @@ class TrainerConfig(StrictConfig):
     """The training loop."""
 
     epochs: PositiveInt = 1
+    """Times that every row of the window is trained on."""
     batch_size_per_rank: PositiveInt = 1024
+    """Rows of a step on one rank; a step has this times `cluster.num_workers`."""
     dense_optimizer: DenseAdam = DenseAdam()
+    """Of everything but the tables (`embedding.optimizer`) and the content encoder."""
     schedule: ScheduleConfig = ScheduleConfig()
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: matrix products under autocast; tables and optimizer states stay fp32."""

@@ -52,7 +52,7 @@ def serve(  # noqa: PLR0913 # a command's parameters are its options
         str, typer.Option("--route", help="Path in front of /score, for several services.")
     ] = "/",
     name: Annotated[
-        str, typer.Option("--name", help="Of the application on its Ray cluster.")
+        str, typer.Option("--name", help="Name of the application on its Ray cluster.")
     ] = "braid",
     replicas: ReplicasOption = 1,
     cpus_per_replica: CpusOption = 1,
@@ -110,7 +110,7 @@ def bench_serve(  # noqa: PLR0913 # a command's parameters are its options
     ] = None,
     data: DataOption = None,
     candidates: Annotated[
-        int, typer.Option("--candidates", min=1, max=10_000, help="Of a request.")
+        int, typer.Option("--candidates", min=1, max=10_000, help="Candidates of a request.")
     ] = 200,
     concurrency: Annotated[
         int, typer.Option("--concurrency", min=1, help="Callers that each wait for their answer.")
@@ -118,7 +118,9 @@ def bench_serve(  # noqa: PLR0913 # a command's parameters are its options
     rate: Annotated[
         float | None,
         typer.Option(
-            "--rate", min=0.1, help="Requests a second, sent on time whatever came of the others."
+            "--rate",
+            min=0.1,
+            help="Requests a second, sent whether or not earlier ones are answered.",
         ),
     ] = None,
     seconds: Annotated[float, typer.Option("--seconds", min=0.1)] = 20.0,

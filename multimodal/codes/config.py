@@ -48,8 +48,11 @@ class HnswIndex(StrictConfig):
 
     kind: Literal["hnsw"] = "hnsw"
     num_links: PositiveInt = 32
+    """Neighbours of each item in the graph: more find more, and take more memory."""
     ef_construction: PositiveInt = 80
+    """Candidates looked at for each link while the graph is built."""
     ef_search: PositiveInt = 128
+    """Candidates looked at in a search: more find more of the true neighbours."""
 
 
 class IndexBySize(StrictConfig):
@@ -57,6 +60,7 @@ class IndexBySize(StrictConfig):
 
     kind: Literal["by_size"] = "by_size"
     exact_up_to_items: PositiveInt = 100_000
+    """Items up to which all are compared with all."""
     num_probes: PositiveInt = 32
 
 
@@ -67,6 +71,7 @@ class Vq(StrictConfig):
     """The code of an item is the list of its `top_k` nearest other items, by cosine."""
 
     top_k: PositiveInt = 25
+    """Neighbours in a code (25 in the paper)."""
     index: VqIndex = IndexBySize()
     max_items: PositiveInt = 10_000
     """Items that the set can hold: the rows of the code table. Slots of items that are gone are
@@ -99,6 +104,7 @@ class Streaming(StrictConfig):
     """Mini-batch updates over all vectors, after the fit on a sample: for sets beyond memory."""
 
     num_passes: PositiveInt = 1
+    """Over all items, for each level."""
     batch_size: PositiveInt = 65_536
 
 
@@ -217,6 +223,7 @@ class AlignedVectors(StrictConfig):
     items at once, another number is another alignment; without, the result does not depend on it.
     """
     temperature: PositiveFloat = 0.07
+    """Cosines are divided by it: lower ones look at the hardest negatives only."""
     learn_temperature: bool = False
     """Train it, too, between 0.01 and 1; an alignment that goes on starts from the one before."""
     popularity_correction: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0

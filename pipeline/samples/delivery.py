@@ -4,8 +4,9 @@ Reads the schema of every file, the keys and dense columns of items.parquet and 
 the first rows of every day; ingest checks all rows, and stops at the first faulty file.
 """
 
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from embedding.raw_ids import Int64Array
 from multimodal.codes.config import ColumnVectors
 from pipeline.config import Recipe
 from pipeline.day_warnings import missing_days
-from pipeline.days import PARTITION, available_days, stray_partitions
+from pipeline.days import PARTITION, available_days, parse_day, stray_partitions
 from pipeline.samples.catalogue import check_entities, entity_faults
 from pipeline.samples.columns import EventColumns, SourceColumns, source_columns
 from pipeline.samples.contract import (
@@ -31,6 +32,7 @@ from pipeline.samples.contract import (
 )
 
 ROWS_PER_DAY = 10_000
+_EVENT_FILE = re.compile(rf"{PARTITION}\d{{4}}-\d{{2}}-\d{{2}}/[^ :]+")
 
 
 @dataclass
@@ -54,7 +56,12 @@ def check_delivery(recipe: Recipe, day: str | None = None) -> Delivery:
     Args:
         recipe: says which columns are read, and as what.
         day: the only day to look into; None: all there are.
+
+    Raises:
+        UserError: `day` is none.
     """
+    if day is not None:
+        parse_day(day, "--date")
     found = Delivery()
     known = _catalogue(recipe, found)
     root, marker = recipe.data.root, recipe.data.complete_marker
@@ -83,6 +90,17 @@ def check_delivery(recipe: Recipe, day: str | None = None) -> Delivery:
     for checked in found.days:
         _check_day(recipe, checked, known, found)
     return found
+
+
+def grouped(sentences: Iterable[str]) -> list[str]:
+    """What is the same for many event files, said once: of the first, with their number."""
+    groups: dict[str, list[str]] = {}
+    for sentence in sentences:
+        groups.setdefault(_EVENT_FILE.sub("", sentence), []).append(sentence)
+    return [
+        group[0] if len(group) == 1 else f"{group[0]} (so in {len(group)} files)"
+        for group in groups.values()
+    ]
 
 
 def _catalogue(recipe: Recipe, found: Delivery) -> CatalogueIds | None:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from embedding.errors import UserError
 from pipeline.data_cli import data_app
 from pipeline.samples import delivery
 from pipeline.samples.delivery import Delivery, check_delivery
@@ -73,6 +74,22 @@ def test_faults_of_all_files_and_columns_are_listed_at_once(root: Path) -> None:
         assert part in sentence
 
 
+def test_what_many_event_files_share_is_said_once(root: Path) -> None:
+    for day in range(3):
+        rewrite(day_file(root, day), "click")
+    faults = look(root).faults
+    assert len(faults) == 3
+    (sentence,) = delivery.grouped(faults)
+    assert f"dt={DAYS[0]}/part-00000.parquet lacks the columns ['click']" in sentence
+    assert sentence.endswith("(so in 3 files)")
+    assert delivery.grouped([*faults, "x", "y"]) == [sentence, "x", "y"]
+
+
+def test_a_day_that_is_written_otherwise_is_refused(root: Path) -> None:
+    with pytest.raises(UserError, match="--date: '2024-1-1' is not a day; write it as YYYY-MM-DD"):
+        look(root, "2024-1-1")
+
+
 def test_values_of_the_catalogue_are_looked_at(root: Path) -> None:
     rewrite(root / "items.parquet", item_id=pa.array([1, 2, 2, 4]))
     (fault,) = look(root).faults
@@ -130,8 +147,8 @@ def test_the_command_ends_with_2_where_there_are_faults(root: Path) -> None:
     result = CliRunner().invoke(data_app, ["check", "--recipe", str(recipe)])
     assert (result.exit_code, "ok: days 2024-01-01 .. 2024-01-03" in result.output) == (0, True)
     rewrite(day_file(root, 0), "click")
-    day = ["--day", DAYS[0]]
+    day = ["--date", DAYS[0]]
     result = CliRunner().invoke(data_app, ["check", "--recipe", str(recipe), *day])
     assert result.exit_code == 2
     assert "fault" in result.output
-    assert "1 faults: days 2024-01-01 .. 2024-01-01" in result.output
+    assert "1 fault: days 2024-01-01 .. 2024-01-01" in result.output

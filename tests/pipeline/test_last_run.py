@@ -138,7 +138,7 @@ def test_a_stage_that_is_run_by_hand_is_no_run(
 def test_the_alarm_of_the_guide_goes_off_where_it_should(
     tmp_path: Path, change: Callable[[LastRun], LastRun], alarm: str
 ) -> None:
-    guide = (ROOT / "docs" / "ray-jobs.md").read_text()
+    guide = (ROOT / "docs" / "operations.md").read_text()
     (script,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
     (tmp_path / "alarm.py").write_text(script)
     run = ended(tmp_path, Progress("2999-01-01", None))

@@ -49,9 +49,11 @@ def test_a_rolled_back_model_and_its_children_are_passed_over(tmp_path: Path) ->
     write_model(tmp_path, DAYS[3], parent=DAYS[2])
     assert next_parent(tmp_path) == DAYS[1], "a run that was on its way at the rollback"
 
-    assert promote_newest(tmp_path, DAYS[2]) == "it was taken out of production"
+    assert promote_newest(tmp_path, DAYS[2]) == "it was withdrawn from production"
     why = promote_newest(tmp_path, DAYS[3])
-    assert why == f"the model of {DAYS[2]}, which it was trained from, was taken out of production"
+    assert (
+        why == f"the model of {DAYS[2]}, which it was trained from, was withdrawn from production"
+    )
     assert production(tmp_path).date == DAYS[1]
 
 
@@ -138,7 +140,7 @@ def test_a_mended_day_is_promoted_where_later_models_are_withdrawn(tmp_path: Pat
     assert promote_newest(tmp_path, DAYS[0]) == f"production is of {DAYS[1]}"
 
 
-def test_no_rollback_returns_to_a_model_that_was_taken_out(
+def test_no_rollback_returns_to_a_model_that_was_withdrawn(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_days(tmp_path)
@@ -149,7 +151,7 @@ def test_no_rollback_returns_to_a_model_that_was_taken_out(
     assert production(tmp_path).date == DAYS[1]
 
     assert main(["models", "rollback", "--out", str(tmp_path)]) == 0
-    assert f"passed over: the model of {DAYS[2]}, which was taken" in capsys.readouterr().out
+    assert f"passed over: the model of {DAYS[2]}, which was withdrawn" in capsys.readouterr().out
     assert production(tmp_path).date == DAYS[0]
     assert next_parent(tmp_path) == DAYS[0]
     assert main(["models", "rollback", "--out", str(tmp_path)]) == 2

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
@@ -112,7 +113,7 @@ def remove(found: Iterable[Prunable]) -> None:
 
 def prune_table(found: list[Prunable]) -> Table:
     """One row each, the largest first."""
-    table = Table("size", "what", "why nobody needs it")
+    table = Table("size", "what", "why nobody needs it", box=SIMPLE)
     for entry in sorted(found, key=lambda entry: -entry.num_bytes):
         table.add_row(size(entry.num_bytes), escape(entry.what), entry.reason)
     return table

@@ -139,6 +139,12 @@ def _stages(
     out: Path, date: str, publish: Publish, held_by: Holder | None
 ) -> Iterator[StageStatus]:
     recipe = read_recipe(out / date)
+    root = recipe.data.root
+    if not root.is_absolute() and not root.exists():
+        raise UserError(
+            f"data.root={root} is relative to the directory that the run was started in; call this "
+            "command there"
+        )
     run = DayRun(
         recipe,
         out,

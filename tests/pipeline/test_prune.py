@@ -159,9 +159,10 @@ def test_what_a_dry_run_names_is_what_is_deleted(
         assert main(["prune", "--out", str(out), "--keep", "1"]) == 2
     assert stages_left(out) == before
     assert "would free" in said
-    assert {entry.what for entry in found} <= {
-        line.strip("| ") for line in said.split("\u2502")
-    } | {cell.strip() for cell in said.split("\u2502")}
+    rows = [line for line in said.splitlines() if "iB " in line]
+    assert len(rows) == len(found)
+    for entry in found:
+        assert [row for row in rows if f" {entry.what} " in row], entry
 
     capsys.readouterr()
     prune(folder, 1)

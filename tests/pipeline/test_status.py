@@ -81,6 +81,21 @@ def test_a_recipe_that_is_damaged_is_said_to_be(tmp_path: Path, text: str, fault
     assert [line for line in lines if DAYS[1] in line and "train" in line]
 
 
+def test_a_relative_data_root_is_looked_for_where_the_run_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = write_runs(tmp_path, 1)
+    recipe = make_recipe(Path("data"))
+    write_recipe(recipe, out / DAYS[0])
+    monkeypatch.chdir(tmp_path)
+    assert [line for line in shown(out) if "train" in line]
+
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (line,) = [line for line in shown(out) if DAYS[0] in line]
+    assert "data.root=data is relative to the directory that the run was started in" in line
+
+
 def run_train(out: Path) -> None:
     """What a stage writes down when it begins."""
     note = this_process("train")
@@ -143,12 +158,17 @@ def test_nothing_but_json_is_printed_where_files_are_read_too(
     assert json.loads(capsys.readouterr().out)["damaged"] == []
 
 
-def test_a_long_note_is_not_cut_in_a_pipe(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_long_note_is_not_cut_in_a_pipe_unless_its_width_is_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = write_runs(tmp_path, 1)
     note = "word " * 200 + "end"
     failure_file(out / DAYS[0] / "train").write_text(failed_with(note))
 
+    monkeypatch.delenv("COLUMNS", raising=False)
     assert main(["status", "--out", str(out)]) == 0
     assert note in capsys.readouterr().out
+
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main(["status", "--out", str(out)]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 120

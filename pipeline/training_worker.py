@@ -25,7 +25,7 @@ from embedding.memory import keep_freed_memory
 from embedding.notices import divert_library_notices
 from embedding.planning.plan_description import PlanDescription
 from embedding.shard import Sharded, shard
-from embedding.warm_start import WarmStartReport
+from embedding.warm_start_report import WarmStartReport
 from pipeline.config import Recipe
 from pipeline.content.paths import ContentPaths
 from pipeline.devices import own_device

@@ -15,11 +15,10 @@ from embedding.errors import UserError
 from embedding.raw_ids import Int64Array
 from embedding.samples import CODEBOOKS
 from multimodal.codes.config import Codes
-from multimodal.codes.metrics import CodeMetrics, Stability, measure_codes, stability
+from multimodal.codes.figures import CodeMetrics, Drift, RefitDecision, Stability
+from multimodal.codes.metrics import measure_codes, stability
 from multimodal.codes.refit import (
     CodesInUse,
-    Drift,
-    RefitDecision,
     age_in_days,
     decide_refit,
     measure_drift,

@@ -3,8 +3,7 @@
 from typing import Literal
 
 from embedding.config import StrictConfig
-from multimodal.codes.metrics import CodeMetrics, Stability
-from multimodal.codes.refit import Drift, RefitDecision
+from multimodal.codes.figures import CodeMetrics, Drift, RefitDecision, Stability
 from pipeline.artifacts import Manifest
 
 COLLAPSED_COSINE = 0.9

@@ -21,7 +21,7 @@ from embedding.errors import UserError
 from embedding.files import link_or_copy
 from embedding.raw_ids import to_raw_ids
 from multimodal.codes.config import Codes
-from multimodal.codes.refit import RefitDecision
+from multimodal.codes.figures import RefitDecision
 from multimodal.codes.versions import lineage, load_version, take_version
 from pipeline.artifacts import Manifest, damaged_files, read_manifest
 from pipeline.codes.features import CODES_FILE

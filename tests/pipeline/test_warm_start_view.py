@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from embedding.warm_start import WarmStartReport
+from embedding.warm_start_report import WarmStartReport
 from pipeline import training_worker
 from pipeline.reports.report import warm_start_section
 from pipeline.reports.warm_start_view import redrawn_rows, warm_start_line

@@ -40,7 +40,7 @@ from pipeline.codes.encode_items import HERE, Books, DayEncoder, Encoded, Machin
 from pipeline.codes.features import CODES_FILE, NearItems, codes_table
 from pipeline.codes.item_vectors import ItemVectors
 from pipeline.codes.kept_codes import write_digests
-from pipeline.codes.quantize_facts import QuantizeFacts
+from pipeline.codes.quantize_facts import Quantized
 
 
 def quantize(
@@ -51,7 +51,7 @@ def quantize(
     *,
     force_refit: bool = False,
     machines: Machines = HERE,
-) -> QuantizeFacts:
+) -> Quantized:
     """Write the codes of a day into `scratch`, and new codebooks into `root` where they are due.
 
     Args:
@@ -105,7 +105,7 @@ def quantize(
     table = table.replace_schema_metadata({CODEBOOKS: state.books.name})
     pq.write_table(table, scratch / CODES_FILE, compression="zstd")
     write_digests(scratch, items.item_ids_N, items.digests, state.books.name, config.vq)
-    return QuantizeFacts(
+    return Quantized(
         version=state.version,
         codebooks=state.books.name,
         refit=decision,

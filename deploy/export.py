@@ -14,8 +14,9 @@ from embedding.errors import UserError
 from pipeline.artifacts import read_manifest, reading
 from pipeline.catch_up import training_to_publish
 from pipeline.config import Recipe
+from pipeline.gate_decision import GateDecision
 from pipeline.recipe import RECIPE_FILE, read_recipe
-from pipeline.registry import BUNDLE, TRAINING
+from pipeline.registry import BUNDLE, PublishFacts
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,10 @@ def export_bundle(
         (partial / BUNDLE).rename(folder)  # an empty directory gives way
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    gate = read_manifest(out / date / "gate")
-    refused = () if gate is None or gate.facts["passed"] else tuple(gate.facts["reasons"])
-    return Exported(written.rows_out, recipe.publish.tables, written.facts["bytes"], refused)
+    assert isinstance(written.facts, PublishFacts)
+    gate = read_manifest(out / date / "gate", GateDecision)
+    refused = () if gate is None or gate.facts.passed else gate.facts.reasons
+    return Exported(written.rows_out, recipe.publish.tables, written.facts.num_bytes, refused)
 
 
 def _published_as(run: Path, train: Path) -> TablePrecision:
@@ -81,9 +83,9 @@ def _trained(out: Path, date: str) -> Path:
             f"--date {date}: {out} holds no trained model of that date (trained are: "
             f"{', '.join(known) or 'none'}); run `braid run --date {date} --out {out} ...` first"
         )
-    published = read_manifest(train.parent / "publish")
+    published = read_manifest(train.parent / "publish", PublishFacts)
     if published is not None and published.inputs["train"] == trained.artifact_id:
-        return train.parent / published.facts[TRAINING]
+        return train.parent / published.facts.training
     return training_to_publish(train.parent)
 
 

@@ -11,11 +11,12 @@ from embedding.errors import UserError
 from pipeline.artifacts import read_manifest
 from pipeline.codes.features import CODES_FILE
 from pipeline.codes.paths import codes_directory
+from pipeline.codes.quantize_facts import QuantizeFacts
 from pipeline.config import Recipe
-from pipeline.registry import BUNDLE
-from pipeline.samples.columns import EVENT_COLUMNS
+from pipeline.registry import BUNDLE, PublishFacts
 from pipeline.stages import StageOutput
 from pipeline.train import CHECKPOINT
+from pipeline.train_facts import read_training
 
 
 def publish(recipe: Recipe, train: Path, scratch: Path) -> StageOutput:
@@ -23,22 +24,23 @@ def publish(recipe: Recipe, train: Path, scratch: Path) -> StageOutput:
     checkpoints = train / CHECKPOINT
     step = latest_step(checkpoints)
     assert step is not None, checkpoints
-    manifest = read_manifest(train)
+    manifest = read_training(train)
     assert manifest is not None
-    codebooks = manifest.facts.get("codebooks")
+    trained = manifest.facts
     bundle = write_bundle(
         recipe,
         step_directory(checkpoints, step),
         scratch / BUNDLE,
         origin=Origin(
-            event_columns=manifest.facts.get(EVENT_COLUMNS, {}),
-            codebooks=codebooks,
-            codes=None if recipe.codes is None else _codes(train, codebooks),
+            event_columns=trained.event_columns,
+            codebooks=trained.codebooks,
+            codes=None if recipe.codes is None else _codes(train, trained.codebooks),
         ),
     )
     rows = sum(table.num_rows for table in bundle.tables.values())
     num_bytes = sum((scratch / BUNDLE / file).stat().st_size for file in bundle.files)
-    return StageOutput(rows_in=rows, rows_out=rows, facts={"bytes": num_bytes})
+    facts = PublishFacts(training=train.name, learned_up_to=trained.days[-1], num_bytes=num_bytes)
+    return StageOutput(rows, rows, facts)
 
 
 def _codes(train: Path, codebooks: str | None) -> Path:
@@ -49,8 +51,8 @@ def _codes(train: Path, codebooks: str | None) -> Path:
     """
     run = train.parent
     directory = codes_directory(run.parent, run.name)
-    made = read_manifest(directory)
-    found = None if made is None else made.facts["codebooks"]
+    made = read_manifest(directory, QuantizeFacts)
+    found = None if made is None else made.facts.codebooks
     if found != codebooks:
         raise UserError(
             f"{directory} holds codes of codebooks {found}, and {train} was trained on those of "

@@ -35,7 +35,8 @@ from embedding.restore import restore_all
 from embedding.row_carry import RowCarry
 from embedding.shard import Sharded
 from embedding.stored import CheckpointReader, StoredTensor, StoredTensorPlanner
-from embedding.warm_start import WarmStartReport, warm_start
+from embedding.warm_start import warm_start
+from embedding.warm_start_report import WarmStartReport
 
 logger = logging.getLogger(__name__)
 

@@ -11,19 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from embedding.config import StrictConfig
 from embedding.errors import UserError
-
-
-class CarriedRows(StrictConfig):
-    """What became of the rows of one table."""
-
-    carried: int
-    """Rows that go on with a saved row and its optimizer state."""
-    sourced: int
-    """Rows that start from the most similar saved row, with a new optimizer state."""
-    redrawn: int
-    """Rows that keep their start values."""
+from embedding.warm_start_report import CarriedRows
 
 
 @dataclass(frozen=True)

@@ -1,36 +1,18 @@
 """Starts a run from another run's checkpoint: what fits is carried over, the rest is named."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
 from embedding.capture import dense_buffers
 from embedding.checkpoint_files import BUFFERS, COMPANION, CheckpointManifest
-from embedding.config import StrictConfig
 from embedding.restore import Restorer, sum_dropped
-from embedding.row_carry import CarriedRows, RowCarry
+from embedding.row_carry import RowCarry
 from embedding.shard import Sharded
 from embedding.stored import CheckpointReader
-
-
-class WarmStartReport(StrictConfig):
-    """What a warm start took from another run, on this rank's pieces; version 1."""
-
-    schema_version: Literal[1] = 1
-    carried: tuple[str, ...]
-    """Tables, parameters and buffers whose values came from the checkpoint."""
-    initialised: dict[str, str]
-    """Tables, parameters and buffers that keep their start values, and why."""
-    ignored: tuple[str, ...]
-    """Saved tensors that this model has no place for."""
-    dropped_ids: dict[str, int]
-    """Managed-collision ids that found no room, by table, summed over ranks."""
-    weights_only: tuple[str, ...] = ()
-    """Tables among them that start with a new optimizer state: another optimizer trained them."""
-    rows: dict[str, CarriedRows] = {}
-    """Tables whose rows have changed their meaning since they were saved."""
+from embedding.warm_start_report import WarmStartReport
 
 
 def warm_start(

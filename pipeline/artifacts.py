@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar, overload
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
 
 from embedding.config import StrictConfig
 from embedding.errors import UserError
@@ -23,7 +23,20 @@ MANIFEST = "manifest.json"
 RESUME = "resume"
 
 
-class Manifest(StrictConfig):
+class StageFacts(StrictConfig):
+    """What a stage says of its artifact beyond rows and files; every stage has its own class."""
+
+
+class UnreadFacts(StageFacts):
+    """Of any stage, for readers who do not look into them."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+FactsT_co = TypeVar("FactsT_co", bound=StageFacts, covariant=True)
+
+
+class Manifest(StrictConfig, Generic[FactsT_co]):
     """What an artifact is made of; version 1."""
 
     schema_version: Literal[1] = 1
@@ -37,8 +50,9 @@ class Manifest(StrictConfig):
     rows_out: int = 0
     quarantined: dict[str, int] = Field(default_factory=dict)
     """Rows put aside, by reason."""
-    facts: dict[str, Any] = Field(default_factory=dict)
-    """Stage-specific figures for the report."""
+    facts: SerializeAsAny[FactsT_co]  # written whole, whatever class a reader asks for
+    warnings: tuple[str, ...] = ()
+    """Sentences on what the stage did not stop for."""
     checksums: dict[str, str] = Field(default_factory=dict)
     """SHA-256 of every file, by path relative to the artifact."""
     seconds: float = 0.0
@@ -57,17 +71,28 @@ def artifact_id(stage: str, config: str, inputs: dict[str, str]) -> str:
     return config_hash({"stage": stage, "config": config, "inputs": inputs})
 
 
-def read_manifest(directory: Path) -> Manifest | None:
+@overload
+def read_manifest(directory: Path) -> Manifest[UnreadFacts] | None: ...
+@overload
+def read_manifest(directory: Path, facts: type[FactsT_co]) -> Manifest[FactsT_co] | None: ...
+def read_manifest(
+    directory: Path, facts: type[StageFacts] = UnreadFacts
+) -> Manifest[StageFacts] | None:
     """The manifest of a finished artifact, or None where there is none.
 
+    Args:
+        directory: of the artifact.
+        facts: those of the stage that wrote it, for readers who look into them.
+
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, or its facts are others.
     """
     path = directory / MANIFEST
     if not path.exists():
         return None
     try:
-        return Manifest.model_validate_json(path.read_text())
+        # The parameter is a value here, which type checkers know nothing of.
+        return Manifest[facts].model_validate_json(path.read_text())  # type: ignore[valid-type]
     except ValidationError as error:
         fault = error.errors()[0]
         raise UserError(
@@ -115,7 +140,7 @@ def abandoned(directory: Path, identity: str) -> Path | None:
     return _beside(directory, "abandoned")
 
 
-def publish(scratch: Path, directory: Path, manifest: Manifest) -> Manifest:
+def publish(scratch: Path, directory: Path, manifest: Manifest[FactsT_co]) -> Manifest[FactsT_co]:
     """Checksum the files of `scratch`, write the manifest last, and rename to `directory`.
 
     A process that dies on the way loses nothing: without the manifest the stage resumes, with it

@@ -10,10 +10,11 @@ passed is published as it is.
 
 from pathlib import Path
 
-from pipeline.artifacts import Manifest, read_manifest
+from pipeline.artifacts import read_manifest
 from pipeline.gate import RANKING, decide
 from pipeline.gate_config import GateConfig
 from pipeline.stages import CATCH_UP
+from pipeline.train_facts import CatchUpFacts
 from ranking.evaluation import TaskMetrics
 
 TOLERANCE = 0.005
@@ -42,18 +43,13 @@ def objections(
     return reasons
 
 
-def accepted(caught_up: Manifest) -> bool:
-    """Whether nothing was objected to the result of a `catch_up` stage."""
-    return bool(caught_up.facts["accepted"])
-
-
 def training_to_publish(run: Path) -> Path:
     """The training whose model a run publishes: that which caught up, where it did.
 
     Args:
         run: OUT/DATE. A `catch_up` of an earlier training that lies there does not count.
     """
-    caught_up, trained = read_manifest(run / CATCH_UP), read_manifest(run / "train")
-    if caught_up is None or trained is None or not accepted(caught_up):
+    caught_up, trained = read_manifest(run / CATCH_UP, CatchUpFacts), read_manifest(run / "train")
+    if caught_up is None or trained is None or not caught_up.facts.accepted:
         return run / "train"
     return run / (CATCH_UP if caught_up.inputs["train"] == trained.artifact_id else "train")

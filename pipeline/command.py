@@ -1,7 +1,7 @@
 """What `braid run`, `stage` and `backfill` do once the recipe is loaded and the directory held."""
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from rich.box import SIMPLE
 from rich.markup import escape
@@ -14,6 +14,7 @@ from pipeline.config import Recipe
 from pipeline.consent import Consent
 from pipeline.console import Reporter, duration, figure, human
 from pipeline.days import available_days, parse_day, require_complete, split_days
+from pipeline.gate_decision import GateDecision
 from pipeline.last_run import Progress
 from pipeline.marketplace.synthetic import ensure_data
 from pipeline.output_name import claim
@@ -96,7 +97,7 @@ class Command:
         run = self._day(date)
         self._write_recipe(date)
         last = run.execute(until=name)[-1]
-        return last.name == "gate" and self._refused(date, last.manifest.facts)
+        return last.name == "gate" and self._refused(date, run.decision())
 
     def run_day(self, date: str) -> bool:
         """Run one day and show its figures; whether the gate refused the model."""
@@ -184,12 +185,12 @@ class Command:
         forget_pruned(directory)
         return directory
 
-    def _refused(self, date: str, decision: dict[str, Any]) -> bool:
+    def _refused(self, date: str, decision: GateDecision) -> bool:
         """Whether the gate refused the model of a day; says why."""
-        for reason in decision["reasons"]:
+        for reason in decision.reasons:
             self._refusals.append(f"{date}: {reason}")
             self.reporter.line(f"[red]gate refused {date}[/]: {escape(reason)}")
-        return not decision["passed"]
+        return not decision.passed
 
 
 def _metrics_table(summary: Summary) -> Table:

@@ -11,9 +11,7 @@ from pathlib import Path
 
 from pipeline.artifacts import read_manifest
 from pipeline.days import Split, day_files, fingerprint, stray_partitions
-
-DAY_FILES = "day_files"
-"""Fact of a training: fingerprint of the files of each day it trained on."""
+from pipeline.train_facts import TrainFacts
 
 
 @dataclass(frozen=True)
@@ -21,7 +19,7 @@ class Ancestry:
     """The trainings that a run goes on from."""
 
     files: dict[str, str]
-    """Fingerprints by day, of all days that any of them trained on; empty where not known."""
+    """Fingerprints by day, of all days that any of them trained on."""
     run_of: dict[str, str]
     """Date of the latest training that took each day."""
     is_whole: bool
@@ -33,14 +31,13 @@ class Ancestry:
         files: dict[str, str] = {}
         runs: dict[str, str] = {}
         while parent is not None:
-            manifest = read_manifest(out / parent / "train")
+            manifest = read_manifest(out / parent / "train", TrainFacts)
             if manifest is None:
                 return cls(files, runs, is_whole=False)
-            own: dict[str, str] = manifest.facts.get(DAY_FILES, {})
-            for day in manifest.facts["days"]:
-                files.setdefault(day, own.get(day, ""))
+            for day in manifest.facts.days:
+                files.setdefault(day, manifest.facts.day_files[day])
                 runs.setdefault(day, parent)
-            parent = manifest.facts.get("parent")
+            parent = manifest.facts.parent
         return cls(files, runs, is_whole=True)
 
 
@@ -118,7 +115,7 @@ def _late_days(split: Split, ancestry: Ancestry) -> Iterator[str]:
 
 
 def _late_files(root: Path, split: Split, ancestry: Ancestry) -> Iterator[str]:
-    known = {day: ancestry.files[day] for day in split.train if ancestry.files.get(day)}
+    known = {day: ancestry.files[day] for day in split.train if day in ancestry.files}
     now = day_fingerprints(root, list(known))
     changed = [day for day in known if known[day] != now[day]]
     if changed:

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from embedding import samples as columns
 from embedding.config import StrictConfig
+from pipeline.artifacts import StageFacts
 from pipeline.config import EvaluationConfig, Recipe
 from pipeline.metrics_file import METRICS_FILE, ORACLE_FILE, write_metrics
 from pipeline.stages import StageOutput
@@ -29,6 +30,13 @@ COLD = "cold"
 SLICES = (COLD, "rare", "middle", "popular", "new_users")
 Mask = npt.NDArray[np.bool_]
 Ids = npt.NDArray[np.int64]
+
+
+class EvaluateFacts(StageFacts):
+    """The first figure that one looks for; `metrics.json` has all."""
+
+    auc: dict[str, float | None]
+    """By task; None where it is not defined."""
 
 
 class EvaluateJob(StrictConfig):
@@ -73,7 +81,7 @@ def evaluate(
         write_metrics(oracle, scratch / ORACLE_FILE)
     rows = predicted.num_rows
     auc = {name: value.auc for name, value in metrics.items()}
-    return StageOutput(rows_in=rows, rows_out=rows, facts={"auc": auc})
+    return StageOutput(rows, rows, EvaluateFacts(auc=auc))
 
 
 def read_predictions(directory: Path) -> pa.Table:

@@ -5,11 +5,10 @@ rows, its metrics (`pipeline.rival`).
 """
 
 from pathlib import Path
-from typing import Literal
 
-from embedding.config import StrictConfig
 from pipeline.config import Recipe
 from pipeline.gate_config import TaskGate
+from pipeline.gate_decision import GateDecision
 from pipeline.metrics_file import METRICS_FILE, read_metrics
 from pipeline.rival import Rival
 from pipeline.stages import StageOutput
@@ -18,19 +17,6 @@ from ranking.evaluation import TaskMetrics
 GATE = "gate.json"
 RANKING = ("auc", "gauc")
 """Metrics that have a rule min_NAME and a rule max_NAME_drop."""
-
-
-class GateDecision(StrictConfig):
-    """Whether a model may be published, and why not; version 1."""
-
-    schema_version: Literal[1] = 1
-    passed: bool
-    reasons: tuple[str, ...]
-    """One sentence per broken rule; empty when it passed."""
-    compared_with: str | None
-    """Date of the bundle it was compared with; None: there is none, or no rule compares."""
-    compared: str | None = None
-    """On which rows, in words; None where no rule compares."""
 
 
 def decide(
@@ -108,12 +94,7 @@ def gate(recipe: Recipe, evaluation: Path, rival: Rival | None, scratch: Path) -
         compared=None if rival is None else rival.rows,
     )
     (scratch / GATE).write_text(decision.model_dump_json(indent=2))
-    return StageOutput(
-        rows_in=metrics.num_rows,
-        rows_out=metrics.num_rows,
-        facts=decision.model_dump(mode="json"),
-        warnings=warnings,
-    )
+    return StageOutput(metrics.num_rows, metrics.num_rows, decision, warnings=warnings)
 
 
 def _not_compared(rules: TaskGate, rival: Rival | None) -> tuple[str, ...]:

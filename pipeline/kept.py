@@ -20,19 +20,22 @@ from itertools import islice
 from pathlib import Path
 
 from embedding.errors import UserError
-from pipeline.artifacts import MANIFEST, Manifest, read_manifest
+from pipeline.artifacts import MANIFEST, Manifest, UnreadFacts, read_manifest
+from pipeline.codes.align_facts import AlignFacts
+from pipeline.codes.quantize_facts import QuantizeFacts
 from pipeline.config import Recipe
 from pipeline.days import available_days
+from pipeline.gate_decision import GateDecision
 from pipeline.lineage import next_parent
 from pipeline.pruned import PRUNED
 from pipeline.recipe import RECIPE_FILE, read_recipe
 from pipeline.registry import Promotion, Promotions, promotions, spoiled_by
+from pipeline.samples.ingest_facts import IngestFacts
+from pipeline.train_facts import TrainFacts
 
 SPANS = ("ingest", "join")
 RECORDS = (RECIPE_FILE, "summary.json", "report.html", PRUNED)
 """What a run leaves besides its artifacts: little, and the only record of how a model has done."""
-PREVIOUS = {"train": "parent", "quantize": "previous", "align": "previous"}
-"""Stages whose artifact goes on with one of an earlier date, and the fact that names the date."""
 
 
 def run_dates(out: Path) -> list[str]:
@@ -101,8 +104,8 @@ class Kept:
         """Whether what the span that ends at a day holds may be read again."""
         if day >= self._first_day:
             return True
-        ingested = self._manifest(day, "ingest")
-        days = {day} if ingested is None else set(ingested.facts["days"])
+        ingested = read_manifest(self.out / day / "ingest", IngestFacts)
+        days = {day} if ingested is None else set(ingested.facts.days)
         return any(days & needed for needed in self._backfilled)
 
     def _made_at(self, date: str) -> tuple[str, str]:
@@ -114,38 +117,44 @@ class Kept:
     def _days_of(self, date: str) -> set[str]:
         """Days that a run has trained on, or may, and that it is evaluated on."""
         days, (codes, window) = self._days(), (self.recipe.codes, self.recipe.window)
-        trained = self._manifest(date, "train")
+        trained = self._training(date)
         if trained is None or (codes is not None and codes.has_alignment):
             first = self._window_start(date)
         else:
-            first = trained.facts["days"][0]
+            first = trained.days[0]
         later = [day for day in days if day > date][: window.eval_days]
         return {date, *(day for day in days if first <= day <= date), *later}
 
     def _was_never_promoted(self, date: str, past: Promotions) -> bool:
-        bundle, gate = self._manifest(date, "publish"), self._manifest(date, "gate")
+        bundle = self._manifest(date, "publish")
+        gate = read_manifest(self.out / date / "gate", GateDecision)
         if bundle is None or past.ever_promoted(bundle.artifact_id):
             return False
-        return gate is None or bool(gate.facts["passed"])
+        return gate is None or gate.facts.passed
 
     def _goes_on_with(self, date: str) -> Iterator[str]:
         """Dates without which a run of this date would not find its stages current."""
-        for stage, fact in PREVIOUS.items():
-            manifest = self._manifest(date, stage)
-            if manifest is not None and manifest.facts.get(fact):
-                yield manifest.facts[fact]
+        trained = self._training(date)
+        if trained is not None and trained.parent is not None:
+            yield trained.parent
+        coded = read_manifest(self.out / date / "quantize", QuantizeFacts)
+        if coded is not None and coded.facts.previous is not None:
+            yield coded.facts.previous
+        aligned = read_manifest(self.out / date / "align", AlignFacts)
+        if aligned is not None and aligned.facts.previous is not None:
+            yield aligned.facts.previous
 
     def _first_day_of_samples(self, latest: frozenset[str], start: str | None) -> str:
         """First day that the next run, or one of the latest run again, may train on."""
         codes = self.recipe.codes
         if start is None or (codes is not None and codes.has_alignment):
             return self._window_start(min(latest))
-        starts_from = self._manifest(start, "train")
+        starts_from = self._training(start)
         assert starts_from is not None
-        trained = (self._manifest(date, "train") for date in latest)
+        trained = (self._training(date) for date in latest)
         # The span of the last day that the start has trained on is what later ones continue.
-        firsts = [manifest.facts["days"][0] for manifest in trained if manifest is not None]
-        return min([starts_from.facts["days"][-1], *firsts])
+        firsts = [facts.days[0] for facts in trained if facts is not None]
+        return min([starts_from.days[-1], *firsts])
 
     def _window_start(self, date: str) -> str:
         train_days = self.recipe.window.train_days
@@ -158,14 +167,18 @@ class Kept:
         """Days of the event log and of all spans."""
         days = set()
         for path in self.out.glob(f"????-??-??/ingest/{MANIFEST}"):
-            manifest = read_manifest(path.parent)
+            manifest = read_manifest(path.parent, IngestFacts)
             assert manifest is not None
-            days |= set(manifest.facts["days"])
+            days |= set(manifest.facts.days)
         with suppress(UserError):  # spans outlive the events they were made of
             days |= set(available_days(self.recipe.data.root))
         return sorted(days)
 
-    def _manifest(self, date: str, stage: str) -> Manifest | None:
+    def _training(self, date: str) -> TrainFacts | None:
+        manifest = read_manifest(self.out / date / "train", TrainFacts)
+        return None if manifest is None else manifest.facts
+
+    def _manifest(self, date: str, stage: str) -> Manifest[UnreadFacts] | None:
         return read_manifest(self.out / date / stage)
 
 

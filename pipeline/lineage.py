@@ -6,11 +6,11 @@ days since those of its parent.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pipeline.artifacts import read_manifest
-from pipeline.day_warnings import DAY_FILES
+from pipeline.gate_decision import GateDecision
 from pipeline.registry import spoiled_by
+from pipeline.train_facts import TrainFacts
 
 TRAIN = "train"
 
@@ -21,10 +21,10 @@ def parent_of(out: Path, date: str) -> str | None:
     It is the one that its training has started from, as long as that lies there and was not taken
     out of production.
     """
-    trained = read_manifest(out / date / TRAIN)
+    trained = read_manifest(out / date / TRAIN, TrainFacts)
     if trained is None:
         return next_parent(out, date)
-    day: str | None = trained.facts.get("parent")
+    day = trained.facts.parent
     if day is None:
         return None
     parent = read_manifest(out / day / TRAIN)
@@ -52,20 +52,20 @@ def passed_its_gate(out: Path, day: str) -> bool:
 
     A model that was trained anew and then not evaluated lies beside the decision on another one.
     """
-    gate = read_manifest(out / day / "gate")
+    gate = read_manifest(out / day / "gate", GateDecision)
     evaluate = read_manifest(out / day / "evaluate")
     train = read_manifest(out / day / TRAIN)
-    if gate is None or evaluate is None or train is None or not gate.facts["passed"]:
+    if gate is None or evaluate is None or train is None or not gate.facts.passed:
         return False
     of_this = (gate.inputs.get("evaluate"), evaluate.inputs.get(TRAIN))
     return of_this == (evaluate.artifact_id, train.artifact_id)
 
 
-def learned_days(train: Path) -> dict[str, Any]:
-    """Facts of a training that say which days are in its weights, for one that went on from it."""
-    manifest = read_manifest(train)
+def learned_days(train: Path) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The days that are in the weights of a training, and the fingerprints of their files."""
+    manifest = read_manifest(train, TrainFacts)
     assert manifest is not None
-    return {key: manifest.facts[key] for key in ("days", DAY_FILES) if key in manifest.facts}
+    return manifest.facts.days, manifest.facts.day_files
 
 
 def unlearned(days: Sequence[str], parent: str) -> str:
@@ -82,7 +82,7 @@ def start_of_next_run(out: Path) -> str:
     day = next_parent(out)
     if day is None:
         return "the next run starts from no earlier model and trains on its whole window"
-    last = read_manifest(out / day / TRAIN)
+    last = read_manifest(out / day / TRAIN, TrainFacts)
     assert last is not None
-    since = last.facts["days"][-1]
+    since = last.facts.days[-1]
     return f"the next run starts from the model of {day} and trains on the days after {since}"

@@ -9,7 +9,6 @@ from rich.table import Table
 
 from embedding.config import StrictConfig
 from pipeline.registry import (
-    LEARNED_UP_TO,
     Promotions,
     PublishedModel,
     promotions,
@@ -89,7 +88,7 @@ def _entry(model: PublishedModel, past: Promotions) -> ModelEntry:
     identity = model.manifest.artifact_id
     return ModelEntry(
         date=model.date,
-        learned_up_to=model.manifest.facts[LEARNED_UP_TO],
+        learned_up_to=model.manifest.facts.learned_up_to,
         artifact_id=identity,
         published_at=model.manifest.created_at,
         state=_state(identity, past),

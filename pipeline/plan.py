@@ -4,26 +4,62 @@ Reads the recipe and the cluster's resources; writes `plan.json`, which training
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Self
 
 import ray
 
+from embedding.config import StrictConfig
 from embedding.errors import UserError
 from embedding.planning.cluster_shape import ClusterShape
 from embedding.planning.machines import Machine
 from embedding.planning.plan_description import PlanDescription
+from pipeline.artifacts import StageFacts
 from pipeline.cluster import fitting, worker_bundle
 from pipeline.config import ClusterConfig, Recipe
 from pipeline.days import fingerprint
 from pipeline.stages import StageOutput
 
 PLAN = "plan.json"
-CLUSTER = "cluster"
-"""Fact of a plan: the cluster that it was made for."""
 _MEMORY_TOLERANCE = 0.02
 """Two machines of one kind differ by less memory than this."""
+
+
+class PlannedCluster(StrictConfig):
+    """What a plan depends on of a cluster: hosts, their ranks, memory."""
+
+    topology: str
+    device_bytes: int
+    host_bytes: int
+
+    @classmethod
+    def of(cls, shape: ClusterShape) -> Self:
+        """Those of a shape."""
+        return cls(
+            topology=shape.name,
+            device_bytes=shape.device_bytes,
+            host_bytes=shape.host_bytes_per_rank * shape.ranks_per_host,
+        )
+
+    def is_like(self, other: "PlannedCluster") -> bool:
+        """Whether a plan for the other one suits it."""
+        memory = (self.device_bytes, other.device_bytes), (self.host_bytes, other.host_bytes)
+        return self.topology == other.topology and all(
+            math.isclose(*pair, rel_tol=_MEMORY_TOLERANCE) for pair in memory
+        )
+
+
+class PlanFacts(StageFacts):
+    """What was planned, for which cluster."""
+
+    ranks_per_host: int
+    predicted_step_s: float
+    constants: str
+    """Where those of the prediction come from."""
+    binding: str
+    """What limits the plan, in a sentence."""
+    cluster: PlannedCluster
 
 
 def plan(recipe: Recipe, scratch: Path) -> StageOutput:
@@ -34,31 +70,19 @@ def plan(recipe: Recipe, scratch: Path) -> StageOutput:
     """
     shape = training_shape(recipe)
     plan = PlanDescription.model_validate_json(_on_a_worker(_plan_tables, recipe))
-    output = write_plan(plan, scratch)
-    output.facts[CLUSTER] = cluster_facts(shape)
-    return output
-
-
-def cluster_facts(shape: ClusterShape) -> dict[str, Any]:
-    """What a plan depends on of a cluster: hosts, their ranks, memory."""
-    return {
-        "topology": shape.name,
-        "device_bytes": shape.device_bytes,
-        "host_bytes": shape.host_bytes_per_rank * shape.ranks_per_host,
-    }
-
-
-def is_of_cluster(facts: Mapping[str, Any], shape: ClusterShape) -> bool:
-    """Whether facts of a plan speak of such a cluster."""
-    made, here = facts.get(CLUSTER), cluster_facts(shape)
-    return (
-        made is not None
-        and made["topology"] == here["topology"]
-        and all(
-            math.isclose(made[key], here[key], rel_tol=_MEMORY_TOLERANCE)
-            for key in ("device_bytes", "host_bytes")
-        )
+    write_plan(plan, scratch)
+    assert plan.predicted is not None
+    rows = sum(
+        max(shard.row_offset + shard.num_rows for shard in table.shards) for table in plan.tables
     )
+    facts = PlanFacts(
+        ranks_per_host=plan.ranks_per_host,
+        predicted_step_s=plan.predicted.step_s,
+        constants=plan.predicted.constants,
+        binding=plan.predicted.binding,
+        cluster=PlannedCluster.of(shape),
+    )
+    return StageOutput(rows, rows, facts)
 
 
 def training_shape(recipe: Recipe) -> ClusterShape:
@@ -94,20 +118,9 @@ def plan_inputs(recipe: Recipe) -> dict[str, str]:
     }
 
 
-def write_plan(plan: PlanDescription, scratch: Path) -> StageOutput:
-    """The plan artifact."""
+def write_plan(plan: PlanDescription, scratch: Path) -> None:
+    """The file of a plan artifact."""
     (scratch / PLAN).write_text(plan.model_dump_json(indent=2))
-    assert plan.predicted is not None
-    rows = sum(
-        max(shard.row_offset + shard.num_rows for shard in table.shards) for table in plan.tables
-    )
-    facts = {
-        "ranks_per_host": plan.ranks_per_host,
-        "predicted_step_s": plan.predicted.step_s,
-        "constants": plan.predicted.constants,
-        "binding": plan.predicted.binding,
-    }
-    return StageOutput(rows_in=rows, rows_out=rows, facts=facts)
 
 
 def hosts_ranks(cluster: ClusterConfig) -> int:

@@ -14,17 +14,25 @@ from typing import Literal
 from embedding.config import StrictConfig
 from embedding.errors import UserError
 from embedding.files import link_or_copy, write_durably
-from pipeline.artifacts import Manifest, read_manifest
+from pipeline.artifacts import Manifest, StageFacts, read_manifest
 from pipeline.days import parse_day
 from pipeline.lock import changing
+from pipeline.train_facts import TrainFacts
 
 PRODUCTION = "production.json"
 MODELS = "models"
 BUNDLE = "bundle"
-LEARNED_UP_TO = "learned_up_to"
-"""Fact of a published bundle: the last day that its model was trained on."""
-TRAINING = "training"
-"""Fact of a published bundle: the stage whose model it holds."""
+
+
+class PublishFacts(StageFacts):
+    """What was published."""
+
+    training: str
+    """The stage whose model it is: `train` or `catch_up`."""
+    learned_up_to: str
+    """The last day that the model was trained on."""
+    num_bytes: int
+    """Of the bundle."""
 
 
 class Promotion(StrictConfig):
@@ -106,7 +114,7 @@ class PublishedModel(StrictConfig):
 
     date: str
     directory: Path
-    manifest: Manifest
+    manifest: Manifest[PublishFacts]
 
     @property
     def bundle(self) -> Path:
@@ -121,7 +129,7 @@ def published(out: Path) -> list[PublishedModel]:
     """
     found = {}
     for path in out.glob("????-??-??/publish/manifest.json"):
-        manifest = read_manifest(path.parent)
+        manifest = read_manifest(path.parent, PublishFacts)
         if manifest is None:  # pruned at this moment
             continue
         found[manifest.artifact_id] = PublishedModel(
@@ -129,7 +137,7 @@ def published(out: Path) -> list[PublishedModel]:
         )
     for change in promotions(out).history:
         directory = out / MODELS / change.artifact_id
-        manifest = read_manifest(directory)
+        manifest = read_manifest(directory, PublishFacts)
         if manifest is not None:
             found[change.artifact_id] = PublishedModel(
                 date=change.date, directory=directory, manifest=manifest
@@ -234,15 +242,15 @@ def spoiled_by(out: Path, day: str) -> str | None:
     whatever it was trained from: it was promoted after that was withdrawn.
     """
     approved, withdrawn = _trainings(out)
-    manifest = read_manifest(out / day / "train")
+    manifest = read_manifest(out / day / "train", TrainFacts)
     while manifest is not None:
-        parent, start = manifest.facts.get("parent"), manifest.inputs.get("parent")
+        parent, start = manifest.facts.parent, manifest.inputs.get("parent")
         for training in (manifest.artifact_id, start):
             if training in approved:
                 return None
             if training in withdrawn:
                 return withdrawn[training]
-        manifest = None if parent is None else read_manifest(out / parent / "train")
+        manifest = None if parent is None else read_manifest(out / parent / "train", TrainFacts)
         if manifest is not None and manifest.artifact_id != start:
             return None  # the parent was trained anew since then
     return None
@@ -324,7 +332,7 @@ def _promote(out: Path, date: str) -> PublishedModel:
 
 def _kept(out: Path, change: Promotion) -> PublishedModel:
     directory = out / MODELS / change.artifact_id
-    manifest = read_manifest(directory)
+    manifest = read_manifest(directory, PublishFacts)
     if manifest is None:
         raise UserError(
             f"the bundle of {change.date} ({change.artifact_id}) is no longer in {out / MODELS}; "
@@ -338,7 +346,7 @@ def _link(model: PublishedModel, target: Path) -> None:
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(model.directory, partial, copy_function=link_or_copy)
-    if read_manifest(partial) != model.manifest:
+    if read_manifest(partial, PublishFacts) != model.manifest:
         raise UserError(
             f"{model.directory} was published anew at this moment; run the same command again"
         )

@@ -20,9 +20,10 @@ from pipeline.failures import user_error
 from pipeline.identity import content_config, plan_config, samples_config
 from pipeline.metrics_file import METRICS_FILE, read_metrics
 from pipeline.recipe import read_recipe
-from pipeline.registry import TRAINING, PublishedModel
+from pipeline.registry import PublishedModel
 from pipeline.stages import CATCH_UP
 from pipeline.train import TrainedModel
+from pipeline.train_facts import CatchUpFacts, TrainFacts, read_training
 from ranking.evaluation import TaskMetrics
 
 PRODUCTION = "production"
@@ -72,7 +73,8 @@ def rival_of(
     if _is_same_model(current, new):
         metrics = read_metrics(new.run / "evaluate" / METRICS_FILE)
         return Rival(current.date, metrics, "on the same rows: it is this very model")
-    rows, training = "on the same rows", new.run.parent / current.date / _training_of(current)
+    stage = current.manifest.facts.training
+    rows, training = "on the same rows", new.run.parent / current.date / stage
     if training.name == CATCH_UP and _has_learned(training, new.days):
         rows, training = "on the same rows, before it caught up", training.with_name("train")
     obstacle = _obstacle(recipe, current, training, new)
@@ -100,32 +102,25 @@ def _as_published(current: PublishedModel, obstacle: str) -> Rival:
     return Rival(current.date, read_metrics(current.directory / METRICS_FILE), rows)
 
 
-def _training_of(current: PublishedModel) -> str:
-    """The stage that made the model."""
-    name: str = current.manifest.facts[TRAINING]
-    return name
-
-
 def _is_same_model(current: PublishedModel, new: EvaluatedRows) -> bool:
     """Whether the new training has taken over what the one in production learned last."""
-    trained = read_manifest(new.run / "train")
+    trained = read_manifest(new.run / "train", TrainFacts)
     assert trained is not None
-    taken_over = trained.facts.get(CATCH_UP)
-    return _training_of(current) == CATCH_UP and (
-        taken_over == current.manifest.inputs.get(CATCH_UP)
+    return current.manifest.facts.training == CATCH_UP and (
+        trained.facts.caught_up == current.manifest.inputs.get(CATCH_UP)
     )
 
 
 def _has_learned(training: Path, days: tuple[str, ...]) -> bool:
-    trained = read_manifest(training)
-    return trained is not None and not {*trained.facts["days"]}.isdisjoint(days)
+    trained = read_manifest(training, CatchUpFacts)
+    return trained is not None and not {*trained.facts.days}.isdisjoint(days)
 
 
 def _obstacle(
     recipe: Recipe, current: PublishedModel, training: Path, new: EvaluatedRows
 ) -> str | None:
     """Why its checkpoint cannot predict the rows of the new model; None: it can."""
-    trained, planned = read_manifest(training), read_manifest(training.parent / "plan")
+    trained, planned = read_training(training), read_manifest(training.parent / "plan")
     if (
         trained is None
         or planned is None
@@ -143,9 +138,9 @@ def _obstacle(
     differing = sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))
     if differing:
         return f"its samples are others ({', '.join(differing)})"
-    trained_now = read_manifest(new.run / "train")
+    trained_now = read_manifest(new.run / "train", TrainFacts)
     assert trained_now is not None
-    if trained.facts.get("codebooks") != trained_now.facts.get("codebooks"):
+    if trained.facts.codebooks != trained_now.facts.codebooks:
         return "its codes are of other codebooks"
     if plan_config(other)["cluster"] != plan_config(recipe)["cluster"]:
         return "its tables are placed on another cluster"

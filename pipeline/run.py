@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from embedding.errors import UserError
-from pipeline.artifacts import Manifest, read_manifest
+from pipeline.artifacts import read_manifest
 from pipeline.catalogue_use import CATALOGUE, CatalogueUse
 from pipeline.catch_up import training_to_publish
 from pipeline.cluster import ONE_CPU, Bundle, RaySession, rank_bundles, worker_bundle
@@ -29,12 +29,13 @@ from pipeline.content.stage import STORES, content_stage
 from pipeline.days import Span, Split, available_days, require_complete, split_days
 from pipeline.evaluate import evaluate
 from pipeline.gate import gate
+from pipeline.gate_decision import GateDecision
 from pipeline.identity import ingest_config, plan_config, publish_config, samples_config
 from pipeline.lineage import parent_of
 from pipeline.metrics_file import METRICS_FILE
-from pipeline.plan import is_of_cluster, plan, plan_inputs, training_shape
+from pipeline.plan import PlanFacts, PlannedCluster, plan, plan_inputs, training_shape
 from pipeline.publication import Publish
-from pipeline.registry import LEARNED_UP_TO, TRAINING, production_before
+from pipeline.registry import production_before
 from pipeline.rival import EvaluatedRows, rival_of
 from pipeline.samples.held_out import require_held_out
 from pipeline.samples.ingest import check_span, ingest
@@ -43,6 +44,7 @@ from pipeline.samples.join_facts import unknown_rows
 from pipeline.spans import Spans
 from pipeline.stages import CATCH_UP, STAGES, StageOutput, StageRecord, StageSpec, execute
 from pipeline.train import TrainedModel
+from pipeline.train_facts import TrainFacts
 from pipeline.training_stages import catch_up_stage, train_stage
 
 
@@ -84,9 +86,15 @@ class DayRun:
             self.at = name
             for spec in self.specs(name):
                 records.append(execute(spec, self.reporter))
-            if name == "gate" and not records[-1].manifest.facts["passed"]:
+            if name == "gate" and not self.decision().passed:
                 break
         return records
+
+    def decision(self) -> GateDecision:
+        """Of the gate, which must have run."""
+        decided = read_manifest(self.directory("gate"), GateDecision)
+        assert decided is not None
+        return decided.facts
 
     def specs(self, name: str) -> Iterator[StageSpec]:
         """The executions of one stage; the stages before it must have run."""
@@ -160,9 +168,9 @@ class DayRun:
         parent = self.parent
         if parent is None:
             return self.split.train
-        trained = read_manifest(self.directory("train", parent))
+        trained = read_manifest(self.directory("train", parent), TrainFacts)
         assert trained is not None
-        last = trained.facts["days"][-1]
+        last = trained.facts.days[-1]
         days = tuple(d for d in self.split.train if d > last)
         if not days:
             raise UserError(
@@ -192,15 +200,8 @@ class DayRun:
             warnings = self.reporter.warn(cascade)
             checked = check_span(self.recipe, span.days, previous)  # faults show before Ray starts
             self.session.wait_for("ingest", [ONE_CPU])
-            ingested = ingest(self.recipe, checked, scratch, self.reporter.advance)
-            facts = ingested.model_dump(mode="json")
-            return StageOutput(
-                ingested.rows_in,
-                ingested.rows_out,
-                ingested.quarantined,
-                {**facts, "days": span.days, "previous": span.previous},
-                warnings,
-            )
+            facts = ingest(self.recipe, checked, scratch, self.reporter.advance)
+            return StageOutput(facts.rows_in, facts.rows_out, facts, facts.quarantined, warnings)
 
         config = ingest_config(self.recipe)
         inputs = self.spans.inputs(span, self._catalogue.fingerprint())
@@ -229,12 +230,11 @@ class DayRun:
 
         def body(scratch: Path) -> StageOutput:
             self.session.wait_for("join", [ONE_CPU])
-            joined = join(
+            facts = join(
                 self.recipe, self.directory("ingest", last), scratch, self.reporter.advance, codes
             )
-            warnings = self.reporter.warn(unknown_rows(self.recipe, joined))
-            facts = joined.model_dump(mode="json")
-            return StageOutput(joined.rows, joined.rows, facts=facts, warnings=warnings)
+            warnings = self.reporter.warn(unknown_rows(self.recipe, facts))
+            return StageOutput(facts.rows, facts.rows, facts, warnings=warnings)
 
         return StageSpec(
             "join", self.directory("join", last), samples_config(self.recipe), inputs, body
@@ -312,10 +312,6 @@ class DayRun:
             if self.recipe.publish.catch_up:
                 training = training_to_publish(training.parent)
             output = self.publish(self.recipe, training, scratch)
-            trained = read_manifest(training)
-            assert trained is not None
-            last = trained.facts["days"][-1]
-            output.facts.update({TRAINING: training.name, LEARNED_UP_TO: last})
             # What later gates compare with belongs to the bundle.
             shutil.copyfile(self.directory("evaluate") / METRICS_FILE, scratch / METRICS_FILE)
             return output
@@ -336,11 +332,11 @@ class DayRun:
             UserError: it was not free in time, or no plan fits.
         """
         self.session.wait_for(stage, bundles)
-        planned = read_manifest(self.directory("plan"))
+        planned = read_manifest(self.directory("plan"), PlanFacts)
         if self._plan_suits or planned is None:
             return
         here = training_shape(self.recipe)
-        if not is_of_cluster(planned.facts, here):
+        if not planned.facts.cluster.is_like(PlannedCluster.of(here)):
             self.reporter.line(
                 f"  the plan was made for another cluster than {here.name} with the memory it has; "
                 "it is made again"
@@ -387,5 +383,5 @@ class DayRun:
 
     def artifact_id(self, stage: str, day: str) -> str:
         """Of what a stage of a day has published; empty where there is nothing."""
-        manifest: Manifest | None = read_manifest(self.directory(stage, day))
+        manifest = read_manifest(self.directory(stage, day))
         return "" if manifest is None else manifest.artifact_id

@@ -12,10 +12,9 @@ from embedding.errors import UserError
 from pipeline.artifacts import MANIFEST, Manifest, config_hash, read_manifest
 from pipeline.consent import Consent
 from pipeline.days import PARTITION, Span, day_files, fingerprint
+from pipeline.samples.ingest_facts import IngestFacts
 
 INGEST = "ingest"
-FIRST_DAY = "first_day"
-"""Fact of an ingest artifact: `first_day_held`."""
 
 
 def first_day_held(days: Sequence[str], previous: Path | None) -> str:
@@ -25,8 +24,8 @@ def first_day_held(days: Sequence[str], previous: Path | None) -> str:
         days: of the span.
         previous: the ingest artifact that the span continues.
     """
-    manifest = None if previous is None else read_manifest(previous)
-    return days[0] if manifest is None else str(manifest.facts[FIRST_DAY])
+    manifest = None if previous is None else read_manifest(previous, IngestFacts)
+    return days[0] if manifest is None else manifest.facts.first_day
 
 
 class Spans:
@@ -144,19 +143,19 @@ class Spans:
             f"event files of {named} changed since they were ingested: it is ingested anew{after}"
         ]
 
-    def _as_published(self, recorded: Manifest, last: str) -> Span | None:
+    def _as_published(self, recorded: Manifest[IngestFacts], last: str) -> Span | None:
         """The span that an artifact holds; None if it goes on with one that is not there."""
-        previous = recorded.facts["previous"]
+        previous = recorded.facts.previous
         if self._is_past(recorded):
-            return Span(tuple(recorded.facts["days"]), previous)
+            return Span(recorded.facts.days, previous)
         span = self._after(previous, last)
         if previous is None or self._manifest(previous) is not None:
             return span
         return span if self._events(span) == recorded.inputs["events"] else None
 
-    def _is_past(self, recorded: Manifest) -> bool:
+    def _is_past(self, recorded: Manifest[IngestFacts]) -> bool:
         """Whether days of a published span are no longer in the log: it cannot be made again."""
-        return not set(recorded.facts["days"]) <= set(self.days)
+        return not set(recorded.facts.days) <= set(self.days)
 
     def _after(self, previous: str | None, last: str) -> Span:
         days = tuple(d for d in self.days if d <= last and (previous is None or d > previous))
@@ -175,11 +174,11 @@ class Spans:
         """
         held: set[str] = set()
         for path in self.out.glob(f"????-??-??/{INGEST}/{MANIFEST}"):
-            manifest = read_manifest(path.parent)
+            manifest = read_manifest(path.parent, IngestFacts)
             assert manifest is not None
             # The artifacts of earlier days may be gone: each says how far back its own events go.
-            held.update(manifest.facts["days"], [manifest.facts[FIRST_DAY]])
-            held.update(filter(None, [manifest.facts["previous"]]))
+            held.update(manifest.facts.days, [manifest.facts.first_day])
+            held.update(filter(None, [manifest.facts.previous]))
         last, start = span.days[-1], span.previous or ""
         lost = sorted(day for day in held - set(self.days) if start < day < last)
         if lost:
@@ -195,7 +194,7 @@ class Spans:
     def _events(self, span: Span) -> str:
         return fingerprint(day_files(self.root, span.days))
 
-    def _manifest(self, day: str) -> Manifest | None:
+    def _manifest(self, day: str) -> Manifest[IngestFacts] | None:
         """Of the span that ends at a day, if it was made with the same settings."""
-        manifest = read_manifest(self.out / day / INGEST)
+        manifest = read_manifest(self.out / day / INGEST, IngestFacts)
         return None if manifest is None or manifest.config_hash != self._hash else manifest

@@ -14,6 +14,7 @@ from embedding.config import StrictConfig
 from embedding.files import write_durably
 from pipeline.artifacts import (
     Manifest,
+    StageFacts,
     abandoned,
     artifact_id,
     config_hash,
@@ -35,19 +36,14 @@ STAGES = (
 """Of a run, in their order."""
 
 
-WARNINGS = "warnings"
-"""Fact of an artifact: what `StageOutput.warnings` was, where there was any."""
-
-
 @dataclass(frozen=True)
 class StageOutput:
     """What a stage's body returns besides the files it wrote."""
 
     rows_in: int
     rows_out: int
+    facts: StageFacts
     quarantined: dict[str, int] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
-    """Figures for the report; JSON types only."""
     warnings: tuple[str, ...] = ()
     """Sentences for `summary.json`; the body has shown them."""
 
@@ -96,7 +92,7 @@ class StageRecord:
     name: str
     status: str
     """`ran` or `current`."""
-    manifest: Manifest
+    manifest: Manifest[StageFacts]
 
 
 class Failure(StrictConfig):
@@ -160,10 +156,10 @@ def execute(spec: StageSpec, reporter: Reporter, *, anew: bool = False) -> Stage
     failure = failure_file(spec.directory)
     if spec.is_current and not anew:
         failure.unlink(missing_ok=True)
-        manifest = read_manifest(spec.directory)
-        assert manifest is not None
-        reporter.line(f"[dim]=[/] {spec.name:<9} current ({manifest.artifact_id})")
-        return StageRecord(spec.name, "current", manifest)
+        published = read_manifest(spec.directory)
+        assert published is not None
+        reporter.line(f"[dim]=[/] {spec.name:<9} current ({published.artifact_id})")
+        return StageRecord(spec.name, "current", published)
     started = time.monotonic()
     aside = abandoned(spec.directory, spec.resume_identity)
     if aside is not None:
@@ -178,8 +174,7 @@ def execute(spec: StageSpec, reporter: Reporter, *, anew: bool = False) -> Stage
             writing(spec.directory, spec.resume_identity) as scratch,
         ):
             output = spec.body(scratch)
-            warned = {WARNINGS: output.warnings} if output.warnings else {}
-            manifest = publish(
+            manifest: Manifest[StageFacts] = publish(
                 scratch,
                 spec.directory,
                 Manifest(
@@ -190,7 +185,8 @@ def execute(spec: StageSpec, reporter: Reporter, *, anew: bool = False) -> Stage
                     rows_in=output.rows_in,
                     rows_out=output.rows_out,
                     quarantined=output.quarantined,
-                    facts={**output.facts, **warned},
+                    facts=output.facts,
+                    warnings=output.warnings,
                     seconds=time.monotonic() - started,
                 ),
             )

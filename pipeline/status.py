@@ -12,6 +12,7 @@ from embedding.errors import UserError
 from pipeline.artifacts import read_manifest
 from pipeline.cluster import RaySession
 from pipeline.console import Reporter, duration, human
+from pipeline.gate_decision import GateDecision
 from pipeline.last_run import LastRun, read_last_run
 from pipeline.lock import Holder, holder
 from pipeline.models import ModelEntry, current_model
@@ -161,9 +162,10 @@ def _stages(
         order = {"running": 0, "current": 2}
         spec, state, note = min(states, key=lambda found: order.get(found[1], 1))
         manifest = read_manifest(spec.directory)
-        decision = None if manifest is None else manifest.facts
-        if name == "gate" and state == "current" and decision and not decision["passed"]:
-            state, note = "refused", "; ".join(decision["reasons"])
+        if name == "gate" and state == "current":
+            decided = read_manifest(spec.directory, GateDecision)
+            if decided is not None and not decided.facts.passed:
+                state, note = "refused", "; ".join(decided.facts.reasons)
         yield StageStatus.model_validate(
             {
                 "stage": name,

@@ -1,19 +1,19 @@
 """`summary.json`: the figures of one run, in a documented, versioned shape."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, ValidationError
 
 from embedding.config import StrictConfig
 from embedding.files import write_durably
 from pipeline.artifacts import read_manifest
-from pipeline.codes.paths import STAGE as QUANTIZE
-from pipeline.codes.quantize_facts import collapse_warning
+from pipeline.gate_decision import GateDecision
 from pipeline.metrics_file import METRICS_FILE, ORACLE_FILE, read_metrics
 from pipeline.registry import bundle_of_run
 from pipeline.spans import INGEST
-from pipeline.stages import CATCH_UP, WARNINGS, StageRecord
+from pipeline.stages import CATCH_UP, StageRecord
+from pipeline.train_facts import CatchUpFacts, TrainFacts
 from ranking.evaluation import TaskMetrics
 
 SUMMARY = "summary.json"
@@ -68,7 +68,7 @@ class Summary(StrictConfig):
     eval: dict[str, TaskMetrics]
     oracle: dict[str, TaskMetrics] = Field(default_factory=dict)
     """Metrics of the true probability; synthetic data only."""
-    gate: dict[str, Any]
+    gate: GateDecision
     catch_up: CatchUpSummary | None = None
     """None without `publish.catch_up`, and where the gate refused."""
     bundle: str | None
@@ -82,32 +82,32 @@ class Summary(StrictConfig):
 
 def summarize(directory: Path, recipe: str, records: list[StageRecord]) -> Summary:
     """Collect a finished run's figures from its artifacts."""
-    train = read_manifest(directory / "train")
-    gate = read_manifest(directory / "gate")
+    train = read_manifest(directory / "train", TrainFacts)
+    gate = read_manifest(directory / "gate", GateDecision)
     assert train is not None
     assert gate is not None
-    published = bundle_of_run(directory.parent, directory.name) if gate.facts["passed"] else None
+    published = bundle_of_run(directory.parent, directory.name) if gate.facts.passed else None
+    names = {record.name for record in records}
     return Summary(
         date=directory.name,
         recipe=recipe,
         run_id=train.artifact_id,
-        stages=_stages(records),
-        train=TrainSummary(**{key: train.facts[key] for key in TrainSummary.model_fields}),
+        stages=_stages(records, refused=not gate.facts.passed),
+        train=TrainSummary.model_validate(train.facts.result, from_attributes=True),
         eval=read_metrics(directory / "evaluate" / METRICS_FILE),
         oracle=read_metrics(directory / "evaluate" / ORACLE_FILE),
         gate=gate.facts,
-        catch_up=_caught_up(records),
+        catch_up=_caught_up(directory) if CATCH_UP in names else None,
         bundle=None if published is None else str(published),
         warnings=warnings_of(records),
         artifacts=_artifacts(records),
     )
 
 
-def _caught_up(records: list[StageRecord]) -> CatchUpSummary | None:
-    facts = next((record.manifest.facts for record in records if record.name == CATCH_UP), None)
-    if facts is None:
-        return None
-    return CatchUpSummary(**{key: facts[key] for key in CatchUpSummary.model_fields})
+def _caught_up(directory: Path) -> CatchUpSummary:
+    manifest = read_manifest(directory / CATCH_UP, CatchUpFacts)
+    assert manifest is not None
+    return CatchUpSummary.model_validate(manifest.facts, from_attributes=True)
 
 
 def read_summary(directory: Path, records: list[StageRecord]) -> Summary | None:
@@ -130,11 +130,8 @@ def warnings_of(records: list[StageRecord]) -> list[str]:
     """In the order of the stages; what ingest said once is not said again every day."""
     found: list[str] = []
     for record in records:
-        facts = record.manifest.facts
         if record.name != INGEST or record.status == "ran":
-            found += facts.get(WARNINGS, ())
-        if record.name == QUANTIZE:
-            found += filter(None, [collapse_warning(facts.get("mean_cosine"))])
+            found += record.manifest.warnings
     return list(dict.fromkeys(found))
 
 
@@ -144,13 +141,13 @@ def _artifacts(records: list[StageRecord]) -> dict[str, str]:
     return {name: ids[name] for name in own if name in ids}
 
 
-def _stages(records: list[StageRecord]) -> dict[str, StageSummary]:
+def _stages(records: list[StageRecord], *, refused: bool) -> dict[str, StageSummary]:
     """Executions of the same stage (one per span of days) added up."""
     stages: dict[str, StageSummary] = {}
     for record in records:
         before = stages.get(record.name)
         status = record.status
-        if record.name == "gate" and not record.manifest.facts["passed"]:
+        if record.name == "gate" and refused:
             status = "refused"
         elif before is not None and before.status == "ran":
             status = "ran"

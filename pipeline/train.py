@@ -7,7 +7,7 @@ Reads sample files, `plan.json` and the parent's checkpoint; writes `checkpoint/
 
 import shutil
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Self
 
 from embedding.config import StrictConfig
 from embedding.errors import UserError
@@ -20,7 +20,7 @@ from pipeline.follow import MetricsFollower
 from pipeline.plan import PLAN
 from pipeline.recipe import RECIPE_FILE, write_recipe
 from pipeline.reports.warm_start_view import warm_start_line
-from pipeline.stages import StageOutput
+from pipeline.train_facts import TrainResult
 from pipeline.worker_group import RunWorkers, run_workers
 
 CHECKPOINT = "checkpoint"
@@ -114,35 +114,13 @@ class TrainJob(StrictConfig):
         return self.resume / "checkpoints"
 
 
-class TrainResult(StrictConfig):
-    """Rank 0's account of a finished training; version 1."""
-
-    schema_version: Literal[1] = 1
-    checkpoint: str
-    """Directory name of the checkpoint that is the result: the best validation's, else the last."""
-    rows: int
-    """Real rows, all epochs."""
-    steps: int
-    best_step: int | None
-    """Step of the result, chosen by validation; None without validation."""
-    stopped_early: bool
-    rows_per_s: float
-    """Over all steps of the training, those before a restart included."""
-    world_size: int
-    data_wait_share: float
-    warm_start: dict[str, Any] | None
-    """What came from the parent and what did not (`embedding.warm_start.WarmStartReport`)."""
-    content: dict[str, float] | None = None
-    """Of the last window of steps: cost, age of the bank, norms of gradients; None without."""
-
-
 def train(
     recipe: Recipe,
     inputs: TrainInputs,
     scratch: Path,
     reporter: Reporter,
     run: RunWorkers = run_workers,
-) -> StageOutput:
+) -> TrainResult:
     """Train on the cluster; a dead worker restarts the group from the last checkpoint."""
     job = TrainJob(recipe=recipe, inputs=inputs.absolute(), resume=(scratch / RESUME).absolute())
     # The result is a training's last word: with it, only the publishing was interrupted.
@@ -157,24 +135,18 @@ def train(
     write_recipe(recipe, scratch)
     if inputs.parent is not None and result.warm_start is not None:
         reporter.line(f"  {warm_start_line(result.warm_start, inputs.parent.parent.name)}")
-    return _output(result)
+    return result
 
 
-def take_over(earlier: Path, scratch: Path) -> StageOutput:
+def take_over(earlier: Path, scratch: Path) -> TrainResult:
     """The result of an artifact of the same training, instead of training once more."""
     for name in (*RECORDS, CHECKPOINT, RECIPE_FILE):
         _link(earlier / name, scratch / name)
-    return _output(_result(earlier))
+    return _result(earlier)
 
 
 def _result(directory: Path) -> TrainResult:
     return TrainResult.model_validate_json((directory / RESULT).read_text())
-
-
-def _output(result: TrainResult) -> StageOutput:
-    return StageOutput(
-        rows_in=result.rows, rows_out=result.rows, facts=result.model_dump(mode="json")
-    )
 
 
 def _train_worker(config: dict[str, str]) -> None:

@@ -11,18 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.artifacts import Manifest, config_hash, damaged_files, read_manifest
-from pipeline.catch_up import accepted, objections
+from pipeline.catch_up import objections
 from pipeline.cluster import rank_bundles
-from pipeline.day_warnings import DAY_FILES, Ancestry, day_fingerprints, day_warnings
+from pipeline.day_warnings import Ancestry, day_fingerprints, day_warnings
 from pipeline.days import Span
 from pipeline.evaluate import PREDICTIONS, evaluate
 from pipeline.identity import training_config
 from pipeline.lineage import learned_days, unlearned
 from pipeline.metrics_file import METRICS_FILE, read_metrics
 from pipeline.registry import was_withdrawn
-from pipeline.samples.columns import EVENT_COLUMNS
+from pipeline.samples.columns import ColumnKind
+from pipeline.samples.ingest_facts import IngestFacts
 from pipeline.stages import CATCH_UP, StageOutput, StageSpec
 from pipeline.train import TrainedModel, TrainInputs, take_over, train
+from pipeline.train_facts import CatchUpFacts, TrainFacts
 from ranking.evaluation import TaskMetrics
 
 if TYPE_CHECKING:
@@ -38,19 +40,19 @@ def train_stage(run: "DayRun") -> StageSpec:
     inputs = _inputs(run, run.training_spans())
     if parent is not None:
         inputs["parent"] = run.artifact_id("train", parent)
-    files = day_fingerprints(run.recipe.data.root, days)
+    fingerprints = day_fingerprints(run.recipe.data.root, days)
 
     def body(scratch: Path) -> StageOutput:
         root, ancestry = run.recipe.data.root, Ancestry.of(run.out, parent)
         warnings = run.reporter.warn(day_warnings(root, run.split, days, ancestry))
-        facts: dict[str, Any] = {"parent": parent, "days": days, DAY_FILES: files}
-        facts |= _about_samples(run)
+        codebooks, event_columns = _about_samples(run)
+        learned, files, taken_over = days, fingerprints, None
         earlier = None if parent is None else run.directory(CATCH_UP, parent)
         caught_up = None if earlier is None else _same_training(earlier, config, inputs)
         if earlier is not None and caught_up is not None and _is_approved(run.out, caught_up):
             run.reporter.line(f"  trained when the run of {parent} caught up; nothing is left")
-            output = take_over(earlier, scratch)
-            facts[CATCH_UP] = caught_up.artifact_id
+            result = take_over(earlier, scratch)
+            taken_over = caught_up.artifact_id
         else:
             run.wait_for_ranks("train", run.session.group())
             start = None if parent is None else run.directory("train", parent)
@@ -63,12 +65,20 @@ def train_stage(run: "DayRun") -> StageSpec:
                 content=run.content_paths(),
                 codebooks=change,
             )
-            output = train(run.recipe, sources, scratch, run.reporter)
-            if start is not None and parent is not None and output.facts["best_step"] == 0:
-                facts |= learned_days(start)
+            result = train(run.recipe, sources, scratch, run.reporter)
+            if start is not None and parent is not None and result.best_step == 0:
+                learned, files = learned_days(start)
                 warnings += run.reporter.warn([unlearned(days, parent)])
-        facts = {**output.facts, **facts}
-        return StageOutput(output.rows_in, output.rows_out, facts=facts, warnings=warnings)
+        facts = TrainFacts(
+            result=result,
+            days=learned,
+            codebooks=codebooks,
+            event_columns=event_columns,
+            parent=parent,
+            day_files=files,
+            caught_up=taken_over,
+        )
+        return StageOutput(result.rows, result.rows, facts, warnings=warnings)
 
     return StageSpec(
         "train",
@@ -90,8 +100,9 @@ def catch_up_stage(run: "DayRun") -> StageSpec:
 
     def body(scratch: Path) -> StageOutput:
         own = run.directory(CATCH_UP)
+        codebooks, event_columns = _about_samples(run)
         if _same_training(own, config, inputs) is not None:  # only the gate is another
-            output = take_over(own, scratch)
+            result = take_over(own, scratch)
         else:
             run.wait_for_ranks(CATCH_UP, run.session.group())
             sources = TrainInputs(
@@ -101,7 +112,7 @@ def catch_up_stage(run: "DayRun") -> StageSpec:
                 parent=run.directory("train"),
                 content=run.content_paths(),
             )
-            output = train(run.recipe, sources, scratch, run.reporter)
+            result = train(run.recipe, sources, scratch, run.reporter)
         before = read_metrics(run.directory("evaluate") / METRICS_FILE)
         reasons = objections(run.recipe.gate, before, _on_the_same_rows(run, scratch))
         warnings: tuple[str, ...] = ()
@@ -110,15 +121,16 @@ def catch_up_stage(run: "DayRun") -> StageSpec:
                 f"catch_up is not published, but the model of {run.date} as its gate passed it: "
                 f"{'; '.join(reasons)}",
             )
-        facts = {
-            **output.facts,
-            "days": days,
-            **_about_samples(run),
-            "accepted": not reasons,
-            "reasons": reasons,
-        }
         run.reporter.warn(warnings)
-        return StageOutput(output.rows_in, output.rows_out, facts=facts, warnings=warnings)
+        facts = CatchUpFacts(
+            result=result,
+            days=days,
+            codebooks=codebooks,
+            event_columns=event_columns,
+            accepted=not reasons,
+            reasons=reasons,
+        )
+        return StageOutput(result.rows, result.rows, facts, warnings=warnings)
 
     return StageSpec(
         CATCH_UP,
@@ -130,14 +142,12 @@ def catch_up_stage(run: "DayRun") -> StageSpec:
     )
 
 
-def _about_samples(run: "DayRun") -> dict[str, Any]:
-    """What whoever makes samples for this model elsewhere must know."""
-    ingested = read_manifest(run.directory("ingest"))
+def _about_samples(run: "DayRun") -> tuple[str | None, dict[str, ColumnKind]]:
+    """What whoever makes samples for this model elsewhere must know: codebooks, event columns."""
+    ingested = read_manifest(run.directory("ingest"), IngestFacts)
     assert ingested is not None
-    return {
-        "codebooks": None if run.codes is None else run.codes.codebooks,
-        EVENT_COLUMNS: ingested.facts.get(EVENT_COLUMNS, {}),
-    }
+    codebooks = None if run.codes is None else run.codes.codebooks
+    return codebooks, ingested.facts.event_columns
 
 
 def _on_the_same_rows(run: "DayRun", trained: Path) -> dict[str, TaskMetrics]:
@@ -171,9 +181,9 @@ def _inputs(run: "DayRun", spans: list[Span]) -> dict[str, str]:
 
 def _same_training(
     earlier: Path, config: dict[str, Any], inputs: dict[str, str]
-) -> Manifest | None:
+) -> Manifest[CatchUpFacts] | None:
     """A `catch_up` that is exactly the training of these inputs, and whole; None: it is not."""
-    found = read_manifest(earlier)
+    found = read_manifest(earlier, CatchUpFacts)
     if found is None or found.config_hash != config_hash(config):
         return None
     theirs = {key: value for key, value in found.inputs.items() if key != "gate"}
@@ -181,6 +191,7 @@ def _same_training(
     return found if theirs == ours and not damaged_files(earlier, thorough=False) else None
 
 
-def _is_approved(out: Path, caught_up: Manifest) -> bool:
+def _is_approved(out: Path, caught_up: Manifest[CatchUpFacts]) -> bool:
     """Whether it was accepted, and its bundle has not been taken out of production."""
-    return accepted(caught_up) and not was_withdrawn(out, CATCH_UP, caught_up.artifact_id)
+    withdrawn = was_withdrawn(out, CATCH_UP, caught_up.artifact_id)
+    return caught_up.facts.accepted and not withdrawn

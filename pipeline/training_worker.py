@@ -25,13 +25,14 @@ from embedding.memory import keep_freed_memory
 from embedding.notices import divert_library_notices
 from embedding.planning.plan_description import PlanDescription
 from embedding.shard import Sharded, shard
-from embedding.warm_start import WarmStartReport
+from embedding.warm_start_report import WarmStartReport
 from pipeline.config import Recipe
 from pipeline.content.paths import ContentPaths
 from pipeline.devices import own_device
 from pipeline.evaluate import EvaluateJob
 from pipeline.rank_hosts import check_hosts
-from pipeline.train import LOGS, METRICS, RESULT, TENSORBOARD, TrainJob, TrainResult
+from pipeline.train import LOGS, METRICS, RESULT, TENSORBOARD, TrainJob
+from pipeline.train_facts import TrainResult
 from ranking.averaging import AVERAGE
 from ranking.model import RankingModel, RankingStep
 from ranking.prediction import Predictions, predict
@@ -107,7 +108,7 @@ def _train(job: TrainJob, content: "RankContent | None", device: torch.device) -
             rows_per_s=summary.totals.rows_per_s,
             world_size=summary.world_size,
             data_wait_share=summary.totals.data_wait_share,
-            warm_start=None if carried is None else carried.model_dump(mode="json"),
+            warm_start=carried,
             content=record.content,
         )
         write_durably(job.resume / RESULT, result.model_dump_json(indent=2))

@@ -12,6 +12,7 @@ from pipeline.content.stage import STORES
 from pipeline.days import available_days
 from pipeline.recipe import RECIPE_FILE, read_recipe
 from pipeline.registry import MODELS
+from pipeline.samples.ingest_facts import IngestFacts
 from pipeline.spans import INGEST
 
 
@@ -70,9 +71,9 @@ def _remedy(directory: Path, logged: frozenset[str]) -> str:
         return f"restore {directory}, or promote another date; do not delete it"
     days = {directory.parent.name}
     if directory.name == INGEST:
-        manifest = read_manifest(directory)
+        manifest = read_manifest(directory, IngestFacts)
         assert manifest is not None
-        days |= set(manifest.facts["days"])
+        days |= set(manifest.facts.days)
     gone = sorted(days - logged)
     if gone:
         return (

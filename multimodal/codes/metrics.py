@@ -2,12 +2,10 @@
 
 # Shapes: N items, B queries, L levels, D vector dim.
 
-from typing import Literal
-
 import numpy as np
 import torch
 
-from embedding.config import StrictConfig
+from multimodal.codes.figures import CodeMetrics, LevelMetrics, Stability
 from multimodal.codes.residual_quantizer import CPU, ResidualCodebooks
 from multimodal.codes.tree import code_groups
 from multimodal.codes.vectors import (
@@ -22,36 +20,6 @@ from multimodal.codes.vectors import (
 _MAX_COMPARED = 4_000_000_000
 """Pairs of a query and an item."""
 _LEAST_QUERIES = 100
-
-
-class LevelMetrics(StrictConfig):
-    """Use and error of one level."""
-
-    num_codes: int
-    utilisation: float
-    """Share of codes that some item has."""
-    perplexity: float
-    """exp(entropy of use): as many equally used codes would spread items as well."""
-    mse: float
-    """Mean squared distance of items to their reconstruction by this and the levels before."""
-
-
-class CodeMetrics(StrictConfig):
-    """Figures of one set of codes; version 1."""
-
-    schema_version: Literal[1] = 1
-    num_items: int
-    collision_rate: float
-    """Share of items whose full code another item has too."""
-    largest_collision: int
-    """Items of the most frequent full code."""
-    mean_squared_length: float
-    """Of the vectors: the error without any level."""
-    levels: tuple[LevelMetrics, ...]
-    hit_rate_1: float
-    """Share of items that are the nearest of all items to what their own code stands for."""
-    hit_rate_10: float
-    """... that are among the ten nearest."""
 
 
 def measure_codes(
@@ -121,18 +89,6 @@ def retrieval_ranks(
         scores_BN = rebuilt @ torch.from_numpy(unit_rows(block_ND)).to(device).T
         ranks_B += (scores_BN > own_B1).sum(1)
     return ranks_B.cpu().numpy()
-
-
-class Stability(StrictConfig):
-    """How much of the codes a refit left alone, on items that both sides know."""
-
-    num_items: int
-    full: float
-    """Share of items whose whole code is unchanged."""
-    prefixes: tuple[float, ...]
-    """Share of items whose first 1, 2, ... levels are unchanged."""
-    levels: tuple[float, ...]
-    """Share of items whose code of that level is unchanged, whatever the levels before."""
 
 
 def stability(before_NL: Int32Array, after_NL: Int32Array) -> Stability:

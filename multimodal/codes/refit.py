@@ -4,13 +4,12 @@
 
 from dataclasses import dataclass
 from datetime import date
-from typing import Literal
 
 import numpy as np
 import torch
 
-from embedding.config import StrictConfig
 from multimodal.codes.config import Codes, RefitPolicy, Rq
+from multimodal.codes.figures import Drift, RefitDecision
 from multimodal.codes.match import Carry, align, carry_items, fresh
 from multimodal.codes.residual_fit import fit_residual, training_rows
 from multimodal.codes.residual_quantizer import CPU, ResidualCodebooks
@@ -108,32 +107,6 @@ def _same_shape(books: ResidualCodebooks, config: Rq, vectors_ND: FloatArray) ->
 
 
 # --- drift ---------------------------------------------------------------------------------------
-
-
-class Drift(StrictConfig):
-    """How far the items have moved since the codebooks were fitted; version 2."""
-
-    schema_version: Literal[1, 2] = 2
-    age_days: int
-    num_new_items: int
-    """Items that the fit did not know."""
-    error_ratio: float | None
-    """Quantization error of new items over `reference_mse`; None without either."""
-    utilisation_ratio: float | None
-    """Codewords that new items have, over those that as many items of the fit would have, on the
-    level where it is lowest: new items that crowd into few codewords have fewer. None without RQ
-    codes, new items, or items of the fit that are still there. Version 1: codewords that any item
-    ever shown had, over those of the fit; it could hardly fall."""
-    has_reference: bool = True
-    """Whether the fit had items enough to hold some out; False: `error_ratio` is never known."""
-
-
-class RefitDecision(StrictConfig):
-    """Whether to fit new codebooks, and why."""
-
-    refit: bool
-    reasons: tuple[str, ...]
-    """Sentences for the report; of no refit, too: what the policy could not look at."""
 
 
 @dataclass(frozen=True)

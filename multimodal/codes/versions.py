@@ -21,8 +21,8 @@ from embedding.config import StrictConfig
 from embedding.errors import UserError
 from embedding.files import link_tree, write_durably
 from multimodal.codes.config import Codes
+from multimodal.codes.figures import CodeMetrics, Stability
 from multimodal.codes.match import Carry, fresh
-from multimodal.codes.metrics import CodeMetrics, Stability
 from multimodal.codes.store import Codebooks
 
 MANIFEST = "manifest.json"

@@ -15,13 +15,11 @@ stays.
 
 import hashlib
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 from numpy.lib.format import open_memmap
-from pydantic import Field
 
 from embedding.config import StrictConfig
 from embedding.errors import UserError
@@ -33,11 +31,11 @@ from multimodal.content_config import ConcatFusion, ContentConfig
 from multimodal.stored_content import StoredContent
 from multimodal.token_store import NO_ROW
 from pipeline.artifacts import config_hash
+from pipeline.codes.align_facts import PairFacts
 from pipeline.codes.id_vectors import IdSpace, id_space
-from pipeline.codes.mine_pairs import PairFacts, mine_pairs, plan_mining
+from pipeline.codes.mine_pairs import mine_pairs, plan_mining
 from pipeline.codes.positives import PairSource
 from pipeline.codes.ranker_vectors import RankerItems
-from pipeline.content.stage import ContentFacts
 
 ENCODER = "encoder.safetensors"
 IDS, VECTORS = "item_ids.npy", "vectors.npy"
@@ -66,39 +64,6 @@ class AlignJob(StrictConfig):
     """Items to encode: content rows, as a .npy file."""
     output: Path
     """Existing directory."""
-
-
-class AlignmentResult(StrictConfig):
-    """Rank 0's account of a training; version 1."""
-
-    schema_version: Literal[1] = 1
-    steps: int
-    first_loss: float
-    """Mean of the first tenth of the steps."""
-    last_loss: float
-    """Mean of the last tenth."""
-    temperature: float
-    seconds: float
-    num_pairs: dict[str, int] = Field(default_factory=dict)
-    """By source: pairs whose items both have content."""
-
-
-class AlignFacts(StrictConfig):
-    """What the stage did; version 1."""
-
-    schema_version: Literal[1] = 1
-    encoder: str
-    """Identity of the encoder: equal ones make equal vectors."""
-    trained_on: str | None
-    """Last day whose pairs it was trained on; None: not trained."""
-    num_items: int
-    """With a vector."""
-    num_without_content: int
-    num_encoded: int
-    """The others kept the vectors of the run before."""
-    pairs: PairFacts | None
-    training: AlignmentResult | None
-    content: ContentFacts
 
 
 def encoder_config(source: AlignedVectors | TowerVectors, content: ContentConfig) -> ContentConfig:

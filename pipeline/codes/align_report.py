@@ -7,10 +7,8 @@ from typing import Any
 import numpy as np
 
 from multimodal.codes.config import AlignedVectors, ColumnVectors, TowerVectors
-from pipeline.artifacts import Manifest, read_manifest
-from pipeline.codes.align import AlignFacts
-from pipeline.codes.mine_pairs import PairFacts
-from pipeline.codes.pair_sample import PairSample
+from pipeline.artifacts import read_manifest
+from pipeline.codes.align_facts import AlignFacts, PairFacts, PairSample
 from pipeline.config import Recipe
 from pipeline.console import duration
 from pipeline.reports.item_cards import ItemCard, item_cards, shown_catalogue
@@ -78,16 +76,15 @@ def align_section(recipe: Recipe, directory: Path) -> dict[str, Any] | None:
 
 def trained_run(directory: Path) -> Path | None:
     """Directory of the run that trained the encoder of this one; None where it is not there."""
-    manifest, run = read_manifest(directory / _STAGE), directory
-    encoder = None if manifest is None else manifest.facts["encoder"]
-    while manifest is not None and manifest.facts["encoder"] == encoder:
-        if manifest.facts["training"] is not None:
+    manifest, run = read_manifest(directory / _STAGE, AlignFacts), directory
+    encoder = None if manifest is None else manifest.facts.encoder
+    while manifest is not None and manifest.facts.encoder == encoder:
+        if manifest.facts.training is not None:
             return run
-        previous = manifest.facts["previous"]
-        if previous is None:
+        if manifest.facts.previous is None:
             return None
-        run = directory.parent / previous
-        manifest = read_manifest(run / _STAGE)
+        run = directory.parent / manifest.facts.previous
+        manifest = read_manifest(run / _STAGE, AlignFacts)
     return None
 
 
@@ -129,11 +126,9 @@ def _section(said: str, **parts: list[Any]) -> dict[str, Any]:
 
 
 def _facts(directory: Path) -> AlignFacts:
-    manifest = read_manifest(directory / _STAGE)
-    assert isinstance(manifest, Manifest), directory
-    return AlignFacts.model_validate(
-        {name: manifest.facts[name] for name in AlignFacts.model_fields}
-    )
+    manifest = read_manifest(directory / _STAGE, AlignFacts)
+    assert manifest is not None, directory
+    return manifest.facts
 
 
 def _items(facts: AlignFacts) -> str:

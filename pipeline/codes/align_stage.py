@@ -22,9 +22,7 @@ from pipeline.codes.align import (
     PAIRS,
     RESULT,
     VECTORS,
-    AlignFacts,
     AlignJob,
-    AlignmentResult,
     changed_rows,
     encoder_config,
     encoder_identity,
@@ -32,16 +30,18 @@ from pipeline.codes.align import (
     mine,
     same_towers,
 )
+from pipeline.codes.align_facts import AlignFacts, AlignmentResult, PairFacts
 from pipeline.codes.item_vectors import CatalogueVectors
-from pipeline.codes.mine_pairs import PairFacts
 from pipeline.codes.positives import PairSource
 from pipeline.codes.ranker_vectors import RankerItems
 from pipeline.config import Recipe
 from pipeline.console import Reporter
-from pipeline.content.stage import STORES, ContentFacts, check_content, content
+from pipeline.content.facts import ContentFacts
+from pipeline.content.stage import STORES, check_content, content
 from pipeline.days import parse_day
 from pipeline.stages import StageOutput, StageSpec
 from pipeline.train import CHECKPOINT
+from pipeline.train_facts import TrainFacts
 from pipeline.worker_group import run_workers
 
 STAGE = "align"
@@ -84,13 +84,13 @@ class AlignmentOfDay:
 
     def vectors(self) -> CatalogueVectors:
         """What the stage wrote; the vectors are memory-mapped, copy on write."""
-        manifest = read_manifest(self.directory)
+        manifest = read_manifest(self.directory, AlignFacts)
         assert manifest is not None
         return CatalogueVectors(
             np.load(self.directory / IDS),
             np.load(self.directory / VECTORS, mmap_mode="c"),
-            f"{self.source.kind}:{manifest.facts['encoder']}",
-            manifest.facts["num_without_content"],
+            f"{self.source.kind}:{manifest.facts.encoder}",
+            manifest.facts.num_without_content,
             self.directory / VECTORS,
         )
 
@@ -150,17 +150,10 @@ class AlignmentOfDay:
         known = None if trains else earlier
         np.save(job.rows, changed_rows(index, known))
         run_workers(_worker, job, cluster, scratch)
-        facts = self._facts(job, known, tokens, pairs)
+        day = None if previous is None else previous.parent.name
+        facts = self._facts(job, known, day, tokens, pairs)
         job.rows.unlink()
-        return StageOutput(
-            rows_in=tokens.num_items,
-            rows_out=facts.num_items,
-            facts={
-                **facts.model_dump(mode="json"),
-                "settings": config_hash(alignment_settings(self.recipe)),
-                "previous": None if previous is None else previous.parent.name,
-            },
-        )
+        return StageOutput(tokens.num_items, facts.num_items, facts)
 
     def _job(self, scratch: Path, earlier: Path | None, *, trains: bool) -> AlignJob:
         training = self.source if isinstance(self.source, AlignedVectors) and trains else None
@@ -184,6 +177,7 @@ class AlignmentOfDay:
         self,
         job: AlignJob,
         known: Path | None,
+        previous: str | None,
         tokens: ContentFacts,
         pairs: PairFacts | None,
     ) -> AlignFacts:
@@ -199,10 +193,10 @@ class AlignmentOfDay:
                 f"  aligned on {pairs.item2item_pairs} item2item and {pairs.user2item_pairs} "
                 f"user2item pairs{by}: loss {training.first_loss:.3f} -> {training.last_loss:.3f}"
             )
-        manifest = None if known is None else read_manifest(known)
+        manifest = None if known is None else read_manifest(known, AlignFacts)
         trained_on = self.training_days[-1] if training else None
         if manifest is not None:
-            trained_on = manifest.facts["trained_on"]
+            trained_on = manifest.facts.trained_on
         return AlignFacts(
             encoder=encoder_identity(job.output / ENCODER, self.content, job.index),
             trained_on=trained_on,
@@ -212,6 +206,8 @@ class AlignmentOfDay:
             pairs=pairs,
             training=training,
             content=tokens,
+            settings=config_hash(alignment_settings(self.recipe)),
+            previous=previous,
         )
 
     def _pair_source(self, ingests: tuple[Path, ...]) -> PairSource:
@@ -230,38 +226,39 @@ class AlignmentOfDay:
         wanted = isinstance(source, AlignedVectors) and source.user2item is not None
         if parent is None or looked_up is None or not wanted:
             return None
-        trained = read_manifest(self.out / parent / "train")
+        trained = read_manifest(self.out / parent / "train", TrainFacts)
         assert trained is not None
         return RankerItems(
             checkpoints=self.out / parent / "train" / CHECKPOINT,
             table=features.table(looked_up.table),
             counts=self.out / parent / "ingest" / "item_counts.parquet",
-            last_day=trained.facts["days"][-1],
+            last_day=trained.facts.days[-1],
         )
 
     def _is_due(self, earlier: Path | None) -> bool:
         if earlier is None:
             return True
         every = self.source.realign_every_days if isinstance(self.source, AlignedVectors) else None
-        manifest = read_manifest(earlier)
+        manifest = read_manifest(earlier, AlignFacts)
         if every is None or manifest is None:
             return False
-        trained_on = parse_day(manifest.facts["trained_on"], STAGE)
+        assert manifest.facts.trained_on is not None  # by the same settings
+        trained_on = parse_day(manifest.facts.trained_on, STAGE)
         return (parse_day(self.training_days[-1], STAGE) - trained_on).days >= every
 
     def _fits(self, previous: Path, index: Path) -> bool:
         """Whether an encoder of before goes on; `index` points to the day's tokens."""
-        manifest = read_manifest(previous)
+        manifest = read_manifest(previous, AlignFacts)
         settings = config_hash(alignment_settings(self.recipe))
-        if manifest is None or manifest.facts["settings"] != settings:
+        if manifest is None or manifest.facts.settings != settings:
             return False
         return same_towers(index, previous / INDEX)
 
     def _previous(self) -> Path | None:
         """The artifact that this one goes on with: the latest earlier one."""
-        recorded = read_manifest(self.directory)
+        recorded = read_manifest(self.directory, AlignFacts)
         if recorded is not None:
-            day: str | None = recorded.facts["previous"]
+            day = recorded.facts.previous
             if day is None:
                 return None
             if _artifact_id(self.out / day / STAGE) == recorded.inputs["previous"]:

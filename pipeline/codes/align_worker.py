@@ -28,7 +28,8 @@ from multimodal.content_encoder import (
     trained_state,
 )
 from multimodal.stored_content import ContentReader
-from pipeline.codes.align import ENCODER, PART, RESULT, AlignJob, AlignmentResult
+from pipeline.codes.align import ENCODER, PART, RESULT, AlignJob
+from pipeline.codes.align_facts import AlignmentResult
 from pipeline.devices import own_device
 
 _ITEMS_PER_CHUNK = 256

@@ -19,7 +19,7 @@ from multimodal.codes.versions import CodebookManifest, find_version, load_versi
 from pipeline.artifacts import read_manifest
 from pipeline.codes.features import CODES_FILE
 from pipeline.codes.paths import codebook_versions, coded_dates, codes_directory
-from pipeline.codes.quantize_facts import QuantizeFacts, code_facts
+from pipeline.codes.quantize_facts import QuantizeFacts
 from pipeline.config import Recipe
 from pipeline.recipe import RECIPE_FILE, read_recipe
 from pipeline.registry import require_output
@@ -35,7 +35,6 @@ class CodesOfRun:
     out: Path
     date: str
     facts: QuantizeFacts
-    num_without_vector: int
     table: pa.Table
     """Of the codes artifact, by ascending item id."""
     recipe: Recipe | None
@@ -62,14 +61,13 @@ class CodesOfRun:
                 f"{', '.join(known)}); name one of these"
             )
         directory = codes_directory(out, chosen)
-        manifest = read_manifest(directory)
+        manifest = read_manifest(directory, QuantizeFacts)
         assert manifest is not None
         has_recipe = (out / chosen / RECIPE_FILE).is_file()
         return cls(
             out,
             chosen,
-            code_facts(manifest),
-            manifest.facts["num_without_vector"],
+            manifest.facts,
             pq.read_table(directory / CODES_FILE).sort_by("item_id"),
             read_recipe(out / chosen) if has_recipe else None,
         )
@@ -162,8 +160,8 @@ class CodesOfRun:
             if at < len(self.item_ids) and self.item_ids[at] == raw_id:
                 return at
         why = ""
-        if self.num_without_vector:
-            why = f" ({self.num_without_vector} items of the catalogue have no vector)"
+        if self.facts.num_without_vector:
+            why = f" ({self.facts.num_without_vector} items of the catalogue have no vector)"
         raise UserError(
             f"--item {item}: the run of {self.date} has codes of {len(self.item_ids)} items, and "
             f"it is not among them{why}; check the id against items.parquet"

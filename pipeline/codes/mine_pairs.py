@@ -16,21 +16,19 @@ import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import Field
 
-from embedding.config import StrictConfig
 from embedding.errors import UserError
 from embedding.raw_ids import Int64Array, mix64
 from multimodal.codes.pair_config import Swing, User2Item
 from multimodal.codes.swing import UserLists, join_lists, swing_pairs, user_lists
 from multimodal.codes.triggers import IdVectors, TriggerPairs, trigger_pairs
-from pipeline.codes.pair_sample import PairSample, join_samples, sample_pairs
+from pipeline.codes.align_facts import PairFacts, PairSample
+from pipeline.codes.pair_sample import join_samples, sample_pairs
 from pipeline.codes.positives import PairSource, read_positives
 from pipeline.samples.partition import read_bucket
 from pipeline.tasks import stream_tasks
@@ -41,34 +39,6 @@ NUM_EXAMPLES = 20
 _LISTS = pa.schema(
     [("user_id", pa.int64()), ("total", pa.int64()), ("items", pa.list_(pa.int64()))]
 )
-
-
-class PairFacts(StrictConfig):
-    """What was mined; version 1."""
-
-    schema_version: Literal[1] = 1
-    first_day: str
-    last_day: str
-    num_positives: int
-    num_users: int
-    num_cut_users: int
-    """Users whose item list was sampled."""
-    num_cut_items: int
-    """Items whose user list was sampled."""
-    item2item_pairs: int
-    item2item_items: int
-    """Items with at least one neighbour."""
-    user2item_pairs: int
-    user2item_without: dict[str, int]
-    """Positives without a trigger, by reason."""
-    id_space: Literal["ranker", "factorisation"] | None = None
-    """What user2item pairs are alike by: the item table of the ranker that the run started from, or
-    a factorisation of positives; None: such pairs were not asked for."""
-    examples: tuple[tuple[int, int, float], ...]
-    """Most similar item2item pairs: item, neighbour, similarity."""
-    samples: dict[str, PairSample] = Field(default_factory=dict)
-    """By source, drawn by a hash of the two items: (item, neighbour) or (trigger, target), and
-    their similarity."""
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,10 @@ import numpy as np
 
 from embedding.raw_ids import Int64Array, mix64
 from multimodal.codes.vectors import FloatArray
+from pipeline.codes.align_facts import PairSample
 
 NUM_SAMPLED = 6
 """Pairs kept of each source."""
-
-PairSample = tuple[tuple[int, int, float], ...]
-"""Two items and their similarity."""
 
 
 def sample_pairs(

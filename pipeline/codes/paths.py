@@ -7,6 +7,7 @@ OUT/codebooks/vNNNN/   the codebooks of all runs
 from pathlib import Path
 
 from pipeline.artifacts import read_manifest
+from pipeline.codes.quantize_facts import QuantizeFacts
 
 STAGE = "quantize"
 
@@ -32,5 +33,5 @@ def coded_dates(out: Path) -> list[str]:
 
 def codes_version(directory: Path) -> str | None:
     """Codebook version of a quantize artifact; None where there is none."""
-    manifest = read_manifest(directory)
-    return None if manifest is None else str(manifest.facts["version"])
+    manifest = read_manifest(directory, QuantizeFacts)
+    return None if manifest is None else manifest.facts.version

@@ -15,11 +15,10 @@ from embedding.errors import UserError
 from embedding.raw_ids import Int64Array
 from embedding.samples import CODEBOOKS
 from multimodal.codes.config import Codes
-from multimodal.codes.metrics import CodeMetrics, Stability, measure_codes, stability
+from multimodal.codes.figures import CodeMetrics, Drift, RefitDecision, Stability
+from multimodal.codes.metrics import measure_codes, stability
 from multimodal.codes.refit import (
     CodesInUse,
-    Drift,
-    RefitDecision,
     age_in_days,
     decide_refit,
     measure_drift,
@@ -41,7 +40,7 @@ from pipeline.codes.encode_items import HERE, Books, DayEncoder, Encoded, Machin
 from pipeline.codes.features import CODES_FILE, NearItems, codes_table
 from pipeline.codes.item_vectors import ItemVectors
 from pipeline.codes.kept_codes import write_digests
-from pipeline.codes.quantize_facts import QuantizeFacts
+from pipeline.codes.quantize_facts import Quantized
 
 
 def quantize(
@@ -52,7 +51,7 @@ def quantize(
     *,
     force_refit: bool = False,
     machines: Machines = HERE,
-) -> QuantizeFacts:
+) -> Quantized:
     """Write the codes of a day into `scratch`, and new codebooks into `root` where they are due.
 
     Args:
@@ -106,7 +105,7 @@ def quantize(
     table = table.replace_schema_metadata({CODEBOOKS: state.books.name})
     pq.write_table(table, scratch / CODES_FILE, compression="zstd")
     write_digests(scratch, items.item_ids_N, items.digests, state.books.name, config.vq)
-    return QuantizeFacts(
+    return Quantized(
         version=state.version,
         codebooks=state.books.name,
         refit=decision,

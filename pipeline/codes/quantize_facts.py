@@ -1,18 +1,16 @@
 """What the quantize stage did with the items of a day."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from embedding.config import StrictConfig
-from multimodal.codes.metrics import CodeMetrics, Stability
-from multimodal.codes.refit import Drift, RefitDecision
-from pipeline.artifacts import Manifest
+from multimodal.codes.figures import CodeMetrics, Drift, RefitDecision, Stability
+from pipeline.artifacts import StageFacts
 
 COLLAPSED_COSINE = 0.9
 """Mean cosine of two items from which on vectors hardly tell items apart."""
 
 
-class QuantizeFacts(StrictConfig):
-    """What the stage did; version 1."""
+class Quantized(StageFacts):
+    """What became of the vectors of a day; version 1."""
 
     schema_version: Literal[1] = 1
     version: str
@@ -35,22 +33,24 @@ class QuantizeFacts(StrictConfig):
     """Codes of this day against those of the day before."""
     num_sharing_suffix: int
     """Items that no suffix could tell apart."""
-    mean_cosine: float | None = None
+    mean_cosine: float | None
     """Of two items that codebooks may be fitted to."""
-    num_encoded: int | None = None
+    num_encoded: int | None
     """Items whose codes were looked up: the vectors of the others are those of the run before, and
     so are the codebooks. None: not by this run."""
 
 
-def code_facts(manifest: Manifest) -> QuantizeFacts:
-    """What the quantize stage did, from its manifest."""
-    return QuantizeFacts.model_validate(
-        {
-            name: manifest.facts[name]
-            for name in QuantizeFacts.model_fields
-            if name in manifest.facts
-        }
-    )
+class QuantizeFacts(Quantized):
+    """What the stage did."""
+
+    previous: str | None
+    """Date of the run whose codes these go on with."""
+    num_without_vector: int
+    """Items of the catalogue that have no codes."""
+    settings: dict[str, Any]
+    """What `Codes.shared` was."""
+    taken_from: str | None
+    """The directory whose codes these are; None for codes of its own."""
 
 
 def collapse_warning(mean_cosine: float | None) -> str | None:

@@ -26,8 +26,8 @@ from pipeline.codes.item_vectors import ItemVectors, read_column_vectors
 from pipeline.codes.kept_codes import KeptCodes
 from pipeline.codes.paths import STAGE, codebook_versions, codes_directory, codes_version
 from pipeline.codes.quantize import quantize
-from pipeline.codes.quantize_facts import QuantizeFacts, collapse_warning
-from pipeline.codes.taken_codes import SETTINGS, TAKEN_FROM, TakenCodes, require_codes
+from pipeline.codes.quantize_facts import Quantized, QuantizeFacts, collapse_warning
+from pipeline.codes.taken_codes import TakenCodes, require_codes
 from pipeline.config import Recipe
 from pipeline.console import Reporter
 from pipeline.days import Split
@@ -72,8 +72,8 @@ class CodesOfDay:
     @property
     def codebooks(self) -> str | None:
         """Whose codes these are; None before the stage ran."""
-        manifest = read_manifest(self.directory)
-        return None if manifest is None else str(manifest.facts["codebooks"])
+        manifest = read_manifest(self.directory, QuantizeFacts)
+        return None if manifest is None else manifest.facts.codebooks
 
     def change_since(self, parent: str | None) -> CodebookChange | None:
         """What a training must do to the code tables of the run that it starts from."""
@@ -128,9 +128,9 @@ class CodesOfDay:
             own["previous"] = self._artifact_id(STAGE, previous)
 
         def body(scratch: Path) -> StageOutput:
-            facts, output = taken.take(scratch, previous)
-            self._say(facts, previous)
-            return output
+            num_items, facts = taken.take(scratch, previous)
+            num_coded = num_items - facts.num_without_vector
+            return StageOutput(num_items, num_coded, facts, warnings=self._say(facts, previous))
 
         config = {"taken": codes.shared, "held_out": self._held_out}
         return StageSpec(STAGE, self.directory, config, taken.inputs(own), body)
@@ -172,33 +172,28 @@ class CodesOfDay:
         )
         root = codebook_versions(self.out)
         machines = Machines(RayPieces(self.session, self.reporter.advance))
-        facts = quantize(codes, items, root, scratch, force_refit=force_refit, machines=machines)
-        self._say(facts, previous)
-        return StageOutput(
-            rows_in=facts.num_items + found.num_without,
-            rows_out=facts.num_items,
-            facts={
-                **facts.model_dump(mode="json"),
-                "previous": previous,
-                "num_without_vector": found.num_without,
-                SETTINGS: codes.shared,
-                TAKEN_FROM: None,
-            },
+        done = quantize(codes, items, root, scratch, force_refit=force_refit, machines=machines)
+        facts = QuantizeFacts(
+            **dict(done),
+            previous=previous,
+            num_without_vector=found.num_without,
+            settings=codes.shared,
+            taken_from=None,
         )
+        num_items = done.num_items + found.num_without
+        return StageOutput(num_items, done.num_items, facts, warnings=self._say(done, previous))
 
-    def _say(self, facts: QuantizeFacts, previous: str | None) -> None:
+    def _say(self, done: Quantized, previous: str | None) -> tuple[str, ...]:
         before = None if previous is None else codes_version(self._directory(previous))
-        self.reporter.line(escape(f"  {decision_line(facts, before)}"))
-        warning = collapse_warning(facts.mean_cosine)
-        if warning is not None:
-            self.reporter.warn([warning])
+        self.reporter.line(escape(f"  {decision_line(done, before)}"))
+        return self.reporter.warn(filter(None, [collapse_warning(done.mean_cosine)]))
 
     def _previous(self) -> str | None:
         """Date of the run whose codes these go on with: the latest earlier one."""
-        recorded = read_manifest(self.directory)
+        recorded = read_manifest(self.directory, QuantizeFacts)
         # Codes that were taken before go on with others than those that are made now.
-        if recorded is not None and (recorded.facts.get(TAKEN_FROM) is None) == (not self.taken):
-            day: str | None = recorded.facts["previous"]
+        if recorded is not None and (recorded.facts.taken_from is None) == (not self.taken):
+            day = recorded.facts.previous
             if day is None or self._artifact_id(STAGE, day) == recorded.inputs["previous"]:
                 return day
         earlier = self.out.glob(f"????-??-??/{STAGE}/manifest.json")
@@ -211,8 +206,8 @@ class CodesOfDay:
         Codes that are made here do not with codes that were taken: their vectors are another's,
         even where column and encoder have the same names.
         """
-        manifest = read_manifest(self._directory(day))
-        return bool(self.taken) or manifest is None or manifest.facts.get(TAKEN_FROM) is None
+        manifest = read_manifest(self._directory(day), QuantizeFacts)
+        return bool(self.taken) or manifest is None or manifest.facts.taken_from is None
 
     def _directory(self, day: str) -> Path:
         return codes_directory(self.out, day)
@@ -241,7 +236,7 @@ def codes_of_day(
     return CodesOfDay(recipe, out, date, split.known[0], alignment, taken, session, reporter)
 
 
-def decision_line(facts: QuantizeFacts, before: str | None) -> str:
+def decision_line(facts: Quantized, before: str | None) -> str:
     """One line: which codebooks code the items, and why."""
     metrics = facts.metrics
     line = f"codebooks {facts.version}"

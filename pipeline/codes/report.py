@@ -11,11 +11,12 @@ from multimodal.codes.tree import CodeTree
 from multimodal.codes.vectors import Int32Array
 from pipeline.artifacts import read_manifest
 from pipeline.codes.features import CODES_FILE
-from pipeline.codes.quantize_facts import QuantizeFacts, code_facts, collapse_warning
+from pipeline.codes.quantize_facts import QuantizeFacts, collapse_warning
 from pipeline.content.tasks import Catalogue
 from pipeline.evaluate import COLD
 from pipeline.metrics_file import METRICS_FILE, read_metrics
 from pipeline.reports.item_cards import ItemCard, item_cards
+from pipeline.train_facts import TrainFacts
 
 NUM_FIRST_CODES = 6
 NUM_PREFIXES = 3
@@ -31,32 +32,32 @@ def code_section(catalogue: Catalogue, directory: Path, task: str) -> dict[str, 
         directory: of the run.
         task: whose AUC is shown day by day.
     """
-    manifest = read_manifest(directory / "quantize")
-    trained = read_manifest(directory / "train")
+    manifest = read_manifest(directory / "quantize", QuantizeFacts)
+    trained = read_manifest(directory / "train", TrainFacts)
     if manifest is None:
         return None
-    facts = code_facts(manifest)
-    rows = (trained.facts["warm_start"] or {}).get("rows", {}) if trained else {}
+    facts = manifest.facts
+    started = None if trained is None else trained.facts.result.warm_start
     return {
-        "tiles": _tiles(facts, manifest.facts["num_without_vector"]),
-        "taken_from": manifest.facts.get("taken_from"),
+        "tiles": _tiles(facts),
+        "taken_from": facts.taken_from,
         "decision": _decision(facts),
         "warning": collapse_warning(facts.mean_cosine),
         "levels": level_rows(facts),
         "task": task,
         "days": code_days(directory, task),
-        "tables": [{"name": name, **counts} for name, counts in rows.items()],
+        "tables": {} if started is None else started.rows,
         "max_items": NUM_ITEMS,
         "browser": browse(directory / "quantize" / CODES_FILE, catalogue),
     }
 
 
-def _tiles(facts: QuantizeFacts, num_without: int) -> list[dict[str, str]]:
+def _tiles(facts: QuantizeFacts) -> list[dict[str, str]]:
     looked_up = ""
     if facts.num_encoded is not None and facts.num_encoded < facts.num_items:
         looked_up = f", {facts.num_encoded:,} of them looked up"
     unseen = f", {facts.num_unseen_items} not seen yet" if facts.num_unseen_items else ""
-    without = f", {num_without} without a vector" if num_without else ""
+    without = f", {facts.num_without_vector} without a vector" if facts.num_without_vector else ""
     tiles = [
         {
             "label": "Codebooks",
@@ -165,11 +166,11 @@ def code_days(directory: Path, task: str) -> list[CodeDay]:
     """
     days = []
     for run in sorted(directory.parent.glob("????-??-??")):
-        manifest = read_manifest(run / "quantize")
+        manifest = read_manifest(run / "quantize", QuantizeFacts)
         metrics = read_metrics(run / "evaluate" / METRICS_FILE).get(task)
         if run.name > directory.name or manifest is None or metrics is None:
             continue
-        facts = code_facts(manifest)
+        facts = manifest.facts
         new = metrics.slices.get(COLD)
         days.append(
             CodeDay(

@@ -21,23 +21,17 @@ from embedding.errors import UserError
 from embedding.files import link_or_copy
 from embedding.raw_ids import to_raw_ids
 from multimodal.codes.config import Codes
-from multimodal.codes.refit import RefitDecision
+from multimodal.codes.figures import RefitDecision
 from multimodal.codes.versions import lineage, load_version, take_version
 from pipeline.artifacts import Manifest, damaged_files, read_manifest
 from pipeline.codes.features import CODES_FILE
 from pipeline.codes.paths import codebook_versions, coded_dates, codes_directory, codes_version
 from pipeline.codes.quantize import codes_of, stability_of_items
-from pipeline.codes.quantize_facts import QuantizeFacts, code_facts
+from pipeline.codes.quantize_facts import QuantizeFacts
 from pipeline.config import Recipe
 from pipeline.recipe import RECIPE_FILE
 from pipeline.samples.contract import read_columns
 from pipeline.samples.held_out import is_held_out
-from pipeline.stages import StageOutput
-
-SETTINGS = "settings"
-"""Fact of a quantize artifact: what `Codes.shared` was."""
-TAKEN_FROM = "taken_from"
-"""Fact of a quantize artifact: the directory whose codes these are; None for codes of its own."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +76,7 @@ class TakenCodes:
         manifest = self._manifest()
         return {"taken": manifest.artifact_id, "codes": manifest.checksums[CODES_FILE], **own}
 
-    def take(self, scratch: Path, previous: str | None) -> tuple[QuantizeFacts, StageOutput]:
+    def take(self, scratch: Path, previous: str | None) -> tuple[int, QuantizeFacts]:
         """Link the codes into `scratch` and their codebooks into OUT.
 
         Args:
@@ -90,7 +84,7 @@ class TakenCodes:
             previous: date of the run of OUT that these codes are compared with.
 
         Returns:
-            What the other run did, as far as it is true of this one, and the stage's output.
+            Items of the catalogue, and what the other run did, as far as it is true of this one.
 
         Raises:
             UserError: there are no codes to take, others than this recipe states, or their
@@ -106,22 +100,20 @@ class TakenCodes:
                 f"one); delete {source}, and make the codes again: "
                 f"{self._again(manifest)}"
             )
-        facts = code_facts(manifest)
+        facts = manifest.facts
         self._require_unknown(facts.version)
         take_version(codebook_versions(self.origin), codebook_versions(self.out), facts.version)
         link_or_copy(source / CODES_FILE, scratch / CODES_FILE)
-        if read_manifest(source) != manifest:
+        if read_manifest(source, QuantizeFacts) != manifest:
             raise UserError(f"{source} was written anew at this moment; run the same command again")
         num_items, num_without = self._count(scratch / CODES_FILE)
         facts = self._seen_from_here(facts, scratch / CODES_FILE, previous)
-        told = {
-            **facts.model_dump(mode="json"),
+        own = {
             "previous": previous,
             "num_without_vector": num_without,
-            SETTINGS: manifest.facts[SETTINGS],
-            TAKEN_FROM: str(self.origin.absolute()),
+            "taken_from": str(self.origin.absolute()),
         }
-        return facts, StageOutput(num_items, num_items - num_without, facts=told)
+        return num_items, facts.model_copy(update=own)
 
     @property
     def _codes(self) -> Codes:
@@ -131,21 +123,21 @@ class TakenCodes:
     @property
     def _outlives_its_origin(self) -> bool:
         """Whether these codes were taken, and are gone where they were made: they stay then."""
-        recorded = read_manifest(codes_directory(self.out, self.date))
+        recorded = read_manifest(codes_directory(self.out, self.date), QuantizeFacts)
         return (
             recorded is not None
-            and recorded.facts.get(TAKEN_FROM) == str(self.origin.absolute())
+            and recorded.facts.taken_from == str(self.origin.absolute())
             and read_manifest(codes_directory(self.origin, self.date)) is None
         )
 
-    def _manifest(self) -> Manifest:
+    def _manifest(self) -> Manifest[QuantizeFacts]:
         """Of the codes to take."""
         if not self.origin.is_dir():
             raise UserError(
                 f"codes.taken_from={self.origin} is no directory; name the output directory of "
                 f"the runs that make the codes, or make them: {self._command()}"
             )
-        manifest = read_manifest(codes_directory(self.origin, self.date))
+        manifest = read_manifest(codes_directory(self.origin, self.date), QuantizeFacts)
         if manifest is None:
             known = ", ".join(coded_dates(self.origin)) or "none"
             raise UserError(
@@ -160,17 +152,17 @@ class TakenCodes:
         recipe = self.origin / dates[-1] / RECIPE_FILE if dates else "RECIPE"
         return f"`braid stage quantize --recipe {recipe} --date {self.date} --out {self.origin}`"
 
-    def _again(self, manifest: Manifest) -> str:
+    def _again(self, manifest: Manifest[QuantizeFacts]) -> str:
         """What makes codes anew with the codebooks that they had.
 
         Others would know nothing of those that later days go on with.
         """
-        return f"{self._command()[:-1]} --set codes.version={manifest.facts['version']}`"
+        return f"{self._command()[:-1]} --set codes.version={manifest.facts.version}`"
 
-    def _require_settings(self, manifest: Manifest) -> None:
-        theirs, ours = manifest.facts.get(SETTINGS), self._codes.shared
+    def _require_settings(self, manifest: Manifest[QuantizeFacts]) -> None:
+        theirs, ours = manifest.facts.settings, self._codes.shared
         what = f"codes.taken_from={self.origin}: the codes of {self.date}"
-        if theirs is None or theirs["format"] != ours["format"]:
+        if theirs["format"] != ours["format"]:
             raise UserError(
                 f"{what} were made by another version of Braid; delete "
                 f"{codes_directory(self.origin, self.date)} and make them again: "

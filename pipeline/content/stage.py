@@ -13,12 +13,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from embedding.config import StrictConfig
 from embedding.errors import UserError
 from embedding.raw_ids import Int64Array
 from multimodal.content_config import ContentConfig
@@ -35,6 +34,7 @@ from multimodal.tower_files import (
 from pipeline.cluster import RaySession
 from pipeline.config import Recipe
 from pipeline.console import Reporter
+from pipeline.content.facts import ContentFacts, ModalityFacts
 from pipeline.content.tasks import (
     Catalogue,
     Digests,
@@ -54,31 +54,6 @@ STORES = "content_tokens"
 """Directory of all token stores, below the output directory."""
 
 Progress = Callable[[int, int], None]
-
-
-class ModalityFacts(StrictConfig):
-    """Content of one modality."""
-
-    num_present: int
-    """Items with tokens."""
-    faults: dict[str, int]
-    """Items without, by cause."""
-    num_cut: int
-    """Texts that go on beyond `max_tokens`."""
-    num_computed: int
-    """Items encoded by this run; the tokens of the others were there."""
-    stored_mib: float
-    """Of all parts that the index points to."""
-
-
-class ContentFacts(StrictConfig):
-    """What the stage did; version 1."""
-
-    schema_version: Literal[1] = 1
-    num_items: int
-    num_without_content: int
-    """Items with neither text nor image: their vector is a learned one."""
-    modalities: dict[str, ModalityFacts]
 
 
 @dataclass(frozen=True)
@@ -339,7 +314,7 @@ def content_stage(
         stores = directory.parents[1] / STORES
         facts = content(checked, stores, scratch, reporter.advance)
         with_content = facts.num_items - facts.num_without_content
-        return StageOutput(facts.num_items, with_content, facts=facts.model_dump(mode="json"))
+        return StageOutput(facts.num_items, with_content, facts)
 
     inputs = {"catalogue": catalogue, **files}
     return StageSpec("content", directory, content_config(config), inputs, body)

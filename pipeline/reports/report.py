@@ -8,11 +8,12 @@ from typing import Any
 import yaml
 
 from embedding.checkpoint_files import latest_step, step_directory
-from pipeline.artifacts import Manifest, read_manifest
+from pipeline.artifacts import FactsT_co, Manifest, read_manifest
 from pipeline.codes.align_report import align_section
 from pipeline.codes.report import code_section
 from pipeline.config import Recipe
 from pipeline.console import duration, figure, human
+from pipeline.content.facts import ContentFacts
 from pipeline.content.paths import ContentPaths
 from pipeline.content.stage import STORES
 from pipeline.content.view import content_charts
@@ -20,10 +21,12 @@ from pipeline.reports import charts
 from pipeline.reports.item_cards import shown_catalogue
 from pipeline.reports.page import write_page
 from pipeline.reports.warm_start_view import redrawn_rows, warm_start_line
+from pipeline.samples.ingest_facts import IngestFacts
+from pipeline.samples.join_facts import JoinFacts
 from pipeline.samples.table_ids import table_ids
-from pipeline.stages import WARNINGS
 from pipeline.summary import Summary, TrainSummary
 from pipeline.train import CHECKPOINT
+from pipeline.train_facts import TrainFacts
 
 REPORT = "report.html"
 MIB = 1 << 20
@@ -51,7 +54,7 @@ def write_report(recipe: Recipe, summary: Summary, directory: Path) -> Path:
             else None
         ),
         content=_content(recipe, directory),
-        **warm_start_section(_require(directory / "train").facts),
+        **warm_start_section(_require(directory / "train", TrainFacts).facts),
         **_data(directory / "ingest"),
         **_ids(recipe, directory / "join"),
         **_plan(directory / "plan"),
@@ -120,11 +123,12 @@ def _quality_row(task: str, name: str, metrics: Any, oracle: Any) -> dict[str, A
     }
 
 
-def warm_start_section(facts: dict[str, Any]) -> dict[str, Any]:
-    """What the report says about the start values, from the facts of a training."""
-    report, parent = facts["warm_start"], facts["parent"]
+def warm_start_section(facts: TrainFacts) -> dict[str, Any]:
+    """What the report says about the start values of a training."""
+    report, parent = facts.result.warm_start, facts.parent
     if parent is None:
         return {"warm_start": "started from drawn values", "redrawn": []}
+    assert report is not None
     return {"warm_start": warm_start_line(report, parent), "redrawn": redrawn_rows(report)}
 
 
@@ -135,7 +139,7 @@ def _content(recipe: Recipe, directory: Path) -> dict[str, Any] | None:
     from pipeline.content.moments import vector_sets
     from pipeline.content.pictures import content_pictures
 
-    manifest = _require(directory / "content")
+    manifest = _require(directory / "content", ContentFacts)
     checkpoints = directory / "train" / CHECKPOINT
     step = latest_step(checkpoints)
     assert step is not None, checkpoints
@@ -205,16 +209,11 @@ def _stages(summary: Summary) -> list[dict[str, Any]]:
 
 
 def _data(ingest: Path) -> dict[str, Any]:
-    manifest = _require(ingest)
-    days: Mapping[str, float] = manifest.facts["rows_per_day"]
-    shown = dict(list(days.items())[-14:])
+    manifest = _require(ingest, IngestFacts)
+    shown: dict[str, float] = dict(list(manifest.facts.rows_per_day.items())[-14:])
     labels = [
-        {
-            "name": name,
-            "rows": human(facts["observed"]),
-            "rate": f"{facts['positives'] / max(facts['observed'], 1):.2%}",
-        }
-        for name, facts in manifest.facts["labels"].items()
+        {"name": name, "rows": human(label.observed), "rate": f"{label.rate:.2%}"}
+        for name, label in manifest.facts.labels.items()
     ]
     return {
         "days_chart": charts.bars(shown, x_label="events", value_format="{:,.0f}"),
@@ -224,9 +223,9 @@ def _data(ingest: Path) -> dict[str, Any]:
 
 
 def _ids(recipe: Recipe, join: Path) -> dict[str, Any]:
-    manifest = _require(join)
-    days = list(manifest.facts["rows_per_day"])
-    found = table_ids(recipe.features, join, manifest)
+    manifest = _require(join, JoinFacts)
+    days = list(manifest.facts.rows_per_day)
+    found = table_ids(recipe.features, join, manifest.facts.ids)
     rows = [
         {
             "table": ids.table,
@@ -243,7 +242,7 @@ def _ids(recipe: Recipe, join: Path) -> dict[str, Any]:
     return {
         "table_ids": rows,
         "ids_days": f"{days[0]} .. {days[-1]}",
-        "unknown_rows": manifest.facts.get(WARNINGS, ()),
+        "unknown_rows": manifest.warnings,
     }
 
 
@@ -270,7 +269,7 @@ def _plan(directory: Path) -> dict[str, Any]:
     return {"plan_tables": tables, "plan_chart": chart}
 
 
-def _require(directory: Path) -> Manifest:
-    manifest = read_manifest(directory)
+def _require(directory: Path, facts: type[FactsT_co]) -> Manifest[FactsT_co]:
+    manifest = read_manifest(directory, facts)
     assert manifest is not None, directory
     return manifest

@@ -10,8 +10,6 @@ _VALUES_PER_ROW = 16
 """Numbers that an event without lists holds, about."""
 KEY_COLUMNS = ("request_id", "user_id", "item_id")
 """Id columns that every event has; `timestamp` is the fourth key."""
-EVENT_COLUMNS = "event_columns"
-"""Fact of ingest and of trainings: the `ColumnKind` of the log's id columns, by name."""
 
 
 class ColumnKind(StrictConfig):

@@ -40,6 +40,7 @@ from pipeline.samples.catalogue import check_catalogue
 from pipeline.samples.column_kinds import merged_kinds
 from pipeline.samples.columns import ColumnKind, EventColumns
 from pipeline.samples.contract import CatalogueIds, EventFile, event_files
+from pipeline.samples.ingest_facts import IngestFacts, LabelFacts
 from pipeline.samples.partition import (
     PartitionFacts,
     PartitionPlan,
@@ -66,39 +67,6 @@ class IngestState(StrictConfig):
     num_buckets: int
     histories: tuple[HistoryConfig, ...]
     history_values: dict[str, tuple[str, ...]]
-
-
-class LabelFacts(StrictConfig):
-    """How often a task was observed and positive."""
-
-    observed: int
-    positives: int
-
-    @property
-    def rate(self) -> float:
-        """Share of positives among the observed rows; 0 if there are none."""
-        return self.positives / self.observed if self.observed else 0.0
-
-
-class IngestFacts(StrictConfig):
-    """What ingest read and wrote."""
-
-    rows_in: int
-    rows_out: int
-    quarantined: dict[str, int]
-    """Rows put aside, by reason."""
-    rows_per_day: dict[str, int]
-    labels: dict[str, LabelFacts]
-    """By label column."""
-    mean_history_length: dict[str, float]
-    num_items: int
-    num_users: int
-    """Distinct ids in all events so far."""
-    num_buckets: int
-    first_day: str
-    """Of all events so far: pruning deletes the artifacts that would tell."""
-    event_columns: dict[str, ColumnKind]
-    """What the id columns of the log hold."""
 
 
 @dataclass(frozen=True)
@@ -312,6 +280,8 @@ def _facts(
     days = {day: sum(b.rows_per_day[day] for b in buckets) for day in buckets[0].rows_per_day}
     histories = buckets[0].history_events
     return IngestFacts(
+        days=span.days,
+        previous=None if span.previous is None else span.previous.parent.name,
         rows_in=span.num_rows,
         rows_out=rows_out,
         quarantined=quarantined,

@@ -1,26 +1,27 @@
 """What join counts, and which of it speaks against its samples."""
 
-from embedding.config import FeatureSchema, StrictConfig
+from embedding.config import FeatureSchema
 from embedding.errors import UserError
+from pipeline.artifacts import StageFacts
 from pipeline.config import Recipe
 from pipeline.planning.id_use import IdFacts
 from pipeline.samples.columns import source_columns
 
 
-class JoinFacts(StrictConfig):
+class JoinFacts(StageFacts):
     """What join wrote."""
 
     rows: int
     rows_per_day: dict[str, int]
-    rows_held_out: int = 0
+    rows_held_out: int
     """Of items kept from training; part of `rows`."""
     unknown_users: int
     """Rows whose user has no row in users.parquet."""
-    unknown_items: int = 0
+    unknown_items: int
     """Rows whose item has no row in items.parquet (any more)."""
-    item_history_events: int = 0
+    item_history_events: int
     """Past events of histories whose sequences read columns of items."""
-    unknown_history_items: int = 0
+    unknown_history_items: int
     """Of those, how many are of items without a row in items.parquet."""
     mean_sequence_length: dict[str, float]
     """By history."""

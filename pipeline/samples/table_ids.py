@@ -1,12 +1,12 @@
 """What every table of a recipe does with the ids of a join artifact."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from embedding.config import FeatureSchema, Hashed, Identity, StrictConfig, TableConfig
 from embedding.hashing import collision_rate, expected_collision_rate, out_of_range
-from pipeline.artifacts import Manifest
 from pipeline.planning.id_use import FILE, IdFacts, IdUse, merge_uses, read_uses
 
 
@@ -28,13 +28,14 @@ class TableIds(StrictConfig):
     """Lookups of ids that have no row; identity tables only."""
 
 
-def table_ids(schema: FeatureSchema, join_dir: Path, manifest: Manifest) -> list[TableIds]:
+def table_ids(
+    schema: FeatureSchema, join_dir: Path, facts: Mapping[str, IdFacts]
+) -> list[TableIds]:
     """One entry a table, in the order of the schema.
 
     Tables are not join's business: its artifact holds the ids by feature, and resizing a table asks
     for no new one.
     """
-    facts = {name: IdFacts.model_validate(fact) for name, fact in manifest.facts["ids"].items()}
     uses = read_uses(join_dir / FILE, facts)
     return [
         _table_ids(

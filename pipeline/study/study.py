@@ -37,6 +37,7 @@ from pipeline.study.seeds import require_comparable, with_seed
 from pipeline.study.slots import actors_of_any, trial_slots
 from pipeline.study.statistics import OF_A_TRIAL, StudyResult, differences, estimates, trial_metrics
 from pipeline.study.trial import TrialJob, run_on_group
+from pipeline.train_facts import TrainResult
 
 STUDY_FILE = "study.json"
 
@@ -274,11 +275,11 @@ class Study:
     def _result(self, trials: list[Trial], failed: dict[str, str]) -> StudyResult:
         found: dict[str, dict[int, dict[str, float]]] = {v.name: {} for v in self.variants}
         for trial in trials:
-            manifest = read_manifest(trial.spec.directory)
+            manifest = read_manifest(trial.spec.directory, TrainResult)
             if trial.name in failed or manifest is None:
                 continue
             metrics = trial_metrics(read_metrics(trial.spec.directory / METRICS_FILE))
-            trial_facts = (manifest.facts["rows_per_s"], manifest.seconds)
+            trial_facts = (manifest.facts.rows_per_s, manifest.seconds)
             metrics |= zip(OF_A_TRIAL, trial_facts, strict=True)
             found[trial.variant][trial.seed] = metrics
         first, *others = self.variants

@@ -68,10 +68,10 @@ class TrialProcess:
         job = TrialJob.model_validate_json(text)
         return _run(job, lambda scratch: self._plan(job.recipe, scratch), self._run_here)
 
-    def _plan(self, recipe: Recipe, scratch: Path) -> StageOutput:
+    def _plan(self, recipe: Recipe, scratch: Path) -> None:
         from pipeline.planning_worker import plan_recipe
 
-        return write_plan(plan_recipe(recipe, ranks_per_host=1), scratch)
+        write_plan(plan_recipe(recipe, ranks_per_host=1), scratch)
 
     def _run_here(
         self, worker: Worker, job: StrictConfig, cluster: ClusterConfig, scratch: Path
@@ -89,7 +89,7 @@ class TrialProcess:
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
 
 
-def _run(job: TrialJob, make_plan: Callable[[Path], StageOutput], run: RunWorkers) -> StageOutput:
+def _run(job: TrialJob, make_plan: Callable[[Path], object], run: RunWorkers) -> StageOutput:
     """Leaves `metrics.json`, `oracle.json`, `metrics.jsonl` and `result.json` in the scratch."""
     folders = [job.scratch / name for name in ("plan", "train", "evaluate")]
     for folder in folders:
@@ -116,4 +116,4 @@ def _run(job: TrialJob, make_plan: Callable[[Path], StageOutput], run: RunWorker
         path.replace(job.scratch / path.name)
     for folder in folders:
         shutil.rmtree(folder)
-    return trained
+    return StageOutput(trained.rows, trained.rows, trained)

@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 from deploy import export
 from deploy.app import main
 from deploy.bundle import read_bundle
-from pipeline.artifacts import MANIFEST, Manifest
 from pipeline.config import Recipe
 from pipeline.lock import exclusive
 from pipeline.recipe import RECIPE_FILE, write_recipe
@@ -17,6 +16,8 @@ from pipeline.train import CHECKPOINT
 from tests.deploy.published import settings
 from tests.deploy.refusal import refused
 from tests.pipeline.small_log import file_bytes
+from tests.pipeline.small_models import write_manifest
+from tests.pipeline.stage_facts import decided, trained
 
 DATE = "2024-01-02"
 
@@ -27,18 +28,13 @@ def out(published: Path, tmp_path: Path) -> Path:
     train = tmp_path / "out" / DATE / "train"
     shutil.copytree(published / "checkpoints", train / CHECKPOINT)
     write_recipe(settings(), train)
-    write_manifest(train, Manifest(stage="train", artifact_id="t", config_hash="c"))
+    write_manifest(train, "t", trained([DATE]))
     return tmp_path / "out"
 
 
 def artifacts(out: Path) -> dict[str, bytes]:
     """All files of an output directory but those of its lock."""
     return {name: data for name, data in file_bytes(out).items() if not name.startswith(".")}
-
-
-def write_manifest(directory: Path, manifest: Manifest) -> None:
-    directory.mkdir(exist_ok=True)
-    (directory / MANIFEST).write_text(manifest.model_dump_json())
 
 
 def with_tables(precision: str) -> Recipe:
@@ -113,9 +109,8 @@ def test_an_unknown_precision_of_tables_is_refused(
 def test_a_refused_model_is_exported_and_the_reason_said(
     out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    decision = {"passed": False, "reasons": ["click: auc 0.4000 is below gate.min_auc=0.5"]}
-    manifest = Manifest(stage="gate", artifact_id="g", config_hash="c", facts=decision)
-    write_manifest(out / DATE / "gate", manifest)
+    decision = decided("click: auc 0.4000 is below gate.min_auc=0.5")
+    write_manifest(out / DATE / "gate", "g", decision)
 
     assert main(command(out, tmp_path / "bundle")) == 0
 
@@ -188,9 +183,7 @@ def test_a_training_that_is_replaced_meanwhile_is_not_exported(
     out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def replaced(*_: object) -> None:
-        write_manifest(
-            out / DATE / "train", Manifest(stage="train", artifact_id="u", config_hash="")
-        )
+        write_manifest(out / DATE / "train", "u", trained([DATE]))
         raise FileNotFoundError("a file of the training before")
 
     monkeypatch.setattr(export, "publish", replaced)

@@ -10,8 +10,9 @@ from torch import Tensor
 from embedding.checkpoint import Checkpointer, load_into
 from embedding.config import Adagrad, FeatureSchema, Identity, RowWiseAdagrad, ShardingConfig
 from embedding.errors import UserError
-from embedding.row_carry import CarriedRows, RowCarry, redrawn
+from embedding.row_carry import RowCarry, redrawn
 from embedding.shard import Sharded
+from embedding.warm_start_report import CarriedRows
 from tests.distributed import run_distributed
 from tests.embedding.toy import SHARDINGS, WholeTable, gather_tables, toy_schema, toy_sharded, train
 

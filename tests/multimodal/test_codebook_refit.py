@@ -5,9 +5,9 @@ import pytest
 from vector_sets import clustered
 
 from multimodal.codes.config import Codes, RefitPolicy, Rq
+from multimodal.codes.figures import Drift
 from multimodal.codes.refit import (
     CodesInUse,
-    Drift,
     age_in_days,
     decide_refit,
     measure_drift,

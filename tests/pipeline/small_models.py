@@ -1,21 +1,18 @@
 """Manifests of runs that trained a model, without anything that a model is made of."""
 
 from pathlib import Path
-from typing import Any
 
-from pipeline.artifacts import MANIFEST, Manifest, publish, writing
+from pipeline.artifacts import MANIFEST, Manifest, StageFacts, publish, writing
+from tests.pipeline.stage_facts import decided, published, trained
 
 
-def write_manifest(out: Path, day: str, stage: str, identity: str, **facts: Any) -> Manifest:
-    """One artifact that holds its manifest only; `inputs` is no fact."""
-    inputs = facts.pop("inputs", {})
+def write_manifest(directory: Path, identity: str, facts: StageFacts, **inputs: str) -> None:
+    """One artifact that holds its manifest only."""
     manifest = Manifest(
-        stage=stage, artifact_id=identity, config_hash="c", inputs=inputs, facts=facts
+        stage=directory.name, artifact_id=identity, config_hash="c", inputs=inputs, facts=facts
     )
-    directory = out / day / stage
     directory.mkdir(parents=True, exist_ok=True)
     (directory / MANIFEST).write_text(manifest.model_dump_json())
-    return manifest
 
 
 def write_model(
@@ -39,15 +36,16 @@ def write_model(
     """
     train = f"train-{day}{version}"
     inputs = {} if parent is None else {"parent": f"train-{parent}"}
-    write_manifest(out, day, "train", train, inputs=inputs, days=days or [day], parent=parent)
+    run, days = out / day, days or [day]
+    write_manifest(run / "train", train, trained(days, parent), **inputs)
     if passed is None:
         return
-    write_manifest(out, day, "evaluate", f"evaluate-{train}", inputs={"train": train})
-    evaluated = {"evaluate": f"evaluate-{train}"}
-    write_manifest(out, day, "gate", f"gate-{train}", inputs=evaluated, passed=passed, reasons=[])
+    write_manifest(run / "evaluate", f"evaluate-{train}", StageFacts(), train=train)
+    decision = decided() if passed else decided("it is bad")
+    write_manifest(run / "gate", f"gate-{train}", decision, evaluate=f"evaluate-{train}")
     if not passed:
         return
-    directory, identity = out / day / "publish", f"publish-{train}"
+    directory, identity = run / "publish", f"publish-{train}"
     with writing(directory, identity) as scratch:
         (scratch / "bundle").mkdir()
         (scratch / "bundle" / "weights").write_text(identity)
@@ -56,6 +54,6 @@ def write_model(
             artifact_id=identity,
             config_hash="",
             inputs={"train": train},
-            facts={"training": "train", "learned_up_to": (days or [day])[-1]},
+            facts=published(days[-1]),
         )
         publish(scratch, directory, manifest)

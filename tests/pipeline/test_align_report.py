@@ -10,11 +10,10 @@ from PIL import Image
 
 from embedding.raw_ids import to_raw_ids
 from pipeline.artifacts import Manifest, publish
-from pipeline.codes.align import AlignFacts, AlignmentResult
+from pipeline.codes.align_facts import AlignFacts, AlignmentResult, PairFacts
 from pipeline.codes.align_report import align_section
-from pipeline.codes.mine_pairs import PairFacts
 from pipeline.config import Recipe
-from pipeline.content.stage import ContentFacts
+from pipeline.content.facts import ContentFacts
 from pipeline.reports.page import render
 from tests.pipeline.small_log import make_recipe
 
@@ -85,9 +84,10 @@ def write_run(out: Path, day: str, *, previous: str | None, encoder: str, **fact
         pairs=facts.get("pairs"),
         training=facts.get("training"),
         content=ContentFacts(num_items=62, num_without_content=2, modalities={}),
+        settings="s",
+        previous=previous,
     )
-    told = {**written.model_dump(mode="json"), "settings": "s", "previous": previous}
-    manifest = Manifest(stage="align", artifact_id=day, config_hash="c", facts=told)
+    manifest = Manifest(stage="align", artifact_id=day, config_hash="c", facts=written)
     publish(scratch, directory, manifest)
     return out / day
 

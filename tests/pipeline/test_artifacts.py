@@ -13,14 +13,28 @@ from rich.console import Console
 
 from embedding.errors import UserError
 from pipeline import artifacts, lock
-from pipeline.artifacts import Manifest, config_hash, publish, read_manifest, writing
+from pipeline.artifacts import (
+    Manifest,
+    StageFacts,
+    config_hash,
+    publish,
+    read_manifest,
+    writing,
+)
 from pipeline.console import Reporter
 from pipeline.failures import user_error
 from pipeline.lock import exclusive, holder
 from pipeline.stages import StageOutput, StageSpec, execute, failure_file, failure_of, running_file
 from pipeline.status import stage_state
 
-MANIFEST = Manifest(stage="s", artifact_id="i", config_hash="c")
+MANIFEST = Manifest(stage="s", artifact_id="i", config_hash="c", facts=StageFacts())
+
+
+class Counted(StageFacts):
+    """Facts of a stage."""
+
+    num_items: int
+    days: tuple[str, ...]
 
 
 def spec(directory: Path, body, config=None) -> StageSpec:
@@ -30,7 +44,7 @@ def spec(directory: Path, body, config=None) -> StageSpec:
 def writes(text: str):
     def body(scratch: Path) -> StageOutput:
         (scratch / "file").write_text(text)
-        return StageOutput(rows_in=2, rows_out=1)
+        return StageOutput(rows_in=2, rows_out=1, facts=Counted(num_items=3, days=("d",)))
 
     return body
 
@@ -133,7 +147,7 @@ def training(steps: list[str]) -> Callable[[Path], StageOutput]:
         steps.append("resumed" if done.exists() else "started")
         done.write_text("hours of work")
         (scratch / "model").write_text("weights")
-        return StageOutput(rows_in=1, rows_out=1)
+        return StageOutput(1, 1, StageFacts())
 
     return body
 
@@ -184,6 +198,55 @@ def test_missing_file_makes_an_artifact_stale(tmp_path: Path) -> None:
     (tmp_path / "a" / "file").unlink()
 
     assert execute(spec(tmp_path / "a", writes("again")), Reporter()).status == "ran"
+
+
+def test_facts_are_read_as_they_were_given(tmp_path: Path) -> None:
+    ran = execute(spec(tmp_path / "a", writes("first")), Reporter()).manifest
+
+    manifest = read_manifest(tmp_path / "a", Counted)
+
+    assert manifest == ran
+    assert manifest is not None
+    assert manifest.facts == Counted(num_items=3, days=("d",))
+    unread = read_manifest(tmp_path / "a")
+    assert unread is not None
+    assert unread.model_dump_json() == manifest.model_dump_json()
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda facts: facts.pop("days"), "facts.days: Field required"),
+        (lambda facts: facts.update(num_items="many"), "facts.num_items: Input should be"),
+        (lambda facts: facts.update(num_users=1), "facts.num_users: Extra inputs"),
+    ],
+)
+def test_facts_that_do_not_fit_say_what_where_and_what_to_do(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object], fault: str
+) -> None:
+    execute(spec(tmp_path / "a", writes("first")), Reporter())
+    path = tmp_path / "a" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest["facts"])
+    path.write_text(json.dumps(manifest))
+
+    with pytest.raises(UserError) as caught:
+        read_manifest(tmp_path / "a", Counted)
+
+    said = str(caught.value)
+    assert said.startswith(f"{path} is damaged or of another version of Braid ({fault}")
+    assert said.endswith("restore it, or choose another output directory")
+    assert read_manifest(tmp_path / "a") is not None, "who does not look into them goes on"
+
+
+def test_warnings_of_a_stage_are_in_its_manifest(tmp_path: Path) -> None:
+    def warns(scratch: Path) -> StageOutput:
+        return StageOutput(1, 1, StageFacts(), warnings=("look at this",))
+
+    execute(spec(tmp_path / "a", warns), Reporter())
+    again = execute(spec(tmp_path / "a", fails), Reporter())
+
+    assert (again.status, again.manifest.warnings) == ("current", ("look at this",))
 
 
 def test_thorough_check_finds_a_changed_file(tmp_path: Path) -> None:

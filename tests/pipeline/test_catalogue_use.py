@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from embedding.errors import UserError
-from pipeline.artifacts import read_manifest
+from pipeline.artifacts import StageFacts, read_manifest
 from pipeline.catalogue_use import CATALOGUE, CatalogueUse
 from pipeline.console import Reporter
 from pipeline.stages import StageOutput, StageSpec, execute
@@ -27,7 +27,7 @@ class Made:
     def read(self, scratch: Path) -> StageOutput:
         self.times += 1
         (scratch / "samples").write_text(f"{self.times}")
-        return StageOutput(0, 0)
+        return StageOutput(0, 0, StageFacts())
 
     def execute(self, *, refresh: bool = False) -> str:
         use = CatalogueUse(self.root, refresh)

@@ -8,7 +8,8 @@ import torch
 
 from embedding.config import FeatureSchema
 from embedding.errors import UserError
-from embedding.row_carry import CarriedRows, RowCarry
+from embedding.row_carry import RowCarry
+from embedding.warm_start_report import CarriedRows
 from multimodal.codes.config import Codes
 from multimodal.codes.schema import features_with_codes
 from multimodal.codes.versions import are_related, carries_between, load_version

@@ -14,7 +14,7 @@ from PIL import Image
 
 from embedding.raw_ids import to_raw_ids
 from multimodal.codes.config import Codes
-from pipeline.artifacts import Manifest, publish
+from pipeline.artifacts import Manifest, StageFacts, publish
 from pipeline.codes.features import NearItems, codes_table
 from pipeline.codes.item_vectors import ItemVectors
 from pipeline.codes.lookup import CodesOfRun
@@ -30,8 +30,9 @@ from pipeline.content.tasks import Catalogue
 from pipeline.recipe import load_recipe
 from pipeline.reports.item_cards import shown_catalogue
 from pipeline.reports.page import render
-from pipeline.stages import WARNINGS, StageRecord
+from pipeline.stages import StageRecord
 from pipeline.summary import summarize, warnings_of, write_summary
+from tests.pipeline.stage_facts import coded, decided, trained
 
 
 def shown(root: Path) -> Catalogue:
@@ -100,7 +101,7 @@ def test_the_columns_that_towers_of_codes_read_are_shown(tmp_path: Path) -> None
 
     (code,) = browse(tmp_path / "codes.parquet", shown_catalogue(recipe))
     table = pq.read_table(tmp_path / "codes.parquet")
-    names = CodesOfRun(tmp_path, "2024-01-01", Mock(), 0, table, recipe).names(ids.tolist())
+    names = CodesOfRun(tmp_path, "2024-01-01", Mock(), table, recipe).names(ids.tolist())
 
     assert [item.title for item in code.shown] == ["item i0", "1 b c d e f g h"]
     assert [item.picture is not None for item in code.shown] == [False, True]
@@ -134,7 +135,7 @@ def test_the_section_says_what_the_stage_found(tmp_path: Path) -> None:
         facts = quantize(codes, items, tmp_path / "codebooks", scratch)
         version = facts.version
         (tmp_path / day).mkdir()
-        told = {**facts.model_dump(mode="json"), "previous": None, "num_without_vector": 1}
+        told = coded(facts, num_without_vector=1)
         manifest = Manifest(stage="quantize", artifact_id=day, config_hash="c", facts=told)
         publish(scratch, tmp_path / day / "quantize", manifest)
     own = pq.read_table(tmp_path / "2026-01-02" / "quantize" / "codes.parquet")["sid_0"].to_numpy()
@@ -162,33 +163,37 @@ def rendered(section: dict[str, Any] | None) -> str:
     return render("codes.html.j2", codes=section)
 
 
-def test_the_summary_warns_of_vectors_that_hardly_differ(tmp_path: Path) -> None:
+def test_the_summary_warns_of_what_a_stage_warned_of(tmp_path: Path) -> None:
     directory, records = tmp_path / "2026-01-01", []
-    training = {"rows_per_s": 1.0, "steps": 1, "world_size": 1, "data_wait_share": 0.0}
-    training |= {"best_step": None, "stopped_early": False}
-    for stage, facts in (
-        ("quantize", {"mean_cosine": 0.97}),
-        ("train", training),
-        ("gate", {"passed": False, "reasons": []}),
+    for stage, facts, warnings in (
+        ("quantize", StageFacts(), ("item vectors hardly differ",)),
+        ("train", trained(["2026-01-01"]), ()),
+        ("gate", decided("it is bad"), ()),
     ):
         scratch = tmp_path / f"scratch-{stage}"
         scratch.mkdir()
         directory.mkdir(exist_ok=True)
-        manifest = Manifest(stage=stage, artifact_id=stage, config_hash="c", facts=facts)
+        manifest = Manifest(
+            stage=stage, artifact_id=stage, config_hash="c", facts=facts, warnings=warnings
+        )
         records.append(StageRecord(stage, "ran", publish(scratch, directory / stage, manifest)))
 
     summary = summarize(directory, "small", records)
 
-    (warning,) = json.loads(write_summary(summary, directory).read_text())["warnings"]
-    assert "item vectors hardly differ (mean cosine of two items 0.9700)" in warning
-    records[0].manifest.facts["mean_cosine"] = 0.2
-    assert summarize(directory, "small", records).warnings == []
+    written = json.loads(write_summary(summary, directory).read_text())
+    assert written["warnings"] == ["item vectors hardly differ"]
+    assert written["stages"]["gate"]["status"] == "refused"
 
 
 def test_the_summary_repeats_what_stages_warned_of_and_ingest_only_once(tmp_path: Path) -> None:
     def record(stage: str, status: str, sentence: str) -> StageRecord:
-        facts = {WARNINGS: [sentence]}
-        manifest = Manifest(stage=stage, artifact_id=stage, config_hash="c", facts=facts)
+        manifest = Manifest(
+            stage=stage,
+            artifact_id=stage,
+            config_hash="c",
+            facts=StageFacts(),
+            warnings=(sentence,),
+        )
         return StageRecord(stage, status, manifest)
 
     records = [

@@ -19,6 +19,7 @@ from pipeline.codes.lookup import CodesOfRun
 from pipeline.codes.quantize import quantize
 from pipeline.recipe import write_recipe
 from tests.pipeline.small_log import make_recipe
+from tests.pipeline.stage_facts import coded
 
 CODES = Codes.model_validate(
     {"rq": {"num_levels": 3, "codebook_size": 4}, "vq": {"top_k": 3}, "suffix": {"num_codes": 3}}
@@ -46,7 +47,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
         facts = quantize(CODES, items, out / "codebooks", scratch, force_refit=version is not None)
         version = facts.version
         (out / day).mkdir(parents=True)
-        told = {**facts.model_dump(mode="json"), "previous": None, "num_without_vector": 2}
+        told = coded(facts, num_without_vector=2)
         manifest = Manifest(stage="quantize", artifact_id=day, config_hash="c", facts=told)
         publish(scratch, out / day / "quantize", manifest)
         write_recipe(make_recipe(root), out / day)

@@ -122,7 +122,7 @@ def test_samples_of_a_day_have_the_codebooks_of_the_run_that_trains_on_them(days
 
 
 def test_code_tables_go_on_through_the_refit(days: Days) -> None:
-    report = days.facts(1, "train")["warm_start"]
+    report = days.facts(1, "train")["result"]["warm_start"]
 
     assert report["initialised"] == {}
     rows = report["rows"]

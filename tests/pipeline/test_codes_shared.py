@@ -208,7 +208,7 @@ def test_rows_are_carried_over_two_refits(outs: Outs) -> None:
     assert (slots >= 0).all()
     known = len(first.item_ids_N)
     np.testing.assert_allclose(after["vq"][1 + slots], before["vq"][1 : known + 1], atol=1e-6)
-    counts = outs.manifest("first", 2, "train")["facts"]["warm_start"]["rows"]["vq"]
+    counts = outs.manifest("first", 2, "train")["facts"]["result"]["warm_start"]["rows"]["vq"]
     assert counts == {"carried": known + 1, "sourced": len(third.item_ids_N) - known, "redrawn": 0}
 
 

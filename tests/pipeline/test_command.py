@@ -8,7 +8,7 @@ import pytest
 
 from embedding.errors import UserError
 from pipeline import command as command_module
-from pipeline.artifacts import Manifest, publish, writing
+from pipeline.artifacts import Manifest, StageFacts, publish, writing
 from pipeline.command import Command
 from pipeline.config import PublishConfig, Recipe
 from pipeline.metrics_file import METRICS_FILE, write_metrics
@@ -19,6 +19,7 @@ from pipeline.stages import StageRecord
 from pipeline.summary import Summary
 from ranking.evaluation import TaskMetrics
 from tests.pipeline.small_log import DAYS, make_recipe
+from tests.pipeline.stage_facts import decided, published, trained
 
 
 @pytest.fixture
@@ -66,13 +67,11 @@ def test_backfill_does_not_pass_over_a_day_that_is_not_complete(command: Command
 
 def write_artifacts(out: Path, date: str, auc: float, *, passed: bool) -> list[StageRecord]:
     """Artifacts from train on, whose ids follow from the metric."""
-    trained = {"rows_per_s": 1.0, "steps": 1, "world_size": 1, "data_wait_share": 0.0}
-    reasons = [] if passed else ["ctr[/x]: auc [0.5] is too low"]
-    facts: dict[str, dict[str, Any]] = {
-        "train": {**trained, "best_step": None, "stopped_early": False},
-        "evaluate": {},
-        "gate": {"passed": passed, "reasons": reasons, "compared_with": None},
-        **({"publish": {}} if passed else {}),
+    facts: dict[str, StageFacts] = {
+        "train": trained([date]),
+        "evaluate": StageFacts(),
+        "gate": decided() if passed else decided("ctr[/x]: auc [0.5] is too low"),
+        **({"publish": published(date)} if passed else {}),
     }
     records = []
     for stage, values in facts.items():

@@ -26,7 +26,8 @@ from pipeline.consent import Consent
 from pipeline.console import Reporter
 from pipeline.content import stage
 from pipeline.content import tasks as content_tasks
-from pipeline.content.stage import STORES, ContentFacts, check_content, content
+from pipeline.content.facts import ContentFacts
+from pipeline.content.stage import STORES, check_content, content
 from pipeline.run import DayRun
 from pipeline.stages import execute
 from tests.one_process import encode_here

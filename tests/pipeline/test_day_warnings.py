@@ -5,16 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.artifacts import MANIFEST, Manifest
 from pipeline.config import WindowConfig
-from pipeline.day_warnings import (
-    DAY_FILES,
-    Ancestry,
-    day_fingerprints,
-    day_warnings,
-    missing_days,
-)
+from pipeline.day_warnings import Ancestry, day_fingerprints, day_warnings, missing_days
 from pipeline.days import available_days, split_days
+from tests.pipeline.small_models import write_manifest
+from tests.pipeline.stage_facts import trained
 
 
 class Log:
@@ -32,15 +27,9 @@ class Log:
 
     def train(self, number: int, numbers: Sequence[int], parent: int | None = None) -> None:
         days = [day(i) for i in numbers]
-        facts = {
-            "days": days,
-            "parent": None if parent is None else day(parent),
-            DAY_FILES: day_fingerprints(self.root, days),
-        }
-        manifest = Manifest(stage="train", artifact_id="i", config_hash="c", facts=facts)
-        folder = self.out / day(number) / "train"
-        folder.mkdir(parents=True)
-        (folder / MANIFEST).write_text(manifest.model_dump_json())
+        start = None if parent is None else day(parent)
+        facts = trained(days, start, day_files=day_fingerprints(self.root, days))
+        write_manifest(self.out / day(number) / "train", "i", facts)
 
     def said(self, number: int, *, parent: int | None = None, **window: int) -> list[str]:
         split = split_days(available_days(self.root), day(number), WindowConfig(**window))

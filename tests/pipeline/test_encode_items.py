@@ -30,7 +30,7 @@ from pipeline.codes.features import CODES_FILE
 from pipeline.codes.item_vectors import ItemVectors
 from pipeline.codes.kept_codes import KeptCodes
 from pipeline.codes.quantize import quantize
-from pipeline.codes.quantize_facts import QuantizeFacts
+from pipeline.codes.quantize_facts import Quantized
 from pipeline.config import ClusterConfig
 
 SETTINGS: dict[str, Any] = {
@@ -92,7 +92,7 @@ class Days:
 
     def day(
         self, day: int, name: str, codes: Codes, machines: Machines | None = None, **changes: Any
-    ) -> QuantizeFacts:
+    ) -> Quantized:
         scratch = self.root / name
         scratch.mkdir()
         force = changes.pop("force_refit", False)

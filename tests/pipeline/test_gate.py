@@ -6,6 +6,7 @@ import pytest
 from pipeline.config import Recipe
 from pipeline.gate import gate
 from pipeline.gate_config import GateConfig
+from pipeline.gate_decision import GateDecision
 from pipeline.metrics_file import METRICS_FILE, write_metrics
 from pipeline.rival import Rival
 from ranking.evaluation import TaskMetrics
@@ -37,7 +38,8 @@ def decide(
     scratch = tmp_path / "scratch"
     scratch.mkdir(parents=True)
     facts = gate(recipe, folder(tmp_path / "evaluate", **new), rival, scratch).facts
-    return facts["passed"], " ".join(facts["reasons"])
+    assert isinstance(facts, GateDecision)
+    return facts.passed, " ".join(facts.reasons)
 
 
 def test_a_model_is_compared_with_the_one_in_production(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from embedding.config import FeatureSchema, TableConfig
 from embedding.hashing import rows_of
-from pipeline.artifacts import Manifest
 from pipeline.planning import id_use
 from pipeline.planning.id_use import FILE, IdUse, merge_uses, read_uses, use_of, write_uses
 from pipeline.samples.table_ids import TableIds, table_ids
@@ -86,10 +85,8 @@ def tables_of(ids: dict[str, IdUse], folder: Path) -> dict[str, TableIds]:
             ],
         }
     )
-    facts = {name: each.facts.model_dump() for name, each in ids.items()}
     write_uses(ids, folder / FILE)
-    manifest = Manifest(stage="join", artifact_id="", config_hash="", facts={"ids": facts})
-    found = table_ids(schema, folder, manifest)
+    found = table_ids(schema, folder, {name: each.facts for name, each in ids.items()})
     assert [each.table for each in found] == [table.name for table in schema.tables]
     return {each.table: each for each in found}
 

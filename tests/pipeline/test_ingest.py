@@ -16,7 +16,8 @@ from embedding.raw_ids import to_raw_ids
 from pipeline.artifacts import MANIFEST, Manifest
 from pipeline.config import Recipe
 from pipeline.samples import ingest as ingest_module
-from pipeline.samples.ingest import IngestFacts, check_span, ingest
+from pipeline.samples.ingest import check_span, ingest
+from pipeline.samples.ingest_facts import IngestFacts
 
 
 @pytest.fixture(autouse=True)
@@ -115,8 +116,8 @@ def test_chained_spans_give_the_histories_of_the_whole_log(
             facts = run(recipe, DAYS[start:end], previous, artifact)
             assert facts.rows_out == facts.rows_in
             assert facts.first_day == DAYS[0]
-            told = {"stage": "ingest", "facts": facts.model_dump(mode="json")}
-            manifest = Manifest(artifact_id=artifact.name, config_hash="", **told)
+            assert (facts.days, facts.previous is None) == (tuple(DAYS[start:end]), not start)
+            manifest = Manifest(stage="ingest", artifact_id="", config_hash="", facts=facts)
             (artifact / MANIFEST).write_text(manifest.model_dump_json())
             found += read_events(artifact)
             previous, start = artifact, end

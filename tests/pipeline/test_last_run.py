@@ -13,6 +13,7 @@ import pytest
 from deploy.app import main
 from embedding.errors import UserError
 from pipeline import last_run
+from pipeline.artifacts import StageFacts
 from pipeline.last_run import LAST_RUN, LastRun, Progress, read_last_run, recorded
 from pipeline.lock import exclusive
 from pipeline.output_name import claim
@@ -86,7 +87,7 @@ def test_a_run_that_fails_says_where(
         def body(_: Path) -> StageOutput:
             if name == "join":
                 raise UserError("mend the join")
-            return StageOutput(1, 1)
+            return StageOutput(1, 1, StageFacts())
 
         return [StageSpec(name, run.directory(name), {}, {}, body)]
 

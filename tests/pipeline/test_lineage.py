@@ -9,6 +9,7 @@ from pipeline.lineage import next_parent
 from pipeline.registry import production, promote, promote_newest, promotions, rollback
 from tests.pipeline.small_log import DAYS
 from tests.pipeline.small_models import write_manifest, write_model
+from tests.pipeline.stage_facts import trained
 
 
 def write_days(out: Path) -> None:
@@ -37,7 +38,8 @@ def test_a_model_that_no_gate_passed_is_passed_over(tmp_path: Path) -> None:
 
 def test_a_decision_on_an_earlier_model_of_the_day_does_not_count(tmp_path: Path) -> None:
     write_days(tmp_path)
-    write_manifest(tmp_path, DAYS[2], "train", "trained anew", days=[DAYS[2]], parent=DAYS[1])
+    anew = trained([DAYS[2]], DAYS[1])
+    write_manifest(tmp_path / DAYS[2] / "train", "trained anew", anew)
 
     assert next_parent(tmp_path) == DAYS[1]
 

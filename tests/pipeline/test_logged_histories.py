@@ -15,7 +15,8 @@ from pipeline.config import Recipe
 from pipeline.samples import ingest as ingest_module
 from pipeline.samples import join as join_module
 from pipeline.samples.columns import EventColumns
-from pipeline.samples.ingest import IngestFacts, check_span, ingest
+from pipeline.samples.ingest import check_span, ingest
+from pipeline.samples.ingest_facts import IngestFacts
 from pipeline.samples.join import join
 
 COLUMNS = {"item_id": "recent_items", "timestamp": "recent_times", "stars": "recent_stars"}

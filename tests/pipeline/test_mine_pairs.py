@@ -14,7 +14,8 @@ from embedding.errors import UserError
 from multimodal.codes.pair_config import Swing, User2Item
 from multimodal.codes.triggers import IdVectors
 from pipeline.codes import mine_pairs as mining
-from pipeline.codes.mine_pairs import MiningPlan, PairFacts, mine_pairs, plan_mining
+from pipeline.codes.align_facts import PairFacts
+from pipeline.codes.mine_pairs import MiningPlan, mine_pairs, plan_mining
 from pipeline.codes.positives import PairSource
 from pipeline.samples import ingest as ingest_module
 from pipeline.samples.ingest import check_span, ingest

@@ -260,7 +260,8 @@ def test_new_feature_is_said_to_widen_what_reads_it(
         assert main(["run", *command]) == 0
 
     facts = json.loads((day.out / DAYS[1] / "train" / "manifest.json").read_text())["facts"]
-    initialised, carried = facts["warm_start"]["initialised"], facts["warm_start"]["carried"]
+    report = facts["result"]["warm_start"]
+    initialised, carried = report["initialised"], report["carried"]
     assert initialised["tables/rating"] == "not in the checkpoint"
     others = [why for name, why in initialised.items() if name != "tables/rating"]
     assert others, "layers that read all features"

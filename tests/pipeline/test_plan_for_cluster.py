@@ -13,7 +13,7 @@ from pipeline import run as run_module
 from pipeline.artifacts import read_manifest
 from pipeline.config import WindowConfig
 from pipeline.console import Reporter
-from pipeline.plan import CLUSTER, PLAN, cluster_facts
+from pipeline.plan import PLAN, PlanFacts, PlannedCluster
 from pipeline.planning.request import parse_constraints, with_constraints
 from pipeline.rank_hosts import Place, refuse_other_hosts
 from pipeline.run import DayRun
@@ -44,7 +44,14 @@ class Machines:
     def plan(self, _: object, scratch: Path) -> StageOutput:
         self.planned.append(self.shape.name)
         (scratch / PLAN).write_text(self.shape.name)
-        return StageOutput(1, 1, facts={CLUSTER: cluster_facts(self.shape)})
+        facts = PlanFacts(
+            ranks_per_host=self.shape.ranks_per_host,
+            predicted_step_s=1.0,
+            constants="",
+            binding="",
+            cluster=PlannedCluster.of(self.shape),
+        )
+        return StageOutput(1, 1, facts)
 
 
 def run_on(root: Path, machines: Machines, monkeypatch: pytest.MonkeyPatch) -> DayRun:
@@ -90,9 +97,9 @@ def test_a_plan_is_made_again_for_another_cluster_when_ranks_are_needed(
         other.wait_for_ranks("evaluate", [])
         assert (other.directory("plan") / PLAN).read_text() == "cpu:12"
         assert other.artifact_id("plan", DAYS[0]) == before
-        manifest = read_manifest(other.directory("plan"))
+        manifest = read_manifest(other.directory("plan"), PlanFacts)
         assert manifest is not None
-        assert manifest.facts[CLUSTER] == cluster_facts(shape)
+        assert manifest.facts.cluster == PlannedCluster.of(shape)
     assert machines.planned == ["cpu:2x6", "cpu:12", "cpu:12"]
     assert capsys.readouterr().out.count("made for another cluster than cpu:12") == 2
 

@@ -11,7 +11,7 @@ import pytest
 from deploy.app import main
 from embedding.errors import UserError
 from pipeline import lock
-from pipeline.artifacts import MANIFEST, read_manifest
+from pipeline.artifacts import MANIFEST, StageFacts, read_manifest
 from pipeline.command import Command
 from pipeline.config import WindowConfig
 from pipeline.console import Reporter
@@ -26,6 +26,7 @@ from pipeline.stages import STAGES
 from pipeline.status import output_status
 from pipeline.summary import SUMMARY
 from tests.pipeline.small_log import make_recipe, write_catalogue
+from tests.pipeline.stage_facts import decided, published, trained
 from tests.pipeline.test_run import changed, ingested, joined, write_manifest
 
 NUM_RUNS = 6
@@ -47,16 +48,16 @@ def run_day(
     run = run_of(folder, day, **window)
     ingested(run)
     joined(run)
-    facts: dict[str, dict[str, Any]] = {
-        "plan": {},
-        "train": {"days": run.training_days(), "parent": run.parent},
-        "evaluate": {},
-        "gate": {"passed": passed, "reasons": []},
-        **({"publish": {"learned_up_to": DAYS[day], "training": "train"}} if passed else {}),
+    facts: dict[str, StageFacts] = {
+        "plan": StageFacts(),
+        "train": trained(run.training_days(), run.parent),
+        "evaluate": StageFacts(),
+        "gate": decided() if passed else decided("it is bad"),
+        **({"publish": published(DAYS[day])} if passed else {}),
     }
     for stage, values in facts.items():
         (spec,) = run.specs(stage)
-        write_manifest(spec, **values)
+        write_manifest(spec, values)
         (spec.directory / "file").write_bytes(b"x" * 1000)
     write_recipe(run.recipe, run.out / run.date)
     if passed and promoted:

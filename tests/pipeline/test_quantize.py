@@ -14,7 +14,7 @@ from multimodal.codes.versions import carries_between, find_version, load_versio
 from pipeline.codes.features import CODES_FILE, ItemCodes, candidate_columns
 from pipeline.codes.item_vectors import ItemVectors
 from pipeline.codes.quantize import quantize
-from pipeline.codes.quantize_facts import QuantizeFacts, collapse_warning
+from pipeline.codes.quantize_facts import Quantized, collapse_warning
 from tests.multimodal.code_rows import table_rows
 
 CONFIG = Codes(
@@ -44,7 +44,7 @@ class Week:
         self.earlier: pa.Table | None = None
         self.version: str | None = None
 
-    def run(self, day: int, *, encoder: str = "tower-1", force: bool = False) -> QuantizeFacts:
+    def run(self, day: int, *, encoder: str = "tower-1", force: bool = False) -> Quantized:
         ids = np.arange(100 * day, 100 * day + 2000)
         x = vectors_of(ids)
         if encoder != "tower-1":

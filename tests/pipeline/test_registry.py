@@ -12,6 +12,7 @@ from pipeline import lock
 from pipeline.artifacts import Manifest, publish, writing
 from pipeline.lock import exclusive
 from pipeline.registry import production, production_before, promote, promotions, rollback
+from tests.pipeline.stage_facts import published
 
 
 def no_links(*_: object) -> None:
@@ -23,8 +24,13 @@ def publish_model(out: Path, date: str, artifact_id: str = "") -> None:
     with writing(directory, identity) as scratch:
         (scratch / "bundle").mkdir()
         (scratch / "bundle" / "weights").write_text(identity)
-        inputs = {"train": f"train-{identity}"}
-        manifest = Manifest(stage="publish", artifact_id=identity, config_hash="", inputs=inputs)
+        manifest = Manifest(
+            stage="publish",
+            artifact_id=identity,
+            config_hash="",
+            inputs={"train": f"train-{identity}"},
+            facts=published(date),
+        )
         publish(scratch, directory, manifest)
 
 

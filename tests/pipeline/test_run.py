@@ -9,7 +9,7 @@ import pytest
 
 from embedding.errors import UserError
 from pipeline import run as run_module
-from pipeline.artifacts import MANIFEST, Manifest, config_hash, read_manifest
+from pipeline.artifacts import MANIFEST, Manifest, StageFacts, config_hash, read_manifest
 from pipeline.config import PublishConfig, WindowConfig
 from pipeline.consent import Consent
 from pipeline.console import Reporter
@@ -22,6 +22,7 @@ from pipeline.samples import ingest as ingest_module
 from pipeline.samples.join import SAMPLES
 from pipeline.spans import first_day_held
 from pipeline.stages import STAGES, StageSpec, execute
+from tests.pipeline import stage_facts
 from tests.pipeline.small_log import (
     DAYS,
     event,
@@ -164,7 +165,7 @@ def ingested(run: DayRun) -> list[tuple[str, bool]]:
         span = run.spans.span(last)
         before = None if span.previous is None else run.directory("ingest", span.previous)
         first = first_day_held(span.days, before)
-        write_manifest(spec, days=span.days, previous=span.previous, first_day=first)
+        write_manifest(spec, stage_facts.ingested(span.days, span.previous, first))
     return found
 
 
@@ -176,7 +177,7 @@ def joined(run: DayRun) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "bucket-0000.parquet").touch()
     for spec in run.specs("join"):
-        write_manifest(spec)
+        write_manifest(spec, StageFacts())
 
 
 def test_a_day_that_was_missed_is_trained_on_by_the_next_run(tmp_path: Path) -> None:
@@ -489,7 +490,7 @@ def test_days_that_no_span_holds_are_not_passed_over(tmp_path: Path) -> None:
         run.samples((DAYS[1], DAYS[3]))
 
 
-def write_manifest(spec: StageSpec, **facts: Any) -> None:
+def write_manifest(spec: StageSpec, facts: StageFacts) -> None:
     """As if the stage had run."""
     spec.directory.mkdir(parents=True, exist_ok=True)
     manifest = Manifest(

@@ -14,7 +14,7 @@ from rich.console import Console
 from deploy.app import main
 from embedding.errors import UserError
 from multimodal.codes.config import AlignedVectors
-from pipeline.artifacts import MANIFEST, Manifest
+from pipeline.artifacts import MANIFEST, Manifest, StageFacts
 from pipeline.config import ClusterConfig, EvaluationConfig, Recipe
 from pipeline.console import Reporter
 from pipeline.evaluate import SLICES, Slices
@@ -291,7 +291,7 @@ def _align_spec(data: Path, variant: str, **config: Any) -> StageSpec:
     def body(scratch: Path) -> StageOutput:
         (scratch / "encoder").mkdir()
         (scratch / "encoder" / "weights").write_text(f"made for {variant}")
-        return StageOutput(1, 1)
+        return StageOutput(1, 1, StageFacts())
 
     return StageSpec("align", data / variant / "2024-01-01" / "align", config, {}, body)
 
@@ -325,7 +325,7 @@ def test_what_lacks_a_file_is_not_taken_over(tmp_path: Path) -> None:
 
 
 def write_id(directory: Path, artifact_id: str) -> None:
-    manifest = Manifest(stage="join", artifact_id=artifact_id, config_hash="")
+    manifest = Manifest(stage="join", artifact_id=artifact_id, config_hash="", facts=StageFacts())
     (directory / MANIFEST).write_text(manifest.model_dump_json())
 
 

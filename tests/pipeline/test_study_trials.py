@@ -21,6 +21,7 @@ import pytest
 import ray
 
 from embedding.errors import UserError
+from pipeline.artifacts import StageFacts
 from pipeline.config import Recipe
 from pipeline.stages import StageOutput, StageSpec
 from pipeline.study import runner as study_trials
@@ -31,7 +32,7 @@ from tests.pipeline.small_log import make_recipe
 
 Run = Callable[[str], StageOutput | Exception]
 """What a process does with a trial: returns, or raises what is returned."""
-DONE = StageOutput(1, 1)
+DONE = StageOutput(1, 1, StageFacts())
 
 
 class Process:

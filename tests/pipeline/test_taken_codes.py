@@ -1,5 +1,6 @@
 """Codes of another output directory: what is taken, what follows a refit there, what is refused."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,17 @@ from pipeline.cluster import RaySession
 from pipeline.codes.features import CODES_FILE
 from pipeline.codes.item_vectors import ItemVectors
 from pipeline.codes.lookup import CodesOfRun
+from pipeline.codes.paths import codes_version
 from pipeline.codes.quantize import quantize
+from pipeline.codes.quantize_facts import QuantizeFacts
 from pipeline.codes.quantize_stage import CodesOfDay, codes_of_day
-from pipeline.codes.taken_codes import SETTINGS, TAKEN_FROM
 from pipeline.config import HeldOutItems, Recipe
 from pipeline.console import Reporter
 from pipeline.days import Split
 from pipeline.samples.held_out import is_held_out
 from pipeline.stages import StageRecord, execute
 from tests.pipeline.small_log import make_recipe
+from tests.pipeline.stage_facts import coded
 
 DAYS = ("2026-01-01", "2026-01-02", "2026-01-03")
 NUM_ITEMS = 90
@@ -44,24 +47,23 @@ def vectors() -> np.ndarray:
     return (x + 0.3 * rng.standard_normal((NUM_ITEMS, 6))).astype(np.float32)
 
 
+def quantized(out: Path, day: int) -> QuantizeFacts:
+    manifest = read_manifest(out / DAYS[day] / "quantize", QuantizeFacts)
+    assert manifest is not None
+    return manifest.facts
+
+
 def make_codes(out: Path, day: int, **changes: Any) -> None:
     """The codes of a day, fitted anew: the first 50 items on the first, 20 more on each other."""
     scratch = out.parent / f"scratch-{out.name}-{day}"
     scratch.mkdir(parents=True)
-    known = read_manifest(out / DAYS[day - 1] / "quantize") if day else None
-    version = None if known is None else known.facts["version"]
+    version = codes_version(out / DAYS[day - 1] / "quantize") if day else None
     ids, x = np.arange(1, NUM_ITEMS + 1), vectors()
     seen = changes.get("seen", ids <= 50 + 20 * day)
     items = ItemVectors(ids, x, "tower", DAYS[0], DAYS[day], version=version, seen_N=seen)
     codes = changes.get("codes", CODES)
     facts = quantize(codes, items, out / "codebooks", scratch, force_refit=version is not None)
-    told = {
-        **facts.model_dump(mode="json"),
-        "previous": DAYS[day - 1] if day else None,
-        "num_without_vector": 0,
-        SETTINGS: codes.shared,
-        TAKEN_FROM: None,
-    }
+    told = coded(facts, DAYS[day - 1] if day else None, settings=codes.shared)
     (out / DAYS[day]).mkdir(parents=True, exist_ok=True)
     shutil.rmtree(out / DAYS[day] / "quantize", ignore_errors=True)
     name = changes.get("artifact_id", f"codes-of-{day}")
@@ -113,12 +115,12 @@ def test_a_day_has_the_codes_of_the_other_directory_under_another_name(
     theirs = maker / DAYS[2] / "quantize" / CODES_FILE
     ours = out / DAYS[2] / "quantize" / CODES_FILE
     assert ours.samefile(theirs)
-    facts = record.manifest.facts
-    assert (facts["version"], facts["taken_from"]) == ("v0003", str(maker))
-    assert facts["stability"] is None  # there is no run before, whatever the other directory has
+    facts = quantized(out, 2)
+    assert (facts.version, facts.taken_from) == ("v0003", str(maker))
+    assert facts.stability is None  # there is no run before, whatever the other directory has
     assert record.manifest.inputs["taken"] == "codes-of-2"
     assert (record.manifest.rows_in, record.manifest.rows_out) == (NUM_ITEMS + 1, NUM_ITEMS)
-    assert facts["num_without_vector"] == 1
+    assert facts.num_without_vector == 1
     for version in ("v0001", "v0002", "v0003"):
         assert find_version(out / "codebooks", version) == find_version(
             maker / "codebooks", version
@@ -131,7 +133,7 @@ def test_rows_go_over_all_refits_between_two_runs(tmp_path: Path, maker: Path) -
     recipe, out = taker(tmp_path, maker), tmp_path / "taker"
     run(recipe, out, 0)
 
-    second = run(recipe, out, 2).manifest
+    run(recipe, out, 2)
 
     change = of_day(recipe, out, 2).change_since(DAYS[0])
     assert change is not None
@@ -153,8 +155,10 @@ def test_rows_go_over_all_refits_between_two_runs(tmp_path: Path, maker: Path) -
     tables = [pq.read_table(out / DAYS[d] / "quantize" / CODES_FILE).to_pydict() for d in (0, 2)]
     codes = [list(zip(t["sid_0"], t["sid_1"], strict=True)) for t in tables]
     kept = np.mean([one == other for one, other in zip(*codes, strict=True)])
-    assert second.facts["previous"] == DAYS[0]
-    assert second.facts["stability"]["full"] == pytest.approx(kept)
+    second = quantized(out, 2)
+    assert second.previous == DAYS[0]
+    assert second.stability is not None
+    assert second.stability.full == pytest.approx(kept)
 
 
 def test_codes_that_are_made_again_are_taken_again(tmp_path: Path, maker: Path) -> None:
@@ -223,13 +227,26 @@ def test_codes_of_an_earlier_format_and_damaged_ones_are_refused(
     ):
         run(recipe, out, 1)
     path = maker / DAYS[1] / "quantize" / "manifest.json"
-    manifest = Manifest.model_validate_json(path.read_text())
-    del manifest.facts[SETTINGS]
-    path.write_text(manifest.model_dump_json())
+    manifest = json.loads(path.read_text())
+    manifest["facts"]["settings"]["format"] -= 1
+    path.write_text(json.dumps(manifest))
     with pytest.raises(
         UserError, match=r"by another version of Braid; delete .*codes.version=v0\d"
     ):
         of_day(recipe, out, 1)
+
+
+def test_vectors_that_hardly_differ_are_warned_of(tmp_path: Path, maker: Path) -> None:
+    recipe, out = taker(tmp_path, maker), tmp_path / "taker"
+    assert run(recipe, out, 0).manifest.warnings == ()
+    path = maker / DAYS[1] / "quantize" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["facts"]["mean_cosine"] = 0.97
+    path.write_text(json.dumps(manifest))
+
+    (warning,) = run(recipe, out, 1).manifest.warnings
+
+    assert "item vectors hardly differ (mean cosine of two items 0.9700)" in warning
 
 
 def test_another_catalogue_is_refused(tmp_path: Path, maker: Path) -> None:

@@ -7,20 +7,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.console import Reporter
-from pipeline.train import CHECKPOINT, TrainInputs, TrainJob, TrainResult, train
+from pipeline.train import CHECKPOINT, TrainInputs, TrainJob, train
 from tests.pipeline.small_log import make_recipe
-
-RESULT = TrainResult(
-    checkpoint="step-00000010",
-    rows=10,
-    steps=10,
-    best_step=None,
-    stopped_early=False,
-    rows_per_s=1.0,
-    world_size=1,
-    data_wait_share=0.0,
-    warm_start=None,
-)
+from tests.pipeline.stage_facts import RESULT
 
 
 def finish(_: object, job: TrainJob, *__: object) -> None:
@@ -44,9 +33,9 @@ def test_the_result_is_put_beside_what_a_restart_needs(
         monkeypatch.setattr(os, "link", no_links)
     inputs = TrainInputs(samples=[], validation=[], plan=tmp_path, parent=None)
 
-    output = train(make_recipe(tmp_path), inputs, tmp_path, Reporter(), run=finish)
+    result = train(make_recipe(tmp_path), inputs, tmp_path, Reporter(), run=finish)
 
-    assert output.rows_out == RESULT.rows
+    assert result == RESULT
     kept = tmp_path / CHECKPOINT / RESULT.checkpoint / "weights"
     written = tmp_path / "resume" / "checkpoints" / RESULT.checkpoint / "weights"
     assert kept.read_text() == written.read_text() == "w"

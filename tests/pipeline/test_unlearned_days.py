@@ -39,8 +39,8 @@ def test_days_that_taught_nothing_are_trained_on_again(
         json.loads((out / DAYS[day] / "train" / "manifest.json").read_text())["facts"]
         for day in (1, 2)
     )
-    assert second["best_step"] == 0
-    assert second["checkpoint"] == "step-00000000"
+    assert second["result"]["best_step"] == 0
+    assert second["result"]["checkpoint"] == "step-00000000"
     assert second["days"] == first["days"] == [DAYS[0]]
     assert second["day_files"] == first["day_files"]
     said = f"so its result is that model; later runs train on {DAYS[1]} again"

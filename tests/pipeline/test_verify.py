@@ -2,7 +2,6 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,17 +15,21 @@ from multimodal.codes.store import Codebooks
 from multimodal.codes.versions import CodebookManifest, publish_version
 from multimodal.token_store import PartTokens, TokenStore
 from pipeline import verify as verify_module
-from pipeline.artifacts import Manifest, damaged_files, publish, writing
+from pipeline.artifacts import Manifest, StageFacts, damaged_files, publish, writing
 from pipeline.codes.paths import codebook_versions
 from pipeline.content.stage import STORES
 from pipeline.recipe import write_recipe
 from pipeline.registry import promote
 from pipeline.verify import verify
+from tests.pipeline import stage_facts
 
 DATE = "2024-01-01"
 
 
-def write_artifact(out: Path, stage: str, **facts: Any) -> Path:
+NO_FACTS = StageFacts()
+
+
+def write_artifact(out: Path, stage: str, facts: StageFacts = NO_FACTS) -> Path:
     directory = out / DATE / stage
     with writing(directory, "i") as scratch:
         (scratch / "bundle").mkdir()
@@ -66,7 +69,8 @@ def damage(path: Path) -> None:
 
 
 def test_damage_of_artifacts_bundles_and_stored_tokens_is_found(tmp_path: Path) -> None:
-    train, published = (write_artifact(tmp_path, stage) for stage in ("train", "publish"))
+    train = write_artifact(tmp_path, "train")
+    published = write_artifact(tmp_path, "publish", stage_facts.published(DATE))
     promote(tmp_path, DATE)
     part = write_part(tmp_path)
     write_log(tmp_path, [DATE])
@@ -95,7 +99,7 @@ def test_damage_of_artifacts_bundles_and_stored_tokens_is_found(tmp_path: Path) 
 def test_what_no_run_can_write_again_is_not_to_be_deleted(tmp_path: Path) -> None:
     """Once ingested, days may be deleted from the event log: their span is then the only copy."""
     before = "2023-12-31"
-    ingest = write_artifact(tmp_path, "ingest", days=[before, DATE])
+    ingest = write_artifact(tmp_path, "ingest", stage_facts.ingested([before, DATE]))
     train = write_artifact(tmp_path, "train")
     root = write_log(tmp_path, [before, DATE])
     for directory in (ingest, train):
@@ -151,7 +155,8 @@ def test_damaged_codebooks_are_found(tmp_path: Path, name: str) -> None:
 
 
 def test_a_damaged_manifest_is_one_finding_among_others(tmp_path: Path) -> None:
-    train, published = (write_artifact(tmp_path, stage) for stage in ("train", "publish"))
+    train = write_artifact(tmp_path, "train")
+    published = write_artifact(tmp_path, "publish", stage_facts.published(DATE))
     text = (published / "manifest.json").read_text()
     (published / "manifest.json").write_text(text.replace('version": 1', 'version": 9'))
     damage(train / "bundle" / "weights")

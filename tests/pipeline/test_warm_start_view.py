@@ -5,22 +5,23 @@ from typing import Any
 
 import pytest
 
-from embedding.warm_start import WarmStartReport
+from embedding.warm_start_report import CarriedRows, WarmStartReport
 from pipeline import training_worker
 from pipeline.reports.report import warm_start_section
 from pipeline.reports.warm_start_view import redrawn_rows, warm_start_line
 from pipeline.train import TrainInputs, TrainJob
 from ranking.progress import Progress
 from tests.pipeline.small_log import make_recipe
+from tests.pipeline.stage_facts import trained
 
 
-def facts(**initialised: str) -> dict:
-    return {
-        "carried": ["tables/item", "dense/a", "dense/b"],
-        "initialised": initialised,
-        "ignored": [],
-        "dropped_ids": {"user": 7, "item": 0},
-    }
+def facts(**initialised: str) -> WarmStartReport:
+    return WarmStartReport(
+        carried=("tables/item", "dense/a", "dense/b"),
+        initialised=initialised,
+        ignored=(),
+        dropped_ids={"user": 7, "item": 0},
+    )
 
 
 def test_line_counts_and_names_what_is_redrawn() -> None:
@@ -34,17 +35,17 @@ def test_line_counts_and_names_what_is_redrawn() -> None:
 
 def test_line_counts_the_rows_of_code_tables() -> None:
     rows = {
-        "sid_0": {"carried": 7, "sourced": 2, "redrawn": 0},
-        "vq": {"carried": 40, "sourced": 5, "redrawn": 3},
+        "sid_0": CarriedRows(carried=7, sourced=2, redrawn=0),
+        "vq": CarriedRows(carried=40, sourced=5, redrawn=3),
     }
-    line = warm_start_line({**facts(), "rows": rows}, "d")
+    line = warm_start_line(facts().model_copy(update={"rows": rows}), "d")
     assert line.endswith(
         "redrawn 0; rows of 2 code tables: 47 go on, 7 start from the most similar row, 3 anew"
     )
 
 
 def test_line_counts_tables_whose_optimizer_is_another() -> None:
-    report = {**facts(), "weights_only": ["tables/item"]}
+    report = facts().model_copy(update={"weights_only": ("tables/item",)})
     assert warm_start_line(report, "d") == (
         "warm start from d: carried 3, of 1 tables weights only, for the optimizer is another one, "
         "redrawn 0"
@@ -94,6 +95,5 @@ def test_a_restarted_training_still_says_what_it_started_from(
 
 
 def test_a_training_without_a_parent_started_from_drawn_values() -> None:
-    assert warm_start_section({"warm_start": None, "parent": None})["warm_start"] == (
-        "started from drawn values"
-    )
+    section = warm_start_section(trained(["2024-01-06"]))
+    assert section["warm_start"] == "started from drawn values"

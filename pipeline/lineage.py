@@ -68,6 +68,13 @@ def learned_days(train: Path) -> tuple[tuple[str, ...], dict[str, str]]:
     return manifest.facts.days, manifest.facts.day_files
 
 
+def trained_codebooks(train: Path) -> str | None:
+    """Whose codes the samples of a training had; None without codes."""
+    manifest = read_manifest(train, TrainFacts)
+    assert manifest is not None
+    return manifest.facts.codebooks
+
+
 def unlearned(days: Sequence[str], parent: str) -> str:
     """A sentence on a training that no step of has been worth keeping."""
     named = days[0] if len(days) == 1 else f"{days[0]} .. {days[-1]}"

@@ -17,7 +17,7 @@ from pipeline.day_warnings import Ancestry, day_fingerprints, day_warnings
 from pipeline.days import Span
 from pipeline.evaluate import PREDICTIONS, evaluate
 from pipeline.identity import training_config
-from pipeline.lineage import learned_days, unlearned
+from pipeline.lineage import learned_days, trained_codebooks, unlearned
 from pipeline.metrics_file import METRICS_FILE, read_metrics
 from pipeline.registry import was_withdrawn
 from pipeline.samples.columns import ColumnKind
@@ -56,7 +56,9 @@ def train_stage(run: "DayRun") -> StageSpec:
         else:
             run.wait_for_ranks("train", run.session.group())
             start = None if parent is None else run.directory("train", parent)
-            change = None if run.codes is None else run.codes.change_since(parent)
+            change = None
+            if run.codes is not None and start is not None:
+                change = run.codes.change_since(trained_codebooks(start))
             sources = TrainInputs(
                 samples=run.samples(days),
                 validation=run.samples(run.split.validation),

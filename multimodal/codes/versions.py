@@ -70,6 +70,23 @@ def latest(root: Path) -> CodebookManifest | None:
     return known[-1] if known else None
 
 
+def named_version(root: Path, codebooks: str) -> str:
+    """The version of codebooks that are named by version and fingerprint (`vNNNN-FINGERPRINT`).
+
+    Raises:
+        UserError: there is no such version, or another one has its name.
+    """
+    version, _, fingerprint = codebooks.partition("-")
+    found = find_version(root, version).fingerprint
+    if found != fingerprint:
+        raise UserError(
+            f"{root / version} holds codebooks {found}, and a model was trained with codes of "
+            f"{codebooks}: its code tables say nothing of these; restore those codebooks, or start "
+            "from drawn values (--set window.warm_start=false)"
+        )
+    return version
+
+
 def next_version(root: Path) -> str:
     """The name that the next version gets."""
     newest = latest(root)

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from rich.markup import escape
 
 from multimodal.codes.config import ColumnVectors
+from multimodal.codes.versions import named_version
 from pipeline.artifacts import read_manifest
 from pipeline.cluster import RaySession
 from pipeline.codes.align_stage import AlignmentOfDay
@@ -75,14 +76,23 @@ class CodesOfDay:
         manifest = read_manifest(self.directory, QuantizeFacts)
         return None if manifest is None else manifest.facts.codebooks
 
-    def change_since(self, parent: str | None) -> CodebookChange | None:
-        """What a training must do to the code tables of the run that it starts from."""
-        before = None if parent is None else codes_version(self._directory(parent))
-        after = codes_version(self.directory)
+    def change_since(self, before: str | None) -> CodebookChange | None:
+        """What a training must do to the code tables that it starts from.
+
+        Args:
+            before: the codebooks of the samples that those tables were trained on, as the facts of
+                that training name them: its run may have been given other codes since.
+
+        Raises:
+            UserError: these codebooks are no longer there, so nobody knows what the rows mean.
+        """
+        after = self.codebooks
         if before is None or after is None or before == after:
             return None
         root = codebook_versions(self.out).absolute()
-        return CodebookChange(root=root, before=before, after=after)
+        return CodebookChange(
+            root=root, before=named_version(root, before), after=named_version(root, after)
+        )
 
     def specs(
         self, name: str, catalogue: str, ingests: tuple[Path, ...], parent: str | None

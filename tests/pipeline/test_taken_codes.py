@@ -129,13 +129,42 @@ def test_a_day_has_the_codes_of_the_other_directory_under_another_name(
     assert CodesOfRun.read(out).neighbours(0) == CodesOfRun.read(maker).neighbours(0)
 
 
+def test_rows_mean_the_codes_that_were_trained_on_whatever_their_run_has_now(
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "runs"
+    make_codes(out, 0)
+    trained_with = quantized(out, 0).codebooks
+    assert trained_with.startswith("v0001-")
+    make_codes(out, 1)
+    shutil.copytree(out / DAYS[1] / "quantize", out / DAYS[0] / "quantize", dirs_exist_ok=True)
+    assert quantized(out, 0).codebooks == quantized(out, 1).codebooks != trained_with
+    root = tmp_path / "data"
+    root.mkdir()
+    recipe = Recipe.model_validate(
+        {
+            **make_recipe(root).model_dump(mode="json"),
+            "codes": {**PARTS, "vectors": {"kind": "column"}},
+        }
+    )
+
+    change = of_day(recipe, out, 1).change_since(trained_with)
+    assert change is not None
+    assert (change.before, change.after) == ("v0001", "v0002")
+    assert of_day(recipe, out, 1).change_since(quantized(out, 1).codebooks) is None
+    assert of_day(recipe, out, 1).change_since(None) is None
+    with pytest.raises(UserError, match=r"v0001 holds codebooks .* trained with codes of v0001-0"):
+        of_day(recipe, out, 1).change_since("v0001-0")
+
+
 def test_rows_go_over_all_refits_between_two_runs(tmp_path: Path, maker: Path) -> None:
     recipe, out = taker(tmp_path, maker), tmp_path / "taker"
     run(recipe, out, 0)
 
+    trained_with = quantized(out, 0).codebooks
     run(recipe, out, 2)
 
-    change = of_day(recipe, out, 2).change_since(DAYS[0])
+    change = of_day(recipe, out, 2).change_since(trained_with)
     assert change is not None
     assert (change.before, change.after) == ("v0001", "v0003")
     expected = carries_between(maker / "codebooks", "v0001", "v0003")

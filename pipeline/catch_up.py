@@ -11,7 +11,7 @@ passed is published as it is.
 from pathlib import Path
 
 from pipeline.artifacts import read_manifest
-from pipeline.gate import RANKING, decide
+from pipeline.gate import RANKING, check, reasons_of
 from pipeline.gate_config import GateConfig
 from pipeline.stages import CATCH_UP
 from pipeline.train_facts import CatchUpFacts
@@ -34,7 +34,7 @@ def objections(
     """
     reasons: tuple[str, ...] = ()
     for where, rules in gate.by_path:
-        reasons += decide(rules, where, after[rules.task], None)
+        reasons += reasons_of(check(rules, where, after[rules.task], None))
         for name in RANKING:
             was, now = getattr(before[rules.task], name), getattr(after[rules.task], name)
             if was is not None and now is not None and now < was - TOLERANCE:

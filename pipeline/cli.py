@@ -175,9 +175,9 @@ def prune(
     ] = False,
 ) -> None:
     """Delete what no next run and no rollback needs: old runs, samples, models, leftovers."""
-    from pipeline.console import result_console
+    from pipeline.console import result_console, size
     from pipeline.lock import exclusive
-    from pipeline.prune import freed_bytes, prunable, prune_table, remove, set_aside, size, tried
+    from pipeline.prune import freed_bytes, prunable, prune_table, remove, set_aside, tried
     from pipeline.registry import require_output
 
     require_output(out)

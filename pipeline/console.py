@@ -111,6 +111,14 @@ def human(number: float) -> str:
     return f"{number:.0f}" if abs(number) >= 10 else f"{number:.3g}"
 
 
+def size(num_bytes: float) -> str:
+    """Bytes in binary units."""
+    for limit, unit in ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB")):
+        if num_bytes >= limit:
+            return f"{num_bytes / limit:.2f} {unit}"
+    return f"{num_bytes / 1024:.1f} KiB" if num_bytes else "0"
+
+
 def figure(value: float | None) -> str:
     """A metric with four decimals, or a dash."""
     return "-" if value is None else f"{value:.4f}"

@@ -4,11 +4,12 @@ Reads `evaluate/metrics.json`; writes `gate.json` and, where production was comp
 rows, its metrics (`pipeline.rival`).
 """
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pipeline.config import Recipe
 from pipeline.gate_config import TaskGate
-from pipeline.gate_decision import GateDecision
+from pipeline.gate_decision import GateDecision, RuleCheck
 from pipeline.metrics_file import METRICS_FILE, read_metrics
 from pipeline.rival import Rival
 from pipeline.stages import StageOutput
@@ -19,10 +20,10 @@ RANKING = ("auc", "gauc")
 """Metrics that have a rule min_NAME and a rule max_NAME_drop."""
 
 
-def decide(
+def check(
     rules: TaskGate, where: str, metrics: TaskMetrics, rival: Rival | None
-) -> tuple[str, ...]:
-    """Rules of a task that its metrics break, one sentence each; none means publish.
+) -> tuple[RuleCheck, ...]:
+    """Each rule of a task against its metrics; a model is published where none is broken.
 
     Args:
         rules: of the task.
@@ -30,66 +31,117 @@ def decide(
         metrics: of the task.
         rival: the model that would be replaced; None: there is none.
     """
-    few = _too_few(rules, where, metrics)
-    if few is not None:  # no other figure says anything then
-        return (few,)
-    theirs = None if rival is None else rival.metrics.get(rules.task)
-    reasons = []
-    for name in RANKING:
-        value, least = getattr(metrics, name), getattr(rules, f"min_{name}")
-        if value is None:  # both classes are there, so auc is defined
-            if rules.needs_gauc:
-                reasons.append(
-                    "gauc is not defined: no group (evaluation.group_by) has both classes"
-                )
-            continue
-        if least is not None and value < least:
-            reasons.append(f"{name} {value:.4f} is below {where}.min_{name}={least}")
-        before, allowed = getattr(theirs, name, None), getattr(rules, f"max_{name}_drop")
-        if rival and before is not None and allowed is not None and before - value > allowed:
-            reasons.append(
-                f"{name} fell by {before - value:.4f} against production, more than "
-                f"{where}.max_{name}_drop={allowed} ({name} of {rival.date} {rival.rows})"
-            )
-    low, high = rules.calibration
-    if metrics.calibration is None or not low <= metrics.calibration <= high:
-        found = "(no label is 1)" if metrics.calibration is None else f"{metrics.calibration:.4f}"
-        reasons.append(f"calibration {found} is outside {where}.calibration=[{low}, {high}]")
-    return tuple(f"{rules.task}: {reason}" for reason in reasons)
+    counts = tuple(_count_checks(rules, where, metrics))
+    too_few = [count for count in counts if count.reason is not None]
+    if too_few:  # no other figure says anything then
+        return (too_few[0],)
+    return (
+        *counts,
+        *_ranking_checks(rules, where, metrics, rival),
+        _calibration(rules, where, metrics),
+    )
 
 
-def _too_few(rules: TaskGate, where: str, metrics: TaskMetrics) -> str | None:
+def reasons_of(checks: Iterable[RuleCheck]) -> tuple[str, ...]:
+    """Sentences on the broken ones, each beginning with its task."""
+    return tuple(f"{check.task}: {check.reason}" for check in checks if check.reason is not None)
+
+
+def _count_checks(rules: TaskGate, where: str, metrics: TaskMetrics) -> Iterator[RuleCheck]:
     positives = metrics.num_positives
-    counts = {
-        "evaluation rows": (metrics.num_rows, "min_rows", rules.min_rows),
-        "evaluation rows with label 1": (positives, "min_rows_per_class", rules.min_rows_per_class),
-        "evaluation rows with label 0": (
+    counts = (
+        ("evaluation rows", metrics.num_rows, "min_rows", rules.min_rows),
+        ("evaluation rows with label 1", positives, "min_rows_per_class", rules.min_rows_per_class),
+        (
+            "evaluation rows with label 0",
             metrics.num_rows - positives,
             "min_rows_per_class",
             rules.min_rows_per_class,
         ),
-    }
-    for what, (count, key, least) in counts.items():
-        if count < least:
-            return (
-                f"{rules.task}: {count} {what} are too few to judge a model by, fewer than "
-                f"{where}.{key}={least}; evaluate on more days (window.eval_days), or lower it"
+    )
+    for what, count, key, least in counts:
+        reason = (
+            f"{count} {what} are too few to judge a model by, fewer than {where}.{key}={least}; "
+            "evaluate on more days (window.eval_days), or lower it"
+        )
+        yield RuleCheck(
+            task=rules.task,
+            rule=f"{where}.{key}",
+            asked=f"at least {least:,}",
+            found=f"{count:,} {what}",
+            reason=reason if count < least else None,
+        )
+
+
+def _ranking_checks(
+    rules: TaskGate, where: str, metrics: TaskMetrics, rival: Rival | None
+) -> Iterator[RuleCheck]:
+    theirs = None if rival is None else rival.metrics.get(rules.task)
+    for name in RANKING:
+        value, least = getattr(metrics, name), getattr(rules, f"min_{name}")
+        if value is None:  # both classes are there, so auc is defined
+            if rules.needs_gauc:
+                yield RuleCheck(
+                    task=rules.task,
+                    rule=f"{where}.min_{name}, max_{name}_drop",
+                    asked="a GAUC",
+                    found="none",
+                    reason="gauc is not defined: no group (evaluation.group_by) has both classes",
+                )
+            continue
+        if least is not None:
+            reason = f"{name} {value:.4f} is below {where}.min_{name}={least}"
+            yield RuleCheck(
+                task=rules.task,
+                rule=f"{where}.min_{name}",
+                asked=f"at least {least}",
+                found=f"{value:.4f}",
+                reason=reason if value < least else None,
             )
-    return None
+        before, allowed = getattr(theirs, name, None), getattr(rules, f"max_{name}_drop")
+        if rival is not None and before is not None and allowed is not None:
+            drop = before - value
+            reason = (
+                f"{name} fell by {drop:.4f} against production, more than "
+                f"{where}.max_{name}_drop={allowed} ({name} of {rival.date} {rival.rows})"
+            )
+            yield RuleCheck(
+                task=rules.task,
+                rule=f"{where}.max_{name}_drop",
+                asked=f"at most {allowed} below {rival.date}",
+                found=f"{value:.4f} against {before:.4f} {rival.rows}",
+                reason=reason if drop > allowed else None,
+            )
+
+
+def _calibration(rules: TaskGate, where: str, metrics: TaskMetrics) -> RuleCheck:
+    low, high = rules.calibration
+    value = metrics.calibration
+    found = "(no label is 1)" if value is None else f"{value:.4f}"
+    reason = f"calibration {found} is outside {where}.calibration=[{low}, {high}]"
+    return RuleCheck(
+        task=rules.task,
+        rule=f"{where}.calibration",
+        asked=f"{low} .. {high}",
+        found=found,
+        reason=reason if value is None or not low <= value <= high else None,
+    )
 
 
 def gate(recipe: Recipe, evaluation: Path, rival: Rival | None, scratch: Path) -> StageOutput:
     """Decide and write the decision; `rival` is the model that would be replaced."""
     found = read_metrics(evaluation / METRICS_FILE)
-    reasons: tuple[str, ...] = ()
+    checks: tuple[RuleCheck, ...] = ()
     warnings: tuple[str, ...] = ()
     for where, rules in recipe.gate.by_path:
-        reasons += decide(rules, where, found[rules.task], rival)
+        checks += check(rules, where, found[rules.task], rival)
         warnings += _not_compared(rules, rival)
     metrics = found[recipe.gate.task]
+    reasons = reasons_of(checks)
     decision = GateDecision(
         passed=not reasons,
         reasons=reasons,
+        checks=checks,
         compared_with=None if rival is None else rival.date,
         compared=None if rival is None else rival.rows,
     )

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline.artifacts import MANIFEST, finish_interrupted
+from pipeline.console import size
 from pipeline.kept import RECORDS, SPANS, Kept, run_dates
 from pipeline.lock import changing
 from pipeline.pruned import note_pruned
@@ -117,12 +118,6 @@ def prune_table(found: list[Prunable]) -> Table:
     for entry in sorted(found, key=lambda entry: -entry.num_bytes):
         table.add_row(size(entry.num_bytes), escape(entry.what), entry.reason)
     return table
-
-
-def size(num_bytes: int) -> str:
-    """In MiB, from 1 GiB on in GiB."""
-    gib = num_bytes / 2**30
-    return f"{gib:.1f} GiB" if gib >= 1 else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def _of_date(directory: Path, kept: Kept) -> Iterator[Prunable]:

@@ -19,7 +19,7 @@ from embedding.errors import UserError
 from embedding.planning.choices import GRID, TABLE_COLUMN_WISE, TABLE_ROW_WISE
 from embedding.planning.host_memory import memory_of_this_machine
 from embedding.planning.plan_description import PlanDescription
-from pipeline.planning.tables_view import size
+from pipeline.console import size
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,7 @@ from embedding.planning.traffic import MIN_GROWTH_DAYS
 from multimodal.content_config import ContentConfig, Service
 from pipeline.capacity.types import CapacityPoint, Target
 from pipeline.config import Recipe
-from pipeline.console import duration, human
-from pipeline.planning.tables_view import size
+from pipeline.console import duration, human, size
 
 FAR_DAYS = 3650
 """Further ahead no number of days is said."""

@@ -10,7 +10,7 @@ from embedding.planning.planner import PlanRequest
 from embedding.planning.refusal import fits, shortage
 from embedding.planning.traffic import Traffic
 from pipeline.config import Recipe
-from pipeline.planning.tables_view import size
+from pipeline.console import size
 
 MAX_GROWTH = 1024.0
 _GROWTH_PRECISION = 0.02

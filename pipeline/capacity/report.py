@@ -9,8 +9,7 @@ from rich.table import Table
 
 from pipeline.capacity.answer import FAR_DAYS, has_room, today
 from pipeline.capacity.types import CapacityAnswer, CapacityPoint
-from pipeline.console import duration, human
-from pipeline.planning.tables_view import size
+from pipeline.console import duration, human, size
 from pipeline.reports import charts
 from pipeline.reports.page import write_page
 

@@ -23,7 +23,7 @@ from embedding.planning.proposers import uniform
 from embedding.planning.search import layout_of_proposal
 from embedding.planning.traffic import Traffic
 from pipeline.config import Recipe
-from pipeline.console import Reporter
+from pipeline.console import Reporter, size
 from pipeline.planning.accuracy import compare, fit_ranks, measured_plans, new_calibration
 from pipeline.planning.bench import (
     BenchCase,
@@ -36,7 +36,7 @@ from pipeline.planning.bench import (
     run_cases,
 )
 from pipeline.planning.request import RequestChanges, changed_request
-from pipeline.planning.tables_view import milliseconds, size
+from pipeline.planning.tables_view import milliseconds
 
 TABLES_PATH = "tables"
 """Where the benchmark's model, which is nothing but tables, holds them."""

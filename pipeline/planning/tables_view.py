@@ -14,7 +14,7 @@ from embedding.planning.plan_description import (
     Prediction,
     TablePlan,
 )
-from pipeline.console import human
+from pipeline.console import human, size
 
 _MAX_RANKS = 8
 """Ranks shown one by one; of more, the fullest and the busiest ones."""
@@ -55,7 +55,7 @@ def _tables(plan: PlanDescription) -> Table:
     view.add_column("table")
     view.add_column("sharding")
     view.add_column("kernel")
-    for column in ("rows", "dim", "weights"):
+    for column in ("rows", "dim", "weights, all ranks"):
         view.add_column(column, justify="right")
     view.add_column("ranks")
     for table in plan.tables:
@@ -171,14 +171,6 @@ def ranks_of(table: TablePlan) -> str:
         else:
             ranges.append([rank, rank])
     return ", ".join(f"{a}-{b}" if a != b else str(a) for a, b in ranges)
-
-
-def size(num_bytes: float) -> str:
-    """Bytes in binary units."""
-    for limit, unit in ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB")):
-        if num_bytes >= limit:
-            return f"{num_bytes / limit:.2f} {unit}"
-    return f"{num_bytes / 1024:.1f} KiB" if num_bytes else "0"
 
 
 def milliseconds(seconds: float) -> str:

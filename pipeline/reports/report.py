@@ -12,7 +12,7 @@ from pipeline.artifacts import FactsT_co, Manifest, read_manifest
 from pipeline.codes.align_report import align_section
 from pipeline.codes.report import code_section
 from pipeline.config import Recipe
-from pipeline.console import duration, figure, human
+from pipeline.console import duration, figure, human, size
 from pipeline.content.facts import ContentFacts
 from pipeline.content.paths import ContentPaths
 from pipeline.content.stage import STORES
@@ -87,7 +87,8 @@ def _tiles(recipe: Recipe, summary: Summary) -> list[dict[str, str]]:
 
 
 def _training_note(train: TrainSummary) -> str:
-    note = f"rows, {train.world_size} ranks, {train.steps} steps"
+    ranks = "1 rank" if train.world_size == 1 else f"{train.world_size} ranks"
+    note = f"rows, {ranks}, {train.steps} steps"
     if train.best_step is not None:
         note += f", best {train.best_step}"
     return f"{note}, stopped early" if train.stopped_early else note
@@ -153,8 +154,8 @@ def _training_charts(train: Path, recipe: Recipe, best_step: int | None) -> list
     lines = [json.loads(line) for line in (train / "metrics.jsonl").read_text().splitlines()]
     tasks = [task.name for task in recipe.ranking.tasks]
     found = [
-        ("Normalized entropy per window", "train", "ne", 1.0),
-        ("AUC per window", "train", "auc", None),
+        ("Training rows: normalized entropy between two log lines", "train", "ne", 1.0),
+        ("Training rows: AUC between two log lines", "train", "auc", None),
     ]
     if any("validation/since_best" in line for line in lines):
         found += [
@@ -242,7 +243,6 @@ def _ids(recipe: Recipe, join: Path) -> dict[str, Any]:
     return {
         "table_ids": rows,
         "ids_days": f"{days[0]} .. {days[-1]}",
-        "unknown_rows": manifest.warnings,
     }
 
 
@@ -261,7 +261,7 @@ def _plan(directory: Path) -> dict[str, Any]:
                 "kernel": table["kernel"],
                 "rows": human(max(s["row_offset"] + s["num_rows"] for s in shards)),
                 "dim": max(s["column_offset"] + s["num_columns"] for s in shards),
-                "mib": human(sum(s["weight_bytes"] for s in shards) / MIB),
+                "weights": size(sum(s["weight_bytes"] for s in shards)),
                 "ranks": ", ".join(str(r) for r in sorted({s["rank"] for s in shards})),
             }
         )

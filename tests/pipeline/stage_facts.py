@@ -63,7 +63,7 @@ def coded(done: Quantized, previous: str | None = None, **others: Any) -> Quanti
 
 
 def decided(*reasons: str) -> GateDecision:
-    return GateDecision(passed=not reasons, reasons=reasons, compared_with=None)
+    return GateDecision(passed=not reasons, reasons=reasons, checks=(), compared_with=None)
 
 
 def published(last_day: str) -> PublishFacts:

@@ -50,6 +50,32 @@ def test_a_model_is_compared_with_the_one_in_production(tmp_path: Path) -> None:
     assert "(auc of 2024-01-01 on the same rows)" in reasons
 
 
+def test_the_decision_holds_every_rule_with_what_was_found(tmp_path: Path) -> None:
+    rules = {"task": "click", "min_auc": 0.6, "max_auc_drop": 0.02, "calibration": [0.8, 1.2]}
+    recipe = make_recipe(tmp_path).model_copy(update={"gate": GateConfig.model_validate(rules)})
+    rival = Rival("2024-01-01", {"click": of(0.71)}, "on the same rows")
+
+    decision = gate(
+        recipe, folder(tmp_path / "e", click=of(calibration=1.3)), rival, tmp_path
+    ).facts
+
+    assert isinstance(decision, GateDecision)
+    assert [(c.rule, c.asked, c.found, c.reason is None) for c in decision.checks] == [
+        ("gate.min_rows", "at least 1,000", "1,000 evaluation rows", True),
+        ("gate.min_rows_per_class", "at least 100", "100 evaluation rows with label 1", True),
+        ("gate.min_rows_per_class", "at least 100", "900 evaluation rows with label 0", True),
+        ("gate.min_auc", "at least 0.6", "0.7000", True),
+        (
+            "gate.max_auc_drop",
+            "at most 0.02 below 2024-01-01",
+            "0.7000 against 0.7100 on the same rows",
+            True,
+        ),
+        ("gate.calibration", "0.8 .. 1.2", "1.3000", False),
+    ]
+    assert decision.reasons == ("click: calibration 1.3000 is outside gate.calibration=[0.8, 1.2]",)
+
+
 def test_gauc_has_rules_of_its_own(tmp_path: Path) -> None:
     rules = {"max_auc_drop": None, "min_gauc": 0.6, "max_gauc_drop": 0.05}
     old = {"click": of(gauc=0.7)}

@@ -18,15 +18,16 @@ from multimodal.content_config import ContentConfig
 from multimodal.item_inputs import build_preparer
 from multimodal.item_tokens import LowerEncoder
 from multimodal.stored_content import ContentReader
-from multimodal.token_store import part_fault
+from multimodal.token_store import NO_ROW, part_fault
 from multimodal.tower_files import Tower
 from multimodal.tower_models import load_model
 from multimodal.towers import load_tower
 from pipeline.consent import Consent
 from pipeline.console import Reporter
-from pipeline.content import stage
+from pipeline.content import reading, stage
 from pipeline.content import tasks as content_tasks
-from pipeline.content.stage import STORES, ContentFacts, check_content, content
+from pipeline.content.reading import check_content, read_digests
+from pipeline.content.stage import STORES, ContentFacts, content
 from pipeline.run import DayRun
 from pipeline.stages import execute
 from tests.one_process import encode_here
@@ -69,7 +70,7 @@ def small_content(**changes: Any) -> ContentConfig:
 @pytest.fixture(autouse=True)
 def _serial(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks run in this process, unless a test asks for Ray."""
-    monkeypatch.setattr(stage, "stream_tasks", run_here)
+    monkeypatch.setattr(reading, "stream_tasks", run_here)
     monkeypatch.setattr(stage, "encode_on_workers", encode_here)
 
 
@@ -77,7 +78,7 @@ def run_stage(tmp_path: Path, day: str, **changes: Any) -> tuple[ContentFacts, C
     directory = tmp_path / day
     directory.mkdir()
     checked = check_content(small_content(**changes), tmp_path / "data")
-    facts = content(checked, tmp_path / STORES, directory)
+    facts = content((checked, read_digests(checked)), tmp_path / STORES, directory)
     return facts, ContentReader(directory, tmp_path / STORES)
 
 
@@ -174,7 +175,7 @@ def test_more_unreadable_images_than_the_recipe_allows_are_refused(tmp_path: Pat
     def run_with(limit: float) -> ContentFacts:
         (tmp_path / f"{limit}").mkdir()
         checked = check_content(small_content(), tmp_path / "data", limit)
-        return content(checked, tmp_path / STORES, tmp_path / f"{limit}")
+        return content((checked, read_digests(checked)), tmp_path / STORES, tmp_path / f"{limit}")
 
     assert run_with(0.2).modalities["image"].num_present == 7
     refusal = r"the images of 2 of 10 items .*max_quarantined_share=0.19 .*\(2 x damaged\).* 4;"
@@ -337,6 +338,35 @@ def test_the_stage_is_current_until_what_its_tokens_depend_on_changes(tmp_path: 
     assert kept.is_current
     (newer,) = day_run(tmp_path, refresh=True).specs("content")
     assert not newer.is_current
+
+
+def test_files_that_changed_reach_a_finished_date_with_the_flag_alone(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    write_catalogue(root)
+    for day in range(3):
+        write_day(root, day, [[event(day, 1, 60)]])
+    named = [row | {"image": f"{row['item_id']}.png"} for row in items(1, 4)]
+    pq.write_table(pa.Table.from_pylist(named), root / "items.parquet")
+    for item in (1, 2, 3):
+        (root / f"{item}.png").write_bytes(picture(item))
+    index = tmp_path / "out" / DAYS[1] / "content"
+
+    def again(*, refresh: bool = False) -> tuple[str, int, str]:
+        """What becomes of the stage, how many items have an image then, and the artifact."""
+        (spec,) = day_run(tmp_path, refresh=refresh).specs("content")
+        record = execute(spec, Reporter())
+        rows = pq.read_table(index / "content.parquet")["image_row"].to_numpy()
+        return record.status, int((rows != NO_ROW).sum()), record.manifest.artifact_id
+
+    status, num_images, first = again()
+    assert (status, num_images) == ("ran", 3)
+    assert again(refresh=True) == ("current", 3, first)
+    (root / "4.png").write_bytes(picture(4))
+    assert again() == ("current", 3, first)
+    status, num_images, repaired = again(refresh=True)
+    assert (status, num_images) == ("ran", 4)
+    assert repaired != first, "what was trained on the first one is stale"
+    assert again() == again(refresh=True) == ("current", 4, repaired)
 
 
 def test_a_hub_model_is_known_by_its_commit_without_a_download(tmp_path: Path) -> None:

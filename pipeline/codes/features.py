@@ -142,8 +142,9 @@ def codes_table(
         data["sid_suffix"] = pa.array(suffix_N)
     if near is not None:
         used = near.others_Nk >= 0
-        offsets = np.concatenate([[0], np.cumsum(used.sum(axis=1))]).astype(np.int32)
-        data["vq"] = pa.ListArray.from_arrays(pa.array(offsets), pa.array(near.others_Nk[used]))
+        offsets = np.concatenate([[0], np.cumsum(used.sum(axis=1))])  # beyond 2^31 for many items
+        slots = pa.array(near.others_Nk[used])
+        data["vq"] = pa.LargeListArray.from_arrays(pa.array(offsets), slots)
         data[NEAREST] = pa.array(near.nearest)
     if vectors_ND is not None:
         flat = pa.array(np.ascontiguousarray(vectors_ND).ravel())

@@ -40,6 +40,16 @@ def test_vectors_come_in_the_order_of_their_ids(tmp_path: Path, kind: pa.DataTyp
     assert found.encoder == "column:vec/v7/2"
 
 
+def test_vectors_of_several_row_groups_come_together(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).standard_normal((11, 3)).astype(np.float32)
+    ids = np.random.default_rng(1).permutation(11)
+    table = pa.table({"item_id": ids, "vec": pa.array(list(x), pa.list_(pa.float32()))})
+    pq.write_table(table, tmp_path / "items.parquet", row_group_size=4)
+    found = read_column_vectors(tmp_path, SOURCE)
+    assert found.item_ids_N.tolist() == [*range(11)]
+    np.testing.assert_array_equal(found.vectors_ND[ids], x)
+
+
 def test_ids_may_be_strings(tmp_path: Path) -> None:
     ids = pa.array(["b", "a"])
     write(tmp_path, pa.array([[1.0], [2.0]]), ids)

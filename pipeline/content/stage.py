@@ -177,7 +177,7 @@ class _TowerJob:
     def index(self, found: pd.DataFrame) -> tuple[Places, StoredModality]:
         """Places of all items, and where their parts lie."""
         has_tokens_N = (found["row"] != NO_ROW).to_numpy()
-        parts, part_N = np.unique(found["part"].to_numpy(str), return_inverse=True)
+        parts, part_N = found["part"].cat.categories, found["part"].cat.codes.to_numpy()
         used = np.unique(part_N[has_tokens_N])
         position = np.full(len(parts), NO_ROW)
         position[used] = np.arange(len(used))

@@ -49,7 +49,7 @@ class ItemCodes:
     entities: EntityColumns
     """`sid_0`, `sid_1`, ..., `sid_suffix`, `vq` and `vq_nearest` by row."""
     prefixes: tuple[Int64Array, ...]
-    """Number of the first code, the first two, ... by row: equal for equal prefixes; -1 unknown."""
+    """Number of the first code, and the first two, by row: equal for equal prefixes; -1 unknown."""
     vectors_ND: Float32Array | None = None
     """Elements that enter as dense features; NaN in the last row."""
     codebooks: str = ""
@@ -81,12 +81,13 @@ class ItemCodes:
         codes = [table[f"sid_{level}"].to_numpy() for level in levels]
         prefixes = tuple(
             np.append(code_groups(np.stack(codes[: depth + 1], axis=1))[0], -1)
-            for depth in range(len(levels))
+            for depth in range(min(len(levels), MAX_DEPTH))
         )
         vectors_ND = None
         if VECTOR in table.column_names:
-            known = np.stack(table[VECTOR].to_numpy()) if table.num_rows else np.empty((0, 0))
-            vectors_ND = np.pad(known.astype(np.float32), ((0, 1), (0, 0)), constant_values=np.nan)
+            lists = table[VECTOR].combine_chunks()
+            known = lists.flatten().to_numpy().reshape(len(ids), lists.type.list_size)
+            vectors_ND = np.pad(known, ((0, 1), (0, 0)), constant_values=np.nan)
         codebooks = (table.schema.metadata or {}).get(CODEBOOKS, b"").decode()
         return cls(entities, prefixes, vectors_ND, codebooks)
 
@@ -192,7 +193,7 @@ def cross_columns(
     past_rows = codes.entities.positions(past_ids)
     own_rows = np.repeat(codes.entities.positions(item_ids_B), np.diff(offsets))
     found: dict[str, pa.Array] = {}
-    for depth, prefix in enumerate(codes.prefixes[:MAX_DEPTH], start=1):
+    for depth, prefix in enumerate(codes.prefixes, start=1):
         shared = (prefix[past_rows] == prefix[own_rows]) & (past_rows >= 0)
         before = np.concatenate([[0], np.cumsum(shared)])[offsets]
         found[f"shared_{depth}"] = pa.ListArray.from_arrays(

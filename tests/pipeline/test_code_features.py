@@ -78,6 +78,9 @@ def test_elements_of_vectors_are_dense_columns(case: Case) -> None:
         found = np.array([columns[f"vector_{i}"][row].as_py() for i in (0, 1)], np.float32)
         expected = vectors[item - 1000] if item < 1030 else np.full(2, np.nan, np.float32)
         np.testing.assert_array_equal(found, expected)
+    near = NearItems(near.own_N[:0], near.others_Nk[:0])
+    nothing = ItemCodes.of(codes_table(ids[:0], none[:0], None, near, vectors[:0]))
+    assert np.isnan(nothing.vectors_ND).tolist() == [[True, True]]
 
 
 def test_history_gets_code_sequences(case: Case) -> None:
@@ -110,6 +113,7 @@ def test_crosses_are_the_history_items_with_the_candidates_first_codes(case: Cas
         assert columns[f"shared_{depth}_count"].to_pylist() == [len(items) for items in expected]
         assert columns[f"shared_{depth}_count"].type == pa.float32()
     assert set(columns) == {"shared_1", "shared_1_count", "shared_2", "shared_2_count"}
+    assert len(case.codes.prefixes) == 2, "longer ones, which nobody reads, are not grouped"
 
 
 def test_user_code_ids_are_equal_for_equal_users_and_prefixes_only(case: Case) -> None:

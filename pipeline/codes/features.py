@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from embedding.config import MISSING_ID
 from embedding.errors import UserError
@@ -112,6 +113,14 @@ class ItemCodes:
         """The VQ codes."""
         column = self.entities.ids.get("vq")
         return column if isinstance(column, IdLists) else None
+
+
+def read_codes(directory: Path, *more: str) -> pa.Table:
+    """Of a quantize artifact the ids and the codes of one an item; `more`: columns, if there."""
+    path = directory / CODES_FILE
+    names = pq.read_schema(path).names
+    wanted = [n for n in names if n == "item_id" or n.startswith("sid_") or n in more]
+    return pq.read_table(path, columns=wanted)
 
 
 @dataclass(frozen=True)

@@ -195,8 +195,8 @@ def _drift(items: ItemVectors, state: _State, coded: _Coded) -> Drift:
     return measure_drift(
         state.codebooks,
         state.manifest.reference_mse,
-        items.vectors_ND[is_new_N],
-        CodesInUse(coded.seen_codes_NL, is_new_N, residual.level_sizes) if residual else None,
+        items.vectors_ND,
+        CodesInUse(coded.seen_codes_NL, is_new_N, residual.level_sizes if residual else ()),
         age_in_days(state.manifest.last_day, items.last_day),
     )
 

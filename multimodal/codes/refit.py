@@ -69,7 +69,9 @@ def refit(
     if config.vq:
         known = keep.items if keep else None
         items = take_item_codebook(item_ids_N, vectors_ND, known)
-        carries["vq"] = carry_items(known, items) if known else fresh(0, items.num_codes)
+        carries["vq"] = fresh(0, items.num_codes)
+        if known:
+            carries["vq"] = carry_items(known, items, config.vq, device)
     return Refit(Codebooks(residual, items, np.sort(item_ids_N)), carries, reference)
 
 

@@ -222,7 +222,7 @@ class TokenStore:
         """Tokens (N, L, H) of a part, memory-mapped.
 
         Raises:
-            UserError: the file is damaged or not there.
+            UserError: the file is damaged or not there, or the process has too many mappings.
         """
         path = self.directory / f"{name}.safetensors"
         try:
@@ -230,6 +230,13 @@ class TokenStore:
                 tokens: Tensor = file.get_tensor("tokens")
         except (OSError, SafetensorError, KeyError) as error:
             raise _damaged(path, str(error).splitlines()[0]) from error
+        except MemoryError as error:
+            raise UserError(
+                f"{path} cannot be mapped into memory ({error}): the process has too many files "
+                "mapped, or no address space left; raise content.tokens.items_per_part (larger "
+                "parts are fewer), delete the store and the directories content/ that point to it, "
+                "and run the content stage again; or raise vm.max_map_count of the host"
+            ) from error
         return tokens
 
 

@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
+from embedding.errors import UserError
+from multimodal import stored_content, token_store
 from multimodal.stored_content import (
     ContentReader,
     Places,
@@ -47,3 +50,50 @@ def test_a_reader_tells_towers_apart_whatever_items_it_reads(tmp_path: Path) -> 
     )
     assert one.towers == more.towers != other.towers
     assert one.identity != more.identity
+
+
+def test_parts_are_open_as_long_as_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = write_content(tmp_path, 5)
+    opened: list[str] = []
+    open_part = TokenStore.open
+
+    def counted(store: TokenStore, name: str) -> torch.Tensor:
+        opened.append(name)
+        return open_part(store, name)
+
+    monkeypatch.setattr(TokenStore, "open", counted)
+    monkeypatch.setattr(stored_content, "_MOST_OPEN", 2)
+    reader = ContentReader(index, tmp_path / "stores")
+
+    def read(*rows: int) -> list[float]:
+        tokens_ULH = reader.read(torch.tensor(rows)).modalities["text"].tokens_ULH
+        assert tokens_ULH.shape == (len(rows), NUM_TOKENS, WIDTH)
+        values: list[float] = tokens_ULH.mean(dim=(1, 2)).tolist()
+        return values
+
+    assert opened == []
+    assert read(3, 2, 0) == [3, 2, 0]
+    assert len(opened) == 2
+    assert read(1, 3) == [1, 3]
+    assert len(opened) == 2
+    assert read(9, 7, 5, 3, 1) == [9, 7, 5, 3, 1]
+    parts = reader.content.modalities["text"].parts
+    assert set(opened) == {*parts}
+    assert len(opened) == len(parts)
+    assert read(1) == [1]
+    assert opened[5:] == [parts[0]], "of five parts no more than two stay open"
+
+
+def test_too_many_mappings_are_named_with_what_to_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = ContentReader(write_content(tmp_path, 1), tmp_path / "stores")
+
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError("Cannot allocate memory")
+
+    monkeypatch.setattr(token_store, "safe_open", full)
+    with pytest.raises(UserError, match=r"too many files mapped.*content\.tokens\.items_per_part"):
+        reader.read(torch.tensor([0]))

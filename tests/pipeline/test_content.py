@@ -403,11 +403,12 @@ def test_ray_workers_store_what_this_process_would(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_items(tmp_path / "data", items(1, 9), row_group_size=5)
-    _, here = run_stage(tmp_path, "d1", image=None)
+    _, reader = run_stage(tmp_path, "d1", image=None)
+    one = reader.read(torch.arange(9)).modalities["text"]
     monkeypatch.undo()
     (tmp_path / STORES).rename(tmp_path / "kept")
-    facts, there = run_stage(tmp_path, "d2", image=None)
+    facts, reader = run_stage(tmp_path, "d2", image=None)
     assert facts.modalities["text"].num_computed == 9
-    one, two = (reader.read(torch.arange(9)).modalities["text"] for reader in (here, there))
+    two = reader.read(torch.arange(9)).modalities["text"]
     assert torch.equal(one.mask_UL, two.mask_UL)
     torch.testing.assert_close(one.tokens_ULH, two.tokens_ULH, atol=1e-5, rtol=1e-5)

@@ -10,7 +10,7 @@ the index, without tokens of that modality, and is counted by cause.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from embedding.errors import UserError
 from embedding.raw_ids import Int64Array
 from multimodal.images import MISSING
 from multimodal.stored_content import Places, StoredContent, StoredModality, write_index
-from multimodal.token_store import NO_ROW, TokenStore
+from multimodal.token_store import NO_ROW, CheckedPart, TokenStore, check_part
 from multimodal.tower_files import (
     Tower,
     is_on_hub,
@@ -39,6 +39,7 @@ from pipeline.days import fingerprint
 from pipeline.identity import content_config
 from pipeline.reports.item_cards import item_names
 from pipeline.stages import StageOutput, StageSpec
+from pipeline.tasks import ROWS_PER_BUNDLE, stream_tasks
 
 STORES = "content_tokens"
 """Directory of all token stores, below the output directory."""
@@ -187,7 +188,7 @@ class _TowerJob:
             found["row"].to_numpy(),
             found["length"].to_numpy(),
         )
-        self.store.check(names)
+        self.store.check(names, self._check_on_workers)
         return places, StoredModality(
             store=self.store.directory.name,
             fingerprint=self.settings.fingerprint,
@@ -195,6 +196,10 @@ class _TowerJob:
             hidden_size=self.settings.hidden_size,
             parts=names,
         )
+
+    def _check_on_workers(self, parts: list[str]) -> Iterator[CheckedPart]:
+        rows = [ROWS_PER_BUNDLE] * len(parts)  # a task each: they are read from end to end
+        yield from stream_tasks(check_part, parts, self.store.directory.absolute(), rows)
 
     def stored_bytes(self, parts: tuple[str, ...]) -> int:
         """Size of these parts."""

@@ -98,6 +98,7 @@ def _store_tokens(config: Recipe, folder: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reading, "stream_tasks", run_here)
+        patch.setattr(stage, "stream_tasks", run_here)
         patch.setattr(stage, "encode_on_workers", encode_here)
         (folder / "index").mkdir()
         checked = reading.check_content(config.content, folder)

@@ -71,6 +71,7 @@ def small_content(**changes: Any) -> ContentConfig:
 def _serial(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks run in this process, unless a test asks for Ray."""
     monkeypatch.setattr(reading, "stream_tasks", run_here)
+    monkeypatch.setattr(stage, "stream_tasks", run_here)
     monkeypatch.setattr(stage, "encode_on_workers", encode_here)
 
 
@@ -209,14 +210,21 @@ def test_a_day_reads_only_what_is_new_for_its_checksums(
         read.append(name)
         return part_fault(directory, name)
 
+    on_workers: list[str] = []
+
+    def recorded(run: Any, tasks: Any, shared: Any, rows: Any) -> Any:
+        on_workers.extend(tasks)
+        return run_here(run, tasks, shared, rows)
+
     monkeypatch.setattr(token_store, "part_fault", watched)
+    monkeypatch.setattr(stage, "stream_tasks", recorded)
     run_stage(tmp_path, "d2")
     assert read == []
     before = {path.stem for path in (tmp_path / STORES).glob("*/*.safetensors")}
     write_items(tmp_path / "data", items(1, 11))
     run_stage(tmp_path, "d3")
     after = {path.stem for path in (tmp_path / STORES).glob("*/*.safetensors")}
-    assert sorted(read) == sorted(after - before)
+    assert sorted(read) == sorted(on_workers) == sorted(after - before)
     assert len(read) == 2
 
 

@@ -16,6 +16,8 @@ import pyarrow.compute as pc
 from embedding.config import MISSING_ID
 
 _MASK_63 = np.uint64(0x7FFF_FFFF_FFFF_FFFF)
+_MAX_OFFSET = np.iinfo(np.int32).max
+"""Ids in all lists of a list array whose offsets have 32 bits."""
 
 GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 """The step of SplitMix64."""
@@ -61,6 +63,8 @@ def is_id_list_type(kind: pa.DataType) -> bool:
 
 def to_raw_ids(column: pa.ChunkedArray | pa.Array) -> pa.Array:
     """A categorical column as int64 >= 0, a list of them as list<int64>; nulls stay null.
+
+    Lists of more than 2^31 ids in all are large_list<int64>.
 
     Raises:
         TypeError: the column is neither.
@@ -108,9 +112,10 @@ def _lists_to_raw_ids(array: pa.Array) -> pa.Array:
     offsets = np.zeros(len(array) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
     values = to_raw_ids(array.flatten())
-    return pa.LargeListArray.from_arrays(
+    lists = pa.LargeListArray.from_arrays(
         pa.array(offsets), values, mask=array.is_null() if array.null_count else None
-    ).cast(pa.list_(pa.int64()))
+    )
+    return lists.cast(pa.list_(pa.int64())) if len(values) <= _MAX_OFFSET else lists
 
 
 def _null_mask(array: pa.Array) -> np.ndarray[Any, np.dtype[np.bool_]]:

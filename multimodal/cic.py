@@ -51,7 +51,7 @@ class CicLoss(nn.Module):
         Args:
             content_BD: content vectors of the candidates.
             ids_BX: their ID embeddings.
-            rows_B: their items, as any number that is equal for equal items.
+            rows_B: their items, as any number that is equal for equal items until `forget`.
         """
         first_U = _first_of_each(rows_B)
         rows_U = rows_B[first_U]
@@ -67,6 +67,12 @@ class CicLoss(nn.Module):
                 if self.training:
                     self._enqueue(content_UD.detach(), ids_UD.detach(), rows_U)
         return self.config.weight * loss
+
+    def forget(self) -> None:
+        """Empty the queue: its rows are those of one run's items."""
+        if self.config.negatives == "queue":
+            self.queue_rows_M.fill_(NO_ITEM)
+            self.queue_end.zero_()
 
     def _in_batch(self, content_UD: Tensor, ids_UD: Tensor) -> Tensor:
         similarity_UU = content_UD @ ids_UD.T / self.config.temperature

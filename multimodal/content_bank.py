@@ -17,7 +17,13 @@ class ContentBank:
     """One vector a store row, on the device of its rank; equal on all ranks."""
 
     def __init__(
-        self, item_ids_R: Tensor, width: int, device: torch.device, *, tokens: int = 0
+        self,
+        item_ids_R: Tensor,
+        width: int,
+        device: torch.device,
+        *,
+        tokens: int = 0,
+        towers: int = 0,
     ) -> None:
         """An empty bank.
 
@@ -26,10 +32,12 @@ class ContentBank:
             width: H.
             device: of the vectors.
             tokens: identity of the stored tokens that vectors are made of.
+            towers: identity of the towers that these tokens come from.
         """
         num_rows = len(item_ids_R)
         self.device = device
         self.tokens = torch.tensor([tokens])
+        self.towers = torch.tensor([towers])
         self.item_ids_R = item_ids_R
         self.fused_RH = torch.zeros(num_rows, width, device=device)
         self.written_R = torch.zeros(num_rows, dtype=torch.int64, device=device)
@@ -65,6 +73,7 @@ class ContentBank:
             "fused": self.fused_RH,
             "written": self.written_R,
             "tokens": self.tokens,
+            "towers": self.towers,
         }
 
     def fits(self, tensors: Mapping[str, Tensor]) -> bool:
@@ -75,6 +84,10 @@ class ContentBank:
     def has_tokens_of(self, tensors: Mapping[str, Tensor]) -> bool:
         """Whether a `state` is one of the same items, and their texts and images are the same."""
         return self.fits(tensors) and self.tokens.equal(tensors["tokens"])
+
+    def has_towers_of(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether a `state` is one of the same towers, or of a time when none said which."""
+        return "towers" not in tensors or self.towers.equal(tensors["towers"])
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from a `state`.

@@ -196,12 +196,15 @@ class TrainedContent:
         if not tensors:
             return {"encoder": "not in the checkpoint"}
         learned = {n: t for n, t in tensors.items() if n != "step" and not n.startswith(_BANK)}
+        bank = _bank_of(tensors)
+        if not self.bank.has_towers_of(bank):
+            # LoRA, fusion and standardisation are fitted to the tokens of their towers.
+            return {"encoder": "was trained on other towers", "bank": "encoded anew"}
         try:
             self.placement.load(learned)
         except UserError as error:
-            return {"encoder": str(error)}
+            return {"encoder": str(error), "bank": "encoded anew"}
         self.head.load(learned)
-        bank = _bank_of(tensors)
         if not tensors["step"][1] or not self.bank.has_tokens_of(bank):
             return {"bank": "encoded anew with the weights that were carried"}
         self.bank.fill(bank["fused"], self.step)

@@ -12,6 +12,7 @@ import hashlib
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -32,6 +33,8 @@ from multimodal.tower_files import tower_fingerprint
 
 _INDEX = "content.parquet"
 _DESCRIPTION = "content.json"
+_MOST_OPEN = 1 << 14
+"""Parts of one modality that are open at a time: Linux allows a process 65,530 mappings."""
 
 
 class StoredModality(StrictConfig):
@@ -86,20 +89,20 @@ def write_index(
 
 
 class ContentReader:
-    """Reads stored tokens by content row. Opens every part once, memory-mapped.
+    """Reads stored tokens by content row. Parts are memory-mapped when they are first read.
 
     Args:
         directory: holds the index.
         stores: directory of all token stores.
-
-    Raises:
-        UserError: a part of a store is damaged or not there.
     """
 
     def __init__(self, directory: Path, stores: Path) -> None:
         self.content = StoredContent.model_validate_json((directory / _DESCRIPTION).read_text())
         self.identity = _identity(directory)
         """Equal for equal items with equal tokens."""
+        fingerprints = sorted((n, m.fingerprint) for n, m in self.content.modalities.items())
+        self.towers = _digest(repr(fingerprints).encode())
+        """Equal for tokens of equal towers."""
         table = pq.read_table(directory / _INDEX)
         self.item_ids_N: Int64Array = table["item_id"].to_numpy()
         """Raw ids, ascending; a position is a content row."""
@@ -137,23 +140,22 @@ class ContentReader:
         return np.where(self.item_ids_N[at] == raw_ids, at, NO_CONTENT)
 
     def read(self, rows_U: Tensor) -> TokenBatch:
-        """Tokens of these items, on the CPU; nothing of those whose row is `NO_CONTENT`."""
+        """Tokens of these items, on the CPU; nothing of those whose row is `NO_CONTENT`.
+
+        Raises:
+            UserError: a part of a store is damaged or not there.
+        """
         rows_U = rows_U.to("cpu", torch.int64)
         return TokenBatch({name: reader.read(rows_U) for name, reader in self._modalities.items()})
 
 
 class _ModalityReader:
     def __init__(self, table: pa.Table, name: str, stored: StoredModality, stores: Path) -> None:
-        store = TokenStore(stores / stored.store, stored.fingerprint, stored.precision)
-        self.parts = [store.open(part) for part in stored.parts]
-        for part, tokens_NLH in zip(stored.parts, self.parts, strict=True):
-            if tokens_NLH.shape[-1] != stored.hidden_size:
-                raise UserError(
-                    f"{store.directory}: {part} has tokens of {tokens_NLH.shape[-1]} columns, not "
-                    f"of {stored.hidden_size}; delete the store and run the content stage again"
-                )
+        self.store = TokenStore(stores / stored.store, stored.fingerprint, stored.precision)
+        self.parts = stored.parts
         self.hidden_size = stored.hidden_size
-        self.dtype = store.dtype
+        # A mapping each, and the system allows a process so many of them only.
+        self.tokens = lru_cache(_MOST_OPEN)(self._open)
         # One more entry behind the last: where NO_CONTENT, which is -1, points to.
         self.part_N, self.row_N, self.length_N = (
             torch.cat([torch.tensor(table[f"{name}_{c}"].to_numpy()).long(), torch.tensor([end])])
@@ -165,17 +167,31 @@ class _ModalityReader:
         longest = max(1, int(length_U.max())) if len(rows_U) else 1
         mask_UL = torch.arange(longest) < length_U.unsqueeze(1)
         touched = [part for part in part_U.unique().tolist() if part != NO_ROW]
-        tokens_ULH = torch.zeros(len(rows_U), longest, self.hidden_size, dtype=self.dtype)
+        tokens_ULH = torch.zeros(len(rows_U), longest, self.hidden_size, dtype=self.store.dtype)
         for part in touched:
             at = (part_U == part).nonzero().squeeze(1)
-            stored_NLH = self.parts[part][:, :longest]
+            stored_NLH = self.tokens(part)[:, :longest]
             tokens_ULH[at, : stored_NLH.shape[1]] = stored_NLH.index_select(0, row_U[at])
         return ModalityTokens(tokens_ULH, mask_UL)
+
+    def _open(self, part: int) -> Tensor:
+        tokens_NLH = self.store.open(self.parts[part])
+        if tokens_NLH.shape[-1] != self.hidden_size:
+            raise UserError(
+                f"{self.store.directory}: {self.parts[part]} has tokens of {tokens_NLH.shape[-1]} "
+                f"columns, not of {self.hidden_size}; delete the store and run the content stage "
+                "again"
+            )
+        return tokens_NLH
 
 
 def _identity(directory: Path) -> int:
     """Parts of a store never change, so what points to them says which tokens these are."""
+    return _digest(*((directory / name).read_bytes() for name in (_DESCRIPTION, _INDEX)))
+
+
+def _digest(*parts: bytes) -> int:
     digest = hashlib.blake2b(digest_size=8)
-    for name in (_DESCRIPTION, _INDEX):
-        digest.update((directory / name).read_bytes())
+    for part in parts:
+        digest.update(part)
     return int.from_bytes(digest.digest(), "little", signed=True)

@@ -15,7 +15,7 @@ Shapes: N items of a part, L token positions, H width of the tower.
 
 import uuid
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -56,6 +56,12 @@ DTYPES: dict[Precision, torch.dtype] = {
     "float32": torch.float32,
 }
 """Of stored tokens."""
+
+
+CheckedPart = tuple[str, str | None]
+"""Name of a part, and what is wrong with it."""
+RunChecks = Callable[[list[str]], Iterable[CheckedPart]]
+"""Runs `check_part` for parts, and gives what it finds in any order."""
 
 
 @dataclass(frozen=True)
@@ -177,11 +183,15 @@ class TokenStore:
             path.unlink()
         return len(left)
 
-    def check(self, names: Iterable[str]) -> int:
+    def check(self, names: Iterable[str], run: RunChecks | None = None) -> int:
         """Compare parts with their checksums: those that were not yet, or have changed since.
 
         Changed is what has another size or time of change than when it was compared last. Only
         while no other process does so.
+
+        Args:
+            names: of the parts.
+            run: how many parts are read; None: one after the other, here.
 
         Returns:
             The number of parts that were read.
@@ -189,18 +199,15 @@ class TokenStore:
         Raises:
             UserError: a part differs or is not there.
         """
-        sound = self._sound()
-        num_read = 0
+        sound, num_read = self._sound(), 0
+        seen = {name: _seen(self.directory / f"{name}.safetensors") for name in names}
+        todo = [name for name in seen if sound.get(name) != seen[name]]
+        found = (check_part(n, self.directory) for n in todo) if run is None else run(todo)
         try:
-            for name in names:
-                path = self.directory / f"{name}.safetensors"
-                seen = _seen(path)
-                if sound.get(name) == seen:
-                    continue
-                fault = part_fault(self.directory, name)
+            for name, fault in found:
                 if fault is not None:
-                    raise _damaged(path, fault)
-                sound[name] = seen
+                    raise _damaged(self.directory / f"{name}.safetensors", fault)
+                sound[name] = seen[name]
                 num_read += 1
         finally:
             if num_read:
@@ -222,7 +229,7 @@ class TokenStore:
         """Tokens (N, L, H) of a part, memory-mapped.
 
         Raises:
-            UserError: the file is damaged or not there.
+            UserError: the file is damaged or not there, or the process has too many mappings.
         """
         path = self.directory / f"{name}.safetensors"
         try:
@@ -230,6 +237,13 @@ class TokenStore:
                 tokens: Tensor = file.get_tensor("tokens")
         except (OSError, SafetensorError, KeyError) as error:
             raise _damaged(path, str(error).splitlines()[0]) from error
+        except MemoryError as error:
+            raise UserError(
+                f"{path} cannot be mapped into memory ({error}): the process has too many files "
+                "mapped, or no address space left; raise content.tokens.items_per_part (larger "
+                "parts are fewer), delete the store and the directories content/ that point to it, "
+                "and run the content stage again; or raise vm.max_map_count of the host"
+            ) from error
         return tokens
 
 
@@ -241,6 +255,11 @@ def damaged_parts(directory: Path) -> list[UserError]:
         if fault is not None:
             found.append(_damaged(path.with_suffix(".safetensors"), fault))
     return found
+
+
+def check_part(name: str, directory: Path) -> CheckedPart:
+    """Read a part; a task of its own where there are many."""
+    return name, part_fault(directory, name)
 
 
 def part_fault(directory: Path, name: str) -> str | None:

@@ -15,6 +15,8 @@ from pipeline.stages import StageOutput, StageSpec
 
 CATALOGUE = "catalogue"
 """Input of the stages that read it."""
+FILES = "files"
+"""Further input of stages that read files which the catalogue names."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class CatalogueUse:
 
     root: Path
     refresh: bool = False
-    """Take today's catalogue also where an artifact was made with another one."""
+    """Take today's catalogue, and the files that it names, also where an artifact was made with
+    others."""
 
     def fingerprint(self) -> str:
         """Of the files as they are now."""
@@ -39,8 +42,9 @@ class CatalogueUse:
             return spec
         published = read_manifest(spec.directory)
         if published is not None and CATALOGUE in published.inputs and not self.refresh:
-            made_with = {**spec.inputs, CATALOGUE: published.inputs[CATALOGUE]}
-            as_made = replace(spec, inputs=made_with)
+            kept = {name: published.inputs.get(name) for name in (CATALOGUE, FILES)}
+            made_with = spec.inputs | {n: value for n, value in kept.items() if value is not None}
+            as_made = replace(spec, inputs=made_with, more_inputs=None)
             if as_made.is_current:
                 return as_made
         return self._guarded(spec)

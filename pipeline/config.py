@@ -256,6 +256,12 @@ class Recipe(StrictConfig):
             )
         if isinstance(vectors, AlignedVectors):
             _check_pairs(vectors, {h.name: h for h in self.features.histories})
+            if vectors.batch_size < self.cluster.num_workers:
+                raise ValueError(
+                    f"codes.vectors.batch_size={vectors.batch_size} pairs a step leave some of the "
+                    f"cluster.num_workers={self.cluster.num_workers} ranks without any; set one "
+                    "of the two so that every rank has a pair"
+                )
         return self
 
     @model_validator(mode="after")

@@ -16,7 +16,8 @@ RefreshCatalogueOption = Annotated[
     bool,
     typer.Option(
         "--refresh-catalogue",
-        help="Make what was made with other items.parquet and users.parquet again with today's.",
+        help="Make what was made with other items.parquet and users.parquet, or other files that "
+        "they name, again with today's.",
     ),
 ]
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,6 +62,8 @@ class StageSpec:
     """Writes into the scratch directory it is given."""
     resume_without: frozenset[str] = frozenset()
     """Inputs that may differ when an interrupted stage goes on from its `resume/` folder."""
+    more_inputs: Callable[[], dict[str, str]] | None = None
+    """Inputs that take long to tell; who executes the stage asks for them once."""
 
     @property
     def artifact_id(self) -> str:
@@ -73,6 +75,12 @@ class StageSpec:
         """Identity of unfinished work that this stage can go on with."""
         inputs = {k: v for k, v in self.inputs.items() if k not in self.resume_without}
         return artifact_id(self.name, config_hash(self.config), inputs)
+
+    def completed(self) -> "StageSpec":
+        """The same execution with all its inputs."""
+        if self.more_inputs is None:
+            return self
+        return replace(self, inputs=self.inputs | self.more_inputs(), more_inputs=None)
 
     @property
     def is_current(self) -> bool:
@@ -123,6 +131,20 @@ def running_since(directory: Path, by: Holder) -> str | None:
 
 
 @contextmanager
+def _recorded(spec: StageSpec) -> Iterator[None]:
+    """A failure of the block leaves its reason for `braid status`."""
+    try:
+        yield
+    except BaseException as error:
+        failure = failure_file(spec.directory)
+        failure.parent.mkdir(parents=True, exist_ok=True)
+        reason = user_error(error) or last_line(error)
+        failed = Failure(stage=spec.name, error=str(reason))
+        write_durably(failure, failed.model_dump_json())
+        raise
+
+
+@contextmanager
 def _noted(spec: StageSpec) -> Iterator[None]:
     note = running_file(spec.directory)
     note.parent.mkdir(parents=True, exist_ok=True)
@@ -154,6 +176,9 @@ def execute(spec: StageSpec, reporter: Reporter, *, anew: bool = False) -> Stage
     """
     finish_interrupted(spec.directory)
     failure = failure_file(spec.directory)
+    if spec.more_inputs is not None:
+        with _recorded(spec), reporter.stage(spec.name):
+            spec = spec.completed()
     if spec.is_current and not anew:
         failure.unlink(missing_ok=True)
         published = read_manifest(spec.directory)
@@ -167,35 +192,29 @@ def execute(spec: StageSpec, reporter: Reporter, *, anew: bool = False) -> Stage
             f"[yellow]![/] {spec.name} starts anew: its settings or inputs changed since it was "
             f"interrupted; the unfinished work lies in {escape(str(aside))}"
         )
-    try:
-        with (
-            reporter.stage(spec.name),
-            _noted(spec),
-            writing(spec.directory, spec.resume_identity) as scratch,
-        ):
-            output = spec.body(scratch)
-            manifest: Manifest[StageFacts] = publish(
-                scratch,
-                spec.directory,
-                Manifest(
-                    stage=spec.name,
-                    artifact_id=spec.artifact_id,
-                    config_hash=config_hash(spec.config),
-                    inputs=spec.inputs,
-                    rows_in=output.rows_in,
-                    rows_out=output.rows_out,
-                    quarantined=output.quarantined,
-                    facts=output.facts,
-                    warnings=output.warnings,
-                    seconds=time.monotonic() - started,
-                ),
-            )
-    except BaseException as error:
-        failure.parent.mkdir(parents=True, exist_ok=True)
-        reason = user_error(error) or last_line(error)
-        failed = Failure(stage=spec.name, error=str(reason))
-        write_durably(failure, failed.model_dump_json())
-        raise
+    with (
+        _recorded(spec),
+        reporter.stage(spec.name),
+        _noted(spec),
+        writing(spec.directory, spec.resume_identity) as scratch,
+    ):
+        output = spec.body(scratch)
+        manifest: Manifest[StageFacts] = publish(
+            scratch,
+            spec.directory,
+            Manifest(
+                stage=spec.name,
+                artifact_id=spec.artifact_id,
+                config_hash=config_hash(spec.config),
+                inputs=spec.inputs,
+                rows_in=output.rows_in,
+                rows_out=output.rows_out,
+                quarantined=output.quarantined,
+                facts=output.facts,
+                warnings=output.warnings,
+                seconds=time.monotonic() - started,
+            ),
+        )
     failure.unlink(missing_ok=True)
     rows = f"{human(manifest.rows_in)} rows -> {human(manifest.rows_out)}"
     put_aside = sum(manifest.quarantined.values())

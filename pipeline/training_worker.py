@@ -34,6 +34,7 @@ from pipeline.rank_hosts import check_hosts
 from pipeline.train import LOGS, METRICS, RESULT, TENSORBOARD, TrainJob
 from pipeline.train_facts import TrainResult
 from ranking.averaging import AVERAGE
+from ranking.content import PENALTY
 from ranking.model import RankingModel, RankingStep
 from ranking.prediction import Predictions, predict
 from ranking.progress import Progress
@@ -211,9 +212,23 @@ def _restore(
         model: RankingStep = sharded.model.module
         model.start_average()
         report = report.model_copy(update={"initialised": own})
+    report = _forget_steps_of_parent(report, sharded)
     if dist.get_rank() == 0:
         write_durably(record, report.model_dump_json(indent=2))
     return Progress(), report
+
+
+def _forget_steps_of_parent(report: WarmStartReport, sharded: Sharded) -> WarmStartReport:
+    """What the content loss holds of them names items by the rows that they had there."""
+    held = [name for name in report.carried if name.startswith(f"{BUFFERS}{PENALTY}.")]
+    if not held:
+        return report
+    model: RankingStep = sharded.model.module
+    assert model.content_penalty is not None
+    model.content_penalty.loss.forget()
+    initialised = report.initialised | dict.fromkeys(held, "of the earlier run's steps")
+    carried = tuple(name for name in report.carried if name not in held)
+    return report.model_copy(update={"carried": carried, "initialised": initialised})
 
 
 def _rank_content(

@@ -19,6 +19,8 @@ from embedding.jagged import segments_of
 from embedding.tables import EmbeddedBatch
 from ranking.interest import expand, segment_softmax, segment_sum
 
+PENALTY = "content_penalty"
+"""Name of the `ContentPenalty` in a training step."""
 _PAIRS_PER_EVENT = 8
 """With at most so many (sample, item) pairs an event, products over all pairs are cheaper than a
 gather for every event."""
@@ -84,11 +86,22 @@ class ContentPort(nn.Module):
         )
 
 
+class ContentLoss(Protocol):
+    """A module that compares content with ids."""
+
+    def __call__(self, content_BD: Tensor, ids_BX: Tensor, rows_B: Tensor) -> Tensor:
+        """A scalar; `rows_B` are equal for equal items of one run."""
+        ...
+
+    def forget(self) -> None:
+        """Let go of earlier steps: they were of a run whose rows are other items."""
+
+
 class ContentPenalty(nn.Module):
     """A loss between the candidates' content and the embedding of their ids. A leaf, too."""
 
-    def __init__(self, loss: nn.Module, field: str) -> None:
-        """`loss(content_BD, ids_BX, rows_B)` gives a scalar; `field` looks up the item id."""
+    def __init__(self, loss: ContentLoss, field: str) -> None:
+        """`field` looks up the item id."""
         super().__init__()
         self.loss = loss
         self.field = field
@@ -98,8 +111,7 @@ class ContentPenalty(nn.Module):
         items = content.items
         candidates_BD = expand(content.vectors_UD, items.candidate_B)
         rows_B = items.rows_U[items.candidate_B]
-        loss: Tensor = self.loss(candidates_BD, embedded.field(self.field), rows_B)
-        return loss
+        return self.loss(candidates_BD, embedded.field(self.field), rows_B)
 
 
 @dataclass(frozen=True)

@@ -106,8 +106,8 @@ class AlignmentStep:
         """Add this step's gradients; every rank gives equally many pairs.
 
         Args:
-            trigger_B: item rows.
-            target_B: item rows.
+            trigger_B: item rows, on the CPU.
+            target_B: item rows, on the CPU.
             seed: of dropout, equal for both passes over an item; not that of another rank.
 
         Returns:
@@ -128,7 +128,7 @@ class AlignmentStep:
         ):
             self._encode(chunk, [*seed, i]).backward(grad_UD)
         self._reduce_gradients()
-        return loss
+        return float(loss)
 
     def _encode(self, rows: Tensor, seed: Sequence[int]) -> Tensor:
         device = self.log_share_2N.device
@@ -138,12 +138,15 @@ class AlignmentStep:
             vectors_UD: Tensor = self.encoder(self.read(rows).to(device))
         return vectors_UD
 
-    def _loss(self, pairs_2BD: Tensor, trigger_B: Tensor, target_B: Tensor) -> tuple[float, Tensor]:
+    def _loss(
+        self, pairs_2BD: Tensor, trigger_B: Tensor, target_B: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The global loss, and its gradient for this rank's vectors."""
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if _is_group() else (0, 1)
         size = len(trigger_B)
         all_2CD = _gather(pairs_2BD, dim=1).requires_grad_()
-        trigger_C, target_C = _gather(torch.stack([trigger_B, target_B]), dim=1)
+        items_2B = torch.stack([trigger_B, target_B]).to(pairs_2BD.device)
+        trigger_C, target_C = _gather(items_2B, dim=1)
         of_trigger_N, of_target_N = self.log_share_2N
         items = PairItems(trigger_C, target_C, of_trigger_N[trigger_C], of_target_N[target_C])
         mine = slice(rank * size, (rank + 1) * size)
@@ -154,7 +157,7 @@ class AlignmentStep:
         if world_size > 1:
             dist.all_reduce(all_2CD.grad)
             dist.all_reduce(total)
-        return float(total), all_2CD.grad[:, mine]
+        return total, all_2CD.grad[:, mine]
 
     def _reduce_gradients(self) -> None:
         if not _is_group():

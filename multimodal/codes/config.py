@@ -217,7 +217,7 @@ class AlignedVectors(StrictConfig):
     warm_steps: PositiveInt = 100
     """Steps of an alignment that goes on from an earlier one."""
     batch_size: Annotated[int, Field(ge=2)] = 1024
-    """Pairs of a step, over all ranks."""
+    """Pairs of a step, over all ranks; equally many on each, so a rest is left out."""
     items_per_chunk: PositiveInt | None = 256
     """Items whose activations a rank holds at a time. With dropout, which is drawn for so many
     items at once, another number is another alignment; without, the result does not depend on it.

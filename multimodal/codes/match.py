@@ -20,9 +20,10 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from multimodal.codes.config import Vq
 from multimodal.codes.fsq import FsqLevel
 from multimodal.codes.kmeans import nearest_codewords
-from multimodal.codes.residual_quantizer import ResidualCodebooks
+from multimodal.codes.residual_quantizer import CPU, ResidualCodebooks
 from multimodal.codes.vector_quantizer import FREE, ItemCodebook
 from multimodal.codes.vectors import BoolArray, Int64Array
 
@@ -127,8 +128,17 @@ def align(
     return aligned, carries
 
 
-def carry_items(before: ItemCodebook, after: ItemCodebook) -> Carry:
-    """Rows of the VQ table: an item's row stays its own; a new item's starts from the nearest."""
+def carry_items(
+    before: ItemCodebook, after: ItemCodebook, look_up: Vq, device: torch.device = CPU
+) -> Carry:
+    """Rows of the VQ table: an item's row stays its own; a new item's starts from the nearest.
+
+    Args:
+        before: the codebook whose rows are carried.
+        after: the codebook that gets them.
+        look_up: how the nearest are found.
+        device: of an exact search.
+    """
     now, then = after.item_ids_N, before.item_ids_N
     source = np.full(len(now), -1, np.int64)
     shared = min(len(now), len(then))
@@ -136,13 +146,10 @@ def carry_items(before: ItemCodebook, after: ItemCodebook) -> Carry:
     carried[:shared] = (now[:shared] == then[:shared]) & (now[:shared] != FREE)
     source[carried] = np.flatnonzero(carried)
     new = np.flatnonzero(~carried & (now != FREE))
-    slots = np.flatnonzero(then != FREE)
-    if len(new) and len(slots) and before.vectors_ND.shape[1] == after.vectors_ND.shape[1]:
-        # Unit vectors: the nearest one is the most similar one.
-        nearest = nearest_codewords(
-            torch.from_numpy(after.vectors_ND[new]), torch.from_numpy(before.vectors_ND[slots])
-        )
-        source[new] = slots[nearest.numpy()]
+    is_alike = before.vectors_ND.shape[1] == after.vectors_ND.shape[1]
+    if len(new) and (then != FREE).any() and is_alike:
+        nearest = before.neighbours(look_up.model_copy(update={"top_k": 1}), device)
+        source[new] = nearest.encode(after.vectors_ND[new])[:, 0]
     return Carry(len(then), source, carried)
 
 

@@ -16,6 +16,7 @@ from multimodal.codes.residual_quantizer import CPU, ResidualCodebooks
 from multimodal.codes.store import Codebooks
 from multimodal.codes.vector_quantizer import take_item_codebook
 from multimodal.codes.vectors import (
+    ROWS_PER_BLOCK,
     BoolArray,
     FloatArray,
     Int32Array,
@@ -67,7 +68,9 @@ def refit(
     if config.vq:
         known = keep.items if keep else None
         items = take_item_codebook(item_ids_N, vectors_ND, known)
-        carries["vq"] = carry_items(known, items) if known else fresh(0, items.num_codes)
+        carries["vq"] = fresh(0, items.num_codes)
+        if known:
+            carries["vq"] = carry_items(known, items, config.vq, device)
     return Refit(Codebooks(residual, items, np.sort(item_ids_N)), carries, reference)
 
 
@@ -114,6 +117,7 @@ class CodesInUse:
     """RQ codes of the items of a day, under codebooks that were fitted to some of them."""
 
     codes_NL: Int32Array
+    """No columns without RQ codes."""
     is_new_N: BoolArray
     """Items that the fit did not know."""
     level_sizes: tuple[int, ...]
@@ -122,8 +126,8 @@ class CodesInUse:
 def measure_drift(
     codebooks: Codebooks,
     reference_mse: float | None,
-    new_vectors_ND: FloatArray,
-    in_use: CodesInUse | None,
+    vectors_ND: FloatArray,
+    in_use: CodesInUse,
     age_days: int,
 ) -> Drift:
     """Drift of a day.
@@ -131,18 +135,22 @@ def measure_drift(
     Args:
         codebooks: the frozen ones.
         reference_mse: of their manifest.
-        new_vectors_ND: vectors of the items that came since the fit.
-        in_use: codes of the day; None without RQ codes.
+        vectors_ND: of the items of the day; a block of the new ones is read at a time.
+        in_use: their codes.
         age_days: days since the last day of the training window.
     """
-    ratio = None
-    if codebooks.residual and reference_mse and len(new_vectors_ND):
-        ratio = float(codebooks.residual.squared_errors(new_vectors_ND)[-1]) / reference_mse
+    new, ratio = np.flatnonzero(in_use.is_new_N), None
+    if codebooks.residual and reference_mse and len(new):
+        error = 0.0
+        for rows in np.split(new, range(ROWS_PER_BLOCK, len(new), ROWS_PER_BLOCK)):
+            block_BD, codes_BL = read_rows(vectors_ND, rows), in_use.codes_NL[rows]
+            error += codebooks.residual.errors_of_codes(block_BD, codes_BL)[-1] * len(rows)
+        ratio = float(error / len(new) / reference_mse)
     return Drift(
         age_days=age_days,
-        num_new_items=len(new_vectors_ND),
+        num_new_items=len(new),
         error_ratio=ratio,
-        utilisation_ratio=None if in_use is None else _utilisation_ratio(in_use),
+        utilisation_ratio=_utilisation_ratio(in_use) if in_use.level_sizes else None,
         has_reference=codebooks.residual is None or reference_mse is not None,
     )
 

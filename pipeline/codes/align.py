@@ -14,10 +14,11 @@ stays.
 """
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.lib.format import open_memmap
 
@@ -26,9 +27,9 @@ from embedding.errors import UserError
 from embedding.raw_ids import Int64Array
 from multimodal.codes.config import AlignedVectors, TowerVectors
 from multimodal.codes.pair_config import User2Item
-from multimodal.codes.vectors import ROWS_PER_BLOCK
+from multimodal.codes.vectors import ROWS_PER_BLOCK, BoolArray
 from multimodal.content_config import ConcatFusion, ContentConfig
-from multimodal.stored_content import StoredContent
+from multimodal.stored_content import StoredContent, StoredModality
 from multimodal.token_store import NO_ROW
 from pipeline.artifacts import config_hash
 from pipeline.codes.align_facts import PairFacts
@@ -42,7 +43,6 @@ IDS, VECTORS = "item_ids.npy", "vectors.npy"
 INDEX, PAIRS = "content", "pairs"
 RESULT = "alignment.json"
 PART = "part"
-_NOWHERE = ""
 
 
 class AlignJob(StrictConfig):
@@ -107,13 +107,10 @@ def mine(
 
 def changed_rows(index: Path, earlier: Path | None) -> Int64Array:
     """Content rows of items without a vector in `earlier`, or whose content changed since."""
-    now = places(index)
-    has_content = (now != _NOWHERE).any(axis=1)
+    now = _Places.read(index)
     if earlier is None:
-        return np.flatnonzero(has_content)
-    before = places(earlier / INDEX).reindex(now.index)
-    same = (now == before).all(axis=1) if [*now] == [*before] else pd.Series(False, now.index)
-    return np.flatnonzero(has_content & ~same)
+        return np.flatnonzero(now.has_content)
+    return np.flatnonzero(now.has_content & ~now.same_in(_Places.read(earlier / INDEX)))
 
 
 def merge_vectors(job: AlignJob, earlier: Path | None) -> tuple[int, int]:
@@ -124,11 +121,11 @@ def merge_vectors(job: AlignJob, earlier: Path | None) -> tuple[int, int]:
     Returns:
         The number of items with a vector, and of those without content.
     """
-    now = places(job.index)
-    ids, rows = now.index.to_numpy(), np.load(job.rows)
+    now = _Places.read(job.index)
+    ids, rows = now.item_ids_N, np.load(job.rows)
     parts = sorted(job.output.glob(f"{PART}-*.npy"))
     new_ND = [np.load(part, mmap_mode="r") for part in parts]
-    kept = np.flatnonzero((now != _NOWHERE).any(axis=1))
+    kept = np.flatnonzero(now.has_content)
     np.save(job.output / IDS, ids[kept])
     shape = (len(kept), new_ND[0].shape[1])
     vectors_ND = open_memmap(job.output / VECTORS, "w+", np.float32, shape)
@@ -148,18 +145,53 @@ def merge_vectors(job: AlignJob, earlier: Path | None) -> tuple[int, int]:
     return len(kept), len(ids) - len(kept)
 
 
-def places(index: Path) -> pd.DataFrame:
-    """Where the tokens of every item lie, by item id in ascending order: a column a modality."""
-    described = StoredContent.model_validate_json((index / "content.json").read_text())
-    table = pq.read_table(index / "content.parquet")
-    columns = {}
-    for name, stored in described.modalities.items():
-        part_N, row_N = (table[f"{name}_{c}"].to_numpy() for c in ("part", "row"))
-        names = np.array([*stored.parts, ""], object)[part_N]
-        columns[name] = np.where(
-            row_N == NO_ROW, _NOWHERE, stored.store + "/" + names + "/" + row_N.astype(str)
-        )
-    return pd.DataFrame(columns, index=table["item_id"].to_numpy())
+@dataclass(frozen=True)
+class _Places:
+    """Where the tokens of all items of an index lie."""
+
+    item_ids_N: Int64Array
+    """Ascending."""
+    modalities: dict[str, StoredModality]
+    table: pa.Table
+
+    @classmethod
+    def read(cls, index: Path) -> "_Places":
+        described = StoredContent.model_validate_json((index / "content.json").read_text())
+        columns = [f"{name}_{what}" for name in described.modalities for what in ("part", "row")]
+        table = pq.read_table(index / "content.parquet", columns=["item_id", *columns])
+        return cls(table["item_id"].to_numpy(), described.modalities, table)
+
+    @property
+    def has_content(self) -> BoolArray:
+        """Items with tokens of any modality."""
+        found_N = np.zeros(len(self.item_ids_N), np.bool_)
+        for name in self.modalities:
+            found_N |= self._column(name, "row") != NO_ROW
+        return found_N
+
+    def same_in(self, other: "_Places") -> BoolArray:
+        """Items whose tokens are the same ones in another index, or absent in both."""
+        same_N = np.zeros(len(self.item_ids_N), np.bool_)
+        if [*self.modalities] != [*other.modalities]:
+            return same_N
+        _, here, there = np.intersect1d(self.item_ids_N, other.item_ids_N, return_indices=True)
+        same = np.ones(len(here), np.bool_)
+        for name in self.modalities:
+            row, other_row = self._column(name, "row")[here], other._column(name, "row")[there]
+            known = {part: number for number, part in enumerate(self._parts(name))}
+            numbers = np.array([known.get(part, -2) for part in other._parts(name)] + [NO_ROW])
+            part = numbers[other._column(name, "part")[there]]
+            is_same_part = (self._column(name, "part")[here] == part) | (row == NO_ROW)
+            same &= (row == other_row) & is_same_part
+        same_N[here] = same
+        return same_N
+
+    def _column(self, name: str, what: str) -> Int64Array:
+        return np.asarray(self.table[f"{name}_{what}"].to_numpy())
+
+    def _parts(self, name: str) -> list[tuple[str, str]]:
+        stored = self.modalities[name]
+        return [(stored.store, part) for part in stored.parts]
 
 
 def same_towers(index: Path, other: Path) -> bool:

@@ -37,7 +37,8 @@ from pipeline.codes.ranker_vectors import RankerItems
 from pipeline.config import Recipe
 from pipeline.console import Reporter
 from pipeline.content.facts import ContentFacts
-from pipeline.content.stage import STORES, check_content, content
+from pipeline.content.reading import CatalogueReading
+from pipeline.content.stage import STORES, content
 from pipeline.days import parse_day
 from pipeline.stages import StageOutput, StageSpec
 from pipeline.train import CHECKPOINT
@@ -104,6 +105,10 @@ class AlignmentOfDay:
         """
         previous = self._previous()
         inputs = {"catalogue": catalogue}
+        bundles = rank_bundles(self.recipe.cluster)
+        reading = CatalogueReading(
+            self.content, self.recipe.data, lambda: self.session.wait_for(STAGE, bundles)
+        )
         ranker = self._ranker(parent)
         if isinstance(self.source, AlignedVectors):
             inputs["ingest"] = _artifact_id(ingests[-1])
@@ -120,24 +125,21 @@ class AlignmentOfDay:
             self.directory,
             config,
             inputs,
-            lambda scratch: self._write(scratch, previous, ingests, ranker),
+            lambda scratch: self._write(scratch, reading, previous, ingests, ranker),
+            more_inputs=reading.more_inputs,
         )
 
     def _write(
         self,
         scratch: Path,
+        reading: CatalogueReading,
         previous: Path | None,
         ingests: tuple[Path, ...],
         ranker: RankerItems | None,
     ) -> StageOutput:
-        data = self.recipe.data
-        # Faults show before Ray starts.
-        checked = check_content(self.content, data.root, data.max_quarantined_share)
-        cluster = self.recipe.cluster
-        self.session.wait_for("align", rank_bundles(cluster))
         index = scratch / INDEX
         index.mkdir()
-        tokens = content(checked, self.out / STORES, index, self.reporter.advance)
+        tokens = content(reading.take(), self.out / STORES, index, self.reporter.advance)
         earlier = previous if previous is not None and self._fits(previous, index) else None
         trains = isinstance(self.source, AlignedVectors) and self._is_due(earlier)
         pairs = None
@@ -149,7 +151,7 @@ class AlignmentOfDay:
         # A new encoder moves all vectors.
         known = None if trains else earlier
         np.save(job.rows, changed_rows(index, known))
-        run_workers(_worker, job, cluster, scratch)
+        run_workers(_worker, job, self.recipe.cluster, scratch)
         day = None if previous is None else previous.parent.name
         facts = self._facts(job, known, day, tokens, pairs)
         job.rows.unlink()

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
+from numpy.lib.format import open_memmap
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -62,9 +63,7 @@ def align_worker(config: dict[str, str]) -> None:
         temperature = torch.tensor(result.temperature) if job.training.learn_temperature else None
         if dist.get_rank() == 0:
             (job.output / RESULT).write_text(result.model_dump_json(indent=2))
-    vectors_ND = _encode(encoder, reader, job, device)
-    _require_finite_vectors(vectors_ND, job)
-    np.save(job.output / f"{PART}-{dist.get_rank():05d}.npy", vectors_ND)
+    _encode(encoder, reader, job, device)
     if dist.get_rank() == 0:
         state = {name: value.cpu().contiguous() for name, value in trained_state(encoder).items()}
         if temperature is not None:
@@ -193,35 +192,57 @@ _NONE = np.empty(0, np.int64)
 @torch.no_grad()
 def _encode(
     encoder: ContentEncoder, reader: ContentReader, job: AlignJob, device: torch.device
-) -> np.ndarray:
-    """Vectors of this rank's consecutive share of the items."""
+) -> None:
+    """Write the vectors of this rank's consecutive share of the items."""
     encoder.eval()
-    shares = torch.from_numpy(np.load(job.rows)).tensor_split(dist.get_world_size())
-    parts = [torch.empty(0, _width(encoder, standardised=job.standardised), device=device)]
-    for chunk in shares[dist.get_rank()].split(_ITEMS_PER_CHUNK):
-        if not len(chunk):
-            continue
-        batch = reader.read(chunk).to(device)
+
+    def vectors_of(rows_U: Tensor) -> Tensor:
+        batch = reader.read(rows_U).to(device)
         if job.standardised:
-            parts.append(encoder.output.standardised(encoder.fused(batch)))
-        else:
-            parts.append(nn.functional.normalize(encoder(batch), dim=1))
-    return torch.cat(parts).float().cpu().numpy()
+            return encoder.output.standardised(encoder.fused(batch))
+        return nn.functional.normalize(encoder(batch), dim=1)
+
+    rank, layer = dist.get_rank(), encoder.output
+    rows = torch.from_numpy(np.load(job.rows)).tensor_split(dist.get_world_size())[rank]
+    width = layer.in_features if job.standardised else layer.out_features
+    num_broken = write_vectors(job.output / f"{PART}-{rank:05d}.npy", vectors_of, rows, width)
+    _require_finite_vectors(num_broken, len(rows), job)
 
 
-def _require_finite_vectors(vectors_ND: np.ndarray, job: AlignJob) -> None:
+def write_vectors(
+    file: Path, vectors_of: Callable[[Tensor], Tensor], rows: Tensor, width: int
+) -> int:
+    """Write vectors as .npy; no more than a chunk of them is in memory or on the device.
+
+    Args:
+        file: is made.
+        vectors_of: of some rows, (U, width).
+        rows: in the order of the file.
+        width: of a vector.
+
+    Returns:
+        How many vectors hold NaN or infinity.
+    """
+    vectors_ND = open_memmap(file, "w+", np.float32, (len(rows), width))
+    num_broken = 0
+    for start in range(0, len(rows), _ITEMS_PER_CHUNK):
+        chunk = rows[start : start + _ITEMS_PER_CHUNK]
+        block_UD = vectors_of(chunk).float().cpu().numpy()
+        vectors_ND[start : start + len(chunk)] = block_UD
+        num_broken += int((~np.isfinite(block_UD).all(axis=1)).sum())
+        del block_UD
+    vectors_ND.flush()
+    return num_broken
+
+
+def _require_finite_vectors(num_broken: int, num_vectors: int, job: AlignJob) -> None:
     """Refuse what the last step of a training broke: no loss was computed after it."""
-    num_broken = int((~np.isfinite(vectors_ND).all(axis=1)).sum())
     if not num_broken:
         return
     what = "lower codes.vectors.learning_rate and lora_learning_rate"
     if job.training is None:
         what = f"the encoder {job.state} or its towers are damaged: remove that run's align folder"
     raise UserError(
-        f"codes.vectors: the encoder gives {num_broken} of {len(vectors_ND)} items a vector with "
+        f"codes.vectors: the encoder gives {num_broken} of {num_vectors} items a vector with "
         f"NaN or infinity; {what}"
     )
-
-
-def _width(encoder: ContentEncoder, *, standardised: bool) -> int:
-    return encoder.output.in_features if standardised else encoder.output.out_features

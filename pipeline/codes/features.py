@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from embedding.config import MISSING_ID
 from embedding.errors import UserError
@@ -49,7 +50,7 @@ class ItemCodes:
     entities: EntityColumns
     """`sid_0`, `sid_1`, ..., `sid_suffix`, `vq` and `vq_nearest` by row."""
     prefixes: tuple[Int64Array, ...]
-    """Number of the first code, the first two, ... by row: equal for equal prefixes; -1 unknown."""
+    """Number of the first code, and the first two, by row: equal for equal prefixes; -1 unknown."""
     vectors_ND: Float32Array | None = None
     """Elements that enter as dense features; NaN in the last row."""
     codebooks: str = ""
@@ -81,12 +82,13 @@ class ItemCodes:
         codes = [table[f"sid_{level}"].to_numpy() for level in levels]
         prefixes = tuple(
             np.append(code_groups(np.stack(codes[: depth + 1], axis=1))[0], -1)
-            for depth in range(len(levels))
+            for depth in range(min(len(levels), MAX_DEPTH))
         )
         vectors_ND = None
         if VECTOR in table.column_names:
-            known = np.stack(table[VECTOR].to_numpy()) if table.num_rows else np.empty((0, 0))
-            vectors_ND = np.pad(known.astype(np.float32), ((0, 1), (0, 0)), constant_values=np.nan)
+            lists = table[VECTOR].combine_chunks()
+            known = lists.flatten().to_numpy().reshape(len(ids), lists.type.list_size)
+            vectors_ND = np.pad(known, ((0, 1), (0, 0)), constant_values=np.nan)
         codebooks = (table.schema.metadata or {}).get(CODEBOOKS, b"").decode()
         return cls(entities, prefixes, vectors_ND, codebooks)
 
@@ -111,6 +113,14 @@ class ItemCodes:
         """The VQ codes."""
         column = self.entities.ids.get("vq")
         return column if isinstance(column, IdLists) else None
+
+
+def read_codes(directory: Path, *more: str) -> pa.Table:
+    """Of a quantize artifact the ids and the codes of one an item; `more`: columns, if there."""
+    path = directory / CODES_FILE
+    names = pq.read_schema(path).names
+    wanted = [n for n in names if n == "item_id" or n.startswith("sid_") or n in more]
+    return pq.read_table(path, columns=wanted)
 
 
 @dataclass(frozen=True)
@@ -142,8 +152,9 @@ def codes_table(
         data["sid_suffix"] = pa.array(suffix_N)
     if near is not None:
         used = near.others_Nk >= 0
-        offsets = np.concatenate([[0], np.cumsum(used.sum(axis=1))]).astype(np.int32)
-        data["vq"] = pa.ListArray.from_arrays(pa.array(offsets), pa.array(near.others_Nk[used]))
+        offsets = np.concatenate([[0], np.cumsum(used.sum(axis=1))])  # beyond 2^31 for many items
+        slots = pa.array(near.others_Nk[used])
+        data["vq"] = pa.LargeListArray.from_arrays(pa.array(offsets), slots)
         data[NEAREST] = pa.array(near.nearest)
     if vectors_ND is not None:
         flat = pa.array(np.ascontiguousarray(vectors_ND).ravel())
@@ -191,7 +202,7 @@ def cross_columns(
     past_rows = codes.entities.positions(past_ids)
     own_rows = np.repeat(codes.entities.positions(item_ids_B), np.diff(offsets))
     found: dict[str, pa.Array] = {}
-    for depth, prefix in enumerate(codes.prefixes[:MAX_DEPTH], start=1):
+    for depth, prefix in enumerate(codes.prefixes, start=1):
         shared = (prefix[past_rows] == prefix[own_rows]) & (past_rows >= 0)
         before = np.concatenate([[0], np.cumsum(shared)])[offsets]
         found[f"shared_{depth}"] = pa.ListArray.from_arrays(

@@ -113,19 +113,21 @@ def read_column_vectors(root: Path, source: ColumnVectors) -> CatalogueVectors:
         )
     ids = to_raw_ids(known["item_id"]).to_numpy()
     order = np.argsort(ids, kind="stable")
-    known, ids = known.take(order), ids[order]
-    vectors = known[source.column].combine_chunks()
+    vectors = known[source.column]
     lengths = np.asarray(pc.list_value_length(vectors), np.int64)
     dim = int(np.bincount(lengths).argmax())
-    others = np.flatnonzero(lengths - dim)
+    others = order[lengths[order] != dim]
     _refuse(known, others, path, f"does not have {dim} elements like most others")
-    flat = vectors.flatten()
-    values = np.array(flat.cast(pa.float32(), safe=False).fill_null(np.nan), np.float32)
-    vectors_ND = values.reshape(len(ids), dim)
-    broken = np.flatnonzero(~np.isfinite(vectors_ND).all(axis=1))
+    vectors_ND = np.empty((len(ids), dim), np.float32)
+    places = np.argsort(order)
+    for chunk in vectors.chunks:  # one array of lists holds 2^31 elements at most
+        flat = chunk.flatten().cast(pa.float32(), safe=False).fill_null(np.nan)
+        own, places = np.split(places, [len(chunk)])
+        vectors_ND[own] = flat.to_numpy().reshape(-1, dim)
+    broken = order[~np.isfinite(vectors_ND).all(axis=1)]
     _refuse(known, broken, path, "holds NaN, null or infinity")
     return CatalogueVectors(
-        ids,
+        ids[order],
         vectors_ND,
         f"column:{source.column}/{source.encoder}/{dim}",
         table.num_rows - len(ids),

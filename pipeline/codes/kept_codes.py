@@ -19,7 +19,7 @@ from embedding.samples import CODEBOOKS
 from multimodal.codes.config import CODES_FORMAT, Vq
 from multimodal.codes.vector_quantizer import FREE
 from multimodal.codes.vectors import Int32Array
-from pipeline.codes.features import CODES_FILE
+from pipeline.codes.features import read_codes
 
 DIGESTS_FILE = "digests.parquet"
 _VQ = b"vq"
@@ -41,7 +41,7 @@ class KeptCodes:
         """Of a quantize artifact; None where it does not say which vectors its codes are of."""
         if not (directory / DIGESTS_FILE).exists():
             return None
-        return cls(pq.read_table(directory / CODES_FILE), pq.read_table(directory / DIGESTS_FILE))
+        return cls(read_codes(directory, "vq"), pq.read_table(directory / DIGESTS_FILE))
 
     def places(
         self, item_ids_N: Int64Array, digests_N: Int64Array, codebooks: str, vq: Vq | None

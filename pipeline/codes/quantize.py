@@ -67,6 +67,7 @@ def quantize(
             settings.
     """
     _ = items.digests  # refuses NaN before anything is fitted
+    _check_dims(config, items)
     state = _State.read(root, config.version or items.version)
     encoder = DayEncoder(config, items, scratch, machines)
     coded = None
@@ -81,10 +82,15 @@ def quantize(
         decision = _keep_version(config.version, decision, fits=coded is not None)
     cosine = mean_cosine(items.seen.vectors_ND)
     if decision.refit:
-        _check_room(config, len(items.seen.item_ids_N))
+        known = _known(items, state)
+        # Slots of items that are gone stay, where slots keep their meaning.
+        slots = _num_slots(known) if config.refit.keep_meaning else 0
+        _check_room(config, max(len(items.seen.item_ids_N), slots))
         _check_size(config, items)
-        state, found, coded = _fit_version(encoder, root, state, coded)
+        before = coded if known is state else None
+        state, found, coded = _fit_version(encoder, root, known, before)
     else:
+        _check_room(config, _num_slots(state))
         found = encoder.encode(state.books, with_rq=False)
     assert coded
     suffixes = _suffixes(config, items, coded)
@@ -92,7 +98,6 @@ def quantize(
     if config.vq:
         book = state.codebooks.items
         assert book
-        _check_room(config, book.num_codes)
         assert found.near_Bk is not None
         near = NearItems(book.slots_of(items.item_ids_N), found.near_Bk)
     table = codes_table(
@@ -189,8 +194,8 @@ def _drift(items: ItemVectors, state: _State, coded: _Coded) -> Drift:
     return measure_drift(
         state.codebooks,
         state.manifest.reference_mse,
-        items.vectors_ND[is_new_N],
-        CodesInUse(coded.seen_codes_NL, is_new_N, residual.level_sizes) if residual else None,
+        items.vectors_ND,
+        CodesInUse(coded.seen_codes_NL, is_new_N, residual.level_sizes if residual else ()),
         age_in_days(state.manifest.last_day, items.last_day),
     )
 
@@ -240,15 +245,24 @@ def _check_size(config: Codes, items: ItemVectors) -> None:
         ) from error
 
 
-def _dense(config: Codes, items: ItemVectors) -> Float32Array | None:
-    """Elements of the vectors that enter as dense features."""
+def _check_dims(config: Codes, items: ItemVectors) -> None:
     wanted, dim = config.features.vector_dims, items.vectors_ND.shape[1]
     if wanted > dim:
         raise UserError(
             f"codes.features.vector_dims={wanted} is more than the {dim} elements of the item "
             f"vectors; set it to {dim} or less"
         )
+
+
+def _dense(config: Codes, items: ItemVectors) -> Float32Array | None:
+    """Elements of the vectors that enter as dense features."""
+    wanted = config.features.vector_dims
     return np.asarray(items.vectors_ND[:, :wanted], np.float32) if wanted else None
+
+
+def _num_slots(state: "_State | None") -> int:
+    """Of the VQ codebook; 0 without one."""
+    return state.codebooks.items.num_codes if state and state.codebooks.items else 0
 
 
 def _known(items: ItemVectors, state: _State) -> "_State | None":
@@ -273,18 +287,17 @@ def _known(items: ItemVectors, state: _State) -> "_State | None":
 
 
 def _fit_version(
-    encoder: DayEncoder, root: Path, state: _State, before: _Coded | None
+    encoder: DayEncoder, root: Path, known: _State | None, before: _Coded | None
 ) -> tuple[_State, Encoded, _Coded]:
     """New codebooks, published, and the codes that they give.
 
     Args:
         encoder: of the day.
         root: directory of the versions.
-        state: the codebooks before.
-        before: codes that they give, where they suit the day's vectors.
+        known: the codebooks that these go on with.
+        before: codes that they give, where they have been looked up.
     """
     config, seen = encoder.config, encoder.items.seen
-    known = _known(encoder.items, state)
     fitted = refit(
         config,
         seen.item_ids_N,
@@ -296,7 +309,7 @@ def _fit_version(
     coded = _measure(encoder, fitted.codebooks, found)
     change = None
     if known and known.codebooks.residual and config.refit.keep_meaning:
-        before_NL = before.seen_codes_NL if before is not None and known is state else None
+        before_NL = before.seen_codes_NL if before is not None else None
         if before_NL is None:
             before_NL = known.codebooks.residual.encode(seen.vectors_ND, encoder.device)
         levels = min(before_NL.shape[1], coded.seen_codes_NL.shape[1])

@@ -22,7 +22,7 @@ from pipeline.cluster import RaySession
 from pipeline.codes.align_stage import AlignmentOfDay
 from pipeline.codes.encode_items import Machines
 from pipeline.codes.encode_workers import RayPieces
-from pipeline.codes.features import CODES_FILE
+from pipeline.codes.features import CODES_FILE, read_codes
 from pipeline.codes.item_vectors import ItemVectors, read_column_vectors
 from pipeline.codes.kept_codes import KeptCodes
 from pipeline.codes.paths import STAGE, codebook_versions, codes_directory, codes_version
@@ -162,7 +162,7 @@ class CodesOfDay:
         earlier, before, kept = None, None, None
         if previous is not None:
             kept = KeptCodes.read(self._directory(previous))
-            earlier = pq.read_table(self._directory(previous) / CODES_FILE)
+            earlier = read_codes(self._directory(previous)) if kept is None else kept.codes
             before = codes_version(self._directory(previous))
         seen_N = np.isin(found.item_ids_N, counts["item_id"].to_numpy())
         held_out = self.recipe.evaluation.held_out_items

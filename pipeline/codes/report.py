@@ -204,10 +204,10 @@ def browse(codes: Path, catalogue: Catalogue) -> list[ShownCode]:
         codes: a codes artifact's file.
         catalogue: its texts and images are shown.
     """
-    table = pq.read_table(codes)
-    levels = [name for name in ("sid_0", "sid_1") if name in table.column_names]
+    levels = [name for name in ("sid_0", "sid_1") if name in pq.read_schema(codes).names]
     if not levels:
         return []
+    table = pq.read_table(codes, columns=["item_id", *levels])
     codes_NL: Int32Array = np.stack([table[name].to_numpy() for name in levels], axis=1)
     tree = CodeTree.of(codes_NL)
     prefixes: list[tuple[int, ...]] = []

@@ -24,7 +24,7 @@ from multimodal.codes.config import Codes
 from multimodal.codes.figures import RefitDecision
 from multimodal.codes.versions import lineage, load_version, take_version
 from pipeline.artifacts import Manifest, damaged_files, read_manifest
-from pipeline.codes.features import CODES_FILE
+from pipeline.codes.features import CODES_FILE, read_codes
 from pipeline.codes.paths import codebook_versions, coded_dates, codes_directory, codes_version
 from pipeline.codes.quantize import codes_of, stability_of_items
 from pipeline.codes.quantize_facts import QuantizeFacts
@@ -236,10 +236,8 @@ class TakenCodes:
         if previous is None:
             return facts
         before = codes_directory(self.out, previous)
-        now = pq.read_table(codes)
-        kept = stability_of_items(
-            pq.read_table(before / CODES_FILE), now["item_id"].to_numpy(), codes_of(now)
-        )
+        now = read_codes(codes.parent)
+        kept = stability_of_items(read_codes(before), now["item_id"].to_numpy(), codes_of(now))
         decision, old = facts.refit, codes_version(before)
         if old is not None and old != facts.version and not decision.refit:
             reason = f"after {previous}, whose codes are of {old}"

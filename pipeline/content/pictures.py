@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embedding.raw_ids import Int64Array, is_id_type, to_raw_ids
@@ -28,6 +27,7 @@ from multimodal.content_report import (
 from pipeline.content.tasks import Catalogue
 from pipeline.reports import charts
 from pipeline.reports.item_cards import item_cards
+from pipeline.samples.contract import open_parquet
 
 NUM_STRIPS = 5
 NUM_NEIGHBOURS = 6
@@ -107,19 +107,33 @@ class ItemKinds:
 
 def item_kinds(catalogue: Catalogue, item_ids_N: Int64Array) -> ItemKinds:
     """The first column of items.parquet that sorts items into a few kinds."""
-    schema: pa.Schema = pq.read_schema(catalogue.path)
     content = {"item_id", *catalogue.columns.values()}
-    for field in schema:
-        if field.name in content or not is_id_type(field.type):
-            continue
-        table = pq.read_table(catalogue.path, columns=["item_id", field.name])
-        most = min(MAX_KINDS, len(table) // _ITEMS_PER_KIND)
-        if 2 <= pc.count_distinct(table[field.name]).as_py() <= most:
-            ids = to_raw_ids(table["item_id"]).to_numpy()
-            values = pd.Series(table[field.name].to_pandas().to_numpy(object), index=ids)
-            found = values.reindex(item_ids_N).tolist()
-            return ItemKinds(field.name, [None if pd.isna(v) else str(v) for v in found])
-    return ItemKinds(None, [None] * len(item_ids_N))
+    with open_parquet(catalogue.path) as file:
+        names = [
+            field.name
+            for field in file.schema_arrow
+            if field.name not in content and is_id_type(field.type)
+        ]
+        column = next((name for name in names if _sorts_items(file, name)), None)
+    if column is None:
+        return ItemKinds(None, [None] * len(item_ids_N))
+    table = pq.read_table(catalogue.path, columns=["item_id", column])
+    ids = to_raw_ids(table["item_id"]).to_numpy()
+    is_shown = np.isin(ids, item_ids_N)
+    values = table[column].filter(pa.array(is_shown)).to_pandas().to_numpy(object)
+    found = pd.Series(values, index=ids[is_shown]).reindex(item_ids_N).tolist()
+    return ItemKinds(column, [None if pd.isna(v) else str(v) for v in found])
+
+
+def _sorts_items(file: pq.ParquetFile, column: str) -> bool:
+    """Whether a column has a few values only; read no further than shows that it has more."""
+    most = min(MAX_KINDS, file.metadata.num_rows // _ITEMS_PER_KIND)
+    kinds: set[Any] = set()
+    for batch in file.iter_batches(columns=[column], use_threads=False):
+        kinds.update(batch[column].unique().drop_null().to_pylist())
+        if len(kinds) > most:
+            return False
+    return len(kinds) >= 2
 
 
 def _groups(

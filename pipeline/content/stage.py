@@ -10,8 +10,7 @@ the index, without tokens of that modality, and is counted by cause.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,35 +19,27 @@ import pandas as pd
 
 from embedding.errors import UserError
 from embedding.raw_ids import Int64Array
-from multimodal.content_config import ContentConfig
 from multimodal.images import MISSING
 from multimodal.stored_content import Places, StoredContent, StoredModality, write_index
-from multimodal.token_store import NO_ROW, TokenStore
+from multimodal.token_store import NO_ROW, CheckedPart, TokenStore, check_part
 from multimodal.tower_files import (
     Tower,
     is_on_hub,
     model_files,
     require_commit,
-    tower_fingerprint,
 )
 from pipeline.cluster import RaySession
 from pipeline.config import Recipe
 from pipeline.console import Reporter
 from pipeline.content.facts import ContentFacts, ModalityFacts
-from pipeline.content.tasks import (
-    Catalogue,
-    Digests,
-    EncoderSettings,
-    EncodeTask,
-    check_columns,
-    digest_row_group,
-)
+from pipeline.content.reading import CatalogueReading, CheckedContent, DigestedContent
+from pipeline.content.tasks import EncoderSettings, EncodeTask
 from pipeline.content.workers import encode_on_workers, worker_of
 from pipeline.days import fingerprint
 from pipeline.identity import content_config
 from pipeline.reports.item_cards import item_names
 from pipeline.stages import StageOutput, StageSpec
-from pipeline.tasks import stream_tasks
+from pipeline.tasks import ROWS_PER_BUNDLE, stream_tasks
 
 STORES = "content_tokens"
 """Directory of all token stores, below the output directory."""
@@ -56,55 +47,15 @@ STORES = "content_tokens"
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
-class CheckedContent:
-    """A catalogue that fits the towers."""
-
-    config: ContentConfig
-    catalogue: Catalogue
-    group_rows: list[int]
-    """Rows of each row group."""
-    fingerprints: dict[str, str]
-    """Of the towers."""
-    widths: dict[str, int]
-    """Of their tokens."""
-    max_unreadable_share: float
-    """Of the items; more images that are there and cannot be decoded fail the stage."""
-
-
-def check_content(
-    config: ContentConfig, root: Path, max_unreadable_share: float = 1.0
-) -> CheckedContent:
-    """Check everything that can be said without reading items: it needs no Ray.
-
-    Args:
-        config: names towers and columns.
-        root: the data root.
-        max_unreadable_share: `data.max_quarantined_share` of the recipe.
-
-    Raises:
-        UserError: a column is not there or has a wrong type, or a tower cannot be loaded or
-            adapted.
-    """
-    from multimodal.towers import load_tower  # transformers: seconds, for content only
-
-    catalogue = Catalogue(root, {name: tower.column for name, tower in config.towers.items()})
-    group_rows = check_columns(catalogue, config.towers)
-    fingerprints = {name: tower_fingerprint(name, tower) for name, tower in config.towers.items()}
-    uppers = {name: load_tower(tower).upper for name, tower in config.towers.items()}
-    widths = {name: upper.hidden_size for name, upper in uppers.items()}
-    return CheckedContent(config, catalogue, group_rows, fingerprints, widths, max_unreadable_share)
-
-
 def content(
-    checked: CheckedContent, stores: Path, scratch: Path, progress: Progress | None = None
+    read: DigestedContent, stores: Path, scratch: Path, progress: Progress | None = None
 ) -> ContentFacts:
     """Make all items' tokens available and write the day's index into `scratch`.
 
     Needs an initialised Ray.
 
     Args:
-        checked: the catalogue and towers.
+        read: the catalogue and towers.
         stores: directory of all token stores.
         scratch: an existing directory.
         progress: called with items encoded and items to encode.
@@ -112,7 +63,7 @@ def content(
     Raises:
         UserError: a store or the catalogue is damaged, or too many images are.
     """
-    catalogue = _read_digests(checked)
+    checked, catalogue = read
     jobs = {
         name: _TowerJob(checked, name, tower, stores)
         for name, tower in checked.config.towers.items()
@@ -142,31 +93,6 @@ def content(
         num_items=len(ids_N),
         num_without_content=int((~has_content_N).sum()),
         modalities=facts,
-    )
-
-
-def _read_digests(checked: CheckedContent) -> pd.DataFrame:
-    """Columns item_id, row_group, row, and the digest of each modality."""
-    groups = [i for i, rows in enumerate(checked.group_rows) if rows]
-    rows = [checked.group_rows[i] for i in groups]
-    found = sorted(
-        stream_tasks(digest_row_group, groups, checked.catalogue, rows),
-        key=lambda digests: digests.row_group,
-    )
-    frames = [_frame(digests) for digests in found]
-    columns = ["item_id", "row_group", "row", *checked.catalogue.columns]
-    empty = pd.DataFrame({name: np.empty(0, np.int64) for name in columns})
-    return pd.concat(frames, ignore_index=True) if frames else empty
-
-
-def _frame(digests: Digests) -> pd.DataFrame:
-    return pd.DataFrame(
-        {
-            "item_id": digests.item_ids_N,
-            "row_group": digests.row_group,
-            "row": np.arange(len(digests.item_ids_N)),
-            **digests.digests_N,
-        }
     )
 
 
@@ -227,7 +153,7 @@ class _TowerJob:
     def index(self, found: pd.DataFrame) -> tuple[Places, StoredModality]:
         """Places of all items, and where their parts lie."""
         has_tokens_N = (found["row"] != NO_ROW).to_numpy()
-        parts, part_N = np.unique(found["part"].to_numpy(str), return_inverse=True)
+        parts, part_N = found["part"].cat.categories, found["part"].cat.codes.to_numpy()
         used = np.unique(part_N[has_tokens_N])
         position = np.full(len(parts), NO_ROW)
         position[used] = np.arange(len(used))
@@ -237,7 +163,7 @@ class _TowerJob:
             found["row"].to_numpy(),
             found["length"].to_numpy(),
         )
-        self.store.check(names)
+        self.store.check(names, self._check_on_workers)
         return places, StoredModality(
             store=self.store.directory.name,
             fingerprint=self.settings.fingerprint,
@@ -245,6 +171,10 @@ class _TowerJob:
             hidden_size=self.settings.hidden_size,
             parts=names,
         )
+
+    def _check_on_workers(self, parts: list[str]) -> Iterator[CheckedPart]:
+        rows = [ROWS_PER_BUNDLE] * len(parts)  # a task each: they are read from end to end
+        yield from stream_tasks(check_part, parts, self.store.directory.absolute(), rows)
 
     def stored_bytes(self, parts: tuple[str, ...]) -> int:
         """Size of these parts."""
@@ -307,14 +237,21 @@ def content_stage(
         if not is_on_hub(tower)
     }
 
+    reading = CatalogueReading(
+        config, recipe.data, lambda: session.wait_for("content", [worker_of(config.tokens)])
+    )
+
     def body(scratch: Path) -> StageOutput:
-        limit = recipe.data.max_quarantined_share
-        checked = check_content(config, recipe.data.root, limit)  # faults show before Ray starts
-        session.wait_for("content", [worker_of(config.tokens)])
-        stores = directory.parents[1] / STORES
-        facts = content(checked, stores, scratch, reporter.advance)
+        facts = content(reading.take(), directory.parents[1] / STORES, scratch, reporter.advance)
         with_content = facts.num_items - facts.num_without_content
         return StageOutput(facts.num_items, with_content, facts)
 
     inputs = {"catalogue": catalogue, **files}
-    return StageSpec("content", directory, content_config(config), inputs, body)
+    return StageSpec(
+        "content",
+        directory,
+        content_config(config),
+        inputs,
+        body,
+        more_inputs=reading.more_inputs,
+    )

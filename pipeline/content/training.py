@@ -73,7 +73,9 @@ def rank_content(
     placement = _placement(config, paths, reader, ranks, device, predicts=predicts)
     try:
         head = ContentHead(placement.head(), config, ranks, device)
-        bank = ContentBank(item_ids, head.width, device, tokens=reader.identity)
+        bank = ContentBank(
+            item_ids, head.width, device, tokens=reader.identity, towers=reader.towers
+        )
     except BaseException:
         placement.close(is_orderly=False)  # it may have started actors
         raise

@@ -88,7 +88,7 @@ def load_entities(path: Path, key: str, ids: Sequence[str], dense: Sequence[str]
 def id_column(column: pa.ChunkedArray | pa.Array) -> Int64Array | IdLists:
     """A categorical column as raw ids; a null (also a null list) is one `MISSING_ID`."""
     array = to_raw_ids(column)
-    if not pa.types.is_list(array.type):
+    if not pa.types.is_list(array.type) and not pa.types.is_large_list(array.type):
         return ids_or_missing(array)
     lengths = pc.list_value_length(array).to_numpy(zero_copy_only=False)
     is_null = np.asarray(array.is_null())

@@ -196,7 +196,8 @@ class Study:
         stages = STAGES[: STAGES.index("join") + 1]
         if any(not spec.is_current for name in stages for spec in day.specs(name)):
             for name in stages:
-                for spec in day.specs(name):
+                for planned in day.specs(name):
+                    spec = planned.completed()
                     take_over(spec, directory.parent)
                     execute(spec, self.reporter)
         return day

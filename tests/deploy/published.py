@@ -15,7 +15,7 @@ from deploy.bundle import write_bundle
 from embedding.checkpoint import Checkpointer
 from embedding.checkpoint_files import step_directory
 from pipeline.config import Recipe
-from pipeline.content import stage
+from pipeline.content import reading, stage
 from ranking.steps import PlainSteps
 from tests.one_process import encode_here
 from tests.pipeline.content_steps import (
@@ -97,9 +97,9 @@ def _store_tokens(config: Recipe, folder: Path) -> None:
     assert config.content is not None
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading, "stream_tasks", run_here)
         patch.setattr(stage, "stream_tasks", run_here)
         patch.setattr(stage, "encode_on_workers", encode_here)
         (folder / "index").mkdir()
-        stage.content(
-            stage.check_content(config.content, folder), folder / "stores", folder / "index"
-        )
+        checked = reading.check_content(config.content, folder)
+        stage.content((checked, reading.read_digests(checked)), folder / "stores", folder / "index")

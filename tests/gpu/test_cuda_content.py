@@ -17,6 +17,7 @@ from multimodal.stopwatch import Stopwatch
 from pipeline.content.group import meeting_place
 from tests.distributed import run_distributed
 from tests.multimodal.small_models import random_tokens, tiny_config, without
+from tests.multimodal.test_alignment import gradients
 from tests.multimodal.vector_sets import clustered
 from tests.pipeline.tensor_groups import TIMEOUT_S, check_operations, join
 
@@ -127,6 +128,13 @@ def test_codes_of_the_gpu_are_those_of_the_cpu(cuda) -> None:
     assert np.array_equal(*near)
     assert fitted.codebooks_LKD.device.type == "cpu"
     assert fitted.squared_errors(x)[-1] < 1.02 * books.squared_errors(x)[-1]
+
+
+def test_a_step_of_the_alignment_is_that_of_the_cpu(cuda) -> None:
+    loss, found = gradients(5, slice(0, 12), "cuda")
+    expected_loss, expected = gradients(5, slice(0, 12))
+    assert loss == pytest.approx(expected_loss, rel=1e-4)
+    torch.testing.assert_close(found, expected, **CLOSE)
 
 
 def test_the_direct_transport_moves_tensors_between_gpus(cuda) -> None:

@@ -97,19 +97,25 @@ def test_loss_equals_a_loop_over_pairs_and_negatives() -> None:
     assert float(sum(parts)) == pytest.approx(expected, rel=1e-5)
 
 
-def gradients(items_per_chunk: int | None, share: slice) -> tuple[float, dict[str, Tensor]]:
-    encoder, log_temperature = Encoder(), nn.Parameter(torch.tensor(math.log(TEMPERATURE)))
-    step = AlignmentStep(
-        encoder,
+def alignment_step(items_per_chunk: int | None, device: str) -> AlignmentStep:
+    """With the encoder on a device, and tokens and rows of items on the CPU, as readers give."""
+    return AlignmentStep(
+        Encoder().to(device),
         read,
-        log_share_2N=log_shares(),
-        log_temperature=log_temperature,
+        log_share_2N=log_shares().to(device),
+        log_temperature=nn.Parameter(torch.tensor(math.log(TEMPERATURE), device=device)),
         items_per_chunk=items_per_chunk,
     )
+
+
+def gradients(
+    items_per_chunk: int | None, share: slice, device: str = "cpu"
+) -> tuple[float, dict[str, Tensor]]:
+    step = alignment_step(items_per_chunk, device)
     trigger, target = pairs(12)
     loss = step.backward(trigger[share], target[share], seed=[1])
-    found = {name: p.grad for name, p in encoder.named_parameters()}
-    return loss, {**found, "temperature": log_temperature.grad}  # type: ignore[dict-item]
+    trained = {**dict(step.encoder.named_parameters()), "temperature": step.log_temperature}
+    return loss, {name: p.grad.cpu() for name, p in trained.items() if p.grad is not None}
 
 
 def plain_gradients() -> tuple[float, dict[str, Tensor]]:
@@ -133,6 +139,14 @@ def test_cached_gradients_equal_the_plain_ones(items_per_chunk: int | None) -> N
     assert loss == pytest.approx(expected_loss, rel=1e-6)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
     assert all(float(grad.abs().max()) > 0 for grad in found.values())
+
+
+def test_a_step_runs_where_the_encoder_is() -> None:
+    step = alignment_step(5, "meta")
+    # The one thing that a tensor without values cannot do comes last: to say what the loss is.
+    with pytest.raises(RuntimeError, match="cannot be called on meta tensors"):
+        step.backward(*pairs(12), seed=[1])
+    assert all(p.grad is not None and p.grad.is_meta for p in step.encoder.parameters())
 
 
 @pytest.mark.integration

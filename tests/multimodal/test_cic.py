@@ -132,6 +132,19 @@ def test_more_items_than_the_queue_holds_leave_its_newest() -> None:
     assert sorted(loss.queue_rows_M.tolist()) == [3, 4, 5]
 
 
+def test_a_queue_that_was_forgotten_is_as_a_new_one() -> None:
+    loss, new = (cic_loss(negatives="queue", queue_size=3) for _ in range(2))
+    loss(*candidates([1, 2, 3, 4]))
+    loss.forget()
+    for rows in ([7, 8], [9, 5]):
+        values = []
+        for each in (loss, new):
+            torch.manual_seed(1)
+            values.append(each(*candidates(rows)).detach())
+        assert values[0].equal(values[1])
+    assert loss.queue_rows_M.equal(new.queue_rows_M)
+
+
 @pytest.mark.parametrize("negatives", ["in_batch", "uniform", "queue"])
 def test_gradient_reaches_both_sides_and_both_heads(negatives: str) -> None:
     loss = cic_loss(negatives=negatives)

@@ -1,12 +1,14 @@
 """Refits: permuted codebooks are recognised, drifted ones keep codes, rows follow."""
 
 from itertools import permutations
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from vector_sets import clustered, codeword_vectors
 
+from multimodal.codes import vector_quantizer
 from multimodal.codes.config import Codes, Fsq, RefitPolicy, Rq, Vq
 from multimodal.codes.match import align, carry_items, match_codewords
 from multimodal.codes.metrics import stability
@@ -139,14 +141,36 @@ def test_rows_of_the_vq_table_stay_with_their_items() -> None:
     after = take_item_codebook(np.array([10, 13, 20, 21, 22]), twin_of_11, before)
     assert after.item_ids_N.tolist() == [10, 20, 21, 13, 22]
 
-    carry = carry_items(before, after)
+    carry = carry_items(before, after, Vq())
 
     assert carry.carried_K.tolist() == [True, False, False, True, False]
     similar = x[:4] @ x[[5, 6]].T
     assert carry.source_K.tolist() == [0, 1, similar[:, 0].argmax(), 3, similar[:, 1].argmax()]
     emptied = take_item_codebook(np.array([12]), x[2:3], before)
-    assert carry_items(before, emptied).source_K.tolist() == [-1, -1, 2, -1]
+    assert carry_items(before, emptied, Vq()).source_K.tolist() == [-1, -1, 2, -1]
     assert emptied.item_ids_N.tolist() == [FREE, FREE, 12, FREE]
+
+
+@pytest.mark.parametrize("kind", ["exact", "ivf"])
+def test_start_rows_of_new_items_are_found_as_codes_are(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = clustered(3000)
+    index = Vq.model_validate({"top_k": 7, "index": {"kind": kind}}).index
+    before = take_item_codebook(np.arange(2500), x[:2500])
+    after = take_item_codebook(np.arange(3000), x, before)
+    built = Mock(wraps=vector_quantizer.build_index)
+    monkeypatch.setattr(vector_quantizer, "build_index", built)
+
+    carry = carry_items(before, after, Vq(top_k=7, index=index))
+
+    assert [call.args[1] for call in built.call_args_list] == [index]
+    found = carry.source_K[2500:]
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    similarity = unit[2500:] @ unit[:2500].T
+    best, own = similarity.max(axis=1), similarity[np.arange(500), found]
+    assert (own == best).mean() > (0.999 if kind == "exact" else 0.8)
+    assert not carry.carried_K[2500:].any()
 
 
 def test_codes_keep_their_meaning_through_a_new_encoder() -> None:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from vector_sets import clustered
 
+from multimodal.codes import refit as refit_module
 from multimodal.codes.config import Codes, RefitPolicy, Rq
 from multimodal.codes.figures import Drift
 from multimodal.codes.refit import (
@@ -13,6 +14,7 @@ from multimodal.codes.refit import (
     measure_drift,
     refit,
 )
+from multimodal.codes.residual_quantizer import ResidualCodebooks
 from multimodal.codes.store import Codebooks
 
 CONFIG = Codes(rq=Rq(num_levels=2, codebook_size=32), vq=None)
@@ -24,10 +26,11 @@ def drift_of(new: np.ndarray) -> Drift:
     fitted = refit(CONFIG, np.arange(len(X)), X)
     books = fitted.codebooks.residual
     assert books
-    codes = books.encode(np.concatenate([X, new]))
+    vectors = np.concatenate([X, new])
+    codes = books.encode(vectors)
     is_new = np.arange(len(codes)) >= len(X)
     in_use = CodesInUse(codes, is_new, books.level_sizes)
-    return measure_drift(fitted.codebooks, fitted.reference_mse, new, in_use, age_days=3)
+    return measure_drift(fitted.codebooks, fitted.reference_mse, vectors, in_use, age_days=3)
 
 
 def test_new_items_like_the_fitted_ones_are_no_drift() -> None:
@@ -36,6 +39,23 @@ def test_new_items_like_the_fitted_ones_are_no_drift() -> None:
     assert drift.error_ratio == pytest.approx(1, abs=0.1)
     assert drift.utilisation_ratio == pytest.approx(1, abs=0.1)
     assert not decide_refit(drift, RefitPolicy()).refit
+
+
+def test_drift_is_told_from_codes_without_looking_them_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted = refit(CONFIG, np.arange(len(X)), X)
+    books = fitted.codebooks.residual
+    assert books
+    assert fitted.reference_mse is not None
+    vectors, is_new = clustered(400, seed=6), np.arange(400) % 3 > 0
+    expected = books.squared_errors(vectors[is_new])[-1] / fitted.reference_mse
+    in_use = CodesInUse(books.encode(vectors), is_new, books.level_sizes)
+    monkeypatch.delattr(ResidualCodebooks, "_encode_blocks")
+    monkeypatch.setattr(refit_module, "ROWS_PER_BLOCK", 60)
+
+    drift = measure_drift(fitted.codebooks, fitted.reference_mse, vectors, in_use, age_days=3)
+
+    assert drift.error_ratio == pytest.approx(expected, rel=1e-6)
+    assert drift.num_new_items == is_new.sum()
 
 
 def test_items_of_another_kind_call_for_a_refit() -> None:
@@ -83,17 +103,22 @@ def test_use_of_codewords_equals_draws_from_the_items_of_the_fit() -> None:
     is_new = np.arange(940) < 40
     in_use = CodesInUse(np.concatenate([new, fitted]), is_new, (20, 20))
 
-    drift = measure_drift(Codebooks(), None, np.empty((40, 4), np.float32), in_use, 1)
+    drift = measure_drift(Codebooks(), None, np.empty((940, 4), np.float32), in_use, 1)
 
     assert drift.utilisation_ratio == pytest.approx(expected, rel=0.01)
     nobody = CodesInUse(fitted, np.zeros(900, np.bool_), (20, 20))
-    assert measure_drift(Codebooks(), None, X[:0], nobody, 1).utilisation_ratio is None
+    assert measure_drift(Codebooks(), None, X[:900], nobody, 1).utilisation_ratio is None
 
 
 def test_a_fit_without_held_out_items_says_that_its_error_bound_is_off() -> None:
     fitted = refit(CONFIG, np.arange(60), X[:60])
     assert fitted.reference_mse is None
-    drift = measure_drift(fitted.codebooks, fitted.reference_mse, 5 * X[60:300], None, 3)
+    books = fitted.codebooks.residual
+    assert books
+    new = 5 * X[60:300]
+    # Of the levels' use nothing is asked here.
+    in_use = CodesInUse(books.encode(new), np.ones(len(new), np.bool_), ())
+    drift = measure_drift(fitted.codebooks, fitted.reference_mse, new, in_use, 3)
 
     decision = decide_refit(drift, RefitPolicy())
 

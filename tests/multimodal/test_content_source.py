@@ -47,17 +47,17 @@ def read_tokens(rows_U: Tensor) -> TokenBatch:
 
 
 def _content(
-    config: ContentConfig, device: torch.device = CPU, *, tokens: int = 0
+    config: ContentConfig, device: torch.device = CPU, **identity: int
 ) -> tuple[TrainedContent, ContentLearner]:
     learner = ContentLearner(config, load_content_encoder(config), read_tokens, device)
-    return _source(config, learner, tokens=tokens), learner
+    return _source(config, learner, **identity), learner
 
 
-def _source(config: ContentConfig, learner: ContentLearner, *, tokens: int = 0) -> TrainedContent:
+def _source(config: ContentConfig, learner: ContentLearner, **identity: int) -> TrainedContent:
     ranks, placement = RankGroup(), InlineEncoder(learner, RankGroup())
     head = ContentHead(placement.head(), config, ranks, learner.device)
     item_ids = torch.arange(NUM_ITEMS) * 10
-    bank = ContentBank(item_ids, head.width, learner.device, tokens=tokens)
+    bank = ContentBank(item_ids, head.width, learner.device, **identity)
     return TrainedContent(config, placement, head=head, bank=bank, ranks=ranks)
 
 
@@ -332,33 +332,6 @@ def test_a_restored_run_goes_on_as_if_it_had_not_stopped() -> None:
     for name, value in _whole(content, learner).state_dict().items():
         assert value.equal(found[name])
     assert content.bank.fused_RH.equal(other.bank.fused_RH)
-
-
-def test_a_warm_start_keeps_the_bank_only_for_the_same_texts_and_images() -> None:
-    config = _config("targets")
-    yesterday, _ = _content(config, tokens=1)
-    start = yesterday.head.layer.weight.clone()
-    for batch, weights in _batches(2):
-        given = yesterday.train(batch)
-        _loss(given.vectors_UD[batch.candidate_B], weights[:NUM_SAMPLES]).backward()
-        yesterday.learn(1.0)
-    content_head = copy.deepcopy(yesterday.head.layer)
-    assert not content_head.weight.equal(start)
-    yesterday.refresh()
-    yesterday.bank.fused_RH[3] = 7.0  # not what the encoder gives
-    saved = {name: value.clone() for name, value in yesterday.tensors().items()}
-    items = ItemRows.of(torch.arange(NUM_ITEMS), {})
-    anew = {"bank": "encoded anew with the weights that were carried"}
-    for tokens, reason in ((1, {}), (2, anew)):
-        today, learner = _content(config, tokens=tokens)
-        assert today.warm_start(saved) == reason
-        today.refresh()
-        with torch.no_grad():
-            expected = learner.encoder.eval().fused(TOKENS)[3]
-            if tokens == 1:
-                expected = torch.full_like(expected, 7.0)
-            expected = content_head(expected.unsqueeze(0))[0]
-        torch.testing.assert_close(today.read(items).vectors_UD[1 + 3], expected)
 
 
 def _bank_after_announced_steps(device: torch.device) -> Tensor:

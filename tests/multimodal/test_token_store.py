@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from multimodal.stored_content import (
     StoredModality,
     write_index,
 )
-from multimodal.token_store import NO_ROW, PartTokens, TokenStore, damaged_parts
+from multimodal.token_store import NO_ROW, PartTokens, TokenStore, check_part, damaged_parts
 
 WIDTH = 3
 
@@ -175,6 +176,25 @@ def test_a_damaged_part_stays_damaged_and_the_others_are_not_read_again(tmp_path
     assert store.check(names) == 1
 
 
+def test_parts_may_be_read_by_others_in_any_order(tmp_path: Path) -> None:
+    store = store_at(tmp_path)
+    names = [store.append(part(first, [2, 2])) for first in (1, 5, 9, 13)]
+    assert store.check(names[:1]) == 1
+    path = store.directory / f"{names[1]}.safetensors"
+    flip_last_bit(path)
+    asked: list[list[str]] = []
+
+    def elsewhere(parts: list[str]) -> Iterator[tuple[str, str | None]]:
+        asked.append(parts)
+        yield from (check_part(name, store.directory) for name in reversed(parts))
+
+    with pytest.raises(UserError, match=rf"{names[1]}.*checksum differs"):
+        store.check(names, elsewhere)
+    flip_last_bit(path)
+    assert store.check(names, elsewhere) == 1
+    assert asked == [names[1:], [names[1]]]
+
+
 def test_damage_that_left_size_and_time_as_they_were_is_found_when_all_is_read(
     tmp_path: Path,
 ) -> None:
@@ -209,10 +229,9 @@ def flip_last_bit(path: Path) -> None:
     touch(path)
 
 
-def test_reading_a_damaged_store_fails_when_it_is_opened(tmp_path: Path) -> None:
+def test_a_damaged_part_is_named_when_it_is_read(tmp_path: Path) -> None:
     reader = reader_of(tmp_path, [part(1, [2])])
     path = next((tmp_path / "text-f").glob("*.safetensors"))
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(UserError, match="token store is damaged"):
-        ContentReader(tmp_path / "index", tmp_path)
-    assert reader.num_items == 1
+        reader.read(torch.tensor([0]))

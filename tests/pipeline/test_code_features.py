@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from embedding import raw_ids
 from embedding.config import MISSING_ID
 from embedding.errors import UserError
 from pipeline.codes.features import (
@@ -18,6 +19,7 @@ from pipeline.codes.features import (
     history_columns,
     user_code_ids,
 )
+from pipeline.codes.kept_codes import KeptCodes
 
 NUM_ITEMS, NUM_SAMPLES = 30, 60
 
@@ -76,6 +78,9 @@ def test_elements_of_vectors_are_dense_columns(case: Case) -> None:
         found = np.array([columns[f"vector_{i}"][row].as_py() for i in (0, 1)], np.float32)
         expected = vectors[item - 1000] if item < 1030 else np.full(2, np.nan, np.float32)
         np.testing.assert_array_equal(found, expected)
+    near = NearItems(near.own_N[:0], near.others_Nk[:0])
+    nothing = ItemCodes.of(codes_table(ids[:0], none[:0], None, near, vectors[:0]))
+    assert np.isnan(nothing.vectors_ND).tolist() == [[True, True]]
 
 
 def test_history_gets_code_sequences(case: Case) -> None:
@@ -108,6 +113,7 @@ def test_crosses_are_the_history_items_with_the_candidates_first_codes(case: Cas
         assert columns[f"shared_{depth}_count"].to_pylist() == [len(items) for items in expected]
         assert columns[f"shared_{depth}_count"].type == pa.float32()
     assert set(columns) == {"shared_1", "shared_1_count", "shared_2", "shared_2_count"}
+    assert len(case.codes.prefixes) == 2, "longer ones, which nobody reads, are not grouped"
 
 
 def test_user_code_ids_are_equal_for_equal_users_and_prefixes_only(case: Case) -> None:
@@ -130,6 +136,26 @@ def test_codes_are_read_from_their_artifact(tmp_path: Path, case: Case) -> None:
     pq.write_table(case.table, tmp_path / "codes.parquet")
     loaded = candidate_columns(ItemCodes.load(tmp_path / "codes.parquet"), case.candidates)
     assert loaded == candidate_columns(case.codes, case.candidates)
+
+
+def test_lists_have_room_for_more_than_two_to_the_31_neighbours(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert case.table["vq"].type == pa.large_list(pa.int32())
+    expected = case.codes.neighbours
+    assert expected is not None
+    monkeypatch.setattr(raw_ids, "_MAX_OFFSET", 10)  # as if there were that many
+    found = ItemCodes.of(case.table).neighbours
+    assert found is not None
+    np.testing.assert_array_equal(found.values, expected.values)
+    np.testing.assert_array_equal(found.offsets, expected.offsets)
+    # Codes of before, in smaller lists, are read as ever.
+    small = case.table["vq"].cast(pa.list_(pa.int32()))
+    at = case.table.column_names.index("vq")
+    kept = KeptCodes(case.table.set_column(at, "vq", small), pa.table({}))
+    rows = np.array([4, 0, 9])
+    new = KeptCodes(case.table, pa.table({}))
+    np.testing.assert_array_equal(kept.neighbours(rows, 4), new.neighbours(rows, 4))
 
 
 def test_a_catalogue_without_codes_or_histories_is_missing_everywhere(case: Case) -> None:

@@ -5,7 +5,7 @@ import io
 import json
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +15,7 @@ from PIL import Image
 from embedding.raw_ids import to_raw_ids
 from multimodal.codes.config import Codes
 from pipeline.artifacts import Manifest, StageFacts, publish
+from pipeline.codes import report
 from pipeline.codes.features import NearItems, codes_table
 from pipeline.codes.item_vectors import ItemVectors
 from pipeline.codes.lookup import CodesOfRun
@@ -57,9 +58,13 @@ def test_the_most_frequent_codes_are_shown_with_their_items(tmp_path: Path) -> N
     rng = np.random.default_rng(0)
     codes = np.minimum(rng.geometric(0.25, (num_items, 2)) - 1, 9).astype(np.int32)
     ids = to_raw_ids(pa.array([f"i{i}" for i in range(num_items)])).to_numpy()
-    pq.write_table(codes_table(ids, codes), tmp_path / "codes.parquet")
-
-    found = browse(tmp_path / "codes.parquet", shown(tmp_path))
+    vectors = np.zeros((len(ids), 2), np.float32)
+    table = codes_table(ids, codes, vectors_ND=vectors)
+    pq.write_table(table, tmp_path / "codes.parquet")
+    read_table = Mock(wraps=pq.read_table)
+    with patch.object(report.pq, "read_table", read_table):
+        found = browse(tmp_path / "codes.parquet", shown(tmp_path))
+    assert read_table.call_args_list[0].kwargs["columns"] == ["item_id", "sid_0", "sid_1"]
 
     firsts = [int(code.prefix.split("-")[0]) for code in found]
     frequent = np.argsort(-np.bincount(codes[:, 0]), kind="stable")[:NUM_FIRST_CODES]

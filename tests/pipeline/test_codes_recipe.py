@@ -168,3 +168,13 @@ def test_no_more_earlier_positives_are_asked_for_than_a_history_keeps(tmp_path: 
         load_recipe(path, [four])
     with pytest.raises(UserError, match=r"max_history=3, but the history 'seen' keeps 2 .*lower"):
         load_recipe(path, ["codes.vectors.user2item.max_history=3", "codes.vectors.history=seen"])
+
+
+def test_every_rank_of_an_alignment_has_a_pair(tmp_path: Path) -> None:
+    codes = {"vectors": {"kind": "aligned", "content": {"text": {}}}}
+    path = write(tmp_path, small(tmp_path, codes))
+    load_recipe(path, ["codes.vectors.batch_size=4", "cluster.num_workers=4"])
+    few = ["codes.vectors.batch_size=4", "cluster.num_workers=5"]
+    with pytest.raises(UserError, match=r"batch_size=4 pairs .* cluster.num_workers=5 ranks"):
+        load_recipe(path, few)
+    load_recipe(path, [*few, "codes.vectors={kind: towers, content: {text: {}}}"])

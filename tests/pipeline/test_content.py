@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from pydantic import ValidationError
 
 from embedding.errors import UserError
 from multimodal import item_tokens, token_store, towers
@@ -22,16 +21,13 @@ from multimodal.token_store import part_fault
 from multimodal.tower_files import Tower
 from multimodal.tower_models import load_model
 from multimodal.towers import load_tower
-from pipeline.consent import Consent
-from pipeline.console import Reporter
-from pipeline.content import stage
+from pipeline.content import reading, stage
 from pipeline.content import tasks as content_tasks
 from pipeline.content.facts import ContentFacts
-from pipeline.content.stage import STORES, check_content, content
-from pipeline.run import DayRun
-from pipeline.stages import execute
+from pipeline.content.reading import check_content, read_digests
+from pipeline.content.stage import STORES, content
 from tests.one_process import encode_here
-from tests.pipeline.small_log import DAYS, event, make_recipe, run_here, write_catalogue, write_day
+from tests.pipeline.small_log import run_here
 
 Row = dict[str, Any]
 
@@ -70,6 +66,7 @@ def small_content(**changes: Any) -> ContentConfig:
 @pytest.fixture(autouse=True)
 def _serial(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks run in this process, unless a test asks for Ray."""
+    monkeypatch.setattr(reading, "stream_tasks", run_here)
     monkeypatch.setattr(stage, "stream_tasks", run_here)
     monkeypatch.setattr(stage, "encode_on_workers", encode_here)
 
@@ -78,7 +75,7 @@ def run_stage(tmp_path: Path, day: str, **changes: Any) -> tuple[ContentFacts, C
     directory = tmp_path / day
     directory.mkdir()
     checked = check_content(small_content(**changes), tmp_path / "data")
-    facts = content(checked, tmp_path / STORES, directory)
+    facts = content((checked, read_digests(checked)), tmp_path / STORES, directory)
     return facts, ContentReader(directory, tmp_path / STORES)
 
 
@@ -175,7 +172,7 @@ def test_more_unreadable_images_than_the_recipe_allows_are_refused(tmp_path: Pat
     def run_with(limit: float) -> ContentFacts:
         (tmp_path / f"{limit}").mkdir()
         checked = check_content(small_content(), tmp_path / "data", limit)
-        return content(checked, tmp_path / STORES, tmp_path / f"{limit}")
+        return content((checked, read_digests(checked)), tmp_path / STORES, tmp_path / f"{limit}")
 
     assert run_with(0.2).modalities["image"].num_present == 7
     refusal = r"the images of 2 of 10 items .*max_quarantined_share=0.19 .*\(2 x damaged\).* 4;"
@@ -209,14 +206,21 @@ def test_a_day_reads_only_what_is_new_for_its_checksums(
         read.append(name)
         return part_fault(directory, name)
 
+    on_workers: list[str] = []
+
+    def recorded(run: Any, tasks: Any, shared: Any, rows: Any) -> Any:
+        on_workers.extend(tasks)
+        return run_here(run, tasks, shared, rows)
+
     monkeypatch.setattr(token_store, "part_fault", watched)
+    monkeypatch.setattr(stage, "stream_tasks", recorded)
     run_stage(tmp_path, "d2")
     assert read == []
     before = {path.stem for path in (tmp_path / STORES).glob("*/*.safetensors")}
     write_items(tmp_path / "data", items(1, 11))
     run_stage(tmp_path, "d3")
     after = {path.stem for path in (tmp_path / STORES).glob("*/*.safetensors")}
-    assert sorted(read) == sorted(after - before)
+    assert sorted(read) == sorted(on_workers) == sorted(after - before)
     assert len(read) == 2
 
 
@@ -300,85 +304,18 @@ def test_workers_use_a_gpu_only_where_the_stage_reserved_one(
     assert used == [device]
 
 
-# --- the stage of a run --------------------------------------------------------------------------
-
-
-def day_run(tmp_path: Path, *, refresh: bool = False, **changes: Any) -> DayRun:
-    recipe = make_recipe(tmp_path / "data").model_copy(update={"content": small_content(**changes)})
-
-    class NoSession:
-        def wait_for(self, *_: Any) -> None:
-            """Tasks run here."""
-
-    return DayRun(
-        recipe,
-        tmp_path / "out",
-        DAYS[1],
-        session=NoSession(),
-        reporter=Reporter(),
-        publish=lambda *_: None,
-        consent=Consent(refresh_catalogue=refresh),
-    )
-
-
-def test_the_stage_is_current_until_what_its_tokens_depend_on_changes(tmp_path: Path) -> None:
-    root = tmp_path / "data"
-    write_catalogue(root)
-    for day in range(3):
-        write_day(root, day, [[event(day, 1, 60)]])
-    write_items(root, items(1, 4))
-    (spec,) = day_run(tmp_path).specs("content")
-    assert execute(spec, Reporter()).status == "ran"
-    (again,) = day_run(tmp_path, dim=16, optimizer={"learning_rate": 0.1}).specs("content")
-    assert again.is_current
-    (other,) = day_run(tmp_path, text={"max_tokens": 5}).specs("content")
-    assert not other.is_current
-    write_items(root, items(1, 5))
-    (kept,) = day_run(tmp_path).specs("content")
-    assert kept.is_current
-    (newer,) = day_run(tmp_path, refresh=True).specs("content")
-    assert not newer.is_current
-
-
-def test_a_hub_model_is_known_by_its_commit_without_a_download(tmp_path: Path) -> None:
-    root = tmp_path / "data"
-    for day in range(3):
-        write_day(root, day, [[event(day, 1, 60)]])
-    write_items(root, items(1, 4))
-
-    def identity(revision: str | None) -> str:
-        model = {"model": "nobody/such-a-model", "revision": revision}
-        (spec,) = day_run(tmp_path, text={**model, "max_tokens": 6}).specs("content")
-        return spec.artifact_id
-
-    assert identity("a" * 40) == identity("a" * 40) != identity("b" * 40)
-    with pytest.raises(UserError, match="is a hub id, .* set `revision` beside `model`"):
-        identity(None)
-    with pytest.raises(ValidationError, match=r"text\.revision"):
-        identity("main")
-
-
-def test_a_recipe_without_content_has_no_such_stage(tmp_path: Path) -> None:
-    root = tmp_path / "data"
-    write_catalogue(root)
-    for day in range(3):
-        write_day(root, day, [[event(day, 1, 60)]])
-    run = day_run(tmp_path)
-    run.recipe = make_recipe(root)
-    assert not list(run.specs("content"))
-
-
 @pytest.mark.integration
 @pytest.mark.usefixtures("shared_ray")
 def test_ray_workers_store_what_this_process_would(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_items(tmp_path / "data", items(1, 9), row_group_size=5)
-    _, here = run_stage(tmp_path, "d1", image=None)
+    _, reader = run_stage(tmp_path, "d1", image=None)
+    one = reader.read(torch.arange(9)).modalities["text"]
     monkeypatch.undo()
     (tmp_path / STORES).rename(tmp_path / "kept")
-    facts, there = run_stage(tmp_path, "d2", image=None)
+    facts, reader = run_stage(tmp_path, "d2", image=None)
     assert facts.modalities["text"].num_computed == 9
-    one, two = (reader.read(torch.arange(9)).modalities["text"] for reader in (here, there))
+    two = reader.read(torch.arange(9)).modalities["text"]
     assert torch.equal(one.mask_UL, two.mask_UL)
     torch.testing.assert_close(one.tokens_ULH, two.tokens_ULH, atol=1e-5, rtol=1e-5)

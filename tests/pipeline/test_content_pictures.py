@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import pytest
 from PIL import Image
 
 from multimodal.content_config import ContentConfig
-from pipeline.content.pictures import NUM_NEIGHBOURS, VectorSet, content_pictures
+from pipeline.content import pictures
+from pipeline.content.pictures import NUM_NEIGHBOURS, VectorSet, content_pictures, item_kinds
+from pipeline.content.tasks import Catalogue
 from pipeline.reports.item_cards import ItemCard
 
 NUM_ITEMS = 40
@@ -89,6 +92,33 @@ def test_maps_are_coloured_by_the_catalogues_kinds(root: Path) -> None:
     assert before["likeness"] < 0.5
     for kind in range(4):
         assert f"kind {kind}" in after["svg"]
+
+
+def test_columns_that_sort_no_items_are_not_read_to_their_end(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(pictures, "MAX_KINDS", 5)
+    batches, whole = pq.ParquetFile.iter_batches, pq.read_table
+
+    def iter_batches(file: pq.ParquetFile, *, columns: list[str], **_: Any) -> Iterator[Any]:
+        for batch in batches(file, 9, columns=columns):
+            read.extend(columns * len(batch))
+            yield batch
+
+    def read_table(path: Path, *, columns: list[str]) -> pa.Table:
+        read.extend(columns * NUM_ITEMS)
+        return whole(path, columns=columns)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", iter_batches)
+    monkeypatch.setattr(pictures.pq, "read_table", read_table)
+    catalogue = Catalogue(root, {"text": "text", "image": "image"})
+
+    found = item_kinds(catalogue, np.array([7, 99, 2]))
+
+    assert (found.column, found.names_N) == ("kind", ["kind 3", None, "kind 2"])
+    assert read.count("title") == 9, "of the first row group"
+    assert read.count("kind") == 2 * NUM_ITEMS
 
 
 def test_a_catalogue_without_kinds_or_titles_is_shown_too(tmp_path: Path) -> None:

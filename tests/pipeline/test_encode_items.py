@@ -11,7 +11,7 @@ import pytest
 import ray
 
 from embedding.errors import UserError
-from multimodal.codes.config import CODES_FORMAT, Codes, EncodeWorkers, RefitPolicy
+from multimodal.codes.config import CODES_FORMAT, CodeFeatures, Codes, EncodeWorkers, RefitPolicy
 from multimodal.codes.residual_quantizer import CPU
 from multimodal.codes.store import Codebooks
 from multimodal.codes.versions import load_version
@@ -26,7 +26,7 @@ from pipeline.codes.encode_items import (
     Piece,
 )
 from pipeline.codes.encode_workers import RayPieces, workers_that_fit
-from pipeline.codes.features import CODES_FILE
+from pipeline.codes.features import CODES_FILE, read_codes
 from pipeline.codes.item_vectors import ItemVectors
 from pipeline.codes.kept_codes import KeptCodes
 from pipeline.codes.quantize import quantize
@@ -161,6 +161,17 @@ def test_other_codebooks_and_other_look_ups_keep_nothing(days: Days) -> None:
 def test_codes_of_another_format_are_not_kept(days: Days, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.codes.kept_codes.CODES_FORMAT", CODES_FORMAT + 1)
     assert days.day(1, "daily", CODES).num_encoded == 800
+
+
+def test_of_the_day_before_only_ids_and_codes_are_read(days: Days) -> None:
+    with_vectors = CODES.model_copy(update={"features": CodeFeatures(vector_dims=3)})
+    days.day(0, "dense", with_vectors)
+    kept = KeptCodes.read(days.root / "dense")
+    assert kept is not None
+    assert set(days.table("dense")) - set(kept.codes.column_names) == {*("vector", "vq_nearest")}
+    ids_and_codes = read_codes(days.root / "dense")
+    assert ids_and_codes == kept.codes.drop_columns(["vq"])
+    assert ids_and_codes.column_names == ["item_id", "sid_0", "sid_1", "sid_suffix"]
 
 
 def test_artifacts_without_digests_are_looked_up_whole(days: Days) -> None:

@@ -15,7 +15,7 @@ from multimodal.codes.vectors import ROWS_PER_BLOCK
 from multimodal.content_config import ContentConfig, TextTower
 from multimodal.stored_content import Places, StoredContent, StoredModality, write_index
 from multimodal.token_store import NO_ROW
-from pipeline.codes.align import AlignJob, merge_vectors
+from pipeline.codes.align import AlignJob, changed_rows, merge_vectors
 from pipeline.codes.item_vectors import ItemVectors, read_column_vectors
 
 SOURCE = ColumnVectors(column="vec", encoder="v7")
@@ -38,6 +38,16 @@ def test_vectors_come_in_the_order_of_their_ids(tmp_path: Path, kind: pa.DataTyp
     np.testing.assert_array_equal(found.vectors_ND, np.array([[3, 4.5], [1, 2]], np.float32))
     assert found.num_without == 1
     assert found.encoder == "column:vec/v7/2"
+
+
+def test_vectors_of_several_row_groups_come_together(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).standard_normal((11, 3)).astype(np.float32)
+    ids = np.random.default_rng(1).permutation(11)
+    table = pa.table({"item_id": ids, "vec": pa.array(list(x), pa.list_(pa.float32()))})
+    pq.write_table(table, tmp_path / "items.parquet", row_group_size=4)
+    found = read_column_vectors(tmp_path, SOURCE)
+    assert found.item_ids_N.tolist() == [*range(11)]
+    np.testing.assert_array_equal(found.vectors_ND[ids], x)
 
 
 def test_ids_may_be_strings(tmp_path: Path) -> None:
@@ -92,6 +102,64 @@ def test_seen_vectors_of_a_file_are_copied_into_one_that_goes_with_them(tmp_path
     np.testing.assert_array_equal(seen.vectors_ND, vectors_ND[seen_N])
     np.testing.assert_array_equal(seen.item_ids_N, ids[seen_N])
     assert [file.name for file in tmp_path.iterdir()] == ["vectors.npy"]
+
+
+Tokens = dict[int, tuple[str, int] | None]
+"""By item: part and row; None where there is none."""
+
+
+def write_places(folder: Path, modalities: dict[str, tuple[str, Tokens]]) -> Path:
+    """An index of the items; modalities by name, with their store."""
+    ids = np.array(sorted(next(iter(modalities.values()))[1]))
+    stored, places = {}, {}
+    for name, (store, tokens) in modalities.items():
+        parts = sorted({at[0] for at in tokens.values() if at is not None})
+        found = [tokens[item] for item in ids.tolist()]
+        part_N = np.array([NO_ROW if at is None else parts.index(at[0]) for at in found])
+        row_N = np.array([NO_ROW if at is None else at[1] for at in found])
+        stored[name] = StoredModality(
+            store=store, fingerprint=store, precision="float16", hidden_size=2, parts=tuple(parts)
+        )
+        places[name] = Places(part_N, row_N, row_N)
+    folder.mkdir(parents=True)
+    write_index(folder, ids, StoredContent(num_items=len(ids), modalities=stored), places)
+    return folder
+
+
+def test_items_whose_tokens_are_others_are_encoded_again(tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+
+    def tokens(items: range, parts: str) -> Tokens:
+        return {
+            i: None if rng.random() < 0.3 else (str(rng.choice([*parts])), int(rng.integers(2)))
+            for i in items
+        }
+
+    text, image = tokens(range(60), "abc"), tokens(range(60), "de")
+    later = {
+        "text": ("t", {**tokens(range(5, 70), "bcx"), **{i: text[i] for i in range(9, 40)}}),
+        "image": ("i", {**tokens(range(5, 70), "de"), **{i: image[i] for i in range(20, 50)}}),
+    }
+    before, now = tmp_path / "before", tmp_path / "now"
+    write_places(before / "content", {"text": ("t", text), "image": ("i", image)})
+    write_places(now, later)
+
+    expected, new = [], []
+    for row, item in enumerate(range(5, 70)):
+        here = [tokens[item] for _, tokens in later.values()]
+        if any(at is not None for at in here):
+            new.append(row)
+            if item >= 60 or here != [text[item], image[item]]:
+                expected.append(row)
+    assert 10 < len(expected) < len(new) - 10
+    assert changed_rows(now, before).tolist() == expected
+    assert changed_rows(now, None).tolist() == new
+    others = {"text": ("u", later["text"][1]), "image": later["image"]}
+    write_places(tmp_path / "other" / "content", others)  # another store of texts
+    texts = [row for row in new if later["text"][1][row + 5] is not None]
+    assert changed_rows(now, tmp_path / "other").tolist() == texts
+    write_places(tmp_path / "fewer" / "content", {"text": later["text"]})
+    assert changed_rows(now, tmp_path / "fewer").tolist() == new
 
 
 def test_vectors_of_ranks_and_of_the_day_before_are_put_together(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from embedding.errors import UserError
-from multimodal.codes.config import Codes, RefitPolicy, Rq, Suffix, Vq
+from multimodal.codes.config import CodeFeatures, Codes, RefitPolicy, Rq, Suffix, Vq
 from multimodal.codes.versions import carries_between, find_version, load_version
 from pipeline.codes.features import CODES_FILE, ItemCodes, candidate_columns
 from pipeline.codes.item_vectors import ItemVectors
@@ -296,6 +296,28 @@ def test_a_table_that_has_become_too_small_stops_the_next_fit_only(tmp_path: Pat
     assert (facts.version, facts.num_items) == ("v0001", 2100)
     with pytest.raises(UserError, match="max_items=2000 is less than the 2100 items"):
         quantize(week.config, items, tmp_path / "codebooks", scratch, force_refit=True)
+
+
+def test_settings_that_do_not_fit_leave_no_codebooks_behind(tmp_path: Path) -> None:
+    wide = CONFIG.model_copy(update={"features": CodeFeatures(vector_dims=17)})
+    with pytest.raises(UserError, match="vector_dims=17 is more than the 16 elements"):
+        Week(tmp_path / "wide", wide).run(0)
+    assert not (tmp_path / "wide" / "codebooks").exists()
+    week = Week(tmp_path)
+    week.run(0)
+    week.config = CONFIG.model_copy(update={"vq": Vq(top_k=5, max_items=1999)})
+    ids = np.arange(100, 2000)  # fewer than that, but the slots of the others stay
+    items = ItemVectors(
+        ids, vectors_of(ids), "tower-1", "2026-01-01", "2026-01-02", week.earlier, "v0001"
+    )
+    (tmp_path / "fewer").mkdir()
+
+    with pytest.raises(UserError, match="max_items=1999 is less than the 2000 items"):
+        quantize(week.config, items, tmp_path / "codebooks", tmp_path / "fewer", force_refit=True)
+    assert [path.name for path in (tmp_path / "codebooks").iterdir()] == ["v0001"]
+    anew = week.config.model_copy(update={"refit": RefitPolicy(keep_meaning=False)})
+    facts = quantize(anew, items, tmp_path / "codebooks", tmp_path / "fewer", force_refit=True)
+    assert facts.table_sizes["vq"] == 1900
 
 
 @pytest.mark.parametrize("rq", [None, CONFIG.rq])

@@ -1,15 +1,21 @@
 """What is said about a warm start, also by a training that was restarted."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from embedding.warm_start_report import CarriedRows, WarmStartReport
+from multimodal.cic import NO_ITEM, CicLoss
+from multimodal.content_config import Cic
 from pipeline import training_worker
 from pipeline.reports.report import warm_start_section
 from pipeline.reports.warm_start_view import redrawn_rows, warm_start_line
 from pipeline.train import TrainInputs, TrainJob
+from ranking.content import PENALTY, ContentPenalty
 from ranking.progress import Progress
 from tests.pipeline.small_log import make_recipe
 from tests.pipeline.stage_facts import trained
@@ -72,26 +78,58 @@ class Checkpoints:
         return None if self.step is None else (self.step, Progress(step=self.step).state_dict())
 
 
+def job(folder: Path) -> TrainJob:
+    return TrainJob(
+        recipe=make_recipe(folder),
+        inputs=TrainInputs(samples=[], validation=[], plan=folder, parent=folder),
+        resume=folder,
+    )
+
+
 def test_a_restarted_training_still_says_what_it_started_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = WarmStartReport(carried=("tables/item",), initialised={}, ignored=(), dropped_ids={})
     monkeypatch.setattr(training_worker, "load_into", lambda *_: made)
     monkeypatch.setattr(training_worker.dist, "get_rank", lambda: 0)
-    job = TrainJob(
-        recipe=make_recipe(tmp_path),
-        inputs=TrainInputs(samples=[], validation=[], plan=tmp_path, parent=tmp_path),
-        resume=tmp_path,
-    )
 
     def restore(step: int | None) -> tuple[Progress, WarmStartReport | None]:
-        return training_worker._restore(job, None, Checkpoints(step))  # type: ignore[arg-type]
+        checkpoints: Any = Checkpoints(step)
+        return training_worker._restore(job(tmp_path), None, checkpoints)  # type: ignore[arg-type]
 
     _, at_start = restore(None)
     progress, after_restart = restore(20)
 
     assert progress.step == 20
     assert at_start == after_restart == made
+
+
+@pytest.mark.parametrize("step", [None, 20])
+def test_a_queue_of_negatives_is_the_runs_own(
+    step: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queued = CicLoss(Cic(negatives="queue", queue_size=4), content_dim=2, id_dim=2)
+    queued(torch.randn(2, 2), torch.randn(2, 2), torch.tensor([5, 6]))
+    model = nn.Module()
+    model.add_module(PENALTY, ContentPenalty(queued, "item_id"))
+    queue = tuple(f"buffers/{name}" for name, _ in model.named_buffers())
+    made = WarmStartReport(
+        carried=("tables/item", *queue), initialised={}, ignored=(), dropped_ids={}
+    )
+    monkeypatch.setattr(training_worker, "load_into", lambda *_: made)
+    monkeypatch.setattr(training_worker.dist, "get_rank", lambda: 0)
+    sharded: Any = SimpleNamespace(model=SimpleNamespace(module=model))
+    checkpoints: Any = Checkpoints(step)
+
+    _, report = training_worker._restore(job(tmp_path), sharded, checkpoints)
+
+    if step is None:
+        assert report is not None
+        assert queued.queue_rows_M.eq(NO_ITEM).all()
+        assert report.carried == ("tables/item",)
+        assert report.initialised == dict.fromkeys(queue, "of the earlier run's steps")
+    else:
+        assert sorted(queued.queue_rows_M.tolist()) == [NO_ITEM, NO_ITEM, 5, 6]
 
 
 def test_a_training_without_a_parent_started_from_drawn_values() -> None:

@@ -58,3 +58,6 @@ class Likeness(torch.nn.Module):
 
     def forward(self, content_BD: Tensor, ids_BX: Tensor, rows_B: Tensor) -> Tensor:
         return (content_BD * ids_BX[:, :DIM] * rows_B.unsqueeze(1)).sum()
+
+    def forget(self) -> None:
+        """It holds nothing."""

@@ -13,6 +13,7 @@ from embedding.loader import SampleFiles, SampleLoader
 from ranking import classifier_config as classifiers
 from ranking.config import ModelConfig, RankingConfig
 from ranking.content import (
+    PENALTY,
     ContentPart,
     ContentPenalty,
     ContentShape,
@@ -158,6 +159,7 @@ def test_the_penalty_sees_candidates_and_their_id_embeddings(files: SampleFiles)
     source = StoredVectors()
     batch = _first_batch(files)
     part = ContentPart(source, ContentPenalty(Likeness(), "item_id"))
+    assert RankingStep(model, config, content=part).get_submodule(PENALTY) is part.penalty
     penalties = [
         RankingStep(model, config, content=content)(batch)[1][-1]
         for content in (ContentPart(source), part)

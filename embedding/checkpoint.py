@@ -30,7 +30,7 @@ from embedding.checkpoint_files import (
     step_directory,
     steps,
 )
-from embedding.errors import UserError
+from embedding.errors import CheckpointError, UserError
 from embedding.restore import restore_all
 from embedding.row_carry import RowCarry
 from embedding.shard import Sharded
@@ -190,12 +190,14 @@ def load_into(
         carries: tables whose rows have changed their meaning since.
 
     Raises:
-        UserError: if the directory has no complete checkpoint, or a damaged one, or a table has
-            another size than its codebooks.
+        CheckpointError: if the directory has no complete checkpoint, or a damaged one.
+        UserError: if a table has another size than its codebooks.
     """
     step = _of_rank_0(lambda: latest_step(directory))
     if step is None:
-        raise UserError(f"no complete checkpoint in {directory}; give the folder of a finished run")
+        raise CheckpointError(
+            f"no complete checkpoint in {directory}; give the folder of a finished run"
+        )
     source = step_directory(directory, step)
     return warm_start(CheckpointReader(source), _verified(source), sharded, carries)
 
@@ -204,7 +206,7 @@ def _verified(directory: Path, group: dist.ProcessGroup | None = None) -> Checkp
     """The manifest, once every file equals its checksum; the ranks divide the files.
 
     Raises:
-        UserError: on all ranks, naming the files that are missing or damaged.
+        CheckpointError: on all ranks, naming the files that are missing or damaged.
     """
     manifest = _of_rank_0(lambda: read_manifest(directory), group)
     world_size = dist.get_world_size(group)
@@ -214,7 +216,7 @@ def _verified(directory: Path, group: dist.ProcessGroup | None = None) -> Checkp
     dist.all_gather_object(gathered, damaged, group=group)
     problems = [problem for part in gathered for problem in part]
     if problems:
-        raise UserError(
+        raise CheckpointError(
             f"the checkpoint {directory} is damaged: {'; '.join(problems)}; delete it to "
             "continue from the one before, or restore it from a copy"
         )

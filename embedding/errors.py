@@ -7,3 +7,7 @@ class UserError(ValueError):
     The command line prints it without a traceback and exits with 2. It takes a single string, so
     it survives pickling between Ray processes.
     """
+
+
+class CheckpointError(UserError):
+    """The fault is a checkpoint's own: it is missing or damaged, or that of another model."""

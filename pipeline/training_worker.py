@@ -18,7 +18,7 @@ from torch.utils.tensorboard.writer import SummaryWriter
 from embedding import samples as columns
 from embedding.checkpoint import Checkpointer, load_into
 from embedding.checkpoint_files import BUFFERS, COMPANION, step_directory
-from embedding.errors import UserError
+from embedding.errors import CheckpointError
 from embedding.files import write_durably
 from embedding.loader import SampleFiles, SampleLoader
 from embedding.memory import keep_freed_memory
@@ -124,7 +124,7 @@ def predict_worker(job: EvaluateJob) -> None:
     # The bank is no weight: it holds what the encoder gives.
     lacking = sorted({*report.initialised} - {f"{COMPANION}bank"})
     if lacking:
-        raise UserError(
+        raise CheckpointError(
             f"the checkpoint {job.model.checkpoint} is not of this model: {lacking[0]} "
             f"({report.initialised[lacking[0]]}) and {len(lacking) - 1} others would keep their "
             "start values; run the train stage again"

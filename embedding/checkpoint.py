@@ -180,7 +180,10 @@ class Checkpointer:
 
 
 def load_into(
-    directory: Path, sharded: Sharded, carries: Mapping[str, RowCarry] | None = None
+    directory: Path,
+    sharded: Sharded,
+    carries: Mapping[str, RowCarry] | None = None,
+    average_of: Callable[[str], str] | None = None,
 ) -> WarmStartReport:
     """Warm start from the newest checkpoint of another run; says what was taken over.
 
@@ -188,6 +191,7 @@ def load_into(
         directory: checkpoints of that run.
         sharded: the model; tables hold their start values.
         carries: tables whose rows have changed their meaning since.
+        average_of: see `embedding.warm_start.warm_start`.
 
     Raises:
         CheckpointError: if the directory has no complete checkpoint, or a damaged one.
@@ -199,7 +203,7 @@ def load_into(
             f"no complete checkpoint in {directory}; give the folder of a finished run"
         )
     source = step_directory(directory, step)
-    return warm_start(CheckpointReader(source), _verified(source), sharded, carries)
+    return warm_start(CheckpointReader(source), _verified(source), sharded, carries, average_of)
 
 
 def _verified(directory: Path, group: dist.ProcessGroup | None = None) -> CheckpointManifest:

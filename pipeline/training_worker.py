@@ -32,7 +32,7 @@ from pipeline.devices import own_device
 from pipeline.evaluate import EvaluateJob
 from pipeline.rank_hosts import check_hosts
 from pipeline.train import LOGS, METRICS, RESULT, TENSORBOARD, TrainJob, TrainResult
-from ranking.averaging import AVERAGE
+from ranking.averaging import AVERAGE, saved_average
 from ranking.model import RankingModel, RankingStep
 from ranking.prediction import Predictions, predict
 from ranking.progress import Progress
@@ -203,7 +203,10 @@ def _restore(
         from pipeline.codes.carry import row_carries  # scipy: for a changed codebook only
 
         carries = row_carries(job.inputs.codebooks, job.recipe.features)
-    report = load_into(job.inputs.parent_checkpoint, sharded, carries)
+    # What the parent was validated and served with is its average; so that is what goes on.
+    keeps_average = job.recipe.ranking.trainer.ema_decay is not None
+    average_of = None if keeps_average else saved_average
+    report = load_into(job.inputs.parent_checkpoint, sharded, carries, average_of)
     drawn = report.initialised
     own = {n: why for n, why in drawn.items() if not n.startswith(f"{BUFFERS}{AVERAGE}.")}
     if len(own) < len(drawn):  # the parent had no average, or that of another model

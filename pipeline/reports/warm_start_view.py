@@ -14,6 +14,9 @@ def warm_start_line(facts: Mapping[str, Any], parent: str) -> str:
     weights_only = facts.get("weights_only", ())
     if weights_only:
         line += f"of {len(weights_only)} tables weights only, for the optimizer is another one, "
+    from_average = facts.get("from_average", ())
+    if from_average:
+        line += f"of {len(from_average)} dense ones the published average, for none is kept now, "
     line += f"redrawn {len(redrawn)}"
     if redrawn:
         more = len(redrawn) - _SHOWN

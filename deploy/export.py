@@ -14,6 +14,7 @@ from embedding.errors import UserError
 from pipeline.artifacts import read_manifest, reading
 from pipeline.catch_up import training_to_publish
 from pipeline.config import Recipe
+from pipeline.lineage import gate_of
 from pipeline.recipe import RECIPE_FILE, read_recipe
 from pipeline.registry import BUNDLE, TRAINING
 
@@ -27,7 +28,9 @@ class Exported:
     tables: TablePrecision
     num_bytes: int
     refused: tuple[str, ...]
-    """Why the gate refused the model; empty where it passed, or did not look at it."""
+    """Why the gate refused the model; empty where it passed, or has not looked at it."""
+    is_judged: bool
+    """Whether the gate has decided on the model of the date as it was trained last."""
 
 
 def export_bundle(
@@ -55,9 +58,15 @@ def export_bundle(
         (partial / BUNDLE).rename(folder)  # an empty directory gives way
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    gate = read_manifest(out / date / "gate")
+    gate = gate_of(out, date)
     refused = () if gate is None or gate.facts["passed"] else tuple(gate.facts["reasons"])
-    return Exported(written.rows_out, recipe.publish.tables, written.facts["bytes"], refused)
+    return Exported(
+        written.rows_out,
+        recipe.publish.tables,
+        written.facts["bytes"],
+        refused,
+        is_judged=gate is not None,
+    )
 
 
 def _published_as(run: Path, train: Path) -> TablePrecision:

@@ -41,6 +41,23 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     (directory / MANIFEST).write_text(manifest.model_dump_json())
 
 
+def write_decision(out: Path, train_id: str, *, passed: bool) -> None:
+    """The gate's, on the evaluation of a training."""
+    evaluated = Manifest(
+        stage="evaluate", artifact_id="e", config_hash="c", inputs={"train": train_id}
+    )
+    write_manifest(out / DATE / "evaluate", evaluated)
+    reasons = [] if passed else ["click: auc 0.4000 is below gate.min_auc=0.5"]
+    decided = Manifest(
+        stage="gate",
+        artifact_id="g",
+        config_hash="c",
+        inputs={"evaluate": "e"},
+        facts={"passed": passed, "reasons": reasons},
+    )
+    write_manifest(out / DATE / "gate", decided)
+
+
 def with_tables(precision: str) -> Recipe:
     recipe = settings()
     publish = recipe.publish.model_copy(update={"tables": precision})
@@ -113,15 +130,37 @@ def test_an_unknown_precision_of_tables_is_refused(
 def test_a_refused_model_is_exported_and_the_reason_said(
     out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    decision = {"passed": False, "reasons": ["click: auc 0.4000 is below gate.min_auc=0.5"]}
-    manifest = Manifest(stage="gate", artifact_id="g", config_hash="c", facts=decision)
-    write_manifest(out / DATE / "gate", manifest)
+    write_decision(out, "t", passed=False)
 
     assert main(command(out, tmp_path / "bundle")) == 0
 
     printed = capsys.readouterr().out
     assert "the gate refused this model: click: auc 0.4000 is below" in printed
+    assert "no gate has looked" not in printed
     assert read_bundle(tmp_path / "bundle").tables
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_a_decision_on_another_model_of_the_date_is_not_told(
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], passed: bool
+) -> None:
+    write_decision(out, "what was there before `braid stage train`", passed=passed)
+
+    assert main(command(out, tmp_path / "bundle")) == 0
+
+    printed = capsys.readouterr().out
+    assert "refused" not in printed
+    assert "no gate has looked at this model" in printed
+
+
+def test_a_model_that_passed_is_exported_without_a_word(
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_decision(out, "t", passed=True)
+
+    assert main(command(out, tmp_path / "bundle")) == 0
+
+    assert "gate" not in capsys.readouterr().out
 
 
 def test_a_folder_that_holds_something_is_left_alone(

@@ -70,7 +70,8 @@ class Checkpointer:
         Args:
             step: number of finished steps; a checkpoint of the same step is replaced.
             sharded: the training state.
-            progress: JSON-able facts of this rank (data position, metric windows).
+            progress: JSON-able facts (data position, metric windows). Those of rank 0 hold for all
+                ranks, but for the ones that a rank gives itself.
             wait: False copies this rank's shards to host memory and writes them in the
                 background; True writes them in place, without a copy.
             retain: a step whose checkpoint is not removed, however many come after it; this
@@ -107,7 +108,8 @@ class Checkpointer:
         """Restore the checkpoint of `step` exactly; any plan, any world size.
 
         Returns:
-            The progress this rank saved; rank 0's, if the world size has changed.
+            The progress of rank 0 with what this rank saved itself, if the world size has not
+            changed.
 
         Raises:
             UserError: if a file is missing or damaged, or the checkpoint does not fit the model.
@@ -146,8 +148,10 @@ class Checkpointer:
         self, directory: Path, manifest: CheckpointManifest, sharded: Sharded
     ) -> dict[str, Any]:
         restore_all(CheckpointReader(directory), manifest, sharded)
-        same_ranks = manifest.world_size == self._world_size
-        return manifest.ranks[self._rank if same_ranks else 0].progress
+        progress = manifest.ranks[0].progress
+        if manifest.world_size == self._world_size:
+            progress = {**progress, **manifest.ranks[self._rank].progress}
+        return progress
 
     def _write(
         self, manifest: CheckpointManifest, tensors: dict[str, StoredTensor], retain: int | None

@@ -83,7 +83,7 @@ def _train(job: TrainJob, content: "RankContent | None", device: torch.device) -
             save=lambda reached: checkpointer.save(
                 reached.step,
                 sharded,
-                reached.state_dict(),
+                reached.state_dict(dist.get_rank()),
                 wait=False,
                 retain=reached.validation.best_step,
             ),

@@ -63,14 +63,16 @@ def _check_exact_resume(directory: Path) -> None:
             sharded = _build(sharding, ids)
             checkpointer = Checkpointer(directory / f"{sharding}-{wait}", keep=2)
             train(sharded, range(4), 60)
-            checkpointer.save(4, sharded, {"rank": dist.get_rank()}, wait=wait)
+            own = {"rank": dist.get_rank()}
+            of_all = {"position": 4} if dist.get_rank() == 0 else {}
+            checkpointer.save(4, sharded, {**of_all, **own}, wait=wait)
             drawn = torch.rand(3)
             losses = train(sharded, range(4, 9), 60)
             checkpointer.wait()
 
             resumed = _build(sharding, ids, seed=8)
             progress = checkpointer.load(4, resumed)
-            assert progress == {"rank": dist.get_rank()}
+            assert progress == {"position": 4, **own}
             assert torch.equal(torch.rand(3), drawn), "random generators differ"
             assert train(resumed, range(4, 9), 60) == losses
             for name, table in gather_tables(resumed).items():

@@ -14,7 +14,8 @@ import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from types import TracebackType
+from typing import Any, Self, TypeVar, cast
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
@@ -45,7 +46,10 @@ T = TypeVar("T")
 
 
 class Checkpointer:
-    """Saves and loads the training state of one run. Every rank makes the same calls."""
+    """Saves and loads the training state of one run. Every rank makes the same calls.
+
+    A context manager: behind it, everything is written, and thread and group are gone.
+    """
 
     def __init__(self, directory: Path, keep: int) -> None:
         """`keep`: latest complete checkpoints kept. Creates its own gloo group for saving."""
@@ -95,10 +99,33 @@ class Checkpointer:
         if pending is not None:
             pending.result()
 
-    def close(self) -> None:
-        """Finish what is being written and end the thread; call before the group is destroyed."""
-        self.wait()
-        self._thread.shutdown()
+    def close(self, *, is_orderly: bool = True) -> None:
+        """Finish what is being written; end the thread and the group.
+
+        Args:
+            is_orderly: all ranks call it. False: this rank has failed, and waits for nobody.
+        """
+        if not is_orderly and self._world_size > 1:
+            # The group's process ends, and its thread may be waiting for a rank that never comes.
+            self._thread.shutdown(wait=False, cancel_futures=True)
+            return
+        try:
+            if is_orderly:
+                self.wait()
+        finally:
+            self._thread.shutdown()
+            dist.destroy_process_group(self._group)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close(is_orderly=error is None)
 
     def latest_step(self) -> int | None:
         """Step of the newest checkpoint whose files have their full size, or None."""

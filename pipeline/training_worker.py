@@ -5,6 +5,8 @@ Ray Train has set up the process group; a restarted group finds its last checkpo
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,49 +55,45 @@ def train_worker(job: TrainJob) -> None:
     """Train on this rank from the last checkpoint, the parent's, or the start."""
     device = _prepare_process(job.recipe, job.resume / LOGS)
     check_hosts(job.inputs.plan_file, device)
-    content = _rank_content(job.recipe, job.inputs.content, device)
-    try:
+    with _rank_content(job.recipe, job.inputs.content, device) as content:
         _train(job, content, device)
-    except BaseException:
-        # A process that is kept for the next training would keep its actors, too.
-        if content is not None:
-            content.source.close(is_orderly=False)
-        raise
-    if content is not None:
-        content.source.close()
     dist.barrier()
 
 
 def _train(job: TrainJob, content: "RankContent | None", device: torch.device) -> None:
     recipe = job.recipe
     sharded = build(recipe, job.inputs.plan_file, device, content)
-    checkpointer = Checkpointer(job.checkpoints, keep=recipe.ranking.trainer.keep_checkpoints)
-    progress, carried = _restore(job, sharded, checkpointer)
-    record = MetricsFile(job, progress.step) if dist.get_rank() == 0 else None
-    trainer = Trainer(
-        recipe.ranking.trainer,
-        recipe.ranking.tasks,
-        model=sharded.model,
-        optimizer=sharded.optimizer,
-        device=device,
-        hooks=TrainingHooks(
-            report=record.add if record else _ignore,
-            save=lambda reached: checkpointer.save(
-                reached.step,
-                sharded,
-                reached.state_dict(dist.get_rank()),
-                wait=False,
-                retain=reached.validation.best_step,
-            ),
-            validated=record.add_validation if record else _ignore,
-        ),
-    )
     loader = _loader(recipe, job.inputs.samples, content)
     held_out = _loader(recipe, job.inputs.validation, content) if job.inputs.validation else None
-    summary = trainer.fit(loader, progress, validation=held_out, is_warm_start=carried is not None)
-    checkpointer.close()
+    keep = recipe.ranking.trainer.keep_checkpoints
+    with ExitStack() as open_until_done:
+        checkpointer = open_until_done.enter_context(Checkpointer(job.checkpoints, keep=keep))
+        progress, carried = _restore(job, sharded, checkpointer)
+        record = None
+        if dist.get_rank() == 0:
+            record = open_until_done.enter_context(closing(MetricsFile(job, progress.step)))
+        trainer = Trainer(
+            recipe.ranking.trainer,
+            recipe.ranking.tasks,
+            model=sharded.model,
+            optimizer=sharded.optimizer,
+            device=device,
+            hooks=TrainingHooks(
+                report=record.add if record else _ignore,
+                save=lambda reached: checkpointer.save(
+                    reached.step,
+                    sharded,
+                    reached.state_dict(dist.get_rank()),
+                    wait=False,
+                    retain=reached.validation.best_step,
+                ),
+                validated=record.add_validation if record else _ignore,
+            ),
+        )
+        summary = trainer.fit(
+            loader, progress, validation=held_out, is_warm_start=carried is not None
+        )
     if record is not None:
-        record.close()
         best_step = summary.validation.best_step
         result_step = summary.steps if best_step is None else best_step
         result = TrainResult(
@@ -118,7 +116,13 @@ def predict_worker(job: EvaluateJob) -> None:
     recipe = job.model.recipe
     device = _prepare_process(recipe, job.predictions.parent / LOGS)
     check_hosts(job.model.plan, device)
-    content = _rank_content(recipe, job.model.content, device, predicts=True)
+    with _rank_content(recipe, job.model.content, device, predicts=True) as content:
+        _predict(job, content, device)
+    dist.barrier()
+
+
+def _predict(job: EvaluateJob, content: "RankContent | None", device: torch.device) -> None:
+    recipe = job.model.recipe
     sharded = build(recipe, job.model.plan, device, content)
     report = load_into(job.model.checkpoint, sharded)
     # The bank is no weight: it holds what the encoder gives.
@@ -141,7 +145,6 @@ def predict_worker(job: EvaluateJob) -> None:
     ):
         for predictions in predict(sharded.model, stream, device):
             writer.write_batch(prediction_batch(predictions, tasks))
-    dist.barrier()
 
 
 def build(
@@ -218,14 +221,25 @@ def _restore(
     return Progress(), report
 
 
+@contextmanager
 def _rank_content(
     recipe: Recipe, paths: ContentPaths | None, device: torch.device, *, predicts: bool = False
-) -> "RankContent | None":
+) -> "Iterator[RankContent | None]":
+    """None if the recipe reads none."""
     if recipe.content is None:
-        return None
+        yield None
+        return
     from pipeline.content.training import rank_content  # transformers: seconds, for content only
 
-    return rank_content(recipe, paths, device, predicts=predicts)
+    content = rank_content(recipe, paths, device, predicts=predicts)
+    assert content is not None
+    try:
+        yield content
+    except BaseException:
+        # A process that is kept for the next training would keep its actors, too.
+        content.source.close(is_orderly=False)
+        raise
+    content.source.close()
 
 
 def _prepare_process(recipe: Recipe, logs: Path) -> torch.device:

@@ -1,6 +1,7 @@
 """Resume, retention, damage, warm start, growth and export of checkpoints, in two spawns."""
 
 import dataclasses
+import gc
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
@@ -46,6 +47,33 @@ def _check_two_ranks(directory: Path) -> None:
     _check_exact_resume(directory / "resume")
     _check_ranks_restore_the_same_step(directory / "views")
     _check_evicted_rows_start_anew()
+
+
+def _check_nothing_is_left_of_a_checkpointer(directory: Path) -> None:
+    """A process that is kept for many trainings ran out of threads and file descriptors."""
+    sharded = _build()
+
+    def held() -> tuple[int, int]:
+        gc.collect()
+        threads, files = (list(Path("/proc/self", kind).iterdir()) for kind in ("task", "fd"))
+        return len(threads), len(files)
+
+    def save_and_close(name: str) -> None:
+        with Checkpointer(directory / name, keep=1) as checkpointer:
+            checkpointer.save(1, sharded, {}, wait=False)
+
+    def fail(name: str) -> None:
+        with Checkpointer(directory / name, keep=1) as checkpointer:
+            checkpointer.save(1, sharded, {}, wait=False)
+            raise UserError("training has diverged")
+
+    save_and_close("first")
+    before = held()
+    for turn in range(5):
+        save_and_close(f"closed-{turn}")
+        with pytest.raises(UserError, match="diverged"):
+            fail(f"failed-{turn}")
+    assert held() == before
 
 
 def _build(sharding: str = "row_wise", ids=Hashed(), seed: int = 7, scale: int = 1) -> Sharded:  # noqa: B008
@@ -134,6 +162,7 @@ def test_one_rank(tmp_path: Path) -> None:
 
 
 def _check_one_rank(directory: Path) -> None:
+    _check_nothing_is_left_of_a_checkpointer(directory / "left")
     _check_retained_step(directory / "retained")
     _check_retention_and_damage(directory / "damage")
     _check_damaged_manifest(directory / "manifest")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ranking.classifier_config import Dlrm, FiBiNet, Ipnn, Opnn, Pin
-from ranking.classifiers.inputs import ClassifierInputs, InputDims
+from ranking.classifiers.inputs import ClassifierInputs, InputDims, filled, filled_width
 from ranking.experts import StackedLinear
 from ranking.interactions import FieldPairs, InnerProducts, flat_pairs
 from ranking.mlp import mlp
@@ -109,7 +109,7 @@ class DlrmClassifier(nn.Module):
         self.products = InnerProducts(dims.num_fields + (self.bottom is not None))
         width = self.products.num_pairs + dims.interest + (self.dim if self.bottom else 0)
         self.output_dim = config.hidden[-1]
-        self.mlp = mlp(width, config.hidden, config.dropout)
+        self.mlp = mlp(filled_width(width), config.hidden, config.dropout)
 
     def forward(self, inputs: ClassifierInputs) -> Tensor:
         """The representation, (B, output_dim)."""
@@ -119,7 +119,7 @@ class DlrmClassifier(nn.Module):
             dense_BD = self.bottom(inputs.dense_BX)
             fields_BFD = torch.cat([dense_BD.unsqueeze(1), fields_BFD], dim=1)
             columns.append(dense_BD)
-        return self.mlp(torch.cat([self.products(fields_BFD), *columns], dim=1))
+        return self.mlp(self.products(fields_BFD, filled(columns, self.products.num_pairs)))
 
 
 class FiBiNetClassifier(nn.Module):

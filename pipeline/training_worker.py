@@ -39,7 +39,7 @@ from ranking.model import RankingModel, RankingStep
 from ranking.prediction import Predictions, predict
 from ranking.progress import Progress
 from ranking.step_line import step_line
-from ranking.trainer import Trainer, TrainingHooks
+from ranking.trainer import Reached, Trainer, TrainingHooks
 from ranking.validation import validation_line
 
 if TYPE_CHECKING:
@@ -310,9 +310,6 @@ class MetricsFile:
 
     def __init__(self, job: TrainJob, first: int) -> None:
         self.tasks = job.recipe.ranking.tasks
-        self.rows_per_step = (
-            job.recipe.ranking.trainer.batch_size_per_rank * job.recipe.cluster.num_workers
-        )
         path = job.resume / METRICS
         kept = path.read_text().splitlines(keepends=True) if path.exists() else []
         kept = [line for line in kept if line.endswith("\n") and json.loads(line)["step"] <= first]
@@ -324,30 +321,31 @@ class MetricsFile:
         """Figures of the last window, where the model reads content."""
         self.board = SummaryWriter(str(job.resume / TENSORBOARD), purge_step=first + 1)
 
-    def add(self, step: int, num_steps: int, metrics: dict[str, float]) -> None:
+    def add(self, reached: Reached, metrics: dict[str, float]) -> None:
         """Append the metrics of a window of steps, with the line a person reads."""
         found = {name: value for name, value in metrics.items() if name.startswith("content/")}
         self.content = found or None
-        self._append(step, num_steps, metrics, step_line(step, num_steps, self.tasks, metrics))
+        line = step_line(reached.step, reached.num_steps, self.tasks, metrics)
+        self._append(reached, metrics, line)
 
-    def add_validation(self, step: int, num_steps: int, metrics: dict[str, float]) -> None:
+    def add_validation(self, reached: Reached, metrics: dict[str, float]) -> None:
         """Append the metrics of the held-out rows."""
-        self._append(step, num_steps, metrics, validation_line(step, self.tasks, metrics))
+        self._append(reached, metrics, validation_line(reached.step, self.tasks, metrics))
 
     def close(self) -> None:
         """Flush everything."""
         self.file.close()
         self.board.close()
 
-    def _append(self, step: int, num_steps: int, metrics: dict[str, float], line: str) -> None:
+    def _append(self, reached: Reached, metrics: dict[str, float], line: str) -> None:
         record = {
-            "step": step,
-            "rows": step * self.rows_per_step,
-            "total_rows": num_steps * self.rows_per_step,
+            "step": reached.step,
+            "rows": reached.rows,
+            "total_rows": reached.num_rows,
             "line": line,
             **metrics,
         }
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
         for name, value in metrics.items():
-            self.board.add_scalar(name, value, step)
+            self.board.add_scalar(name, value, reached.step)

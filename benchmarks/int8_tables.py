@@ -119,7 +119,8 @@ def auc(predictor: Predictor, batches: list[RankingBatch], task: int) -> float:
     """Of the rows that have the task's label."""
     labels, scores = [], []
     for batch in batches:
-        has_label_B = batch.weights_BT[:, task] > 0  # filling rows have none
+        # Rows that fill up the batch weigh nothing.
+        has_label_B = (batch.weights_BT[:, task] > 0) & ~batch.labels_BT[:, task].isnan()
         labels.append(batch.labels_BT[has_label_B, task])
         scores.append(predictor.predict(batch)[has_label_B, task])
     return float(roc_auc_score(torch.cat(labels), torch.cat(scores)))

@@ -88,6 +88,8 @@ def export(
     exported = export_bundle(out, date, to, tables)
     for reason in exported.refused:
         console.print(f"[yellow]![/] the gate refused this model: {escape(reason)}")
+    if not exported.is_judged:
+        console.print("[yellow]![/] no gate has looked at this model")
     console.print(
         escape(
             f"{to}: bundle of {date}, {exported.num_rows} table rows in {exported.tables}, "

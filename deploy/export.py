@@ -14,7 +14,7 @@ from embedding.errors import UserError
 from pipeline.artifacts import read_manifest, reading
 from pipeline.catch_up import training_to_publish
 from pipeline.config import Recipe
-from pipeline.gate_decision import GateDecision
+from pipeline.lineage import gate_of
 from pipeline.recipe import RECIPE_FILE, read_recipe
 from pipeline.registry import BUNDLE, PublishFacts
 
@@ -28,7 +28,9 @@ class Exported:
     tables: TablePrecision
     num_bytes: int
     refused: tuple[str, ...]
-    """Why the gate refused the model; empty where it passed, or did not look at it."""
+    """Why the gate refused the model; empty where it passed, or has not looked at it."""
+    is_judged: bool
+    """Whether the gate has decided on the model of the date as it was trained last."""
 
 
 def export_bundle(
@@ -57,9 +59,14 @@ def export_bundle(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     assert isinstance(written.facts, PublishFacts)
-    gate = read_manifest(out / date / "gate", GateDecision)
-    refused = () if gate is None or gate.facts.passed else gate.facts.reasons
-    return Exported(written.rows_out, recipe.publish.tables, written.facts.num_bytes, refused)
+    gate = gate_of(out, date)
+    return Exported(
+        written.rows_out,
+        recipe.publish.tables,
+        written.facts.num_bytes,
+        refused=() if gate is None else gate.facts.reasons,
+        is_judged=gate is not None,
+    )
 
 
 def _published_as(run: Path, train: Path) -> TablePrecision:

@@ -259,14 +259,14 @@ class SampleColumns:
             UserError: a column that must not hold nulls does.
         """
         labels_RT = stack_floats(table, self.labels)[order]
-        weights_RT = labels_RT.isnan().logical_not_().to(torch.float32)
+        weights_RT = torch.ones_like(labels_RT)
         for task, name in self.weights.items():
-            weights_RT[:, task] *= stack_floats(table, [name])[order, 0]
+            weights_RT[:, task] = stack_floats(table, [name])[order, 0]
         return Rows(
             pooled=self._ids(table, self.pooled, order),
             unpooled=self._ids(table, self.unpooled, order),
             dense_RF=stack_floats(table, self.dense)[order],
-            labels_RT=labels_RT.nan_to_num_(nan=0.0),
+            labels_RT=labels_RT,
             weights_RT=weights_RT,
             keys_RK=torch.stack([int64(table, name) for name in self.keys], dim=1)[order],
             items=None if self.items is None else _item_ids(table, self.items, order),

@@ -25,9 +25,9 @@ class RankingBatch(Pipelineable):
     pooled: KeyedJaggedTensor
     unpooled: KeyedJaggedTensor
     labels_BT: Tensor
-    """float32; 0 where the label is missing."""
+    """float32; NaN where the label is missing."""
     weights_BT: Tensor
-    """float32; 0 where the label is missing, and on rows that only fill up the batch."""
+    """float32; of the row, whether its label is there or not, and 0 where it only fills up."""
     keys_BK: Tensor
     """int64, in the order of `embedding.samples.KEYS`; a filling row repeats a real one."""
     num_rows: int

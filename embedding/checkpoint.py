@@ -14,7 +14,8 @@ import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from types import TracebackType
+from typing import Any, Self, TypeVar, cast
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
@@ -30,7 +31,7 @@ from embedding.checkpoint_files import (
     step_directory,
     steps,
 )
-from embedding.errors import UserError
+from embedding.errors import CheckpointError, UserError
 from embedding.restore import restore_all
 from embedding.row_carry import RowCarry
 from embedding.shard import Sharded
@@ -46,7 +47,10 @@ T = TypeVar("T")
 
 
 class Checkpointer:
-    """Saves and loads the training state of one run. Every rank makes the same calls."""
+    """Saves and loads the training state of one run. Every rank makes the same calls.
+
+    A context manager: behind it, everything is written, and thread and group are gone.
+    """
 
     def __init__(self, directory: Path, keep: int) -> None:
         """`keep`: latest complete checkpoints kept. Creates its own gloo group for saving."""
@@ -71,7 +75,8 @@ class Checkpointer:
         Args:
             step: number of finished steps; a checkpoint of the same step is replaced.
             sharded: the training state.
-            progress: JSON-able facts of this rank (data position, metric windows).
+            progress: JSON-able facts (data position, metric windows). Those of rank 0 hold for all
+                ranks, but for the ones that a rank gives itself.
             wait: False copies this rank's shards to host memory and writes them in the
                 background; True writes them in place, without a copy.
             retain: a step whose checkpoint is not removed, however many come after it; this
@@ -95,10 +100,33 @@ class Checkpointer:
         if pending is not None:
             pending.result()
 
-    def close(self) -> None:
-        """Finish what is being written and end the thread; call before the group is destroyed."""
-        self.wait()
-        self._thread.shutdown()
+    def close(self, *, is_orderly: bool = True) -> None:
+        """Finish what is being written; end the thread and the group.
+
+        Args:
+            is_orderly: all ranks call it. False: this rank has failed, and waits for nobody.
+        """
+        if not is_orderly and self._world_size > 1:
+            # The group's process ends, and its thread may be waiting for a rank that never comes.
+            self._thread.shutdown(wait=False, cancel_futures=True)
+            return
+        try:
+            if is_orderly:
+                self.wait()
+        finally:
+            self._thread.shutdown()
+            dist.destroy_process_group(self._group)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close(is_orderly=error is None)
 
     def latest_step(self) -> int | None:
         """Step of the newest checkpoint whose files have their full size, or None."""
@@ -108,7 +136,8 @@ class Checkpointer:
         """Restore the checkpoint of `step` exactly; any plan, any world size.
 
         Returns:
-            The progress this rank saved; rank 0's, if the world size has changed.
+            The progress of rank 0 with what this rank saved itself, if the world size has not
+            changed.
 
         Raises:
             UserError: if a file is missing or damaged, or the checkpoint does not fit the model.
@@ -147,8 +176,10 @@ class Checkpointer:
         self, directory: Path, manifest: CheckpointManifest, sharded: Sharded
     ) -> dict[str, Any]:
         restore_all(CheckpointReader(directory), manifest, sharded)
-        same_ranks = manifest.world_size == self._world_size
-        return manifest.ranks[self._rank if same_ranks else 0].progress
+        progress = manifest.ranks[0].progress
+        if manifest.world_size == self._world_size:
+            progress = {**progress, **manifest.ranks[self._rank].progress}
+        return progress
 
     def _write(
         self, manifest: CheckpointManifest, tensors: dict[str, StoredTensor], retain: int | None
@@ -181,7 +212,10 @@ class Checkpointer:
 
 
 def load_into(
-    directory: Path, sharded: Sharded, carries: Mapping[str, RowCarry] | None = None
+    directory: Path,
+    sharded: Sharded,
+    carries: Mapping[str, RowCarry] | None = None,
+    average_of: Callable[[str], str] | None = None,
 ) -> WarmStartReport:
     """Warm start from the newest checkpoint of another run; says what was taken over.
 
@@ -189,23 +223,26 @@ def load_into(
         directory: checkpoints of that run.
         sharded: the model; tables hold their start values.
         carries: tables whose rows have changed their meaning since.
+        average_of: see `embedding.warm_start.warm_start`.
 
     Raises:
-        UserError: if the directory has no complete checkpoint, or a damaged one, or a table has
-            another size than its codebooks.
+        CheckpointError: if the directory has no complete checkpoint, or a damaged one.
+        UserError: if a table has another size than its codebooks.
     """
     step = _of_rank_0(lambda: latest_step(directory))
     if step is None:
-        raise UserError(f"no complete checkpoint in {directory}; give the folder of a finished run")
+        raise CheckpointError(
+            f"no complete checkpoint in {directory}; give the folder of a finished run"
+        )
     source = step_directory(directory, step)
-    return warm_start(CheckpointReader(source), _verified(source), sharded, carries)
+    return warm_start(CheckpointReader(source), _verified(source), sharded, carries, average_of)
 
 
 def _verified(directory: Path, group: dist.ProcessGroup | None = None) -> CheckpointManifest:
     """The manifest, once every file equals its checksum; the ranks divide the files.
 
     Raises:
-        UserError: on all ranks, naming the files that are missing or damaged.
+        CheckpointError: on all ranks, naming the files that are missing or damaged.
     """
     manifest = _of_rank_0(lambda: read_manifest(directory), group)
     world_size = dist.get_world_size(group)
@@ -215,7 +252,7 @@ def _verified(directory: Path, group: dist.ProcessGroup | None = None) -> Checkp
     dist.all_gather_object(gathered, damaged, group=group)
     problems = [problem for part in gathered for problem in part]
     if problems:
-        raise UserError(
+        raise CheckpointError(
             f"the checkpoint {directory} is damaged: {'; '.join(problems)}; delete it to "
             "continue from the one before, or restore it from a copy"
         )

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from embedding.config import StrictConfig
-from embedding.errors import UserError
+from embedding.errors import CheckpointError, UserError
 from embedding.planning.plan_description import PlanDescription
 
 logger = logging.getLogger(__name__)
@@ -113,14 +113,14 @@ def step_directory(directory: Path, step: int) -> Path:
 
 
 def read_manifest(directory: Path) -> CheckpointManifest:
-    """The manifest of one checkpoint; raises UserError where there is none, or a damaged one."""
+    """The manifest of one checkpoint; raises CheckpointError if there is none, or a damaged one."""
     path = directory / MANIFEST
     if not path.exists():
-        raise UserError(f"{directory} is not a complete checkpoint: it has no {MANIFEST}")
+        raise CheckpointError(f"{directory} is not a complete checkpoint: it has no {MANIFEST}")
     try:
         return CheckpointManifest.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise UserError(
+        raise CheckpointError(
             f"{path} is damaged or of another version of Braid ({error.errors()[0]['msg']}); "
             "restore it from a copy, or, where it is one of several of an interrupted training, "
             "delete its folder to continue from the one before"

@@ -141,6 +141,16 @@ def num_rows(segments: Iterable[Segment]) -> int:
     return sum(segment.num_rows for segment in segments)
 
 
+def rows_left(num_rows: int, legs: Iterable[Leg]) -> int:
+    """Rows of `EpochPlan.remaining` in an epoch of so many, without making the segments."""
+    for leg in legs:
+        base, num_longer = divmod(num_rows, leg.world_size)
+        done = leg.steps * leg.batch_size_per_rank
+        num_rows -= num_longer * min(base + 1, done)
+        num_rows -= (leg.world_size - num_longer) * min(base, done)
+    return num_rows
+
+
 def num_steps(total_rows: int, world_size: int, batch_size_per_rank: int) -> int:
     """Steps every rank makes for `total_rows`; the last one may hold filling rows."""
     return -(-total_rows // (world_size * batch_size_per_rank))

@@ -12,6 +12,10 @@ class UserError(ValueError):
     """
 
 
+class CheckpointError(UserError):
+    """The fault is a checkpoint's own: it is missing or damaged, or that of another model."""
+
+
 def nearest_name(word: str, words: Sequence[str]) -> str:
     """A hint for a misspelt name, or nothing."""
     matches = difflib.get_close_matches(word, words, n=1, cutoff=0.5)

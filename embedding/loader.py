@@ -15,7 +15,7 @@ from embedding import samples
 from embedding.arrow import Rows, SampleColumns, concat_rows
 from embedding.batch import RankingBatch
 from embedding.config import FeatureSchema
-from embedding.epochs import EpochPlan, Position, Segment, num_rows, num_steps, split
+from embedding.epochs import EpochPlan, Position, Segment, num_rows, num_steps, rows_left, split
 from embedding.errors import UserError
 from embedding.items import ItemSource
 from embedding.prefetch import Prefetched
@@ -152,12 +152,12 @@ class SampleLoader:
 
     def num_steps(self, position: Position) -> int:
         """Steps from `position` to the end of its epoch."""
-        left = self._plan(position).remaining(position.legs)
-        return num_steps(num_rows(left), self.world_size, self.batch_size_per_rank)
+        left = rows_left(self.files.num_rows, position.legs)
+        return num_steps(left, self.world_size, self.batch_size_per_rank)
 
     def rows_before(self, position: Position) -> int:
         """Rows trained from the start of the run to `position`, over all ranks."""
-        left = num_rows(self._plan(position).remaining(position.legs))
+        left = rows_left(self.files.num_rows, position.legs)
         return (position.epoch + 1) * self.files.num_rows - left
 
     def shuffled(self, position: Position) -> "BatchStream":

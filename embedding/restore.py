@@ -114,6 +114,10 @@ class Restorer:
         """One buffer outside the tables."""
         self._read_whole(f"{BUFFERS}{name}", dense_buffers(self._sharded)[name])
 
+    def restore_from_buffer(self, name: str, target: Tensor) -> None:
+        """A parameter or buffer of this model from a saved buffer of another name."""
+        self._read_whole(f"{BUFFERS}{name}", target)
+
     def companion_tensors(self) -> dict[str, Tensor]:
         """All that was saved of what trains beside the model."""
         names = self._reader.names(COMPANION)

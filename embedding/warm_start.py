@@ -1,6 +1,6 @@
 """Starts a run from another run's checkpoint: what fits is carried over, the rest is named."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -20,6 +20,7 @@ def warm_start(
     manifest: CheckpointManifest,
     sharded: Sharded,
     carries: Mapping[str, RowCarry] | None = None,
+    average_of: Callable[[str], str] | None = None,
 ) -> WarmStartReport:
     """Take over what fits from another run: tables with their optimizer state, dense parameters.
 
@@ -34,6 +35,8 @@ def warm_start(
         manifest: of the checkpoint.
         sharded: the model; tables hold their start values.
         carries: tables whose rows have changed their meaning.
+        average_of: gives the saved buffer with the average of a dense parameter or buffer, which is
+            taken where it was saved. None: this model has averages of its own.
 
     Raises:
         UserError: such a table has another size than its codebooks.
@@ -69,6 +72,7 @@ def warm_start(
             carried.append(saved)
         else:
             initialised[saved] = reason
+    averaged = () if average_of is None else _take_averages(reader, restorer, sharded, average_of)
     if sharded.companion is not None:
         beside = restorer.companion_tensors()
         kept = sharded.companion.warm_start(beside)
@@ -84,8 +88,25 @@ def warm_start(
         ignored=tuple(sorted(name for name in unread if not name.startswith("rng/"))),
         dropped_ids=sum_dropped([dropped for _, dropped in outcomes]),
         weights_only=() if restorer.carries_states else tables,
+        from_average=averaged,
         rows=rows,
     )
+
+
+def _take_averages(
+    reader: CheckpointReader,
+    restorer: Restorer,
+    sharded: Sharded,
+    average_of: Callable[[str], str],
+) -> tuple[str, ...]:
+    """What was published of the other run replaces what it trained with; names of what did."""
+    taken = []
+    for name, tensor in {**sharded.dense_parameters, **dense_buffers(sharded)}.items():
+        average = average_of(name)
+        if _why_not_read(reader, f"{BUFFERS}{average}", tensor) is None:
+            restorer.restore_from_buffer(average, tensor.detach())
+            taken.append(name)
+    return tuple(taken)
 
 
 def _why_not_read(reader: CheckpointReader, saved: str, target: Tensor) -> str | None:

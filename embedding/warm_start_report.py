@@ -30,5 +30,8 @@ class WarmStartReport(StrictConfig):
     """Managed-collision ids that found no room, by table, summed over ranks."""
     weights_only: tuple[str, ...] = ()
     """Tables among them that start with a new optimizer state: another optimizer trained them."""
+    from_average: tuple[str, ...] = ()
+    """Dense parameters and buffers that start from the average which the other run published, as
+    this one keeps none."""
     rows: dict[str, CarriedRows] = {}
     """Tables whose rows have changed their meaning since they were saved."""

@@ -266,7 +266,10 @@ class Recipe(StrictConfig):
 
     @model_validator(mode="after")
     def _check_model(self) -> Self:
-        check_model(self.features, self.ranking.model)
+        num_content_fields = 0
+        if self.content is not None:
+            num_content_fields = 1 + len(self.features.histories) * self.content.in_history
+        check_model(self.features, self.ranking.model, num_content_fields)
         check_support(
             table_widths(self.features, self.ranking.model),
             self.embedding.optimizer,

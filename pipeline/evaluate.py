@@ -19,6 +19,7 @@ from embedding.config import StrictConfig
 from pipeline.artifacts import StageFacts
 from pipeline.config import EvaluationConfig, Recipe
 from pipeline.metrics_file import METRICS_FILE, ORACLE_FILE, write_metrics
+from pipeline.refusal import refusing_once
 from pipeline.stages import StageOutput
 from pipeline.train import TrainedModel
 from pipeline.worker_group import RunWorkers, run_workers
@@ -178,4 +179,6 @@ def _predict_worker(config: dict[str, str]) -> None:
     """Runs on every rank; torchrec is imported here and not in the driver."""
     from pipeline.training_worker import predict_worker
 
-    predict_worker(EvaluateJob.model_validate_json(config["job"]))
+    job = EvaluateJob.model_validate_json(config["job"])
+    with refusing_once(job.predictions.parent):
+        predict_worker(job)

@@ -7,7 +7,7 @@ days since those of its parent.
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.artifacts import read_manifest
+from pipeline.artifacts import Manifest, read_manifest
 from pipeline.gate_decision import GateDecision
 from pipeline.registry import spoiled_by
 from pipeline.train_facts import TrainFacts
@@ -48,17 +48,23 @@ def next_parent(out: Path, before: str | None = None) -> str | None:
 
 
 def passed_its_gate(out: Path, day: str) -> bool:
-    """Whether the gate passed exactly the model of a day.
+    """Whether the gate passed exactly the model of a day."""
+    gate = gate_of(out, day)
+    return gate is not None and gate.facts.passed
+
+
+def gate_of(out: Path, day: str) -> Manifest[GateDecision] | None:
+    """The gate that decided on exactly the model of a day; None: none has.
 
     A model that was trained anew and then not evaluated lies beside the decision on another one.
     """
     gate = read_manifest(out / day / "gate", GateDecision)
     evaluate = read_manifest(out / day / "evaluate")
     train = read_manifest(out / day / TRAIN)
-    if gate is None or evaluate is None or train is None or not gate.facts.passed:
-        return False
+    if gate is None or evaluate is None or train is None:
+        return None
     of_this = (gate.inputs.get("evaluate"), evaluate.inputs.get(TRAIN))
-    return of_this == (evaluate.artifact_id, train.artifact_id)
+    return gate if of_this == (evaluate.artifact_id, train.artifact_id) else None
 
 
 def learned_days(train: Path) -> tuple[tuple[str, ...], dict[str, str]]:

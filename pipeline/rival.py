@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embedding.errors import UserError
+from embedding.errors import CheckpointError, UserError
 from pipeline.artifacts import read_manifest
 from pipeline.config import Recipe
 from pipeline.content.paths import ContentPaths
@@ -67,6 +67,9 @@ def rival_of(
         new: rows of the new model.
         scratch: of the gate; predictions are not kept there.
         wait: called before the cluster is used.
+
+    Raises:
+        UserError: its rows cannot be predicted now, but for no fault of its checkpoint.
     """
     if not any(rules.compares for _, rules in recipe.gate.by_path):
         return None
@@ -89,10 +92,12 @@ def rival_of(
         evaluate(model, samples=new.samples(), counts=new.run / "ingest", scratch=folder)
     except Exception as error:
         fault = user_error(error)
-        if fault is None:
+        # A damaged checkpoint holds no new model back. What another attempt may find gone, a busy
+        # cluster or a full disk, must not decide that other days are compared.
+        if not isinstance(fault, CheckpointError):
             raise
         shutil.rmtree(folder)
-        return _as_published(current, str(fault))  # a damaged checkpoint holds no new model back
+        return _as_published(current, str(fault))
     shutil.rmtree(folder / PREDICTIONS)
     return Rival(current.date, read_metrics(folder / METRICS_FILE), rows)
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Self
 
 from embedding.config import StrictConfig
-from embedding.errors import UserError
 from embedding.files import link_or_copy
 from pipeline.artifacts import RESUME
 from pipeline.config import Recipe
@@ -19,6 +18,7 @@ from pipeline.content.paths import ContentPaths
 from pipeline.follow import MetricsFollower
 from pipeline.plan import PLAN
 from pipeline.recipe import RECIPE_FILE, write_recipe
+from pipeline.refusal import REFUSAL, refusing_once
 from pipeline.reports.warm_start_view import warm_start_line
 from pipeline.train_facts import TrainResult
 from pipeline.worker_group import RunWorkers, run_workers
@@ -30,8 +30,6 @@ RESULT = "result.json"
 LOGS = "logs"
 RECORDS = (METRICS, TENSORBOARD, RESULT, LOGS)
 """What an artifact keeps of its training beside the checkpoint."""
-REFUSAL = "refusal.txt"
-"""What the user must change: a restarted worker group says it again at once instead of training."""
 
 
 class CodebookChange(StrictConfig):
@@ -154,15 +152,8 @@ def _train_worker(config: dict[str, str]) -> None:
     from pipeline.training_worker import train_worker
 
     job = TrainJob.model_validate_json(config["job"])
-    refusal = job.resume / REFUSAL
-    if refusal.exists():
-        raise UserError(refusal.read_text())
-    try:
+    with refusing_once(job.resume):
         train_worker(job)
-    except UserError as error:
-        # Ray restarts the group after any error; what the user must change would only recur.
-        refusal.write_text(str(error))
-        raise
 
 
 def _link(source: Path, target: Path) -> None:

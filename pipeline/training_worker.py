@@ -5,6 +5,8 @@ Ray Train has set up the process group; a restarted group finds its last checkpo
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +20,7 @@ from torch.utils.tensorboard.writer import SummaryWriter
 from embedding import samples as columns
 from embedding.checkpoint import Checkpointer, load_into
 from embedding.checkpoint_files import BUFFERS, COMPANION, step_directory
-from embedding.errors import UserError
+from embedding.errors import CheckpointError
 from embedding.files import write_durably
 from embedding.loader import SampleFiles, SampleLoader
 from embedding.memory import keep_freed_memory
@@ -33,13 +35,13 @@ from pipeline.evaluate import EvaluateJob
 from pipeline.rank_hosts import check_hosts
 from pipeline.train import LOGS, METRICS, RESULT, TENSORBOARD, TrainJob
 from pipeline.train_facts import TrainResult
-from ranking.averaging import AVERAGE
+from ranking.averaging import AVERAGE, saved_average
 from ranking.content import PENALTY
 from ranking.model import RankingModel, RankingStep
 from ranking.prediction import Predictions, predict
 from ranking.progress import Progress
 from ranking.step_line import step_line
-from ranking.trainer import Trainer, TrainingHooks
+from ranking.trainer import Reached, Trainer, TrainingHooks
 from ranking.validation import validation_line
 
 if TYPE_CHECKING:
@@ -55,49 +57,45 @@ def train_worker(job: TrainJob) -> None:
     """Train on this rank from the last checkpoint, the parent's, or the start."""
     device = _prepare_process(job.recipe, job.resume / LOGS)
     check_hosts(job.inputs.plan_file, device)
-    content = _rank_content(job.recipe, job.inputs.content, device)
-    try:
+    with _rank_content(job.recipe, job.inputs.content, device) as content:
         _train(job, content, device)
-    except BaseException:
-        # A process that is kept for the next training would keep its actors, too.
-        if content is not None:
-            content.source.close(is_orderly=False)
-        raise
-    if content is not None:
-        content.source.close()
     dist.barrier()
 
 
 def _train(job: TrainJob, content: "RankContent | None", device: torch.device) -> None:
     recipe = job.recipe
     sharded = build(recipe, job.inputs.plan_file, device, content)
-    checkpointer = Checkpointer(job.checkpoints, keep=recipe.ranking.trainer.keep_checkpoints)
-    progress, carried = _restore(job, sharded, checkpointer)
-    record = MetricsFile(job, progress.step) if dist.get_rank() == 0 else None
-    trainer = Trainer(
-        recipe.ranking.trainer,
-        recipe.ranking.tasks,
-        model=sharded.model,
-        optimizer=sharded.optimizer,
-        device=device,
-        hooks=TrainingHooks(
-            report=record.add if record else _ignore,
-            save=lambda reached: checkpointer.save(
-                reached.step,
-                sharded,
-                reached.state_dict(),
-                wait=False,
-                retain=reached.validation.best_step,
-            ),
-            validated=record.add_validation if record else _ignore,
-        ),
-    )
     loader = _loader(recipe, job.inputs.samples, content)
     held_out = _loader(recipe, job.inputs.validation, content) if job.inputs.validation else None
-    summary = trainer.fit(loader, progress, validation=held_out, is_warm_start=carried is not None)
-    checkpointer.close()
+    keep = recipe.ranking.trainer.keep_checkpoints
+    with ExitStack() as open_until_done:
+        checkpointer = open_until_done.enter_context(Checkpointer(job.checkpoints, keep=keep))
+        progress, carried = _restore(job, sharded, checkpointer)
+        record = None
+        if dist.get_rank() == 0:
+            record = open_until_done.enter_context(closing(MetricsFile(job, progress.step)))
+        trainer = Trainer(
+            recipe.ranking.trainer,
+            recipe.ranking.tasks,
+            model=sharded.model,
+            optimizer=sharded.optimizer,
+            device=device,
+            hooks=TrainingHooks(
+                report=record.add if record else _ignore,
+                save=lambda reached: checkpointer.save(
+                    reached.step,
+                    sharded,
+                    reached.state_dict(dist.get_rank()),
+                    wait=False,
+                    retain=reached.validation.best_step,
+                ),
+                validated=record.add_validation if record else _ignore,
+            ),
+        )
+        summary = trainer.fit(
+            loader, progress, validation=held_out, is_warm_start=carried is not None
+        )
     if record is not None:
-        record.close()
         best_step = summary.validation.best_step
         result_step = summary.steps if best_step is None else best_step
         result = TrainResult(
@@ -120,13 +118,19 @@ def predict_worker(job: EvaluateJob) -> None:
     recipe = job.model.recipe
     device = _prepare_process(recipe, job.predictions.parent / LOGS)
     check_hosts(job.model.plan, device)
-    content = _rank_content(recipe, job.model.content, device, predicts=True)
+    with _rank_content(recipe, job.model.content, device, predicts=True) as content:
+        _predict(job, content, device)
+    dist.barrier()
+
+
+def _predict(job: EvaluateJob, content: "RankContent | None", device: torch.device) -> None:
+    recipe = job.model.recipe
     sharded = build(recipe, job.model.plan, device, content)
     report = load_into(job.model.checkpoint, sharded)
     # The bank is no weight: it holds what the encoder gives.
     lacking = sorted({*report.initialised} - {f"{COMPANION}bank"})
     if lacking:
-        raise UserError(
+        raise CheckpointError(
             f"the checkpoint {job.model.checkpoint} is not of this model: {lacking[0]} "
             f"({report.initialised[lacking[0]]}) and {len(lacking) - 1} others would keep their "
             "start values; run the train stage again"
@@ -143,7 +147,6 @@ def predict_worker(job: EvaluateJob) -> None:
     ):
         for predictions in predict(sharded.model, stream, device):
             writer.write_batch(prediction_batch(predictions, tasks))
-    dist.barrier()
 
 
 def build(
@@ -205,7 +208,10 @@ def _restore(
         from pipeline.codes.carry import row_carries  # scipy: for a changed codebook only
 
         carries = row_carries(job.inputs.codebooks, job.recipe.features)
-    report = load_into(job.inputs.parent_checkpoint, sharded, carries)
+    # What the parent was validated and served with is its average; so that is what goes on.
+    keeps_average = job.recipe.ranking.trainer.ema_decay is not None
+    average_of = None if keeps_average else saved_average
+    report = load_into(job.inputs.parent_checkpoint, sharded, carries, average_of)
     drawn = report.initialised
     own = {n: why for n, why in drawn.items() if not n.startswith(f"{BUFFERS}{AVERAGE}.")}
     if len(own) < len(drawn):  # the parent had no average, or that of another model
@@ -231,14 +237,25 @@ def _forget_steps_of_parent(report: WarmStartReport, sharded: Sharded) -> WarmSt
     return report.model_copy(update={"carried": carried, "initialised": initialised})
 
 
+@contextmanager
 def _rank_content(
     recipe: Recipe, paths: ContentPaths | None, device: torch.device, *, predicts: bool = False
-) -> "RankContent | None":
+) -> "Iterator[RankContent | None]":
+    """None if the recipe reads none."""
     if recipe.content is None:
-        return None
+        yield None
+        return
     from pipeline.content.training import rank_content  # transformers: seconds, for content only
 
-    return rank_content(recipe, paths, device, predicts=predicts)
+    content = rank_content(recipe, paths, device, predicts=predicts)
+    assert content is not None
+    try:
+        yield content
+    except BaseException:
+        # A process that is kept for the next training would keep its actors, too.
+        content.source.close(is_orderly=False)
+        raise
+    content.source.close()
 
 
 def _prepare_process(recipe: Recipe, logs: Path) -> torch.device:
@@ -309,9 +326,6 @@ class MetricsFile:
 
     def __init__(self, job: TrainJob, first: int) -> None:
         self.tasks = job.recipe.ranking.tasks
-        self.rows_per_step = (
-            job.recipe.ranking.trainer.batch_size_per_rank * job.recipe.cluster.num_workers
-        )
         path = job.resume / METRICS
         kept = path.read_text().splitlines(keepends=True) if path.exists() else []
         kept = [line for line in kept if line.endswith("\n") and json.loads(line)["step"] <= first]
@@ -323,30 +337,31 @@ class MetricsFile:
         """Figures of the last window, where the model reads content."""
         self.board = SummaryWriter(str(job.resume / TENSORBOARD), purge_step=first + 1)
 
-    def add(self, step: int, num_steps: int, metrics: dict[str, float]) -> None:
+    def add(self, reached: Reached, metrics: dict[str, float]) -> None:
         """Append the metrics of a window of steps, with the line a person reads."""
         found = {name: value for name, value in metrics.items() if name.startswith("content/")}
         self.content = found or None
-        self._append(step, num_steps, metrics, step_line(step, num_steps, self.tasks, metrics))
+        line = step_line(reached.step, reached.num_steps, self.tasks, metrics)
+        self._append(reached, metrics, line)
 
-    def add_validation(self, step: int, num_steps: int, metrics: dict[str, float]) -> None:
+    def add_validation(self, reached: Reached, metrics: dict[str, float]) -> None:
         """Append the metrics of the held-out rows."""
-        self._append(step, num_steps, metrics, validation_line(step, self.tasks, metrics))
+        self._append(reached, metrics, validation_line(reached.step, self.tasks, metrics))
 
     def close(self) -> None:
         """Flush everything."""
         self.file.close()
         self.board.close()
 
-    def _append(self, step: int, num_steps: int, metrics: dict[str, float], line: str) -> None:
+    def _append(self, reached: Reached, metrics: dict[str, float], line: str) -> None:
         record = {
-            "step": step,
-            "rows": step * self.rows_per_step,
-            "total_rows": num_steps * self.rows_per_step,
+            "step": reached.step,
+            "rows": reached.rows,
+            "total_rows": reached.num_rows,
             "line": line,
             **metrics,
         }
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
         for name, value in metrics.items():
-            self.board.add_scalar(name, value, step)
+            self.board.add_scalar(name, value, reached.step)

@@ -77,6 +77,11 @@ def published_weights(dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return served
 
 
+def saved_average(name: str) -> str:
+    """The buffer that holds the average of a parameter or running moment of a `RankingStep`."""
+    return f"{AVERAGE}.{name.removeprefix(_RANKER).replace('.', _SEPARATOR)}"
+
+
 @torch.no_grad()
 def _copy(values: list[Tensor], module: nn.Module) -> None:
     torch._foreach_copy_([tensor for _, tensor in _averaged(module)], values)

@@ -7,15 +7,20 @@ from collections import Counter
 
 from embedding.config import FeatureSchema, Identity
 from embedding.errors import UserError, not_among
-from ranking.classifier_config import READ_ANY_DIMS
+from ranking.classifier_config import READ_ANY_DIMS, Dlrm
 from ranking.config import ModelConfig
 from ranking.interest_config import Hstu, InterestConfig
 
 _MAX_GAP_ROWS = 256
 
 
-def check_model(schema: FeatureSchema, model: ModelConfig) -> None:
+def check_model(schema: FeatureSchema, model: ModelConfig, num_content_fields: int = 0) -> None:
     """Refuse interests, a generator, a classifier or a dropout that the schema does not suit.
+
+    Args:
+        schema: of the features.
+        model: that reads them.
+        num_content_fields: fields of items' content beside those of features.
 
     Raises:
         UserError: what does not fit, where, and what to change.
@@ -29,7 +34,9 @@ def check_model(schema: FeatureSchema, model: ModelConfig) -> None:
             )
     for interest in model.interests:
         check_interest(schema, interest)
-    num_fields = num_classifier_fields(schema, model)
+    num_fields = num_classifier_fields(schema, model) + num_content_fields
+    if isinstance(model.classifier, Dlrm):
+        num_fields += bool(schema.dense)  # dense features are one field together
     if model.generator is not None:
         common_dim(schema, model, "ranking.model.generator: fgcnn")
     if not isinstance(model.classifier, READ_ANY_DIMS):
@@ -92,7 +99,7 @@ def num_gap_rows(schema: FeatureSchema, hstu: Hstu) -> int | None:
 
 
 def num_classifier_fields(schema: FeatureSchema, model: ModelConfig) -> int:
-    """Fields the classifier reads, new ones included.
+    """Fields of features that the classifier reads, new ones included.
 
     Raises:
         UserError: a pool of the generator leaves no field.

@@ -34,6 +34,11 @@ class ContentShape:
     histories: tuple[str, ...] = ()
     """Histories whose items' content is attended over."""
 
+    @property
+    def num_fields(self) -> int:
+        """Fields that it gives a classifier which multiplies fields."""
+        return 1 + len(self.histories)
+
 
 class ContentSource(Protocol):
     """Makes the content vectors of batches and learns from their gradients.
@@ -140,9 +145,10 @@ class ContentInterest(nn.Module):
         self.queries = nn.ModuleDict({name: _identity(shape.dim) for name in shape.histories})
         self.keys = nn.ModuleDict({name: _identity(shape.dim) for name in shape.histories})
         self.field_dim = field_dim
-        num_fields = 1 + len(shape.histories)
         self.to_fields = nn.ModuleList(
-            nn.Linear(shape.dim, field_dim) for _ in range(num_fields) if field_dim is not None
+            nn.Linear(shape.dim, field_dim)
+            for _ in range(shape.num_fields)
+            if field_dim is not None
         )
 
     @property

@@ -180,26 +180,10 @@ def evaluate_predictions(
     )
 
 
-def exact_auc(labels: Floats, scores: Floats, weights: Floats) -> float | None:
-    """Weighted AUC with ties counted half; None if one class is missing."""
-    return grouped_auc(np.zeros(len(labels), dtype=np.int8), labels, scores, weights).value
-
-
-def grouped_auc(
-    groups: npt.NDArray[Any], labels: Floats, scores: Floats, weights: Floats
-) -> GroupedAuc:
-    """AUC inside every group."""
-    order = np.lexsort((scores, groups))
-    groups, labels, scores, weights = (x[order] for x in (groups, labels, scores, weights))
-    return _auc_of_sorted(groups, labels, scores, weights)
-
-
 def _auc_of_sorted(
     groups: npt.NDArray[Any], labels: Floats, scores: Floats, weights: Floats
 ) -> GroupedAuc:
-    """The same of rows that are sorted by group, and by score within one."""
-    if len(groups) == 0:
-        return GroupedAuc()
+    """AUC inside every group of rows, at least one, sorted by group, and by score within one."""
     group_starts = np.flatnonzero(np.r_[True, groups[1:] != groups[:-1]])
     # Runs: rows of one group and one score, whose order among each other means nothing.
     is_run_start = np.r_[True, scores[1:] != scores[:-1]]

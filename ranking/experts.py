@@ -29,9 +29,16 @@ class StackedLinear(nn.Module):
         )
         self.bias_E1H = nn.Parameter(torch.empty(num_layers, 1, out_dim).uniform_(-bound, bound))
 
-    def forward(self, x_EBD: Tensor) -> Tensor:
-        """Layer e applied to x[e]: (E, B, H)."""
-        return torch.baddbmm(self.bias_E1H, x_EBD, self.weight_EDH)
+    def forward(self, x: Tensor) -> Tensor:
+        """Layer e applied to x[e] of x (E, B, D), or to x (B, D) itself: (E, B, H)."""
+        if x.dim() == 3:
+            return torch.baddbmm(self.bias_E1H, x, self.weight_EDH)
+        # One product of all layers side by side: the batched one of an x that is expanded has a
+        # gradient of E times its size, which is then summed.
+        num_layers, in_dim, out_dim = self.weight_EDH.shape
+        side_by_side_DX = self.weight_EDH.transpose(0, 1).reshape(in_dim, num_layers * out_dim)
+        outputs_BX = torch.addmm(self.bias_E1H.flatten(), x, side_by_side_DX)
+        return outputs_BX.unflatten(1, (num_layers, out_dim)).transpose(0, 1)
 
 
 class Towers(nn.Module):
@@ -42,9 +49,9 @@ class Towers(nn.Module):
         self.hidden, out_dim = _stack(num_tasks, in_dim, hidden, dropout)
         self.output = StackedLinear(num_tasks, out_dim, 1)
 
-    def forward(self, x_TBD: Tensor) -> Tensor:
-        """One logit a task, (B, T), float32."""
-        return in_float32(self.output, self.hidden(x_TBD)).squeeze(2).t()
+    def forward(self, x: Tensor) -> Tensor:
+        """One logit a task, (B, T), float32, from x (T, B, D), or (B, D) that all towers read."""
+        return in_float32(self.output, self.hidden(x)).squeeze(2).t()
 
 
 class SharedBottomTowers(nn.Module):
@@ -52,12 +59,11 @@ class SharedBottomTowers(nn.Module):
 
     def __init__(self, config: SharedBottom, in_dim: int, num_tasks: int) -> None:
         super().__init__()
-        self.num_tasks = num_tasks
         self.towers = Towers(num_tasks, in_dim, config.tower_hidden, config.dropout)
 
     def forward(self, x_BX: Tensor) -> Tensor:
         """One logit a task, (B, T)."""
-        return self.towers(x_BX.expand(self.num_tasks, -1, -1))
+        return self.towers(x_BX)
 
 
 class MixtureOfExperts(nn.Module):
@@ -75,7 +81,7 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x_BX: Tensor) -> Tensor:
         """One logit a task, (B, T)."""
-        experts_EBH = self.experts(x_BX.expand(self.num_experts, -1, -1))
+        experts_EBH = self.experts(x_BX)
         gates_BTE = self.gates(x_BX).view(-1, self.num_tasks, self.num_experts).softmax(dim=2)
         mixed_BTH = torch.bmm(gates_BTE.to(experts_EBH.dtype), experts_EBH.transpose(0, 1))
         return self.towers(mixed_BTH.transpose(0, 1))
@@ -105,10 +111,10 @@ class ProgressiveExtraction(nn.Module):
 
     def forward(self, x_BX: Tensor) -> Tensor:
         """One logit a task, (B, T)."""
-        x_GBX = x_BX.expand(self.num_tasks + 1, -1, -1)
+        x = x_BX
         for layer in self.layers:
-            x_GBX = layer(x_GBX)
-        return self.towers(x_GBX)
+            x = layer(x)
+        return self.towers(x)
 
 
 class ExtractionLayer(nn.Module):
@@ -126,14 +132,19 @@ class ExtractionLayer(nn.Module):
         self.gates = StackedLinear(num_tasks, in_dim, self.num_own + self.num_shared)
         self.shared_gate = None if is_last else nn.Linear(in_dim, num_experts)
 
-    def forward(self, x_GBX: Tensor) -> Tensor:
-        """What the gates mix: (T + 1, B, H); (T, B, H) in the last layer."""
-        tasks_TBX, shared_BX = x_GBX[: self.num_tasks], x_GBX[-1]
-        experts_EBH = self.experts(self._inputs(x_GBX))
+    def forward(self, x: Tensor) -> Tensor:
+        """What the gates mix: (T + 1, B, H); (T, B, H) in the last layer.
+
+        Args:
+            x: what every group reads (T + 1, B, X), or (B, X) that all read.
+        """
+        all_the_same = x.dim() == 2
+        tasks, shared_BX = (x, x) if all_the_same else (x[: self.num_tasks], x[-1])
+        experts_EBH = self.experts(x if all_the_same else self._inputs(x))
         own, shared = self.num_tasks * self.num_own, self.num_shared
         own_TKBH = experts_EBH[:own].unflatten(0, (self.num_tasks, self.num_own))
         shared_TKBH = experts_EBH[own:].expand(self.num_tasks, shared, -1, -1)
-        gates_TBK = self.gates(tasks_TBX).softmax(dim=2).to(experts_EBH.dtype)
+        gates_TBK = self.gates(tasks).softmax(dim=2).to(experts_EBH.dtype)
         mixed_TBH = torch.einsum("tbk,tkbh->tbh", gates_TBK[..., : self.num_own], own_TKBH)
         mixed_TBH = mixed_TBH + torch.einsum(
             "tbk,tkbh->tbh", gates_TBK[..., self.num_own :], shared_TKBH
@@ -146,9 +157,6 @@ class ExtractionLayer(nn.Module):
 
     def _inputs(self, x_GBX: Tensor) -> Tensor:
         """What every expert reads, (E, B, X)."""
-        num_experts = self.num_tasks * self.num_own + self.num_shared
-        if x_GBX.stride(0) == 0:  # the representation itself, the same for all: not copied
-            return x_GBX[0].expand(num_experts, -1, -1)
         own_EBX = x_GBX[: self.num_tasks].repeat_interleave(self.num_own, dim=0)
         return torch.cat([own_EBX, x_GBX[-1:].expand(self.num_shared, -1, -1)])
 

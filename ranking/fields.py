@@ -113,10 +113,12 @@ class FieldProjection(nn.Module):
 class FieldGenerator(nn.Module):
     """From what the tables give to the fields a classifier reads."""
 
-    def __init__(self, schema: FeatureSchema, config: ModelConfig) -> None:
+    def __init__(
+        self, schema: FeatureSchema, config: ModelConfig, num_content_fields: int = 0
+    ) -> None:
         """Raise UserError if the schema's fields do not suit the model."""
         super().__init__()
-        check_model(schema, config)
+        check_model(schema, config, num_content_fields)
         names = tuple(feature.name for feature in schema.sparse)
         dims = tuple(schema.table(feature.table).embedding_dim for feature in schema.sparse)
         self.views: FieldViews | None = None

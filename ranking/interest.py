@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from embedding.jagged import segments_of
 from ranking.mlp import mlp
 
 
@@ -43,11 +44,7 @@ class TargetAttention(nn.Module):
         self, query_BD: Tensor, keys_ND: Tensor, side_NS: Tensor, lengths_B: Tensor
     ) -> Tensor:
         """The interest vectors, (B, D + S); zeros where a history is empty."""
-        segments_N = torch.repeat_interleave(
-            torch.arange(len(lengths_B), device=lengths_B.device),
-            lengths_B,
-            output_size=keys_ND.shape[0],
-        )
+        segments_N = segments_of(lengths_B, keys_ND.shape[0])
         scores_N = self._scores(query_BD, keys_ND, side_NS, segments_N)
         if self.softmax:
             scores_N = segment_softmax(scores_N, segments_N, len(lengths_B))

@@ -62,7 +62,7 @@ class RankingModel(nn.Module):
             UserError: the model does not fit the schema.
         """
         super().__init__()
-        check_model(schema, config.model)
+        check_model(schema, config.model, 0 if content is None else content.num_fields)
         self.schema = schema
         self.tables = EmbeddingTables(table_widths(schema, config.model), tables_device)
         self.chain = TaskChain(config.tasks)
@@ -170,7 +170,7 @@ class Ranker(nn.Module):
         interests = [HistoryInterest(schema, interest) for interest in config.interests]
         self.interests = nn.ModuleList(interests)
         self.dropout = FieldDropout(config.field_dropout)
-        self.fields = FieldGenerator(schema, config)
+        self.fields = FieldGenerator(schema, config, 0 if content is None else content.num_fields)
         fields, width = self.fields.output_fields, sum(i.output_dim for i in interests)
         self.content: ContentInterest | None = None
         if content is not None:

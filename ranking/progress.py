@@ -33,8 +33,15 @@ class Progress:
     validation: ValidationState = ValidationState()
     totals: Totals = Totals()
 
-    def state_dict(self) -> dict[str, Any]:
-        """JSON types, for a checkpoint; floats survive to the last digit."""
+    def state_dict(self, rank: int = 0) -> dict[str, Any]:
+        """JSON types, for a checkpoint; floats survive to the last digit.
+
+        What is equal on all ranks rank 0 alone holds: a window has thousands of numbers a task, and
+        every rank gathers what all of them say.
+        """
+        own = {"totals": asdict(self.totals)}
+        if rank != 0:
+            return own
         return {
             "step": self.step,
             "position": self.position.model_dump_json(),
@@ -42,12 +49,12 @@ class Progress:
             "window_slots": self.window_slots,
             "window_penalty": self.window_penalty,
             "validation": self.validation.model_dump_json(),
-            "totals": asdict(self.totals),
+            **own,
         }
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> "Progress":
-        """What `state_dict` described."""
+        """What `state_dict` of rank 0 described, `totals` of any rank."""
         window = state["window"]
         return cls(
             step=state["step"],

@@ -51,10 +51,11 @@ class TaskChain(nn.Module):
 
 
 class EntireSpaceLabels(nn.Module):
-    """Labels and weights with what follows from the parents' labels: no purchase without a click.
+    """Labels with what follows from the parents' labels, and weights of the rows that have one.
 
-    A label that is not observed counts as 0, with its parent's weight, where the parent's is
-    observed and 0. Observed labels are used as they are.
+    No purchase without a click: a label that is missing (NaN) counts as 0 where the parent's is 0,
+    with the weight that the row has in the task itself, as if 0 were written there. Labels that are
+    there are used as they are; what is still missing weighs 0.
     """
 
     def __init__(self, tasks: Sequence[TaskConfig]) -> None:
@@ -62,17 +63,17 @@ class EntireSpaceLabels(nn.Module):
         self._parents = _parents(tasks)
 
     def forward(self, labels_BT: Tensor, weights_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """(labels, weights), both (B, T)."""
-        if not _any_after(self._parents):
-            return labels_BT, weights_BT
-        labels, weights = list(labels_BT.unbind(1)), list(weights_BT.unbind(1))
-        for task in _parents_first(self._parents):
-            parent = self._parents[task]
-            if parent is not None:
-                implied_B = (weights[task] == 0) & (weights[parent] > 0) & (labels[parent] == 0)
-                labels[task] = labels[task].masked_fill(implied_B, 0.0)
-                weights[task] = torch.where(implied_B, weights[parent], weights[task])
-        return torch.stack(labels, dim=1), torch.stack(weights, dim=1)
+        """(labels, weights), both (B, T); 0 and 0 where a label is missing."""
+        if _any_after(self._parents):
+            labels = list(labels_BT.unbind(1))
+            for task in _parents_first(self._parents):
+                parent = self._parents[task]
+                if parent is not None:
+                    implied_B = labels[task].isnan() & (labels[parent] == 0)
+                    labels[task] = labels[task].masked_fill(implied_B, 0.0)
+            labels_BT = torch.stack(labels, dim=1)
+        missing_BT = labels_BT.isnan()
+        return labels_BT.masked_fill(missing_BT, 0.0), weights_BT.masked_fill(missing_BT, 0.0)
 
 
 Parents = tuple[int | None, ...]

@@ -47,21 +47,35 @@ class BatchSource(Protocol):
     def num_steps(self, position: Position) -> int:
         """Steps from `position` to the end of its epoch."""
 
+    def rows_before(self, position: Position) -> int:
+        """Rows from the start of the run to `position`, over all ranks."""
+
     def shuffled(self, position: Position) -> BatchStream:
         """The batches from `position` to the end of its epoch."""
+
+
+@dataclass(frozen=True)
+class Reached:
+    """How far a run is, and how far it goes to the end of its last epoch; over all ranks."""
+
+    step: int
+    num_steps: int
+    rows: int
+    """Rows trained, whatever the numbers of ranks it ran on; none that only filled up a batch."""
+    num_rows: int
 
 
 @dataclass(frozen=True)
 class TrainingHooks:
     """What the loop tells its owner. Called on every rank, at the same steps."""
 
-    report: Callable[[int, int, dict[str, float]], None]
-    """Step, steps in all and global metrics, every `log_every_steps`."""
+    report: Callable[[Reached, dict[str, float]], None]
+    """Global metrics of a window of steps, every `log_every_steps`."""
     save: Callable[[Progress], None]
     """Write a checkpoint of model, optimizer and this progress, and keep the one of
     `progress.validation.best_step`, which may be this one."""
-    validated: Callable[[int, int, dict[str, float]], None]
-    """Step, steps in all and metrics of the held-out rows."""
+    validated: Callable[[Reached, dict[str, float]], None]
+    """Metrics of the held-out rows."""
 
 
 @dataclass(frozen=True)
@@ -191,6 +205,7 @@ class _Run:
         validation_source: ValidationSource | None,
     ) -> None:
         self.trainer = trainer
+        self.source = source
         self.validation_source = validation_source
         self.validation = progress.validation
         self.world_size = source.world_size
@@ -214,6 +229,13 @@ class _Run:
         """Of the next step."""
         schedule = self.trainer.config.schedule
         return rate_factor(schedule, self.step, self.num_steps) * self.validation.rate_factor
+
+    @property
+    def reached(self) -> Reached:
+        """How far this run is."""
+        end = Position(epoch=self.trainer.config.epochs)
+        rows, num_rows = (self.source.rows_before(place) for place in (self.position, end))
+        return Reached(self.step, self.num_steps, rows, num_rows)
 
     @property
     def should_stop(self) -> bool:
@@ -274,7 +296,7 @@ class _Run:
         self.reported_step = self.step
         if self.is_logging_rank:
             logger.info(step_line(self.step, self.num_steps, self.trainer.tasks, metrics))
-        self.trainer.hooks.report(self.step, self.num_steps, metrics)
+        self.trainer.hooks.report(self.reached, metrics)
 
     def validate(self) -> None:
         """Validate, and save what is the best so far: its checkpoint will be the result."""
@@ -294,7 +316,7 @@ class _Run:
         metrics = validation_metrics(trainer.tasks, values, self.validation)
         if self.is_logging_rank:
             logger.info(validation_line(self.step, trainer.tasks, metrics))
-        trainer.hooks.validated(self.step, self.num_steps, metrics)
+        trainer.hooks.validated(self.reached, metrics)
         if self.validation.best_step == self.step:
             self._save()
 

@@ -10,10 +10,10 @@ from multimodal.cic import CicLoss
 from multimodal.content_config import ContentConfig
 from multimodal.content_cost import CicCost
 from multimodal.content_timing import cic_cost, encoder_cost
+from pipeline.capacity.item_load import item_load
 from pipeline.capacity.types import ContentCost
 from pipeline.config import Recipe
 from pipeline.content.training import content_penalty
-from pipeline.reports.item_load import item_load
 from pipeline.samples.contract import open_parquet
 
 _ITEMS = "items.parquet"

@@ -20,9 +20,9 @@ from embedding.planning.cluster_shape import ClusterShape
 from embedding.planning.cost_constants import CORE_BANDWIDTH, CPU_CALL_S, GPU_CALL_S, GPU_EXCHANGE_S
 from multimodal.content_config import ContentConfig, Service
 from multimodal.content_cost import EncoderCost
+from pipeline.capacity.item_load import StepItems, step_items
 from pipeline.capacity.step import all_gather_seconds, all_reduce_seconds, gpu_seconds
 from pipeline.capacity.types import ContentCost
-from pipeline.reports.item_load import StepItems, step_items
 
 _OPERATION_S = GPU_CALL_S / 10
 """Python and PyTorch start one kernel: where items are few, the GPU waits for that."""

@@ -13,10 +13,10 @@ from embedding.planning.synthetic_batches import synthetic_batch
 from embedding.planning.traffic import Traffic
 from embedding.planning.workload import table_loads
 from embedding.tables import EmbeddedBatch
+from pipeline.capacity.item_load import step_items
 from pipeline.capacity.types import ContentCost, DenseCost
 from pipeline.config import Recipe
 from pipeline.content.items import content_shape
-from pipeline.reports.item_load import step_items
 from ranking.model import RankingModel, RankingStep
 
 _COUNTED_ROWS = 64

@@ -8,8 +8,8 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from embedding.config import StrictConfig
 from embedding.planning.cluster_shape import ClusterShape
 from multimodal.content_cost import CicCost, EncoderCost
+from pipeline.capacity.item_load import ItemLoad
 from pipeline.config import Recipe
-from pipeline.reports.item_load import ItemLoad
 
 GPU_FLOPS_SHARE = 0.35
 """Share of the peak that the dense side's products are assumed to reach: small batches, many

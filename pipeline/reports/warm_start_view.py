@@ -13,6 +13,9 @@ def warm_start_line(report: WarmStartReport, parent: str) -> str:
     if report.weights_only:
         num_tables = len(report.weights_only)
         line += f"of {num_tables} tables weights only, for the optimizer is another one, "
+    if report.from_average:
+        number = len(report.from_average)
+        line += f"of {number} dense ones the published average, for none is kept now, "
     line += f"redrawn {len(redrawn)}"
     if redrawn:
         more = len(redrawn) - _SHOWN

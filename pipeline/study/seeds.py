@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from embedding.errors import UserError
-from pipeline.config import ClusterConfig, Recipe
+from pipeline.config import ClusterConfig, EvaluationConfig, Recipe
 
 
 def require_comparable(recipes: Mapping[str, Recipe]) -> None:
-    """Refuse variants that change what a study holds equal: cluster, seeds, data of one directory.
+    """Refuse variants that change what a study holds equal.
+
+    That is the cluster, the seeds, the rows and labels that variants are evaluated on, and the data
+    of one directory.
 
     Raises:
         UserError: the variant, the setting, and what to do.
@@ -34,7 +37,34 @@ def require_comparable(recipes: Mapping[str, Recipe]) -> None:
                 "same seeds: leave it out of the variants, and set the first seed for all with "
                 "--set ranking.trainer.seed=..."
             )
+        _require_same_evaluation((name, recipe), (first_name, first))
     _require_one_marketplace_a_root(recipes)
+
+
+def _require_same_evaluation(variant: tuple[str, Recipe], first: tuple[str, Recipe]) -> None:
+    name, recipe = variant
+    own, theirs = (_evaluated_on(each) for _, each in (variant, first))
+    for key, value in own.items():
+        # A task of one variant alone is compared with nothing.
+        if value != theirs.get(key, value):
+            raise UserError(
+                f"variant {name!r}: {key} is {value}, but {theirs[key]} in {first[0]!r}; a study "
+                "compares figures of the same rows and labels, trial by trial: leave it out of the "
+                "variants and set it for all with --set, or run two studies, each with an --out of "
+                "its own"
+            )
+
+
+def _evaluated_on(recipe: Recipe) -> dict[str, Any]:
+    """What decides which rows, labels, weights and groups a metric is of, by path."""
+    found: dict[str, Any] = {"window.eval_days": recipe.window.eval_days}
+    for key in EvaluationConfig.model_fields:
+        found[f"evaluation.{key}"] = getattr(recipe.evaluation, key)
+    weights = recipe.ranking.sample_weights
+    for task in recipe.ranking.tasks:
+        found[f"label of task {task.name!r}"] = task.label_name
+        found[f"sample_weight of task {task.name!r}"] = weights.get(task.name)
+    return found
 
 
 def _require_one_marketplace_a_root(recipes: Mapping[str, Recipe]) -> None:

@@ -75,8 +75,7 @@ def is_better(metric: str, diff: float) -> bool | None:
     """Whether a variant that differs by `diff` in a metric is the better one; None: not said.
 
     Args:
-        metric: `task.metric`, `task.slice.metric`, or one of `OF_A_TRIAL`; names hold dots only
-            between those parts, or in the task.
+        metric: `task.metric`, `task.slice.metric`, or one of `OF_A_TRIAL`.
         diff: to the first variant.
     """
     direction = METRICS.get(metric.rpartition(".")[2])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ranking.classifier_config import Dlrm, FiBiNet, Ipnn, Opnn, Pin
-from ranking.classifiers.inputs import ClassifierInputs, InputDims
+from ranking.classifiers.inputs import ClassifierInputs, InputDims, filled, filled_width
 from ranking.experts import StackedLinear
 from ranking.interactions import FieldPairs, InnerProducts, flat_pairs
 from ranking.mlp import mlp
@@ -33,8 +33,11 @@ class IpnnClassifier(nn.Module):
 class OpnnClassifier(nn.Module):
     """Outer-product network (arXiv 1611.00144) with a kernel a pair (arXiv 1807.00311).
 
-    The product of a pair is <K_ab, e_a e_b^T> = e_a^T K_ab e_b, so no outer product is formed.
+    The product of a pair is <K_ab, e_a e_b^T> = e_a^T K_ab e_b, so no outer product is formed. A
+    kernel that is a number scales the inner product, so no vector of a pair is formed either.
     """
+
+    order_P: Tensor
 
     def __init__(self, config: Opnn, dims: InputDims) -> None:
         super().__init__()
@@ -45,12 +48,20 @@ class OpnnClassifier(nn.Module):
         bound = 1 / math.sqrt(dim)
         start = torch.empty(self.pairs.num_pairs, *shape).uniform_(-bound, bound)
         self.kernels = nn.Parameter(start)
+        self.products = InnerProducts(dims.num_fields)
+        listed = self.products.pairs()
+        order_P = torch.tensor(sorted(range(len(listed)), key=listed.__getitem__))
+        self.register_buffer("order_P", order_P, persistent=False)
         self.output_dim = config.hidden[-1]
         self.mlp = mlp(dims.flat(self.pairs.num_pairs), config.hidden, config.dropout)
 
     def forward(self, inputs: ClassifierInputs) -> Tensor:
         """The representation, (B, output_dim)."""
         fields_BFD = inputs.stacked(self.dim)
+        if self.kind == "number":
+            products_BP = self.products(fields_BFD)
+            ordered_BP = products_BP.gather(1, self.order_P.expand_as(products_BP))
+            return self.mlp(inputs.flat(ordered_BP * self.kernels.flatten().to(ordered_BP.dtype)))
         left_PBD, right_PBD = self.pairs(fields_BFD, fields_BFD)
         kernels = self.kernels.to(left_PBD.dtype)
         matrix = self.kind == "matrix"
@@ -98,7 +109,7 @@ class DlrmClassifier(nn.Module):
         self.products = InnerProducts(dims.num_fields + (self.bottom is not None))
         width = self.products.num_pairs + dims.interest + (self.dim if self.bottom else 0)
         self.output_dim = config.hidden[-1]
-        self.mlp = mlp(width, config.hidden, config.dropout)
+        self.mlp = mlp(filled_width(width), config.hidden, config.dropout)
 
     def forward(self, inputs: ClassifierInputs) -> Tensor:
         """The representation, (B, output_dim)."""
@@ -108,7 +119,7 @@ class DlrmClassifier(nn.Module):
             dense_BD = self.bottom(inputs.dense_BX)
             fields_BFD = torch.cat([dense_BD.unsqueeze(1), fields_BFD], dim=1)
             columns.append(dense_BD)
-        return self.mlp(torch.cat([self.products(fields_BFD), *columns], dim=1))
+        return self.mlp(self.products(fields_BFD, filled(columns, self.products.num_pairs)))
 
 
 class FiBiNetClassifier(nn.Module):

@@ -10,6 +10,7 @@ from deploy import export
 from deploy.app import main
 from deploy.bundle import read_bundle
 from pipeline.config import Recipe
+from pipeline.evaluate import EvaluateFacts
 from pipeline.lock import exclusive
 from pipeline.recipe import RECIPE_FILE, write_recipe
 from pipeline.train import CHECKPOINT
@@ -35,6 +36,14 @@ def out(published: Path, tmp_path: Path) -> Path:
 def artifacts(out: Path) -> dict[str, bytes]:
     """All files of an output directory but those of its lock."""
     return {name: data for name, data in file_bytes(out).items() if not name.startswith(".")}
+
+
+def write_decision(out: Path, train_id: str, *, passed: bool) -> None:
+    """The gate's, on the evaluation of a training."""
+    evaluated = EvaluateFacts(auc={})
+    write_manifest(out / DATE / "evaluate", "e", evaluated, train=train_id)
+    reasons = () if passed else ("click: auc 0.4000 is below gate.min_auc=0.5",)
+    write_manifest(out / DATE / "gate", "g", decided(*reasons), evaluate="e")
 
 
 def with_tables(precision: str) -> Recipe:
@@ -109,14 +118,37 @@ def test_an_unknown_precision_of_tables_is_refused(
 def test_a_refused_model_is_exported_and_the_reason_said(
     out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    decision = decided("click: auc 0.4000 is below gate.min_auc=0.5")
-    write_manifest(out / DATE / "gate", "g", decision)
+    write_decision(out, "t", passed=False)
 
     assert main(command(out, tmp_path / "bundle")) == 0
 
     printed = capsys.readouterr().out
     assert "the gate refused this model: click: auc 0.4000 is below" in printed
+    assert "no gate has looked" not in printed
     assert read_bundle(tmp_path / "bundle").tables
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_a_decision_on_another_model_of_the_date_is_not_told(
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], passed: bool
+) -> None:
+    write_decision(out, "what was there before `braid stage train`", passed=passed)
+
+    assert main(command(out, tmp_path / "bundle")) == 0
+
+    printed = capsys.readouterr().out
+    assert "refused" not in printed
+    assert "no gate has looked at this model" in printed
+
+
+def test_a_model_that_passed_is_exported_without_a_word(
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_decision(out, "t", passed=True)
+
+    assert main(command(out, tmp_path / "bundle")) == 0
+
+    assert "gate" not in capsys.readouterr().out
 
 
 def test_a_folder_that_holds_something_is_left_alone(

@@ -1,6 +1,7 @@
 """Resume, retention, damage, warm start, growth and export of checkpoints, in two spawns."""
 
 import dataclasses
+import gc
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
@@ -48,6 +49,33 @@ def _check_two_ranks(directory: Path) -> None:
     _check_evicted_rows_start_anew()
 
 
+def _check_nothing_is_left_of_a_checkpointer(directory: Path) -> None:
+    """A process that is kept for many trainings ran out of threads and file descriptors."""
+    sharded = _build()
+
+    def held() -> tuple[int, int]:
+        gc.collect()
+        threads, files = (list(Path("/proc/self", kind).iterdir()) for kind in ("task", "fd"))
+        return len(threads), len(files)
+
+    def save_and_close(name: str) -> None:
+        with Checkpointer(directory / name, keep=1) as checkpointer:
+            checkpointer.save(1, sharded, {}, wait=False)
+
+    def fail(name: str) -> None:
+        with Checkpointer(directory / name, keep=1) as checkpointer:
+            checkpointer.save(1, sharded, {}, wait=False)
+            raise UserError("training has diverged")
+
+    save_and_close("first")
+    before = held()
+    for turn in range(5):
+        save_and_close(f"closed-{turn}")
+        with pytest.raises(UserError, match="diverged"):
+            fail(f"failed-{turn}")
+    assert held() == before
+
+
 def _build(sharding: str = "row_wise", ids=Hashed(), seed: int = 7, scale: int = 1) -> Sharded:  # noqa: B008
     hosts = ShardingConfig(ranks_per_host=dist.get_world_size())
     return toy_sharded(toy_schema(sharding, ids, scale), OPTIMIZER, hosts, seed)
@@ -63,14 +91,16 @@ def _check_exact_resume(directory: Path) -> None:
             sharded = _build(sharding, ids)
             checkpointer = Checkpointer(directory / f"{sharding}-{wait}", keep=2)
             train(sharded, range(4), 60)
-            checkpointer.save(4, sharded, {"rank": dist.get_rank()}, wait=wait)
+            own = {"rank": dist.get_rank()}
+            of_all = {"position": 4} if dist.get_rank() == 0 else {}
+            checkpointer.save(4, sharded, {**of_all, **own}, wait=wait)
             drawn = torch.rand(3)
             losses = train(sharded, range(4, 9), 60)
             checkpointer.wait()
 
             resumed = _build(sharding, ids, seed=8)
             progress = checkpointer.load(4, resumed)
-            assert progress == {"rank": dist.get_rank()}
+            assert progress == {"position": 4, **own}
             assert torch.equal(torch.rand(3), drawn), "random generators differ"
             assert train(resumed, range(4, 9), 60) == losses
             for name, table in gather_tables(resumed).items():
@@ -132,6 +162,7 @@ def test_one_rank(tmp_path: Path) -> None:
 
 
 def _check_one_rank(directory: Path) -> None:
+    _check_nothing_is_left_of_a_checkpointer(directory / "left")
     _check_retained_step(directory / "retained")
     _check_retention_and_damage(directory / "damage")
     _check_damaged_manifest(directory / "manifest")

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedding.epochs import EpochPlan, Leg, Segment, num_rows, num_steps, split
+from embedding.epochs import EpochPlan, Leg, Segment, num_rows, num_steps, rows_left, split
 
 groups = st.lists(st.integers(0, 40), min_size=1, max_size=12)
 worlds = st.integers(1, 5)
@@ -50,6 +50,7 @@ def test_changing_the_world_size_mid_epoch_trains_every_row_once(
         for share in shares:
             trained += _rows(plan, groups, share)[: steps * batch]
         done.append(Leg(world_size=leg_world, batch_size_per_rank=batch, steps=steps))
+        assert rows_left(sum(groups), done) == num_rows(plan.remaining(done))
     for share in split(plan.remaining(done), world_size):
         trained += _rows(plan, groups, share)
     assert sorted(trained) == list(range(sum(groups)))

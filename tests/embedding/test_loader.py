@@ -5,6 +5,7 @@ import json
 import threading
 import time
 from collections import Counter
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +120,8 @@ def _expected(row: dict[str, Any], schema: FeatureSchema) -> dict[str, Any]:
     """One row, converted by hand."""
     seen: dict[str, Any] = {
         "keys": [row[f"key:{k}"] for k in ("request_id", "user_id", "item_id", "timestamp")],
-        "labels": [row[f"label:{t}"] or 0.0 for t in TASKS],
-        "weights": [0.0 if row[f"label:{t}"] is None else 1.0 for t in TASKS],
+        "labels": [row[f"label:{t}"] for t in TASKS],
+        "weights": [1.0 for _ in TASKS],
         "dense": [row[f"dense:{f.name}"] for f in schema.dense],
     }
     for feature in (*schema.sparse, *schema.sequences):
@@ -139,7 +140,7 @@ def _seen(batch: RankingBatch) -> list[dict[str, Any]]:
     for i in range(batch.num_rows):
         row: dict[str, Any] = {
             "keys": batch.keys_BK[i].tolist(),
-            "labels": batch.labels_BT[i].tolist(),
+            "labels": [None if isnan(label) else label for label in batch.labels_BT[i].tolist()],
             "weights": batch.weights_BT[i].tolist(),
             "dense": batch.dense_BF[i].tolist(),
         }
@@ -304,17 +305,16 @@ def test_a_wrong_column_is_a_user_error(
         _loader([path])
 
 
-def test_row_weights_count_where_the_label_is_observed(tmp_path: Path) -> None:
+def test_a_row_has_its_weight_whether_the_label_is_there_or_not(tmp_path: Path) -> None:
     path, table = tmp_path / "part.parquet", pa.Table.from_pylist(_raw_rows(20, 0), schema=ARROW)
     weights = pa.array(np.arange(20) / 4, pa.float32())
     pq.write_table(table.append_column(f"weight:{TASKS[1]}", weights), path)
     with _loader([path]).sequential() as stream:
-        found = torch.cat([batch.weights_BT[: batch.num_rows] for batch in stream])
-    observed = [[row[f"label:{task}"] is not None for task in TASKS] for row in table.to_pylist()]
-    expected = torch.tensor(observed, dtype=torch.float32)
-    assert 0 < expected[:, 1].sum() < 20
-    expected[:, 1] *= torch.arange(20) / 4
-    assert found.equal(expected)
+        batches = list(stream)
+    labels = torch.cat([batch.labels_BT[: batch.num_rows, 1] for batch in batches])
+    assert 0 < labels.isnan().sum() < 20
+    found = torch.cat([batch.weights_BT[: batch.num_rows] for batch in batches])
+    assert found.equal(torch.stack([torch.ones(20), torch.arange(20) / 4], dim=1))
 
     pq.write_table(table, tmp_path / "plain.parquet")
     with pytest.raises(UserError, match=f"plain.parquet: column 'weight:{TASKS[1]}' is missing"):

@@ -77,9 +77,9 @@ def _fit(files: SampleFiles, device: torch.device) -> dict[str, Any]:
         optimizer=sharded.optimizer,
         device=device,
         hooks=TrainingHooks(
-            report=lambda _step, _steps, metrics: losses.append(metrics["train/loss"]),
+            report=lambda _reached, metrics: losses.append(metrics["train/loss"]),
             save=lambda _progress: None,
-            validated=lambda _step, _steps, metrics: validated.extend(
+            validated=lambda _reached, metrics: validated.extend(
                 value for name, value in metrics.items() if name.endswith("logloss")
             ),
         ),

@@ -15,6 +15,7 @@ from pipeline.capacity.content_cost import content_cost
 from pipeline.capacity.content_step import ContentStep, content_step
 from pipeline.capacity.dense_cost import dense_cost
 from pipeline.capacity.evaluate import evaluate_point
+from pipeline.capacity.item_load import ItemLoad
 from pipeline.capacity.sweep import SweepOptions, sweep_request
 from pipeline.capacity.types import (
     GPU_FLOPS_SHARE,
@@ -26,7 +27,6 @@ from pipeline.capacity.types import (
     Target,
 )
 from pipeline.recipe import load_recipe
-from pipeline.reports.item_load import ItemLoad
 
 DIM, WIDTH, ITEMS = 16, 24, 1000
 HEAD_FLOPS = 6 * ITEMS * WIDTH * DIM

@@ -10,8 +10,8 @@ from embedding.planning.id_distribution import zipf
 from embedding.planning.traffic import TableTraffic, Traffic
 from multimodal.content_config import Gradient
 from multimodal.gradient_items import own_rows
+from pipeline.capacity.item_load import ItemLoad, _own_items, item_load, step_items
 from pipeline.recipe import load_recipe
-from pipeline.reports.item_load import ItemLoad, _own_items, item_load, step_items
 
 
 def load_of(items: tuple[float, ...], shares: tuple[float, ...], events: float) -> ItemLoad:

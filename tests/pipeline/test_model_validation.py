@@ -6,14 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from deploy.app import main
 from embedding.errors import UserError
+from pipeline.content.items import content_shape
 from pipeline.recipe import load_recipe
+from ranking.model import RankingModel
 from tests.pipeline.test_recipe import changed, write
 
 ROOT = Path(__file__).parents[2]
 MODEL = "ranking.model"
+META = torch.device("meta")
 
 
 @pytest.mark.parametrize(
@@ -142,6 +146,34 @@ def test_a_single_field_cannot_be_combined(tmp_path: Path) -> None:
     data["features"]["tables"].pop()
     with pytest.raises(UserError, match="fm combines fields, but there is 1; add a sparse feature"):
         load_recipe(write(tmp_path, data))
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_fine"),
+    [
+        ({"classifier": {"kind": "dlrm"}}, True),  # dense features are its second field
+        ({"classifier": {"kind": "fm"}, "content": {"in_history": False}}, True),
+        ({"classifier": {"kind": "fm"}, "content": {"in_history": True}}, True),
+        ({"classifier": {"kind": "dlrm"}, "dense": []}, False),
+    ],
+)
+def test_one_sparse_feature_is_enough_beside_other_fields(
+    tmp_path: Path, settings: dict[str, Any], is_fine: bool
+) -> None:
+    data = changed("ranking.model", {"classifier": settings["classifier"]})
+    data["features"]["sparse"].pop()
+    data["features"]["tables"].pop()
+    data["features"]["dense"] = settings.get("dense", [{"name": "price"}])
+    if "content" in settings:
+        data["content"] = {"text": {"model": "tiny", "lora": None}, **settings["content"]}
+    path = write(tmp_path, data)
+    if is_fine:
+        recipe = load_recipe(path)
+        shape = None if recipe.content is None else content_shape(recipe.content, recipe.features)
+        RankingModel(recipe.features, recipe.ranking, tables_device=META, content=shape)
+    else:
+        with pytest.raises(UserError, match="dlrm combines fields, but there is 1"):
+            load_recipe(path)
 
 
 def validated(*words: str) -> str:

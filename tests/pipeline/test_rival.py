@@ -1,5 +1,6 @@
 """A new model and the one in production are compared on the same rows, where that can be."""
 
+import errno
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ import pytest
 import yaml
 
 from deploy.app import main
+from embedding.errors import UserError
+from pipeline import rival as rival_module
 from pipeline.metrics_file import read_metrics
 from pipeline.recipe import load_recipe
 from pipeline.registry import production_before
@@ -147,6 +150,32 @@ def test_what_was_published_stands_in_where_rows_cannot_be_the_same(
     assert rival.rows.startswith("on the days after its own date, since ")
     assert why in rival.rows
     assert rival.metrics == read_metrics(out / DAYS[0] / "evaluate" / "metrics.json")
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (UserError("the cluster had no room for a group"), "had no room"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left"),
+    ],
+)
+def test_what_is_no_fault_of_the_model_in_production_fails_the_stage(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: Exception,
+    message: str,
+) -> None:
+    def evaluate(*_: Any, **__: Any) -> None:
+        raise fault
+
+    monkeypatch.setattr(rival_module, "evaluate", evaluate)
+    current = production_before(folder / "runs", DAYS[1])
+    assert current is not None
+    new = EvaluatedRows(folder / "runs" / DAYS[1], (DAYS[2],), list, None)
+
+    with pytest.raises(type(fault), match=message):
+        rival_of(load_recipe(str(folder / "small.yaml")), current, new, tmp_path, lambda: None)
 
 
 def test_a_damaged_model_in_production_holds_no_new_one_back(folder: Path, tmp_path: Path) -> None:

@@ -151,6 +151,37 @@ def test_variants_of_another_cluster_or_seed_are_refused(change: str, message: s
         require_comparable(recipes | {"b": load_recipe("demo", [change])})
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("window.eval_days=2", r"window.eval_days is 2, but 1 in 'a'; .* the same rows"),
+        ("evaluation.group_by=request_id", "evaluation.group_by is request_id, but user_id in 'a'"),
+        ("evaluation.rare_max_events=3", "evaluation.rare_max_events is 3, but 10 in 'a'"),
+        ("evaluation.popular_share=0.5", r"evaluation.popular_share is 0.5, but 0.1 in 'a'"),
+        ("evaluation.held_out_items={}", "evaluation.held_out_items is .*share=0.2.*but None"),
+        (
+            "ranking.tasks=[{name: click}, {name: like, label: click}]",
+            "label of task 'like' is click, but like in 'a'",
+        ),
+        (
+            "ranking.tasks=[{name: like}, {name: click, sample_weight: w}]",
+            "sample_weight of task 'click' is w, but None in 'a'",
+        ),
+    ],
+)
+def test_variants_that_are_evaluated_on_other_rows_are_refused(change: str, message: str) -> None:
+    """AUC of two days minus AUC of one, paired by seed, was shown as what the variant gains."""
+    alone = "window.warm_start=false"  # as held-out items demand
+    first = load_recipe("demo", [alone, "ranking.tasks=[{name: click}, {name: like}]"])
+    with pytest.raises(UserError, match=f"variant 'b': {message}"):
+        require_comparable({"a": first, "b": load_recipe("demo", [alone, change])})
+
+
+def test_variants_may_have_other_tasks() -> None:
+    first, change = load_recipe("demo", []), "ranking.tasks=[{name: click}, {name: like}]"
+    require_comparable({"a": first, "b": load_recipe("demo", [change])})
+
+
 def test_every_seed_draws_another_alignment_and_other_codebooks() -> None:
     content = "{text: {model: tiny, lora: null}, seed: 3}"
     codes = f"codes={{vectors: {{kind: aligned, content: {content}}}, rq: {{seed: 20}}}}"

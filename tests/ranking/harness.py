@@ -8,7 +8,7 @@ from embedding.loader import SampleFiles, SampleLoader
 from ranking.config import RankingConfig
 from ranking.model import RankingModel, RankingStep
 from ranking.progress import Progress
-from ranking.trainer import Trainer, TrainingHooks, TrainingSummary
+from ranking.trainer import Reached, Trainer, TrainingHooks, TrainingSummary
 from tests.ranking.small_run import SCHEMA, TASKS
 
 CPU = torch.device("cpu")
@@ -36,6 +36,7 @@ class Harness:
             if held_out is None
             else SampleLoader(held_out, batch_size_per_rank=config.trainer.batch_size_per_rank)
         )
+        self.reached: list[Reached] = []
         self.reports: dict[int, dict[str, float]] = {}
         self.validations: dict[int, dict[str, float]] = {}
         self.checkpoints: dict[int, dict[str, Any]] = {}
@@ -50,14 +51,18 @@ class Harness:
             optimizer=self.optimizer,
             device=CPU,
             hooks=TrainingHooks(
-                report=lambda step, _, metrics: self.reports.__setitem__(step, metrics),
+                report=self._report,
                 save=self._save,
-                validated=lambda step, _, metrics: self.validations.__setitem__(step, metrics),
+                validated=lambda at, metrics: self.validations.__setitem__(at.step, metrics),
             ),
         )
         return trainer.fit(
             self.source, progress, validation=self.held_out, is_warm_start=is_warm_start
         )
+
+    def _report(self, reached: Reached, metrics: dict[str, float]) -> None:
+        self.reached.append(reached)
+        self.reports[reached.step] = metrics
 
     def restore(self, checkpoint: dict[str, Any]) -> Progress:
         self.step.load_state_dict(checkpoint["model"])

@@ -319,9 +319,10 @@ def test_dlrm_multiplies_the_dense_vector_like_a_field(dims: InputDims) -> None:
             columns.append(through(model.bottom, dense))
             fields = torch.cat([columns[-1].unsqueeze(0), fields])
         products = torch.stack([fields[a] @ fields[b] for a, b in model.products.pairs()])
-        return through(model.mlp, torch.cat([products, *columns]))
+        return through(model.mlp, filled(products, *columns))
 
     compare(model, reference, dims)
+    assert model.mlp[0].in_features % 16 == 0
 
 
 @pytest.mark.parametrize("bilinear", ["all", "each", "interaction"])

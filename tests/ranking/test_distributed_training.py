@@ -243,7 +243,7 @@ def _fit(folder: Path) -> None:
         optimizer=sharded.optimizer,
         device=CPU,
         hooks=TrainingHooks(
-            report=lambda step, _, metrics: reports.__setitem__(step, metrics),
+            report=lambda reached, metrics: reports.__setitem__(reached.step, metrics),
             save=saved.append,
             validated=lambda *_: None,
         ),

@@ -1,10 +1,12 @@
 """Multi-task heads against loops over tasks and experts."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ranking.experts import MixtureOfExperts, ProgressiveExtraction, Towers, build_heads
 from ranking.experts_config import (
@@ -117,6 +119,40 @@ def test_stacked_layers_start_in_the_range_of_a_linear_layer() -> None:
     weight = MixtureOfExperts(config, in_dim=16, num_tasks=1).experts[0].weight_EDH
     assert weight.abs().max() <= 1 / math.sqrt(16)
     assert weight.std().item() == pytest.approx(1 / math.sqrt(3 * 16), rel=0.02)  # of a uniform
+
+
+class _Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operator made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_elements = 0
+
+    def __torch_dispatch__(  # noqa: PLR0913 # torch's signature
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        for output in outputs if isinstance(outputs, tuple) else (outputs,):
+            if isinstance(output, Tensor):
+                self.num_elements = max(self.num_elements, output.numel())
+        return outputs
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SharedBottom(tower_hidden=(2,)),
+        MixtureOfExpertsConfig(num_experts=8, expert_hidden=(2,), tower_hidden=(2,)),
+        ProgressiveExtractionConfig(num_layers=2, expert_hidden=(2,), tower_hidden=(2,)),
+    ],
+)
+def test_no_layer_has_a_representation_of_its_own_in_either_direction(
+    config: SharedBottom | MixtureOfExpertsConfig | ProgressiveExtractionConfig,
+) -> None:
+    block, x_BX = build_heads(config, 80, 3), torch.randn(64, 80, requires_grad=True)
+    with _Largest() as largest:
+        block(x_BX).sum().backward()
+    assert largest.num_elements == x_BX.numel()
 
 
 @pytest.mark.parametrize(

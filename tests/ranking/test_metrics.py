@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import log_loss, roc_auc_score
 
 from embedding.errors import UserError
-from ranking.evaluation import evaluate_predictions, exact_auc, grouped_auc
+from ranking.evaluation import SliceMetrics, evaluate_predictions
 from ranking.metrics import MetricSums, all_reduce_sums
 
 CPU = torch.device("cpu")
@@ -124,19 +124,28 @@ rows = st.lists(
         st.sampled_from([0.0, 1.0]),
         st.sampled_from([0.1, 0.2, 0.5, 0.7]),
         st.sampled_from([0.5, 1.0, 3.0]),
+        st.booleans(),
     ),
     max_size=30,
 )
+Row = tuple[int, float, float, float, bool]
 
 
 @settings(max_examples=200)
 @given(rows=rows)
-def test_auc_and_gauc_equal_a_loop_over_pairs(
-    rows: list[tuple[int, float, float, float]],
-) -> None:
+def test_auc_and_gauc_equal_a_loop_over_pairs(rows: list[Row]) -> None:
+    groups, labels, scores, weights, chosen = (np.array([row[i] for row in rows]) for i in range(5))
+    found = evaluate_predictions(
+        labels, scores, groups, weights=weights, slices={"chosen": chosen.astype(bool)}
+    )
+    _check_pairs(found, rows)
+    _check_pairs(found.slices["chosen"], [row for row in rows if row[4]])
+
+
+def _check_pairs(found: SliceMetrics, rows: list[Row]) -> None:
     groups, labels, scores, weights = ([row[i] for row in rows] for i in range(4))
-    columns = [np.array(x, dtype=np.float64) for x in (labels, scores, weights)]
-    assert exact_auc(*columns) == pytest.approx(_pair_auc(labels, scores, weights))
+    assert found.num_rows == len(rows)
+    assert found.auc == pytest.approx(_pair_auc(labels, scores, weights))
     total = weight = 0.0
     skipped = 0
     for group in set(groups):
@@ -147,9 +156,8 @@ def test_auc_and_gauc_equal_a_loop_over_pairs(
             skipped += 1
         else:
             total, weight = total + impressions * auc, weight + impressions
-    grouped = grouped_auc(np.array(groups), *columns)
-    assert grouped.value == (pytest.approx(total / weight) if weight else None)
-    assert grouped.num_skipped_groups == skipped
+    assert found.gauc == (pytest.approx(total / weight) if weight else None)
+    assert found.gauc_num_skipped_groups == skipped
 
 
 def test_evaluation_agrees_with_sklearn_on_observed_rows_and_slices() -> None:

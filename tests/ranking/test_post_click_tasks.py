@@ -1,15 +1,20 @@
 """Post-click tasks: probabilities, gradients at the extremes, labels, and refused graphs."""
 
 import math
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from pydantic import ValidationError
 
+from embedding.loader import SampleFiles, SampleLoader
 from ranking.config import RankingConfig, TaskConfig
 from ranking.losses import TaskLoss
 from ranking.tasks import EntireSpaceLabels, TaskChain, probabilities
+from tests.ranking.small_run import NUM_ROWS, SCHEMA, write_samples
 
 # A buy follows a cart, which follows a click; a like stands alone. Children come first here.
 TASKS = (
@@ -73,17 +78,53 @@ def test_a_missing_label_counts_as_0_where_the_parent_is_0() -> None:
     expected = torch.tensor(
         [[math.nan if x is None else x for x in row] for row in labels.values()]
     )
-    weights_BT = (~given.isnan()).float()
-    found, weights = EntireSpaceLabels(TASKS)(given.nan_to_num(0.0), weights_BT)
+    found, weights = EntireSpaceLabels(TASKS)(given, torch.ones_like(given))
     assert weights.equal((~expected.isnan()).float())
     assert found.equal(expected.nan_to_num(0.0))
 
 
-def test_the_parent_s_weight_is_used_for_what_follows_from_it() -> None:
-    tasks = (TaskConfig(name="click"), TaskConfig(name="buy", after="click"))
-    labels, weights = EntireSpaceLabels(tasks)(torch.zeros(1, 2), torch.tensor([[0.5, 0.0]]))
-    assert labels.tolist() == [[0.0, 0.0]]
-    assert weights.tolist() == [[0.5, 0.5]]
+def test_null_and_0_are_the_same_without_a_click_whatever_the_rows_weigh() -> None:
+    tasks = (TaskConfig(name="click"), TaskConfig(name="buy", after="click", sample_weight="w"))
+    weights_BT = torch.tensor([[1.0, 10.0], [0.5, 0.0], [0.0, 2.0], [1.0, 10.0], [0.0, 0.0]])
+    click_B = torch.tensor([0.0, 0.0, 0.0, 1.0, 0.0])  # the last row fills up a batch
+    for spelling in (math.nan, 0.0):
+        buy_B = torch.where(click_B == 0, spelling, 1.0)
+        labels, weights = EntireSpaceLabels(tasks)(torch.stack([click_B, buy_B], 1), weights_BT)
+        assert labels.tolist() == [[0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [1.0, 1.0], [0.0, 0.0]]
+        assert weights.equal(weights_BT)
+
+
+def test_both_spellings_are_the_same_from_the_files_on(tmp_path: Path) -> None:
+    tasks = (TaskConfig(name="click"), TaskConfig(name="like", after="click", sample_weight="w"))
+    path, found = tmp_path / "part.parquet", []
+    for spelling in (None, 0.0):
+        write_samples(path)
+        table = pq.read_table(path).drop_columns("label:like")
+        like = [1.0 if clicked else spelling for clicked in table["label:click"].to_pylist()]
+        table = table.append_column("label:like", pa.array(like, pa.float32()))
+        weights = pa.array([row % 7 for row in range(len(table))], pa.float32())
+        pq.write_table(table.append_column("weight:like", weights), path, row_group_size=50)
+        files = SampleFiles([path], SCHEMA, [task.name for task in tasks])
+        of_ranks = []
+        for rank in range(2):
+            loader = SampleLoader(files, batch_size_per_rank=16, rank=rank, world_size=2)
+            with loader.sequential() as stream:
+                for batch in stream:
+                    both = EntireSpaceLabels(tasks)(batch.labels_BT, batch.weights_BT)
+                    of_ranks.append(torch.cat([part[: batch.num_rows] for part in both], dim=1))
+        found.append(torch.cat(of_ranks))
+
+    assert found[0].equal(found[1])
+    assert found[0][:, 3].equal(torch.arange(NUM_ROWS) % 7.0)
+    assert found[0][:, 1].equal(found[0][:, 0])  # everybody who clicked likes
+
+
+def test_an_outcome_that_is_not_known_yet_weighs_nothing() -> None:
+    tasks = (TaskConfig(name="click"), TaskConfig(name="buy", after="click", sample_weight="w"))
+    labels_BT = torch.tensor([[1.0, math.nan], [math.nan, math.nan]])
+    labels, weights = EntireSpaceLabels(tasks)(labels_BT, torch.full((2, 2), 3.0))
+    assert labels.tolist() == [[1.0, 0.0], [0.0, 0.0]]
+    assert weights.tolist() == [[3.0, 0.0], [0.0, 0.0]]
 
 
 @pytest.mark.parametrize(
@@ -112,9 +153,8 @@ def test_conversions_are_learnt_over_all_rows() -> None:
     tasks = (TaskConfig(name="click"), TaskConfig(name="buy", after="click"))
     click_B = (torch.rand(4000, generator=generator) < 0.2).float()
     buy_B = (torch.rand(4000, generator=generator) < 0.5).float()
-    labels_BT = torch.stack([click_B, buy_B * click_B], dim=1)
-    weights_BT = torch.stack([torch.ones(4000), click_B], dim=1)
-    labels_BT, weights_BT = EntireSpaceLabels(tasks)(labels_BT, weights_BT)
+    given_BT = torch.stack([click_B, torch.where(click_B == 1, buy_B, math.nan)], dim=1)
+    labels_BT, weights_BT = EntireSpaceLabels(tasks)(given_BT, torch.ones(4000, 2))
     bias_T = torch.zeros(2, requires_grad=True)
     optimizer = torch.optim.LBFGS([bias_T], max_iter=50)
 

@@ -95,6 +95,21 @@ def test_reports_and_checkpoints_come_at_their_steps(files: SampleFiles) -> None
     assert summary.totals.rows == 2 * NUM_ROWS  # filling rows are not counted
 
 
+def test_rows_are_told_as_they_were_trained_whatever_the_batch(files: SampleFiles) -> None:
+    harness = Harness(files, small_config())
+    harness.fit()
+    rows = {reached.step: reached.rows for reached in harness.reached}
+    assert rows[4] == 4 * 16
+    assert rows[20] == NUM_ROWS + 16  # step 19 ends the epoch with 300 - 18 * 16 = 12 rows
+    assert rows[STEPS] == 2 * NUM_ROWS
+    assert {reached.num_rows for reached in harness.reached} == {2 * NUM_ROWS}
+
+    resumed = Harness(files, small_config(batch_size_per_rank=32))
+    resumed.fit(resumed.restore(harness.checkpoints[7]))
+    assert (resumed.reached[0].step, resumed.reached[0].rows) == (8, 7 * 16 + 32)
+    assert resumed.reached[-1].rows == resumed.reached[-1].num_rows == 2 * NUM_ROWS
+
+
 def test_without_an_interval_there_is_one_checkpoint_at_the_end(files: SampleFiles) -> None:
     harness = Harness(files, small_config(checkpoint_every_steps=None))
     harness.fit()
@@ -106,7 +121,9 @@ def test_windows_count_every_observed_label_once(files: SampleFiles) -> None:
     harness.fit()
     observed = {"click": NUM_ROWS, "like": 0.0}
     with harness.source.sequential() as stream:
-        observed["like"] = sum(float(batch.weights_BT[:, 1].sum()) for batch in stream)
+        for batch in stream:
+            likes = batch.labels_BT[: batch.num_rows, 1]
+            observed["like"] += float(likes.isnan().logical_not().sum())
     for task, weight in observed.items():
         seen = [metrics[f"train/{task}/weight"] for metrics in harness.reports.values()]
         assert sum(seen) == weight

@@ -1,0 +1,53 @@
+"""What a restarted worker group does with an error that only the user can mend."""
+
+from pathlib import Path
+
+import pytest
+
+from embedding.errors import CheckpointError, UserError
+from pipeline import training_worker
+from pipeline.evaluate import PREDICTIONS, EvaluateJob, _predict_worker
+from pipeline.refusal import refusing_once
+from pipeline.train import TrainedModel, TrainInputs, TrainJob, _train_worker
+from tests.pipeline.small_log import make_recipe
+
+
+def train(folder: Path) -> None:
+    inputs = TrainInputs(samples=[], validation=[], plan=folder, parent=None)
+    job = TrainJob(recipe=make_recipe(folder), inputs=inputs, resume=folder)
+    _train_worker({"job": job.model_dump_json()})
+
+
+def predict(folder: Path) -> None:
+    model = TrainedModel(recipe=make_recipe(folder), plan=folder, checkpoint=folder)
+    job = EvaluateJob(model=model, samples=[], predictions=folder / PREDICTIONS)
+    _predict_worker({"job": job.model_dump_json()})
+
+
+@pytest.mark.parametrize(("worker", "work"), [(train, "train_worker"), (predict, "predict_worker")])
+@pytest.mark.parametrize("kind", [UserError, CheckpointError])
+def test_what_the_user_must_change_is_tried_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worker: object, work: str, kind: type
+) -> None:
+    calls = []
+
+    def refuse(job: object) -> None:
+        calls.append(job)
+        raise kind("the checkpoint is damaged; restore it")
+
+    monkeypatch.setattr(training_worker, work, refuse)
+    assert callable(worker)
+    for _ in range(3):
+        with pytest.raises(UserError, match=r"^the checkpoint is damaged; restore it$") as raised:
+            worker(tmp_path)
+        assert type(raised.value) is kind
+
+    assert len(calls) == 1
+
+
+def test_other_errors_and_no_error_leave_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), refusing_once(tmp_path):
+        raise RuntimeError("a rank has died")
+    with refusing_once(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []

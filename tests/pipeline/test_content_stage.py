@@ -14,7 +14,7 @@ from pipeline.consent import Consent
 from pipeline.console import Reporter
 from pipeline.content import reading, stage
 from pipeline.run import DayRun
-from pipeline.stages import execute
+from pipeline.stages import execute, failure_of
 from tests.one_process import encode_here
 from tests.pipeline.small_log import DAYS, event, make_recipe, run_here, write_catalogue, write_day
 from tests.pipeline.test_content import items, picture, small_content, write_items
@@ -120,3 +120,15 @@ def test_a_recipe_without_content_has_no_such_stage(tmp_path: Path) -> None:
     run = day_run(tmp_path)
     run.recipe = make_recipe(root)
     assert not list(run.specs("content"))
+
+
+def test_a_failure_before_the_stage_begins_is_its_failure_too(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    write_catalogue(root)
+    for day in range(3):
+        write_day(root, day, [[event(day, 1, 60)]])
+    pq.write_table(pa.table({"item_id": [1], "image": ["1.png"]}), root / "items.parquet")
+    (spec,) = day_run(tmp_path).specs("content")
+    with pytest.raises(UserError, match="has no column 'text'"):
+        execute(spec, Reporter())
+    assert "has no column 'text'" in str(failure_of(spec.directory))

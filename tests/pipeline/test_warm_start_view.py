@@ -69,7 +69,7 @@ def test_line_stays_short_and_the_rows_have_everything() -> None:
 
 
 def test_the_line_says_that_dense_weights_start_from_the_average() -> None:
-    line = warm_start_line({**facts(), "from_average": ["a", "b"]}, "2024-01-06")
+    line = warm_start_line(facts().model_copy(update={"from_average": ("a", "b")}), "2024-01-06")
     assert line == (
         "warm start from 2024-01-06: carried 3, of 2 dense ones the published average, for none is "
         "kept now, redrawn 0"

@@ -20,6 +20,11 @@ class RankGroup:
         self.rank = dist.get_rank(group) if group is not None else 0
         self.world_size = dist.get_world_size(group) if group is not None else 1
 
+    def close(self) -> None:
+        """End the process group: its threads and connections would stay as long as the process."""
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+
     def share(self, of_all: Tensor) -> Tensor:
         """This rank's consecutive part of rows that all ranks know; a view, may be empty."""
         size = -(-len(of_all) // self.world_size)

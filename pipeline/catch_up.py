@@ -15,7 +15,7 @@ from pipeline.gate import RANKING, check, reasons_of
 from pipeline.gate_config import GateConfig
 from pipeline.stages import CATCH_UP
 from pipeline.train_facts import CatchUpFacts
-from ranking.evaluation import TaskMetrics
+from ranking.task_metrics import TaskMetrics
 
 TOLERANCE = 0.005
 """AUC and GAUC on rows that were just trained on may fall by so much: other tasks and dropout shift

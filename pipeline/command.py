@@ -27,7 +27,7 @@ from pipeline.reports.report import REPORT, write_report
 from pipeline.run import DayRun
 from pipeline.stages import CATCH_UP, STAGES
 from pipeline.summary import SUMMARY, Summary, read_summary, summarize, write_summary
-from ranking.evaluation import SliceMetrics
+from ranking.task_metrics import SliceMetrics
 
 
 class Command:

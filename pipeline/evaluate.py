@@ -23,7 +23,8 @@ from pipeline.refusal import refusing_once
 from pipeline.stages import StageOutput
 from pipeline.train import TrainedModel
 from pipeline.worker_group import RunWorkers, run_workers
-from ranking.evaluation import TaskMetrics, evaluate_predictions
+from ranking.evaluation import evaluate_predictions
+from ranking.task_metrics import TaskMetrics
 
 PREDICTIONS = "predictions"
 COLD = "cold"

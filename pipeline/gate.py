@@ -13,7 +13,7 @@ from pipeline.gate_decision import GateDecision, RuleCheck
 from pipeline.metrics_file import METRICS_FILE, read_metrics
 from pipeline.rival import Rival
 from pipeline.stages import StageOutput
-from ranking.evaluation import TaskMetrics
+from ranking.task_metrics import TaskMetrics
 
 GATE = "gate.json"
 RANKING = ("auc", "gauc")

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from ranking.evaluation import TaskMetrics
+from ranking.task_metrics import TaskMetrics
 
 METRICS_FILE = "metrics.json"
 ORACLE_FILE = "oracle.json"

@@ -1,13 +1,18 @@
 """`braid models`: the published bundles of an output directory, as a table and as JSON."""
 
+from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel
+from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
 from embedding.config import StrictConfig
+from pipeline.console import figure
+from pipeline.metrics_file import METRICS_FILE, read_metrics
 from pipeline.registry import (
     Promotions,
     PublishedModel,
@@ -19,6 +24,15 @@ from pipeline.registry import (
 
 State = Literal["production", "promoted", "withdrawn", "published"]
 _STYLE = {"production": "green", "promoted": "", "withdrawn": "red", "published": "dim"}
+
+
+class Quality(StrictConfig):
+    """What a bundle was judged by, of one task: on the days that its run evaluated."""
+
+    num_rows: int
+    auc: float | None
+    gauc: float | None
+    calibration: float | None
 
 
 class ModelEntry(StrictConfig):
@@ -35,6 +49,8 @@ class ModelEntry(StrictConfig):
     state: State
     """`production`; `promoted`: was there before, and a rollback may return to it; `withdrawn`: was
     withdrawn from production; `published`: was never there."""
+    metrics: dict[str, Quality]
+    """By task."""
     bundle: str
     """Path of its directory; one that was promoted never changes."""
 
@@ -75,13 +91,27 @@ def current_model(out: Path) -> CurrentModel:
 
 def models_table(found: ModelList) -> Table:
     """One row a bundle."""
-    table = Table("state", "date", "learned up to", "published", "bundle")
+    table = Table(box=SIMPLE)
+    for column in ("state", "date", "learned up to", "AUC", "calibration", "published", "bundle"):
+        table.add_column(column)
     for entry in found.models:
         style = _STYLE[entry.state]
-        state = f"[{style}]{entry.state}[/]" if style else entry.state
-        when = entry.learned_up_to, entry.published_at
-        table.add_row(state, entry.date, *when, escape(entry.bundle))
+        table.add_row(
+            f"[{style}]{entry.state}[/]" if style else entry.state,
+            entry.date,
+            entry.learned_up_to,
+            _by_task({task: quality.auc for task, quality in entry.metrics.items()}),
+            _by_task({task: quality.calibration for task, quality in entry.metrics.items()}),
+            datetime.fromisoformat(entry.published_at).isoformat(" ", "seconds"),
+            escape(entry.bundle),
+        )
     return table
+
+
+def _by_task(values: Mapping[str, float | None]) -> str:
+    if len(values) == 1:
+        return figure(*values.values())
+    return "  ".join(f"{task} {figure(value)}" for task, value in values.items())
 
 
 def _entry(model: PublishedModel, past: Promotions) -> ModelEntry:
@@ -92,6 +122,10 @@ def _entry(model: PublishedModel, past: Promotions) -> ModelEntry:
         artifact_id=identity,
         published_at=model.manifest.created_at,
         state=_state(identity, past),
+        metrics={
+            task: Quality.model_validate(metrics, from_attributes=True)
+            for task, metrics in read_metrics(model.directory / METRICS_FILE).items()
+        },
         bundle=str(model.bundle),
     )
 

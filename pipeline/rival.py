@@ -24,7 +24,7 @@ from pipeline.registry import PublishedModel
 from pipeline.stages import CATCH_UP
 from pipeline.train import TrainedModel
 from pipeline.train_facts import CatchUpFacts, TrainFacts, read_training
-from ranking.evaluation import TaskMetrics
+from ranking.task_metrics import TaskMetrics
 
 PRODUCTION = "production"
 """Folder of a gate artifact: the metrics of the model that would be replaced."""

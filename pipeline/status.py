@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
@@ -109,7 +110,7 @@ def headlines(status: OutputStatus) -> Iterator[str]:
 
 def status_table(status: OutputStatus) -> Table:
     """One row for every stage of every run."""
-    table = Table()
+    table = Table(box=SIMPLE)
     for column in ("date", "stage", "state", "rows", "time", "note"):
         table.add_column(column)
     for run in status.runs:

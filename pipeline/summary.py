@@ -14,7 +14,7 @@ from pipeline.registry import bundle_of_run
 from pipeline.spans import INGEST
 from pipeline.stages import CATCH_UP, StageRecord
 from pipeline.train_facts import CatchUpFacts, TrainFacts
-from ranking.evaluation import TaskMetrics
+from ranking.task_metrics import TaskMetrics
 
 SUMMARY = "summary.json"
 

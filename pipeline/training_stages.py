@@ -25,7 +25,7 @@ from pipeline.samples.ingest_facts import IngestFacts
 from pipeline.stages import CATCH_UP, StageOutput, StageSpec
 from pipeline.train import TrainedModel, TrainInputs, take_over, train
 from pipeline.train_facts import CatchUpFacts, TrainFacts
-from ranking.evaluation import TaskMetrics
+from ranking.task_metrics import TaskMetrics
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

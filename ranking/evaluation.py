@@ -6,57 +6,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict
 
 from embedding.errors import UserError
 from ranking.metrics import normalized_entropy
+from ranking.task_metrics import ReliabilityBin, SliceMetrics, TaskMetrics
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 _EPS = 1e-12  # probabilities are kept this far from 0 and 1 in logloss, as float64 can hold
 _NUM_RELIABILITY_BINS = 20
-
-
-class ReliabilityBin(BaseModel):
-    """Rows of similar prediction: how often the label was 1."""
-
-    model_config = ConfigDict(frozen=True)
-
-    num_rows: int
-    mean_prediction: float
-    label_rate: float
-
-
-class SliceMetrics(BaseModel):
-    """Metrics of one task on some rows; None where they are not defined."""
-
-    model_config = ConfigDict(frozen=True)
-
-    num_rows: int
-    """Rows whose label is observed."""
-    num_positives: int
-    """Of these, rows whose label is 1. All that follows weighs each row by its weight."""
-    label_rate: float | None = None
-    auc: float | None = None
-    """Weighted share of (positive, negative) pairs in the right order; ties count half."""
-    gauc: float | None = None
-    """AUC inside each group, averaged with the groups' impressions as weights. Groups of one class
-    are left out and counted. Not torchrec's `gauc`, which is the unweighted mean."""
-    gauc_num_groups: int = 0
-    """Groups of both classes."""
-    gauc_num_skipped_groups: int = 0
-    logloss: float | None = None
-    ne: float | None = None
-    calibration: float | None = None
-    """Sum of predictions / sum of labels."""
-
-
-class TaskMetrics(SliceMetrics):
-    """Metrics of one task, over all rows and by slice."""
-
-    slices: dict[str, SliceMetrics] = {}
-    reliability: list[ReliabilityBin] = []
-    """Up to 20 bins of about equally many rows, for the calibration plot."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 from scipy import stats
 
 from embedding.config import StrictConfig
-from ranking.evaluation import SliceMetrics, TaskMetrics
+from ranking.task_metrics import SliceMetrics, TaskMetrics
 
 CONFIDENCE = 0.95
 METRICS: dict[str, Literal["higher", "lower"] | None] = {

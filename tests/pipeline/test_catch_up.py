@@ -17,7 +17,8 @@ from pipeline.catch_up import objections
 from pipeline.gate_config import GateConfig, TaskGate
 from pipeline.metrics_file import read_metrics
 from pipeline.registry import promote, rollback
-from ranking.evaluation import TaskMetrics, evaluate_predictions
+from ranking.evaluation import evaluate_predictions
+from ranking.task_metrics import TaskMetrics
 from tests.one_process import in_one_process
 from tests.pipeline.small_log import DAYS, make_recipe, write_days_to_train_on, write_log_to_run
 

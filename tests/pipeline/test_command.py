@@ -17,7 +17,7 @@ from pipeline.registry import production, rollback
 from pipeline.run import DayRun
 from pipeline.stages import StageRecord
 from pipeline.summary import Summary
-from ranking.evaluation import TaskMetrics
+from ranking.task_metrics import TaskMetrics
 from tests.pipeline.small_log import DAYS, make_recipe
 from tests.pipeline.stage_facts import decided, published, trained
 

@@ -9,7 +9,7 @@ from pipeline.gate_config import GateConfig
 from pipeline.gate_decision import GateDecision
 from pipeline.metrics_file import METRICS_FILE, write_metrics
 from pipeline.rival import Rival
-from ranking.evaluation import TaskMetrics
+from ranking.task_metrics import TaskMetrics
 from tests.pipeline.small_log import make_recipe
 
 TASKS = [{"name": "click"}, {"name": "buy"}]

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from deploy.app import main
+from pipeline.metrics_file import METRICS_FILE, write_metrics
 from pipeline.models import model_list
 from pipeline.registry import bundle_of_run, promote, rollback
+from ranking.task_metrics import TaskMetrics
 from tests.pipeline.small_log import DAYS
 from tests.pipeline.small_models import write_model
 
@@ -39,6 +41,35 @@ def test_every_bundle_is_listed_with_what_became_of_it(tmp_path: Path) -> None:
         (DAYS[2], "withdrawn"),
         (DAYS[3], "published"),
     ]
+
+
+def test_a_bundle_is_listed_with_what_it_was_judged_by(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_model(tmp_path, DAYS[0])
+    click = TaskMetrics(num_rows=900, num_positives=90, auc=0.7012, calibration=1.1)
+    buy = TaskMetrics(num_rows=80, num_positives=0, auc=None)
+    publish = tmp_path / DAYS[0] / "publish"
+    write_metrics({"click": click}, publish / METRICS_FILE)
+
+    (row,) = [
+        line
+        for line in braid(capsys, "list", "--out", str(tmp_path)).splitlines()
+        if DAYS[0] in line
+    ]
+    assert row.split()[3:5] == ["0.7012", "1.1000"]
+    write_metrics({"click": click, "buy": buy}, publish / METRICS_FILE)
+    promote(tmp_path, DAYS[0])
+    shutil.rmtree(tmp_path / DAYS[0])
+    said = braid(capsys, "list", "--out", str(tmp_path))
+    assert "click 0.7012  buy -" in said
+    (entry,) = json.loads(braid(capsys, "list", "--out", str(tmp_path), "--json"))["models"]
+    assert entry["metrics"]["click"] == {
+        "num_rows": 900,
+        "auc": 0.7012,
+        "gauc": None,
+        "calibration": 1.1,
+    }
 
 
 def test_promoted_bundles_outlive_their_runs(

@@ -43,7 +43,7 @@ from pipeline.study.statistics import (
     trial_metrics,
 )
 from pipeline.study.study import Study, _line, read_variants
-from ranking.evaluation import SliceMetrics, TaskMetrics
+from ranking.task_metrics import SliceMetrics, TaskMetrics
 from tests.pipeline.small_log import Row, event, make_recipe, write_catalogue, write_day
 
 FGCNN = "ranking.model.generator={kind: fgcnn}"

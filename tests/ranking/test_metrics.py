@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from sklearn.metrics import log_loss, roc_auc_score
 
 from embedding.errors import UserError
-from ranking.evaluation import SliceMetrics, evaluate_predictions
+from ranking.evaluation import evaluate_predictions
 from ranking.metrics import MetricSums, all_reduce_sums
+from ranking.task_metrics import SliceMetrics
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-10  # float64 sums of some thousand terms

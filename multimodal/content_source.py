@@ -214,8 +214,7 @@ class TrainedContent:
     def close(self, *, is_orderly: bool = True) -> None:
         """End what the placement holds outside this process; see `EncoderPlacement.close`."""
         self.placement.close(is_orderly=is_orderly)
-        if is_orderly:
-            self._ranks.close()
+        self._ranks.close(is_orderly=is_orderly)
 
     def _train(self, items: ItemRows) -> ContentVectors:
         every = self.config.gradient.refresh_every_steps if self._encodes else None

@@ -20,9 +20,13 @@ class RankGroup:
         self.rank = dist.get_rank(group) if group is not None else 0
         self.world_size = dist.get_world_size(group) if group is not None else 1
 
-    def close(self) -> None:
-        """End the process group: its threads and connections would stay as long as the process."""
-        if self._group is not None:
+    def close(self, *, is_orderly: bool) -> None:
+        """End the process group: its threads and connections would stay as long as the process.
+
+        Args:
+            is_orderly: all ranks call it. False: this rank has failed, and waits for nobody.
+        """
+        if self._group is not None and (is_orderly or self.world_size == 1):
             dist.destroy_process_group(self._group)
 
     def share(self, of_all: Tensor) -> Tensor:

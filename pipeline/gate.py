@@ -83,7 +83,7 @@ def _ranking_checks(
             if rules.needs_gauc:
                 yield RuleCheck(
                     task=rules.task,
-                    rule=f"{where}.min_{name}, max_{name}_drop",
+                    rule=f"{where}.{f'max_{name}_drop' if least is None else f'min_{name}'}",
                     asked="a GAUC",
                     found="none",
                     reason="gauc is not defined: no group (evaluation.group_by) has both classes",

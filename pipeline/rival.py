@@ -19,6 +19,7 @@ from pipeline.evaluate import PREDICTIONS, evaluate
 from pipeline.failures import user_error
 from pipeline.identity import content_config, plan_config, samples_config
 from pipeline.metrics_file import METRICS_FILE, read_metrics
+from pipeline.plan import PlanFacts
 from pipeline.recipe import read_recipe
 from pipeline.registry import PublishedModel
 from pipeline.stages import CATCH_UP
@@ -125,7 +126,7 @@ def _obstacle(
     recipe: Recipe, current: PublishedModel, training: Path, new: EvaluatedRows
 ) -> str | None:
     """Why its checkpoint cannot predict the rows of the new model; None: it can."""
-    trained, planned = read_training(training), read_manifest(training.parent / "plan")
+    trained, planned = read_training(training), read_manifest(training.parent / "plan", PlanFacts)
     if (
         trained is None
         or planned is None
@@ -144,10 +145,14 @@ def _obstacle(
     if differing:
         return f"its samples are others ({', '.join(differing)})"
     trained_now = read_manifest(new.run / "train", TrainFacts)
+    planned_now = read_manifest(new.run / "plan", PlanFacts)
     assert trained_now is not None
+    assert planned_now is not None
     if trained.facts.codebooks != trained_now.facts.codebooks:
         return "its codes are of other codebooks"
-    if plan_config(other)["cluster"] != plan_config(recipe)["cluster"]:
+    if plan_config(other)["cluster"] != plan_config(recipe)["cluster"] or (
+        not planned.facts.cluster.is_like(planned_now.facts.cluster)
+    ):
         return "its tables are placed on another cluster"
     return None
 

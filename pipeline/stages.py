@@ -175,9 +175,9 @@ def execute(spec: StageSpec, reporter: Reporter, *, anew: bool = False) -> Stage
         anew: run it even so.
     """
     finish_interrupted(spec.directory)
-    failure = failure_file(spec.directory)
+    failure, started = failure_file(spec.directory), time.monotonic()
     if spec.more_inputs is not None:
-        with _recorded(spec), reporter.stage(spec.name):
+        with _recorded(spec), reporter.stage(spec.name), _noted(spec):
             spec = spec.completed()
     if spec.is_current and not anew:
         failure.unlink(missing_ok=True)
@@ -185,7 +185,6 @@ def execute(spec: StageSpec, reporter: Reporter, *, anew: bool = False) -> Stage
         assert published is not None
         reporter.line(f"[dim]=[/] {spec.name:<9} current ({published.artifact_id})")
         return StageRecord(spec.name, "current", published)
-    started = time.monotonic()
     aside = abandoned(spec.directory, spec.resume_identity)
     if aside is not None:
         reporter.line(

@@ -194,6 +194,6 @@ def _same_training(
 
 
 def _is_approved(out: Path, caught_up: Manifest[CatchUpFacts]) -> bool:
-    """Whether it was accepted, and its bundle has not been taken out of production."""
+    """Whether it was accepted, and its bundle has not been withdrawn."""
     withdrawn = was_withdrawn(out, CATCH_UP, caught_up.artifact_id)
     return caught_up.facts.accepted and not withdrawn

@@ -53,6 +53,7 @@ def _faults(directory: Path, logged: frozenset[str]) -> list[str]:
         before = read_manifest(directory)
         damaged = damaged_files(directory, thorough=True)
         is_replaced = bool(damaged) and read_manifest(directory) != before
+        remedy = _remedy(directory, logged) if damaged and not is_replaced else ""
     except UserError as error:  # of the manifest
         return [str(error)]
     except FileNotFoundError:  # it was there when it was looked for
@@ -60,8 +61,7 @@ def _faults(directory: Path, logged: frozenset[str]) -> list[str]:
     if is_replaced:
         return _faults(directory, logged)
     return [
-        f"{directory / name} is missing or damaged (its SHA-256 is not the recorded one); "
-        f"{_remedy(directory, logged)}"
+        f"{directory / name} is missing or damaged (its SHA-256 is not the recorded one); {remedy}"
         for name in damaged
     ]
 

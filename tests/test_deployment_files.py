@@ -257,3 +257,26 @@ def test_the_nightly_script_is_bash_and_its_crontab_entry_one_plain_line() -> No
     assert not set("\\$%") & set(entry)
     for name in ("PATH", "RAY_AUTH_MODE", "BRAID"):
         assert f"{name}=" in script
+
+
+@pytest.mark.parametrize(
+    ("of_run", "of_prune", "code"), [(0, 0, 0), (1, 0, 1), (0, 2, 1), (3, 2, 3)]
+)
+def test_nightly_scripts_prune_whatever_became_of_the_run_and_end_with_its_code(
+    tmp_path: Path, of_run: int, of_prune: int, code: int
+) -> None:
+    blocks = re.findall(r"```\n(.*?)```", (ROOT / "docs" / "ray-jobs.md").read_text(), re.DOTALL)
+    (guide,) = [block for block in blocks if block.startswith("#!/bin/bash")]
+    job = documents("nightly.yaml")["CronJob"]["spec"]["jobTemplate"]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    stub = f'case "$*" in *prune*) echo pruned; exit {of_prune};; *) exit {of_run};; esac'
+    for name in ("ray", "braid"):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{stub}\n")
+        (tmp_path / name).chmod(0o755)
+    for script in (guide, *container["args"]):
+        with_stubs = script.replace("PATH=$BRAID/.venv/bin:$PATH", f"PATH={tmp_path}:$PATH")
+        environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        ended = subprocess.run(
+            ["bash", "-c", with_stubs], capture_output=True, text=True, env=environment, check=False
+        )
+        assert (ended.returncode, ended.stdout) == (code, "pruned\n"), ended.stderr

@@ -40,6 +40,7 @@ from pipeline.content.facts import ContentFacts
 from pipeline.content.reading import CatalogueReading
 from pipeline.content.stage import STORES, content
 from pipeline.days import parse_day
+from pipeline.refusal import refusing_once
 from pipeline.stages import StageOutput, StageSpec
 from pipeline.train import CHECKPOINT
 from pipeline.train_facts import TrainFacts
@@ -302,4 +303,5 @@ def _worker(config: dict[str, str]) -> None:
     """Runs on every rank; torch's towers are imported here and not in the driver."""
     from pipeline.codes.align_worker import align_worker
 
-    align_worker(config)
+    with refusing_once(AlignJob.model_validate_json(config["job"]).output):
+        align_worker(config)

@@ -123,7 +123,7 @@ def read_column_vectors(root: Path, source: ColumnVectors) -> CatalogueVectors:
     for chunk in vectors.chunks:  # one array of lists holds 2^31 elements at most
         flat = chunk.flatten().cast(pa.float32(), safe=False).fill_null(np.nan)
         own, places = np.split(places, [len(chunk)])
-        vectors_ND[own] = flat.to_numpy().reshape(-1, dim)
+        vectors_ND[own] = flat.to_numpy().reshape(len(chunk), dim)
     broken = order[~np.isfinite(vectors_ND).all(axis=1)]
     _refuse(known, broken, path, "holds NaN, null or infinity")
     return CatalogueVectors(

@@ -78,6 +78,7 @@ def rank_content(
         )
     except BaseException:
         placement.close(is_orderly=False)  # it may have started actors
+        ranks.close(is_orderly=False)
         raise
     source = TrainedContent(config, placement, head=head, bank=bank, ranks=ranks)
     return RankContent(source, items, shape, penalty)

@@ -176,7 +176,7 @@ def changed_request(recipe: Recipe, shape: ClusterShape, changes: RequestChanges
     """The recipe's request with the command line's changes.
 
     Raises:
-        UserError: A file is missing, or something else.
+        UserError: A traffic, calibration or plan file is missing, or is none.
     """
     request = plan_request(with_traffic(recipe, changes.traffic), shape)
     request = with_constraints(request, changes.constraints)

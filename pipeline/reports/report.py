@@ -128,7 +128,10 @@ def warm_start_section(facts: TrainFacts) -> dict[str, Any]:
     """What the report says about the start values of a training."""
     report, parent = facts.result.warm_start, facts.parent
     if parent is None:
-        return {"warm_start": "started from drawn values", "redrawn": []}
+        return {
+            "warm_start": "cold start: all values were drawn",
+            "redrawn": [],
+        }
     assert report is not None
     return {"warm_start": warm_start_line(report, parent), "redrawn": redrawn_rows(report)}
 

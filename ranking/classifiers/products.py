@@ -42,18 +42,20 @@ class OpnnClassifier(nn.Module):
     def __init__(self, config: Opnn, dims: InputDims) -> None:
         super().__init__()
         self.dim = dim = dims.common_field_dim("opnn")
-        self.pairs = FieldPairs(dims.num_fields)
         self.kind = config.kernel
+        if self.kind == "number":
+            self.products = InnerProducts(dims.num_fields)
+            listed = self.products.pairs()
+            order_P = torch.tensor(sorted(range(len(listed)), key=listed.__getitem__))
+            self.register_buffer("order_P", order_P, persistent=False)
+        else:
+            self.pairs = FieldPairs(dims.num_fields)
+        num_pairs = math.comb(dims.num_fields, 2)
         shape = {"matrix": (dim, dim), "vector": (1, dim), "number": (1, 1)}[self.kind]
         bound = 1 / math.sqrt(dim)
-        start = torch.empty(self.pairs.num_pairs, *shape).uniform_(-bound, bound)
-        self.kernels = nn.Parameter(start)
-        self.products = InnerProducts(dims.num_fields)
-        listed = self.products.pairs()
-        order_P = torch.tensor(sorted(range(len(listed)), key=listed.__getitem__))
-        self.register_buffer("order_P", order_P, persistent=False)
+        self.kernels = nn.Parameter(torch.empty(num_pairs, *shape).uniform_(-bound, bound))
         self.output_dim = config.hidden[-1]
-        self.mlp = mlp(dims.flat(self.pairs.num_pairs), config.hidden, config.dropout)
+        self.mlp = mlp(dims.flat(num_pairs), config.hidden, config.dropout)
 
     def forward(self, inputs: ClassifierInputs) -> Tensor:
         """The representation, (B, output_dim)."""

@@ -272,4 +272,4 @@ def test_new_feature_is_said_to_widen_what_reads_it(
     page = (day.out / DAYS[1] / "report.html").read_text()
     assert line in page
     assert "shape changed from" in page
-    assert "started from drawn values" in (day.out / DAYS[0] / "report.html").read_text()
+    assert "cold start: all values were drawn" in (day.out / DAYS[0] / "report.html").read_text()

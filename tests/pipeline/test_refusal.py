@@ -1,14 +1,19 @@
 """What a restarted worker group does with an error that only the user can mend."""
 
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from embedding.errors import CheckpointError, UserError
 from pipeline import training_worker
+from pipeline.codes import align_stage, align_worker
+from pipeline.codes.align import AlignJob
 from pipeline.evaluate import PREDICTIONS, EvaluateJob, _predict_worker
 from pipeline.refusal import refusing_once
 from pipeline.train import TrainedModel, TrainInputs, TrainJob, _train_worker
+from tests.multimodal.small_models import tiny_config
 from tests.pipeline.small_log import make_recipe
 
 
@@ -24,10 +29,38 @@ def predict(folder: Path) -> None:
     _predict_worker({"job": job.model_dump_json()})
 
 
-@pytest.mark.parametrize(("worker", "work"), [(train, "train_worker"), (predict, "predict_worker")])
+def align(folder: Path) -> None:
+    job = AlignJob(
+        content=tiny_config(),
+        training=None,
+        num_steps=0,
+        index=folder,
+        stores=folder,
+        pairs=None,
+        state=None,
+        standardised=False,
+        rows=folder,
+        output=folder,
+    )
+    align_stage._worker({"job": job.model_dump_json()})
+
+
+@pytest.mark.parametrize(
+    ("worker", "where", "work"),
+    [
+        (train, training_worker, "train_worker"),
+        (predict, training_worker, "predict_worker"),
+        (align, align_worker, "align_worker"),
+    ],
+)
 @pytest.mark.parametrize("kind", [UserError, CheckpointError])
 def test_what_the_user_must_change_is_tried_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worker: object, work: str, kind: type
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    worker: Callable[[Path], None],
+    where: ModuleType,
+    work: str,
+    kind: type,
 ) -> None:
     calls = []
 
@@ -35,8 +68,7 @@ def test_what_the_user_must_change_is_tried_once(
         calls.append(job)
         raise kind("the checkpoint is damaged; restore it")
 
-    monkeypatch.setattr(training_worker, work, refuse)
-    assert callable(worker)
+    monkeypatch.setattr(where, work, refuse)
     for _ in range(3):
         with pytest.raises(UserError, match=r"^the checkpoint is damaged; restore it$") as raised:
             worker(tmp_path)

@@ -111,11 +111,16 @@ def edit_recipe(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Non
     return edit
 
 
-def edit_facts(run: Path) -> None:
-    path = run / "train" / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["facts"]["codebooks"] = "other"
-    path.write_text(json.dumps(manifest))
+def edit_facts(stage: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    """Change what a stage says of its artifact."""
+
+    def edit(run: Path) -> None:
+        path = run / stage / "manifest.json"
+        manifest = json.loads(path.read_text())
+        change(manifest["facts"])
+        path.write_text(json.dumps(manifest))
+
+    return edit
 
 
 @pytest.mark.parametrize(
@@ -130,7 +135,8 @@ def edit_facts(run: Path) -> None:
             edit_recipe(lambda r: r.update(content={"text": {}})),
             "texts and images is another",
         ),
-        (edit_facts, "its codes are of other codebooks"),
+        (edit_facts("train", lambda f: f.update(codebooks="v1-a")), "codes are of other codebooks"),
+        (edit_facts("plan", lambda f: f["cluster"].update(topology="h200:2x4")), "another cluster"),
     ],
 )
 def test_what_was_published_stands_in_where_rows_cannot_be_the_same(

@@ -168,6 +168,20 @@ def test_a_damaged_manifest_is_one_finding_among_others(tmp_path: Path) -> None:
     assert str(train / "bundle" / "weights") in of_train
 
 
+def test_an_ingest_of_other_facts_is_one_finding_too(tmp_path: Path) -> None:
+    ingest = write_artifact(tmp_path, "ingest", stage_facts.ingested([DATE]))
+    manifest = ingest / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"num_buckets"', '"buckets"'))
+    damage(ingest / "bundle" / "weights")
+    train = write_artifact(tmp_path, "train")
+    damage(train / "bundle" / "weights")
+
+    found = verify(tmp_path, lambda *_: None)
+
+    assert len(found) == 2
+    assert [sentence for sentence in found if "facts.num_buckets" in sentence]
+
+
 def test_an_empty_directory_has_nothing_damaged(tmp_path: Path) -> None:
     assert verify(tmp_path, lambda *_: None) == []
 

@@ -1,6 +1,5 @@
 """What the user sees while stages run: bars on a terminal, plain lines elsewhere."""
 
-import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ WIDTH_OF_PIPES = 100_000
 def result_console() -> Console:
     """Where a command prints the table that it was asked for."""
     console = Console(highlight=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
+    if not console.is_terminal:
         console.width = WIDTH_OF_PIPES
     return console
 

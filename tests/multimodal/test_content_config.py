@@ -39,15 +39,15 @@ def test_a_written_config_reads_back_equal() -> None:
     ("fields", "message"),
     [
         ({}, "both null"),
-        ({"text": {}, "dim": 30}, "content.dim=30 .* use 32"),
+        ({"text": {}, "dim": 30}, "dim=30 .* use 32"),
         (
             {"text": {}, "fusion": {"kind": "fq_former", "dim": 30}},
-            "content.fusion.dim=30 .* use 32",
+            "fusion.dim=30 .* use 32",
         ),
-        ({"text": {}, "frozen": True}, "content.text.lora=null"),
+        ({"text": {}, "frozen": True}, "set text.lora to null"),
         (
             {"text": {"lora": None}, "frozen": True, "placement": {"kind": "service"}},
-            "content.placement={kind: inline}",
+            "set placement to {kind: inline}",
         ),
         ({"text": {"column": "a"}, "image": {"column": "a"}}, "name two"),
         ({"text": {"lora": {"target_modules": []}}}, "leave it out"),

@@ -27,8 +27,8 @@ def test_held_out_days_have_charts_with_the_best_step_marked(tmp_path: Path) -> 
     unmarked, marked = (_training_charts(tmp_path, recipe, best_step=step) for step in (None, 20))
 
     assert [chart["title"] for chart in without] == [
-        "Normalized entropy per window",
-        "AUC per window",
+        "Training rows: normalized entropy between two log lines",
+        "Training rows: AUC between two log lines",
     ]
     assert [chart["title"] for chart in marked[2:]] == [
         "Normalized entropy on held-out days",

@@ -86,8 +86,8 @@ class ContentBank:
         return self.fits(tensors) and self.tokens.equal(tensors["tokens"])
 
     def has_towers_of(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether a `state` is one of the same towers, or of a time when none said which."""
-        return "towers" not in tensors or self.towers.equal(tensors["towers"])
+        """Whether a `state` is one of the same towers."""
+        return self.towers.equal(tensors["towers"])
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from a `state`.

@@ -61,7 +61,7 @@ class Progress:
             position=Position.model_validate_json(state["position"]),
             window_TX=None if window is None else torch.tensor(window, dtype=torch.float64),
             window_slots=state["window_slots"],
-            window_penalty=state.get("window_penalty", 0.0),  # checkpoints once had none
+            window_penalty=state["window_penalty"],
             validation=ValidationState.model_validate_json(state["validation"]),
             totals=Totals(**state.get("totals", {})),  # nor these
         )

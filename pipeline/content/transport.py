@@ -106,7 +106,10 @@ class ActorCalls:
         """
         remedy = "raise content.placement.timeout_s"
         if timeout_s is not None:
-            remedy = "give the cluster the CPUs and GPUs that they ask for"
+            remedy = (
+                "give the cluster the CPUs and GPUs that they ask for; where they run and are too "
+                "slow, give each a GPU or more CPUs, or its towers fewer trainable_layers"
+            )
         timeout_s = timeout_s or self.timeout_s
         waited = f"rank {self.rank} waited for {what}"
         try:

@@ -6,6 +6,7 @@ neither torch nor transformers.
 
 import hashlib
 import json
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -159,12 +160,24 @@ def tower_fingerprint(modality: str, tower: Tower) -> str:
         "format": TOKENS_FORMAT,
         "modality": modality,
         "tiny": TINY_SIZE if tower.model == TINY else None,
-        "files": {path.name: file_sha256(path) for path in model_files(tower)},
+        "files": {path.name: _sha256_once(path) for path in model_files(tower)},
         "layers_in_step": tower.layers_in_step,
         "inputs": input_settings(tower),
         "precision": tower.precision,
     }
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _sha256_once(path: Path) -> str:
+    """Weights are gigabytes, and a run asks what they are several times."""
+    found = path.stat()
+    return _sha256(path, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _sha256(path: Path, size: int, modified_ns: int) -> str:
+    del size, modified_ns  # tell a file that was written anew from what it was
+    return file_sha256(path)
 
 
 def input_settings(tower: Tower) -> dict[str, Any]:

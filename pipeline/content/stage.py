@@ -25,8 +25,8 @@ from multimodal.token_store import NO_ROW, CheckedPart, TokenStore, check_part
 from multimodal.tower_files import (
     Tower,
     is_on_hub,
-    model_files,
     require_commit,
+    tower_fingerprint,
 )
 from pipeline.cluster import RaySession
 from pipeline.config import Recipe
@@ -35,7 +35,6 @@ from pipeline.content.facts import ContentFacts, ModalityFacts
 from pipeline.content.reading import CatalogueReading, CheckedContent, DigestedContent
 from pipeline.content.tasks import EncoderSettings, EncodeTask
 from pipeline.content.workers import encode_on_workers, worker_of
-from pipeline.days import fingerprint
 from pipeline.identity import content_config
 from pipeline.reports.item_cards import item_names
 from pipeline.stages import StageOutput, StageSpec
@@ -232,7 +231,7 @@ def content_stage(
     for tower in config.towers.values():
         require_commit(tower)
     files = {  # those of a hub model are what its commit, part of the settings, says
-        name: fingerprint(model_files(tower))
+        name: tower_fingerprint(name, tower)
         for name, tower in config.towers.items()
         if not is_on_hub(tower)
     }

@@ -1,5 +1,6 @@
 """The content stage of a run: when it is current, and what makes it run again."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from pipeline.console import Reporter
 from pipeline.content import reading, stage
 from pipeline.run import DayRun
 from pipeline.stages import execute, failure_of
+from tests.multimodal.small_models import IMAGE_SIZE, save_image_model
 from tests.one_process import encode_here
 from tests.pipeline.small_log import DAYS, event, make_recipe, run_here, write_catalogue, write_day
 from tests.pipeline.test_content import items, picture, small_content, write_items
@@ -110,6 +112,26 @@ def test_a_hub_model_is_known_by_its_commit_without_a_download(tmp_path: Path) -
         identity(None)
     with pytest.raises(ValidationError, match=r"text\.revision"):
         identity("main")
+
+
+def test_a_model_is_known_by_its_bytes_not_by_when_it_was_copied(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    write_catalogue(root)
+    for day in range(3):
+        write_day(root, day, [[event(day, 1, 60)]])
+    write_items(root, items(1, 4))
+    image = {"model": save_image_model(tmp_path / "model"), "image_size": IMAGE_SIZE}
+    (spec,) = day_run(tmp_path, image=image).specs("content")
+    assert execute(spec, Reporter()).status == "ran"
+    weights = tmp_path / "model" / "model.safetensors"
+    os.utime(weights, (1e9, 1e9))
+    (copied,) = day_run(tmp_path, image=image).specs("content")
+    assert copied.is_current
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    (other,) = day_run(tmp_path, image=image).specs("content")
+    assert not other.is_current
 
 
 def test_a_recipe_without_content_has_no_such_stage(tmp_path: Path) -> None:

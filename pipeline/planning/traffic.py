@@ -68,21 +68,24 @@ class RowCounts:
 def sample_files(out: Path, last_day: str | None) -> list[Path]:
     """Sample files of all joined days up to `last_day`, in the order of days.
 
+    A day that several runs have joined counts as the latest of them did.
+
     Raises:
         UserError: There are none.
     """
     found = {
-        (path.parent.name, path.name): path
-        for path in out.glob("????-??-??/join/samples/dt=*/*.parquet")
-        if last_day is None or path.parent.name <= f"dt={last_day}"
+        folder.name: sorted(folder.glob("*.parquet"))
+        for folder in sorted(out.glob("????-??-??/join/samples/dt=*"))
+        if last_day is None or folder.name <= f"dt={last_day}"
     }
+    found = {day: files for day, files in found.items() if files}
     if not found:
         until = f" up to {last_day}" if last_day else ""
         raise UserError(
             f"--out {out} has no joined samples{until}; name the output directory of a run, or run "
             f"`braid stage join --recipe NAME --date {last_day or 'YYYY-MM-DD'} --out {out}` first"
         )
-    return [found[key] for key in sorted(found)]
+    return [path for day in sorted(found) for path in found[day]]
 
 
 def measure_traffic(

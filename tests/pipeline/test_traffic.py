@@ -1,6 +1,7 @@
 """Measured lookups against plain counting, and the advice they give."""
 
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,17 @@ def test_lookups_are_counted_as_a_loop_counts_them(tmp_path: Path) -> None:
     gap = measured.table("gap")
     assert gap is not None
     assert gap.lookups == sum(len(row[2]) for row in everything)
+
+
+def test_a_day_that_several_runs_joined_counts_once(tmp_path: Path) -> None:
+    write_days(tmp_path)
+    again = tmp_path / "2024-01-05" / "join" / "samples" / "dt=2024-01-01"
+    again.mkdir(parents=True)
+    before = tmp_path / "2024-01-01" / "join" / "samples" / "dt=2024-01-01"
+    shutil.copy(before / "part-00001.parquet", again / "part-00000.parquet")
+    found = sample_files(tmp_path, None)
+    own = tmp_path / "2024-01-02" / "join" / "samples" / "dt=2024-01-02"
+    assert found == [again / "part-00000.parquet", *sorted(own.iterdir())]
 
 
 @pytest.mark.usefixtures("in_this_process")

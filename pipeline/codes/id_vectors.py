@@ -17,7 +17,7 @@ from scipy.sparse import csr_array
 from embedding.raw_ids import Int64Array
 from multimodal.codes.factorisation import UserBlock, item_factors
 from multimodal.codes.triggers import IdVectors
-from pipeline.codes.positives import PairSource, read_positives
+from pipeline.codes.positives import PairSource, UserBuckets, read_positives
 from pipeline.codes.ranker_vectors import RankerItems, ranker_vectors
 from pipeline.tasks import stream_tasks
 
@@ -59,13 +59,14 @@ def factorised_vectors(source: PairSource, scratch: Path, seed: int = 0) -> IdVe
     Buckets of users become matrices on disk, each event read once; the factorisation goes over
     these, one in memory at a time.
     """
-    if not source.num_events():
+    num_events = source.num_events()
+    if not num_events:
         return None
     folder = scratch / _MATRICES
     folder.mkdir()
     try:
-        buckets = source.read_buckets()
-        numbers = range(max(buckets.values()))
+        buckets = source.split_users(num_events)
+        numbers = range(buckets.number)
         plan = _MatrixPlan(source, buckets, folder)
         rows = [_ROWS_PER_TASK] * len(numbers)
         num_users = sum(stream_tasks(write_matrix, numbers, plan, rows))
@@ -86,7 +87,7 @@ def factorised_vectors(source: PairSource, scratch: Path, seed: int = 0) -> IdVe
 @dataclass(frozen=True)
 class _MatrixPlan:
     source: PairSource
-    buckets: dict[Path, int]
+    buckets: UserBuckets
     folder: Path
 
 

@@ -29,7 +29,7 @@ from multimodal.codes.swing import UserLists, join_lists, swing_pairs, user_list
 from multimodal.codes.triggers import IdVectors, TriggerPairs, trigger_pairs
 from pipeline.codes.align_facts import PairFacts, PairSample
 from pipeline.codes.pair_sample import join_samples, sample_pairs
-from pipeline.codes.positives import PairSource, read_positives
+from pipeline.codes.positives import PairSource, UserBuckets, read_positives
 from pipeline.samples.partition import read_bucket
 from pipeline.tasks import stream_tasks
 
@@ -50,9 +50,7 @@ class MiningPlan:
     user2item: User2Item
     vectors: IdVectors | None
     """ID vectors; without them no User2Item pairs are mined."""
-    buckets: dict[Path, int]
-    """User buckets of each artifact."""
-    num_buckets: int
+    buckets: UserBuckets
     num_partitions: int
     scratch: Path
 
@@ -88,7 +86,6 @@ def plan_mining(
     Raises:
         UserError: the period holds no events.
     """
-    buckets = source.read_buckets()
     rows = source.num_events()
     if not rows:
         raise UserError(
@@ -100,8 +97,7 @@ def plan_mining(
         swing=swing,
         user2item=user2item,
         vectors=vectors,
-        buckets=buckets,
-        num_buckets=max(buckets.values()),
+        buckets=source.split_users(rows),
         num_partitions=1 + rows // ROWS_PER_PARTITION,
         scratch=scratch,
     )
@@ -111,7 +107,7 @@ def mine_pairs(plan: MiningPlan) -> PairFacts:
     """Write the pairs into `plan.scratch`; needs an initialised Ray."""
     for folder in ("lists", "item2item", "user2item"):
         (plan.scratch / folder).mkdir(parents=True)
-    buckets = range(plan.num_buckets)
+    buckets = range(plan.buckets.number)
     users = list(stream_tasks(mine_bucket, buckets, plan, [ROWS_PER_PARTITION] * len(buckets)))
     parts = range(plan.num_partitions)
     items = list(stream_tasks(mine_partition, parts, plan, [ROWS_PER_PARTITION] * len(parts)))

@@ -1,6 +1,6 @@
 """The positives of a training period, bucket of users by bucket, from ingest artifacts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
 from pathlib import Path
@@ -17,6 +17,17 @@ from pipeline.samples.contract import open_parquet
 from pipeline.samples.held_out import is_held_out
 from pipeline.samples.ingest import STATE_FILE, IngestState
 from pipeline.samples.partition import user_buckets
+
+ROWS_PER_BUCKET = 1 << 20
+
+
+@dataclass(frozen=True)
+class UserBuckets:
+    """Users in buckets whose events of the whole period fit into memory."""
+
+    number: int
+    of_artifacts: dict[Path, int]
+    """Number of user buckets of each ingest artifact."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +48,19 @@ class PairSource:
         """Column of an event with the items of the earlier positives."""
         return history_column(self.history.name, "item_id")
 
-    def read_buckets(self) -> dict[Path, int]:
-        """Number of user buckets of each artifact."""
-        return {
+    def split_users(self, num_events: int) -> UserBuckets:
+        """Buckets to read the period in, which has `num_events`.
+
+        Artifacts of a day each have few buckets, however many days there are.
+        """
+        found = {
             path: IngestState.model_validate_json((path / STATE_FILE).read_text()).num_buckets
             for path in self.artifacts
         }
+        number = max(found.values())
+        while number * ROWS_PER_BUCKET < num_events:
+            number *= 2
+        return UserBuckets(number, found)
 
     def num_events(self) -> int:
         """Events of the period, positive or not."""
@@ -56,37 +74,40 @@ class PairSource:
 
 
 def read_positives(
-    source: PairSource, bucket: int, buckets: Mapping[Path, int], *, with_past: bool
+    source: PairSource, bucket: int, buckets: UserBuckets, *, with_past: bool
 ) -> pa.Table:
     """All positives of one bucket's users: `user_id`, `item_id` and, if asked for, `source.past`.
 
     Args:
         source: says which events.
-        bucket: of as many as the artifact with the most has.
-        buckets: number of user buckets of each artifact.
+        bucket: one of `buckets`.
+        buckets: of the source.
         with_past: read the earlier positives of each, too.
     """
     columns = ["user_id", "item_id", *([source.past] if with_past else [])]
-    num_buckets = max(buckets.values())
     tables = []
-    for path, number in buckets.items():
+    for path, number in buckets.of_artifacts.items():
         # bucket = h mod n and other = h mod m hold for one h only if they agree modulo gcd(n, m).
-        step = gcd(num_buckets, number)
+        step = gcd(buckets.number, number)
         for day in source.days:
             for other in range(bucket % step, number, step):
                 file = path / "events" / f"dt={day}" / bucket_file(other)
                 if file.exists():
-                    tables.append(_positives(file, columns, source.history.label))
+                    events = _positives(file, columns, source.history.label)
+                    tables.append(events.filter(_are_in(bucket, buckets, source, events)))
     if not tables:
         types = (pa.int64(), pa.int64(), pa.list_(pa.int64()))
-        return pa.table(
-            {name: pa.array([], kind) for name, kind in zip(columns, types, strict=False)}
-        )
-    events = pa.concat_tables(tables)
-    is_ours = user_buckets(events["user_id"].to_numpy(), num_buckets) == bucket
+        return pa.schema(list(zip(columns, types, strict=False))).empty_table()
+    return pa.concat_tables(tables).combine_chunks()
+
+
+def _are_in(
+    bucket: int, buckets: UserBuckets, source: PairSource, events: pa.Table
+) -> pa.BooleanArray:
+    are_ours = user_buckets(events["user_id"].to_numpy(), buckets.number) == bucket
     if source.held_out is not None:
-        is_ours &= ~is_held_out(events["item_id"].to_numpy(), source.held_out)
-    return events.filter(pa.array(is_ours)).combine_chunks()
+        are_ours &= ~is_held_out(events["item_id"].to_numpy(), source.held_out)
+    return pa.array(are_ours)
 
 
 def _positives(path: Path, columns: Sequence[str], label: str | None) -> pa.Table:

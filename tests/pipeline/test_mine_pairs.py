@@ -2,8 +2,10 @@
 
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import small_log
@@ -14,6 +16,7 @@ from embedding.errors import UserError
 from multimodal.codes.pair_config import Swing, User2Item
 from multimodal.codes.triggers import IdVectors
 from pipeline.codes import mine_pairs as mining
+from pipeline.codes import positives
 from pipeline.codes.align_facts import PairFacts
 from pipeline.codes.mine_pairs import MiningPlan, mine_pairs, plan_mining
 from pipeline.codes.positives import PairSource
@@ -133,6 +136,32 @@ def test_user_pairs_equal_a_loop_over_histories(tmp_path: Path, log: list[Row]) 
     assert facts.user2item_pairs == len(expected) > 50
     positives = facts.user2item_pairs + sum(facts.user2item_without.values())
     assert positives == facts.num_positives
+
+
+def test_a_long_period_is_read_in_more_buckets_with_the_same_pairs(
+    tmp_path: Path, log: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = mine(tmp_path, "few", days=DAYS)
+    monkeypatch.setattr(positives, "ROWS_PER_BUCKET", 60)
+    sizes: list[int] = []
+
+    def watched(*arguments: Any, **options: Any) -> pa.Table:
+        found = positives.read_positives(*arguments, **options)
+        sizes.append(found.num_rows)
+        return found
+
+    monkeypatch.setattr(mining, "read_positives", watched)
+    many = mine(tmp_path, "many", days=DAYS)
+
+    assert len(sizes) == 12, "600 events, 3 buckets doubled until 60 fit into each"
+    assert sum(sizes) == sum(row["click"] for row in log)
+    for folder in ("item2item", "user2item"):
+        assert ordered(tmp_path / "many" / folder) == ordered(tmp_path / "few" / folder)
+    assert many == few
+
+
+def ordered(folder: Path) -> list[tuple[object, ...]]:
+    return sorted(tuple(row.values()) for row in read(folder))
 
 
 def test_pairs_do_not_depend_on_the_number_of_partitions(tmp_path: Path, log: list[Row]) -> None:

@@ -24,14 +24,8 @@ import workload
 from torch import nn
 
 from embedding.checkpoint import Checkpointer
-from embedding.config import (
-    Adagrad,
-    FeatureSchema,
-    RowWise,
-    ShardingConfig,
-    SparseFeature,
-    TableConfig,
-)
+from embedding.config import Adagrad, RowWise, ShardingConfig, TableConfig
+from embedding.feature_schema import FeatureSchema, SparseFeature
 from embedding.notices import divert_library_notices
 from embedding.planning.plan_timing import status_bytes
 from embedding.shard import Sharded, shard

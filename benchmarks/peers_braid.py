@@ -14,8 +14,9 @@ import torch
 import workload
 
 from embedding.batch import RankingBatch
-from embedding.config import FeatureSchema, Identity, RowWiseAdagrad, SparseFeature, TableConfig
+from embedding.config import Identity, RowWiseAdagrad, TableConfig
 from embedding.epochs import Position
+from embedding.feature_schema import FeatureSchema, SparseFeature
 from embedding.loader import SampleFiles, SampleLoader
 from embedding.memory import keep_freed_memory
 from embedding.precision import check_precision

@@ -24,14 +24,16 @@ from environment import describe, require_gpu
 
 from embedding.config import (
     Adam,
-    FeatureSchema,
-    HistoryConfig,
     RowWiseAdagrad,
-    SequenceFeature,
     ShardingConfig,
-    SparseFeature,
     SparseOptimizer,
     TableConfig,
+)
+from embedding.feature_schema import (
+    FeatureSchema,
+    HistoryConfig,
+    SequenceFeature,
+    SparseFeature,
 )
 from embedding.planning.choices import FUSED, UVM_CACHING
 from embedding.planning.cluster_shape import ClusterShape

@@ -9,13 +9,12 @@ from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.types import ParameterConstraints
 
 from embedding.config import (
-    FeatureSchema,
     RowWiseAdagrad,
     ShardingConfig,
-    SparseFeature,
     SparseOptimizer,
     TableConfig,
 )
+from embedding.feature_schema import FeatureSchema, SparseFeature
 from embedding.planning.choices import FUSED
 from embedding.planning.cluster_shape import ClusterShape, parse_shape
 from embedding.planning.demand import StepSettings

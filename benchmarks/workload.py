@@ -16,14 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from embedding.arrow import SingleIds
 from embedding.batch import RankingBatch
 from embedding.config import (
-    DenseFeature,
-    FeatureSchema,
     RowWiseAdagrad,
     ShardingConfig,
-    SparseFeature,
     SparseOptimizer,
     TableConfig,
 )
+from embedding.feature_schema import DenseFeature, FeatureSchema, SparseFeature
 from embedding.planning.demand import step_settings
 from embedding.planning.plan_description import PlanDescription
 from embedding.planning.planner import PlanRequest, plan_tables

@@ -23,7 +23,8 @@ from deploy.bundle import (
     read_bundle,
 )
 from embedding.batch import RankingBatch
-from embedding.config import FeatureSchema, Hashed, ManagedCollision
+from embedding.config import Hashed, ManagedCollision
+from embedding.feature_schema import FeatureSchema
 from embedding.id_map import owner_of
 from embedding.int8_rows import empty_rows
 from embedding.int8_tables import Int8Tables

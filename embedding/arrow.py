@@ -23,7 +23,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from embedding import samples
 from embedding.arrow_columns import int64, int64_lists, offsets_of, stack_floats, take_segments
 from embedding.batch import RankingBatch
-from embedding.config import FeatureSchema, SequenceFeature, SparseFeature, TableConfig
+from embedding.config import TableConfig
+from embedding.feature_schema import FeatureSchema, SequenceFeature, SparseFeature
 from embedding.hashing import rows_of
 from embedding.items import ItemRows, ItemSource
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from embedding.batch import RankingBatch
-from embedding.config import FeatureSchema
+from embedding.feature_schema import FeatureSchema
 from embedding.tables import EmbeddedBatch, FieldAssembly
 
 

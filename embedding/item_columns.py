@@ -1,7 +1,7 @@
 """Which features of a schema hold item ids. Imports nothing heavy, for checks without torch."""
 
-from embedding.config import FeatureSchema, SparseFeature
 from embedding.errors import UserError
+from embedding.feature_schema import FeatureSchema, SparseFeature
 
 _ITEM_ID = "item_id"
 _OF_EVENTS = ("events", "items")

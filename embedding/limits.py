@@ -4,7 +4,6 @@ from embedding.config import (
     Adam,
     ColumnWise,
     DataParallel,
-    FeatureSchema,
     Grid,
     ManagedCollision,
     RowWise,
@@ -16,6 +15,7 @@ from embedding.config import (
     TableWise,
 )
 from embedding.errors import UserError
+from embedding.feature_schema import FeatureSchema
 
 COLUMN_MULTIPLE = 4
 """The TBE kernels need every shard's width to be a multiple of this."""

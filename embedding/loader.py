@@ -14,9 +14,9 @@ import torch
 from embedding import samples
 from embedding.arrow import Rows, SampleColumns, concat_rows
 from embedding.batch import RankingBatch
-from embedding.config import FeatureSchema
 from embedding.epochs import EpochPlan, Position, Segment, num_rows, num_steps, rows_left, split
 from embedding.errors import UserError
+from embedding.feature_schema import FeatureSchema
 from embedding.items import ItemSource
 from embedding.prefetch import Prefetched
 

@@ -24,7 +24,8 @@ from torchrec.modules.mc_modules import (
 )
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from embedding.config import FeatureSchema, ManagedCollision
+from embedding.config import ManagedCollision
+from embedding.feature_schema import FeatureSchema
 from embedding.hashing import MANAGED_ID_RANGE
 
 _HISTORY_SLACK = 1.25

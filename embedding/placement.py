@@ -18,7 +18,8 @@ from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingType
 
-from embedding.config import FeatureSchema, SparseOptimizer, TableConfig
+from embedding.config import SparseOptimizer, TableConfig
+from embedding.feature_schema import FeatureSchema
 from embedding.row_optimizer import STATE_NAMES
 
 ShardedCollection: TypeAlias = ShardedEmbeddingBagCollection | ShardedEmbeddingCollection  # noqa: UP040

@@ -20,7 +20,6 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad as FusedRowWiseAdagrad
 from embedding.config import (
     Adagrad,
     Adam,
-    FeatureSchema,
     RowWiseAdagrad,
     Sgd,
     ShardingConfig,
@@ -28,6 +27,7 @@ from embedding.config import (
     TableConfig,
 )
 from embedding.errors import UserError
+from embedding.feature_schema import FeatureSchema
 from embedding.initialization import initialize_shard
 from embedding.limits import check_support
 from embedding.managed_collision import reset_optimizer_of_evicted_rows

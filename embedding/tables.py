@@ -22,14 +22,9 @@ from torchrec.modules.mc_embedding_modules import (
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from embedding.batch import RankingBatch
-from embedding.config import (
-    FeatureSchema,
-    ManagedCollision,
-    SequenceFeature,
-    SparseFeature,
-    TableConfig,
-)
+from embedding.config import ManagedCollision, TableConfig
 from embedding.errors import UserError
+from embedding.feature_schema import FeatureSchema, SequenceFeature, SparseFeature
 from embedding.initialization import init_bound, initialize_shard
 from embedding.managed_collision import collision_collection, reinitialize_rows
 

@@ -19,14 +19,13 @@ from pydantic import (
 )
 
 from embedding.config import (
-    FeatureSchema,
-    HistoryConfig,
     RowWiseAdagrad,
     ShardingConfig,
     SparseOptimizer,
     StrictConfig,
     TablePrecision,
 )
+from embedding.feature_schema import FeatureSchema, HistoryConfig
 from embedding.item_columns import candidate_field, item_sequences
 from embedding.limits import check_support
 from multimodal.codes.config import AlignedVectors, Codes, ColumnVectors

@@ -5,8 +5,9 @@ Imports nothing heavy, so that `braid validate` says it without torch.
 
 from collections import Counter
 
-from embedding.config import FeatureSchema, Identity
+from embedding.config import Identity
 from embedding.errors import UserError, not_among
+from embedding.feature_schema import FeatureSchema
 from ranking.classifier_config import READ_ANY_DIMS, Dlrm
 from ranking.config import ModelConfig
 from ranking.interest_config import Hstu, InterestConfig

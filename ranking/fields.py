@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from embedding.config import FeatureSchema
+from embedding.feature_schema import FeatureSchema
 from embedding.tables import EmbeddedBatch
 from ranking.compatibility import check_model
 from ranking.config import ModelConfig

@@ -5,7 +5,7 @@
 import torch
 from torch import Tensor, nn
 
-from embedding.config import FeatureSchema
+from embedding.feature_schema import FeatureSchema
 from embedding.tables import EmbeddedBatch
 from ranking.compatibility import check_interest, num_gap_rows
 from ranking.dien import InterestEvolution

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from embedding.batch import RankingBatch
-from embedding.config import FeatureSchema
 from embedding.errors import UserError
+from embedding.feature_schema import FeatureSchema
 from embedding.items import ContentVectors
 from embedding.tables import EmbeddedBatch, EmbeddingTables
 from ranking.averaging import DenseAverage

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from embedding.batch import RankingBatch
-from embedding.config import FeatureSchema
+from embedding.feature_schema import FeatureSchema
 from embedding.tables import EmbeddedBatch
 
 

@@ -4,12 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from embedding.config import (
-    ColumnWise,
-    Grid,
-    Sharding,
-    TableColumnWise,
-)
+from embedding.config import ColumnWise, Grid, Sharding, TableColumnWise
 from embedding.errors import UserError
 from embedding.limits import COLUMN_MULTIPLE
 from embedding.planning.cluster_shape import ClusterShape

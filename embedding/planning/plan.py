@@ -21,14 +21,9 @@ from torchrec.distributed.types import (
     ShardingType,
 )
 
-from embedding.config import (
-    ColumnWise,
-    FeatureSchema,
-    Grid,
-    TableColumnWise,
-    TableConfig,
-)
+from embedding.config import ColumnWise, Grid, TableColumnWise, TableConfig
 from embedding.errors import UserError
+from embedding.feature_schema import FeatureSchema
 from embedding.limits import ELEMENT_BYTES
 from embedding.managed_collision import set_num_buckets
 from embedding.planning.cost import RESERVED_SHARE

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from embedding.config import FeatureSchema, SparseFeature, TableConfig
+from embedding.config import TableConfig
+from embedding.feature_schema import FeatureSchema, SparseFeature
 from embedding.limits import ELEMENT_BYTES
 from embedding.planning.choices import DATA_PARALLEL, TABLE_WISE, Choice
 from embedding.planning.cost import CostModel, Placed

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from embedding.batch import RankingBatch
-from embedding.config import FeatureSchema, ShardingConfig, SparseOptimizer, StrictConfig
+from embedding.config import ShardingConfig, SparseOptimizer, StrictConfig
+from embedding.feature_schema import FeatureSchema
 from embedding.planning.plan_description import PlanDescription
 from embedding.shard import Sharded, shard
 from embedding.tables import EmbeddedBatch, EmbeddingTables

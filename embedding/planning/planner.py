@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from embedding.config import FeatureSchema
 from embedding.errors import UserError
+from embedding.feature_schema import FeatureSchema
 from embedding.planning.calibration import constants_for
 from embedding.planning.choices import FUSED, KERNELS, UVM, UVM_CACHING, Choice, choices_of
 from embedding.planning.cluster_shape import ClusterShape

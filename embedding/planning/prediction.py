@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from embedding.config import FeatureSchema
 from embedding.errors import UserError
+from embedding.feature_schema import FeatureSchema
 from embedding.limits import ELEMENT_BYTES
 from embedding.planning.choices import Choice, shards_of
 from embedding.planning.cluster_shape import ClusterShape

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embedding.batch import RankingBatch
-from embedding.config import FeatureSchema, SequenceFeature, SparseFeature
+from embedding.feature_schema import FeatureSchema, SequenceFeature, SparseFeature
 from embedding.hashing import rows_of
 from embedding.planning.id_distribution import draw
 from embedding.planning.workload import TableLoad

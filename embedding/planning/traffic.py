@@ -5,8 +5,9 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError
 
-from embedding.config import FeatureSchema, StrictConfig
+from embedding.config import StrictConfig
 from embedding.errors import UserError
+from embedding.feature_schema import FeatureSchema
 
 MIN_GROWTH_DAYS = 14
 """Over fewer days, rows that come back after a while look like rows that are new."""

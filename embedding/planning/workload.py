@@ -2,13 +2,8 @@
 
 from dataclasses import dataclass
 
-from embedding.config import (
-    FeatureSchema,
-    ManagedCollision,
-    SequenceFeature,
-    SparseFeature,
-    TableConfig,
-)
+from embedding.config import ManagedCollision, TableConfig
+from embedding.feature_schema import FeatureSchema, SequenceFeature, SparseFeature
 from embedding.planning.id_distribution import DEFAULT_EXPONENT, IdDistribution, zipf
 from embedding.planning.traffic import Traffic
 

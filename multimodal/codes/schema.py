@@ -13,14 +13,13 @@ Derived features have `source: codes` and columns that `pipeline.codes.columns` 
 Imports pydantic and nothing heavy, so that a recipe is checked without torch.
 """
 
-from embedding.config import (
+from embedding.config import Identity, TableConfig
+from embedding.feature_schema import (
     DenseFeature,
     FeatureSchema,
     HistoryConfig,
-    Identity,
     SequenceFeature,
     SparseFeature,
-    TableConfig,
 )
 from embedding.item_columns import candidate_feature
 from multimodal.codes.config import Codes

@@ -6,7 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from embedding.batch import RankingBatch
-from embedding.config import FeatureSchema
+from embedding.feature_schema import FeatureSchema
 from embedding.item_columns import item_sequences
 from embedding.items import ContentVectors, ItemRows
 from embedding.planning.synthetic_batches import synthetic_batch

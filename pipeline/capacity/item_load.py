@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from pydantic import NonNegativeFloat, PositiveInt
 
-from embedding.config import FeatureSchema, StrictConfig
+from embedding.config import StrictConfig
 from embedding.errors import UserError
+from embedding.feature_schema import FeatureSchema
 from embedding.item_columns import item_sequences
 from embedding.planning.id_distribution import DEFAULT_EXPONENT, zipf
 from embedding.planning.traffic import Traffic

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from embedding.config import FeatureSchema
 from embedding.errors import UserError
+from embedding.feature_schema import FeatureSchema
 from embedding.row_carry import RowCarry, redrawn
 from multimodal.codes.match import Carry
 from multimodal.codes.versions import are_related, carries_between

@@ -3,7 +3,7 @@
 import pyarrow as pa
 
 from embedding import samples
-from embedding.config import FeatureSchema
+from embedding.feature_schema import FeatureSchema
 from embedding.raw_ids import ids_or_missing
 from pipeline.codes.features import (
     ItemCodes,

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from embedding.config import HistoryConfig
+from embedding.feature_schema import HistoryConfig
 from pipeline.config import HeldOutItems
 from pipeline.samples.buckets import bucket_file
 from pipeline.samples.columns import history_column

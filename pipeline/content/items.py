@@ -2,7 +2,7 @@
 
 import torch
 
-from embedding.config import FeatureSchema
+from embedding.feature_schema import FeatureSchema
 from embedding.item_columns import item_sequences
 from embedding.items import ItemIndex, ItemSource
 from multimodal.content_config import ContentConfig

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from embedding.config import FeatureSchema, ManagedCollision, TableConfig
+from embedding.config import ManagedCollision, TableConfig
+from embedding.feature_schema import FeatureSchema
 from embedding.hashing import rows_of
 from embedding.initialization import initialize_shard
 from embedding.item_columns import candidate_feature

@@ -14,8 +14,9 @@ from typing import Literal, Self
 
 from pydantic import Field
 
-from embedding.config import FeatureSchema, ShardingConfig, SparseOptimizer, StrictConfig
+from embedding.config import ShardingConfig, SparseOptimizer, StrictConfig
 from embedding.errors import UserError
+from embedding.feature_schema import FeatureSchema
 from embedding.planning.cluster_shape import ClusterShape
 from embedding.planning.demand import step_settings
 from embedding.planning.plan_description import PlanDescription

@@ -7,7 +7,6 @@ from pathlib import Path
 from embedding.config import (
     ColumnWise,
     DataParallel,
-    FeatureSchema,
     Grid,
     RowWise,
     Sharding,
@@ -16,6 +15,7 @@ from embedding.config import (
     TableWise,
 )
 from embedding.errors import UserError, nearest_name
+from embedding.feature_schema import FeatureSchema
 from embedding.limits import check_support
 from embedding.planning.calibration import read_calibration
 from embedding.planning.choices import KERNELS

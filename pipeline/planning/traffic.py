@@ -13,14 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedding import samples
-from embedding.config import (
-    FeatureSchema,
-    ManagedCollision,
-    SequenceFeature,
-    SparseFeature,
-    TableConfig,
-)
+from embedding.config import ManagedCollision, TableConfig
 from embedding.errors import UserError
+from embedding.feature_schema import FeatureSchema, SequenceFeature, SparseFeature
 from embedding.planning.id_distribution import from_counts
 from embedding.planning.traffic import MIN_GROWTH_DAYS, TableTraffic, Traffic
 from pipeline.tasks import stream_tasks

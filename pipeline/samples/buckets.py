@@ -4,7 +4,7 @@ Reads the bucket's rows of every chunk and of the earlier state; writes its even
 with their histories as list columns, its state for the next span, and its event counts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import gcd
 from pathlib import Path
@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from embedding.config import HistoryConfig
+from embedding.feature_schema import HistoryConfig
 from embedding.raw_ids import Int64Array, ids_or_missing, mix64
 from pipeline.samples.columns import KEY_COLUMNS, EventColumns, history_column
 from pipeline.samples.contract import MS_PER_DAY, epoch_day, open_parquet
@@ -28,6 +28,7 @@ from pipeline.samples.histories import (
 from pipeline.samples.partition import label_counts, read_bucket, user_buckets
 
 ROWS_PER_GROUP = 65_536
+ROWS_PER_MERGE = 1 << 20
 REPEATED = "repeats an earlier event"
 """Reason of quarantined rows whose four keys an earlier row of the log has."""
 _IS_NEW = "new"
@@ -39,6 +40,11 @@ class EarlierState:
 
     directory: Path
     num_buckets: int
+
+    def count_rows(self) -> int:
+        """Events that it keeps of all users."""
+        files = (self.directory / bucket_file(bucket) for bucket in range(self.num_buckets))
+        return sum(pq.read_metadata(file).num_rows for file in files)
 
 
 @dataclass(frozen=True)
@@ -94,10 +100,13 @@ def build_bucket(bucket: int, plan: BucketPlan) -> BucketFacts:
     is_new = np.asarray(table[_IS_NEW].to_numpy())
     spans: dict[str, HistorySpans] = {}
     state = {}
+    next_day = (epoch_day(plan.days[-1]) + 1) * MS_PER_DAY
     for history in plan.histories:
         qualifies = np.asarray(table[_qualifies(history.name)].to_numpy())
-        spans[history.name] = history_spans(timeline, qualifies, history.max_length)
-        state[history.name] = retained(timeline, qualifies, history.max_length)
+        delay = 1000 * history.label_delay_s
+        spans[history.name] = history_spans(timeline, qualifies, history.max_length, delay)
+        entered = times < next_day - delay
+        state[history.name] = retained(timeline, qualifies, history.max_length, entered)
     _write_state(bucket, table, state, plan)
     _write_counts(bucket, table.filter(pa.array(is_new)), plan)
     # The sort is stable, so rows of one instant stay in the order of users: reproducible files.
@@ -230,22 +239,34 @@ def _write_counts(bucket: int, events: pa.Table, plan: BucketPlan) -> None:
         }
     )
     for key in ("item_id", "user_id"):
-        counts = merge_counts(
-            [counted.drop_columns("user_id" if key == "item_id" else "item_id")], key
-        )
+        other = "user_id" if key == "item_id" else "item_id"
+        counts = merge_counts([counted.drop_columns(other)], key)
         pq.write_table(counts, plan.parts / f"{key}-{bucket_file(bucket)}")
 
 
-def merge_counts(tables: list[pa.Table], key: str) -> pa.Table:
-    """Add up counts by `key`; sorted by it."""
-    merged = (
+def merge_counts(tables: Iterable[pa.Table], key: str) -> pa.Table:
+    """Add up counts by `key`; sorted by it.
+
+    Memory holds a few times the result: popular items are in the counts of every bucket.
+    """
+    pending: list[pa.Table] = []
+    num_merged = 0
+    for table in tables:
+        pending.append(table)
+        if sum(part.num_rows for part in pending) > 2 * num_merged + ROWS_PER_MERGE:
+            pending = [_added_up(pending, key)]
+            num_merged = pending[0].num_rows
+    return _added_up(pending, key).sort_by(key)
+
+
+def _added_up(tables: list[pa.Table], key: str) -> pa.Table:
+    return (
         pa.concat_tables(tables)
         .group_by(key, use_threads=False)
         .aggregate([("events", "sum"), ("positives", "sum"), ("first_day", "min")])
         .select([key, "events_sum", "positives_sum", "first_day_min"])
         .rename_columns([key, "events", "positives", "first_day"])
     )
-    return merged.sort_by(key)
 
 
 def _write_days(

@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedding.config import FeatureSchema
 from embedding.errors import UserError
+from embedding.feature_schema import FeatureSchema
 from embedding.raw_ids import Int64Array, is_id_type, to_raw_ids
 from pipeline.samples.columns import SourceColumns, source_columns
 from pipeline.samples.contract import (

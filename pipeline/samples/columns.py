@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from typing import Literal, Self
 
-from embedding.config import FeatureSchema, Source, StrictConfig
+from embedding.config import StrictConfig
+from embedding.feature_schema import FeatureSchema, Source
 from pipeline.config import Recipe
 
 _VALUES_PER_ROW = 16

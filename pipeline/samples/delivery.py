@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from embedding.config import Source
 from embedding.errors import UserError
+from embedding.feature_schema import Source
 from embedding.raw_ids import Int64Array
 from multimodal.codes.config import ColumnVectors
 from pipeline.config import Recipe

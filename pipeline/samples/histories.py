@@ -25,6 +25,7 @@ BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
 class UserTimeline:
     """Events sorted by user and timestamp, with the borders of users and of equal timestamps."""
 
+    timestamps: Int64Array
     user_starts: Int64Array
     """For each event: the first row of its user."""
     tie_starts: Int64Array
@@ -39,9 +40,20 @@ class UserTimeline:
         new_time = new_user.copy()
         new_time[1:] |= timestamps[1:] != timestamps[:-1]
         return cls(
+            timestamps,
             np.maximum.accumulate(np.where(new_user, rows, 0)),
             np.maximum.accumulate(np.where(new_time, rows, 0)),
         )
+
+    def first_within(self, delay: int) -> Int64Array:
+        """For each event: the first row of its user that is at most `delay` earlier."""
+        if not delay or not len(self.timestamps):
+            return self.tie_starts
+        # One ascending key for users and times; a user's times lie in a range of their own.
+        since = self.timestamps - self.timestamps.min()
+        user = np.cumsum(self.user_starts == np.arange(len(since)))
+        keys = user * (int(since.max()) + 1) + since
+        return np.maximum(np.searchsorted(keys, keys - delay, side="left"), self.user_starts)
 
 
 @dataclass(frozen=True)
@@ -64,24 +76,39 @@ class HistorySpans:
         return offsets, self.sources[positions]
 
 
-def history_spans(timeline: UserTimeline, qualifies: BoolArray, max_length: int) -> HistorySpans:
-    """The latest `max_length` qualifying events of the same user strictly before each event."""
+def history_spans(
+    timeline: UserTimeline, qualifies: BoolArray, max_length: int, delay: int = 0
+) -> HistorySpans:
+    """The latest `max_length` qualifying events of the same user strictly before each event.
+
+    Args:
+        timeline: of all events.
+        qualifies: which of them enter the history.
+        max_length: of a history.
+        delay: how long after its timestamp an event enters.
+    """
     before = _counts_before(qualifies)
-    ends = before[timeline.tie_starts]
+    ends = before[timeline.first_within(delay)]
     lengths = np.minimum(ends - before[timeline.user_starts], max_length)
     return HistorySpans(np.flatnonzero(qualifies), ends, lengths)
 
 
-def retained(timeline: UserTimeline, qualifies: BoolArray, max_length: int) -> BoolArray:
-    """True for the latest `max_length` qualifying events of each user: what later days may need."""
-    before = _counts_before(qualifies)
+def retained(
+    timeline: UserTimeline, qualifies: BoolArray, max_length: int, entered: BoolArray | bool = True
+) -> BoolArray:
+    """True for the qualifying events of each user that later days may need.
+
+    They are the latest `max_length` of those that have `entered`, and all that will.
+    """
+    before = _counts_before(qualifies & entered)
     starts = timeline.user_starts
     is_last = np.ones(len(starts), np.bool_)
     is_last[:-1] = starts[1:] != starts[:-1]
     last_rows = np.flatnonzero(is_last)
     user_of_row: Int64Array = np.cumsum(is_last) - is_last
     user_ends = before[last_rows + 1][user_of_row]
-    return np.asarray(qualifies & (user_ends - before[1:] < max_length))
+    is_late = user_ends - before[1:] < max_length
+    return np.asarray(qualifies & (is_late | ~np.asarray(entered)))
 
 
 def ragged_positions(starts: Int64Array, lengths: Int64Array) -> tuple[Int64Array, Int64Array]:

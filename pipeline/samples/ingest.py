@@ -24,8 +24,9 @@ from typing import Literal
 
 import pyarrow.parquet as pq
 
-from embedding.config import HistoryConfig, StrictConfig
+from embedding.config import StrictConfig
 from embedding.errors import UserError
+from embedding.feature_schema import HistoryConfig
 from pipeline.config import Recipe
 from pipeline.samples.buckets import (
     REPEATED,
@@ -110,10 +111,12 @@ def check_span(recipe: Recipe, days: Sequence[str], previous: Path | None) -> Ch
     files = [file for day in days for file in event_files(root, day, columns)]
     present = frozenset().union(*(file.column_names for file in files))
     oracles = {task: name for task, name in columns.oracles.items() if name in present}
-    num_rows = sum(file.num_rows for file in files)
+    num_rows = sum(file.num_rows for file in files) * columns.row_weight
+    if earlier is not None:  # a bucket holds what is kept of its users, too
+        num_rows += earlier.count_rows()
     # Doubling keeps the state of an earlier span aligned with the new buckets.
     num_buckets = recipe.data.user_buckets
-    while num_buckets * ROWS_PER_BUCKET < num_rows * columns.row_weight:
+    while num_buckets * ROWS_PER_BUCKET < num_rows:
         num_buckets *= 2
     return CheckedSpan(
         days=tuple(days),
@@ -247,14 +250,11 @@ def _require_sound(
 
 
 def _write_counts(key: str, plan: BucketPlan, previous: Path | None) -> int:
-    tables = [
-        pq.read_table(plan.parts / f"{key}-{bucket_file(bucket)}")
-        for bucket in range(plan.num_buckets)
-    ]
+    files = [plan.parts / f"{key}-{bucket_file(bucket)}" for bucket in range(plan.num_buckets)]
     name = f"{key.removesuffix('_id')}_counts.parquet"
     if previous is not None:
-        tables.append(pq.read_table(previous / name))
-    counts = merge_counts(tables, key)
+        files.append(previous / name)
+    counts = merge_counts(map(pq.read_table, files), key)
     pq.write_table(counts, plan.output / name, compression="zstd")
     return int(counts.num_rows)
 

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embedding import samples
-from embedding.config import FeatureSchema
+from embedding.feature_schema import FeatureSchema
 from pipeline.config import Recipe
 from pipeline.planning.id_use import FILE, IdFacts, IdUse, merge_uses, read_uses, use_of, write_uses
 from pipeline.samples.buckets import ROWS_PER_GROUP

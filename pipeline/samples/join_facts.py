@@ -1,7 +1,7 @@
 """What join counts, and which of it speaks against its samples."""
 
-from embedding.config import FeatureSchema
 from embedding.errors import UserError
+from embedding.feature_schema import FeatureSchema
 from pipeline.artifacts import StageFacts
 from pipeline.config import Recipe
 from pipeline.planning.id_use import IdFacts

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from embedding import samples
-from embedding.config import SequenceFeature, Source, SparseFeature
+from embedding.feature_schema import SequenceFeature, Source, SparseFeature
 from embedding.raw_ids import Int64Array, ids_or_missing
 from multimodal.codes.schema import without_codes
 from pipeline.codes.columns import code_columns

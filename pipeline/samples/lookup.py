@@ -13,8 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedding.config import MISSING_ID, DenseFeature
+from embedding.config import MISSING_ID
 from embedding.errors import UserError
+from embedding.feature_schema import DenseFeature
 from embedding.raw_ids import Int64Array, ids_or_missing, to_raw_ids
 from pipeline.samples.contract import as_float32, read_columns
 from pipeline.samples.histories import ragged_positions

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from embedding.config import FeatureSchema, Hashed, Identity, StrictConfig, TableConfig
+from embedding.config import Hashed, Identity, StrictConfig, TableConfig
+from embedding.feature_schema import FeatureSchema
 from embedding.hashing import collision_rate, expected_collision_rate, out_of_range
 from pipeline.planning.id_use import FILE, IdFacts, IdUse, merge_uses, read_uses
 

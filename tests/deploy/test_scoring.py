@@ -14,7 +14,8 @@ from deploy.app import main
 from deploy.bundle import read_bundle
 from deploy.predictor import serving_config
 from deploy.scoring import sample_files, score_samples
-from embedding.config import FeatureSchema, SparseFeature, TableConfig
+from embedding.config import TableConfig
+from embedding.feature_schema import FeatureSchema, SparseFeature
 from ranking.config import RankingConfig
 from tests.deploy.refusal import refused
 

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from embedding.config import Adagrad, Adam, FeatureSchema, RowWiseAdagrad, Sgd
+from embedding.config import Adagrad, Adam, RowWiseAdagrad, Sgd
+from embedding.feature_schema import FeatureSchema
 from embedding.initialization import initialize_shard
 from embedding.planning.plan_description import PlanDescription
 from tests.embedding.toy import loss_of, toy_batch

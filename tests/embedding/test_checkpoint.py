@@ -14,7 +14,14 @@ import torch.distributed as dist
 from embedding import stored
 from embedding.checkpoint import Checkpointer, load_into
 from embedding.checkpoint_files import MANIFEST, read_manifest, step_directory, steps
-from embedding.config import Adagrad, Hashed, ManagedCollision, RowWiseAdagrad, Sgd, ShardingConfig
+from embedding.config import (
+    Adagrad,
+    Hashed,
+    ManagedCollision,
+    RowWiseAdagrad,
+    Sgd,
+    ShardingConfig,
+)
 from embedding.errors import UserError
 from embedding.hashing import NO_ID
 from embedding.id_map import by_row, managed_modules

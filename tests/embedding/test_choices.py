@@ -7,16 +7,15 @@ import torch
 from torchrec.distributed.sharding_plan import calculate_shard_sizes_and_offsets
 
 from embedding.config import (
-    FeatureSchema,
     Grid,
     ManagedCollision,
     RowWise,
     Sharding,
-    SparseFeature,
     TableConfig,
     TableRowWise,
 )
 from embedding.errors import UserError
+from embedding.feature_schema import FeatureSchema, SparseFeature
 from embedding.planning.choices import Choice, choices_of, shards_of
 from embedding.planning.cluster_shape import ClusterShape, find_machine
 from embedding.planning.workload import TableLoad, collection_names, table_loads

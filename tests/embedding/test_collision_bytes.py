@@ -5,13 +5,8 @@ import torch
 from torchrec.modules.mc_modules import MCHManagedCollisionModule
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from embedding.config import (
-    FeatureSchema,
-    ManagedCollision,
-    RowWiseAdagrad,
-    SparseFeature,
-    TableConfig,
-)
+from embedding.config import ManagedCollision, RowWiseAdagrad, TableConfig
+from embedding.feature_schema import FeatureSchema, SparseFeature
 from embedding.hashing import MANAGED_ID_RANGE
 from embedding.id_map import by_row, pending_of
 from embedding.managed_collision import _eviction_policy

@@ -10,14 +10,8 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     construct_split_state,
 )
 
-from embedding.config import (
-    Adagrad,
-    Adam,
-    FeatureSchema,
-    RowWiseAdagrad,
-    SparseFeature,
-    TableConfig,
-)
+from embedding.config import Adagrad, Adam, RowWiseAdagrad, TableConfig
+from embedding.feature_schema import FeatureSchema, SparseFeature
 from embedding.planning.choices import Choice, shards_of
 from embedding.planning.cluster_shape import ClusterShape, find_machine
 from embedding.planning.cost import CostModel, Placed, usage_of

@@ -4,7 +4,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedding.config import MISSING_ID, OOV_ROW, Hashed, Identity, ManagedCollision, TableConfig
+from embedding.config import (
+    MISSING_ID,
+    OOV_ROW,
+    Hashed,
+    Identity,
+    ManagedCollision,
+    TableConfig,
+)
 from embedding.hashing import (
     MANAGED_ID_RANGE,
     MANAGED_MISSING_ID,

@@ -7,12 +7,12 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embedding.batch import RankingBatch
-from embedding.config import (
+from embedding.config import TableConfig
+from embedding.feature_schema import (
     FeatureSchema,
     HistoryConfig,
     SequenceFeature,
     SparseFeature,
-    TableConfig,
 )
 from embedding.int8_rows import empty_rows, quantized_rows
 from embedding.int8_tables import Int8Tables

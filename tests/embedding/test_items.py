@@ -8,15 +8,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from embedding.config import (
+from embedding.config import TableConfig
+from embedding.epochs import Position
+from embedding.errors import UserError
+from embedding.feature_schema import (
     FeatureSchema,
     HistoryConfig,
     SequenceFeature,
     SparseFeature,
-    TableConfig,
 )
-from embedding.epochs import Position
-from embedding.errors import UserError
 from embedding.item_columns import candidate_field, item_sequences
 from embedding.items import NO_CONTENT, ItemIndex, ItemRows, ItemSource
 from embedding.loader import SampleFiles, SampleLoader

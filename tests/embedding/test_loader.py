@@ -16,17 +16,16 @@ import pytest
 import torch
 
 from embedding.batch import RankingBatch
-from embedding.config import (
+from embedding.config import Identity, TableConfig
+from embedding.epochs import Leg, Position
+from embedding.errors import UserError
+from embedding.feature_schema import (
     DenseFeature,
     FeatureSchema,
     HistoryConfig,
-    Identity,
     SequenceFeature,
     SparseFeature,
-    TableConfig,
 )
-from embedding.epochs import Leg, Position
-from embedding.errors import UserError
 from embedding.hashing import rows_of
 from embedding.loader import SampleFiles, SampleLoader
 from embedding.prefetch import Prefetched

@@ -9,7 +9,6 @@ import torch.distributed as dist
 from embedding.checkpoint import Checkpointer, load_into
 from embedding.config import (
     Adagrad,
-    FeatureSchema,
     Hashed,
     IdScheme,
     ManagedCollision,
@@ -18,6 +17,7 @@ from embedding.config import (
     ShardingConfig,
     SparseOptimizer,
 )
+from embedding.feature_schema import FeatureSchema
 from embedding.id_map import by_row, managed_modules
 from embedding.shard import Sharded
 from tests.distributed import run_distributed

@@ -6,16 +6,15 @@ import torch
 from embedding.config import (
     Adagrad,
     Adam,
-    FeatureSchema,
     ManagedCollision,
     RowWiseAdagrad,
     ShardingConfig,
-    SparseFeature,
     TableConfig,
     TableRowWise,
     TableWise,
 )
 from embedding.errors import UserError
+from embedding.feature_schema import FeatureSchema, SparseFeature
 from embedding.limits import check_optimizer, check_support
 from embedding.planning.cluster_shape import ClusterShape, find_machine
 from embedding.planning.machines import GIB

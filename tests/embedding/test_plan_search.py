@@ -9,14 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from embedding.config import (
-    FeatureSchema,
-    RowWiseAdagrad,
-    ShardingConfig,
-    SparseFeature,
-    TableConfig,
-    TableWise,
-)
+from embedding.config import RowWiseAdagrad, ShardingConfig, TableConfig, TableWise
+from embedding.feature_schema import FeatureSchema, SparseFeature
 from embedding.planning.choices import FUSED, UVM, UVM_CACHING, Choice, choices_of
 from embedding.planning.cluster_shape import ClusterShape, find_machine, parse_shape
 from embedding.planning.cost import CostModel, Placed, usage_of

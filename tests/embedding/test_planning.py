@@ -11,21 +11,23 @@ from embedding.config import (
     Adam,
     ColumnWise,
     DataParallel,
-    FeatureSchema,
     Grid,
-    HistoryConfig,
     ManagedCollision,
     RowWise,
     RowWiseAdagrad,
-    SequenceFeature,
     Sgd,
-    SparseFeature,
     TableColumnWise,
     TableConfig,
     TableRowWise,
     TableWise,
 )
 from embedding.errors import UserError
+from embedding.feature_schema import (
+    FeatureSchema,
+    HistoryConfig,
+    SequenceFeature,
+    SparseFeature,
+)
 from embedding.planning.choices import FUSED, UVM, UVM_CACHING
 from embedding.planning.cluster_shape import ClusterShape, find_machine, parse_shape
 from embedding.planning.demand import StepSettings

@@ -9,7 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from embedding.config import Adagrad, ManagedCollision, RowWiseAdagrad, Sgd, ShardingConfig
+from embedding.config import (
+    Adagrad,
+    ManagedCollision,
+    RowWiseAdagrad,
+    Sgd,
+    ShardingConfig,
+)
 from embedding.shard import Sharded
 from tests.distributed import run_distributed
 from tests.embedding.held import NUM_IDS, load_and_compare, save

@@ -8,8 +8,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from embedding.checkpoint import Checkpointer, load_into
-from embedding.config import Adagrad, FeatureSchema, Identity, RowWiseAdagrad, ShardingConfig
+from embedding.config import Adagrad, Identity, RowWiseAdagrad, ShardingConfig
 from embedding.errors import UserError
+from embedding.feature_schema import FeatureSchema
 from embedding.row_carry import RowCarry, redrawn
 from embedding.shard import Sharded
 from embedding.warm_start_report import CarriedRows

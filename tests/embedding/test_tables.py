@@ -5,12 +5,12 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embedding.batch import RankingBatch
-from embedding.config import (
+from embedding.config import TableConfig
+from embedding.feature_schema import (
     FeatureSchema,
     HistoryConfig,
     SequenceFeature,
     SparseFeature,
-    TableConfig,
 )
 from embedding.tables import EmbeddingTables
 

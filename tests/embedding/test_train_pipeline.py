@@ -6,7 +6,8 @@ from torch import Tensor
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from embedding.batch import RankingBatch
-from embedding.config import FeatureSchema, RowWiseAdagrad, ShardingConfig
+from embedding.config import RowWiseAdagrad, ShardingConfig
+from embedding.feature_schema import FeatureSchema
 from tests.distributed import run_distributed
 from tests.embedding.toy import CPU, ToyModel, loss_of, toy_batch, toy_schema, toy_sharded, train
 

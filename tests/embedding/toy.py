@@ -11,21 +11,23 @@ from embedding.batch import RankingBatch
 from embedding.config import (
     ColumnWise,
     DataParallel,
-    FeatureSchema,
     Grid,
     Hashed,
-    HistoryConfig,
     IdScheme,
     RowWise,
-    SequenceFeature,
     Sharding,
     ShardingConfig,
-    SparseFeature,
     SparseOptimizer,
     TableColumnWise,
     TableConfig,
     TableRowWise,
     TableWise,
+)
+from embedding.feature_schema import (
+    FeatureSchema,
+    HistoryConfig,
+    SequenceFeature,
+    SparseFeature,
 )
 from embedding.hashing import rows_of
 from embedding.placement import flush_caches

@@ -8,13 +8,12 @@ import torch
 from embedding.checkpoint import Checkpointer
 from embedding.config import (
     Adam,
-    FeatureSchema,
     ManagedCollision,
     RowWiseAdagrad,
     ShardingConfig,
-    SparseFeature,
     TableConfig,
 )
+from embedding.feature_schema import FeatureSchema, SparseFeature
 from embedding.planning.plan_timing import TablesStep
 from tests.embedding.held import NUM_IDS, load_and_compare, save
 from tests.embedding.toy import CPU, toy_schema, toy_sharded, train

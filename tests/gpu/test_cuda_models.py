@@ -9,14 +9,8 @@ from torch import Tensor, nn
 
 from embedding.arrow import SingleIds
 from embedding.batch import RankingBatch
-from embedding.config import (
-    DenseFeature,
-    FeatureSchema,
-    RowWiseAdagrad,
-    ShardingConfig,
-    SparseFeature,
-    TableConfig,
-)
+from embedding.config import RowWiseAdagrad, ShardingConfig, TableConfig
+from embedding.feature_schema import DenseFeature, FeatureSchema, SparseFeature
 from embedding.shard import Sharded
 from ranking.classifier_config import DcnV2, DeepFm, Ipnn
 from ranking.config import ModelConfig, RankingConfig, TaskConfig

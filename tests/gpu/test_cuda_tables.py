@@ -8,12 +8,12 @@ import torch
 from embedding.config import (
     Adagrad,
     Adam,
-    FeatureSchema,
     ManagedCollision,
     RowWiseAdagrad,
     Sgd,
     ShardingConfig,
 )
+from embedding.feature_schema import FeatureSchema
 from embedding.hashing import NO_ID
 from embedding.id_map import by_row, managed_modules
 from embedding.planning.plan_description import PlanDescription

@@ -2,7 +2,7 @@
 
 import pytest
 
-from embedding.config import FeatureSchema
+from embedding.feature_schema import FeatureSchema
 from multimodal.codes.config import Codes
 from multimodal.codes.schema import code_tables, features_with_codes, without_codes
 

@@ -6,14 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from embedding.config import (
-    FeatureSchema,
-    ManagedCollision,
-    RowWiseAdagrad,
-    SparseFeature,
-    TableConfig,
-)
+from embedding.config import ManagedCollision, RowWiseAdagrad, TableConfig
 from embedding.errors import UserError
+from embedding.feature_schema import FeatureSchema, SparseFeature
 from embedding.planning.cluster_shape import ClusterShape, find_machine, parse_shape
 from embedding.planning.cost import RESERVED_SHARE
 from embedding.planning.cost_constants import data_sheet_constants

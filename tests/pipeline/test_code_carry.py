@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from embedding.config import FeatureSchema
 from embedding.errors import UserError
+from embedding.feature_schema import FeatureSchema
 from embedding.row_carry import RowCarry
 from embedding.warm_start_report import CarriedRows
 from multimodal.codes.config import Codes

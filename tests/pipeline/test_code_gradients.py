@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from embedding.config import FeatureSchema
+from embedding.feature_schema import FeatureSchema
 from embedding.hashing import rows_of
 from embedding.loader import SampleFiles, SampleLoader
 from multimodal.codes.config import Codes

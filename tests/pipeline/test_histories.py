@@ -20,34 +20,38 @@ def columns(events: list[tuple[int, int, bool]]) -> tuple[np.ndarray, np.ndarray
     return users, times, flags
 
 
-@given(EVENTS, st.integers(1, 5))
+@given(EVENTS, st.integers(1, 5), st.integers(0, 8))
 def test_history_is_the_latest_strictly_earlier_events_of_the_user(
-    events: list[tuple[int, int, bool]], max_length: int
+    events: list[tuple[int, int, bool]], max_length: int, delay: int
 ) -> None:
     users, times, flags = columns(events)
 
-    spans = history_spans(UserTimeline.of(users, times), flags, max_length)
+    spans = history_spans(UserTimeline.of(users, times), flags, max_length, delay)
     offsets, past = spans.gather(np.arange(len(events)))
 
     for i, (user, time, _) in enumerate(events):
-        earlier = [j for j, (u, t, ok) in enumerate(events) if u == user and t < time and ok]
+        earlier = [
+            j for j, (u, t, ok) in enumerate(events) if u == user and t + delay < time and ok
+        ]
         history = past[offsets[i] : offsets[i + 1]]
         assert history.tolist() == earlier[-max_length:]
-        assert (times[history] < time).all()
+        assert (times[history] + delay < time).all()
 
 
-@given(EVENTS, st.integers(1, 5))
-def test_retained_are_the_latest_qualifying_events_of_each_user(
-    events: list[tuple[int, int, bool]], max_length: int
+@given(EVENTS, st.integers(1, 5), st.integers(0, 8))
+def test_retained_are_the_latest_qualifying_events_of_each_user_and_those_that_will_enter(
+    events: list[tuple[int, int, bool]], max_length: int, entered_before: int
 ) -> None:
     users, times, flags = columns(events)
 
-    kept = retained(UserTimeline.of(users, times), flags, max_length)
+    entered = times < entered_before
+    kept = retained(UserTimeline.of(users, times), flags, max_length, entered)
 
     expected: list[int] = []
     for user in set(users.tolist()):
         own = [j for j, (u, _, ok) in enumerate(events) if u == user and ok]
-        expected += own[-max_length:]
+        expected += [j for j in own if events[j][1] < entered_before][-max_length:]
+        expected += [j for j in own if events[j][1] >= entered_before]
     assert np.flatnonzero(kept).tolist() == sorted(expected)
 
 

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedding.config import FeatureSchema, TableConfig
+from embedding.config import TableConfig
+from embedding.feature_schema import FeatureSchema
 from embedding.hashing import rows_of
 from pipeline.planning import id_use
 from pipeline.planning.id_use import FILE, IdUse, merge_uses, read_uses, use_of, write_uses

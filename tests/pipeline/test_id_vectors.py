@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from small_log import run_here
 
-from embedding.config import HistoryConfig
+from embedding.feature_schema import HistoryConfig
 from multimodal.codes.triggers import IdVectors
 from pipeline.codes import id_vectors
 from pipeline.codes.id_vectors import MAX_DIM, factorised_vectors

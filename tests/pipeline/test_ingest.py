@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,7 +16,9 @@ from embedding.errors import UserError
 from embedding.raw_ids import to_raw_ids
 from pipeline.artifacts import MANIFEST, Manifest
 from pipeline.config import Recipe
+from pipeline.samples import buckets as buckets_module
 from pipeline.samples import ingest as ingest_module
+from pipeline.samples.buckets import merge_counts
 from pipeline.samples.ingest import check_span, ingest
 from pipeline.samples.ingest_facts import IngestFacts
 
@@ -29,6 +32,14 @@ def _without_ray(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 def run(recipe: Recipe, span: list[str], previous: Path | None, scratch: Path) -> IngestFacts:
     scratch.mkdir()
     return ingest(recipe, check_span(recipe, span, previous), scratch)
+
+
+def delayed(recipe: Recipe, delay_s: int) -> Recipe:
+    """With clicks that enter their history so much later."""
+    clicks, *others = recipe.features.histories
+    histories = (clicks.model_copy(update={"label_delay_s": delay_s}), *others)
+    features = recipe.features.model_copy(update={"histories": histories})
+    return recipe.model_copy(update={"features": features})
 
 
 def raw_id(text: str) -> int:
@@ -46,27 +57,30 @@ def read_events(directory: Path) -> list[Row]:
     ]
 
 
-def naive_history(row: Row, log: list[Row], *, label: str | None, max_length: int) -> list[Row]:
+def naive_history(
+    row: Row, log: list[Row], *, label: str | None, max_length: int, delay_s: int = 0
+) -> list[Row]:
     earlier = [
         other
         for other in log
         if other["user_id"] == row["user_id"]
-        and other["timestamp"] < row["timestamp"]
+        and other["timestamp"] + 1000 * delay_s < row["timestamp"]
         and (label is None or other[label] == 1)
     ]
     # Python's sort is stable: equal timestamps stay in the order of the log.
     return sorted(earlier, key=lambda other: other["timestamp"])[-max_length:]
 
 
-def check_against_log(events: list[Row], log: list[Row]) -> None:
+def check_against_log(events: list[Row], log: list[Row], delay_s: int = 0) -> None:
     assert sorted(e["request_id"] for e in events) == sorted(e["request_id"] for e in log)
     for row in events:
-        for name, label, max_length in (("clicks", "click", 3), ("seen", None, 2)):
-            expected = naive_history(row, log, label=label, max_length=max_length)
+        clicks = naive_history(row, log, label="click", max_length=3, delay_s=delay_s)
+        seen = naive_history(row, log, label=None, max_length=2)
+        for name, expected in (("clicks", clicks), ("seen", seen)):
             assert row[f"history:{name}:timestamp"] == [e["timestamp"] for e in expected]
             assert all(t < row["timestamp"] for t in row[f"history:{name}:timestamp"])
             assert row[f"history:{name}:item_id"] == [e["item_id"] for e in expected]
-        stars = [e["stars"] for e in naive_history(row, log, label="click", max_length=3)]
+        stars = [e["stars"] for e in clicks]
         assert row["history:clicks:stars"] == [-1 if s is None else s for s in stars]
 
 
@@ -85,12 +99,18 @@ CUTS = st.sampled_from([(4,), (1, 4), (2, 4), (1, 2, 4), (1, 2, 3, 4)])
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(log=LOGS, cuts=CUTS, buckets=st.lists(st.integers(1, 4), min_size=4, max_size=4))
+@given(
+    log=LOGS,
+    cuts=CUTS,
+    buckets=st.lists(st.integers(1, 4), min_size=4, max_size=4),
+    delay_s=st.sampled_from([0, 2, 24 * 3600, 30 * 3600]),
+)
 def test_chained_spans_give_the_histories_of_the_whole_log(
     tmp_path_factory: pytest.TempPathFactory,
     log: list[tuple[Any, ...]],
     cuts: tuple[int, ...],
     buckets: list[int],
+    delay_s: int,
 ) -> None:
     root = tmp_path_factory.mktemp("log")
     write_catalogue(root)
@@ -111,7 +131,7 @@ def test_chained_spans_give_the_histories_of_the_whole_log(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ingest_module, "stream_tasks", small_log.run_here)
         for i, end in enumerate(cuts):
-            recipe = make_recipe(root, user_buckets=buckets[i])
+            recipe = delayed(make_recipe(root, user_buckets=buckets[i]), delay_s)
             artifact = root / f"ingest-{i}"
             facts = run(recipe, DAYS[start:end], previous, artifact)
             assert facts.rows_out == facts.rows_in
@@ -123,7 +143,7 @@ def test_chained_spans_give_the_histories_of_the_whole_log(
             previous, start = artifact, end
     assert previous is not None
 
-    check_against_log(found, rows)
+    check_against_log(found, rows, delay_s)
     counts = {c["item_id"]: c for c in pq.read_table(previous / "item_counts.parquet").to_pylist()}
     for item in {row["item_id"] for row in rows}:
         own_rows = [row for row in rows if row["item_id"] == item]
@@ -315,8 +335,47 @@ def test_buckets_grow_with_the_span(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     facts = run(make_recipe(root, user_buckets=2), DAYS[:1], None, tmp_path / "a")  # 36 rows
     after = run(make_recipe(root, user_buckets=1), DAYS[1:2], tmp_path / "a", tmp_path / "b")
 
-    assert (facts.num_buckets, after.num_buckets) == (4, 4)
+    # The second day has 36 rows, too, and what the first left of three users.
+    assert (facts.num_buckets, after.num_buckets) == (4, 8)
     assert after.mean_history_length["clicks"] == 3
+
+
+def test_buckets_grow_with_what_is_kept_of_their_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "data"
+    write_catalogue(root)
+    write_day(root, 0, [[event(0, 1 + s % 3, s) for s in range(12)]])
+    write_day(root, 1, [[event(1, 1, 60)]])
+    run(make_recipe(root, user_buckets=1), DAYS[:1], None, tmp_path / "a")
+    num_kept = sum(pq.read_table(path).num_rows for path in (tmp_path / "a" / "state").iterdir())
+    monkeypatch.setattr(ingest_module, "ROWS_PER_BUCKET", num_kept)
+
+    after = run(make_recipe(root, user_buckets=1), DAYS[1:2], tmp_path / "a", tmp_path / "b")
+
+    assert after.num_buckets == 2
+
+
+def test_counts_of_many_buckets_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buckets_module, "ROWS_PER_MERGE", 5)
+    rng = np.random.default_rng(0)
+    tables = [
+        pa.table(
+            {
+                "item_id": rng.permutation(20)[:8],
+                "events": rng.integers(1, 9, 8),
+                "positives": rng.integers(0, 5, 8),
+                "first_day": pa.array(rng.integers(0, 30, 8).astype(np.int32)).cast(pa.date32()),
+            }
+        )
+        for _ in range(12)
+    ]
+
+    merged = merge_counts(tables, "item_id")
+
+    whole = pa.concat_tables(tables).to_pandas().groupby("item_id", as_index=False)
+    expected = whole.agg({"events": "sum", "positives": "sum", "first_day": "min"})
+    assert merged.to_pylist() == expected.to_dict("records")
 
 
 def test_artifact_of_a_later_day_cannot_be_continued(tmp_path: Path) -> None:

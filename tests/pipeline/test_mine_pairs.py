@@ -11,8 +11,8 @@ import pytest
 import small_log
 from small_log import DAYS, Row, event, file_bytes, make_recipe, write_catalogue, write_day
 
-from embedding.config import HistoryConfig
 from embedding.errors import UserError
+from embedding.feature_schema import HistoryConfig
 from multimodal.codes.pair_config import Swing, User2Item
 from multimodal.codes.triggers import IdVectors
 from pipeline.codes import mine_pairs as mining

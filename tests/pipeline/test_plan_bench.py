@@ -8,8 +8,9 @@ import torch
 import yaml
 
 from deploy.app import main
-from embedding.config import FeatureSchema, RowWiseAdagrad, SparseFeature, TableConfig
+from embedding.config import RowWiseAdagrad, TableConfig
 from embedding.errors import UserError
+from embedding.feature_schema import FeatureSchema, SparseFeature
 from embedding.planning.calibration import constants_for
 from embedding.planning.cluster_shape import parse_shape
 from embedding.planning.plan_description import read_plan

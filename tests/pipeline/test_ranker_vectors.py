@@ -13,7 +13,13 @@ import torch.distributed as dist
 
 from embedding import stored
 from embedding.checkpoint import Checkpointer
-from embedding.config import Hashed, Identity, IdScheme, ManagedCollision, RowWiseAdagrad
+from embedding.config import (
+    Hashed,
+    Identity,
+    IdScheme,
+    ManagedCollision,
+    RowWiseAdagrad,
+)
 from embedding.hashing import rows_of
 from embedding.id_map import by_row, managed_modules
 from embedding.shard import Sharded

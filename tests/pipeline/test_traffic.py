@@ -13,16 +13,14 @@ import pytest
 import torch
 
 from embedding import samples
-from embedding.config import (
+from embedding.config import Identity, ManagedCollision, TableConfig
+from embedding.errors import UserError
+from embedding.feature_schema import (
     FeatureSchema,
     HistoryConfig,
-    Identity,
-    ManagedCollision,
     SequenceFeature,
     SparseFeature,
-    TableConfig,
 )
-from embedding.errors import UserError
 from embedding.hashing import collision_rate, rows_of
 from embedding.planning.id_distribution import IdDistribution
 from embedding.planning.table_advice import table_facts

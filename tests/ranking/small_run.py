@@ -7,13 +7,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embedding.config import (
+from embedding.config import TableConfig
+from embedding.feature_schema import (
     DenseFeature,
     FeatureSchema,
     HistoryConfig,
     SequenceFeature,
     SparseFeature,
-    TableConfig,
 )
 from ranking.classifier_config import DeepFm
 from ranking.config import ModelConfig, RankingConfig, TaskConfig

@@ -7,15 +7,15 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from embedding.config import (
+from embedding.config import TableConfig
+from embedding.errors import UserError
+from embedding.feature_schema import (
     DenseFeature,
     FeatureSchema,
     HistoryConfig,
     SequenceFeature,
     SparseFeature,
-    TableConfig,
 )
-from embedding.errors import UserError
 from ranking.config import ModelConfig
 from ranking.interactions import CrossNetwork, fm_second_order
 from ranking.interest import TargetAttention

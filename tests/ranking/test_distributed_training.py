@@ -13,13 +13,13 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from embedding.config import (
     DataParallel,
-    FeatureSchema,
     RowWise,
     RowWiseAdagrad,
     Sgd,
     ShardingConfig,
     SparseOptimizer,
 )
+from embedding.feature_schema import FeatureSchema
 from embedding.loader import SampleFiles, SampleLoader
 from embedding.shard import Sharded
 from ranking.averaging import DenseAverage

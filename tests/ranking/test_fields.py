@@ -5,8 +5,9 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embedding.batch import RankingBatch
-from embedding.config import FeatureSchema, SparseFeature, TableConfig
+from embedding.config import TableConfig
 from embedding.errors import UserError
+from embedding.feature_schema import FeatureSchema, SparseFeature
 from embedding.tables import EmbeddedBatch
 from ranking.classifier_config import Fm
 from ranking.compatibility import table_widths

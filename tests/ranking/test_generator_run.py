@@ -10,8 +10,9 @@ from deploy.bundle import write_bundle
 from deploy.predictor import Predictor
 from embedding.checkpoint import Checkpointer, load_into
 from embedding.checkpoint_files import step_directory
-from embedding.config import FeatureSchema, RowWiseAdagrad, ShardingConfig
+from embedding.config import RowWiseAdagrad, ShardingConfig
 from embedding.errors import UserError
+from embedding.feature_schema import FeatureSchema
 from embedding.loader import SampleFiles, SampleLoader
 from embedding.planning.plan_description import PlanDescription
 from embedding.shard import Sharded

@@ -4,15 +4,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from embedding.config import (
+from embedding.config import Identity, TableConfig
+from embedding.errors import UserError
+from embedding.feature_schema import (
     FeatureSchema,
     HistoryConfig,
-    Identity,
     SequenceFeature,
     SparseFeature,
-    TableConfig,
 )
-from embedding.errors import UserError
 from ranking.dien import InterestEvolution
 from ranking.history import HistoryInterest
 from ranking.hstu import Block, SequenceTransduction

@@ -308,8 +308,22 @@ class Recipe(StrictConfig):
                 raise ValueError(
                     f"features.histories: label {history.label!r} is not a task's label {labels}"
                 )
+        _check_leaks(self.features, self.ranking)
         self.gate.check_tasks([task.name for task in self.ranking.tasks])
         return self
+
+
+def _check_leaks(features: FeatureSchema, ranking: RankingConfig) -> None:
+    """No feature is what is to be predicted; sequences of past labels are fine."""
+    secret = {task.label_name: "label" for task in ranking.tasks}
+    secret |= {task.oracle_name: "true probability" for task in ranking.tasks}
+    for feature in (*features.sparse, *features.dense):
+        if feature.source == "events" and feature.column_name in secret:
+            raise ValueError(
+                f"features: {feature.name!r} reads the column {feature.column_name!r}, the "
+                f"{secret[feature.column_name]} of a task, which is not known when items are "
+                "ranked; leave it out (a sequence may read it of past events)"
+            )
 
 
 def _check_pairs(vectors: AlignedVectors, histories: dict[str, HistoryConfig]) -> None:

@@ -30,6 +30,14 @@ def movielens(
     negatives: Annotated[
         int, typer.Option("--negatives", min=0, help="Sampled unrated items for each rating.")
     ] = 4,
+    tags: Annotated[
+        bool,
+        typer.Option(
+            "--tags",
+            help="Add users' tags to the texts: whatever their date, so earlier days are told what "
+            "viewers said later.",
+        ),
+    ] = False,
     seed: SeedOption = 0,
 ) -> None:
     """MovieLens of any size and layout: tasks `like` and `watch`."""
@@ -37,7 +45,7 @@ def movielens(
 
     _import(
         lambda progress: import_movielens(
-            src, out, negatives=negatives, seed=seed, progress=progress
+            src, out, negatives=negatives, tags=tags, seed=seed, progress=progress
         ),
         out,
         unit="ratings",

@@ -46,6 +46,11 @@ class TaskConfig(StrictConfig):
         """Column of the events that holds the label."""
         return self.label or self.name
 
+    @property
+    def oracle_name(self) -> str:
+        """Column of the events with the true probability, where there is one (synthetic data)."""
+        return f"oracle_{self.name}"
+
 
 class ModelConfig(StrictConfig):
     """The ranking model: embeddings -> interest -> generator -> classifier -> one tower a task."""

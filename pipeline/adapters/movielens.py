@@ -9,6 +9,7 @@ Memory is about 60 bytes a rating, besides the catalogue: 25 million ratings nee
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,7 @@ def import_movielens(
     out: Path,
     *,
     negatives: int = 4,
+    tags: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> ImportSummary:
@@ -110,6 +112,8 @@ def import_movielens(
         src: Unpacked download.
         out: Directory to create.
         negatives: Sampled unrated items for each rating.
+        tags: Add the most frequent tags of each item to its text, whatever their date: they tell
+            earlier days what viewers said later.
         seed: Of the sampling.
         progress: Called with ratings done and all ratings.
 
@@ -119,7 +123,9 @@ def import_movielens(
     if negatives < 0:
         raise UserError(f"--negatives {negatives} must be 0 or more")
     source = find_source(src)
-    receipt = source_receipt("movielens", source.files, negatives=negatives, seed=seed)
+    if not tags:
+        source = replace(source, tags=None)
+    receipt = source_receipt("movielens", source.files, negatives=negatives, tags=tags, seed=seed)
     done = finished_import(out, receipt)
     if done is not None:
         return done

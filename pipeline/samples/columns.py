@@ -77,7 +77,7 @@ class EventColumns(SourceColumns):
             dense=columns.dense,
             labels=_unique(task.label_name for task in tasks),
             weights=recipe.ranking.sample_weights,
-            oracles={task.name: f"oracle_{task.name}" for task in tasks},
+            oracles={task.name: task.oracle_name for task in tasks},
             history_values=values,
             logged={
                 history.name: LoggedHistory(columns=history.columns, max_length=history.max_length)

@@ -168,7 +168,7 @@ def test_text_joins_title_plot_and_tags_and_posters_are_bytes(tmp_path: Path) ->
     (tmp_path / "src" / "tags.csv").write_text(
         "userId,movieId,tag,timestamp\n1,10,Slow,1\n2,10,dream,2\n3,10,Dream,2\n"
     )
-    import_movielens(tmp_path / "src", tmp_path / "out")
+    import_movielens(tmp_path / "src", tmp_path / "out", tags=True)
     items = read_rows(tmp_path / "out/items.parquet", "item_id")
     assert items[10]["text"] == 'Cité (1995) Two\nlines, of "plot". Tags: dream, slow.'
     assert items[10]["image"] == b"\xff\xd8poster"
@@ -180,9 +180,17 @@ def test_text_joins_title_plot_and_tags_and_posters_are_bytes(tmp_path: Path) ->
 def test_tags_are_counted_without_case(tmp_path: Path) -> None:
     for layout, tags in (("10m", "dream, a::b"), ("25m", "dream, big, slow")):
         LAYOUTS[layout](tmp_path / layout)
-        import_movielens(tmp_path / layout, tmp_path / f"{layout}.out")
+        import_movielens(tmp_path / layout, tmp_path / f"{layout}.out", tags=True)
         items = read_rows(tmp_path / f"{layout}.out/items.parquet", "item_id")
         assert str(items[10]["text"]).endswith(f"Tags: {tags}.")
+
+
+def test_tags_stay_out_unless_asked_for(tmp_path: Path) -> None:
+    """They may be younger than the ratings that a model is evaluated on."""
+    LAYOUTS["25m"](tmp_path / "src")
+    import_movielens(tmp_path / "src", tmp_path / "out")
+    items = read_rows(tmp_path / "out/items.parquet", "item_id")
+    assert not [item["text"] for item in items.values() if "dream" in str(item["text"])]
 
 
 def test_posters_in_a_folder_are_found_in_every_layout(tmp_path: Path) -> None:

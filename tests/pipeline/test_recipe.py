@@ -224,6 +224,15 @@ def test_override_creates_missing_sections(tmp_path: Path) -> None:
             ["'a/b' is no name"],
         ),
         ("features.dense", [{"name": "a:b"}], ["'a:b' is no name"]),
+        *(
+            ("features.dense", [{"name": "x", "column": column}], [repr(column), what, "leave it"])
+            for column, what in (("click", "label of a task"), ("oracle_click", "probability"))
+        ),
+        (
+            "features.histories",
+            [{"name": "seen", "label_delay_s": 60}],
+            ["'seen': label_delay_s=60", "name one"],
+        ),
     ],
 )
 def test_fault_names_place_value_and_remedy(

@@ -22,10 +22,21 @@ POLL_S = 10.0
 Bundle = dict[str, float]
 """CPUs and GPUs of one process."""
 ONE_CPU: Bundle = {"CPU": 1.0}
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _ROUNDING = 1e-9
 """Of thirds of a GPU, say."""
 
 logger = logging.getLogger(__name__)
+
+
+def usable_cpus() -> int:
+    """CPUs of this process: a container (its control group) may have fewer than its host."""
+    found = len(os.sched_getaffinity(0))
+    try:
+        quota, period = CPU_QUOTA.read_text().split()
+    except (OSError, ValueError):
+        return found
+    return found if quota == "max" else min(found, math.ceil(int(quota) / int(period)))
 
 
 class RaySession:
@@ -84,7 +95,7 @@ class RaySession:
             needed += sum(actor["CPU"] for actor in self.actors)
             ray.init(
                 address="local",
-                num_cpus=max(os.cpu_count() or 1, math.ceil(needed)),
+                num_cpus=max(usable_cpus(), math.ceil(needed)),
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
                 logging_level=logging.WARNING,

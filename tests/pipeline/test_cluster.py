@@ -1,5 +1,6 @@
 """Waiting for a cluster that is too small or in use; Ray and the clock are stand-ins."""
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +12,14 @@ from ray.cluster_utils import Cluster as RayCluster
 
 from embedding.errors import UserError
 from pipeline import cluster as cluster_module
-from pipeline.cluster import Bundle, RaySession, fitting, lacking_resources, require_absolute
+from pipeline.cluster import (
+    Bundle,
+    RaySession,
+    fitting,
+    lacking_resources,
+    require_absolute,
+    usable_cpus,
+)
 from pipeline.config import ClusterConfig
 from tests.pipeline.cluster_tasks import Holder, times
 
@@ -170,6 +178,26 @@ def test_a_cluster_of_ones_own_is_not_waited_for(
 def test_a_rank_fits_on_one_node(nodes: Sequence[dict[str, float]], expected: str | None) -> None:
     found = lacking_resources(nodes, ClusterConfig(num_workers=3, cpus_per_worker=4))
     assert found is None if expected is None else re.search(expected, found or "")
+
+
+@pytest.mark.parametrize(
+    ("quota", "expected"),
+    [
+        ("400000 100000", 4),
+        ("150000 100000", 2),
+        ("max 100000", 16),
+        ("9900000 100000", 16),
+        ("", 16),
+    ],
+)
+def test_a_container_has_the_cpus_that_it_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: str, expected: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    monkeypatch.setattr(cluster_module, "CPU_QUOTA", tmp_path / "cpu.max")
+    assert usable_cpus() == 16, "no control groups"
+    (tmp_path / "cpu.max").write_text(quota)
+    assert usable_cpus() == expected
 
 
 @pytest.mark.parametrize("address", ["ray://head:10001", "http://head:8265"])

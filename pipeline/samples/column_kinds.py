@@ -49,8 +49,9 @@ def _column_kind(kind: pa.DataType) -> ColumnKind:
     is_list = is_id_list_type(kind)
     if pa.types.is_null(values):
         return ColumnKind(values="any", is_list=is_list)
-    is_integer = pa.types.is_integer(values) or pa.types.is_boolean(values)
-    return ColumnKind(values="integer" if is_integer else "string", is_list=is_list)
+    is_string = pa.types.is_string(values) or pa.types.is_large_string(values)
+    # Fractions and decimals are labels that a history carries: ids 0 and 1.
+    return ColumnKind(values="string" if is_string else "integer", is_list=is_list)
 
 
 def _value_type(kind: pa.DataType) -> pa.DataType:

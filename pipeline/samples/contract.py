@@ -275,14 +275,13 @@ def normalise_events(table: pa.Table, columns: EventColumns, path: Path) -> pa.T
     Raises:
         UserError: a column holds values that its type cannot take.
     """
+    labels = [name for name in columns.labels if not is_id_type(table[name].type)]
     try:
         data = {name: to_raw_ids(table[name]) for name in KEY_COLUMNS}
         timestamp = table["timestamp"].cast(pa.timestamp("ms"), safe=False)
         data["timestamp"] = timestamp.cast(pa.int64()).combine_chunks()
         for name in columns.ids:
-            is_float = pa.types.is_floating(table[name].type)  # a label that a history carries
-            column = _label_to_int(table[name]) if is_float else table[name]
-            data[name] = to_raw_ids(column)
+            data[name] = to_raw_ids(_label_to_int(table[name]) if name in labels else table[name])
         for name in (*columns.labels, *columns.weights.values(), *columns.dense):
             if name not in data:
                 data[name] = as_float32(table[name]).combine_chunks()
@@ -302,9 +301,11 @@ def as_float32(column: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Array
 
 
 def _label_to_int(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    # Anything but 0 and 1 is quarantined by `row_faults`, which sees the original column.
-    known = pc.is_in(column, value_set=pa.array([0, 1], column.type))
-    return pc.if_else(known, column, pa.scalar(None, column.type)).cast(pa.int64())
+    """A label of fractions or decimals that a history carries, as the ids 0 and 1."""
+    # Anything else is quarantined by `row_faults`, which sees the original column.
+    numbers = column.cast(pa.float64(), safe=False)
+    known = pc.is_in(numbers, value_set=pa.array([0.0, 1.0]))
+    return pc.if_else(known, numbers, None).cast(pa.int64())
 
 
 def row_faults(

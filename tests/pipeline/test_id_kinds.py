@@ -1,0 +1,112 @@
+"""Id columns that files and days write in different ways: alike where they can be, else refused."""
+
+from collections.abc import Sequence
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import small_log
+from small_log import DAYS, Row, event, make_recipe, write_catalogue, write_day
+
+from pipeline.artifacts import MANIFEST, Manifest
+from pipeline.config import Recipe
+from pipeline.samples import ingest as ingest_module
+from pipeline.samples import join as join_module
+from pipeline.samples.ingest import check_span, ingest
+from pipeline.samples.ingest_facts import IngestFacts
+from pipeline.samples.join import join
+
+
+@pytest.fixture(autouse=True)
+def _without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (ingest_module, join_module):
+        monkeypatch.setattr(module, "stream_tasks", small_log.run_here)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Three days of two files each."""
+    root = tmp_path / "data"
+    write_catalogue(root)
+    for day in range(3):
+        rows = [
+            event(day, 1 + s % 3, s, item_id=1 + s % 4, click=[1, 0, None][s % 3])
+            | {"request_id": 100 * day + s, "device": f"device {s % 2}"}
+            for s in range(12)
+        ]
+        write_day(root, day, [rows[:6], rows[6:]])
+    return root
+
+
+def event_file(root: Path, day: int, part: int) -> Path:
+    return root / "events" / f"dt={DAYS[day]}" / f"part-{part:05d}.parquet"
+
+
+def rewrite(path: Path, name: str, values: pa.Array | pa.DataType) -> None:
+    """Put other values, or another type, into a column."""
+    table = pq.ParquetFile(path).read()
+    column = values if isinstance(values, pa.Array) else table[name].cast(values)
+    pq.write_table(table.set_column(table.column_names.index(name), name, column), path)
+
+
+def run(recipe: Recipe, spans: Sequence[Sequence[str]], folder: Path) -> list[Row]:
+    """Samples by request, of spans that are ingested and joined one after the other."""
+    samples: list[Row] = []
+    previous = None
+    for span in spans:
+        ingested, joined = (folder / span[-1] / stage for stage in ("ingest", "join"))
+        ingested.mkdir(parents=True)
+        joined.mkdir()
+        facts: IngestFacts = ingest(recipe, check_span(recipe, span, previous), ingested)
+        manifest = Manifest(stage="ingest", artifact_id="", config_hash="", facts=facts)
+        (ingested / MANIFEST).write_text(manifest.model_dump_json())
+        join(recipe, ingested, joined)
+        for path in joined.glob("samples/*/*.parquet"):
+            samples += pq.ParquetFile(path).read().to_pylist()
+        previous = ingested
+    return sorted(samples, key=lambda row: row["key:request_id"])
+
+
+def recipe_of(root: Path, *more: dict[str, Any], **changes: Any) -> Recipe:
+    """The small recipe with more sparse features of the events, or other parts of features."""
+    recipe = make_recipe(root).model_dump(mode="json")
+    recipe["features"]["sparse"] += more
+    recipe["features"] |= changes
+    return Recipe.model_validate(recipe)
+
+
+# --- labels that a history carries ---------------------------------------------------------------
+
+
+def past_label_recipe(root: Path) -> Recipe:
+    past_click = {"name": "past_click", "history": "seen", "table": "stars"}
+    sequences = make_recipe(root).model_dump(mode="json")["features"]["sequences"]
+    return recipe_of(
+        root, sequences=[*sequences, {**past_click, "source": "events", "column": "click"}]
+    )
+
+
+@pytest.mark.parametrize("kind", [pa.decimal128(10, 2), pa.float64(), pa.bool_()])
+def test_a_label_of_any_numbers_is_carried_as_one_of_integers(
+    root: Path, tmp_path: Path, kind: pa.DataType
+) -> None:
+    recipe = past_label_recipe(root)
+    expected = run(recipe, [DAYS[:2], DAYS[2:3]], tmp_path / "integers")
+    assert {label for row in expected for label in row["sequence:past_click"]} == {-1, 0, 1}
+    for day, part in ((0, 1), (1, 0), (2, 0), (2, 1)):  # within a span, and from one to the next
+        rewrite(event_file(root, day, part), "click", kind)
+
+    assert run(recipe, [DAYS[:2], DAYS[2:3]], tmp_path / "others") == expected
+
+
+def test_a_decimal_label_of_another_number_goes_to_quarantine(root: Path, tmp_path: Path) -> None:
+    labels = [Decimal("0.50"), Decimal("1.00"), None, Decimal(0), Decimal(1), Decimal("-1.00")]
+    rewrite(event_file(root, 0, 0), "click", pa.array(labels, pa.decimal128(3, 2)))
+
+    samples = run(past_label_recipe(root), [DAYS[:1]], tmp_path)
+
+    assert [row["key:request_id"] for row in samples] == list(range(1, 5)) + list(range(6, 12))
+    assert [row["label:click"] for row in samples[:4]] == [1, None, 0, 1]

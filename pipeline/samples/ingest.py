@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 
 from embedding.config import HistoryConfig, StrictConfig
 from embedding.errors import UserError
+from pipeline.artifacts import read_manifest
 from pipeline.config import Recipe
 from pipeline.samples.buckets import (
     REPEATED,
@@ -80,7 +81,7 @@ class CheckedSpan:
     """The state of `previous`."""
     files: list[EventFile]
     kinds: dict[str, ColumnKind]
-    """Of the id columns of all files."""
+    """Of the id columns of all files, and of those before `days`."""
     known: CatalogueIds
     columns: EventColumns
     num_buckets: int
@@ -108,6 +109,8 @@ def check_span(recipe: Recipe, days: Sequence[str], previous: Path | None) -> Ch
     root = recipe.data.root
     columns = EventColumns.of(recipe)
     files = [file for day in days for file in event_files(root, day, columns)]
+    written = [(file.path, file.kinds) for file in files]
+    kinds = merged_kinds([*_earlier_kinds(previous), *written])
     present = frozenset().union(*(file.column_names for file in files))
     oracles = {task: name for task, name in columns.oracles.items() if name in present}
     num_rows = sum(file.num_rows for file in files)
@@ -120,7 +123,7 @@ def check_span(recipe: Recipe, days: Sequence[str], previous: Path | None) -> Ch
         previous=previous,
         earlier=earlier,
         files=files,
-        kinds=merged_kinds((file.path, file.kinds) for file in files),
+        kinds=kinds,
         known=check_catalogue(root, recipe.features),
         columns=columns.model_copy(update={"oracles": oracles}),
         num_buckets=num_buckets,
@@ -198,6 +201,15 @@ def _earlier_state(recipe: Recipe, first: str, previous: Path | None) -> Earlier
             "ask for; ingest again from the first day"
         )
     return EarlierState(previous / "state", state.num_buckets)
+
+
+def _earlier_kinds(previous: Path | None) -> list[tuple[str, dict[str, ColumnKind]]]:
+    """What id columns hold in the events before a span."""
+    manifest = None if previous is None else read_manifest(previous, IngestFacts)
+    if manifest is None:
+        return []
+    facts = manifest.facts
+    return [(f"the events up to {facts.days[-1]} (ingested in {previous})", facts.event_columns)]
 
 
 def _partition(

@@ -11,6 +11,7 @@ import pytest
 import small_log
 from small_log import DAYS, Row, event, make_recipe, write_catalogue, write_day
 
+from embedding.errors import UserError
 from pipeline.artifacts import MANIFEST, Manifest
 from pipeline.config import Recipe
 from pipeline.samples import ingest as ingest_module
@@ -110,3 +111,30 @@ def test_a_decimal_label_of_another_number_goes_to_quarantine(root: Path, tmp_pa
 
     assert [row["key:request_id"] for row in samples] == list(range(1, 5)) + list(range(6, 12))
     assert [row["label:click"] for row in samples[:4]] == [1, None, 0, 1]
+
+
+# --- integers or strings -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("column", ["user_id", "device"])
+def test_a_day_that_writes_an_id_in_another_way_is_refused(
+    root: Path, tmp_path: Path, column: str
+) -> None:
+    """Also after a day of nulls, which tells nothing."""
+    recipe = make_recipe(root)
+    kind, other = (pa.string(), "integer") if column == "user_id" else (pa.int64(), "string")
+    for part in (0, 1):
+        rewrite(event_file(root, 2, part), column, pa.array(["7"] * 6).cast(kind))
+        if column == "device":
+            rewrite(event_file(root, 1, part), column, pa.nulls(6))
+    spans = [DAYS[:1], DAYS[1:2]]
+    assert len(run(recipe, spans, tmp_path)) == 24
+
+    previous = tmp_path / DAYS[1] / "ingest"
+    with pytest.raises(UserError) as refused:
+        check_span(recipe, DAYS[2:3], previous)
+
+    said = str(refused.value)
+    assert f"column '{column}' holds {other}s in the events up to {DAYS[1]}" in said
+    assert str(previous) in said
+    assert f" in {event_file(root, 2, 0)}, which are never equal ids; write it alike" in said

@@ -37,7 +37,7 @@ from pipeline.samples.buckets import (
     build_bucket,
     merge_counts,
 )
-from pipeline.samples.catalogue import check_catalogue
+from pipeline.samples.catalogue import catalogue_kinds, check_catalogue
 from pipeline.samples.column_kinds import merged_kinds
 from pipeline.samples.columns import ColumnKind, EventColumns
 from pipeline.samples.contract import CatalogueIds, EventFile, event_files
@@ -109,8 +109,11 @@ def check_span(recipe: Recipe, days: Sequence[str], previous: Path | None) -> Ch
     root = recipe.data.root
     columns = EventColumns.of(recipe)
     files = [file for day in days for file in event_files(root, day, columns)]
+    known = check_catalogue(root, recipe.features)
     written = [(file.path, file.kinds) for file in files]
-    kinds = merged_kinds([*_earlier_kinds(previous), *written])
+    kinds = merged_kinds(
+        [*_earlier_kinds(previous), *written, *catalogue_kinds(root, known)],
+    )
     present = frozenset().union(*(file.column_names for file in files))
     oracles = {task: name for task, name in columns.oracles.items() if name in present}
     num_rows = sum(file.num_rows for file in files)
@@ -124,7 +127,7 @@ def check_span(recipe: Recipe, days: Sequence[str], previous: Path | None) -> Ch
         earlier=earlier,
         files=files,
         kinds=kinds,
-        known=check_catalogue(root, recipe.features),
+        known=known,
         columns=columns.model_copy(update={"oracles": oracles}),
         num_buckets=num_buckets,
     )

@@ -138,3 +138,17 @@ def test_a_day_that_writes_an_id_in_another_way_is_refused(
     assert f"column '{column}' holds {other}s in the events up to {DAYS[1]}" in said
     assert str(previous) in said
     assert f" in {event_file(root, 2, 0)}, which are never equal ids; write it alike" in said
+
+
+@pytest.mark.parametrize("source", ["items", "users"])
+def test_a_catalogue_that_writes_its_ids_in_another_way_is_refused(root: Path, source: str) -> None:
+    """Else every row would lack its catalogue row, and nobody would know why."""
+    key, path = f"{source.removesuffix('s')}_id", root / f"{source}.parquet"
+    rewrite(path, key, pa.string())
+
+    with pytest.raises(UserError) as refused:
+        check_span(make_recipe(root), DAYS[:1], None)
+
+    assert f"column '{key}' holds integers in {event_file(root, 0, 0)} and strings in {path}" in (
+        str(refused.value)
+    )

@@ -53,6 +53,8 @@ class EventColumns(SourceColumns):
     """By computed history: columns of the past events that its sequences read."""
     logged: dict[str, LoggedHistory] = {}
     """By name."""
+    lists: frozenset[str] = frozenset()
+    """Those of `ids` that hold lists in some file: single ids of others become lists of one."""
 
     @classmethod
     def of(cls, recipe: Recipe) -> Self:

@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embedding.errors import UserError
-from embedding.raw_ids import Int64Array, is_id_list_type, is_id_type, to_raw_ids
+from embedding.raw_ids import Int64Array, id_lists, is_id_list_type, is_id_type, to_raw_ids
 from pipeline.days import PARTITION, available_days, parse_day
 from pipeline.samples.column_kinds import column_kinds
 from pipeline.samples.columns import KEY_COLUMNS, ColumnKind, EventColumns, SourceColumns
@@ -281,7 +281,9 @@ def normalise_events(table: pa.Table, columns: EventColumns, path: Path) -> pa.T
         timestamp = table["timestamp"].cast(pa.timestamp("ms"), safe=False)
         data["timestamp"] = timestamp.cast(pa.int64()).combine_chunks()
         for name in columns.ids:
-            data[name] = to_raw_ids(_label_to_int(table[name]) if name in labels else table[name])
+            ids = to_raw_ids(_label_to_int(table[name]) if name in labels else table[name])
+            is_single = name in columns.lists and not is_id_list_type(ids.type)
+            data[name] = id_lists(ids) if is_single else ids
         for name in (*columns.labels, *columns.weights.values(), *columns.dense):
             if name not in data:
                 data[name] = as_float32(table[name]).combine_chunks()

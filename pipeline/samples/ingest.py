@@ -111,9 +111,8 @@ def check_span(recipe: Recipe, days: Sequence[str], previous: Path | None) -> Ch
     files = [file for day in days for file in event_files(root, day, columns)]
     known = check_catalogue(root, recipe.features)
     written = [(file.path, file.kinds) for file in files]
-    kinds = merged_kinds(
-        [*_earlier_kinds(previous), *written, *catalogue_kinds(root, known)],
-    )
+    kinds = merged_kinds([*_earlier_kinds(previous), *written, *catalogue_kinds(root, known)])
+    lists = frozenset(name for name in columns.ids if kinds[name].is_list)
     present = frozenset().union(*(file.column_names for file in files))
     oracles = {task: name for task, name in columns.oracles.items() if name in present}
     num_rows = sum(file.num_rows for file in files)
@@ -128,7 +127,7 @@ def check_span(recipe: Recipe, days: Sequence[str], previous: Path | None) -> Ch
         files=files,
         kinds=kinds,
         known=known,
-        columns=columns.model_copy(update={"oracles": oracles}),
+        columns=columns.model_copy(update={"oracles": oracles, "lists": lists}),
         num_buckets=num_buckets,
     )
 

@@ -1,5 +1,6 @@
 """Id columns that files and days write in different ways: alike where they can be, else refused."""
 
+import shutil
 from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -11,11 +12,15 @@ import pytest
 import small_log
 from small_log import DAYS, Row, event, make_recipe, write_catalogue, write_day
 
+from embedding.batch import RankingBatch
+from embedding.config import FeatureSchema
 from embedding.errors import UserError
-from pipeline.artifacts import MANIFEST, Manifest
+from embedding.loader import SampleFiles, SampleLoader
+from pipeline.artifacts import MANIFEST, Manifest, read_manifest
 from pipeline.config import Recipe
 from pipeline.samples import ingest as ingest_module
 from pipeline.samples import join as join_module
+from pipeline.samples.columns import ColumnKind
 from pipeline.samples.ingest import check_span, ingest
 from pipeline.samples.ingest_facts import IngestFacts
 from pipeline.samples.join import join
@@ -152,3 +157,73 @@ def test_a_catalogue_that_writes_its_ids_in_another_way_is_refused(root: Path, s
     assert f"column '{key}' holds integers in {event_file(root, 0, 0)} and strings in {path}" in (
         str(refused.value)
     )
+
+
+# --- lists and single ids ------------------------------------------------------------------------
+
+WORDS = {"name": "words", "table": "device"}
+
+
+def add_words(root: Path, day: int, part: int, words: pa.Array) -> None:
+    path = event_file(root, day, part)
+    pq.write_table(pq.ParquetFile(path).read().append_column("words", words), path)
+
+
+def words_of(row: int) -> list[str] | None:
+    return [None, [], ["a"], ["a", "b"]][row % 4]
+
+
+@pytest.mark.parametrize("spans", [[DAYS[:2]], [DAYS[:1], DAYS[1:2]], [DAYS[1:2], DAYS[2:3]]])
+def test_nulls_and_single_ids_are_lists_where_other_files_hold_lists(
+    root: Path, tmp_path: Path, spans: list[list[str]]
+) -> None:
+    lists = pa.array([words_of(row) for row in range(6)], pa.list_(pa.string()))
+    empty = pa.array([[]] * 6, pa.list_(pa.null()))
+    singles = ["x", None, "y", "y", "x", None]
+    one_each = pa.array([None if x is None else [x] for x in singles], pa.list_(pa.string()))
+    files = [
+        [(pa.nulls(6), pa.nulls(6, lists.type)), (pa.nulls(6), pa.nulls(6, lists.type))],
+        [(lists, lists), (pa.array(singles), one_each)],
+        [(empty, pa.array([[]] * 6, lists.type)), (pa.nulls(6), pa.nulls(6, lists.type))],
+    ]
+    alike = tmp_path / "alike"
+    shutil.copytree(root, alike)
+    for day, parts in enumerate(files):
+        for part, (mixed, as_lists) in enumerate(parts):
+            add_words(root, day, part, mixed)
+            add_words(alike, day, part, as_lists)
+
+    run(recipe_of(root, WORDS), spans, tmp_path / "mixed")
+    run(recipe_of(alike, WORDS), spans, tmp_path / "lists")
+
+    features = recipe_of(root, WORDS).features
+    found, expected = (
+        batch_of(sorted((tmp_path / name).rglob("samples/*/*.parquet")), features)
+        for name in ("mixed", "lists")
+    )
+    assert found.pooled.to_dict()["words"].lengths().max() == 2
+    for name, jagged in expected.pooled.to_dict().items():
+        assert found.pooled[name].lengths().tolist() == jagged.lengths().tolist()
+        assert found.pooled[name].values().tolist() == jagged.values().tolist()
+
+
+def batch_of(paths: list[Path], features: FeatureSchema) -> RankingBatch:
+    files = SampleFiles(paths, features, ["click"])
+    with SampleLoader(files, batch_size_per_rank=files.num_rows).sequential() as stream:
+        (batch,) = stream
+    return batch
+
+
+def test_a_column_of_lists_stays_one_on_days_of_nulls(root: Path, tmp_path: Path) -> None:
+    """Requests are compared with what the last day held."""
+    recipe = recipe_of(root, WORDS)
+    for part in (0, 1):
+        add_words(root, 0, part, pa.array([["a", "b"]] * 6))
+        add_words(root, 1, part, pa.nulls(6))
+
+    samples = run(recipe, [DAYS[:1], DAYS[1:2]], tmp_path)
+
+    assert [row["sparse:words"] for row in samples[12:]] == [[-1]] * 12
+    manifest = read_manifest(tmp_path / DAYS[1] / "ingest", IngestFacts)
+    assert manifest is not None
+    assert manifest.facts.event_columns["words"] == ColumnKind(values="string", is_list=True)

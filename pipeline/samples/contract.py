@@ -270,7 +270,8 @@ def normalise_events(table: pa.Table, columns: EventColumns, path: Path) -> pa.T
     """Events with the types that the pipeline works on; nulls stay null.
 
     Keys, timestamp (milliseconds) and id columns become int64 (or lists of it), labels, dense and
-    oracle columns float32; a column that is both is int64. Absent oracle columns become null.
+    oracle columns float32; the numbers of a column that is both lie beside its ids
+    (`number_column`), its labels are int64. Absent oracle columns become null.
 
     Raises:
         UserError: a column holds values that its type cannot take.
@@ -284,9 +285,11 @@ def normalise_events(table: pa.Table, columns: EventColumns, path: Path) -> pa.T
             ids = to_raw_ids(_label_to_int(table[name]) if name in labels else table[name])
             is_single = name in columns.lists and not is_id_list_type(ids.type)
             data[name] = id_lists(ids) if is_single else ids
-        for name in (*columns.labels, *columns.weights.values(), *columns.dense):
+        for name in (*columns.labels, *columns.weights.values()):
             if name not in data:
                 data[name] = as_float32(table[name]).combine_chunks()
+        for name in columns.dense:
+            data[columns.number_column(name)] = as_float32(table[name]).combine_chunks()
         for name in columns.oracles.values():
             if name in table.column_names:
                 data[name] = table[name].cast(pa.float32()).combine_chunks()

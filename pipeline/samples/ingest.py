@@ -146,7 +146,7 @@ def ingest(
         progress: called with rows done and rows in total (each row counts for both passes).
 
     Raises:
-        UserError: more events break the data contract than the recipe allows.
+        UserError: more events of a day break the data contract than the recipe allows.
     """
     parts = scratch / "parts"
     for folder in ("parts", "state", "quarantine", *(f"events/dt={day}" for day in checked.days)):
@@ -238,26 +238,33 @@ def _require_sound(
     """Rows in quarantine by reason.
 
     Raises:
-        UserError: they are more than the recipe allows.
+        UserError: they are more of a day than the recipe allows: in daily use a span is one day,
+            and among many others a day that is all wrong would not show.
     """
-    bad = sum((Counter(facts.quarantined) for facts in partitioned), Counter[str]())
-    repeats = sum(facts.repeats for facts in buckets)
-    if repeats:
-        bad[REPEATED] = repeats
+    bad = {day: Counter[str]() for day in span.days}
+    examples: dict[str, str] = {}
+    for part in partitioned:
+        bad[part.day].update(part.quarantined)
+        if part.example is not None:
+            examples.setdefault(part.day, part.example)
+    for bucket in sorted(buckets, key=lambda facts: facts.bucket):
+        for day, (repeats, example) in bucket.repeats_of_days.items():
+            bad[day][REPEATED] += repeats
+            examples.setdefault(day, example)
     limit = recipe.data.max_quarantined_share
-    if bad.total() > limit * span.num_rows:
-        reasons = ", ".join(f"{count} x {reason}" for reason, count in bad.most_common())
-        ordered = sorted(buckets, key=lambda facts: facts.bucket)
-        examples = (*(facts.example for facts in partitioned), *(f.example for f in ordered))
-        example = next(filter(None, examples))
-        raise UserError(
-            f"{bad.total()} of {span.num_rows} events break the data contract, more than "
-            f"data.max_quarantined_share={limit} allows ({reasons}), first in {example}; correct "
-            "the log or raise the limit"
-        )
-    if bad and buckets:
-        logger.warning("%d of %d events are in quarantine", bad.total(), span.num_rows)
-    return dict(bad)
+    for day, counts in bad.items():
+        num_rows = sum(file.num_rows for file in span.files if file.day == day)
+        if counts.total() > limit * num_rows:
+            reasons = ", ".join(f"{count} x {reason}" for reason, count in counts.most_common())
+            raise UserError(
+                f"{counts.total()} of {num_rows} events of {day} break the data contract, more "
+                f"than data.max_quarantined_share={limit} allows ({reasons}), first in "
+                f"{examples[day]}; correct the log or raise the limit"
+            )
+    all_bad = sum(bad.values(), Counter[str]())
+    if all_bad and buckets:
+        logger.warning("%d of %d events are in quarantine", all_bad.total(), span.num_rows)
+    return dict(all_bad)
 
 
 def _write_counts(key: str, plan: BucketPlan, previous: Path | None) -> int:

@@ -85,13 +85,22 @@ def event_files(root: Path, day: str, columns: EventColumns) -> list[EventFile]:
             f"{available[0]} to {available[-1]}); deliver it or choose another date"
         )
     paths = event_paths(root, day)
-    files = [_event_file(path, day, columns) for path in paths]
-    if not sum(file.num_rows for file in files):
-        raise UserError(
-            f"{folder} is empty: no event on {day} in {len(files)} Parquet files; deliver the "
-            "day's events or choose another date"
-        )
+    files = []
+    for path in paths:
+        with open_parquet(path) as file:
+            check_event_schema(file.schema_arrow, columns, path)
+            files.append(event_file(file, path, day, columns))
+    if not sum(described.num_rows for described in files):
+        raise UserError(empty_day_fault(root, day, len(files)))
     return files
+
+
+def empty_day_fault(root: Path, day: str, num_files: int) -> str:
+    """Of a day whose files hold no row."""
+    return (
+        f"{root / 'events' / (PARTITION + day)} is empty: no event on {day} in {num_files} Parquet "
+        "files; deliver the day's events or choose another date"
+    )
 
 
 def event_paths(root: Path, day: str) -> list[Path]:
@@ -136,6 +145,20 @@ def read_columns(
             raise _unreadable(path, error) from error
 
 
+def first_rows(path: Path, columns: Sequence[str], number: int) -> pa.Table:
+    """Some columns of the first rows of a Parquet file that has rows.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    with open_parquet(path) as file:
+        try:
+            batches = file.iter_batches(number, columns=list(columns), use_threads=False)
+            return pa.Table.from_batches([next(batch for batch in batches if batch.num_rows)])
+        except (pa.ArrowException, OSError) as error:
+            raise _unreadable(path, error) from error
+
+
 def _unreadable(path: Path, error: Exception) -> UserError:
     first_line = str(error).splitlines()[0]
     return UserError(
@@ -144,12 +167,11 @@ def _unreadable(path: Path, error: Exception) -> UserError:
     )
 
 
-def _event_file(path: Path, day: str, columns: EventColumns) -> EventFile:
-    with open_parquet(path) as file:
-        check_event_schema(file.schema_arrow, columns, path)
-        groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-        names = frozenset(file.schema_arrow.names)
-        kinds = column_kinds(file.schema_arrow, columns)
+def event_file(file: pq.ParquetFile, path: Path, day: str, columns: EventColumns) -> EventFile:
+    """What is to be known of an open file whose schema is sound."""
+    groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+    names = frozenset(file.schema_arrow.names)
+    kinds = column_kinds(file.schema_arrow, columns)
     return EventFile(path, day, sum(groups), tuple(groups), names, kinds)
 
 

@@ -14,11 +14,13 @@ def column_kinds(schema: pa.Schema, columns: EventColumns) -> dict[str, ColumnKi
     """What the id columns of a sound event file hold, lists of logged histories included."""
     lists = (name for history in columns.logged.values() for name in history.columns.values())
     names = dict.fromkeys(("user_id", "item_id", *columns.ids, *lists))
-    return {
+    kinds = {
         name: column_kind(schema.field(name).type)
         for name in names
         if not pa.types.is_timestamp(_value_type(schema.field(name).type))
     }
+    # A label that a history carries may be of any numbers, or of nulls: its ids are 0 and 1.
+    return kinds | {name: ColumnKind(values="integer") for name in columns.labels if name in kinds}
 
 
 def column_kind(kind: pa.DataType) -> ColumnKind:
@@ -28,9 +30,8 @@ def column_kind(kind: pa.DataType) -> ColumnKind:
     is_list = is_id_list_type(kind)
     if pa.types.is_null(values):
         return ColumnKind(values="any", is_list=is_list)
-    is_string = pa.types.is_string(values) or pa.types.is_large_string(values)
-    # Fractions and decimals are labels that a history carries: ids 0 and 1.
-    return ColumnKind(values="string" if is_string else "integer", is_list=is_list)
+    is_integer = pa.types.is_integer(values) or pa.types.is_boolean(values)
+    return ColumnKind(values="integer" if is_integer else "string", is_list=is_list)
 
 
 def merged_kinds(

@@ -111,7 +111,9 @@ def check_span(recipe: Recipe, days: Sequence[str], previous: Path | None) -> Ch
     files = [file for day in days for file in event_files(root, day, columns)]
     known = check_catalogue(root, recipe.features)
     written = [(file.path, file.kinds) for file in files]
-    kinds = merged_kinds([*_earlier_kinds(previous), *written, *catalogue_kinds(root, known)])
+    kinds = merged_kinds(
+        [*_earlier_kinds(previous, columns), *written, *catalogue_kinds(root, known)]
+    )
     lists = frozenset(name for name in columns.ids if kinds[name].is_list)
     present = frozenset().union(*(file.column_names for file in files))
     oracles = {task: name for task, name in columns.oracles.items() if name in present}
@@ -205,13 +207,16 @@ def _earlier_state(recipe: Recipe, first: str, previous: Path | None) -> Earlier
     return EarlierState(previous / "state", state.num_buckets)
 
 
-def _earlier_kinds(previous: Path | None) -> list[tuple[str, dict[str, ColumnKind]]]:
-    """What id columns hold in the events before a span."""
+def _earlier_kinds(
+    previous: Path | None, columns: EventColumns
+) -> list[tuple[str, dict[str, ColumnKind]]]:
+    """What id columns hold in the events before a span; those of labels are alike on all days."""
     manifest = None if previous is None else read_manifest(previous, IngestFacts)
     if manifest is None:
         return []
     facts = manifest.facts
-    return [(f"the events up to {facts.days[-1]} (ingested in {previous})", facts.event_columns)]
+    kinds = {n: kind for n, kind in facts.event_columns.items() if n not in columns.labels}
+    return [(f"the events up to {facts.days[-1]} (ingested in {previous})", kinds)]
 
 
 def _partition(

@@ -108,6 +108,27 @@ def test_a_label_of_any_numbers_is_carried_as_one_of_integers(
     assert run(recipe, [DAYS[:2], DAYS[2:3]], tmp_path / "others") == expected
 
 
+def test_a_label_of_integers_goes_on_from_days_that_told_another_kind(
+    root: Path, tmp_path: Path
+) -> None:
+    """Labels with fractions were once recorded as strings."""
+    recipe = past_label_recipe(root)
+    run(recipe, [DAYS[:1]], tmp_path)
+    previous = tmp_path / DAYS[0] / "ingest"
+    manifest = read_manifest(previous, IngestFacts)
+    assert manifest is not None
+    told = manifest.facts.event_columns | {"click": ColumnKind(values="string")}
+    facts = manifest.facts.model_copy(update={"event_columns": told})
+    changed = manifest.model_copy(update={"facts": facts})
+    (previous / MANIFEST).write_text(changed.model_dump_json())
+    for part in (0, 1):
+        rewrite(event_file(root, 1, part), "click", pa.nulls(6))
+
+    kinds = check_span(recipe, DAYS[1:2], previous).kinds
+
+    assert kinds["click"] == ColumnKind(values="integer"), "although this day has nulls alone"
+
+
 def test_a_decimal_label_of_another_number_goes_to_quarantine(root: Path, tmp_path: Path) -> None:
     labels = [Decimal("0.50"), Decimal("1.00"), None, Decimal(0), Decimal(1), Decimal("-1.00")]
     rewrite(event_file(root, 0, 0), "click", pa.array(labels, pa.decimal128(3, 2)))

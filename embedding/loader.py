@@ -19,6 +19,7 @@ from embedding.errors import UserError
 from embedding.feature_schema import FeatureSchema
 from embedding.items import ItemSource
 from embedding.prefetch import Prefetched
+from embedding.raw_ids import id_lists
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,8 @@ class SampleFiles:
         """
         with ThreadPoolExecutor(max_workers=8) as pool:
             footers = list(pool.map(_read_footer, paths))
-        lists = {list_columns(footer.schema.to_arrow_schema(), schema) for footer in footers}
-        if len(lists) > 1:
-            mixed = sorted(frozenset.union(*lists) - frozenset.intersection(*lists))
-            raise UserError(
-                f"columns {mixed} hold lists in some of the {len(paths)} sample files and single "
-                "ids in others; run the join stage again for all of them"
-            )
+        lists = [list_columns(footer.schema.to_arrow_schema(), schema) for footer in footers]
+        # A log may turn to lists one day: single ids of the days before are lists of one.
         lists_somewhere = frozenset().union(*lists)
         # A file that lacks what another one has is refused below.
         weights = {samples.weight_column(task) for task in tasks}
@@ -97,7 +93,10 @@ class SampleFiles:
             UserError: a file is damaged.
         """
         groups = [self.row_groups[group] for group in plan.chunks[segment.chunk]]
-        tables = [_read_row_group(group, self.columns.names) for group in groups]
+        tables = [
+            _with_lists(_read_row_group(group, self.columns.names), self.columns.list_columns)
+            for group in groups
+        ]
         return Decoded(pa.concat_tables(tables), plan, segment)
 
     def rows(self, decoded: "Decoded") -> Rows:
@@ -305,6 +304,18 @@ def _read_row_group(group: RowGroup, columns: list[str]) -> pa.Table:
         raise _unreadable(group.path, error) from error
 
 
+def _with_lists(table: pa.Table, names: frozenset[str]) -> pa.Table:
+    """The table with lists in these columns."""
+    for name in names:
+        column = table[name]
+        if not _is_list(column.type):
+            lists = pa.chunked_array(
+                [id_lists(chunk) for chunk in column.chunks], pa.list_(pa.int64())
+            )
+            table = table.set_column(table.column_names.index(name), name, lists)
+    return table
+
+
 def _may_pass(error: Exception) -> bool:
     """Whether the system failed to read, so that a restart may succeed.
 
@@ -344,8 +355,9 @@ def _check_types(path: Path, arrow: pa.Schema, columns: SampleColumns) -> None:
             )
         found = arrow.field(name).type
         wanted = pa.float32() if name in floats else pa.int64()
-        inner = found.value_type if name in columns.list_columns else found
-        if inner != wanted or (name.startswith("sequence:") and name not in columns.list_columns):
+        is_list = name in columns.list_columns and _is_list(found)
+        inner = found.value_type if is_list else found
+        if inner != wanted or (name.startswith("sequence:") and not is_list):
             what = f"list<{wanted}>" if name.startswith("sequence:") else str(wanted)
             raise UserError(
                 f"{path}: column {name!r} has type {found} but must be {what}; run the join stage "

@@ -90,6 +90,12 @@ def ids_or_missing(column: pa.Array) -> Int64Array:
     return np.asarray(column.fill_null(MISSING_ID).to_numpy(zero_copy_only=False), np.int64)
 
 
+def id_lists(ids: pa.Array) -> pa.ListArray:
+    """Single ids as lists of one; null stays null."""
+    offsets = pa.array(np.arange(len(ids) + 1, dtype=np.int32))
+    return pa.ListArray.from_arrays(offsets, ids, mask=ids.is_null() if ids.null_count else None)
+
+
 def mix64(ids: Int64Array) -> UInt64Array:
     """SplitMix64's first draw from every id: spreads them over all 64 bits, one to one.
 

@@ -83,7 +83,7 @@ class DataConfig(StrictConfig):
     synthetic: SyntheticConfig | None = None
     """Generate the synthetic marketplace in `root` when it is not there yet."""
     max_quarantined_share: float = Field(default=0.01, ge=0, le=1)
-    """Ingest fails when more than this share of a span's rows is quarantined; join, when more than
+    """Ingest fails when more than this share of a day's rows is quarantined; join, when more than
     this share of its rows or of its past events is of items without a row in items.parquet whose
     columns features read; where towers read images, their stage when those of more than this share
     of the items cannot be read."""

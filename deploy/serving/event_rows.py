@@ -45,6 +45,8 @@ class EventForm:
     """Past events that are read, at most."""
     list_lengths: dict[str, int | None]
     """Values that features read of a list, by context column; None: all."""
+    numbers: dict[str, str]
+    """Event column by context column that dense features read."""
 
     @classmethod
     def of(cls, recipe: Recipe, kinds: Mapping[str, ColumnKind]) -> "EventForm":
@@ -77,7 +79,8 @@ class EventForm:
         )
         weights = tuple(dict.fromkeys(columns.weights.values()))
         history_lengths = {h.name: h.max_length for h in recipe.features.histories}
-        return cls(asked, columns.labels, weights, history_lengths, list_lengths)
+        numbers = {name: columns.number_column(name) for name in own.dense}
+        return cls(asked, columns.labels, weights, history_lengths, list_lengths, numbers)
 
 
 @dataclass(frozen=True)
@@ -134,11 +137,11 @@ def event_rows(request: ScoreRequest, form: EventForm, now_ms: int) -> EventRows
     }
     shared |= {name: pa.nulls(1, pa.int64()) for name in form.labels}
     shared |= {name: pa.nulls(1, pa.float32()) for name in form.weights}
-    for name, column in asked.context.items():
+    for name in asked.context:
         if name in request.candidate_context:
-            own[name] = _context(name, request.candidate_context[name], column, form)
+            own |= _context(name, request.candidate_context[name], form)
         else:
-            shared[name] = _context(name, [request.context[name]], column, form)
+            shared |= _context(name, [request.context[name]], form)
     for history in asked.histories:
         for name, values_S in _history(request, history, timestamp, form).items():
             shared[name] = pa.array([values_S], pa.list_(pa.int64()))
@@ -203,11 +206,15 @@ def _require_names(where: str, given: Iterable[str], wanted: Iterable[str]) -> N
         )
 
 
-def _context(
-    name: str, values: Sequence[ContextValue], column: ContextForm, form: EventForm
-) -> pa.Array:
-    if column.values == _NUMBER:
-        return _floats(name, values)
+def _context(name: str, values: Sequence[ContextValue], form: EventForm) -> dict[str, pa.Array]:
+    """Event columns of a context column: ids, numbers, or both."""
+    column = form.asked.context[name]
+    found = {form.numbers[name]: _floats(name, values)} if name in form.numbers else {}
+    return found if column.values == _NUMBER else {name: _context_ids(name, values, form), **found}
+
+
+def _context_ids(name: str, values: Sequence[ContextValue], form: EventForm) -> pa.Array:
+    column = form.asked.context[name]
     if not column.is_list:
         nested = [value for value in values if isinstance(value, list)]
         if nested:

@@ -16,7 +16,7 @@ from embedding.config import MISSING_ID
 from embedding.errors import UserError
 from embedding.raw_ids import to_raw_ids
 from pipeline.days import catalogue_files, day_files
-from pipeline.samples.columns import history_column
+from pipeline.samples.columns import history_column, number_beside_ids
 
 _ROWS = 4096
 """Events that requests are made of, at most."""
@@ -71,13 +71,19 @@ def logged_requests(
                 candidates=[shown[i] for i in rng.integers(0, len(shown), candidates).tolist()],
                 timestamp=row["timestamp"],
                 context={
-                    name: written.values(name, row[name], column.values)
+                    name: written.values(name, _whole(row, name), column.values)
                     for name, column in form.context.items()
                 },
                 histories=histories,
             )
         )
     return found
+
+
+def _whole(row: Row, name: str) -> Any:
+    """A value of an ingested event; raw ids that are numbers, too, have their sign again."""
+    raw, number = row[name], row.get(number_beside_ids(name))
+    return raw if number is None else raw + round((number - raw) / 2**63) * 2**63
 
 
 class _Written:
@@ -125,6 +131,8 @@ def _events(paths: list[Path], form: RequestForm) -> list[Row]:
         raise UserError(
             f"{paths[0]} lacks {lacking}, which the model reads; name the --out of its own runs"
         )
+    numbers = [number_beside_ids(name) for name in form.context]
+    wanted += [name for name in numbers if name in table.column_names]
     rows: list[Row] = table.select(wanted).to_pylist()
     return rows
 

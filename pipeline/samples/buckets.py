@@ -4,7 +4,7 @@ Reads the bucket's rows of every chunk and of the earlier state; writes its even
 with their histories as list columns, its state for the next span, and its event counts.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import gcd
 from pathlib import Path
@@ -73,8 +73,8 @@ class BucketFacts:
     """New events that were put aside, as an earlier row of the log is the same event."""
     repeated_labels: dict[str, tuple[int, int]]
     """Of these, by label column: observed and positive rows."""
-    example: str | None
-    """One of them, described."""
+    repeats_of_days: dict[str, tuple[int, str]]
+    """Of these, by day if there are any: how many, and one of them, described."""
 
     @property
     def num_rows(self) -> int:
@@ -123,7 +123,7 @@ def build_bucket(bucket: int, plan: BucketPlan) -> BucketFacts:
         lengths,
         repeats=repeated.num_rows,
         repeated_labels={name: label_counts(repeated[name]) for name in plan.columns.labels},
-        example=_described(repeated),
+        repeats_of_days=_repeats_of_days(repeated, plan.days),
     )
 
 
@@ -158,11 +158,16 @@ def _qualifies(history: str) -> str:
     return f"in:{history}"
 
 
-def _described(repeated: pa.Table) -> str | None:
-    if not repeated.num_rows:
-        return None
-    first = repeated.slice(0, 1).to_pylist()[0]
-    return ", ".join(f"{name} {first[name]}" for name in (*KEY_COLUMNS, "timestamp"))
+def _repeats_of_days(repeated: pa.Table, days: Sequence[str]) -> dict[str, tuple[int, str]]:
+    found = {}
+    epoch_days = repeated["timestamp"].to_numpy() // MS_PER_DAY
+    for day in days if repeated.num_rows else ():
+        rows = np.flatnonzero(epoch_days == epoch_day(day))
+        if len(rows):
+            first = repeated.slice(rows[0], 1).to_pylist()[0]
+            keys = (f"{name} {first[name]}" for name in (*KEY_COLUMNS, "timestamp"))
+            found[day] = (len(rows), ", ".join(keys))
+    return found
 
 
 def _write_repeats(bucket: int, repeated: pa.Table, plan: BucketPlan) -> None:

@@ -16,7 +16,8 @@ import pyarrow.compute as pc
 from embedding.errors import UserError
 from embedding.feature_schema import FeatureSchema
 from embedding.raw_ids import Int64Array, is_id_type, to_raw_ids
-from pipeline.samples.columns import SourceColumns, source_columns
+from pipeline.samples.column_kinds import column_kind
+from pipeline.samples.columns import ColumnKind, SourceColumns, source_columns
 from pipeline.samples.contract import (
     CatalogueIds,
     as_float32,
@@ -92,6 +93,22 @@ def check_entities(path: Path, key: str, columns: SourceColumns) -> Int64Array:
             "all); keep one row an id"
         )
     return np.asarray(ids[order])
+
+
+def catalogue_kinds(
+    root: Path, known: CatalogueIds
+) -> Iterator[tuple[Path, dict[str, ColumnKind]]]:
+    """What the ids of items.parquet and users.parquet are, by file.
+
+    Args:
+        root: of the data.
+        known: ids of the files that were read; files without any are left out.
+    """
+    for source, ids in (("items", known.items), ("users", known.users)):
+        if ids is not None:
+            path, key = root / f"{source}.parquet", f"{source.removesuffix('s')}_id"
+            with open_parquet(path) as file:
+                yield path, {key: column_kind(file.schema_arrow.field(key).type)}
 
 
 def _check_dense(table: pa.Table, key: str, dense: Sequence[str], path: Path) -> None:

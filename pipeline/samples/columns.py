@@ -54,6 +54,8 @@ class EventColumns(SourceColumns):
     """By computed history: columns of the past events that its sequences read."""
     logged: dict[str, LoggedHistory] = {}
     """By name."""
+    lists: frozenset[str] = frozenset()
+    """Those of `ids` that hold lists in some file: single ids of others become lists of one."""
 
     @classmethod
     def of(cls, recipe: Recipe) -> Self:
@@ -93,6 +95,14 @@ class EventColumns(SourceColumns):
         lists = (name for history in self.logged.values() for name in history.columns.values())
         return _unique((*KEY_COLUMNS, "timestamp", *own, *lists))
 
+    def number_column(self, name: str) -> str:
+        """Column of an ingested event with the numbers of a dense column.
+
+        Where features read a column as ids, too, those have its name: ids are no numbers, as
+        negative ones lose their sign.
+        """
+        return number_beside_ids(name) if name in (*KEY_COLUMNS, *self.ids) else name
+
     @property
     def row_weight(self) -> float:
         """How many rows without logged histories take the memory of one row, about."""
@@ -112,6 +122,11 @@ class EventColumns(SourceColumns):
 def history_column(history: str, column: str) -> str:
     """Column of an ingest event file: one attribute of every event of a history."""
     return f"history:{history}:{column}"
+
+
+def number_beside_ids(name: str) -> str:
+    """Column of an ingest event file: the numbers of a column that holds ids there."""
+    return f"number:{name}"
 
 
 def source_columns(features: FeatureSchema, source: Source) -> SourceColumns:

@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embedding.errors import UserError
-from embedding.raw_ids import Int64Array, is_id_list_type, is_id_type, to_raw_ids
+from embedding.raw_ids import Int64Array, id_lists, is_id_list_type, is_id_type, to_raw_ids
 from pipeline.days import PARTITION, available_days, parse_day
 from pipeline.samples.column_kinds import column_kinds
 from pipeline.samples.columns import KEY_COLUMNS, ColumnKind, EventColumns, SourceColumns
@@ -85,13 +85,22 @@ def event_files(root: Path, day: str, columns: EventColumns) -> list[EventFile]:
             f"{available[0]} to {available[-1]}); deliver it or choose another date"
         )
     paths = event_paths(root, day)
-    files = [_event_file(path, day, columns) for path in paths]
-    if not sum(file.num_rows for file in files):
-        raise UserError(
-            f"{folder} is empty: no event on {day} in {len(files)} Parquet files; deliver the "
-            "day's events or choose another date"
-        )
+    files = []
+    for path in paths:
+        with open_parquet(path) as file:
+            check_event_schema(file.schema_arrow, columns, path)
+            files.append(event_file(file, path, day, columns))
+    if not sum(described.num_rows for described in files):
+        raise UserError(empty_day_fault(root, day, len(files)))
     return files
+
+
+def empty_day_fault(root: Path, day: str, num_files: int) -> str:
+    """Of a day whose files hold no row."""
+    return (
+        f"{root / 'events' / (PARTITION + day)} is empty: no event on {day} in {num_files} Parquet "
+        "files; deliver the day's events or choose another date"
+    )
 
 
 def event_paths(root: Path, day: str) -> list[Path]:
@@ -136,6 +145,20 @@ def read_columns(
             raise _unreadable(path, error) from error
 
 
+def first_rows(path: Path, columns: Sequence[str], number: int) -> pa.Table:
+    """Some columns of the first rows of a Parquet file that has rows.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    with open_parquet(path) as file:
+        try:
+            batches = file.iter_batches(number, columns=list(columns), use_threads=False)
+            return pa.Table.from_batches([next(batch for batch in batches if batch.num_rows)])
+        except (pa.ArrowException, OSError) as error:
+            raise _unreadable(path, error) from error
+
+
 def _unreadable(path: Path, error: Exception) -> UserError:
     first_line = str(error).splitlines()[0]
     return UserError(
@@ -144,12 +167,11 @@ def _unreadable(path: Path, error: Exception) -> UserError:
     )
 
 
-def _event_file(path: Path, day: str, columns: EventColumns) -> EventFile:
-    with open_parquet(path) as file:
-        check_event_schema(file.schema_arrow, columns, path)
-        groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-        names = frozenset(file.schema_arrow.names)
-        kinds = column_kinds(file.schema_arrow, columns)
+def event_file(file: pq.ParquetFile, path: Path, day: str, columns: EventColumns) -> EventFile:
+    """What is to be known of an open file whose schema is sound."""
+    groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+    names = frozenset(file.schema_arrow.names)
+    kinds = column_kinds(file.schema_arrow, columns)
     return EventFile(path, day, sum(groups), tuple(groups), names, kinds)
 
 
@@ -270,22 +292,26 @@ def normalise_events(table: pa.Table, columns: EventColumns, path: Path) -> pa.T
     """Events with the types that the pipeline works on; nulls stay null.
 
     Keys, timestamp (milliseconds) and id columns become int64 (or lists of it), labels, dense and
-    oracle columns float32; a column that is both is int64. Absent oracle columns become null.
+    oracle columns float32; the numbers of a column that is both lie beside its ids
+    (`number_column`), its labels are int64. Absent oracle columns become null.
 
     Raises:
         UserError: a column holds values that its type cannot take.
     """
+    labels = [name for name in columns.labels if not is_id_type(table[name].type)]
     try:
         data = {name: to_raw_ids(table[name]) for name in KEY_COLUMNS}
         timestamp = table["timestamp"].cast(pa.timestamp("ms"), safe=False)
         data["timestamp"] = timestamp.cast(pa.int64()).combine_chunks()
         for name in columns.ids:
-            is_float = pa.types.is_floating(table[name].type)  # a label that a history carries
-            column = _label_to_int(table[name]) if is_float else table[name]
-            data[name] = to_raw_ids(column)
-        for name in (*columns.labels, *columns.weights.values(), *columns.dense):
+            ids = to_raw_ids(_label_to_int(table[name]) if name in labels else table[name])
+            is_single = name in columns.lists and not is_id_list_type(ids.type)
+            data[name] = id_lists(ids) if is_single else ids
+        for name in (*columns.labels, *columns.weights.values()):
             if name not in data:
                 data[name] = as_float32(table[name]).combine_chunks()
+        for name in columns.dense:
+            data[columns.number_column(name)] = as_float32(table[name]).combine_chunks()
         for name in columns.oracles.values():
             if name in table.column_names:
                 data[name] = table[name].cast(pa.float32()).combine_chunks()
@@ -302,9 +328,11 @@ def as_float32(column: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Array
 
 
 def _label_to_int(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    # Anything but 0 and 1 is quarantined by `row_faults`, which sees the original column.
-    known = pc.is_in(column, value_set=pa.array([0, 1], column.type))
-    return pc.if_else(known, column, pa.scalar(None, column.type)).cast(pa.int64())
+    """A label of fractions or decimals that a history carries, as the ids 0 and 1."""
+    # Anything else is quarantined by `row_faults`, which sees the original column.
+    numbers = column.cast(pa.float64(), safe=False)
+    known = pc.is_in(numbers, value_set=pa.array([0.0, 1.0]))
+    return pc.if_else(known, numbers, None).cast(pa.int64())
 
 
 def row_faults(

@@ -1,16 +1,15 @@
 """All faults of delivered data at once, for `braid data check`.
 
 Reads the schema of every file, the keys and dense columns of items.parquet and users.parquet, and
-the first rows of every day; ingest checks all rows, and stops at the first faulty file.
+the first rows of every event file; ingest checks all rows, and stops at the first faulty file.
 """
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from math import ceil
 from pathlib import Path
-
-import pyarrow as pa
 
 from embedding.errors import UserError
 from embedding.feature_schema import Source
@@ -19,12 +18,17 @@ from multimodal.codes.config import ColumnVectors
 from pipeline.config import Recipe
 from pipeline.day_warnings import missing_days
 from pipeline.days import PARTITION, available_days, parse_day, stray_partitions
-from pipeline.samples.catalogue import check_entities, entity_faults
+from pipeline.samples.catalogue import catalogue_kinds, check_entities, entity_faults
+from pipeline.samples.column_kinds import compared_kinds
 from pipeline.samples.columns import EventColumns, SourceColumns, source_columns
 from pipeline.samples.contract import (
     CatalogueIds,
+    EventFile,
+    empty_day_fault,
+    event_file,
     event_paths,
     event_schema_faults,
+    first_rows,
     normalise_events,
     open_parquet,
     presence_faults,
@@ -32,6 +36,7 @@ from pipeline.samples.contract import (
 )
 
 ROWS_PER_DAY = 10_000
+"""Whose values are looked at, of all files of a day together."""
 _EVENT_FILE = re.compile(rf"{PARTITION}\d{{4}}-\d{{2}}-\d{{2}}/[^ :]+")
 
 
@@ -87,8 +92,14 @@ def check_delivery(recipe: Recipe, day: str | None = None) -> Delivery:
         )
         return found
     found.days = complete if day is None else [day]
-    for checked in found.days:
-        _check_day(recipe, checked, known, found)
+    files = {checked: _check_files(recipe, checked, found) for checked in found.days}
+    kinds = [(file.path, file.kinds) for sound in files.values() for file in sound]
+    if known is None:
+        found.faults += compared_kinds(kinds)[1]
+        return found
+    found.faults += compared_kinds([*kinds, *catalogue_kinds(root, known)])[1]
+    for checked, sound in files.items():
+        _check_rows(recipe, checked, [file.path for file in sound if file.num_rows], known, found)
     return found
 
 
@@ -150,48 +161,52 @@ def _content_faults(recipe: Recipe, path: Path) -> Iterator[str]:
         yield from presence_faults(file.schema_arrow, list(dict.fromkeys(names)), path)
 
 
-def _check_day(recipe: Recipe, day: str, known: CatalogueIds | None, found: Delivery) -> None:
+def _check_files(recipe: Recipe, day: str, found: Delivery) -> list[EventFile]:
+    """The files of a day whose schemas are sound."""
     root, columns = recipe.data.root, EventColumns.of(recipe)
+    sound, num_rows, all_read = [], 0, True
     paths = event_paths(root, day)
-    if not paths:
-        folder = root / "events" / f"{PARTITION}{day}"
-        found.faults.append(f"{folder} is empty: it has no Parquet file; deliver the day's events")
     for path in paths:
         found.num_files += 1
         try:
             with open_parquet(path) as file:
+                num_rows += file.metadata.num_rows
                 faults = list(event_schema_faults(file.schema_arrow, columns, path))
                 found.faults += faults
-                if path == paths[0] and not faults and known is not None:
-                    batches = file.iter_batches(ROWS_PER_DAY, columns=list(columns.required))
-                    _check_rows(recipe, path, next(batches, None), known, found)
+                if not faults:
+                    sound.append(event_file(file, path, day, columns))
         except UserError as error:
+            all_read = False
             found.faults.append(str(error))
+    if all_read and not num_rows:
+        found.faults.append(empty_day_fault(root, day, len(paths)))
+    return sound
 
 
 def _check_rows(
-    recipe: Recipe,
-    path: Path,
-    batch: pa.RecordBatch | None,
-    known: CatalogueIds,
-    found: Delivery,
+    recipe: Recipe, day: str, paths: Sequence[Path], known: CatalogueIds, found: Delivery
 ) -> None:
-    """Rows that ingest would put aside; a fault where they are more than the recipe allows."""
-    if batch is None:
-        return
-    table = pa.Table.from_batches([batch])
-    columns, day = EventColumns.of(recipe), path.parent.name.removeprefix(PARTITION)
-    events = normalise_events(table, columns, path)
-    reason, names = row_faults(table, events, columns, day, known)
-    found.num_rows += table.num_rows
-    counts = Counter(names[i] for i in reason[reason >= 0].tolist())
-    limit = recipe.data.max_quarantined_share
-    sentences = [
-        f"{path}: {count} of the first {table.num_rows} rows: {name}, first in row "
-        f"{int((reason == names.index(name)).argmax())}"
-        for name, count in counts.most_common()
-    ]
-    if counts.total() > limit * table.num_rows:
+    """Rows that ingest would put aside; faults where they are more than the recipe allows."""
+    columns, limit = EventColumns.of(recipe), recipe.data.max_quarantined_share
+    num_rows = num_bad = 0
+    sentences = []
+    for path in paths:
+        try:
+            table = first_rows(path, columns.required, ceil(ROWS_PER_DAY / len(paths)))
+            events = normalise_events(table, columns, path)
+        except UserError as error:
+            found.faults.append(str(error))
+            continue
+        reason, names = row_faults(table, events, columns, day, known)
+        counts = Counter(names[i] for i in reason[reason >= 0].tolist())
+        num_rows, num_bad = num_rows + table.num_rows, num_bad + counts.total()
+        sentences += [
+            f"{path}: {count} of the first {table.num_rows} rows: {name}, first in row "
+            f"{int((reason == names.index(name)).argmax())}"
+            for name, count in counts.most_common()
+        ]
+    found.num_rows += num_rows
+    if num_bad > limit * num_rows:
         found.faults += [f"{s} (data.max_quarantined_share={limit})" for s in sentences]
     else:
         found.warnings += sentences

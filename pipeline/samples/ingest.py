@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from embedding.config import StrictConfig
 from embedding.errors import UserError
 from embedding.feature_schema import HistoryConfig
+from pipeline.artifacts import read_manifest
 from pipeline.config import Recipe
 from pipeline.samples.buckets import (
     REPEATED,
@@ -37,7 +38,7 @@ from pipeline.samples.buckets import (
     build_bucket,
     merge_counts,
 )
-from pipeline.samples.catalogue import check_catalogue
+from pipeline.samples.catalogue import catalogue_kinds, check_catalogue
 from pipeline.samples.column_kinds import merged_kinds
 from pipeline.samples.columns import ColumnKind, EventColumns
 from pipeline.samples.contract import CatalogueIds, EventFile, event_files
@@ -81,7 +82,7 @@ class CheckedSpan:
     """The state of `previous`."""
     files: list[EventFile]
     kinds: dict[str, ColumnKind]
-    """Of the id columns of all files."""
+    """Of the id columns of all files, and of those before `days`."""
     known: CatalogueIds
     columns: EventColumns
     num_buckets: int
@@ -109,6 +110,12 @@ def check_span(recipe: Recipe, days: Sequence[str], previous: Path | None) -> Ch
     root = recipe.data.root
     columns = EventColumns.of(recipe)
     files = [file for day in days for file in event_files(root, day, columns)]
+    known = check_catalogue(root, recipe.features)
+    written = [(file.path, file.kinds) for file in files]
+    kinds = merged_kinds(
+        [*_earlier_kinds(previous, columns), *written, *catalogue_kinds(root, known)]
+    )
+    lists = frozenset(name for name in columns.ids if kinds[name].is_list)
     present = frozenset().union(*(file.column_names for file in files))
     oracles = {task: name for task, name in columns.oracles.items() if name in present}
     num_rows = sum(file.num_rows for file in files) * columns.row_weight
@@ -123,9 +130,9 @@ def check_span(recipe: Recipe, days: Sequence[str], previous: Path | None) -> Ch
         previous=previous,
         earlier=earlier,
         files=files,
-        kinds=merged_kinds((file.path, file.kinds) for file in files),
-        known=check_catalogue(root, recipe.features),
-        columns=columns.model_copy(update={"oracles": oracles}),
+        kinds=kinds,
+        known=known,
+        columns=columns.model_copy(update={"oracles": oracles, "lists": lists}),
         num_buckets=num_buckets,
     )
 
@@ -144,7 +151,7 @@ def ingest(
         progress: called with rows done and rows in total (each row counts for both passes).
 
     Raises:
-        UserError: more events break the data contract than the recipe allows.
+        UserError: more events of a day break the data contract than the recipe allows.
     """
     parts = scratch / "parts"
     for folder in ("parts", "state", "quarantine", *(f"events/dt={day}" for day in checked.days)):
@@ -203,6 +210,18 @@ def _earlier_state(recipe: Recipe, first: str, previous: Path | None) -> Earlier
     return EarlierState(previous / "state", state.num_buckets)
 
 
+def _earlier_kinds(
+    previous: Path | None, columns: EventColumns
+) -> list[tuple[str, dict[str, ColumnKind]]]:
+    """What id columns hold in the events before a span; those of labels are alike on all days."""
+    manifest = None if previous is None else read_manifest(previous, IngestFacts)
+    if manifest is None:
+        return []
+    facts = manifest.facts
+    kinds = {n: kind for n, kind in facts.event_columns.items() if n not in columns.labels}
+    return [(f"the events up to {facts.days[-1]} (ingested in {previous})", kinds)]
+
+
 def _partition(
     recipe: Recipe, span: CheckedSpan, parts: Path, quarantine: Path, report: _RowProgress
 ) -> list[PartitionFacts]:
@@ -227,26 +246,33 @@ def _require_sound(
     """Rows in quarantine by reason.
 
     Raises:
-        UserError: they are more than the recipe allows.
+        UserError: they are more of a day than the recipe allows: in daily use a span is one day,
+            and among many others a day that is all wrong would not show.
     """
-    bad = sum((Counter(facts.quarantined) for facts in partitioned), Counter[str]())
-    repeats = sum(facts.repeats for facts in buckets)
-    if repeats:
-        bad[REPEATED] = repeats
+    bad = {day: Counter[str]() for day in span.days}
+    examples: dict[str, str] = {}
+    for part in partitioned:
+        bad[part.day].update(part.quarantined)
+        if part.example is not None:
+            examples.setdefault(part.day, part.example)
+    for bucket in sorted(buckets, key=lambda facts: facts.bucket):
+        for day, (repeats, example) in bucket.repeats_of_days.items():
+            bad[day][REPEATED] += repeats
+            examples.setdefault(day, example)
     limit = recipe.data.max_quarantined_share
-    if bad.total() > limit * span.num_rows:
-        reasons = ", ".join(f"{count} x {reason}" for reason, count in bad.most_common())
-        ordered = sorted(buckets, key=lambda facts: facts.bucket)
-        examples = (*(facts.example for facts in partitioned), *(f.example for f in ordered))
-        example = next(filter(None, examples))
-        raise UserError(
-            f"{bad.total()} of {span.num_rows} events break the data contract, more than "
-            f"data.max_quarantined_share={limit} allows ({reasons}), first in {example}; correct "
-            "the log or raise the limit"
-        )
-    if bad and buckets:
-        logger.warning("%d of %d events are in quarantine", bad.total(), span.num_rows)
-    return dict(bad)
+    for day, counts in bad.items():
+        num_rows = sum(file.num_rows for file in span.files if file.day == day)
+        if counts.total() > limit * num_rows:
+            reasons = ", ".join(f"{count} x {reason}" for reason, count in counts.most_common())
+            raise UserError(
+                f"{counts.total()} of {num_rows} events of {day} break the data contract, more "
+                f"than data.max_quarantined_share={limit} allows ({reasons}), first in "
+                f"{examples[day]}; correct the log or raise the limit"
+            )
+    all_bad = sum(bad.values(), Counter[str]())
+    if all_bad and buckets:
+        logger.warning("%d of %d events are in quarantine", all_bad.total(), span.num_rows)
+    return dict(all_bad)
 
 
 def _write_counts(key: str, plan: BucketPlan, previous: Path | None) -> int:

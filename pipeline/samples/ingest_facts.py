@@ -39,4 +39,4 @@ class IngestFacts(StageFacts):
     first_day: str
     """Of all events so far: pruning deletes the artifacts that would tell."""
     event_columns: dict[str, ColumnKind]
-    """What the id columns of the log hold."""
+    """What the id columns of the log hold, in all events so far."""

@@ -120,7 +120,7 @@ def join_events(events: pa.RecordBatch, sources: FeatureSources, places: Places)
         data[samples.sparse_column(feature.name)] = _sparse(feature, events, places, sources)
     for dense in own.dense:
         if dense.source == "events":
-            values = floats(events[dense.column_name])
+            values = floats(events[sources.columns.number_column(dense.column_name)])
         else:
             values = sources.entities[dense.source].dense[dense.column_name]
             values = values[places.rows[dense.source]]

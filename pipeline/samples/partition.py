@@ -60,6 +60,7 @@ class PartitionFacts:
     """What became of one chunk."""
 
     index: int
+    day: str
     rows_in: int
     rows_out: int
     quarantined: dict[str, int]
@@ -121,6 +122,7 @@ def partition_chunk(chunk: Chunk, plan: PartitionPlan) -> PartitionFacts:
     _write_buckets(events, plan.parts / f"{chunk.name}.arrow", plan.num_buckets)
     return PartitionFacts(
         index=chunk.index,
+        day=chunk.file.day,
         rows_in=table.num_rows,
         rows_out=events.num_rows,
         quarantined=quarantined,

@@ -280,6 +280,20 @@ def test_only_what_stays_wrong_with_a_file_is_a_user_error(
     assert {type(opening.value), type(reading.value)} == {expected}
 
 
+def test_single_ids_of_some_files_are_lists_of_one_where_others_hold_lists(
+    samples: tuple[list[Path], list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    single = [{**row, "sparse:tags": 3 + i} for i, row in enumerate(_raw_rows(5, 9))]
+    at = ARROW.get_field_index("sparse:tags")
+    schema = ARROW.set(at, pa.field("sparse:tags", pa.int64()))
+    pq.write_table(pa.Table.from_pylist(single, schema=schema), tmp_path / "single.parquet")
+
+    with _loader([tmp_path / "single.parquet", *samples[0]]).sequential() as stream:
+        seen = [row for batch in stream for row in _seen(batch)]
+
+    assert seen == [_expected(row, SCHEMA) for row in [*single, *samples[1]]]
+
+
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [

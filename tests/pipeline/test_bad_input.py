@@ -127,7 +127,7 @@ def test_faulty_rows_beyond_the_limit(root: Path, capsys: pytest.CaptureFixture[
 
     said = braid_run(root, capsys)
 
-    assert f"4 of {NUM_ROWS} events break the data contract" in said
+    assert f"4 of {NUM_ROWS} events of {DAYS[0]} break the data contract" in said
     for reason in (
         "1 x null user_id",
         "1 x NaN or inf in dense column price",

@@ -1,6 +1,7 @@
 """`braid data check`: all faults of delivered data at once."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from embedding.errors import UserError
 from pipeline.data_cli import data_app
 from pipeline.samples import delivery
 from pipeline.samples.delivery import Delivery, check_delivery
+from pipeline.samples.ingest import check_span
 from tests.pipeline.small_log import DAYS, event, make_recipe, write_catalogue, write_day
 
 
@@ -108,6 +110,86 @@ def test_first_rows_that_ingest_would_put_aside_are_counted(
     (warning,) = found.warnings
     assert "2 of the first 4 rows" in warning, "as many as are allowed"
     assert (found.faults, found.num_rows) == ([], 12)
+
+
+def split(path: Path, *sizes: int) -> list[Path]:
+    """A file's rows in several files; an empty row group comes first in each."""
+    table, paths, start = pq.ParquetFile(path).read(), [], 0
+    for part, size in enumerate(sizes):
+        paths.append(path.with_name(f"part-{part:05d}.parquet"))
+        with pq.ParquetWriter(paths[-1], table.schema) as writer:
+            writer.write_table(table.slice(0, 0))
+            writer.write_table(table.slice(start, size))
+        start += size
+    return paths
+
+
+def test_rows_of_every_file_are_looked_at(root: Path) -> None:
+    """Spark's first part is often empty; the day is judged as a whole, as ingest does it."""
+    rewrite(day_file(root, 0), item_id=pa.array([1, 1, 1, 1, 99, 99]))
+    paths = split(day_file(root, 0), 0, 3, 3)
+
+    found = look(root)
+    assert (found.faults, found.num_rows) == ([], 18)
+    (warning,) = found.warnings
+    assert f"{paths[2]}: 2 of the first 3 rows: item_id without catalogue row" in warning
+
+    (fault,) = look(root, max_quarantined_share=0.3).faults
+    assert fault.startswith(warning)
+
+
+def test_rows_to_look_at_are_shared_by_the_files_of_a_day(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(delivery, "ROWS_PER_DAY", 3)
+    split(day_file(root, 0), 4, 2)
+
+    assert look(root, DAYS[0]).num_rows == 2 + 2
+
+
+def test_damage_behind_the_footer_of_any_file_is_a_fault(root: Path) -> None:
+    path = split(day_file(root, 1), 3, 3)[1]
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + bytes(200) + content[204:])
+
+    (fault,) = look(root).faults
+
+    assert fault.startswith(f"{path} is not a complete Parquet file")
+
+
+def hold_no_rows(root: Path) -> None:
+    split(day_file(root, 1), 0, 0)
+
+
+def turn_to_strings(root: Path) -> None:
+    rewrite(day_file(root, 1), user_id=pa.array(["1"] * 6))
+
+
+def turn_to_integers(root: Path) -> None:
+    rewrite(day_file(root, 2), device=pa.array([1] * 6))
+
+
+def catalogue_of_strings(root: Path) -> None:
+    rewrite(root / "items.parquet", item_id=pa.array(["1", "2", "3", "4"]))
+
+
+@pytest.mark.parametrize(
+    "spoil", [hold_no_rows, turn_to_strings, turn_to_integers, catalogue_of_strings]
+)
+def test_what_stops_ingest_is_a_fault(root: Path, spoil: Callable[[Path], None]) -> None:
+    spoil(root)
+    with pytest.raises(UserError) as refused:
+        check_span(make_recipe(root), DAYS[:3], None)
+
+    assert str(refused.value) in look(root).faults
+
+
+def test_what_ingest_takes_is_none(root: Path) -> None:
+    """Columns of nulls have no kind, and labels may be of any numbers."""
+    rewrite(day_file(root, 0), device=pa.nulls(6), click=pa.array([0.0, 1.0] * 3))
+    check_span(make_recipe(root), DAYS[:3], None)
+
+    assert look(root).faults == []
 
 
 def test_days_that_are_missing_stray_empty_or_not_complete_are_named(root: Path) -> None:

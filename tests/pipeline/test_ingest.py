@@ -259,6 +259,27 @@ def test_too_many_bad_rows_fail_with_place_reason_and_remedy(tmp_path: Path) -> 
     assert "raise the limit" in message
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["wrong labels", "delivered twice"])
+def test_a_day_that_is_all_wrong_fails_among_many_others(tmp_path: Path, again: bool) -> None:
+    """As it does where each day is a span; of all rows it is less than a sixth."""
+    root = tmp_path / "data"
+    write_catalogue(root)
+    for day in (0, 2):
+        write_day(root, day, [[event(day, 1, s) for s in range(20)]])
+    rows = [event(1, 1, s, click=1 if again else 2) for s in range(5)]
+    write_day(root, 1, [rows, rows] if again else [rows])
+
+    with pytest.raises(UserError) as error:
+        run(make_recipe(root, max_quarantined_share=0.4), DAYS[:3], None, tmp_path / "out")
+
+    number = "5 of 10" if again else "5 of 5"
+    first = f"{root / 'events' / f'dt={DAYS[1]}'}/part-00000.parquet row 0"
+    if again:
+        first = f"request_id 0, user_id 1, item_id 1, timestamp {rows[0]['timestamp']}"
+    assert f"{number} events of {DAYS[1]} break the data contract" in str(error.value)
+    assert f"first in {first}" in str(error.value)
+
+
 def test_a_file_that_was_delivered_twice_counts_once(tmp_path: Path) -> None:
     """Not another item, request, user or time: those are other events."""
     root = tmp_path / "data"

@@ -68,6 +68,19 @@ def test_the_script_writes_what_its_recipe_reads(
     assert max(map(len, samples["sequence:clicks_item"].to_pylist())) > 1
 
 
+def test_ids_of_digits_alone_are_written_like_those_of_other_days(folder: Path) -> None:
+    (folder / "clicks.csv").write_text(f"{HEADER}\n1,7,8,2026-03-01 08:15:02,9,1,10,59.90")
+
+    run_script()
+
+    for path, columns in (
+        ("events/dt=2026-03-01/part-00000.parquet", ["user_id", "item_id", "device"]),
+        ("items.parquet", ["item_id", "category"]),
+    ):
+        (row,) = pq.ParquetFile(folder / "data" / "ours" / path).read(columns).to_pylist()
+        assert set(map(type, row.values())) == {str}
+
+
 @pytest.mark.integration
 def test_the_recipe_trains_and_a_new_catalogue_leaves_the_day_as_it_is(
     folder: Path, capsys: pytest.CaptureFixture[str]

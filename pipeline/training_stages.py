@@ -184,12 +184,15 @@ def _inputs(run: "DayRun", spans: list[Span]) -> dict[str, str]:
 def _same_training(
     earlier: Path, config: dict[str, Any], inputs: dict[str, str]
 ) -> Manifest[CatchUpFacts] | None:
-    """A `catch_up` that is exactly the training of these inputs, and whole; None: it is not."""
+    """A `catch_up` that is exactly the training of these inputs, and whole; None: it is not.
+
+    Whatever plan it ran with: where shards lie changes nothing of what is learned.
+    """
     found = read_manifest(earlier, CatchUpFacts)
     if found is None or found.config_hash != config_hash(config):
         return None
-    theirs = {key: value for key, value in found.inputs.items() if key != "gate"}
-    ours = {("train" if key == "parent" else key): value for key, value in inputs.items()}
+    theirs = {key: value for key, value in found.inputs.items() if key not in ("gate", "plan")}
+    ours = {("train" if k == "parent" else k): value for k, value in inputs.items() if k != "plan"}
     return found if theirs == ours and not damaged_files(earlier, thorough=False) else None
 
 

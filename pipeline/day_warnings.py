@@ -60,6 +60,7 @@ def day_warnings(
     return (
         *_stray(root),
         *_gaps(split, training, ancestry),
+        *_left_out(split, ancestry),
         *_late_days(split, ancestry),
         *_late_files(root, split, ancestry),
     )
@@ -87,7 +88,7 @@ def _stray(root: Path) -> Iterator[str]:
 def _gaps(split: Split, training: Sequence[str], ancestry: Ancestry) -> Iterator[str]:
     before = max(ancestry.files, default=None)
     days = [*([] if before is None else [before]), *training, *split.validation]
-    missing = missing_days(days)
+    missing = [day for day in missing_days(days) if day not in split.known]
     if missing:
         yield (
             f"the event log has no {_named(missing)} between {days[0]} and {days[-1]}, which this "
@@ -98,6 +99,20 @@ def _gaps(split: Split, training: Sequence[str], ancestry: Ancestry) -> Iterator
         yield (
             f"the model of {days[-1]} is evaluated on {_named(split.evaluation)}, as the event log "
             f"has no {_named(ahead)}"
+        )
+
+
+def _left_out(split: Split, ancestry: Ancestry) -> Iterator[str]:
+    """Days of the log between what was trained on before and the window: nobody comes back here."""
+    window = (*split.train, *split.validation)
+    before = max(ancestry.files, default=window[0])
+    left = [day for day in split.known if before < day < window[0]]
+    if left:
+        whole = sum(day > before for day in split.known)
+        yield (
+            f"window.train_days={len(window)} leaves out {_named(left)}, which no model that this "
+            "run goes on from was trained on, and later runs go on after them; to train on them, "
+            f"run this date again with --set window.train_days={whole}"
         )
 
 

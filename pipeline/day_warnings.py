@@ -10,7 +10,7 @@ from datetime import date, timedelta
 from pathlib import Path
 
 from pipeline.artifacts import read_manifest
-from pipeline.days import Split, day_files, fingerprint, stray_partitions
+from pipeline.days import Split, day_files, fingerprint, named, stray_partitions
 from pipeline.train_facts import TrainFacts
 
 
@@ -81,7 +81,7 @@ def _stray(root: Path) -> Iterator[str]:
     if strays:
         yield (
             f"{root / 'events'} has partitions that are no days and are left out: "
-            f"{_named(strays)}; a day is written dt=YYYY-MM-DD"
+            f"{named(strays)}; a day is written dt=YYYY-MM-DD"
         )
 
 
@@ -91,14 +91,14 @@ def _gaps(split: Split, training: Sequence[str], ancestry: Ancestry) -> Iterator
     missing = [day for day in missing_days(days) if day not in split.known]
     if missing:
         yield (
-            f"the event log has no {_named(missing)} between {days[0]} and {days[-1]}, which this "
+            f"the event log has no {named(missing)} between {days[0]} and {days[-1]}, which this "
             "run trains on; a later delivery is not trained on by itself"
         )
     ahead = missing_days([days[-1], *split.evaluation])
     if ahead:
         yield (
-            f"the model of {days[-1]} is evaluated on {_named(split.evaluation)}, as the event log "
-            f"has no {_named(ahead)}"
+            f"the model of {days[-1]} is evaluated on {named(split.evaluation)}, as the event log "
+            f"has no {named(ahead)}"
         )
 
 
@@ -110,7 +110,7 @@ def _left_out(split: Split, ancestry: Ancestry) -> Iterator[str]:
     if left:
         whole = sum(day > before for day in split.known)
         yield (
-            f"window.train_days={len(window)} leaves out {_named(left)}, which no model that this "
+            f"window.train_days={len(window)} leaves out {named(left)}, which no model that this "
             "run goes on from was trained on, and later runs go on after them; to train on them, "
             f"run this date again with --set window.train_days={whole}"
         )
@@ -124,7 +124,7 @@ def _late_days(split: Split, ancestry: Ancestry) -> Iterator[str]:
     if late:
         after = min(day for day in ancestry.files if day > late[0])
         yield (
-            f"no model that this run goes on from was trained on {_named(late)}, and neither is "
+            f"no model that this run goes on from was trained on {named(late)}, and neither is "
             f"this one: {_remedy(ancestry.run_of[after])}"
         )
 
@@ -135,14 +135,10 @@ def _late_files(root: Path, split: Split, ancestry: Ancestry) -> Iterator[str]:
     changed = [day for day in known if known[day] != now[day]]
     if changed:
         yield (
-            f"the files of {_named(changed)} have changed since models that this run goes on from "
+            f"the files of {named(changed)} have changed since models that this run goes on from "
             f"were trained on them: {_remedy(ancestry.run_of[changed[0]])}"
         )
 
 
 def _remedy(run: str) -> str:
     return f"to train on them, run the days from {run} on again (braid backfill)"
-
-
-def _named(days: Sequence[str]) -> str:
-    return ", ".join(days) if len(days) <= 4 else f"{days[0]} .. {days[-1]} ({len(days)} in all)"

@@ -47,6 +47,11 @@ def is_complete(root: Path, day: str, marker: str) -> bool:
     return (root / "events" / f"{PARTITION}{day}" / marker).exists()
 
 
+def named(days: Sequence[str]) -> str:
+    """Some days for a sentence, ascending; of many the first and the last."""
+    return ", ".join(days) if len(days) <= 4 else f"{days[0]} .. {days[-1]} ({len(days)} in all)"
+
+
 def stray_partitions(root: Path) -> list[str]:
     """Names of partitions that are no days, which nothing reads."""
     return [f"{PARTITION}{name}" for name in _partitions(root) if not _is_day(name)]

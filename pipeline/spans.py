@@ -11,7 +11,8 @@ from typing import Any
 from embedding.errors import UserError
 from pipeline.artifacts import MANIFEST, Manifest, config_hash, read_manifest
 from pipeline.consent import Consent
-from pipeline.days import PARTITION, Span, day_files, fingerprint
+from pipeline.days import PARTITION, Span, named
+from pipeline.event_files import DayFiles
 from pipeline.samples.ingest_facts import IngestFacts
 
 INGEST = "ingest"
@@ -78,7 +79,8 @@ class Spans:
         """What the artifact of a span is made of.
 
         The catalogue grows every day, and what ingest takes from it are the ids that are known: a
-        published span stays as it is, and join reads the columns of today.
+        published span stays as it is, and join reads the columns of today. Of a span that is not
+        there `events` are left out: they take long to tell, and nobody but its ingest needs them.
 
         Args:
             span: one of `span`.
@@ -87,7 +89,7 @@ class Spans:
         recorded = self._manifest(span.days[-1])
         if recorded is not None and self._is_past(recorded):
             return recorded.inputs
-        inputs = {"events": self._events(span)}
+        inputs = {} if recorded is None else self.events(span)
         if span.previous is not None:
             before = self._manifest(span.previous)
             if before is None:  # `_as_published` has found that nothing else changed
@@ -97,6 +99,19 @@ class Spans:
         if recorded is not None and inputs.items() <= recorded.inputs.items():
             return recorded.inputs
         return {**inputs, "catalogue": catalogue}
+
+    def events(self, span: Span) -> dict[str, str]:
+        """The input that tells the event files of a span; reads those that are not known."""
+        recorded = self._manifest(span.days[-1])
+        known = {} if recorded is None else recorded.facts.day_files
+        changed = span.days if recorded is None else self._changed(span, recorded)
+        if recorded is not None and not changed:
+            return {"events": recorded.inputs["events"]}
+        contents = {
+            day: DayFiles.of(self.root, day).content if day in changed else known[day].content
+            for day in span.days
+        }
+        return {"events": config_hash(contents)}
 
     def back_to(self, last: str, first: str) -> list[Span]:
         """The spans that hold the days `first` .. `last`, oldest first.
@@ -133,14 +148,18 @@ class Spans:
         recorded, last = self._manifest(span.days[-1]), span.days[-1]
         if recorded is None or self._is_past(recorded):
             return []
-        if recorded.inputs["events"] == self._events(span):
+        changed = self._changed(span, recorded)
+        if not changed:
             return []
         published = (p.parts[-3] for p in self.out.glob(f"????-??-??/{INGEST}/{MANIFEST}"))
         later = sorted(day for day in published if day > last and self._manifest(day) is not None)
-        named = f"{span.days[0]} .. {last}" if len(span.days) > 1 else last
-        after = f", and so are the {len(later)} spans after it, up to {later[-1]}" if later else ""
+        what = f"the span {span.days[0]} .. {last}" if len(span.days) > 1 else "it"
+        spans = "span" if len(later) == 1 else f"{len(later)} spans"
+        and_so = f", and so {'is' if len(later) == 1 else 'are'} the {spans} after it"
+        after = f"{and_so}, up to {later[-1]}" if later else ""
         return [
-            f"event files of {named} changed since they were ingested: it is ingested anew{after}"
+            f"event files of {named(changed)} changed since they were ingested: {what} is "
+            f"ingested anew{after}"
         ]
 
     def _as_published(self, recorded: Manifest[IngestFacts], last: str) -> Span | None:
@@ -151,7 +170,7 @@ class Spans:
         span = self._after(previous, last)
         if previous is None or self._manifest(previous) is not None:
             return span
-        return span if self._events(span) == recorded.inputs["events"] else None
+        return None if self._changed(span, recorded) else span
 
     def _is_past(self, recorded: Manifest[IngestFacts]) -> bool:
         """Whether days of a published span are no longer in the log: it cannot be made again."""
@@ -191,8 +210,14 @@ class Spans:
                 "another --out; or, to go on without those events, add --shorter-histories"
             )
 
-    def _events(self, span: Span) -> str:
-        return fingerprint(day_files(self.root, span.days))
+    def _changed(self, span: Span, recorded: Manifest[IngestFacts]) -> list[str]:
+        """Days of a span whose files are not those that its artifact was made of."""
+        known = recorded.facts.day_files
+        return [
+            day
+            for day in span.days
+            if day not in known or not known[day].are_those_of(self.root, day)
+        ]
 
     def _manifest(self, day: str) -> Manifest[IngestFacts] | None:
         """Of the span that ends at a day, if it was made with the same settings."""

@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from embedding.config import HistoryConfig, StrictConfig
 from embedding.errors import UserError
 from pipeline.config import Recipe
+from pipeline.event_files import DayFiles
 from pipeline.samples.buckets import (
     REPEATED,
     BucketFacts,
@@ -78,6 +79,7 @@ class CheckedSpan:
     """The ingest artifact that ends before the days."""
     earlier: EarlierState | None
     """The state of `previous`."""
+    day_files: dict[str, DayFiles]
     files: list[EventFile]
     kinds: dict[str, ColumnKind]
     """Of the id columns of all files."""
@@ -107,6 +109,8 @@ def check_span(recipe: Recipe, days: Sequence[str], previous: Path | None) -> Ch
     earlier = _earlier_state(recipe, days[0], previous)
     root = recipe.data.root
     columns = EventColumns.of(recipe)
+    # Before they are listed: a file that comes after that is one that the artifact does not hold.
+    found = {day: DayFiles.of(root, day) for day in days}
     files = [file for day in days for file in event_files(root, day, columns)]
     present = frozenset().union(*(file.column_names for file in files))
     oracles = {task: name for task, name in columns.oracles.items() if name in present}
@@ -119,6 +123,7 @@ def check_span(recipe: Recipe, days: Sequence[str], previous: Path | None) -> Ch
         days=tuple(days),
         previous=previous,
         earlier=earlier,
+        day_files=found,
         files=files,
         kinds=merged_kinds((file.path, file.kinds) for file in files),
         known=check_catalogue(root, recipe.features),
@@ -282,6 +287,7 @@ def _facts(
     return IngestFacts(
         days=span.days,
         previous=None if span.previous is None else span.previous.parent.name,
+        day_files=span.day_files,
         rows_in=span.num_rows,
         rows_out=rows_out,
         quarantined=quarantined,

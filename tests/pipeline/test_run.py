@@ -1,5 +1,6 @@
 """Which days a run trains on when it starts from an earlier one and holds days out."""
 
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -165,7 +166,8 @@ def ingested(run: DayRun) -> list[tuple[str, bool]]:
         span = run.spans.span(last)
         before = None if span.previous is None else run.directory("ingest", span.previous)
         first = first_day_held(span.days, before)
-        write_manifest(spec, stage_facts.ingested(span.days, span.previous, first))
+        facts = stage_facts.ingested(span.days, span.previous, first, run.recipe.data.root)
+        write_manifest(spec.completed(), facts)
     return found
 
 
@@ -233,6 +235,42 @@ def test_a_file_that_came_late_makes_its_span_and_the_ones_after_it_stale(tmp_pa
 
     stale = [(DAYS[0], False), (DAYS[1], False), (DAYS[2], False)]
     assert ingested(run_of(root, 1)) == stale
+
+
+def test_a_log_that_was_copied_makes_nothing_stale(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    write_log(root, 4)
+    for day in range(2):
+        ingested(run_of(root, day))
+    for file in root.rglob("*.parquet"):
+        os.utime(file, ns=(1, 1))
+
+    run = run_of(root, 1)
+    assert ingested(run) == [(day, True) for day in DAYS[:3]]
+    assert run.spans.cascade(run.spans.span(DAYS[1])) == []
+
+
+def test_a_day_of_a_longer_span_that_changed_is_named(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    write_log(root, 4)
+    ingested(run_of(root, 2))
+    deliver_late(root, 1)
+
+    spans = run_of(root, 2).spans
+    assert spans.cascade(spans.span(DAYS[2])) == [
+        f"event files of {DAYS[1]} changed since they were ingested: the span {DAYS[0]} .. "
+        f"{DAYS[2]} is ingested anew, and so is the span after it, up to {DAYS[3]}"
+    ]
+
+
+def test_nobody_reads_files_to_tell_that_a_span_is_missing(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    write_log(root, 2)
+    (spec, *_) = run_of(root, 0).specs("ingest")
+
+    assert "events" not in spec.inputs
+    assert not spec.is_current
+    assert "events" in spec.completed().inputs
 
 
 def test_every_evaluation_day_is_found_whichever_span_holds_it(tmp_path: Path) -> None:

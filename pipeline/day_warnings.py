@@ -10,7 +10,8 @@ from datetime import date, timedelta
 from pathlib import Path
 
 from pipeline.artifacts import read_manifest
-from pipeline.days import Split, day_files, fingerprint, named, stray_partitions
+from pipeline.days import Split, named, stray_partitions
+from pipeline.event_files import DayFiles
 from pipeline.train_facts import TrainFacts
 
 
@@ -18,8 +19,8 @@ from pipeline.train_facts import TrainFacts
 class Ancestry:
     """The trainings that a run goes on from."""
 
-    files: dict[str, str]
-    """Fingerprints by day, of all days that any of them trained on."""
+    files: dict[str, DayFiles]
+    """By day, of all days that any of them trained on."""
     run_of: dict[str, str]
     """Date of the latest training that took each day."""
     is_whole: bool
@@ -28,7 +29,7 @@ class Ancestry:
     @classmethod
     def of(cls, out: Path, parent: str | None) -> "Ancestry":
         """Read it from the artifacts that are there."""
-        files: dict[str, str] = {}
+        files: dict[str, DayFiles] = {}
         runs: dict[str, str] = {}
         while parent is not None:
             manifest = read_manifest(out / parent / "train", TrainFacts)
@@ -39,11 +40,6 @@ class Ancestry:
                 runs.setdefault(day, parent)
             parent = manifest.facts.parent
         return cls(files, runs, is_whole=True)
-
-
-def day_fingerprints(root: Path, days: Sequence[str]) -> dict[str, str]:
-    """Of the event files of each day; changes when one comes, goes or is written anew."""
-    return {day: fingerprint(day_files(root, [day])) for day in days}
 
 
 def day_warnings(
@@ -131,8 +127,7 @@ def _late_days(split: Split, ancestry: Ancestry) -> Iterator[str]:
 
 def _late_files(root: Path, split: Split, ancestry: Ancestry) -> Iterator[str]:
     known = {day: ancestry.files[day] for day in split.train if day in ancestry.files}
-    now = day_fingerprints(root, list(known))
-    changed = [day for day in known if known[day] != now[day]]
+    changed = [day for day, files in known.items() if not files.are_those_of(root, day)]
     if changed:
         yield (
             f"the files of {named(changed)} have changed since models that this run goes on from "

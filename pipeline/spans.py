@@ -143,6 +143,15 @@ class Spans:
             spans.insert(0, self.span(day))
         return [span.days[-1] for span in spans]
 
+    def files_of(self, spans: Sequence[Span], days: Sequence[str]) -> dict[str, DayFiles]:
+        """The event files of some days of published spans, as ingest found them."""
+        held: dict[str, DayFiles] = {}
+        for span in spans:
+            recorded = self._manifest(span.days[-1])
+            assert recorded is not None
+            held |= recorded.facts.day_files
+        return {day: held[day] for day in days}
+
     def cascade(self, span: Span) -> list[str]:
         """A sentence on what is ingested anew, if files of a published span have changed."""
         recorded, last = self._manifest(span.days[-1]), span.days[-1]

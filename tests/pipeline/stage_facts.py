@@ -23,6 +23,8 @@ RESULT = TrainResult(
     warm_start=None,
 )
 
+NO_FILES = DayFiles(num_bytes=0, seen="", content="")
+
 
 def trained(days: Sequence[str], parent: str | None = None, **others: Any) -> TrainFacts:
     return TrainFacts(
@@ -32,7 +34,7 @@ def trained(days: Sequence[str], parent: str | None = None, **others: Any) -> Tr
             "codebooks": None,
             "event_columns": {},
             "parent": parent,
-            "day_files": dict.fromkeys(days, ""),
+            "day_files": dict.fromkeys(days, NO_FILES),
             "caught_up": None,
             **others,
         }

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import WindowConfig
-from pipeline.day_warnings import Ancestry, day_fingerprints, day_warnings, missing_days
+from pipeline.day_warnings import Ancestry, day_warnings, missing_days
 from pipeline.days import available_days, split_days
+from pipeline.event_files import DayFiles
 from tests.pipeline.small_models import write_manifest
 from tests.pipeline.stage_facts import trained
 
@@ -28,7 +29,7 @@ class Log:
     def train(self, number: int, numbers: Sequence[int], parent: int | None = None) -> None:
         days = [day(i) for i in numbers]
         start = None if parent is None else day(parent)
-        facts = trained(days, start, day_files=day_fingerprints(self.root, days))
+        facts = trained(days, start, day_files={d: DayFiles.of(self.root, d) for d in days})
         write_manifest(self.out / day(number) / "train", "i", facts)
 
     def said(self, number: int, *, parent: int | None = None, **window: int) -> list[str]:

@@ -10,10 +10,12 @@ import pytest
 
 from embedding.errors import UserError
 from pipeline import run as run_module
+from pipeline import training_stages
 from pipeline.artifacts import MANIFEST, Manifest, StageFacts, config_hash, read_manifest
 from pipeline.config import PublishConfig, WindowConfig
 from pipeline.consent import Consent
 from pipeline.console import Reporter
+from pipeline.day_warnings import Ancestry, day_warnings
 from pipeline.days import catalogue_files, fingerprint
 from pipeline.identity import ingest_config, publish_config, training_config
 from pipeline.recipe import load_recipe
@@ -235,6 +237,26 @@ def test_a_file_that_came_late_makes_its_span_and_the_ones_after_it_stale(tmp_pa
 
     stale = [(DAYS[0], False), (DAYS[1], False), (DAYS[2], False)]
     assert ingested(run_of(root, 1)) == stale
+
+
+def test_a_file_that_comes_between_ingest_and_training_was_not_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, out = tmp_path / "data", tmp_path / "out"
+    write_log(root, 3)
+    run = run_of(root, 0)
+    run.session = SimpleNamespace(wait_for=lambda *_: None, group=tuple)
+    ingested(run)
+    joined(run)
+    monkeypatch.setattr(training_stages, "train", lambda *_: stage_facts.RESULT)
+    deliver_late(root, 0)
+    execute(next(run.specs("train")), run.reporter)
+
+    next_day = run_of(root, 1)
+    assert ingested(next_day) == [(day, False) for day in DAYS[:3]]
+    ancestry = Ancestry.of(out, DAYS[0])
+    (sentence,) = day_warnings(root, next_day.split, (DAYS[1],), ancestry)
+    assert f"the files of {DAYS[0]} have changed since models" in sentence
 
 
 def test_a_log_that_was_copied_makes_nothing_stale(tmp_path: Path) -> None:

@@ -58,16 +58,18 @@ class Spans:
     def span(self, last: str) -> Span:
         """Days of the span that ends at `last`; a published one goes on with what it went on with.
 
-        Else a file that came late to an old day would chain it on a span that is stale itself.
+        Else a file that came late to an old day would chain it on a span that is stale itself. What
+        cannot be made again stays: once the artifact before is pruned, a late file would have the
+        whole log ingested, or no run come about at all.
 
         Raises:
             UserError: its days are gone, or a new span would lack days that an artifact holds.
         """
         recorded = self._manifest(last)
+        if recorded is not None and self._stays(recorded):
+            return Span(recorded.facts.days, recorded.facts.previous)
         if recorded is not None:
-            found = self._as_published(recorded, last)
-            if found is not None:
-                return found
+            return self._after(recorded.facts.previous, last)
         earlier = (p.parts[-3] for p in self.out.glob(f"????-??-??/{INGEST}/manifest.json"))
         known = (day for day in earlier if day < last and self._manifest(day) is not None)
         span = self._after(max(known, default=None), last)
@@ -87,14 +89,12 @@ class Spans:
             catalogue: today's fingerprint of the files of items and users.
         """
         recorded = self._manifest(span.days[-1])
-        if recorded is not None and self._is_past(recorded):
+        if recorded is not None and self._stays(recorded):
             return recorded.inputs
         inputs = {} if recorded is None else self.events(span)
         if span.previous is not None:
             before = self._manifest(span.previous)
-            if before is None:  # `_as_published` has found that nothing else changed
-                assert recorded is not None
-                return recorded.inputs
+            assert before is not None, span
             inputs["previous"] = before.artifact_id
         if recorded is not None and inputs.items() <= recorded.inputs.items():
             return recorded.inputs
@@ -104,7 +104,7 @@ class Spans:
         """The input that tells the event files of a span; reads those that are not known."""
         recorded = self._manifest(span.days[-1])
         known = {} if recorded is None else recorded.facts.day_files
-        changed = span.days if recorded is None else self._changed(span, recorded)
+        changed = span.days if recorded is None else self._changed(span.days, recorded)
         if recorded is not None and not changed:
             return {"events": recorded.inputs["events"]}
         contents = {
@@ -125,10 +125,11 @@ class Spans:
         held = {day for span in spans for day in span.days}
         late = [day for day in self.days if first <= day <= last and day not in held]
         if late:
+            after = next(span.days[-1] for span in spans if span.days[-1] > late[0])
             raise UserError(
                 f"{self.root / 'events'} has {late[0]}, which came after {self.out} had ingested "
-                "later days whose events are gone since, so histories cannot take it in; restore "
-                f"those events, or move {PARTITION}{late[0]} away"
+                "later days, and what these were made of is pruned or deleted, so histories cannot "
+                f"take it in; {self._made_again(after)}, or move {PARTITION}{late[0]} away"
             )
         return spans
 
@@ -155,9 +156,9 @@ class Spans:
     def cascade(self, span: Span) -> list[str]:
         """A sentence on what is ingested anew, if files of a published span have changed."""
         recorded, last = self._manifest(span.days[-1]), span.days[-1]
-        if recorded is None or self._is_past(recorded):
+        if recorded is None or self._stays(recorded):
             return []
-        changed = self._changed(span, recorded)
+        changed = self._changed(span.days, recorded)
         if not changed:
             return []
         published = (p.parts[-3] for p in self.out.glob(f"????-??-??/{INGEST}/{MANIFEST}"))
@@ -171,19 +172,40 @@ class Spans:
             f"ingested anew{after}"
         ]
 
-    def _as_published(self, recorded: Manifest[IngestFacts], last: str) -> Span | None:
-        """The span that an artifact holds; None if it goes on with one that is not there."""
-        previous = recorded.facts.previous
-        if self._is_past(recorded):
-            return Span(recorded.facts.days, previous)
-        span = self._after(previous, last)
-        if previous is None or self._manifest(previous) is not None:
-            return span
-        return None if self._changed(span, recorded) else span
+    def kept(self, last: str) -> list[str]:
+        """Sentences on spans up to `last` that stay although their event files changed."""
+        said = []
+        for day in self.chain(last, last):
+            recorded = self._manifest(day)
+            if recorded is None or not self._stays(recorded):
+                continue
+            there = [d for d in self.days if (recorded.facts.previous or "") < d <= day]
+            changed = self._changed(there, recorded)
+            if changed:
+                said.append(
+                    f"event files of {named(changed)} are not those that {self.out / day / INGEST} "
+                    "was made of, which stays as it is, because what it goes on with is pruned, or "
+                    f"events of it are deleted; to take them in, {self._made_again(day)}"
+                )
+        return said
 
-    def _is_past(self, recorded: Manifest[IngestFacts]) -> bool:
-        """Whether days of a published span are no longer in the log: it cannot be made again."""
-        return not set(recorded.facts.days) <= set(self.days)
+    def _made_again(self, day: str) -> str:
+        """How to have a span made again that stays as it is."""
+        recorded = self._manifest(day)
+        assert recorded is not None
+        return (
+            f"delete {self.out / day / INGEST} and run again, with all days since "
+            f"{recorded.facts.first_day} in {self.root / 'events'}"
+        )
+
+    def _stays(self, recorded: Manifest[IngestFacts]) -> bool:
+        """Whether a published span cannot be made again from what it was made of.
+
+        Days of it are no longer in the log, or the artifact that it goes on with is gone.
+        """
+        previous = recorded.facts.previous
+        is_past = not set(recorded.facts.days) <= set(self.days)
+        return is_past or (previous is not None and self._manifest(previous) is None)
 
     def _after(self, previous: str | None, last: str) -> Span:
         days = tuple(d for d in self.days if d <= last and (previous is None or d > previous))
@@ -213,19 +235,17 @@ class Spans:
             raise UserError(
                 f"{self.out / last / INGEST} would be made anew from {span.days[0]} on, because "
                 "what ingest depends on has changed (event columns, histories, tasks, "
-                "data.user_buckets) or an artifact before it is gone; but histories and counts "
+                "data.user_buckets), or it is gone with those before it; but histories and counts "
                 f"there go back to {lost[0]}, and {self.root / 'events'} no longer has all days "
                 "since then. Restore these days; or return to the settings before; or choose "
                 "another --out; or, to go on without those events, add --shorter-histories"
             )
 
-    def _changed(self, span: Span, recorded: Manifest[IngestFacts]) -> list[str]:
-        """Days of a span whose files are not those that its artifact was made of."""
+    def _changed(self, days: Sequence[str], recorded: Manifest[IngestFacts]) -> list[str]:
+        """Days whose files are not those that an artifact was made of."""
         known = recorded.facts.day_files
         return [
-            day
-            for day in span.days
-            if day not in known or not known[day].are_those_of(self.root, day)
+            day for day in days if day not in known or not known[day].are_those_of(self.root, day)
         ]
 
     def _manifest(self, day: str) -> Manifest[IngestFacts] | None:

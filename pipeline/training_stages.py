@@ -44,7 +44,8 @@ def train_stage(run: "DayRun") -> StageSpec:
 
     def body(scratch: Path) -> StageOutput:
         root, ancestry = run.recipe.data.root, Ancestry.of(run.out, parent)
-        warnings = run.reporter.warn(day_warnings(root, run.split, days, ancestry))
+        said = [*day_warnings(root, run.split, days, ancestry), *run.spans.kept(run.date)]
+        warnings = run.reporter.warn(said)
         codebooks, event_columns = _about_samples(run)
         learned, files, taken_over = days, run.spans.files_of(spans, days), None
         earlier = None if parent is None else run.directory(CATCH_UP, parent)

@@ -490,6 +490,52 @@ def test_histories_begin_anew_where_the_log_has_all_events(tmp_path: Path) -> No
     assert ingested(changed(run_of(root, 1))) == [(DAYS[1], False), (DAYS[2], False)]
 
 
+def test_a_span_stays_once_the_one_that_it_goes_on_with_is_pruned(tmp_path: Path) -> None:
+    """A late file would have the whole log ingested."""
+    root, out = tmp_path / "data", tmp_path / "out"
+    write_log(root, 4)
+    for day in range(3):
+        ingested(run_of(root, day))
+    shutil.rmtree(out / DAYS[0])
+    deliver_late(root, 1)
+
+    run = run_of(root, 2, train_days=2)
+    assert ingested(run) == [(day, True) for day in DAYS[1:]]
+    assert run.spans.cascade(run.spans.span(DAYS[1])) == []
+    assert run.spans.kept(DAYS[2]) == [
+        f"event files of {DAYS[1]} are not those that {out / DAYS[1]}/ingest was made of, which "
+        "stays as it is, because what it goes on with is pruned, or events of it are deleted; to "
+        f"take them in, delete {out / DAYS[1]}/ingest and run again, with all days since {DAYS[0]} "
+        f"in {root}/events"
+    ]
+    shutil.rmtree(out / DAYS[1] / "ingest")
+    again = run_of(root, 2, train_days=2)
+    assert ingested(again) == [(day, False) for day in DAYS[1:]]
+    assert again.spans.span(DAYS[1]).days == (DAYS[0], DAYS[1])
+    assert again.spans.kept(DAYS[2]) == []
+
+
+def test_a_training_says_which_span_stays_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, out = tmp_path / "data", tmp_path / "out"
+    write_log(root, 4)
+    ingested(run_of(root, 0))
+    run = run_of(root, 1, train_days=1)
+    run.session = SimpleNamespace(wait_for=lambda *_: None, group=tuple)
+    ingested(run)
+    joined(run)
+    shutil.rmtree(out / DAYS[0])
+    deliver_late(root, 1)
+    monkeypatch.setattr(training_stages, "train", lambda *_: stage_facts.RESULT)
+
+    execute(next(run.specs("train")), run.reporter)
+    manifest = read_manifest(run.directory("train"))
+    assert manifest is not None
+    (sentence,) = manifest.warnings
+    assert f"{out / DAYS[1]}/ingest was made of, which stays as it is" in sentence
+
+
 def test_a_late_file_cuts_no_history_whose_artifact_is_gone(tmp_path: Path) -> None:
     root, out = tmp_path / "data", tmp_path / "out"
     write_log(root, 4)
@@ -500,8 +546,13 @@ def test_a_late_file_cuts_no_history_whose_artifact_is_gone(tmp_path: Path) -> N
     assert all(current for _, current in ingested(run_of(root, 2)))
     deliver_late(root, 1)
 
+    run = run_of(root, 2)
+    assert all(current for _, current in ingested(run))
+    (sentence,) = run.spans.kept(DAYS[2])
+    assert f"with all days since {DAYS[0]} in" in sentence
+    shutil.rmtree(out / DAYS[1] / "ingest")
     with pytest.raises(UserError, match=rf"there go back to {DAYS[0]}, and"):
-        ingested(run_of(root, 2))
+        ingested(run_of(root, 2, train_days=2))
 
 
 def test_columns_of_items_and_limits_leave_histories_as_they_are() -> None:

@@ -10,7 +10,8 @@ from datetime import date, timedelta
 from pathlib import Path
 
 from pipeline.artifacts import read_manifest
-from pipeline.days import Split, day_files, fingerprint, stray_partitions
+from pipeline.days import Split, named, stray_partitions
+from pipeline.event_files import DayFiles
 from pipeline.train_facts import TrainFacts
 
 
@@ -18,8 +19,8 @@ from pipeline.train_facts import TrainFacts
 class Ancestry:
     """The trainings that a run goes on from."""
 
-    files: dict[str, str]
-    """Fingerprints by day, of all days that any of them trained on."""
+    files: dict[str, DayFiles]
+    """By day, of all days that any of them trained on."""
     run_of: dict[str, str]
     """Date of the latest training that took each day."""
     is_whole: bool
@@ -28,7 +29,7 @@ class Ancestry:
     @classmethod
     def of(cls, out: Path, parent: str | None) -> "Ancestry":
         """Read it from the artifacts that are there."""
-        files: dict[str, str] = {}
+        files: dict[str, DayFiles] = {}
         runs: dict[str, str] = {}
         while parent is not None:
             manifest = read_manifest(out / parent / "train", TrainFacts)
@@ -39,11 +40,6 @@ class Ancestry:
                 runs.setdefault(day, parent)
             parent = manifest.facts.parent
         return cls(files, runs, is_whole=True)
-
-
-def day_fingerprints(root: Path, days: Sequence[str]) -> dict[str, str]:
-    """Of the event files of each day; changes when one comes, goes or is written anew."""
-    return {day: fingerprint(day_files(root, [day])) for day in days}
 
 
 def day_warnings(
@@ -60,6 +56,7 @@ def day_warnings(
     return (
         *_stray(root),
         *_gaps(split, training, ancestry),
+        *_left_out(split, ancestry),
         *_late_days(split, ancestry),
         *_late_files(root, split, ancestry),
     )
@@ -80,24 +77,38 @@ def _stray(root: Path) -> Iterator[str]:
     if strays:
         yield (
             f"{root / 'events'} has partitions that are no days and are left out: "
-            f"{_named(strays)}; a day is written dt=YYYY-MM-DD"
+            f"{named(strays)}; a day is written dt=YYYY-MM-DD"
         )
 
 
 def _gaps(split: Split, training: Sequence[str], ancestry: Ancestry) -> Iterator[str]:
     before = max(ancestry.files, default=None)
     days = [*([] if before is None else [before]), *training, *split.validation]
-    missing = missing_days(days)
+    missing = [day for day in missing_days(days) if day not in split.known]
     if missing:
         yield (
-            f"the event log has no {_named(missing)} between {days[0]} and {days[-1]}, which this "
+            f"the event log has no {named(missing)} between {days[0]} and {days[-1]}, which this "
             "run trains on; a later delivery is not trained on by itself"
         )
     ahead = missing_days([days[-1], *split.evaluation])
     if ahead:
         yield (
-            f"the model of {days[-1]} is evaluated on {_named(split.evaluation)}, as the event log "
-            f"has no {_named(ahead)}"
+            f"the model of {days[-1]} is evaluated on {named(split.evaluation)}, as the event log "
+            f"has no {named(ahead)}"
+        )
+
+
+def _left_out(split: Split, ancestry: Ancestry) -> Iterator[str]:
+    """Days of the log between what was trained on before and the window: nobody comes back here."""
+    window = (*split.train, *split.validation)
+    before = max(ancestry.files, default=window[0])
+    left = [day for day in split.known if before < day < window[0]]
+    if left:
+        whole = sum(day > before for day in split.known)
+        yield (
+            f"window.train_days={len(window)} leaves out {named(left)}, which no model that this "
+            "run goes on from was trained on, and later runs go on after them; to train on them, "
+            f"run this date again with --set window.train_days={whole}"
         )
 
 
@@ -109,25 +120,20 @@ def _late_days(split: Split, ancestry: Ancestry) -> Iterator[str]:
     if late:
         after = min(day for day in ancestry.files if day > late[0])
         yield (
-            f"no model that this run goes on from was trained on {_named(late)}, and neither is "
+            f"no model that this run goes on from was trained on {named(late)}, and neither is "
             f"this one: {_remedy(ancestry.run_of[after])}"
         )
 
 
 def _late_files(root: Path, split: Split, ancestry: Ancestry) -> Iterator[str]:
     known = {day: ancestry.files[day] for day in split.train if day in ancestry.files}
-    now = day_fingerprints(root, list(known))
-    changed = [day for day in known if known[day] != now[day]]
+    changed = [day for day, files in known.items() if not files.are_those_of(root, day)]
     if changed:
         yield (
-            f"the files of {_named(changed)} have changed since models that this run goes on from "
+            f"the files of {named(changed)} have changed since models that this run goes on from "
             f"were trained on them: {_remedy(ancestry.run_of[changed[0]])}"
         )
 
 
 def _remedy(run: str) -> str:
     return f"to train on them, run the days from {run} on again (braid backfill)"
-
-
-def _named(days: Sequence[str]) -> str:
-    return ", ".join(days) if len(days) <= 4 else f"{days[0]} .. {days[-1]} ({len(days)} in all)"

@@ -47,6 +47,11 @@ def is_complete(root: Path, day: str, marker: str) -> bool:
     return (root / "events" / f"{PARTITION}{day}" / marker).exists()
 
 
+def named(days: Sequence[str]) -> str:
+    """Some days for a sentence, ascending; of many the first and the last."""
+    return ", ".join(days) if len(days) <= 4 else f"{days[0]} .. {days[-1]} ({len(days)} in all)"
+
+
 def stray_partitions(root: Path) -> list[str]:
     """Names of partitions that are no days, which nothing reads."""
     return [f"{PARTITION}{name}" for name in _partitions(root) if not _is_day(name)]
@@ -142,20 +147,37 @@ def split_days(days: Sequence[str], day: str, window: WindowConfig) -> Split:
 
 
 def fingerprint(paths: Sequence[Path]) -> str:
-    """Changes when a file appears, disappears, or is rewritten (name, size, mtime)."""
+    """Changes when a file appears, disappears, or is rewritten (name, size, mtime).
+
+    Raises:
+        UserError: a file went while it was looked at.
+    """
     digest = hashlib.sha256()
     for path in sorted(paths):
-        stat = path.stat()
+        try:
+            stat = path.stat()
+        except FileNotFoundError as error:
+            raise vanished(path) from error
         digest.update(f"{path.name}|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
 
 
+def vanished(path: Path) -> UserError:
+    """What to say of a file that was listed and is gone."""
+    return UserError(
+        f"{path} went while it was looked at: its folder is being written; run the same command "
+        "again once that is done, and have writers put unfinished files under a name that begins "
+        "with . or _ (or set data.complete_marker)"
+    )
+
+
 def day_files(root: Path, days: Sequence[str]) -> list[Path]:
-    """Parquet files of these days' events."""
+    """Parquet files of these days' events, by day and name; hidden ones are not read."""
     return [
         path
         for day in days
         for path in sorted((root / "events" / f"{PARTITION}{day}").glob("*.parquet"))
+        if not path.name.startswith((".", "_"))
     ]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.artifacts import Manifest, read_manifest
+from pipeline.event_files import DayFiles
 from pipeline.gate_decision import GateDecision
 from pipeline.registry import spoiled_by
 from pipeline.train_facts import TrainFacts
@@ -67,8 +68,8 @@ def gate_of(out: Path, day: str) -> Manifest[GateDecision] | None:
     return gate if of_this == (evaluate.artifact_id, train.artifact_id) else None
 
 
-def learned_days(train: Path) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The days that are in the weights of a training, and the fingerprints of their files."""
+def learned_days(train: Path) -> tuple[tuple[str, ...], dict[str, DayFiles]]:
+    """The days that are in the weights of a training, and their event files."""
     manifest = read_manifest(train, TrainFacts)
     assert manifest is not None
     return manifest.facts.days, manifest.facts.day_files

@@ -12,13 +12,13 @@ import ray
 
 from embedding.config import StrictConfig
 from embedding.errors import UserError
+from embedding.files import file_sha256
 from embedding.planning.cluster_shape import ClusterShape
 from embedding.planning.machines import Machine
 from embedding.planning.plan_description import PlanDescription
 from pipeline.artifacts import StageFacts
 from pipeline.cluster import fitting, worker_bundle
 from pipeline.config import ClusterConfig, Recipe
-from pipeline.days import fingerprint
 from pipeline.stages import StageOutput
 
 PLAN = "plan.json"
@@ -104,7 +104,11 @@ def _worker_options(cluster: ClusterConfig) -> dict[str, float]:
 
 
 def plan_inputs(recipe: Recipe) -> dict[str, str]:
-    """Fingerprints of the files that the recipe's plan is made from."""
+    """SHA-256 of the files that the recipe's plan is made from.
+
+    Not their times: a job's working directory is unpacked anew after every change of code, and all
+    that was trained with the plan would be trained again.
+    """
     sharding = recipe.embedding.sharding
     files = {
         "plan": sharding.plan,
@@ -112,7 +116,7 @@ def plan_inputs(recipe: Recipe) -> dict[str, str]:
         "traffic": sharding.traffic,
     }
     return {
-        name: fingerprint([path])
+        name: file_sha256(path)
         for name, path in files.items()
         if path is not None and path.is_file()
     }

@@ -205,7 +205,9 @@ class DayRun:
 
         config = ingest_config(self.recipe)
         inputs = self.spans.inputs(span, self._catalogue.fingerprint())
-        return StageSpec("ingest", self.directory("ingest", last), config, inputs, body)
+        events = None if "events" in inputs else partial(self.spans.events, span)
+        directory = self.directory("ingest", last)
+        return StageSpec("ingest", directory, config, inputs, body, more_inputs=events)
 
     def _content(self) -> Iterator[StageSpec]:
         if self.recipe.content is not None:

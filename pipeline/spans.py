@@ -11,7 +11,8 @@ from typing import Any
 from embedding.errors import UserError
 from pipeline.artifacts import MANIFEST, Manifest, config_hash, read_manifest
 from pipeline.consent import Consent
-from pipeline.days import PARTITION, Span, day_files, fingerprint
+from pipeline.days import PARTITION, Span, named
+from pipeline.event_files import DayFiles
 from pipeline.samples.ingest_facts import IngestFacts
 
 INGEST = "ingest"
@@ -57,16 +58,18 @@ class Spans:
     def span(self, last: str) -> Span:
         """Days of the span that ends at `last`; a published one goes on with what it went on with.
 
-        Else a file that came late to an old day would chain it on a span that is stale itself.
+        Else a file that came late to an old day would chain it on a span that is stale itself. What
+        cannot be made again stays: once the artifact before is pruned, a late file would have the
+        whole log ingested, or no run come about at all.
 
         Raises:
             UserError: its days are gone, or a new span would lack days that an artifact holds.
         """
         recorded = self._manifest(last)
+        if recorded is not None and self._stays(recorded):
+            return Span(recorded.facts.days, recorded.facts.previous)
         if recorded is not None:
-            found = self._as_published(recorded, last)
-            if found is not None:
-                return found
+            return self._after(recorded.facts.previous, last)
         earlier = (p.parts[-3] for p in self.out.glob(f"????-??-??/{INGEST}/manifest.json"))
         known = (day for day in earlier if day < last and self._manifest(day) is not None)
         span = self._after(max(known, default=None), last)
@@ -78,25 +81,37 @@ class Spans:
         """What the artifact of a span is made of.
 
         The catalogue grows every day, and what ingest takes from it are the ids that are known: a
-        published span stays as it is, and join reads the columns of today.
+        published span stays as it is, and join reads the columns of today. Of a span that is not
+        there `events` are left out: they take long to tell, and nobody but its ingest needs them.
 
         Args:
             span: one of `span`.
             catalogue: today's fingerprint of the files of items and users.
         """
         recorded = self._manifest(span.days[-1])
-        if recorded is not None and self._is_past(recorded):
+        if recorded is not None and self._stays(recorded):
             return recorded.inputs
-        inputs = {"events": self._events(span)}
+        inputs = {} if recorded is None else self.events(span)
         if span.previous is not None:
             before = self._manifest(span.previous)
-            if before is None:  # `_as_published` has found that nothing else changed
-                assert recorded is not None
-                return recorded.inputs
+            assert before is not None, span
             inputs["previous"] = before.artifact_id
         if recorded is not None and inputs.items() <= recorded.inputs.items():
             return recorded.inputs
         return {**inputs, "catalogue": catalogue}
+
+    def events(self, span: Span) -> dict[str, str]:
+        """The input that tells the event files of a span; reads those that are not known."""
+        recorded = self._manifest(span.days[-1])
+        known = {} if recorded is None else recorded.facts.day_files
+        changed = span.days if recorded is None else self._changed(span.days, recorded)
+        if recorded is not None and not changed:
+            return {"events": recorded.inputs["events"]}
+        contents = {
+            day: DayFiles.of(self.root, day).content if day in changed else known[day].content
+            for day in span.days
+        }
+        return {"events": config_hash(contents)}
 
     def back_to(self, last: str, first: str) -> list[Span]:
         """The spans that hold the days `first` .. `last`, oldest first.
@@ -110,10 +125,11 @@ class Spans:
         held = {day for span in spans for day in span.days}
         late = [day for day in self.days if first <= day <= last and day not in held]
         if late:
+            after = next(span.days[-1] for span in spans if span.days[-1] > late[0])
             raise UserError(
                 f"{self.root / 'events'} has {late[0]}, which came after {self.out} had ingested "
-                "later days whose events are gone since, so histories cannot take it in; restore "
-                f"those events, or move {PARTITION}{late[0]} away"
+                "later days, and what these were made of is pruned or deleted, so histories cannot "
+                f"take it in; {self._made_again(after)}, or move {PARTITION}{late[0]} away"
             )
         return spans
 
@@ -128,34 +144,68 @@ class Spans:
             spans.insert(0, self.span(day))
         return [span.days[-1] for span in spans]
 
+    def files_of(self, spans: Sequence[Span], days: Sequence[str]) -> dict[str, DayFiles]:
+        """The event files of some days of published spans, as ingest found them."""
+        held: dict[str, DayFiles] = {}
+        for span in spans:
+            recorded = self._manifest(span.days[-1])
+            assert recorded is not None
+            held |= recorded.facts.day_files
+        return {day: held[day] for day in days}
+
     def cascade(self, span: Span) -> list[str]:
         """A sentence on what is ingested anew, if files of a published span have changed."""
         recorded, last = self._manifest(span.days[-1]), span.days[-1]
-        if recorded is None or self._is_past(recorded):
+        if recorded is None or self._stays(recorded):
             return []
-        if recorded.inputs["events"] == self._events(span):
+        changed = self._changed(span.days, recorded)
+        if not changed:
             return []
         published = (p.parts[-3] for p in self.out.glob(f"????-??-??/{INGEST}/{MANIFEST}"))
         later = sorted(day for day in published if day > last and self._manifest(day) is not None)
-        named = f"{span.days[0]} .. {last}" if len(span.days) > 1 else last
-        after = f", and so are the {len(later)} spans after it, up to {later[-1]}" if later else ""
+        what = f"the span {span.days[0]} .. {last}" if len(span.days) > 1 else "it"
+        spans = "span" if len(later) == 1 else f"{len(later)} spans"
+        and_so = f", and so {'is' if len(later) == 1 else 'are'} the {spans} after it"
+        after = f"{and_so}, up to {later[-1]}" if later else ""
         return [
-            f"event files of {named} changed since they were ingested: it is ingested anew{after}"
+            f"event files of {named(changed)} changed since they were ingested: {what} is "
+            f"ingested anew{after}"
         ]
 
-    def _as_published(self, recorded: Manifest[IngestFacts], last: str) -> Span | None:
-        """The span that an artifact holds; None if it goes on with one that is not there."""
-        previous = recorded.facts.previous
-        if self._is_past(recorded):
-            return Span(recorded.facts.days, previous)
-        span = self._after(previous, last)
-        if previous is None or self._manifest(previous) is not None:
-            return span
-        return span if self._events(span) == recorded.inputs["events"] else None
+    def kept(self, last: str) -> list[str]:
+        """Sentences on spans up to `last` that stay although their event files changed."""
+        said = []
+        for day in self.chain(last, last):
+            recorded = self._manifest(day)
+            if recorded is None or not self._stays(recorded):
+                continue
+            there = [d for d in self.days if (recorded.facts.previous or "") < d <= day]
+            changed = self._changed(there, recorded)
+            if changed:
+                said.append(
+                    f"event files of {named(changed)} are not those that {self.out / day / INGEST} "
+                    "was made of, which stays as it is, because what it goes on with is pruned, or "
+                    f"events of it are deleted; to take them in, {self._made_again(day)}"
+                )
+        return said
 
-    def _is_past(self, recorded: Manifest[IngestFacts]) -> bool:
-        """Whether days of a published span are no longer in the log: it cannot be made again."""
-        return not set(recorded.facts.days) <= set(self.days)
+    def _made_again(self, day: str) -> str:
+        """How to have a span made again that stays as it is."""
+        recorded = self._manifest(day)
+        assert recorded is not None
+        return (
+            f"delete {self.out / day / INGEST} and run again, with all days since "
+            f"{recorded.facts.first_day} in {self.root / 'events'}"
+        )
+
+    def _stays(self, recorded: Manifest[IngestFacts]) -> bool:
+        """Whether a published span cannot be made again from what it was made of.
+
+        Days of it are no longer in the log, or the artifact that it goes on with is gone.
+        """
+        previous = recorded.facts.previous
+        is_past = not set(recorded.facts.days) <= set(self.days)
+        return is_past or (previous is not None and self._manifest(previous) is None)
 
     def _after(self, previous: str | None, last: str) -> Span:
         days = tuple(d for d in self.days if d <= last and (previous is None or d > previous))
@@ -185,14 +235,18 @@ class Spans:
             raise UserError(
                 f"{self.out / last / INGEST} would be made anew from {span.days[0]} on, because "
                 "what ingest depends on has changed (event columns, histories, tasks, "
-                "data.user_buckets) or an artifact before it is gone; but histories and counts "
+                "data.user_buckets), or it is gone with those before it; but histories and counts "
                 f"there go back to {lost[0]}, and {self.root / 'events'} no longer has all days "
                 "since then. Restore these days; or return to the settings before; or choose "
                 "another --out; or, to go on without those events, add --shorter-histories"
             )
 
-    def _events(self, span: Span) -> str:
-        return fingerprint(day_files(self.root, span.days))
+    def _changed(self, days: Sequence[str], recorded: Manifest[IngestFacts]) -> list[str]:
+        """Days whose files are not those that an artifact was made of."""
+        known = recorded.facts.day_files
+        return [
+            day for day in days if day not in known or not known[day].are_those_of(self.root, day)
+        ]
 
     def _manifest(self, day: str) -> Manifest[IngestFacts] | None:
         """Of the span that ends at a day, if it was made with the same settings."""

@@ -5,6 +5,7 @@ from typing import Literal
 
 from embedding.warm_start_report import WarmStartReport
 from pipeline.artifacts import Manifest, StageFacts, read_manifest
+from pipeline.event_files import DayFiles
 from pipeline.samples.columns import ColumnKind
 from pipeline.stages import CATCH_UP
 
@@ -51,8 +52,8 @@ class TrainFacts(TrainingFacts):
 
     parent: str | None
     """Date of the run whose model it started from."""
-    day_files: dict[str, str]
-    """Fingerprint of the event files of each of the days."""
+    day_files: dict[str, DayFiles]
+    """Of each of the days, as ingest found them: what came later is not in the samples."""
     caught_up: str | None
     """Artifact id of the `catch_up` whose result it is; None: it trained by itself."""
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.artifacts import Manifest, config_hash, damaged_files, read_manifest
 from pipeline.catch_up import objections
 from pipeline.cluster import rank_bundles
-from pipeline.day_warnings import Ancestry, day_fingerprints, day_warnings
+from pipeline.day_warnings import Ancestry, day_warnings
 from pipeline.days import Span
 from pipeline.evaluate import PREDICTIONS, evaluate
 from pipeline.identity import training_config
@@ -37,16 +37,17 @@ def train_stage(run: "DayRun") -> StageSpec:
     """The model of the run's date."""
     parent, days = run.parent, run.training_days()
     config = _config(run, days, run.split.validation)
-    inputs = _inputs(run, run.training_spans())
+    spans = run.training_spans()
+    inputs = _inputs(run, spans)
     if parent is not None:
         inputs["parent"] = run.artifact_id("train", parent)
-    fingerprints = day_fingerprints(run.recipe.data.root, days)
 
     def body(scratch: Path) -> StageOutput:
         root, ancestry = run.recipe.data.root, Ancestry.of(run.out, parent)
-        warnings = run.reporter.warn(day_warnings(root, run.split, days, ancestry))
+        said = [*day_warnings(root, run.split, days, ancestry), *run.spans.kept(run.date)]
+        warnings = run.reporter.warn(said)
         codebooks, event_columns = _about_samples(run)
-        learned, files, taken_over = days, fingerprints, None
+        learned, files, taken_over = days, run.spans.files_of(spans, days), None
         earlier = None if parent is None else run.directory(CATCH_UP, parent)
         caught_up = None if earlier is None else _same_training(earlier, config, inputs)
         if earlier is not None and caught_up is not None and _is_approved(run.out, caught_up):
@@ -184,12 +185,15 @@ def _inputs(run: "DayRun", spans: list[Span]) -> dict[str, str]:
 def _same_training(
     earlier: Path, config: dict[str, Any], inputs: dict[str, str]
 ) -> Manifest[CatchUpFacts] | None:
-    """A `catch_up` that is exactly the training of these inputs, and whole; None: it is not."""
+    """A `catch_up` that is exactly the training of these inputs, and whole; None: it is not.
+
+    Whatever plan it ran with: where shards lie changes nothing of what is learned.
+    """
     found = read_manifest(earlier, CatchUpFacts)
     if found is None or found.config_hash != config_hash(config):
         return None
-    theirs = {key: value for key, value in found.inputs.items() if key != "gate"}
-    ours = {("train" if key == "parent" else key): value for key, value in inputs.items()}
+    theirs = {key: value for key, value in found.inputs.items() if key not in ("gate", "plan")}
+    ours = {("train" if k == "parent" else k): value for k, value in inputs.items() if k != "plan"}
     return found if theirs == ours and not damaged_files(earlier, thorough=False) else None
 
 

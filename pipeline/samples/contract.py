@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from embedding.errors import UserError
 from embedding.raw_ids import Int64Array, id_lists, is_id_list_type, is_id_type, to_raw_ids
-from pipeline.days import PARTITION, available_days, parse_day
+from pipeline.days import PARTITION, available_days, day_files, parse_day
 from pipeline.samples.column_kinds import column_kinds
 from pipeline.samples.columns import KEY_COLUMNS, ColumnKind, EventColumns, SourceColumns
 from pipeline.samples.logged_histories import list_type_faults, logged_faults, logged_histories
@@ -105,8 +105,7 @@ def empty_day_fault(root: Path, day: str, num_files: int) -> str:
 
 def event_paths(root: Path, day: str) -> list[Path]:
     """Parquet files of one day, by name; hidden ones are not read."""
-    folder = root / "events" / f"{PARTITION}{day}"
-    return sorted(p for p in folder.glob("*.parquet") if not p.name.startswith((".", "_")))
+    return day_files(root, [day])
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:

@@ -29,6 +29,7 @@ from embedding.errors import UserError
 from embedding.feature_schema import HistoryConfig
 from pipeline.artifacts import read_manifest
 from pipeline.config import Recipe
+from pipeline.event_files import DayFiles
 from pipeline.samples.buckets import (
     REPEATED,
     BucketFacts,
@@ -80,6 +81,7 @@ class CheckedSpan:
     """The ingest artifact that ends before the days."""
     earlier: EarlierState | None
     """The state of `previous`."""
+    day_files: dict[str, DayFiles]
     files: list[EventFile]
     kinds: dict[str, ColumnKind]
     """Of the id columns of all files, and of those before `days`."""
@@ -109,6 +111,8 @@ def check_span(recipe: Recipe, days: Sequence[str], previous: Path | None) -> Ch
     earlier = _earlier_state(recipe, days[0], previous)
     root = recipe.data.root
     columns = EventColumns.of(recipe)
+    # Before they are listed: a file that comes after that is one that the artifact does not hold.
+    found = {day: DayFiles.of(root, day) for day in days}
     files = [file for day in days for file in event_files(root, day, columns)]
     known = check_catalogue(root, recipe.features)
     written = [(file.path, file.kinds) for file in files]
@@ -129,6 +133,7 @@ def check_span(recipe: Recipe, days: Sequence[str], previous: Path | None) -> Ch
         days=tuple(days),
         previous=previous,
         earlier=earlier,
+        day_files=found,
         files=files,
         kinds=kinds,
         known=known,
@@ -308,6 +313,7 @@ def _facts(
     return IngestFacts(
         days=span.days,
         previous=None if span.previous is None else span.previous.parent.name,
+        day_files=span.day_files,
         rows_in=span.num_rows,
         rows_out=rows_out,
         quarantined=quarantined,

@@ -2,6 +2,7 @@
 
 from embedding.config import StrictConfig
 from pipeline.artifacts import StageFacts
+from pipeline.event_files import DayFiles
 from pipeline.samples.columns import ColumnKind
 
 
@@ -24,6 +25,8 @@ class IngestFacts(StageFacts):
     """Of the span."""
     previous: str | None
     """Last day of the span that it continues."""
+    day_files: dict[str, DayFiles]
+    """Of each of the days, as they were before any of them was read."""
     rows_in: int
     rows_out: int
     quarantined: dict[str, int]

@@ -1,9 +1,11 @@
 """Facts of stages that did not run; what a test does not name is of no interest to it."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from pipeline.codes.quantize_facts import Quantized, QuantizeFacts
+from pipeline.event_files import DayFiles
 from pipeline.gate_decision import GateDecision
 from pipeline.registry import PublishFacts
 from pipeline.samples.ingest_facts import IngestFacts
@@ -21,6 +23,8 @@ RESULT = TrainResult(
     warm_start=None,
 )
 
+NO_FILES = DayFiles(num_bytes=0, seen="", content="")
+
 
 def trained(days: Sequence[str], parent: str | None = None, **others: Any) -> TrainFacts:
     return TrainFacts(
@@ -30,7 +34,7 @@ def trained(days: Sequence[str], parent: str | None = None, **others: Any) -> Tr
             "codebooks": None,
             "event_columns": {},
             "parent": parent,
-            "day_files": dict.fromkeys(days, ""),
+            "day_files": dict.fromkeys(days, NO_FILES),
             "caught_up": None,
             **others,
         }
@@ -38,11 +42,16 @@ def trained(days: Sequence[str], parent: str | None = None, **others: Any) -> Tr
 
 
 def ingested(
-    days: Sequence[str], previous: str | None = None, first_day: str | None = None
+    days: Sequence[str],
+    previous: str | None = None,
+    first_day: str | None = None,
+    root: Path | None = None,
 ) -> IngestFacts:
+    """Of a span whose event files lie below `root`; None: in a test that looks at none."""
     return IngestFacts(
         days=tuple(days),
         previous=previous,
+        day_files={} if root is None else {day: DayFiles.of(root, day) for day in days},
         rows_in=0,
         rows_out=0,
         quarantined={},

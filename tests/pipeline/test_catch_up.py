@@ -12,15 +12,20 @@ import yaml
 from safetensors.numpy import load_file
 
 from deploy.app import main
-from pipeline import catch_up
+from pipeline import catch_up, training_stages
+from pipeline.artifacts import StageFacts, read_manifest
 from pipeline.catch_up import objections
+from pipeline.config import PublishConfig
 from pipeline.gate_config import GateConfig, TaskGate
 from pipeline.metrics_file import read_metrics
 from pipeline.registry import promote, rollback
+from pipeline.train_facts import CatchUpFacts, TrainFacts
 from ranking.evaluation import evaluate_predictions
 from ranking.task_metrics import TaskMetrics
 from tests.one_process import in_one_process
+from tests.pipeline import small_models, stage_facts
 from tests.pipeline.small_log import DAYS, make_recipe, write_days_to_train_on, write_log_to_run
+from tests.pipeline.test_run import ingested, joined, run_of, write_log, write_manifest
 
 
 def metrics(probs: list[float]) -> TaskMetrics:
@@ -59,6 +64,41 @@ def test_what_got_worse_on_the_rows_it_learned_is_not() -> None:
         "like: auc on the rows it has learned fell from 1.0000 to 0.8750",
         "like: gauc on the rows it has learned fell from 1.0000 to 0.7500",
     )
+
+
+def test_the_next_day_takes_the_training_over_whatever_plan_it_ran_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, out = tmp_path / "data", tmp_path / "out"
+    write_log(root, 3)
+    first = run_of(root, 0)
+    first.recipe = first.recipe.model_copy(update={"publish": PublishConfig(catch_up=True)})
+    ingested(first)
+    joined(first)
+    small_models.write_model(out, DAYS[0])
+    small_models.write_manifest(out / DAYS[0] / "plan", "one plan", StageFacts())
+    (spec,) = first.specs("catch_up")
+    trained = CatchUpFacts(
+        result=stage_facts.RESULT,
+        days=(DAYS[1],),
+        codebooks=None,
+        event_columns={},
+        accepted=True,
+        reasons=(),
+    )
+    write_manifest(spec, trained)
+    second = run_of(root, 1)
+    ingested(second)
+    joined(second)
+    small_models.write_manifest(out / DAYS[1] / "plan", "another plan", StageFacts())
+    monkeypatch.setattr(training_stages, "take_over", lambda *_: stage_facts.RESULT)
+
+    (spec,) = second.specs("train")
+    found = spec.body(tmp_path / "scratch").facts
+    assert isinstance(found, TrainFacts)
+    caught_up = read_manifest(first.directory("catch_up"))
+    assert caught_up is not None
+    assert found.caught_up == caught_up.artifact_id
 
 
 @pytest.fixture(scope="module")

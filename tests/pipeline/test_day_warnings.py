@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import WindowConfig
-from pipeline.day_warnings import Ancestry, day_fingerprints, day_warnings, missing_days
+from pipeline.day_warnings import Ancestry, day_warnings, missing_days
 from pipeline.days import available_days, split_days
+from pipeline.event_files import DayFiles
 from tests.pipeline.small_models import write_manifest
 from tests.pipeline.stage_facts import trained
 
@@ -28,7 +29,7 @@ class Log:
     def train(self, number: int, numbers: Sequence[int], parent: int | None = None) -> None:
         days = [day(i) for i in numbers]
         start = None if parent is None else day(parent)
-        facts = trained(days, start, day_files=day_fingerprints(self.root, days))
+        facts = trained(days, start, day_files={d: DayFiles.of(self.root, d) for d in days})
         write_manifest(self.out / day(number) / "train", "i", facts)
 
     def said(self, number: int, *, parent: int | None = None, **window: int) -> list[str]:
@@ -70,6 +71,22 @@ def test_gaps_in_what_is_trained_on_are_named(log: Log) -> None:
     log.train(1, [1])
     (sentence,) = log.said(3, parent=1)
     assert f"no {day(2)} between" in sentence, "also between the parent's last day and the first"
+
+
+def test_days_that_fall_out_of_the_window_before_they_were_trained_on_are_named(log: Log) -> None:
+    log.deliver(1, 2, 3, 5, 6, 7, 8)
+    log.train(1, [1])
+
+    assert log.said(7, parent=1, train_days=2) == [
+        f"the event log has no {day(4)} between {day(1)} and {day(7)}, which this run trains on; a "
+        "later delivery is not trained on by itself",
+        f"window.train_days=2 leaves out {day(2)}, {day(3)}, {day(5)}, which no model that this "
+        "run goes on from was trained on, and later runs go on after them; to train on them, run "
+        "this date again with --set window.train_days=5",
+    ]
+    (sentence,) = log.said(7, parent=1, train_days=5)
+    assert f"the event log has no {day(4)}" in sentence
+    assert log.said(7, train_days=2) == [], "a cold start has nothing before its window"
 
 
 def test_an_evaluation_day_that_is_not_the_next_one_is_named(log: Log) -> None:

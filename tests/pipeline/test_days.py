@@ -6,11 +6,13 @@ from embedding.errors import UserError
 from pipeline.config import WindowConfig
 from pipeline.days import (
     available_days,
+    day_files,
     fingerprint,
     require_complete,
     split_days,
     stray_partitions,
 )
+from pipeline.samples.contract import event_paths
 
 DAYS = ["2024-01-01", "2024-01-02", "2024-01-03", "2024-01-04", "2024-01-05"]
 
@@ -103,3 +105,20 @@ def test_fingerprint_follows_content_and_names(tmp_path: Path) -> None:
 
     assert fingerprint([file]) != before
     assert fingerprint([file]) == fingerprint([file])
+
+
+def test_files_that_a_writer_has_not_finished_are_no_files_of_a_day(tmp_path: Path) -> None:
+    folder = tmp_path / "events" / f"dt={DAYS[0]}"
+    folder.mkdir(parents=True)
+    for name in ("part-1.parquet", "part-0.parquet", ".part-2.parquet", "_part-3.parquet", "x.txt"):
+        (folder / name).touch()
+
+    found = day_files(tmp_path, DAYS[:2])
+    assert [path.name for path in found] == ["part-0.parquet", "part-1.parquet"]
+    assert event_paths(tmp_path, DAYS[0]) == found
+
+
+def test_a_file_that_goes_while_it_is_looked_at_is_said_with_the_remedy(tmp_path: Path) -> None:
+    gone = tmp_path / "part-0.parquet"
+    with pytest.raises(UserError, match=rf"{gone} went while .* being written; run .* again"):
+        fingerprint([gone])

@@ -1,5 +1,6 @@
 """Ingest against a loop over all events; chaining of spans; reproducible files."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from pipeline.config import Recipe
 from pipeline.samples import buckets as buckets_module
 from pipeline.samples import ingest as ingest_module
 from pipeline.samples.buckets import merge_counts
+from pipeline.samples.columns import EventColumns
+from pipeline.samples.contract import EventFile
 from pipeline.samples.ingest import check_span, ingest
 from pipeline.samples.ingest_facts import IngestFacts
 
@@ -185,6 +188,24 @@ def test_facts_count_rows_labels_and_days(tmp_path: Path) -> None:
     assert facts.mean_history_length["clicks"] == pytest.approx(sum(lengths) / 72)
     assert progress[-1] == (144, 144)
     assert [done for done, _ in progress] == sorted(done for done, _ in progress)
+
+
+def test_a_file_that_comes_while_files_are_listed_is_not_taken_for_one_that_was_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_catalogue(tmp_path)
+    write_day(tmp_path, 0, [[event(0, 1, 60)]])
+    listed = ingest_module.event_files
+
+    def and_deliver(root: Path, day: str, columns: EventColumns) -> list[EventFile]:
+        found = listed(root, day, columns)
+        shutil.copyfile(found[0].path, found[0].path.with_name("part-00009.parquet"))
+        return found
+
+    monkeypatch.setattr(ingest_module, "event_files", and_deliver)
+    checked = check_span(make_recipe(tmp_path), DAYS[:1], None)
+    assert checked.num_rows == 1
+    assert not checked.day_files[DAYS[0]].are_those_of(tmp_path, DAYS[0])
 
 
 def test_images_are_not_looked_at(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Plans follow the machines: made again for another cluster, refused where ranks are elsewhere."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from pipeline import run as run_module
 from pipeline.artifacts import read_manifest
 from pipeline.config import WindowConfig
 from pipeline.console import Reporter
-from pipeline.plan import PLAN, PlanFacts, PlannedCluster
+from pipeline.plan import PLAN, PlanFacts, PlannedCluster, plan_inputs
 from pipeline.planning.request import parse_constraints, with_constraints
 from pipeline.rank_hosts import Place, refuse_other_hosts
 from pipeline.run import DayRun
@@ -102,6 +103,23 @@ def test_a_plan_is_made_again_for_another_cluster_when_ranks_are_needed(
         assert manifest.facts.cluster == PlannedCluster.of(shape)
     assert machines.planned == ["cpu:2x6", "cpu:12", "cpu:12"]
     assert capsys.readouterr().out.count("made for another cluster than cpu:12") == 2
+
+
+def test_a_plan_is_made_of_what_its_files_hold_whenever_they_were_copied(tmp_path: Path) -> None:
+    """A job's working directory is unpacked anew, and all of its files get new times."""
+    recipe, file = make_recipe(tmp_path), tmp_path / "calibration.json"
+    file.write_text("1")
+    sharding = recipe.embedding.sharding.model_copy(update={"calibration": file})
+    embedding = recipe.embedding.model_copy(update={"sharding": sharding})
+    calibrated = recipe.model_copy(update={"embedding": embedding})
+    before = plan_inputs(calibrated)
+    assert list(before) == ["calibration"]
+    os.utime(file, ns=(1, 1))
+
+    assert plan_inputs(calibrated) == before
+    file.write_text("2")
+    os.utime(file, ns=(1, 1))
+    assert plan_inputs(calibrated) != before
 
 
 def planned(sharding: str, topology: str = "cpu:2x6") -> PlanDescription:

@@ -1,5 +1,6 @@
 """Which days a run trains on when it starts from an earlier one and holds days out."""
 
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,10 +10,12 @@ import pytest
 
 from embedding.errors import UserError
 from pipeline import run as run_module
+from pipeline import training_stages
 from pipeline.artifacts import MANIFEST, Manifest, StageFacts, config_hash, read_manifest
 from pipeline.config import PublishConfig, WindowConfig
 from pipeline.consent import Consent
 from pipeline.console import Reporter
+from pipeline.day_warnings import Ancestry, day_warnings
 from pipeline.days import catalogue_files, fingerprint
 from pipeline.identity import ingest_config, publish_config, training_config
 from pipeline.recipe import load_recipe
@@ -165,7 +168,8 @@ def ingested(run: DayRun) -> list[tuple[str, bool]]:
         span = run.spans.span(last)
         before = None if span.previous is None else run.directory("ingest", span.previous)
         first = first_day_held(span.days, before)
-        write_manifest(spec, stage_facts.ingested(span.days, span.previous, first))
+        facts = stage_facts.ingested(span.days, span.previous, first, run.recipe.data.root)
+        write_manifest(spec.completed(), facts)
     return found
 
 
@@ -233,6 +237,62 @@ def test_a_file_that_came_late_makes_its_span_and_the_ones_after_it_stale(tmp_pa
 
     stale = [(DAYS[0], False), (DAYS[1], False), (DAYS[2], False)]
     assert ingested(run_of(root, 1)) == stale
+
+
+def test_a_file_that_comes_between_ingest_and_training_was_not_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, out = tmp_path / "data", tmp_path / "out"
+    write_log(root, 3)
+    run = run_of(root, 0)
+    run.session = SimpleNamespace(wait_for=lambda *_: None, group=tuple)
+    ingested(run)
+    joined(run)
+    monkeypatch.setattr(training_stages, "train", lambda *_: stage_facts.RESULT)
+    deliver_late(root, 0)
+    execute(next(run.specs("train")), run.reporter)
+
+    next_day = run_of(root, 1)
+    assert ingested(next_day) == [(day, False) for day in DAYS[:3]]
+    ancestry = Ancestry.of(out, DAYS[0])
+    (sentence,) = day_warnings(root, next_day.split, (DAYS[1],), ancestry)
+    assert f"the files of {DAYS[0]} have changed since models" in sentence
+
+
+def test_a_log_that_was_copied_makes_nothing_stale(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    write_log(root, 4)
+    for day in range(2):
+        ingested(run_of(root, day))
+    for file in root.rglob("*.parquet"):
+        os.utime(file, ns=(1, 1))
+
+    run = run_of(root, 1)
+    assert ingested(run) == [(day, True) for day in DAYS[:3]]
+    assert run.spans.cascade(run.spans.span(DAYS[1])) == []
+
+
+def test_a_day_of_a_longer_span_that_changed_is_named(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    write_log(root, 4)
+    ingested(run_of(root, 2))
+    deliver_late(root, 1)
+
+    spans = run_of(root, 2).spans
+    assert spans.cascade(spans.span(DAYS[2])) == [
+        f"event files of {DAYS[1]} changed since they were ingested: the span {DAYS[0]} .. "
+        f"{DAYS[2]} is ingested anew, and so is the span after it, up to {DAYS[3]}"
+    ]
+
+
+def test_nobody_reads_files_to_tell_that_a_span_is_missing(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    write_log(root, 2)
+    (spec, *_) = run_of(root, 0).specs("ingest")
+
+    assert "events" not in spec.inputs
+    assert not spec.is_current
+    assert "events" in spec.completed().inputs
 
 
 def test_every_evaluation_day_is_found_whichever_span_holds_it(tmp_path: Path) -> None:
@@ -430,6 +490,52 @@ def test_histories_begin_anew_where_the_log_has_all_events(tmp_path: Path) -> No
     assert ingested(changed(run_of(root, 1))) == [(DAYS[1], False), (DAYS[2], False)]
 
 
+def test_a_span_stays_once_the_one_that_it_goes_on_with_is_pruned(tmp_path: Path) -> None:
+    """A late file would have the whole log ingested."""
+    root, out = tmp_path / "data", tmp_path / "out"
+    write_log(root, 4)
+    for day in range(3):
+        ingested(run_of(root, day))
+    shutil.rmtree(out / DAYS[0])
+    deliver_late(root, 1)
+
+    run = run_of(root, 2, train_days=2)
+    assert ingested(run) == [(day, True) for day in DAYS[1:]]
+    assert run.spans.cascade(run.spans.span(DAYS[1])) == []
+    assert run.spans.kept(DAYS[2]) == [
+        f"event files of {DAYS[1]} are not those that {out / DAYS[1]}/ingest was made of, which "
+        "stays as it is, because what it goes on with is pruned, or events of it are deleted; to "
+        f"take them in, delete {out / DAYS[1]}/ingest and run again, with all days since {DAYS[0]} "
+        f"in {root}/events"
+    ]
+    shutil.rmtree(out / DAYS[1] / "ingest")
+    again = run_of(root, 2, train_days=2)
+    assert ingested(again) == [(day, False) for day in DAYS[1:]]
+    assert again.spans.span(DAYS[1]).days == (DAYS[0], DAYS[1])
+    assert again.spans.kept(DAYS[2]) == []
+
+
+def test_a_training_says_which_span_stays_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, out = tmp_path / "data", tmp_path / "out"
+    write_log(root, 4)
+    ingested(run_of(root, 0))
+    run = run_of(root, 1, train_days=1)
+    run.session = SimpleNamespace(wait_for=lambda *_: None, group=tuple)
+    ingested(run)
+    joined(run)
+    shutil.rmtree(out / DAYS[0])
+    deliver_late(root, 1)
+    monkeypatch.setattr(training_stages, "train", lambda *_: stage_facts.RESULT)
+
+    execute(next(run.specs("train")), run.reporter)
+    manifest = read_manifest(run.directory("train"))
+    assert manifest is not None
+    (sentence,) = manifest.warnings
+    assert f"{out / DAYS[1]}/ingest was made of, which stays as it is" in sentence
+
+
 def test_a_late_file_cuts_no_history_whose_artifact_is_gone(tmp_path: Path) -> None:
     root, out = tmp_path / "data", tmp_path / "out"
     write_log(root, 4)
@@ -440,8 +546,13 @@ def test_a_late_file_cuts_no_history_whose_artifact_is_gone(tmp_path: Path) -> N
     assert all(current for _, current in ingested(run_of(root, 2)))
     deliver_late(root, 1)
 
+    run = run_of(root, 2)
+    assert all(current for _, current in ingested(run))
+    (sentence,) = run.spans.kept(DAYS[2])
+    assert f"with all days since {DAYS[0]} in" in sentence
+    shutil.rmtree(out / DAYS[1] / "ingest")
     with pytest.raises(UserError, match=rf"there go back to {DAYS[0]}, and"):
-        ingested(run_of(root, 2))
+        ingested(run_of(root, 2, train_days=2))
 
 
 def test_columns_of_items_and_limits_leave_histories_as_they_are() -> None:

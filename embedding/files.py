@@ -17,13 +17,17 @@ def file_sha256(path: Path) -> str:
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Replace a file in one move, on disk before the call returns."""
+    """Replace a file in one move, on disk before the call returns; a failure leaves nothing."""
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
@@ -190,12 +191,7 @@ class Checkpointer:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier(group=self._group)
-        save_distributed(
-            tensors,
-            storage_writer=FileSystemWriter(partial, single_file_per_rank=True, sync_files=True),
-            planner=StoredTensorPlanner(),
-            process_group=self._group,
-        )
+        self._write_tensors(tensors, partial)
         gathered: list[Any] = [None] * self._world_size
         mine = {path.name: _stored_file(path) for path in partial.glob(f"__{self._rank}_*")}
         dist.all_gather_object(gathered, mine, group=self._group)
@@ -209,6 +205,25 @@ class Checkpointer:
                 if step != retain:
                     shutil.rmtree(step_directory(self.directory, step))
         dist.barrier(group=self._group)
+
+    def _write_tensors(self, tensors: dict[str, StoredTensor], partial: Path) -> None:
+        """Raises: on all ranks, what went wrong on the first one that could not write."""
+        try:
+            save_distributed(
+                tensors,
+                storage_writer=FileSystemWriter(
+                    partial, single_file_per_rank=True, sync_files=True
+                ),
+                planner=StoredTensorPlanner(),
+                process_group=self._group,
+            )
+        except CheckpointException as error:  # no `Exception`: whoever catches those would miss it
+            if self._rank == 0:  # a full disk has no room for it
+                shutil.rmtree(partial, ignore_errors=True)
+            cause, _ = error.failures[min(error.failures)]
+            if isinstance(cause, OSError) and cause.filename is None:
+                cause.filename = str(partial)
+            raise cause from error
 
 
 def load_into(

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -399,9 +400,11 @@ def test_user_error_is_found_inside_ray_wrappers() -> None:
 
 
 def test_full_disk_is_something_the_user_can_mend() -> None:
-    error = OSError(28, "No space left on device", "runs/a")
+    full = OSError(errno.ENOSPC, "No space left on device", "runs/a")
+    assert "disk is full while writing runs/a" in str(user_error(full))
 
-    assert "disk is full while writing runs/a" in str(user_error(error))
+    quota = OSError(errno.EDQUOT, "Disk quota exceeded", "runs/a")
+    assert "disk quota is used up while writing runs/a" in str(user_error(quota))
 
 
 def test_files_that_are_read_back_say_their_version(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from embedding.checkpoint_files import (
     steps,
 )
 from embedding.errors import CheckpointError, UserError
+from embedding.files import sync
 from embedding.restore import restore_all
 from embedding.row_carry import RowCarry
 from embedding.shard import Sharded
@@ -300,9 +301,7 @@ def _publish(partial: Path, final: Path, manifest: CheckpointManifest) -> None:
         os.fsync(file.fileno())
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
-    folder = os.open(final.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+    sync(final.parent)
 
 
 def _damage(directory: Path, name: str, manifest: CheckpointManifest) -> str | None:

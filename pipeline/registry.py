@@ -13,7 +13,7 @@ from typing import Literal
 
 from embedding.config import StrictConfig
 from embedding.errors import UserError
-from embedding.files import link_or_copy, write_durably
+from embedding.files import link_or_copy, sync, write_durably
 from pipeline.artifacts import Manifest, StageFacts, read_manifest
 from pipeline.days import parse_day
 from pipeline.lock import changing
@@ -342,7 +342,7 @@ def _kept(out: Path, change: Promotion) -> PublishedModel:
 
 
 def _link(model: PublishedModel, target: Path) -> None:
-    """The same files under a second name, visible in one move."""
+    """The same files under a second name, visible in one move, on disk before it is promoted."""
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(model.directory, partial, copy_function=link_or_copy)
@@ -350,7 +350,10 @@ def _link(model: PublishedModel, target: Path) -> None:
         raise UserError(
             f"{model.directory} was published anew at this moment; run the same command again"
         )
+    for path in (*partial.rglob("*"), partial):
+        sync(path)
     partial.rename(target)
+    sync(target.parent)
 
 
 def _now() -> str:

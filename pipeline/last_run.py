@@ -108,7 +108,7 @@ def _ending(at: Progress, error: BaseException | None) -> tuple[Outcome, int, st
     if error is None:
         return "ok", OK, None
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted", INTERRUPTED, "ctrl-C"
+        return "interrupted", INTERRUPTED, str(error) or "ctrl-C"
     remedy = user_error(error)
     if remedy is not None:
         return "failed", USER, str(remedy)

@@ -14,6 +14,7 @@ from deploy.app import main
 from embedding.errors import UserError
 from pipeline import last_run
 from pipeline.artifacts import StageFacts
+from pipeline.cluster import ENDED
 from pipeline.last_run import LAST_RUN, LastRun, Progress, read_last_run, recorded
 from pipeline.lock import exclusive
 from pipeline.output_name import claim
@@ -44,6 +45,7 @@ def test_a_run_is_ok_refused_failed_or_interrupted(tmp_path: Path) -> None:
         ended(tmp_path, AT_TRAIN, RuntimeError("traceback\nthe cause")),
         ended(tmp_path, AT_TRAIN, UserError("mend this")),
         ended(tmp_path, AT_TRAIN, KeyboardInterrupt()),
+        ended(tmp_path, AT_TRAIN, KeyboardInterrupt(ENDED)),
     ]
 
     assert [(run.outcome, run.code, run.stage, run.reason) for run in found] == [
@@ -52,6 +54,7 @@ def test_a_run_is_ok_refused_failed_or_interrupted(tmp_path: Path) -> None:
         ("failed", 1, "train", "RuntimeError: the cause"),
         ("failed", 2, "train", "mend this"),
         ("interrupted", 130, "train", "ctrl-C"),
+        ("interrupted", 130, "train", "ended by SIGTERM"),
     ]
     assert {run.date for run in found} == {"2024-01-01"}
     assert all(run.started_at <= run.ended_at for run in found)

@@ -54,6 +54,7 @@ class Command:
         self.publish = publish
         self.consent = consent
         self.reporter = Reporter()
+        self._date: str | None = None
         self._at: DayRun | None = None
         self._refusals: list[str] = []
         self.session = RaySession(recipe.cluster, actors=actors_of(recipe), say=self.reporter.line)
@@ -69,9 +70,8 @@ class Command:
     @property
     def progress(self) -> Progress:
         """How far it has come."""
-        if self._at is None:
-            return Progress()
-        return Progress(self._at.date, self._at.at, tuple(self._refusals))
+        stage = None if self._at is None else self._at.at
+        return Progress(self._date, stage, tuple(self._refusals))
 
     def run_stage(self, name: str, date: str) -> bool:
         """Run one stage and those before it that are not current; whether the gate refused."""
@@ -138,6 +138,7 @@ class Command:
         return any(refused)
 
     def _day(self, date: str) -> DayRun:
+        self._date, self._at = date, None  # a day that is refused is the one that it came to
         self._at = DayRun(
             self.recipe,
             self.out,

@@ -1,6 +1,7 @@
 """What a monitor reads of the last run, however it ended."""
 
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from embedding.errors import UserError
 from pipeline import last_run
 from pipeline.artifacts import StageFacts
 from pipeline.cluster import ENDED
+from pipeline.command import Command
 from pipeline.last_run import LAST_RUN, LastRun, Progress, read_last_run, recorded
 from pipeline.lock import exclusive
 from pipeline.output_name import claim
@@ -102,6 +104,28 @@ def test_a_run_that_fails_says_where(
     assert (found.command, found.date) == (f"braid run --date {DAYS[0]}", DAYS[0])
     assert (found.outcome, found.code, found.stage) == ("failed", 2, "join")
     assert found.reason == "mend the join"
+
+
+def test_a_day_that_is_refused_before_its_stages_is_the_one_that_is_blamed(
+    tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = "2030-01-01"
+    assert main(["run", *words, "--date", missing]) == 2
+    alone = read_last_run(tmp_path / "out")
+
+    def run_day(command: Command, date: str) -> None:
+        command._day(date).at = "publish"
+        shutil.rmtree(tmp_path / "data" / "events" / f"dt={DAYS[1]}")
+
+    write_day(tmp_path / "data", 2, [[event(2, 1, 60)]])
+    monkeypatch.setattr(Command, "_run", run_day)
+    assert main(["backfill", *words, "--from", DAYS[0], "--to", DAYS[1]]) == 2
+    second = read_last_run(tmp_path / "out")
+
+    for found, date in ((alone, missing), (second, DAYS[1])):
+        assert found is not None
+        assert (found.date, found.stage, found.code) == (date, None, 2)
+        assert f"--date {date}: the event log has no such day" in str(found.reason)
 
 
 @pytest.mark.parametrize("setting", ["gate.invented=1", "name=other"])

@@ -44,6 +44,9 @@ from embedding.warm_start_report import WarmStartReport
 logger = logging.getLogger(__name__)
 
 _READ_BYTES = 4 << 20
+_ONE_OF_SEVERAL = "delete it to continue from the one before, or restore it from a copy"
+_MADE_ONCE = "restore it from a copy, or make it again"
+"""A finished training keeps one checkpoint: there is none before it."""
 
 T = TypeVar("T")
 
@@ -248,14 +251,22 @@ def load_into(
     step = _of_rank_0(lambda: latest_step(directory))
     if step is None:
         raise CheckpointError(
-            f"no complete checkpoint in {directory}; give the folder of a finished run"
+            f"{directory} has no complete checkpoint, files are missing or cut off; {_MADE_ONCE}"
         )
     source = step_directory(directory, step)
-    return warm_start(CheckpointReader(source), _verified(source), sharded, carries, average_of)
+    manifest = _verified(source, remedy=_MADE_ONCE)
+    return warm_start(CheckpointReader(source), manifest, sharded, carries, average_of)
 
 
-def _verified(directory: Path, group: dist.ProcessGroup | None = None) -> CheckpointManifest:
+def _verified(
+    directory: Path, group: dist.ProcessGroup | None = None, *, remedy: str = _ONE_OF_SEVERAL
+) -> CheckpointManifest:
     """The manifest, once every file equals its checksum; the ranks divide the files.
+
+    Args:
+        directory: of one checkpoint.
+        group: of the ranks.
+        remedy: what to do about a damaged one.
 
     Raises:
         CheckpointError: on all ranks, naming the files that are missing or damaged.
@@ -269,8 +280,7 @@ def _verified(directory: Path, group: dist.ProcessGroup | None = None) -> Checkp
     problems = [problem for part in gathered for problem in part]
     if problems:
         raise CheckpointError(
-            f"the checkpoint {directory} is damaged: {'; '.join(problems)}; delete it to "
-            "continue from the one before, or restore it from a copy"
+            f"the checkpoint {directory} is damaged: {', '.join(problems)}; {remedy}"
         )
     return manifest
 

@@ -16,6 +16,7 @@ from pipeline.console import Reporter, duration, figure, human
 from pipeline.days import available_days, parse_day, require_complete, split_days
 from pipeline.gate_decision import GateDecision
 from pipeline.last_run import Progress
+from pipeline.lineage import passed_over
 from pipeline.marketplace.synthetic import ensure_data
 from pipeline.output_name import claim
 from pipeline.pruned import forget_pruned
@@ -26,7 +27,7 @@ from pipeline.registry import promote_newest
 from pipeline.reports.report import REPORT, write_report
 from pipeline.run import DayRun
 from pipeline.stages import CATCH_UP, STAGES
-from pipeline.summary import SUMMARY, Summary, read_summary, summarize, write_summary
+from pipeline.summary import SUMMARY, Summary, noted_now, read_summary, summarize, write_summary
 from ranking.task_metrics import SliceMetrics
 
 
@@ -57,6 +58,8 @@ class Command:
         self._date: str | None = None
         self._at: DayRun | None = None
         self._refusals: list[str] = []
+        self._noted: dict[str, list[str]] = {}
+        """Warnings by date that are of no stage."""
         self.session = RaySession(recipe.cluster, actors=actors_of(recipe), say=self.reporter.line)
 
     def __enter__(self) -> Self:
@@ -71,7 +74,8 @@ class Command:
     def progress(self) -> Progress:
         """How far it has come."""
         stage = None if self._at is None else self._at.at
-        return Progress(self._date, stage, tuple(self._refusals))
+        noted = (f"{date}: {line}" for date, lines in self._noted.items() for line in lines)
+        return Progress(self._date, stage, tuple(self._refusals), tuple(noted))
 
     def run_stage(self, name: str, date: str) -> bool:
         """Run one stage and those before it that are not current; whether the gate refused."""
@@ -148,6 +152,10 @@ class Command:
             publish=self.publish,
             consent=self.consent,
         )
+        self._noted[date] = []
+        if self.recipe.window.warm_start:
+            found = passed_over(self.out, date, self._at.parent)
+            self._noted[date] += self.reporter.warn(found)
         return self._at
 
     def _run(self, date: str) -> Summary:
@@ -156,16 +164,18 @@ class Command:
         records = day_run.execute()
         if records[-1].name == "publish":
             self._promote(date)
-        known = read_summary(directory, records)
+        known, noted = read_summary(directory, records), self._noted[date]
         if (
             known is not None
             and (directory / REPORT).exists()
             and all(record.status == "current" for record in records)
         ):
-            return known
-        summary = summarize(directory, self.recipe.name, records)
-        write_report(self.recipe, summary, directory)
-        write_summary(summary, directory)
+            summary = noted_now(known, records, noted)
+        else:
+            known, summary = None, summarize(directory, self.recipe.name, records, noted)
+        if summary != known:
+            write_report(self.recipe, summary, directory)
+            write_summary(summary, directory)
         return summary
 
     def _promote(self, date: str) -> None:

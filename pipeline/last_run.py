@@ -37,6 +37,8 @@ class LastRun(StrictConfig):
     stage: str | None
     """That failed, was interrupted, or refused; None: none, or before the first one."""
     reason: str | None
+    warnings: tuple[str, ...] = ()
+    """By date, what runs did not stop for and no stage says: which models are not started from."""
     started_at: str
     """UTC, ISO 8601."""
     ended_at: str
@@ -50,6 +52,7 @@ class Progress:
     stage: str | None = None
     refusals: tuple[str, ...] = ()
     """Why gates refused models so far."""
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass
@@ -93,6 +96,7 @@ def _write(
         code=code,
         stage={"ok": None, "refused": "gate"}.get(outcome, at.stage),
         reason=reason,
+        warnings=at.warnings,
         started_at=started_at,
         ended_at=_now(),
     )

@@ -62,6 +62,15 @@ def test_backfill_does_not_pass_over_a_day_that_is_not_complete(command: Command
         command.run_days(DAYS[2], DAYS[2])
 
 
+def test_a_model_that_is_passed_over_is_in_the_record_of_the_command(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command_module, "passed_over", lambda *_: iter(["it is cut off"]))
+    for day in DAYS[:2]:
+        command._day(day)
+    assert command.progress.warnings == tuple(f"{day}: it is cut off" for day in DAYS[:2])
+
+
 # --- runs whose stages are current ---------------------------------------------------------------
 
 
@@ -123,6 +132,18 @@ def test_the_summary_of_earlier_artifacts_is_not_taken_for_that_of_a_run(
     assert written.stat().st_mtime_ns == before, "nothing changed"
     assert run_date(DAYS[0], 0.7, passed=False).eval["click"].auc == 0.7
     assert '"auc": 0.7' in written.read_text()
+
+
+def test_a_model_that_is_passed_over_is_in_the_summary_as_long_as_it_is_one(
+    run_date: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = tmp_path / "out" / DAYS[0] / "summary.json"
+    assert run_date(DAYS[0], passed=False).warnings == []
+    with monkeypatch.context() as patch:
+        patch.setattr(command_module, "passed_over", lambda *_: iter(["it is cut off"]))
+        assert run_date(DAYS[0], passed=False).warnings == ["it is cut off"]
+        assert '"warnings": [\n    "it is cut off"' in written.read_text()
+    assert run_date(DAYS[0], passed=False).warnings == []
 
 
 def test_the_model_of_an_older_day_replaces_no_newer_one(

@@ -40,7 +40,7 @@ def ended(out: Path, progress: Progress, error: BaseException | None = None) -> 
 
 
 def test_a_run_is_ok_refused_failed_or_interrupted(tmp_path: Path) -> None:
-    refused = Progress("2024-01-01", "publish", ("2024-01-01: auc is low",))
+    refused = Progress("2024-01-01", "publish", ("2024-01-01: auc is low",), ("look at this",))
     found = [
         ended(tmp_path, AT_TRAIN),
         ended(tmp_path, refused),
@@ -58,6 +58,7 @@ def test_a_run_is_ok_refused_failed_or_interrupted(tmp_path: Path) -> None:
         ("interrupted", 130, "train", "ctrl-C"),
         ("interrupted", 130, "train", "ended by SIGTERM"),
     ]
+    assert [run.warnings for run in found[:2]] == [(), ("look at this",)]
     assert {run.date for run in found} == {"2024-01-01"}
     assert all(run.started_at <= run.ended_at for run in found)
 

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from deploy.app import main
-from pipeline.lineage import next_parent
+from pipeline.artifacts import Manifest
+from pipeline.lineage import next_parent, passed_over
 from pipeline.registry import production, promote, promote_newest, promotions, rollback
+from pipeline.train_facts import TrainFacts
 from tests.pipeline.small_log import DAYS
 from tests.pipeline.small_models import write_manifest, write_model
 from tests.pipeline.stage_facts import trained
@@ -42,6 +44,33 @@ def test_a_decision_on_an_earlier_model_of_the_day_does_not_count(tmp_path: Path
     write_manifest(tmp_path / DAYS[2] / "train", "trained anew", anew)
 
     assert next_parent(tmp_path) == DAYS[1]
+
+
+def damage(train: Path) -> None:
+    """A file is shorter than it was."""
+    path = train / "manifest.json"
+    manifest = Manifest[TrainFacts].model_validate_json(path.read_text())
+    whole = {"checksums": {"weights": "0"}, "sizes": {"weights": 9}}
+    path.write_text(manifest.model_copy(update=whole).model_dump_json())
+    (train / "weights").write_text("cut off")
+
+
+def test_a_damaged_model_is_passed_over_and_named(tmp_path: Path) -> None:
+    write_days(tmp_path)
+    damage(tmp_path / DAYS[2] / "train")
+
+    assert next_parent(tmp_path) == DAYS[1]
+    (said,) = passed_over(tmp_path, DAYS[3], DAYS[1])
+    assert said == (
+        f"{tmp_path / DAYS[2] / 'train' / 'weights'} is missing or cut off, so this run starts "
+        f"from the model of {DAYS[1]}, not from that of {DAYS[2]}; `braid run --date {DAYS[2]}` "
+        "makes it again"
+    )
+    assert not list(passed_over(tmp_path, DAYS[3], DAYS[2])), "trained from it when it was whole"
+    for day in DAYS[:2]:
+        damage(tmp_path / day / "train")
+    assert next_parent(tmp_path) is None
+    assert "from drawn values" in list(passed_over(tmp_path, DAYS[3], None))[-1]
 
 
 def test_a_rolled_back_model_and_its_children_are_passed_over(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
@@ -32,6 +33,7 @@ from embedding.checkpoint_files import (
     steps,
 )
 from embedding.errors import CheckpointError, UserError
+from embedding.files import sync
 from embedding.restore import restore_all
 from embedding.row_carry import RowCarry
 from embedding.shard import Sharded
@@ -42,6 +44,9 @@ from embedding.warm_start_report import WarmStartReport
 logger = logging.getLogger(__name__)
 
 _READ_BYTES = 4 << 20
+_ONE_OF_SEVERAL = "delete it to continue from the one before, or restore it from a copy"
+_MADE_ONCE = "restore it from a copy, or make it again"
+"""A finished training keeps one checkpoint: there is none before it."""
 
 T = TypeVar("T")
 
@@ -190,12 +195,7 @@ class Checkpointer:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier(group=self._group)
-        save_distributed(
-            tensors,
-            storage_writer=FileSystemWriter(partial, single_file_per_rank=True, sync_files=True),
-            planner=StoredTensorPlanner(),
-            process_group=self._group,
-        )
+        self._write_tensors(tensors, partial)
         gathered: list[Any] = [None] * self._world_size
         mine = {path.name: _stored_file(path) for path in partial.glob(f"__{self._rank}_*")}
         dist.all_gather_object(gathered, mine, group=self._group)
@@ -209,6 +209,25 @@ class Checkpointer:
                 if step != retain:
                     shutil.rmtree(step_directory(self.directory, step))
         dist.barrier(group=self._group)
+
+    def _write_tensors(self, tensors: dict[str, StoredTensor], partial: Path) -> None:
+        """Raises: on all ranks, what went wrong on the first one that could not write."""
+        try:
+            save_distributed(
+                tensors,
+                storage_writer=FileSystemWriter(
+                    partial, single_file_per_rank=True, sync_files=True
+                ),
+                planner=StoredTensorPlanner(),
+                process_group=self._group,
+            )
+        except CheckpointException as error:  # no `Exception`: whoever catches those would miss it
+            if self._rank == 0:  # a full disk has no room for it
+                shutil.rmtree(partial, ignore_errors=True)
+            cause, _ = error.failures[min(error.failures)]
+            if isinstance(cause, OSError) and cause.filename is None:
+                cause.filename = str(partial)
+            raise cause from error
 
 
 def load_into(
@@ -232,14 +251,22 @@ def load_into(
     step = _of_rank_0(lambda: latest_step(directory))
     if step is None:
         raise CheckpointError(
-            f"no complete checkpoint in {directory}; give the folder of a finished run"
+            f"{directory} has no complete checkpoint, files are missing or cut off; {_MADE_ONCE}"
         )
     source = step_directory(directory, step)
-    return warm_start(CheckpointReader(source), _verified(source), sharded, carries, average_of)
+    manifest = _verified(source, remedy=_MADE_ONCE)
+    return warm_start(CheckpointReader(source), manifest, sharded, carries, average_of)
 
 
-def _verified(directory: Path, group: dist.ProcessGroup | None = None) -> CheckpointManifest:
+def _verified(
+    directory: Path, group: dist.ProcessGroup | None = None, *, remedy: str = _ONE_OF_SEVERAL
+) -> CheckpointManifest:
     """The manifest, once every file equals its checksum; the ranks divide the files.
+
+    Args:
+        directory: of one checkpoint.
+        group: of the ranks.
+        remedy: what to do about a damaged one.
 
     Raises:
         CheckpointError: on all ranks, naming the files that are missing or damaged.
@@ -253,8 +280,7 @@ def _verified(directory: Path, group: dist.ProcessGroup | None = None) -> Checkp
     problems = [problem for part in gathered for problem in part]
     if problems:
         raise CheckpointError(
-            f"the checkpoint {directory} is damaged: {'; '.join(problems)}; delete it to "
-            "continue from the one before, or restore it from a copy"
+            f"the checkpoint {directory} is damaged: {', '.join(problems)}; {remedy}"
         )
     return manifest
 
@@ -285,9 +311,7 @@ def _publish(partial: Path, final: Path, manifest: CheckpointManifest) -> None:
         os.fsync(file.fileno())
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
-    folder = os.open(final.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+    sync(final.parent)
 
 
 def _damage(directory: Path, name: str, manifest: CheckpointManifest) -> str | None:

@@ -17,16 +17,27 @@ def file_sha256(path: Path) -> str:
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Replace a file in one move, on disk before the call returns."""
+    """Replace a file in one move, on disk before the call returns; a failure leaves nothing."""
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+    try:
+        with partial.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Return once a file's content, or the names in a directory, are on disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:

@@ -1,7 +1,8 @@
 """Artifacts: directories that exist only once their manifest does.
 
 A stage writes into a hidden directory beside its final place and renames it at the end, so a crash
-leaves nothing half-visible and the next run finds either the whole artifact or none.
+leaves nothing half-visible and the next run finds either the whole artifact or none. That holds
+when the power fails, too: the files are on disk before the manifest is.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationErr
 
 from embedding.config import StrictConfig
 from embedding.errors import UserError
-from embedding.files import file_sha256, write_durably
+from embedding.files import file_sha256, sync, write_durably
 
 MANIFEST = "manifest.json"
 RESUME = "resume"
@@ -55,6 +56,8 @@ class Manifest(StrictConfig, Generic[FactsT_co]):
     """Sentences on what the stage did not stop for."""
     checksums: dict[str, str] = Field(default_factory=dict)
     """SHA-256 of every file, by path relative to the artifact."""
+    sizes: dict[str, int] = Field(default_factory=dict)
+    """Bytes of the same files, which are compared whenever a stage might be current."""
     seconds: float = 0.0
     created_at: str = ""
 
@@ -146,13 +149,20 @@ def publish(scratch: Path, directory: Path, manifest: Manifest[FactsT_co]) -> Ma
     A process that dies on the way loses nothing: without the manifest the stage resumes, with it
     `finish_interrupted` completes the renaming.
     """
-    checksums = {
-        str(path.relative_to(scratch)): file_sha256(path)
-        for path in sorted(scratch.rglob("*"))
-        if path.is_file() and path.relative_to(scratch).parts[0] not in (RESUME, MANIFEST)
-    }
+    files: dict[str, Path] = {}
+    for path in sorted(scratch.rglob("*")):
+        name = path.relative_to(scratch)
+        if name.parts[0] in (RESUME, MANIFEST):
+            continue
+        sync(path)
+        if path.is_file():
+            files[str(name)] = path
     finished = manifest.model_copy(
-        update={"checksums": checksums, "created_at": datetime.now(UTC).isoformat()}
+        update={
+            "checksums": {name: file_sha256(path) for name, path in files.items()},
+            "sizes": {name: path.stat().st_size for name, path in files.items()},
+            "created_at": datetime.now(UTC).isoformat(),
+        }
     )
     write_durably(scratch / MANIFEST, finished.model_dump_json(indent=2))
     _reveal(scratch, directory)
@@ -188,7 +198,10 @@ def reading(directory: Path) -> Iterator[None]:
 
 
 def damaged_files(directory: Path, *, thorough: bool) -> list[str]:
-    """Files of a published artifact that are missing or, if `thorough`, have another checksum."""
+    """Files of a published artifact that are missing or of another size.
+
+    If `thorough`, also those with another checksum.
+    """
     manifest = read_manifest(directory)
     if manifest is None:
         return []
@@ -196,6 +209,7 @@ def damaged_files(directory: Path, *, thorough: bool) -> list[str]:
         name
         for name, checksum in manifest.checksums.items()
         if not (directory / name).is_file()
+        or (directory / name).stat().st_size != manifest.sizes.get(name)
         or (thorough and file_sha256(directory / name) != checksum)
     ]
 
@@ -206,6 +220,7 @@ def _reveal(scratch: Path, directory: Path) -> None:
         shutil.rmtree(outdated, ignore_errors=True)
         directory.rename(outdated)
     scratch.rename(directory)
+    sync(directory.parent)
     shutil.rmtree(directory / RESUME, ignore_errors=True)
     shutil.rmtree(outdated, ignore_errors=True)
 

@@ -177,19 +177,20 @@ def prune(
     """Delete what no next run and no rollback needs: old runs, samples, models, leftovers."""
     from pipeline.console import result_console, size
     from pipeline.lock import exclusive
-    from pipeline.prune import freed_bytes, prunable, prune_table, remove, set_aside, tried
+    from pipeline.prune import SetAside, freed_bytes, prunable, prune_table, set_aside, tried
     from pipeline.registry import require_output
 
     require_output(out)
     with nullcontext() if dry_run else exclusive(out, f"braid prune --keep {keep}"):
-        found = prunable(out, keep) if dry_run else set_aside(out, keep)
+        aside = SetAside(prunable(out, keep), []) if dry_run else set_aside(out, keep)
+        found = aside.found
         freed = size(freed_bytes(found))
         if found:
             result_console().print(prune_table(found))
         if candidates := tried(out, keep):
             typer.echo(f"kept: published, never promoted, of {', '.join(candidates)}")
         if not dry_run:
-            remove(found)
+            aside.delete()
     if not found:
         typer.echo("nothing to delete: a next run or a rollback needs all that is there")
     else:

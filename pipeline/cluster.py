@@ -3,10 +3,14 @@
 import logging
 import math
 import os
+import signal
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Self
 
 from embedding.errors import UserError
@@ -18,6 +22,7 @@ OBJECT_STORE_BYTES = 1 << 30
 LOOPBACK = "127.0.0.2"
 POLL_S = 10.0
 """Between two looks at what is free; lines about it come at twice the interval each time."""
+ENDED = "ended by SIGTERM"
 
 Bundle = dict[str, float]
 """CPUs and GPUs of one process."""
@@ -88,20 +93,21 @@ class RaySession:
         # Ray's notices would push the run's own lines away; they stay in Ray's log files.
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        if address is not None:
-            ray.init(logging_level=logging.WARNING, log_to_driver=False)
-        else:
-            needed = self.cluster.num_workers * self.cluster.cpus_per_worker
-            needed += sum(actor["CPU"] for actor in self.actors)
-            ray.init(
-                address="local",
-                num_cpus=max(usable_cpus(), math.ceil(needed)),
-                object_store_memory=OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                logging_level=logging.WARNING,
-                log_to_driver=False,
-                _node_ip_address=LOOPBACK,
-            )
+        with _sigterm_interrupts():
+            if address is not None:
+                ray.init(logging_level=logging.WARNING, log_to_driver=False)
+            else:
+                needed = self.cluster.num_workers * self.cluster.cpus_per_worker
+                needed += sum(actor["CPU"] for actor in self.actors)
+                ray.init(
+                    address="local",
+                    num_cpus=max(usable_cpus(), math.ceil(needed)),
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    include_dashboard=False,
+                    logging_level=logging.WARNING,
+                    log_to_driver=False,
+                    _node_ip_address=LOOPBACK,
+                )
         self._started = True
         self._is_shared = address is not None
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -167,6 +173,27 @@ class RaySession:
                     next_line_s = 2 * waited_s
         finally:
             remove_placement_group(group)
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Around the start of Ray: during it and from then on SIGTERM is what ctrl-C is.
+
+    `ray job stop` and whatever supervises a command send it. Ray sets a handler that ends the
+    process as if a stage had failed, with the signal's number as its exit code.
+    """
+    try:
+        yield
+    except SystemExit as ended:
+        if ended.code == signal.SIGTERM:
+            raise KeyboardInterrupt(ENDED) from ended
+        raise
+    if threading.current_thread() is threading.main_thread():  # Ray sets its own there only, too
+        signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt(ENDED)
 
 
 def cluster_address() -> str | None:

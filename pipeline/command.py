@@ -16,17 +16,18 @@ from pipeline.console import Reporter, duration, figure, human
 from pipeline.days import available_days, parse_day, require_complete, split_days
 from pipeline.gate_decision import GateDecision
 from pipeline.last_run import Progress
+from pipeline.lineage import passed_over
 from pipeline.marketplace.synthetic import ensure_data
 from pipeline.output_name import claim
 from pipeline.pruned import forget_pruned
 from pipeline.publication import Publish
 from pipeline.recipe import write_recipe
 from pipeline.recipe_files import check_recipe_files
-from pipeline.registry import promote_newest
+from pipeline.registry import promote_newest, promotions
 from pipeline.reports.report import REPORT, write_report
 from pipeline.run import DayRun
 from pipeline.stages import CATCH_UP, STAGES
-from pipeline.summary import SUMMARY, Summary, read_summary, summarize, write_summary
+from pipeline.summary import SUMMARY, Summary, noted_now, read_summary, summarize, write_summary
 from ranking.task_metrics import SliceMetrics
 
 
@@ -54,8 +55,11 @@ class Command:
         self.publish = publish
         self.consent = consent
         self.reporter = Reporter()
+        self._date: str | None = None
         self._at: DayRun | None = None
         self._refusals: list[str] = []
+        self._noted: dict[str, list[str]] = {}
+        """Warnings by date that are of no stage."""
         self.session = RaySession(recipe.cluster, actors=actors_of(recipe), say=self.reporter.line)
 
     def __enter__(self) -> Self:
@@ -69,9 +73,9 @@ class Command:
     @property
     def progress(self) -> Progress:
         """How far it has come."""
-        if self._at is None:
-            return Progress()
-        return Progress(self._at.date, self._at.at, tuple(self._refusals))
+        stage = None if self._at is None else self._at.at
+        noted = (f"{date}: {line}" for date, lines in self._noted.items() for line in lines)
+        return Progress(self._date, stage, tuple(self._refusals), tuple(noted))
 
     def run_stage(self, name: str, date: str) -> bool:
         """Run one stage and those before it that are not current; whether the gate refused."""
@@ -138,6 +142,7 @@ class Command:
         return any(refused)
 
     def _day(self, date: str) -> DayRun:
+        self._date, self._at = date, None  # a day that is refused is the one that it came to
         self._at = DayRun(
             self.recipe,
             self.out,
@@ -147,6 +152,10 @@ class Command:
             publish=self.publish,
             consent=self.consent,
         )
+        self._noted[date] = []
+        if self.recipe.window.warm_start:
+            found = passed_over(self.out, date, self._at.parent)
+            self._noted[date] += self.reporter.warn(found)
         return self._at
 
     def _run(self, date: str) -> Summary:
@@ -154,29 +163,36 @@ class Command:
         directory = self._write_recipe(date)
         records = day_run.execute()
         if records[-1].name == "publish":
-            self._promote(date)
-        known = read_summary(directory, records)
+            self._promote(date, records[-1].manifest.artifact_id)
+        known, noted = read_summary(directory, records), self._noted[date]
         if (
             known is not None
             and (directory / REPORT).exists()
             and all(record.status == "current" for record in records)
         ):
-            return known
-        summary = summarize(directory, self.recipe.name, records)
-        write_report(self.recipe, summary, directory)
-        write_summary(summary, directory)
+            summary = noted_now(known, records, noted)
+        else:
+            known, summary = None, summarize(directory, self.recipe.name, records, noted)
+        if summary != known:
+            write_report(self.recipe, summary, directory)
+            write_summary(summary, directory)
         return summary
 
-    def _promote(self, date: str) -> None:
+    def _promote(self, date: str, identity: str) -> None:
         if self.recipe.publish.promote:
             obstacle = promote_newest(self.out, date)
         else:
             obstacle = "publish.promote is false"
-        if obstacle is not None:
-            self.reporter.line(
-                f"published, not promoted: {obstacle}; `braid models promote "
-                f"--out {escape(str(self.out))} --date {date}` changes that"
-            )
+        if obstacle is None:
+            return
+        before = promotions(self.out).is_superseded(identity)
+        line = (
+            f"{'not promoted again' if before else 'published, not promoted'}: {obstacle}; `braid "
+            f"models promote --out {self.out} --date {date}` changes that"
+        )
+        self.reporter.line(escape(line))
+        if self.recipe.publish.promote and not before:  # else it is as it was meant
+            self._noted[date].append(line)
 
     def _write_recipe(self, date: str) -> Path:
         directory = self.out / date

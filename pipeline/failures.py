@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 from embedding.errors import UserError
 
+_NO_ROOM = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
+
 
 def user_error(error: BaseException) -> UserError | None:
     """The `UserError` (or full disk) that an error stems from, or None where it is our fault.
@@ -16,11 +18,11 @@ def user_error(error: BaseException) -> UserError | None:
         # A RayTaskError also *is* its cause's class, with the remote traceback as its text.
         if isinstance(link, UserError) and not hasattr(link, "cause"):
             return link
-        if isinstance(link, OSError) and link.errno == errno.ENOSPC:
+        if isinstance(link, OSError) and link.errno in _NO_ROOM:
             where = f" while writing {link.filename}" if link.filename else ""
             return UserError(
-                f"the disk is full{where}; free some space or choose another --out, then run the "
-                "same command again: finished stages are kept"
+                f"{_NO_ROOM[link.errno]}{where}; free some space (`braid prune`) or choose another "
+                "--out, then run the same command again: finished stages are kept"
             )
     return None
 

@@ -37,6 +37,8 @@ class LastRun(StrictConfig):
     stage: str | None
     """That failed, was interrupted, or refused; None: none, or before the first one."""
     reason: str | None
+    warnings: tuple[str, ...] = ()
+    """What runs did not stop for and no stage says: models not promoted, or not started from."""
     started_at: str
     """UTC, ISO 8601."""
     ended_at: str
@@ -50,6 +52,7 @@ class Progress:
     stage: str | None = None
     refusals: tuple[str, ...] = ()
     """Why gates refused models so far."""
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass
@@ -93,6 +96,7 @@ def _write(
         code=code,
         stage={"ok": None, "refused": "gate"}.get(outcome, at.stage),
         reason=reason,
+        warnings=at.warnings,
         started_at=started_at,
         ended_at=_now(),
     )
@@ -108,7 +112,7 @@ def _ending(at: Progress, error: BaseException | None) -> tuple[Outcome, int, st
     if error is None:
         return "ok", OK, None
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted", INTERRUPTED, "ctrl-C"
+        return "interrupted", INTERRUPTED, str(error) or "ctrl-C"
     remedy = user_error(error)
     if remedy is not None:
         return "failed", USER, str(remedy)

@@ -1,13 +1,14 @@
 """Which earlier model a run starts from: the latest one that its gate passed and nobody withdrew.
 
-The days that a model which is passed over was trained on are trained on again: a run trains on the
-days since those of its parent.
+One whose files are missing or cut off is passed over, with a warning. The days that a model which
+is passed over was trained on are trained on again: a run trains on the days since those of its
+parent.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pipeline.artifacts import Manifest, read_manifest
+from pipeline.artifacts import Manifest, damaged_files, read_manifest
 from pipeline.event_files import DayFiles
 from pipeline.gate_decision import GateDecision
 from pipeline.registry import spoiled_by
@@ -40,12 +41,35 @@ def next_parent(out: Path, before: str | None = None) -> str | None:
         out: output directory.
         before: date of the run; None: later than all that were run.
     """
+    return next((day for day in _fit(out, before) if not _damage(out, day)), None)
+
+
+def passed_over(out: Path, before: str, parent: str | None) -> Iterator[str]:
+    """Sentences on models that a run would start from, were they whole, in place of its parent."""
+    for day in _fit(out, before):
+        if parent is not None and day <= parent:
+            return
+        damaged = _damage(out, day)
+        if damaged:
+            more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
+            start = "drawn values" if parent is None else f"the model of {parent}"
+            yield (
+                f"{out / day / TRAIN / damaged[0]}{more} is missing or cut off, so this run starts "
+                f"from {start}, not from that of {day}; `braid run --date {day}` makes it again"
+            )
+
+
+def _fit(out: Path, before: str | None) -> Iterator[str]:
+    """Dates of models that a gate passed and nobody withdrew, the latest first."""
     found = (path.parts[-3] for path in out.glob(f"????-??-??/{TRAIN}/manifest.json"))
     for day in sorted(found, reverse=True):
         usable = (before is None or day < before) and passed_its_gate(out, day)
         if usable and spoiled_by(out, day) is None:
-            return day
-    return None
+            yield day
+
+
+def _damage(out: Path, day: str) -> list[str]:
+    return damaged_files(out / day / TRAIN, thorough=False)
 
 
 def passed_its_gate(out: Path, day: str) -> bool:

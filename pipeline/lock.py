@@ -1,6 +1,7 @@
 """One run at a time in an output directory, and one change at a time of what is in production."""
 
 import fcntl
+import logging
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ LOOK_TIMEOUT_S = 1.0
 """Longer than `holder` keeps a lock that it only looks at."""
 POLL_INTERVAL_S = 0.5
 LOCK, OWNER = ".lock", ".owner.json"
+logger = logging.getLogger(__name__)
 
 
 class Holder(StrictConfig):
@@ -78,7 +80,7 @@ def exclusive(
             out.mkdir(parents=True, exist_ok=True)
             held.enter_context(_acquire(out, wait_s, say))
             held.callback(owner.unlink, missing_ok=True)
-            write_durably(owner, this_process(command).model_dump_json())
+            _write_owner(owner, command)
         except Timeout as error:
             waited = f", still after {wait_s:g} seconds" if wait_s else ""
             raise UserError(
@@ -125,6 +127,21 @@ def _acquire(
     who = _read_holder(out) or "another run"
     say(f"--out {out} is in use by {who}; waiting for it, {wait_s:g} seconds at most")
     return lock.acquire(timeout=wait_s, poll_interval=POLL_INTERVAL_S)
+
+
+def _write_owner(path: Path, command: str) -> None:
+    """The lock holds without it: a full disk must not keep out what would free it.
+
+    Raises:
+        PermissionError: the directory may not be written.
+    """
+    try:
+        write_durably(path, this_process(command).model_dump_json())
+    except PermissionError:
+        raise
+    except OSError as fault:
+        path.unlink(missing_ok=True)  # that of a killed process
+        logger.warning("%s could not be written: %s; others are not told who holds it", path, fault)
 
 
 def this_process(command: str) -> Holder:

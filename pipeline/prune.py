@@ -1,10 +1,15 @@
-"""`braid prune`: deletes what an output directory holds and `pipeline.kept` does not keep."""
+"""`braid prune`: deletes what an output directory holds and `pipeline.kept` does not keep.
 
+It is what makes room on a full disk, so nothing that it needs to write must keep it from deleting.
+"""
+
+import logging
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from uuid import uuid4
 
 from rich.box import SIMPLE
 from rich.markup import escape
@@ -19,8 +24,9 @@ from pipeline.registry import MODELS, PRODUCTION, require_output
 from pipeline.stages import STAGES
 
 ASIDE = ".pruned-"
-"""Of the name of a directory with what is being deleted."""
+"""Of the names of what is being deleted."""
 LEFT = "left by a prune that was interrupted"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,28 @@ class Prunable:
     def num_bytes(self) -> int:
         """Of the files, those that lie elsewhere under another name included."""
         return sum(path.stat().st_size for path in _files(self.paths))
+
+
+@dataclass(frozen=True)
+class SetAside:
+    """What nobody sees any more, to be deleted."""
+
+    found: list[Prunable]
+    runs: list[Path]
+    """That are not whole without it."""
+
+    def delete(self) -> None:
+        """Delete it."""
+        for path in (path for entry in self.found for path in entry.paths):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        for run in self.runs:  # now there is room for what may have found none
+            try:
+                note_pruned(run)
+            except OSError as fault:
+                logger.warning("%s is not noted as pruned: %s", run, fault)
 
 
 def prunable(out: Path, keep: int) -> list[Prunable]:
@@ -76,13 +104,14 @@ def freed_bytes(found: Iterable[Prunable]) -> int:
     return sum(size for names, links, size in seen.values() if names == links)
 
 
-def set_aside(out: Path, keep: int) -> list[Prunable]:
-    """Move what can be deleted into a hidden directory, while nothing changes production.
+def set_aside(out: Path, keep: int) -> SetAside:
+    """Rename what can be deleted, while nothing changes production; what follows is `delete`.
 
-    That takes a moment: sizes are looked up and files deleted (`remove`) afterwards. What a process
-    that is killed on the way leaves there, the next one deletes. Stages that a crash interrupted as
-    they were published are published first, so the caller must hold the directory. All runs but the
-    latest say that they were pruned (`pipeline.pruned`).
+    That takes a moment: sizes are looked up and files deleted afterwards. No file or directory is
+    made for it, as a full disk has no room for one. What a process that is killed on the way leaves
+    there, the next one deletes. Stages that a crash interrupted as they were published are
+    published first, so the caller must hold the directory. All runs but the latest say that they
+    were pruned (`pipeline.pruned`).
 
     Raises:
         UserError: as `prunable`, or another process holds what is in production all the time.
@@ -94,22 +123,14 @@ def set_aside(out: Path, keep: int) -> list[Prunable]:
     with changing(out / PRODUCTION):
         dates = run_dates(out)
         if not dates:
-            return []
+            return SetAside([], [])
         kept = Kept(out, dates, keep)
         found = _not_kept(out, kept)
-        for date in set(dates) - kept.latest:
-            note_pruned(out / date)
-        aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=out))
-        moved = [_moved(entry, aside / str(number)) for number, entry in enumerate(found)]
-    if not moved:
-        aside.rmdir()
-    return moved
-
-
-def remove(found: Iterable[Prunable]) -> None:
-    """Delete what was set aside."""
-    for directory in {path.parents[1] for entry in found for path in entry.paths}:
-        shutil.rmtree(directory)
+        runs = [out / date for date in sorted(set(dates) - kept.latest)]
+        for run in runs:  # before, so that a process that is killed on the way has said so
+            with suppress(OSError):
+                note_pruned(run)
+        return SetAside([_renamed(entry, out) for entry in found], runs)
 
 
 def prune_table(found: list[Prunable]) -> Table:
@@ -161,9 +182,9 @@ def _published_in_place_of(path: Path) -> Path:
     return path.with_name(path.stem.removeprefix("."))
 
 
-def _moved(entry: Prunable, folder: Path) -> Prunable:
-    folder.mkdir()
-    return replace(entry, paths=tuple(path.rename(folder / path.name) for path in entry.paths))
+def _renamed(entry: Prunable, out: Path) -> Prunable:
+    new = (path.rename(out / f"{ASIDE}{uuid4().hex}") for path in entry.paths)
+    return replace(entry, paths=tuple(new))
 
 
 def _prunable(path: Path, reason: str) -> Prunable:

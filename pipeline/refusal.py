@@ -1,15 +1,16 @@
 """What the user must change is said once: a restarted worker group says it again at once.
 
-Ray restarts a group after any error, and one of these would only recur.
+Ray restarts a group after any error, and one of these would only recur. A full disk is one, too.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
 from embedding.config import StrictConfig
 from embedding.errors import CheckpointError, UserError
+from pipeline.failures import user_error
 
 REFUSAL = "refusal.json"
 """In the folder that all ranks share, and that outlives them."""
@@ -36,9 +37,19 @@ def refusing_once(folder: Path) -> Iterator[None]:
         raise (CheckpointError if refusal.of_checkpoint else UserError)(refusal.message)
     try:
         yield
-    except UserError as error:
-        refusal = _Refusal(message=str(error), of_checkpoint=isinstance(error, CheckpointError))
-        partial = folder / f".{REFUSAL}-{uuid4().hex}"  # several ranks may refuse at a time
-        partial.write_text(refusal.model_dump_json())
-        partial.replace(path)
-        raise
+    except Exception as error:
+        refused = user_error(error)
+        if refused is None:
+            raise
+        with suppress(OSError):  # without room for it the group is restarted, and refuses again
+            _remember(refused, path)
+        if refused is error:
+            raise
+        raise refused from error
+
+
+def _remember(refused: UserError, path: Path) -> None:
+    refusal = _Refusal(message=str(refused), of_checkpoint=isinstance(refused, CheckpointError))
+    partial = path.with_name(f".{REFUSAL}-{uuid4().hex}")  # several ranks may refuse at a time
+    partial.write_text(refusal.model_dump_json())
+    partial.replace(path)

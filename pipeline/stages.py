@@ -84,7 +84,7 @@ class StageSpec:
 
     @property
     def is_current(self) -> bool:
-        """Whether the published artifact is what this stage would produce, no file missing."""
+        """Whether the published artifact is what this stage would produce, with all its files."""
         manifest = read_manifest(self.directory)
         return (
             manifest is not None

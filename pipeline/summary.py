@@ -1,5 +1,6 @@
 """`summary.json`: the figures of one run, in a documented, versioned shape."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -80,8 +81,17 @@ class Summary(StrictConfig):
     """Artifact ids of the run's own stages, by stage: whose figures these are."""
 
 
-def summarize(directory: Path, recipe: str, records: list[StageRecord]) -> Summary:
-    """Collect a finished run's figures from its artifacts."""
+def summarize(
+    directory: Path, recipe: str, records: list[StageRecord], noted: Sequence[str] = ()
+) -> Summary:
+    """Collect a finished run's figures from its artifacts.
+
+    Args:
+        directory: of the run.
+        recipe: its name.
+        records: of its stages.
+        noted: warnings of the run that are of no stage.
+    """
     train = read_manifest(directory / "train", TrainFacts)
     gate = read_manifest(directory / "gate", GateDecision)
     assert train is not None
@@ -99,7 +109,7 @@ def summarize(directory: Path, recipe: str, records: list[StageRecord]) -> Summa
         gate=gate.facts,
         catch_up=_caught_up(directory) if CATCH_UP in names else None,
         bundle=None if published is None else str(published),
-        warnings=warnings_of(records),
+        warnings=[*warnings_of(records), *noted],
         artifacts=_artifacts(records),
     )
 
@@ -133,6 +143,13 @@ def warnings_of(records: list[StageRecord]) -> list[str]:
         if record.name != INGEST or record.status == "ran":
             found += record.manifest.warnings
     return list(dict.fromkeys(found))
+
+
+def noted_now(summary: Summary, records: list[StageRecord], noted: Sequence[str]) -> Summary:
+    """The summary of a run whose stages are current, with the warnings that are of no stage now."""
+    of_stages = {sentence for record in records for sentence in record.manifest.warnings}
+    kept = [sentence for sentence in summary.warnings if sentence in of_stages]
+    return summary.model_copy(update={"warnings": [*kept, *noted]})
 
 
 def _artifacts(records: list[StageRecord]) -> dict[str, str]:

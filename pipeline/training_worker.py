@@ -211,7 +211,10 @@ def _restore(
     # What the parent was validated and served with is its average; so that is what goes on.
     keeps_average = job.recipe.ranking.trainer.ema_decay is not None
     average_of = None if keeps_average else saved_average
-    report = load_into(job.inputs.parent_checkpoint, sharded, carries, average_of)
+    try:
+        report = load_into(job.inputs.parent_checkpoint, sharded, carries, average_of)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}: {_how(job.inputs.parent_checkpoint.parent)}") from error
     drawn = report.initialised
     own = {n: why for n, why in drawn.items() if not n.startswith(f"{BUFFERS}{AVERAGE}.")}
     if len(own) < len(drawn):  # the parent had no average, or that of another model
@@ -222,6 +225,13 @@ def _restore(
     if dist.get_rank() == 0:
         write_durably(record, report.model_dump_json(indent=2))
     return Progress(), report
+
+
+def _how(train: Path) -> str:
+    return (
+        f"once {train} is deleted, `braid run --date {train.parent.name}` makes it again, and "
+        "until then later days start from the model before it"
+    )
 
 
 def _forget_steps_of_parent(report: WarmStartReport, sharded: Sharded) -> WarmStartReport:

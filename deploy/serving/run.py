@@ -1,14 +1,12 @@
 """`braid serve`: the application on Ray, until it is interrupted."""
 
 import logging
-import signal
 import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -136,8 +134,6 @@ def serve_until_ended(
         RuntimeError: no replica has answered for `DOWN_S`, or the application is gone.
     """
     with running(config, address, say, replace=replace) as state:
-        # Not before: Ray sets a handler of its own, which aborts.
-        signal.signal(signal.SIGTERM, _interrupt)
         said = deque[str](maxlen=2 * config.replicas)  # while they change, replicas differ
         answered_s = time.monotonic()
         while True:
@@ -211,7 +207,3 @@ def _told(state: ServiceState, address: Address) -> str:
     if state.last_error is not None:
         return f"still serves {which}: {state.last_error}"
     return f"serves {which} at {address.url}/score (what it asks for: {address.url}/docs)"
-
-
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

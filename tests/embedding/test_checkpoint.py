@@ -1,15 +1,19 @@
 """Resume, retention, damage, warm start, growth and export of checkpoints, in two spawns."""
 
 import dataclasses
+import errno
 import gc
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.filesystem import FileSystem
 
 from embedding import stored
 from embedding.checkpoint import Checkpointer, load_into
@@ -52,6 +56,7 @@ def test_two_ranks(tmp_path: Path) -> None:
 
 def _check_two_ranks(directory: Path) -> None:
     _check_exact_resume(directory / "resume")
+    _check_a_full_disk_is_said_to_be_one(directory / "full")
     _check_ranks_restore_the_same_step(directory / "views")
     _check_evicted_rows_start_anew()
 
@@ -113,6 +118,37 @@ def _check_exact_resume(directory: Path) -> None:
             for name, table in gather_tables(resumed).items():
                 assert torch.equal(table.weight, gather_tables(sharded)[name].weight)
             checkpointer.close()
+
+
+def _check_a_full_disk_is_said_to_be_one(directory: Path) -> None:
+    """On all ranks, in the foreground and in the background, by the operating system's own error.
+
+    /dev/full takes the place of the file of the second rank.
+    """
+
+    @contextmanager
+    def stream(_: FileSystem, path: Path, mode: str) -> Iterator[IO[bytes]]:
+        taken = Path("/dev/full") if path.name.startswith("__1_") else path
+        with taken.open(mode) as file:
+            yield file
+
+    def save(checkpointer: Checkpointer, wait: bool) -> None:
+        checkpointer.save(1, sharded, {}, wait=wait)
+        checkpointer.wait()
+
+    sharded = _build()
+    for wait in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(FileSystem, "create_stream", stream)
+            checkpointer = Checkpointer(directory, keep=1)
+            with pytest.raises(OSError, match="No space left") as raised:
+                save(checkpointer, wait)
+        assert raised.value.errno == errno.ENOSPC
+        assert raised.value.filename == str(directory / ".step-00000001.partial")
+        checkpointer.close()
+        dist.barrier()  # the first rank deletes
+        assert not list(directory.iterdir()), "what was written takes room that others need"
+        dist.barrier()
 
 
 def _check_ranks_restore_the_same_step(directory: Path) -> None:
@@ -214,7 +250,7 @@ def _check_retention_and_damage(directory: Path) -> None:
     data.write_bytes(content)
     with pytest.raises(UserError, match="another checksum"):
         checkpointer.load(3, sharded)
-    with pytest.raises(UserError, match="another checksum"):
+    with pytest.raises(UserError, match="another checksum; restore it from a copy, or make it ag"):
         load_into(directory, sharded)
     data.write_bytes(content[:-100])
     with pytest.raises(UserError, match=f"has {len(content) - 100} bytes instead of"):
@@ -308,7 +344,7 @@ def _check_warm_start(directory: Path) -> None:
         assert torch.equal(held[name].weight, before[name].weight)
         (state,), (expected,) = (t[name].states["momentum1"].values() for t in (held, before))
         assert torch.equal(state, expected)
-    with pytest.raises(UserError, match="no complete checkpoint"):
+    with pytest.raises(UserError, match="nowhere has no complete checkpoint.* make it again"):
         load_into(directory / "nowhere", today)
 
 

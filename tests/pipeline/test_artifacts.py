@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -65,6 +66,7 @@ def test_published_artifact_lists_the_checksum_of_every_file(tmp_path: Path) -> 
     # SHA-256 test vector of "abc", FIPS 180-2 appendix B.1.
     expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert manifest.checksums == {"file": expected}
+    assert manifest.sizes == {"file": 3}
 
 
 def test_failed_stage_leaves_nothing_visible_and_says_why(tmp_path: Path) -> None:
@@ -200,6 +202,48 @@ def test_missing_file_makes_an_artifact_stale(tmp_path: Path) -> None:
     assert execute(spec(tmp_path / "a", writes("again")), Reporter()).status == "ran"
 
 
+def test_a_truncated_file_makes_an_artifact_stale(tmp_path: Path) -> None:
+    execute(spec(tmp_path / "a", writes("first")), Reporter())
+    os.truncate(tmp_path / "a" / "file", 2)
+    assert artifacts.damaged_files(tmp_path / "a", thorough=False) == ["file"]
+
+    assert execute(spec(tmp_path / "a", writes("again")), Reporter()).status == "ran"
+
+
+def test_everything_is_on_disk_before_the_manifest_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else power that fails may leave a manifest beside empty files."""
+    synced: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def note(number: int) -> None:
+        path = Path(f"/proc/self/fd/{number}").readlink()
+        synced.append(str(path.relative_to(tmp_path)))
+        fsync(number)
+
+    def note_rename(self: Path, target: Path) -> Path:
+        synced.append(f"-> {target.name}")
+        return rename(self, target)
+
+    with writing(tmp_path / "a", "id") as scratch:
+        (scratch / "folder").mkdir()
+        (scratch / "folder" / "file").write_text("content")
+        (scratch / "resume" / "checkpoint").write_text("nobody needs it any more")
+        monkeypatch.setattr(os, "fsync", note)
+        monkeypatch.setattr(Path, "rename", note_rename)
+        publish(scratch, tmp_path / "a", MANIFEST)
+
+    assert synced == [
+        ".a.partial/folder",
+        ".a.partial/folder/file",
+        ".a.partial/manifest.json.partial",
+        ".a.partial",
+        "-> a",
+        ".",
+    ]
+
+
 def test_facts_are_read_as_they_were_given(tmp_path: Path) -> None:
     ran = execute(spec(tmp_path / "a", writes("first")), Reporter()).manifest
 
@@ -251,7 +295,7 @@ def test_warnings_of_a_stage_are_in_its_manifest(tmp_path: Path) -> None:
 
 def test_thorough_check_finds_a_changed_file(tmp_path: Path) -> None:
     execute(spec(tmp_path / "a", writes("first")), Reporter())
-    (tmp_path / "a" / "file").write_text("other")
+    (tmp_path / "a" / "file").write_text("sixth")
 
     assert artifacts.damaged_files(tmp_path / "a", thorough=False) == []
     assert artifacts.damaged_files(tmp_path / "a", thorough=True) == ["file"]
@@ -399,9 +443,11 @@ def test_user_error_is_found_inside_ray_wrappers() -> None:
 
 
 def test_full_disk_is_something_the_user_can_mend() -> None:
-    error = OSError(28, "No space left on device", "runs/a")
+    full = OSError(errno.ENOSPC, "No space left on device", "runs/a")
+    assert "disk is full while writing runs/a" in str(user_error(full))
 
-    assert "disk is full while writing runs/a" in str(user_error(error))
+    quota = OSError(errno.EDQUOT, "Disk quota exceeded", "runs/a")
+    assert "disk quota is used up while writing runs/a" in str(user_error(quota))
 
 
 def test_files_that_are_read_back_say_their_version(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import os
 import re
+import signal
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -99,6 +101,31 @@ def test_nodes_are_asked_for_and_awaited(make: Callable[..., Cluster]) -> None:
         "  train waits for 4 x (2 CPU, 1 GPU), and 8 of 8 CPUs and 2 of 2 GPUs are "
         "free (40 of 6000 s)",
     ]
+
+
+@pytest.mark.parametrize("when", ["while Ray starts", "later"])
+def test_sigterm_interrupts_a_command_as_ctrl_c_does(
+    make: Callable[..., Cluster], monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    def end(number: int, _: object) -> None:
+        sys.exit(number)
+
+    def init(**_: object) -> None:
+        signal.signal(signal.SIGTERM, end)  # as Ray does
+        if when == "while Ray starts":
+            signal.raise_signal(signal.SIGTERM)
+
+    def run() -> None:
+        cluster.session().start()
+        signal.raise_signal(signal.SIGTERM)
+
+    cluster, before = make([0.0, 0.0]), signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(ray, "init", init)
+    try:
+        with pytest.raises(KeyboardInterrupt, match="ended by SIGTERM"):
+            run()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_nodes_that_do_not_come_end_the_wait_with_a_sentence(make: Callable[..., Cluster]) -> None:

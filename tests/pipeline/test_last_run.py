@@ -1,6 +1,7 @@
 """What a monitor reads of the last run, however it ended."""
 
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from deploy.app import main
 from embedding.errors import UserError
 from pipeline import last_run
 from pipeline.artifacts import StageFacts
+from pipeline.cluster import ENDED
+from pipeline.command import Command
 from pipeline.last_run import LAST_RUN, LastRun, Progress, read_last_run, recorded
 from pipeline.lock import exclusive
 from pipeline.output_name import claim
@@ -37,13 +40,14 @@ def ended(out: Path, progress: Progress, error: BaseException | None = None) -> 
 
 
 def test_a_run_is_ok_refused_failed_or_interrupted(tmp_path: Path) -> None:
-    refused = Progress("2024-01-01", "publish", ("2024-01-01: auc is low",))
+    refused = Progress("2024-01-01", "publish", ("2024-01-01: auc is low",), ("look at this",))
     found = [
         ended(tmp_path, AT_TRAIN),
         ended(tmp_path, refused),
         ended(tmp_path, AT_TRAIN, RuntimeError("traceback\nthe cause")),
         ended(tmp_path, AT_TRAIN, UserError("mend this")),
         ended(tmp_path, AT_TRAIN, KeyboardInterrupt()),
+        ended(tmp_path, AT_TRAIN, KeyboardInterrupt(ENDED)),
     ]
 
     assert [(run.outcome, run.code, run.stage, run.reason) for run in found] == [
@@ -52,7 +56,9 @@ def test_a_run_is_ok_refused_failed_or_interrupted(tmp_path: Path) -> None:
         ("failed", 1, "train", "RuntimeError: the cause"),
         ("failed", 2, "train", "mend this"),
         ("interrupted", 130, "train", "ctrl-C"),
+        ("interrupted", 130, "train", "ended by SIGTERM"),
     ]
+    assert [run.warnings for run in found[:2]] == [(), ("look at this",)]
     assert {run.date for run in found} == {"2024-01-01"}
     assert all(run.started_at <= run.ended_at for run in found)
 
@@ -99,6 +105,28 @@ def test_a_run_that_fails_says_where(
     assert (found.command, found.date) == (f"braid run --date {DAYS[0]}", DAYS[0])
     assert (found.outcome, found.code, found.stage) == ("failed", 2, "join")
     assert found.reason == "mend the join"
+
+
+def test_a_day_that_is_refused_before_its_stages_is_the_one_that_is_blamed(
+    tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = "2030-01-01"
+    assert main(["run", *words, "--date", missing]) == 2
+    alone = read_last_run(tmp_path / "out")
+
+    def run_day(command: Command, date: str) -> None:
+        command._day(date).at = "publish"
+        shutil.rmtree(tmp_path / "data" / "events" / f"dt={DAYS[1]}")
+
+    write_day(tmp_path / "data", 2, [[event(2, 1, 60)]])
+    monkeypatch.setattr(Command, "_run", run_day)
+    assert main(["backfill", *words, "--from", DAYS[0], "--to", DAYS[1]]) == 2
+    second = read_last_run(tmp_path / "out")
+
+    for found, date in ((alone, missing), (second, DAYS[1])):
+        assert found is not None
+        assert (found.date, found.stage, found.code) == (date, None, 2)
+        assert f"--date {date}: the event log has no such day" in str(found.reason)
 
 
 @pytest.mark.parametrize("setting", ["gate.invented=1", "name=other"])

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from deploy.app import main
-from pipeline.lineage import next_parent
+from pipeline.artifacts import Manifest, read_manifest
+from pipeline.lineage import next_parent, passed_over
 from pipeline.registry import production, promote, promote_newest, promotions, rollback
+from pipeline.train_facts import TrainFacts
 from tests.pipeline.small_log import DAYS
 from tests.pipeline.small_models import write_manifest, write_model
 from tests.pipeline.stage_facts import trained
@@ -44,6 +46,33 @@ def test_a_decision_on_an_earlier_model_of_the_day_does_not_count(tmp_path: Path
     assert next_parent(tmp_path) == DAYS[1]
 
 
+def damage(train: Path) -> None:
+    """A file is shorter than it was."""
+    path = train / "manifest.json"
+    manifest = Manifest[TrainFacts].model_validate_json(path.read_text())
+    whole = {"checksums": {"weights": "0"}, "sizes": {"weights": 9}}
+    path.write_text(manifest.model_copy(update=whole).model_dump_json())
+    (train / "weights").write_text("cut off")
+
+
+def test_a_damaged_model_is_passed_over_and_named(tmp_path: Path) -> None:
+    write_days(tmp_path)
+    damage(tmp_path / DAYS[2] / "train")
+
+    assert next_parent(tmp_path) == DAYS[1]
+    (said,) = passed_over(tmp_path, DAYS[3], DAYS[1])
+    assert said == (
+        f"{tmp_path / DAYS[2] / 'train' / 'weights'} is missing or cut off, so this run starts "
+        f"from the model of {DAYS[1]}, not from that of {DAYS[2]}; `braid run --date {DAYS[2]}` "
+        "makes it again"
+    )
+    assert not list(passed_over(tmp_path, DAYS[3], DAYS[2])), "trained from it when it was whole"
+    for day in DAYS[:2]:
+        damage(tmp_path / day / "train")
+    assert next_parent(tmp_path) is None
+    assert "from drawn values" in list(passed_over(tmp_path, DAYS[3], None))[-1]
+
+
 def test_a_rolled_back_model_and_its_children_are_passed_over(tmp_path: Path) -> None:
     write_days(tmp_path)
     rollback(tmp_path)
@@ -76,6 +105,55 @@ def test_a_model_trained_anew_for_a_rolled_back_day_is_another_one(tmp_path: Pat
     assert promote_newest(tmp_path, DAYS[2]) is None
     assert production(tmp_path).date == DAYS[2]
     assert next_parent(tmp_path) == DAYS[2]
+
+
+def test_going_back_to_earlier_settings_puts_their_model_back(tmp_path: Path) -> None:
+    for version in ("", "-bad"):
+        write_model(tmp_path, DAYS[0], version=version)
+        assert promote_newest(tmp_path, DAYS[0]) is None
+    write_model(tmp_path, DAYS[0])
+    assert promote_newest(tmp_path, DAYS[0]) is None
+    assert production(tmp_path).manifest.artifact_id == f"publish-train-{DAYS[0]}"
+    assert promote_newest(tmp_path, DAYS[0]) is None
+    assert len(promotions(tmp_path).history) == 3, "it is in production"
+
+    rollback(tmp_path)
+    assert promote_newest(tmp_path, DAYS[0]) == "it was withdrawn from production"
+    assert production(tmp_path).manifest.artifact_id == f"publish-train-{DAYS[0]}-bad"
+
+
+def test_a_rolled_back_bundle_of_the_same_training_stays_out(tmp_path: Path) -> None:
+    """As where the settings of `publish` changed alone."""
+    write_model(tmp_path, DAYS[0])
+    promote(tmp_path, DAYS[0])
+    directory = tmp_path / DAYS[0] / "publish"
+    other = read_manifest(directory).model_copy(update={"artifact_id": "other"})
+    (directory / "manifest.json").unlink()  # the kept bundle has the same file
+    (directory / "manifest.json").write_text(other.model_dump_json())
+    promote(tmp_path, DAYS[0])
+    rollback(tmp_path)
+
+    assert promote_newest(tmp_path, DAYS[0]) == "it was withdrawn from production"
+    assert production(tmp_path).manifest.artifact_id == f"publish-train-{DAYS[0]}"
+
+
+def test_of_several_bundles_of_a_day_its_run_s_is_promoted(tmp_path: Path) -> None:
+    """Also where one that was promoted before is older than another of that day."""
+    for version in ("", "-bad", ""):
+        write_model(tmp_path, DAYS[0], version=version)
+        promote(tmp_path, DAYS[0])
+    assert production(tmp_path).manifest.artifact_id == f"publish-train-{DAYS[0]}"
+
+
+def test_a_model_that_was_replaced_by_a_later_one_is_said_to_be(tmp_path: Path) -> None:
+    write_days(tmp_path)
+
+    assert promote_newest(tmp_path, DAYS[0]) == f"production is of {DAYS[2]}"
+    past = promotions(tmp_path)
+    found = [past.is_superseded(f"publish-train-{day}") for day in DAYS[:3]]
+    assert found == [True, True, False]
+    promote(tmp_path, DAYS[0])
+    assert not promotions(tmp_path).is_superseded(f"publish-train-{DAYS[1]}"), "withdrawn"
 
 
 def test_promoting_an_earlier_day_takes_the_later_ones_back(tmp_path: Path) -> None:

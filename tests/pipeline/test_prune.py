@@ -1,5 +1,6 @@
 """What is pruned, and that nothing of it is missed: by a run again, a next run, or a rollback."""
 
+import errno
 import os
 import shutil
 from datetime import date, timedelta
@@ -18,6 +19,7 @@ from pipeline.console import Reporter
 from pipeline.lineage import next_parent
 from pipeline.lock import changing, exclusive
 from pipeline.prune import ASIDE, Prunable, freed_bytes, prunable, set_aside
+from pipeline.pruned import PRUNED
 from pipeline.recipe import write_recipe
 from pipeline.registry import PRODUCTION, production, promote, rollback
 from pipeline.reports.report import REPORT
@@ -367,6 +369,59 @@ def test_what_an_interrupted_prune_has_left_is_deleted_by_the_next(folder: Path)
 
     prune(folder, 1)
     assert not list(out.glob(f"{ASIDE}*"))
+
+
+def test_a_full_disk_is_pruned(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for day in range(NUM_RUNS):
+        run_day(folder, day)
+    out, is_full = folder / "out", True
+    mkdir, open_file, rmtree = os.mkdir, Path.open, shutil.rmtree
+
+    def no_room(path: object) -> None:
+        if is_full and not Path(str(path)).exists():
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    def full_mkdir(path: Any, *options: Any, **more: Any) -> None:
+        no_room(path)
+        mkdir(path, *options, **more)
+
+    def full_open(self: Path, mode: str = "r", *options: Any, **more: Any) -> Any:
+        if "w" in mode:
+            no_room(self)
+        return open_file(self, mode, *options, **more)
+
+    def freeing(path: Path) -> None:
+        nonlocal is_full
+        rmtree(path)
+        is_full = False
+
+    monkeypatch.setattr(os, "mkdir", full_mkdir)
+    monkeypatch.setattr(Path, "open", full_open)
+    monkeypatch.setattr(shutil, "rmtree", freeing)
+    prune(folder, 1)
+
+    assert set(stages_left(out)) == set(DAYS[NUM_RUNS - 2 : NUM_RUNS + 1])
+    assert not list(out.glob(f"{ASIDE}*"))
+    assert ".owner.json could not be written: [Errno 28]" in caplog.text
+    assert all((out / day / PRUNED).exists() for day in DAYS[: NUM_RUNS - 1]), "noted in the end"
+
+
+def test_a_run_that_cannot_be_noted_as_pruned_is_pruned(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for day in range(3):
+        run_day(folder, day)
+    out = folder / "out"
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    prune(folder, 1)
+    assert DAYS[0] not in stages_left(out)
+    assert f"{out / DAYS[0]} is not noted as pruned: [Errno 28]" in caplog.text
 
 
 def test_files_that_keep_another_name_free_nothing(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a restarted worker group does with an error that only the user can mend."""
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -83,3 +84,26 @@ def test_other_errors_and_no_error_leave_nothing_behind(tmp_path: Path) -> None:
     with refusing_once(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "fault"),
+    [(errno.ENOSPC, "the disk is full"), (errno.EDQUOT, "the disk quota is used up")],
+)
+def test_a_full_disk_is_refused_once(tmp_path: Path, number: int, fault: str) -> None:
+    calls = []
+
+    def write() -> None:
+        with refusing_once(tmp_path):
+            calls.append(number)
+            raise OSError(number, "no room", "file")
+
+    for _ in range(2):
+        with pytest.raises(UserError, match=rf"^{fault} while writing file; free some space"):
+            write()
+    assert len(calls) == 1
+
+
+def test_a_refusal_that_cannot_be_written_down_is_one_all_the_same(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="mend this"), refusing_once(tmp_path / "nowhere"):
+        raise UserError("mend this")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from embedding.errors import CheckpointError
 from embedding.warm_start_report import CarriedRows, WarmStartReport
 from multimodal.cic import NO_ITEM, CicLoss
 from multimodal.content_config import Cic
@@ -110,6 +111,24 @@ def test_a_restarted_training_still_says_what_it_started_from(
 
     assert progress.step == 20
     assert at_start == after_restart == made
+
+
+def test_a_damaged_parent_is_said_to_be_replaceable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object) -> None:
+        raise CheckpointError("it is damaged; make it again")
+
+    monkeypatch.setattr(training_worker, "load_into", load)
+    train = tmp_path / "2024-01-01" / "train"
+    checkpoints: Any = Checkpoints(None)
+    sharded: Any = None
+    with pytest.raises(CheckpointError) as raised:
+        training_worker._restore(job(train), sharded, checkpoints)
+    assert str(raised.value) == (
+        f"it is damaged; make it again: once {train} is deleted, `braid run --date 2024-01-01` "
+        "makes it again, and until then later days start from the model before it"
+    )
 
 
 @pytest.mark.parametrize("step", [None, 20])

@@ -25,7 +25,12 @@ from embedding.config import (
     StrictConfig,
     TablePrecision,
 )
-from embedding.feature_schema import FeatureSchema, HistoryConfig
+from embedding.feature_schema import (
+    DenseFeature,
+    FeatureSchema,
+    HistoryConfig,
+    SparseFeature,
+)
 from embedding.item_columns import candidate_field, item_sequences
 from embedding.limits import check_support
 from multimodal.codes.config import AlignedVectors, Codes, ColumnVectors
@@ -317,7 +322,8 @@ def _check_leaks(features: FeatureSchema, ranking: RankingConfig) -> None:
     """No feature is what is to be predicted; sequences of past labels are fine."""
     secret = {task.label_name: "label" for task in ranking.tasks}
     secret |= {task.oracle_name: "true probability" for task in ranking.tasks}
-    for feature in (*features.sparse, *features.dense):
+    read: list[SparseFeature | DenseFeature] = [*features.sparse, *features.dense]
+    for feature in read:
         if feature.source == "events" and feature.column_name in secret:
             raise ValueError(
                 f"features: {feature.name!r} reads the column {feature.column_name!r}, the "

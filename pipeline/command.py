@@ -23,7 +23,7 @@ from pipeline.pruned import forget_pruned
 from pipeline.publication import Publish
 from pipeline.recipe import write_recipe
 from pipeline.recipe_files import check_recipe_files
-from pipeline.registry import promote_newest
+from pipeline.registry import promote_newest, promotions
 from pipeline.reports.report import REPORT, write_report
 from pipeline.run import DayRun
 from pipeline.stages import CATCH_UP, STAGES
@@ -163,7 +163,7 @@ class Command:
         directory = self._write_recipe(date)
         records = day_run.execute()
         if records[-1].name == "publish":
-            self._promote(date)
+            self._promote(date, records[-1].manifest.artifact_id)
         known, noted = read_summary(directory, records), self._noted[date]
         if (
             known is not None
@@ -178,16 +178,20 @@ class Command:
             write_summary(summary, directory)
         return summary
 
-    def _promote(self, date: str) -> None:
+    def _promote(self, date: str, identity: str) -> None:
         if self.recipe.publish.promote:
             obstacle = promote_newest(self.out, date)
         else:
             obstacle = "publish.promote is false"
-        if obstacle is not None:
-            self.reporter.line(
-                f"published, not promoted: {obstacle}; `braid models promote "
-                f"--out {escape(str(self.out))} --date {date}` changes that"
-            )
+        if obstacle is None:
+            return
+        before = promotions(self.out).is_superseded(identity)
+        what = "not promoted again" if before else "published, not promoted"
+        remedy = f"`braid models promote --out {self.out} --date {date}` changes that"
+        line = f"{what}: {obstacle}; {remedy}"
+        self.reporter.line(escape(line))
+        if self.recipe.publish.promote and not before:  # else it is as it was meant
+            self._noted[date].append(line)
 
     def _write_recipe(self, date: str) -> Path:
         directory = self.out / date

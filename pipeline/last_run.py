@@ -38,7 +38,7 @@ class LastRun(StrictConfig):
     """That failed, was interrupted, or refused; None: none, or before the first one."""
     reason: str | None
     warnings: tuple[str, ...] = ()
-    """By date, what runs did not stop for and no stage says: which models are not started from."""
+    """What runs did not stop for and no stage says: models not promoted, or not started from."""
     started_at: str
     """UTC, ISO 8601."""
     ended_at: str

@@ -73,6 +73,20 @@ class Promotions(StrictConfig):
         """Whether the bundle was in production at some time."""
         return any(change.artifact_id == artifact_id for change in self.history)
 
+    def is_withdrawn(self, artifact_id: str) -> bool:
+        """Whether a bundle is among `withdrawn`, or a rollback is the last that became of it.
+
+        The latter may be in force still, by a promotion before that one.
+        """
+        changes = [change for change in self.history if change.artifact_id == artifact_id]
+        taken_back = bool(changes) and changes[-1].rollback
+        return taken_back or any(c.artifact_id == artifact_id for c in self.withdrawn)
+
+    def is_superseded(self, artifact_id: str) -> bool:
+        """Whether another bundle took the place of one that was good."""
+        is_in_force = any(change.artifact_id == artifact_id for change in self.in_force[:-1])
+        return is_in_force and not self.is_withdrawn(artifact_id)
+
     def taken_back(self, at: str) -> "Promotions":
         """After a rollback, which passes over models that were withdrawn themselves.
 
@@ -198,6 +212,9 @@ def production_before(out: Path, date: str) -> PublishedModel | None:
 def promote(out: Path, date: str) -> PublishedModel:
     """Put a published bundle into production; a no-op when it is there already.
 
+    Of several of a date it is the one that its run has published, or the latest of those that were
+    promoted where the run is gone.
+
     Raises:
         UserError: Nothing is published under that date, or it is none.
     """
@@ -211,23 +228,24 @@ def promote_newest(out: Path, date: str) -> str | None:
     """Promote the bundle of a run that has just been published, as far as that is a step forward.
 
     A model that was withdrawn on purpose stays out, and so do those trained from it;
-    one of an older day replaces none of a later one.
+    one of an older day replaces none of a later one. Another one of the same day is replaced, by
+    one that it had replaced itself, too: whoever goes back to earlier settings wants their model.
 
     Returns:
-        Why it was not promoted; None where it was, or had been.
+        Why it is not in production; None where it is.
     """
     manifest = read_manifest(out / date / "publish")
     assert manifest is not None
     with changing(out / PRODUCTION):
         past = promotions(out)
-        spoiled = spoiled_by(out, date)
+        if past.in_force and past.in_force[-1].artifact_id == manifest.artifact_id:
+            return None
+        spoiled = date if past.is_withdrawn(manifest.artifact_id) else spoiled_by(out, date)
         if spoiled is not None:
             which = (
                 "it" if spoiled == date else f"the model of {spoiled}, which it was trained from,"
             )
             return f"{which} was withdrawn from production"
-        if past.ever_promoted(manifest.artifact_id):
-            return None
         if past.in_force and past.in_force[-1].date > date:
             return f"production is of {past.in_force[-1].date}"
         _promote(out, date)
@@ -308,14 +326,17 @@ def require_output(out: Path) -> None:
 
 
 def _promote(out: Path, date: str) -> PublishedModel:
-    models = {model.date: model for model in published(out)}
-    if date not in models:
-        known = ", ".join(models) or "none"
+    of_run = read_manifest(out / date / "publish")
+    bundles = published(out)
+    of_date = {m.manifest.artifact_id: m for m in bundles if m.date == date}
+    if not of_date:
+        known = ", ".join(dict.fromkeys(m.date for m in bundles)) or "none"
         raise UserError(
             f"--date {date}: no published bundle in {out} (published are: {known}); run "
             "`braid run` for that date first"
         )
-    model = models[date]
+    *_, latest = of_date.values()
+    model = latest if of_run is None else of_date.get(of_run.artifact_id, latest)
     past = promotions(out)
     identity = model.manifest.artifact_id
     kept = out / MODELS / identity

@@ -155,16 +155,23 @@ def test_the_model_of_an_older_day_replaces_no_newer_one(
         assert production(out).date == date
     assert "not promoted" not in capsys.readouterr().out
 
-    run_date(DAYS[1])
+    assert run_date(DAYS[1]).warnings == [
+        f"published, not promoted: production is of {DAYS[2]}; `braid models promote --out {out} "
+        f"--date {DAYS[1]}` changes that"
+    ]
     said = "".join(capsys.readouterr().out.split())  # a long path is broken anywhere
     remedy = f"`braid models promote --out {out} --date {DAYS[1]}` changes that"
     assert f"not promoted: production is of {DAYS[2]}; {remedy}".replace(" ", "") in said
     assert production(out).date == DAYS[2]
 
+    assert run_date(DAYS[0]).warnings == [], "it was in production before"
+    assert f"not promoted again: production is of {DAYS[2]}" in capsys.readouterr().out
+
     rollback(out)
     run_date(DAYS[1], 0.7)
     assert production(out).date == DAYS[1], "newer than what the rollback returned to"
-    run_date(DAYS[2])
+    (warning,) = run_date(DAYS[2]).warnings
+    assert warning.startswith("published, not promoted: it was withdrawn from production")
     assert production(out).date == DAYS[1], "rolled back on purpose"
     run_date(DAYS[2], 0.7)
     assert production(out).date == DAYS[2]
@@ -174,7 +181,7 @@ def test_a_model_that_is_to_be_tried_first_is_published_and_not_promoted(
     run_date: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_date(DAYS[0])
-    run_date(DAYS[1], promote=False)
+    assert run_date(DAYS[1], promote=False).warnings == [], "that is what was asked for"
     assert production(tmp_path / "out").date == DAYS[0]
     assert "not promoted: publish.promote is false" in capsys.readouterr().out
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from deploy.app import main
-from pipeline.artifacts import Manifest
+from pipeline.artifacts import Manifest, read_manifest
 from pipeline.lineage import next_parent, passed_over
 from pipeline.registry import production, promote, promote_newest, promotions, rollback
 from pipeline.train_facts import TrainFacts
@@ -105,6 +105,55 @@ def test_a_model_trained_anew_for_a_rolled_back_day_is_another_one(tmp_path: Pat
     assert promote_newest(tmp_path, DAYS[2]) is None
     assert production(tmp_path).date == DAYS[2]
     assert next_parent(tmp_path) == DAYS[2]
+
+
+def test_going_back_to_earlier_settings_puts_their_model_back(tmp_path: Path) -> None:
+    for version in ("", "-bad"):
+        write_model(tmp_path, DAYS[0], version=version)
+        assert promote_newest(tmp_path, DAYS[0]) is None
+    write_model(tmp_path, DAYS[0])
+    assert promote_newest(tmp_path, DAYS[0]) is None
+    assert production(tmp_path).manifest.artifact_id == f"publish-train-{DAYS[0]}"
+    assert promote_newest(tmp_path, DAYS[0]) is None
+    assert len(promotions(tmp_path).history) == 3, "it is in production"
+
+    rollback(tmp_path)
+    assert promote_newest(tmp_path, DAYS[0]) == "it was withdrawn from production"
+    assert production(tmp_path).manifest.artifact_id == f"publish-train-{DAYS[0]}-bad"
+
+
+def test_a_rolled_back_bundle_of_the_same_training_stays_out(tmp_path: Path) -> None:
+    """As where the settings of `publish` changed alone."""
+    write_model(tmp_path, DAYS[0])
+    promote(tmp_path, DAYS[0])
+    directory = tmp_path / DAYS[0] / "publish"
+    other = read_manifest(directory).model_copy(update={"artifact_id": "other"})
+    (directory / "manifest.json").unlink()  # the kept bundle has the same file
+    (directory / "manifest.json").write_text(other.model_dump_json())
+    promote(tmp_path, DAYS[0])
+    rollback(tmp_path)
+
+    assert promote_newest(tmp_path, DAYS[0]) == "it was withdrawn from production"
+    assert production(tmp_path).manifest.artifact_id == f"publish-train-{DAYS[0]}"
+
+
+def test_of_several_bundles_of_a_day_its_run_s_is_promoted(tmp_path: Path) -> None:
+    """Also where one that was promoted before is older than another of that day."""
+    for version in ("", "-bad", ""):
+        write_model(tmp_path, DAYS[0], version=version)
+        promote(tmp_path, DAYS[0])
+    assert production(tmp_path).manifest.artifact_id == f"publish-train-{DAYS[0]}"
+
+
+def test_a_model_that_was_replaced_by_a_later_one_is_said_to_be(tmp_path: Path) -> None:
+    write_days(tmp_path)
+
+    assert promote_newest(tmp_path, DAYS[0]) == f"production is of {DAYS[2]}"
+    past = promotions(tmp_path)
+    found = [past.is_superseded(f"publish-train-{day}") for day in DAYS[:3]]
+    assert found == [True, True, False]
+    promote(tmp_path, DAYS[0])
+    assert not promotions(tmp_path).is_superseded(f"publish-train-{DAYS[1]}"), "withdrawn"
 
 
 def test_promoting_an_earlier_day_takes_the_later_ones_back(tmp_path: Path) -> None:

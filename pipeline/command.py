@@ -186,10 +186,9 @@ class Command:
         if obstacle is None:
             return
         before = promotions(self.out).is_superseded(identity)
-        line = (
-            f"{'not promoted again' if before else 'published, not promoted'}: {obstacle}; `braid "
-            f"models promote --out {self.out} --date {date}` changes that"
-        )
+        what = "not promoted again" if before else "published, not promoted"
+        remedy = f"`braid models promote --out {self.out} --date {date}` changes that"
+        line = f"{what}: {obstacle}; {remedy}"
         self.reporter.line(escape(line))
         if self.recipe.publish.promote and not before:  # else it is as it was meant
             self._noted[date].append(line)

@@ -74,7 +74,7 @@ def test_ids_of_digits_alone_are_written_like_those_of_other_days(folder: Path) 
     run_script()
 
     for path, columns in (
-        ("events/dt=2026-03-01/part-00000.parquet", ["user_id", "item_id", "device"]),
+        ("events/dt=2026-03-01/part-clicks.parquet", ["user_id", "item_id", "device"]),
         ("items.parquet", ["item_id", "category"]),
     ):
         (row,) = pq.ParquetFile(folder / "data" / "ours" / path).read(columns).to_pylist()

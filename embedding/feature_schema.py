@@ -62,9 +62,10 @@ class HistoryConfig(StrictConfig):
     label: str | None = None
     """Only events whose label column is 1 enter; by default every event enters. With `columns`:
     what is true of the events in the lists; pairs for codes are made of such events."""
-    label_delay_s: NonNegativeInt = 0
-    """Seconds after an event until its label is known: it enters then, not with the event. 0 fits a
-    click; a purchase that follows hours later would tell the events in between what is to come."""
+    delay_s: NonNegativeInt = 0
+    """Seconds after an event until it enters. What is true of it must be known by then: 0 fits a
+    click, but a purchase that follows hours later would tell the events in between what is to
+    come. A service must hold events back as long."""
     max_length: PositiveInt = 50
     """Latest events kept."""
     columns: dict[str, str] | None = None
@@ -83,10 +84,10 @@ class HistoryConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _check_delay(self) -> Self:
-        if self.label_delay_s and (self.label is None or self.columns is not None):
+        if self.delay_s and self.columns is not None:
             raise ValueError(
-                f"history {self.name!r}: label_delay_s={self.label_delay_s} is for a history that "
-                "ingest computes and whose events enter by a label; name one, or leave it out"
+                f"history {self.name!r}: delay_s={self.delay_s} is for a history that ingest "
+                "computes, and the log delivers this one; leave it out"
             )
         return self
 

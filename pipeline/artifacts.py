@@ -8,6 +8,7 @@ when the power fails, too: the files are on disk before the manifest is.
 import hashlib
 import json
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -208,10 +209,18 @@ def damaged_files(directory: Path, *, thorough: bool) -> list[str]:
     return [
         name
         for name, checksum in manifest.checksums.items()
-        if not (directory / name).is_file()
-        or (directory / name).stat().st_size != manifest.sizes.get(name)
+        if _size(directory / name) != manifest.sizes.get(name, -1)
         or (thorough and file_sha256(directory / name) != checksum)
     ]
+
+
+def _size(path: Path) -> int | None:
+    """Of a file; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
 def _reveal(scratch: Path, directory: Path) -> None:

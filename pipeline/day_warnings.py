@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pipeline.artifacts import read_manifest
 from pipeline.days import Split, named, stray_partitions
-from pipeline.event_files import DayFiles
+from pipeline.event_files import DayFiles, KnownDays
 from pipeline.train_facts import TrainFacts
 
 
@@ -43,22 +43,22 @@ class Ancestry:
 
 
 def day_warnings(
-    root: Path, split: Split, training: Sequence[str], ancestry: Ancestry
+    known: KnownDays, split: Split, training: Sequence[str], ancestry: Ancestry
 ) -> tuple[str, ...]:
     """Sentences on the days of one run.
 
     Args:
-        root: data root.
+        known: the files of the event log.
         split: days of the run.
         training: those it trains on.
         ancestry: what it goes on from.
     """
     return (
-        *_stray(root),
+        *_stray(known.root),
         *_gaps(split, training, ancestry),
         *_left_out(split, ancestry),
         *_late_days(split, ancestry),
-        *_late_files(root, split, ancestry),
+        *_late_files(known, split, ancestry),
     )
 
 
@@ -125,9 +125,9 @@ def _late_days(split: Split, ancestry: Ancestry) -> Iterator[str]:
         )
 
 
-def _late_files(root: Path, split: Split, ancestry: Ancestry) -> Iterator[str]:
-    known = {day: ancestry.files[day] for day in split.train if day in ancestry.files}
-    changed = [day for day, files in known.items() if not files.are_those_of(root, day)]
+def _late_files(known: KnownDays, split: Split, ancestry: Ancestry) -> Iterator[str]:
+    learned = {day: ancestry.files[day] for day in split.train if day in ancestry.files}
+    changed = [day for day, files in learned.items() if not known.are(day, files)]
     if changed:
         yield (
             f"the files of {named(changed)} have changed since models that this run goes on from "

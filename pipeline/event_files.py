@@ -6,20 +6,25 @@ bytes decide; sizes and times say quickly that nothing has happened, or that som
 """
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from os import stat_result
+from contextlib import suppress
 from pathlib import Path
-from typing import Self
+
+from pydantic import TypeAdapter, ValidationError
 
 from embedding.config import StrictConfig
 from embedding.errors import UserError
-from embedding.files import file_sha256
-from pipeline.days import day_files, fingerprint, vanished
+from embedding.files import file_sha256, write_durably
+from pipeline.days import day_files, vanished
 
+KNOWN_DAYS = ".event_files.json"
+"""In an output directory: the files of days as they were read last."""
 _THREADS = 8
 """Files that are read at a time: shared storage answers several as fast as one."""
+_SAID_BYTES = 1 << 30
+"""Of a day whose reading is worth a line."""
 
 
 class DayFiles(StrictConfig):
@@ -32,56 +37,94 @@ class DayFiles(StrictConfig):
     """Fingerprint of names and bytes."""
 
     @classmethod
-    def of(cls, root: Path, day: str) -> Self:
+    def of(cls, root: Path, day: str) -> "DayFiles":
         """Those of now; reads all of them.
 
         Raises:
             UserError: one went meanwhile, or cannot be read.
         """
         paths = day_files(root, [day])
-        seen = fingerprint(paths)  # before the bytes: what is written meanwhile is another file
-        return cls(num_bytes=_num_bytes(paths), seen=seen, content=_content(paths))
+        # Before the bytes: what is written meanwhile is another file.
+        num_bytes, seen = _look_at(paths)
+        return cls(num_bytes=num_bytes, seen=seen, content=_content(paths))
 
-    def are_those_of(self, root: Path, day: str) -> bool:
-        """Whether a day has the same files; reads them where nothing but their times is others.
+
+_Days = TypeAdapter(dict[str, DayFiles])
+
+
+class KnownDays:
+    """The event files of days, read where names, sizes and times are not those of the last time.
+
+    Kept in the output directory, so that a log that was copied is read again once, not every night.
+    """
+
+    def __init__(self, out: Path, root: Path, say: Callable[[str], None]) -> None:
+        """What is known below one output directory.
+
+        Args:
+            out: output directory.
+            root: data root with the event log.
+            say: shows a line before much is read.
+        """
+        self._file = out / KNOWN_DAYS
+        self.root = root
+        self._say = say
+        self._days: dict[str, DayFiles] = {}
+        with suppress(OSError, ValidationError, json.JSONDecodeError):
+            self._days = _Days.validate_json(self._file.read_bytes())
+
+    def files(self, day: str) -> DayFiles:
+        """Those of now.
 
         Raises:
             UserError: one went meanwhile, or cannot be read.
         """
-        paths = day_files(root, [day])
-        if _num_bytes(paths) != self.num_bytes:
+        num_bytes, seen = _look_at(day_files(self.root, [day]))
+        known = self._days.get(day)
+        if known is not None and known.seen == seen:
+            return known
+        if num_bytes >= _SAID_BYTES:
+            self._say(f"reading {num_bytes / 2**30:,.1f} GiB of events of {day}: which they are")
+        self._days[day] = DayFiles.of(self.root, day)
+        if self._file.parent.is_dir():
+            with suppress(OSError):  # they are read again then
+                write_durably(self._file, _Days.dump_json(self._days).decode())
+        return self._days[day]
+
+    def are(self, day: str, files: DayFiles) -> bool:
+        """Whether a day still has these; reads them where nothing but their times is others.
+
+        Raises:
+            UserError: one went meanwhile, or cannot be read.
+        """
+        num_bytes, seen = _look_at(day_files(self.root, [day]))
+        if num_bytes != files.num_bytes:
             return False
-        return fingerprint(paths) == self.seen or _content(paths) == self.content
+        return seen == files.seen or self.files(day).content == files.content
 
 
-def _num_bytes(paths: Sequence[Path]) -> int:
-    return sum(_stat(path).st_size for path in paths)
-
-
-def _stat(path: Path) -> stat_result:
-    try:
-        return path.stat()
-    except FileNotFoundError as error:
-        raise vanished(path) from error
+def _look_at(paths: Sequence[Path]) -> tuple[int, str]:
+    """Bytes of all files, and a fingerprint of names, sizes and times."""
+    num_bytes, digest = 0, hashlib.sha256()
+    for path in paths:
+        try:
+            found = path.stat()
+        except FileNotFoundError as error:
+            raise vanished(path) from error
+        num_bytes += found.st_size
+        digest.update(f"{path.name}|{found.st_size}|{found.st_mtime_ns}\n".encode())
+    return num_bytes, digest.hexdigest()[:16]
 
 
 def _content(paths: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     with ThreadPoolExecutor(_THREADS) as pool:
-        for path, checksum in zip(paths, pool.map(_sha256_once, paths), strict=True):
+        for path, checksum in zip(paths, pool.map(_sha256, paths), strict=True):
             digest.update(f"{path.name}|{checksum}\n".encode())
     return digest.hexdigest()[:16]
 
 
-def _sha256_once(path: Path) -> str:
-    """A run asks several times what the files of a day are."""
-    found = _stat(path)
-    return _sha256(path, found.st_size, found.st_mtime_ns)
-
-
-@lru_cache(maxsize=1 << 16)
-def _sha256(path: Path, size: int, modified_ns: int) -> str:
-    del size, modified_ns  # tell a file that was written anew from what it was
+def _sha256(path: Path) -> str:
     try:
         return file_sha256(path)
     except FileNotFoundError as error:

@@ -19,7 +19,6 @@ def ingest_config(recipe: Recipe) -> dict[str, Any]:
     made.
     """
     columns = EventColumns.of(recipe)
-    # Artifacts that hold their ids alone must not be gone on with.
     both = sorted(name for name in columns.dense if columns.number_column(name) != name)
     return {
         "histories": [history.model_dump(mode="json") for history in recipe.features.histories],
@@ -28,7 +27,7 @@ def ingest_config(recipe: Recipe) -> dict[str, Any]:
         "dense": sorted(columns.dense),
         "tasks": _tasks(recipe),
         "user_buckets": recipe.data.user_buckets,
-        **({"numbers_beside_ids": both} if both else {}),
+        "numbers_beside_ids": both,
     }
 
 

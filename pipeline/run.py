@@ -76,7 +76,7 @@ class DayRun:
         self.days = available_days(root, recipe.data.complete_marker)
         self.split: Split = split_days(self.days, date, recipe.window)
         self._catalogue = CatalogueUse(root, consent.refresh_catalogue)
-        self.spans = Spans(out, root, self.days, ingest_config(recipe), consent)
+        self.spans = Spans(out, root, self.days, ingest_config(recipe), consent, reporter.line)
         self.codes = codes_of_day(recipe, out, self.split, session, reporter)
 
     def execute(self, until: str = STAGES[-1]) -> list[StageRecord]:
@@ -198,7 +198,8 @@ class DayRun:
 
         def body(scratch: Path) -> StageOutput:
             warnings = self.reporter.warn(cascade)
-            checked = check_span(self.recipe, span.days, previous)  # faults show before Ray starts
+            read = self.spans.known_days.files
+            checked = check_span(self.recipe, span.days, previous, read)  # before Ray starts
             self.session.wait_for("ingest", [ONE_CPU])
             facts = ingest(self.recipe, checked, scratch, self.reporter.advance)
             return StageOutput(facts.rows_in, facts.rows_out, facts, facts.quarantined, warnings)

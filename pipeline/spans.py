@@ -4,7 +4,8 @@ A span's artifact lies in DIR/<its last day>/ingest. It chains on the latest ear
 continues its user state, so a run of a later day ingests only the days that came since.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from embedding.errors import UserError
 from pipeline.artifacts import MANIFEST, Manifest, config_hash, read_manifest
 from pipeline.consent import Consent
 from pipeline.days import PARTITION, Span, named
-from pipeline.event_files import DayFiles
+from pipeline.event_files import DayFiles, KnownDays
 from pipeline.samples.ingest_facts import IngestFacts
 
 INGEST = "ingest"
+logger = logging.getLogger(__name__)
 
 
 def first_day_held(days: Sequence[str], previous: Path | None) -> str:
@@ -39,6 +41,7 @@ class Spans:
         days: Sequence[str],
         config: dict[str, Any],
         consent: Consent = Consent(),  # noqa: B008 # frozen
+        say: Callable[[str], None] = logger.info,
     ) -> None:
         """The spans below one output directory.
 
@@ -48,10 +51,12 @@ class Spans:
             days: of the event log, ascending.
             config: what ingest depends on; artifacts of other settings are not chained on.
             consent: whether a span may begin later than one that is there.
+            say: shows a line before many event files are read.
         """
         self.out = out
         self.root = root
         self.days = days
+        self.known_days = KnownDays(out, root, say)
         self._hash = config_hash(config)
         self._consent = consent
 
@@ -108,7 +113,7 @@ class Spans:
         if recorded is not None and not changed:
             return {"events": recorded.inputs["events"]}
         contents = {
-            day: DayFiles.of(self.root, day).content if day in changed else known[day].content
+            day: (self.known_days.files(day) if day in changed else known[day]).content
             for day in span.days
         }
         return {"events": config_hash(contents)}
@@ -244,9 +249,7 @@ class Spans:
     def _changed(self, days: Sequence[str], recorded: Manifest[IngestFacts]) -> list[str]:
         """Days whose files are not those that an artifact was made of."""
         known = recorded.facts.day_files
-        return [
-            day for day in days if day not in known or not known[day].are_those_of(self.root, day)
-        ]
+        return [day for day in days if day not in known or not self.known_days.are(day, known[day])]
 
     def _manifest(self, day: str) -> Manifest[IngestFacts] | None:
         """Of the span that ends at a day, if it was made with the same settings."""

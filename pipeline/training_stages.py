@@ -43,8 +43,8 @@ def train_stage(run: "DayRun") -> StageSpec:
         inputs["parent"] = run.artifact_id("train", parent)
 
     def body(scratch: Path) -> StageOutput:
-        root, ancestry = run.recipe.data.root, Ancestry.of(run.out, parent)
-        said = [*day_warnings(root, run.split, days, ancestry), *run.spans.kept(run.date)]
+        known, ancestry = run.spans.known_days, Ancestry.of(run.out, parent)
+        said = [*day_warnings(known, run.split, days, ancestry), *run.spans.kept(run.date)]
         warnings = run.reporter.warn(said)
         codebooks, event_columns = _about_samples(run)
         learned, files, taken_over = days, run.spans.files_of(spans, days), None

@@ -41,6 +41,8 @@ class EventForm:
     asked: RequestForm
     labels: tuple[str, ...]
     weights: tuple[str, ...]
+    history_delays: dict[str, int]
+    """Seconds after which an event enters, by history."""
     history_lengths: dict[str, int]
     """Past events that are read, at most."""
     list_lengths: dict[str, int | None]
@@ -78,9 +80,10 @@ class EventForm:
             histories=histories,
         )
         weights = tuple(dict.fromkeys(columns.weights.values()))
-        history_lengths = {h.name: h.max_length for h in recipe.features.histories}
+        delays = {h.name: h.delay_s for h in recipe.features.histories}
+        lengths = {h.name: h.max_length for h in recipe.features.histories}
         numbers = {name: columns.number_column(name) for name in own.dense}
-        return cls(asked, columns.labels, weights, history_lengths, list_lengths, numbers)
+        return cls(asked, columns.labels, weights, delays, lengths, list_lengths, numbers)
 
 
 @dataclass(frozen=True)
@@ -283,7 +286,8 @@ def _history(
         if (np.diff(times_S) < 0).any():
             raise UserError(f"histories.{name} is not ordered by time, oldest first; sort it")
         # As in training: what is not strictly earlier is not seen.
-        seen = int(np.searchsorted(times_S, timestamp, side="left"))
+        entered = timestamp - 1000 * form.history_delays[name]
+        seen = int(np.searchsorted(times_S, entered, side="left"))
         lists = {column: values_S[:seen] for column, values_S in lists.items()}
     longest = form.history_lengths[name]
     return {history_column(name, column): values_S[-longest:] for column, values_S in lists.items()}

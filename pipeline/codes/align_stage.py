@@ -4,6 +4,7 @@ The first run trains the encoder; later ones encode what is new, until the reali
 training that goes on from the last one. A new encoder moves all vectors.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from pipeline.content.reading import CatalogueReading
 from pipeline.content.stage import STORES, content
 from pipeline.days import parse_day
 from pipeline.refusal import refusing_once
+from pipeline.samples.ingest_facts import IngestFacts
 from pipeline.stages import StageOutput, StageSpec
 from pipeline.train import CHECKPOINT
 from pipeline.train_facts import TrainFacts
@@ -219,7 +221,8 @@ class AlignmentOfDay:
         wanted = self.source.history or histories[0].name
         history = next(h for h in histories if h.name == wanted)
         held_out = self.recipe.evaluation.held_out_items
-        return PairSource(ingests, self.training_days, history, held_out)
+        share = 1.0 if history.label is None else _share_positive(ingests, history.label)
+        return PairSource(ingests, self.training_days, history, held_out, share)
 
     def _ranker(self, parent: str | None) -> RankerItems | None:
         """The items of the ranker that this run starts from; None where pairs need none."""
@@ -270,6 +273,17 @@ class AlignmentOfDay:
         days = [path.parts[-3] for path in earlier]
         day = max((d for d in days if d < self.date), default=None)
         return None if day is None else self.out / day / STAGE
+
+
+def _share_positive(ingests: Iterable[Path], label: str) -> float:
+    """Of all events of some ingest artifacts."""
+    rows = positives = 0
+    for path in ingests:
+        manifest = read_manifest(path, IngestFacts)
+        assert manifest is not None, path
+        rows += manifest.facts.rows_out
+        positives += manifest.facts.labels[label].positives
+    return positives / max(rows, 1)
 
 
 def alignment_settings(recipe: Recipe) -> dict[str, Any]:

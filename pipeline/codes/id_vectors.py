@@ -56,8 +56,8 @@ def id_space(
 def factorised_vectors(source: PairSource, scratch: Path, seed: int = 0) -> IdVectors | None:
     """Vectors of all items with a positive; None where there are too few users or items.
 
-    Buckets of users become matrices on disk, each event read once; the factorisation goes over
-    these, one in memory at a time.
+    Buckets of users become matrices on disk; the factorisation goes over these, one in memory at a
+    time.
     """
     num_events = source.num_events()
     if not num_events:

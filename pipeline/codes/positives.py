@@ -42,6 +42,8 @@ class PairSource:
     """Positives are the events that enter it; its lists hold the earlier positives."""
     held_out: HeldOutItems | None = None
     """Items kept from training: no pair holds them."""
+    share_positive: float = 1.0
+    """Of the events, about: how many buckets of users positives need follows from it."""
 
     @property
     def past(self) -> str:
@@ -51,14 +53,15 @@ class PairSource:
     def split_users(self, num_events: int) -> UserBuckets:
         """Buckets to read the period in, which has `num_events`.
 
-        Artifacts of a day each have few buckets, however many days there are.
+        Artifacts of a day each have few buckets, however many days there are; with more of them
+        every file is read for several.
         """
         found = {
             path: IngestState.model_validate_json((path / STATE_FILE).read_text()).num_buckets
             for path in self.artifacts
         }
         number = max(found.values())
-        while number * ROWS_PER_BUCKET < num_events:
+        while number * ROWS_PER_BUCKET < num_events * self.share_positive:
             number *= 2
         return UserBuckets(number, found)
 

@@ -103,7 +103,7 @@ def build_bucket(bucket: int, plan: BucketPlan) -> BucketFacts:
     next_day = (epoch_day(plan.days[-1]) + 1) * MS_PER_DAY
     for history in plan.histories:
         qualifies = np.asarray(table[_qualifies(history.name)].to_numpy())
-        delay = 1000 * history.label_delay_s
+        delay = 1000 * history.delay_s
         spans[history.name] = history_spans(timeline, qualifies, history.max_length, delay)
         entered = times < next_day - delay
         state[history.name] = retained(timeline, qualifies, history.max_length, entered)

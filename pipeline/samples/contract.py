@@ -84,7 +84,7 @@ def event_files(root: Path, day: str, columns: EventColumns) -> list[EventFile]:
             f"{folder} does not exist: the event log of {day} is missing (there are days from "
             f"{available[0]} to {available[-1]}); deliver it or choose another date"
         )
-    paths = event_paths(root, day)
+    paths = day_files(root, [day])
     files = []
     for path in paths:
         with open_parquet(path) as file:
@@ -101,11 +101,6 @@ def empty_day_fault(root: Path, day: str, num_files: int) -> str:
         f"{root / 'events' / (PARTITION + day)} is empty: no event on {day} in {num_files} Parquet "
         "files; deliver the day's events or choose another date"
     )
-
-
-def event_paths(root: Path, day: str) -> list[Path]:
-    """Parquet files of one day, by name; hidden ones are not read."""
-    return day_files(root, [day])
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:

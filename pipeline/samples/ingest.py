@@ -95,13 +95,19 @@ class CheckedSpan:
         return sum(file.num_rows for file in self.files)
 
 
-def check_span(recipe: Recipe, days: Sequence[str], previous: Path | None) -> CheckedSpan:
+def check_span(
+    recipe: Recipe,
+    days: Sequence[str],
+    previous: Path | None,
+    read: Callable[[str], DayFiles] | None = None,
+) -> CheckedSpan:
     """Check everything that can be said without reading the events: it needs no Ray.
 
     Args:
         recipe: names the data root, features and tasks.
         days: consecutive days of the event log, in order.
         previous: the ingest artifact that ends before the days, or None at the beginning.
+        read: gives the event files of a day; by default they are read.
 
     Raises:
         UserError: a file breaks the data contract, or `previous` cannot be continued.
@@ -112,7 +118,7 @@ def check_span(recipe: Recipe, days: Sequence[str], previous: Path | None) -> Ch
     root = recipe.data.root
     columns = EventColumns.of(recipe)
     # Before they are listed: a file that comes after that is one that the artifact does not hold.
-    found = {day: DayFiles.of(root, day) for day in days}
+    found = {day: read(day) if read else DayFiles.of(root, day) for day in days}
     files = [file for day in days for file in event_files(root, day, columns)]
     known = check_catalogue(root, recipe.features)
     written = [(file.path, file.kinds) for file in files]
@@ -265,8 +271,11 @@ def _require_sound(
             bad[day][REPEATED] += repeats
             examples.setdefault(day, example)
     limit = recipe.data.max_quarantined_share
+    rows_of_days = Counter[str]()
+    for file in span.files:
+        rows_of_days[file.day] += file.num_rows
     for day, counts in bad.items():
-        num_rows = sum(file.num_rows for file in span.files if file.day == day)
+        num_rows = rows_of_days[day]
         if counts.total() > limit * num_rows:
             reasons = ", ".join(f"{count} x {reason}" for reason, count in counts.most_common())
             raise UserError(

@@ -159,6 +159,25 @@ def test_a_request_without_a_time_has_that_of_the_service(form: EventForm) -> No
     assert times == [t for t in past(rows[0], clicked=False)["timestamp"] if t < now][-2:]
 
 
+def test_a_service_reads_no_event_that_training_would_not_have_seen_yet(folder: Path) -> None:
+    recipe = recipe_of(folder)
+    seen = next(h for h in recipe.features.histories if h.name == "seen")
+    others = tuple(h for h in recipe.features.histories if h.name != "seen")
+    delayed = (*others, seen.model_copy(update={"delay_s": 240}))
+    features = recipe.features.model_copy(update={"histories": delayed})
+    facts = json.loads((folder / "facts.json").read_text())
+    kinds = {name: ColumnKind(**kind) for name, kind in facts["event_columns"].items()}
+    late = EventForm.of(recipe.model_copy(update={"features": features}), kinds)
+    rows = requests()[-1]
+    now = rows[0]["timestamp"]
+
+    events = event_rows(request_of(rows), late, now_ms=0).spread()
+
+    known = past(rows[0], clicked=False)["timestamp"]
+    times = events["history:seen:timestamp"].to_pylist()[0]
+    assert times == [t for t in known if t + 240_000 < now][-2:] != known[-2:]
+
+
 def test_lists_of_the_context_are_as_ingest_reads_them_and_no_longer_than_features(
     folder: Path,
 ) -> None:

@@ -10,7 +10,6 @@ from deploy.serving.event_rows import EventForm, event_rows, together
 from deploy.serving.logged_requests import logged_requests
 from deploy.serving.wire import ScoreRequest
 from pipeline.config import Recipe
-from pipeline.identity import ingest_config
 from pipeline.samples import ingest as ingest_module
 from pipeline.samples import join as join_module
 from pipeline.samples.ingest import check_span, ingest
@@ -95,9 +94,3 @@ def test_requests_of_the_log_ask_with_its_own_numbers(tmp_path: Path, form: Even
     found = logged_requests(tmp_path, tmp_path / "data", form.asked, number=40, candidates=1)
 
     assert {request.context["stars"] for request in found} == set(STARS)
-
-
-def test_only_recipes_with_such_a_column_ingest_anew(tmp_path: Path) -> None:
-    before = {"histories", "history_values", "ids", "dense", "tasks", "user_buckets"}
-    assert ingest_config(make_recipe(tmp_path)).keys() == before
-    assert ingest_config(recipe_of(tmp_path))["numbers_beside_ids"] == ["stars"]

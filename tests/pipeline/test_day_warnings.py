@@ -8,7 +8,7 @@ import pytest
 from pipeline.config import WindowConfig
 from pipeline.day_warnings import Ancestry, day_warnings, missing_days
 from pipeline.days import available_days, split_days
-from pipeline.event_files import DayFiles
+from pipeline.event_files import DayFiles, KnownDays
 from tests.pipeline.small_models import write_manifest
 from tests.pipeline.stage_facts import trained
 
@@ -38,7 +38,8 @@ class Log:
         ancestry = Ancestry.of(self.out, start)
         last = max(ancestry.files, default="")
         training = [d for d in split.train if d > last]
-        return list(day_warnings(self.root, split, training, ancestry))
+        known = KnownDays(self.out, self.root, lambda _: None)
+        return list(day_warnings(known, split, training, ancestry))
 
 
 def day(number: int) -> str:

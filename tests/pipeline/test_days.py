@@ -12,7 +12,6 @@ from pipeline.days import (
     split_days,
     stray_partitions,
 )
-from pipeline.samples.contract import event_paths
 
 DAYS = ["2024-01-01", "2024-01-02", "2024-01-03", "2024-01-04", "2024-01-05"]
 
@@ -115,7 +114,6 @@ def test_files_that_a_writer_has_not_finished_are_no_files_of_a_day(tmp_path: Pa
 
     found = day_files(tmp_path, DAYS[:2])
     assert [path.name for path in found] == ["part-0.parquet", "part-1.parquet"]
-    assert event_paths(tmp_path, DAYS[0]) == found
 
 
 def test_a_file_that_goes_while_it_is_looked_at_is_said_with_the_remedy(tmp_path: Path) -> None:

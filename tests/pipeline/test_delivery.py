@@ -147,6 +147,13 @@ def test_rows_to_look_at_are_shared_by_the_files_of_a_day(
     assert look(root, DAYS[0]).num_rows == 2 + 2
 
 
+def test_of_many_files_a_day_some_are_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delivery, "FILES_PER_DAY", 2)
+    split(day_file(root, 0), 1, 1, 1, 1, 2)
+
+    assert look(root, DAYS[0]).num_rows == 1 + 1, "of the first and the fourth"
+
+
 def test_damage_behind_the_footer_of_any_file_is_a_fault(root: Path) -> None:
     path = split(day_file(root, 1), 3, 3)[1]
     content = path.read_bytes()

@@ -8,7 +8,7 @@ import pytest
 
 from embedding.errors import UserError
 from pipeline import event_files
-from pipeline.event_files import DayFiles
+from pipeline.event_files import DayFiles, KnownDays
 
 DAY = "2024-01-01"
 
@@ -36,26 +36,54 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-def test_a_copy_with_other_times_is_the_same(folder: Path, reads: list[str]) -> None:
-    root = folder.parents[1]
-    found = DayFiles.of(root, DAY)
+def known(folder: Path) -> KnownDays:
+    """As a new process knows them."""
+    return KnownDays(folder.parents[2], folder.parents[1], lambda _: None)
+
+
+def test_a_copy_with_other_times_is_the_same_and_read_once(folder: Path, reads: list[str]) -> None:
+    found = known(folder).files(DAY)
     assert sorted(reads) == ["part-0.parquet", "part-1.parquet"]
-    assert found.are_those_of(root, DAY)
+    assert known(folder).are(DAY, found)
     assert len(reads) == 2, "times, sizes and names are those of before"
     for file in folder.iterdir():
         os.utime(file, ns=(1, 1))
 
-    assert found.are_those_of(root, DAY)
+    assert known(folder).are(DAY, found)
     assert len(reads) == 4
-    assert DayFiles.of(root, DAY).content == found.content
-    assert len(reads) == 4, "once in a process"
+    assert known(folder).are(DAY, found)
+    assert known(folder).files(DAY).content == found.content
+    assert len(reads) == 4, "it is kept that these are the same"
+    assert found == DayFiles.of(folder.parents[1], DAY).model_copy(update={"seen": found.seen})
     assert found.num_bytes == 200
+
+
+def test_much_that_is_read_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(event_files, "_SAID_BYTES", 200)
+    said: list[str] = []
+    KnownDays(folder.parents[2], folder.parents[1], said.append).files(DAY)
+    (line,) = said
+    assert f"events of {DAY}" in line
+
+
+@pytest.mark.parametrize("damage", ["{", '{"2024-01-01": 3}', None])
+def test_what_was_kept_may_be_damaged_or_not_writable(
+    folder: Path, damage: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if damage is None:
+
+        def full(*_: object) -> None:
+            raise OSError(28, "no space left")
+
+        monkeypatch.setattr(event_files, "write_durably", full)
+    else:
+        (folder.parents[2] / event_files.KNOWN_DAYS).write_text(damage)
+    assert known(folder).files(DAY) == DayFiles.of(folder.parents[1], DAY)
 
 
 @pytest.mark.parametrize("what", ["one byte", "a name", "one more", "one less"])
 def test_what_is_another_file_is_told(folder: Path, what: str) -> None:
-    root = folder.parents[1]
-    found, file = DayFiles.of(root, DAY), folder / "part-0.parquet"
+    found, file = known(folder).files(DAY), folder / "part-0.parquet"
     if what == "one byte":  # as a label that is corrected: as large as before, the footer, too
         file.write_bytes(b"\1" + bytes(99))
         os.utime(file, ns=(1, 1))
@@ -66,17 +94,16 @@ def test_what_is_another_file_is_told(folder: Path, what: str) -> None:
     else:
         file.unlink()
 
-    assert not found.are_those_of(root, DAY)
-    assert DayFiles.of(root, DAY).content != found.content
+    assert not known(folder).are(DAY, found)
+    assert known(folder).files(DAY).content != found.content
 
 
 def test_a_day_of_another_size_is_told_without_reading(folder: Path, reads: list[str]) -> None:
-    root = folder.parents[1]
-    found = DayFiles.of(root, DAY)
+    found = known(folder).files(DAY)
     reads.clear()
     (folder / "part-9.parquet").write_bytes(b"late")
 
-    assert not found.are_those_of(root, DAY)
+    assert not known(folder).are(DAY, found)
     assert not reads
 
 

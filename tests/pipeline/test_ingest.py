@@ -17,6 +17,7 @@ from embedding.errors import UserError
 from embedding.raw_ids import to_raw_ids
 from pipeline.artifacts import MANIFEST, Manifest
 from pipeline.config import Recipe
+from pipeline.event_files import DayFiles
 from pipeline.samples import buckets as buckets_module
 from pipeline.samples import ingest as ingest_module
 from pipeline.samples.buckets import merge_counts
@@ -40,7 +41,7 @@ def run(recipe: Recipe, span: list[str], previous: Path | None, scratch: Path) -
 def delayed(recipe: Recipe, delay_s: int) -> Recipe:
     """With clicks that enter their history so much later."""
     clicks, *others = recipe.features.histories
-    histories = (clicks.model_copy(update={"label_delay_s": delay_s}), *others)
+    histories = (clicks.model_copy(update={"delay_s": delay_s}), *others)
     features = recipe.features.model_copy(update={"histories": histories})
     return recipe.model_copy(update={"features": features})
 
@@ -205,7 +206,7 @@ def test_a_file_that_comes_while_files_are_listed_is_not_taken_for_one_that_was_
     monkeypatch.setattr(ingest_module, "event_files", and_deliver)
     checked = check_span(make_recipe(tmp_path), DAYS[:1], None)
     assert checked.num_rows == 1
-    assert not checked.day_files[DAYS[0]].are_those_of(tmp_path, DAYS[0])
+    assert checked.day_files[DAYS[0]].content != DayFiles.of(tmp_path, DAYS[0]).content
 
 
 def test_images_are_not_looked_at(tmp_path: Path) -> None:

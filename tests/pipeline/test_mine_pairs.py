@@ -64,8 +64,11 @@ def log(tmp_path: Path) -> list[Row]:
     return rows
 
 
-def mine(tmp_path: Path, name: str, *, days: list[str], partitions: int = 2) -> PairFacts:
-    source = PairSource((tmp_path / "ingest-0", tmp_path / "ingest-1"), tuple(days), CLICKS)
+def mine(
+    tmp_path: Path, name: str, *, days: list[str], partitions: int = 2, share: float = 1.0
+) -> PairFacts:
+    artifacts = (tmp_path / "ingest-0", tmp_path / "ingest-1")
+    source = PairSource(artifacts, tuple(days), CLICKS, share_positive=share)
     plan = plan_mining(source, SWING, User2Item(max_history=2), vectors(), tmp_path / name)
     changed = MiningPlan(**{**vars(plan), "num_partitions": partitions})
     return mine_pairs(changed)
@@ -151,9 +154,12 @@ def test_a_long_period_is_read_in_more_buckets_with_the_same_pairs(
         return found
 
     monkeypatch.setattr(mining, "read_positives", watched)
+    mine(tmp_path, "rare", days=DAYS, share=0.5)
+    assert len(sizes) == 6, "300 of 600 events, 3 buckets doubled until 60 fit into each"
+    sizes.clear()
     many = mine(tmp_path, "many", days=DAYS)
 
-    assert len(sizes) == 12, "600 events, 3 buckets doubled until 60 fit into each"
+    assert len(sizes) == 12
     assert sum(sizes) == sum(row["click"] for row in log)
     for folder in ("item2item", "user2item"):
         assert ordered(tmp_path / "many" / folder) == ordered(tmp_path / "few" / folder)

@@ -230,8 +230,8 @@ def test_override_creates_missing_sections(tmp_path: Path) -> None:
         ),
         (
             "features.histories",
-            [{"name": "seen", "label_delay_s": 60}],
-            ["'seen': label_delay_s=60", "name one"],
+            [{"name": "seen", "delay_s": 60, "columns": {"item_id": "recent"}}],
+            ["'seen': delay_s=60", "leave it out"],
         ),
     ],
 )

@@ -255,7 +255,7 @@ def test_a_file_that_comes_between_ingest_and_training_was_not_trained_on(
     next_day = run_of(root, 1)
     assert ingested(next_day) == [(day, False) for day in DAYS[:3]]
     ancestry = Ancestry.of(out, DAYS[0])
-    (sentence,) = day_warnings(root, next_day.split, (DAYS[1],), ancestry)
+    (sentence,) = day_warnings(next_day.spans.known_days, next_day.split, (DAYS[1],), ancestry)
     assert f"the files of {DAYS[0]} have changed since models" in sentence
 
 

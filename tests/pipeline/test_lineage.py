@@ -7,7 +7,14 @@ import pytest
 from deploy.app import main
 from pipeline.artifacts import Manifest, read_manifest
 from pipeline.lineage import next_parent, passed_over
-from pipeline.registry import production, promote, promote_newest, promotions, rollback
+from pipeline.registry import (
+    production,
+    promote,
+    promote_newest,
+    promotions,
+    rollback,
+    was_withdrawn,
+)
 from pipeline.train_facts import TrainFacts
 from tests.pipeline.small_log import DAYS
 from tests.pipeline.small_models import write_manifest, write_model
@@ -107,19 +114,57 @@ def test_a_model_trained_anew_for_a_rolled_back_day_is_another_one(tmp_path: Pat
     assert next_parent(tmp_path) == DAYS[2]
 
 
-def test_going_back_to_earlier_settings_puts_their_model_back(tmp_path: Path) -> None:
-    for version in ("", "-bad"):
-        write_model(tmp_path, DAYS[0], version=version)
-        assert promote_newest(tmp_path, DAYS[0]) is None
-    write_model(tmp_path, DAYS[0])
-    assert promote_newest(tmp_path, DAYS[0]) is None
-    assert production(tmp_path).manifest.artifact_id == f"publish-train-{DAYS[0]}"
-    assert promote_newest(tmp_path, DAYS[0]) is None
-    assert len(promotions(tmp_path).history) == 3, "it is in production"
+def write_and_return(out: Path) -> None:
+    """A model of another day before; then two of one day, and the first one of them again."""
+    write_model(out, DAYS[0])
+    promote(out, DAYS[0])
+    for version in ("", "-bad", ""):
+        write_model(out, DAYS[1], parent=DAYS[0], version=version)
+        assert promote_newest(out, DAYS[1]) is None
 
+
+def test_going_back_to_earlier_settings_puts_their_model_back(tmp_path: Path) -> None:
+    write_and_return(tmp_path)
+    past = promotions(tmp_path)
+    assert production(tmp_path).manifest.artifact_id == f"publish-train-{DAYS[1]}"
+    assert promote_newest(tmp_path, DAYS[1]) is None
+    assert promotions(tmp_path) == past, "it is in production"
+    assert [change.artifact_id for change in past.withdrawn] == [f"publish-train-{DAYS[1]}-bad"]
+    assert next_parent(tmp_path) == DAYS[1]
+
+    write_model(tmp_path, DAYS[1], parent=DAYS[0], version="-bad")
+    assert promote_newest(tmp_path, DAYS[1]) == "it was withdrawn from production"
+    assert next_parent(tmp_path) == DAYS[0]
+    promote(tmp_path, DAYS[1])
+    assert production(tmp_path).manifest.artifact_id == f"publish-train-{DAYS[1]}-bad"
+    assert next_parent(tmp_path) == DAYS[1], "put back by hand"
+
+
+def test_a_rollback_returns_to_no_model_whose_settings_were_given_up(tmp_path: Path) -> None:
+    write_and_return(tmp_path)
     rollback(tmp_path)
-    assert promote_newest(tmp_path, DAYS[0]) == "it was withdrawn from production"
-    assert production(tmp_path).manifest.artifact_id == f"publish-train-{DAYS[0]}-bad"
+
+    assert production(tmp_path).date == DAYS[0]
+    assert next_parent(tmp_path) == DAYS[0]
+    found = {change.artifact_id for change in promotions(tmp_path).withdrawn}
+    assert found == {f"publish-train-{DAYS[1]}", f"publish-train-{DAYS[1]}-bad"}
+    assert promote_newest(tmp_path, DAYS[1]) == "it was withdrawn from production"
+
+
+def test_a_training_is_fit_as_long_as_one_of_its_bundles_is_approved(tmp_path: Path) -> None:
+    """As where the settings of `publish` changed alone, and changed back."""
+    write_model(tmp_path, DAYS[0])
+    promote(tmp_path, DAYS[0])
+    path = tmp_path / DAYS[0] / "publish" / "manifest.json"
+    first = read_manifest(path.parent)
+    for manifest in (first.model_copy(update={"artifact_id": "other"}), first):
+        path.unlink()  # the kept bundle has the same file
+        path.write_text(manifest.model_dump_json())
+        promote(tmp_path, DAYS[0])
+
+    assert promotions(tmp_path).is_withdrawn("other")
+    assert not was_withdrawn(tmp_path, "train", f"train-{DAYS[0]}")
+    assert next_parent(tmp_path) == DAYS[0]
 
 
 def test_a_rolled_back_bundle_of_the_same_training_stays_out(tmp_path: Path) -> None:
@@ -177,6 +222,7 @@ def test_a_promotion_by_mistake_is_undone_by_a_rollback(tmp_path: Path) -> None:
 
     assert production(tmp_path).date == DAYS[2]
     assert promotions(tmp_path).withdrawn == []
+    assert promotions(tmp_path).is_superseded(f"publish-train-{DAYS[0]}")
     assert next_parent(tmp_path) == DAYS[2]
     write_model(tmp_path, DAYS[3], parent=DAYS[2])
     assert promote_newest(tmp_path, DAYS[3]) is None

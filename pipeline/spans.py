@@ -126,10 +126,11 @@ class Spans:
         late = [day for day in self.days if first <= day <= last and day not in held]
         if late:
             after = next(span.days[-1] for span in spans if span.days[-1] > late[0])
+            again = "run the same command again" if after == last else self._run_of(after)
             raise UserError(
                 f"{self.root / 'events'} has {late[0]}, which came after {self.out} had ingested "
                 "later days, and what these were made of is pruned or deleted, so histories cannot "
-                f"take it in; {self._made_again(after)}, or move {PARTITION}{late[0]} away"
+                f"take it in; {self._made_again(after, again)}, or move {PARTITION}{late[0]} away"
             )
         return spans
 
@@ -185,18 +186,26 @@ class Spans:
                 said.append(
                     f"event files of {named(changed)} are not those that {self.out / day / INGEST} "
                     "was made of, which stays as it is, because what it goes on with is pruned, or "
-                    f"events of it are deleted; to take them in, {self._made_again(day)}"
+                    "events of it are deleted; to take them in, "
+                    f"{self._made_again(day, self._run_of(day))}"
                 )
         return said
 
-    def _made_again(self, day: str) -> str:
-        """How to have a span made again that stays as it is."""
+    def _made_again(self, day: str, again: str) -> str:
+        """How to have a span made again that stays as it is.
+
+        Once its artifact is deleted, the chain of a later day ends after it: only a command that
+        needs a day of the span itself makes it again.
+        """
         recorded = self._manifest(day)
         assert recorded is not None
         return (
-            f"delete {self.out / day / INGEST} and run again, with all days since "
-            f"{recorded.facts.first_day} in {self.root / 'events'}"
+            f"delete {self.out / day / INGEST} and, with all days since {recorded.facts.first_day} "
+            f"in {self.root / 'events'}, {again}"
         )
+
+    def _run_of(self, day: str) -> str:
+        return f"run `braid run --date {day} --out {self.out}` with this recipe"
 
     def _stays(self, recorded: Manifest[IngestFacts]) -> bool:
         """Whether a published span cannot be made again from what it was made of.

@@ -505,14 +505,37 @@ def test_a_span_stays_once_the_one_that_it_goes_on_with_is_pruned(tmp_path: Path
     assert run.spans.kept(DAYS[2]) == [
         f"event files of {DAYS[1]} are not those that {out / DAYS[1]}/ingest was made of, which "
         "stays as it is, because what it goes on with is pruned, or events of it are deleted; to "
-        f"take them in, delete {out / DAYS[1]}/ingest and run again, with all days since {DAYS[0]} "
-        f"in {root}/events"
+        f"take them in, delete {out / DAYS[1]}/ingest and, with all days since {DAYS[0]} in "
+        f"{root}/events, run `braid run --date {DAYS[1]} --out {out}` with this recipe"
     ]
     shutil.rmtree(out / DAYS[1] / "ingest")
     again = run_of(root, 2, train_days=2)
     assert ingested(again) == [(day, False) for day in DAYS[1:]]
     assert again.spans.span(DAYS[1]).days == (DAYS[0], DAYS[1])
     assert again.spans.kept(DAYS[2]) == []
+
+
+def test_a_span_that_stays_is_made_again_by_the_run_that_the_sentence_names(
+    tmp_path: Path,
+) -> None:
+    """A warm-started run of a later day needs no day of it, so it could not make it again."""
+    root, out = tmp_path / "data", tmp_path / "out"
+    write_log(root, 4)
+    for day, before in enumerate([None, *DAYS[:2]]):
+        ingested(run_of(root, day))
+        write_model(out, DAYS[day], parent=before)
+    shutil.rmtree(out / DAYS[0])
+    deliver_late(root, 1)
+
+    nightly = run_of(root, 2)
+    assert nightly.training_days() == (DAYS[2],)
+    (sentence,) = nightly.spans.kept(DAYS[2])
+    assert f"run `braid run --date {DAYS[1]} --out {out}` with this recipe" in sentence
+    shutil.rmtree(out / DAYS[1] / "ingest")
+    assert DAYS[1] not in dict(ingested(run_of(root, 2))), "it is not what the sentence names"
+    assert ingested(run_of(root, 1)) == [(DAYS[1], False), (DAYS[2], False)]
+    assert ingested(run_of(root, 2)) == [(DAYS[1], True), (DAYS[2], True), (DAYS[3], False)]
+    assert run_of(root, 2).spans.kept(DAYS[2]) == []
 
 
 def test_a_training_says_which_span_stays_as_it_was(
@@ -586,7 +609,8 @@ def test_a_day_that_came_too_late_for_every_span_is_refused_with_the_remedy(
     shutil.rmtree(root / "events" / f"dt={DAYS[1]}")
     write_day(root, 0, [[event(0, 1, 60)]])
 
-    with pytest.raises(UserError, match=rf"has {DAYS[0]}, which came after .* dt={DAYS[0]} away"):
+    remedy = f"braid run --date {DAYS[1]} --out .* or move dt={DAYS[0]} away"
+    with pytest.raises(UserError, match=rf"has {DAYS[0]}, which came after .*{remedy}"):
         ingested(run_of(root, 2))
     assert all(current for _, current in ingested(run_of(root, 2, train_days=1)))
 

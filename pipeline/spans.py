@@ -178,15 +178,15 @@ class Spans:
         said = []
         for day in self.chain(last, last):
             recorded = self._manifest(day)
-            if recorded is None or not self._stays(recorded):
+            obstacle = None if recorded is None else self._obstacle(recorded)
+            if recorded is None or obstacle is None:
                 continue
             there = [d for d in self.days if (recorded.facts.previous or "") < d <= day]
             changed = self._changed(there, recorded)
             if changed:
                 said.append(
                     f"event files of {named(changed)} are not those that {self.out / day / INGEST} "
-                    "was made of, which stays as it is, because what it goes on with is pruned, or "
-                    "events of it are deleted; to take them in, "
+                    f"was made of, which stays as it is, because {obstacle}; to take them in, "
                     f"{self._made_again(day, self._run_of(day))}"
                 )
         return said
@@ -208,13 +208,20 @@ class Spans:
         return f"run `braid run --date {day} --out {self.out}` with this recipe"
 
     def _stays(self, recorded: Manifest[IngestFacts]) -> bool:
-        """Whether a published span cannot be made again from what it was made of.
+        return self._obstacle(recorded) is not None
 
-        Days of it are no longer in the log, or the artifact that it goes on with is gone.
-        """
+    def _obstacle(self, recorded: Manifest[IngestFacts]) -> str | None:
+        """Why a published span cannot be made again from what it was made of; None: it can."""
+        past = sorted(set(recorded.facts.days) - set(self.days))
+        if past:
+            return f"the event log no longer has {named(past)}"
         previous = recorded.facts.previous
-        is_past = not set(recorded.facts.days) <= set(self.days)
-        return is_past or (previous is not None and self._manifest(previous) is None)
+        if previous is None or self._manifest(previous) is not None:
+            return None
+        before = self.out / previous / INGEST
+        is_there = read_manifest(before) is not None
+        what = "was made again with other settings" if is_there else "is pruned or deleted"
+        return f"{before}, which it goes on with, {what}"
 
     def _after(self, previous: str | None, last: str) -> Span:
         days = tuple(d for d in self.days if d <= last and (previous is None or d > previous))

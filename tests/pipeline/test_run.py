@@ -504,9 +504,9 @@ def test_a_span_stays_once_the_one_that_it_goes_on_with_is_pruned(tmp_path: Path
     assert run.spans.cascade(run.spans.span(DAYS[1])) == []
     assert run.spans.kept(DAYS[2]) == [
         f"event files of {DAYS[1]} are not those that {out / DAYS[1]}/ingest was made of, which "
-        "stays as it is, because what it goes on with is pruned, or events of it are deleted; to "
-        f"take them in, delete {out / DAYS[1]}/ingest and, with all days since {DAYS[0]} in "
-        f"{root}/events, run `braid run --date {DAYS[1]} --out {out}` with this recipe"
+        f"stays as it is, because {out / DAYS[0]}/ingest, which it goes on with, is pruned or "
+        f"deleted; to take them in, delete {out / DAYS[1]}/ingest and, with all days since "
+        f"{DAYS[0]} in {root}/events, run `braid run --date {DAYS[1]} --out {out}` with this recipe"
     ]
     shutil.rmtree(out / DAYS[1] / "ingest")
     again = run_of(root, 2, train_days=2)
@@ -536,6 +536,34 @@ def test_a_span_that_stays_is_made_again_by_the_run_that_the_sentence_names(
     assert ingested(run_of(root, 1)) == [(DAYS[1], False), (DAYS[2], False)]
     assert ingested(run_of(root, 2)) == [(DAYS[1], True), (DAYS[2], True), (DAYS[3], False)]
     assert run_of(root, 2).spans.kept(DAYS[2]) == []
+
+
+def test_a_span_that_goes_on_with_one_of_other_settings_says_so(tmp_path: Path) -> None:
+    root, out = tmp_path / "data", tmp_path / "out"
+    write_log(root, 4)
+    for day in range(3):
+        ingested(run_of(root, day))
+    assert ingested(changed(run_of(root, 0))) == [(day, False) for day in DAYS[:2]]
+    deliver_late(root, 2)
+
+    run = run_of(root, 2, train_days=1)
+    (sentence,) = run.spans.kept(DAYS[2])
+    why = "which it goes on with, was made again with other settings; to take them in"
+    assert f"because {out / DAYS[1]}/ingest, {why}" in sentence
+    shutil.rmtree(out / DAYS[2] / "ingest")
+    assert ingested(run)[0] == (DAYS[2], False), "the command that the sentence names"
+    assert run.spans.kept(DAYS[2]) == []
+
+
+def test_a_span_of_days_that_are_deleted_names_them(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    write_log(root, 3)
+    ingested(run_of(root, 1))
+    shutil.rmtree(root / "events" / f"dt={DAYS[0]}")
+    deliver_late(root, 1)
+
+    (sentence,) = run_of(root, 1).spans.kept(DAYS[1])
+    assert f"stays as it is, because the event log no longer has {DAYS[0]}; to take" in sentence
 
 
 def test_a_training_says_which_span_stays_as_it_was(

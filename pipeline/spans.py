@@ -173,9 +173,13 @@ class Spans:
             f"ingested anew{after}"
         ]
 
-    def kept(self, last: str) -> list[str]:
-        """Sentences on spans up to `last` that stay although their event files changed."""
-        said = []
+    def kept(self, last: str) -> dict[str, list[str]]:
+        """Sentences on spans up to `last` that stay although their event files changed.
+
+        Returns:
+            By sentence the days whose files no run takes in before somebody does what it says.
+        """
+        said = {}
         for day in self.chain(last, last):
             recorded = self._manifest(day)
             obstacle = None if recorded is None else self._obstacle(recorded)
@@ -184,11 +188,12 @@ class Spans:
             there = [d for d in self.days if (recorded.facts.previous or "") < d <= day]
             changed = self._changed(there, recorded)
             if changed:
-                said.append(
+                sentence = (
                     f"event files of {named(changed)} are not those that {self.out / day / INGEST} "
                     f"was made of, which stays as it is, because {obstacle}; to take them in, "
                     f"{self._made_again(day, self._run_of(day))}"
                 )
+                said[sentence] = changed
         return said
 
     def _made_again(self, day: str, again: str) -> str:

@@ -502,7 +502,7 @@ def test_a_span_stays_once_the_one_that_it_goes_on_with_is_pruned(tmp_path: Path
     run = run_of(root, 2, train_days=2)
     assert ingested(run) == [(day, True) for day in DAYS[1:]]
     assert run.spans.cascade(run.spans.span(DAYS[1])) == []
-    assert run.spans.kept(DAYS[2]) == [
+    assert list(run.spans.kept(DAYS[2])) == [
         f"event files of {DAYS[1]} are not those that {out / DAYS[1]}/ingest was made of, which "
         f"stays as it is, because {out / DAYS[0]}/ingest, which it goes on with, is pruned or "
         f"deleted; to take them in, delete {out / DAYS[1]}/ingest and, with all days since "
@@ -512,7 +512,7 @@ def test_a_span_stays_once_the_one_that_it_goes_on_with_is_pruned(tmp_path: Path
     again = run_of(root, 2, train_days=2)
     assert ingested(again) == [(day, False) for day in DAYS[1:]]
     assert again.spans.span(DAYS[1]).days == (DAYS[0], DAYS[1])
-    assert again.spans.kept(DAYS[2]) == []
+    assert again.spans.kept(DAYS[2]) == {}
 
 
 def test_a_span_that_stays_is_made_again_by_the_run_that_the_sentence_names(
@@ -535,7 +535,7 @@ def test_a_span_that_stays_is_made_again_by_the_run_that_the_sentence_names(
     assert DAYS[1] not in dict(ingested(run_of(root, 2))), "it is not what the sentence names"
     assert ingested(run_of(root, 1)) == [(DAYS[1], False), (DAYS[2], False)]
     assert ingested(run_of(root, 2)) == [(DAYS[1], True), (DAYS[2], True), (DAYS[3], False)]
-    assert run_of(root, 2).spans.kept(DAYS[2]) == []
+    assert run_of(root, 2).spans.kept(DAYS[2]) == {}
 
 
 def test_a_span_that_goes_on_with_one_of_other_settings_says_so(tmp_path: Path) -> None:
@@ -552,7 +552,7 @@ def test_a_span_that_goes_on_with_one_of_other_settings_says_so(tmp_path: Path) 
     assert f"because {out / DAYS[1]}/ingest, {why}" in sentence
     shutil.rmtree(out / DAYS[2] / "ingest")
     assert ingested(run)[0] == (DAYS[2], False), "the command that the sentence names"
-    assert run.spans.kept(DAYS[2]) == []
+    assert run.spans.kept(DAYS[2]) == {}
 
 
 def test_a_span_of_days_that_are_deleted_names_them(tmp_path: Path) -> None:
@@ -572,19 +572,32 @@ def test_a_training_says_which_span_stays_as_it_was(
     root, out = tmp_path / "data", tmp_path / "out"
     write_log(root, 4)
     ingested(run_of(root, 0))
-    run = run_of(root, 1, train_days=1)
-    run.session = SimpleNamespace(wait_for=lambda *_: None, group=tuple)
-    ingested(run)
-    joined(run)
-    shutil.rmtree(out / DAYS[0])
-    deliver_late(root, 1)
     monkeypatch.setattr(training_stages, "train", lambda *_: stage_facts.RESULT)
 
-    execute(next(run.specs("train")), run.reporter)
-    manifest = read_manifest(run.directory("train"))
-    assert manifest is not None
-    (sentence,) = manifest.warnings
+    def warnings(day: int, train_days: int) -> tuple[str, ...]:
+        run = run_of(root, day, train_days=train_days)
+        run.session = SimpleNamespace(wait_for=lambda *_: None, group=tuple)
+        ingested(run)
+        joined(run)
+        execute(next(run.specs("train")), run.reporter)
+        manifest = read_manifest(run.directory("train"))
+        assert manifest is not None
+        return manifest.warnings
+
+    assert warnings(1, train_days=1) == ()
+    shutil.rmtree(out / DAYS[0])
+    deliver_late(root, 1)
+    shutil.rmtree(out / DAYS[1] / "train")
+    (sentence,) = warnings(1, train_days=1)
     assert f"{out / DAYS[1]}/ingest was made of, which stays as it is" in sentence
+
+    write_model(out, DAYS[1])  # before the file came
+    assert warnings(2, train_days=2) == (sentence,), "to run the day again would change nothing"
+    shutil.rmtree(out / DAYS[1] / "ingest")
+    ingested(run_of(root, 1))
+    shutil.rmtree(out / DAYS[2] / "train")
+    (sentence,) = warnings(2, train_days=2)
+    assert f"run the days from {DAYS[1]} on again (braid backfill)" in sentence, "now it does"
 
 
 def test_a_late_file_cuts_no_history_whose_artifact_is_gone(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ is passed over was trained on are trained on again: a run trains on the days sin
 parent.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from pipeline.artifacts import Manifest, damaged_files, read_manifest
@@ -21,7 +21,8 @@ def parent_of(out: Path, date: str) -> str | None:
     """Date of the model that the run of a date starts from; None: none.
 
     It is the one that its training has started from, as long as that lies there and was not taken
-    out of production.
+    out of production. It may be cut off: a date that is not trained anew does not read it, and one
+    that is takes another one (`whole_parent`).
     """
     trained = read_manifest(out / date / TRAIN, TrainFacts)
     if trained is None:
@@ -32,6 +33,22 @@ def parent_of(out: Path, date: str) -> str | None:
     parent = read_manifest(out / day / TRAIN)
     is_there = parent is not None and parent.artifact_id == trained.inputs.get("parent")
     return day if is_there and spoiled_by(out, day) is None else next_parent(out, date)
+
+
+def whole_parent(
+    out: Path, date: str, parent: str | None, is_trained: Callable[[], bool]
+) -> str | None:
+    """The parent of a run, or the next one where the files of that are missing or cut off.
+
+    Args:
+        out: output directory.
+        date: of the run.
+        parent: `parent_of` it.
+        is_trained: whether the run would leave its training as it is; asked only where it matters.
+    """
+    if parent is None or not _damage(out, parent) or is_trained():
+        return parent
+    return next_parent(out, date)
 
 
 def next_parent(out: Path, before: str | None = None) -> str | None:

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from deploy.app import main
-from pipeline.artifacts import Manifest, read_manifest
-from pipeline.lineage import next_parent, passed_over
+from pipeline.artifacts import read_manifest
+from pipeline.lineage import next_parent, parent_of, passed_over, whole_parent
 from pipeline.registry import (
     production,
     promote,
@@ -15,9 +15,8 @@ from pipeline.registry import (
     rollback,
     was_withdrawn,
 )
-from pipeline.train_facts import TrainFacts
 from tests.pipeline.small_log import DAYS
-from tests.pipeline.small_models import write_manifest, write_model
+from tests.pipeline.small_models import cut_off, write_manifest, write_model
 from tests.pipeline.stage_facts import trained
 
 
@@ -53,18 +52,9 @@ def test_a_decision_on_an_earlier_model_of_the_day_does_not_count(tmp_path: Path
     assert next_parent(tmp_path) == DAYS[1]
 
 
-def damage(train: Path) -> None:
-    """A file is shorter than it was."""
-    path = train / "manifest.json"
-    manifest = Manifest[TrainFacts].model_validate_json(path.read_text())
-    whole = {"checksums": {"weights": "0"}, "sizes": {"weights": 9}}
-    path.write_text(manifest.model_copy(update=whole).model_dump_json())
-    (train / "weights").write_text("cut off")
-
-
 def test_a_damaged_model_is_passed_over_and_named(tmp_path: Path) -> None:
     write_days(tmp_path)
-    damage(tmp_path / DAYS[2] / "train")
+    cut_off(tmp_path / DAYS[2] / "train")
 
     assert next_parent(tmp_path) == DAYS[1]
     (said,) = passed_over(tmp_path, DAYS[3], DAYS[1])
@@ -75,9 +65,20 @@ def test_a_damaged_model_is_passed_over_and_named(tmp_path: Path) -> None:
     )
     assert not list(passed_over(tmp_path, DAYS[3], DAYS[2])), "trained from it when it was whole"
     for day in DAYS[:2]:
-        damage(tmp_path / day / "train")
+        cut_off(tmp_path / day / "train")
     assert next_parent(tmp_path) is None
     assert "from drawn values" in list(passed_over(tmp_path, DAYS[3], None))[-1]
+
+
+def test_a_damaged_parent_is_left_where_the_day_is_trained_anew(tmp_path: Path) -> None:
+    write_days(tmp_path)
+    cut_off(tmp_path / DAYS[1] / "train")
+    parent = parent_of(tmp_path, DAYS[2])
+    assert parent == DAYS[1], "recorded"
+
+    assert whole_parent(tmp_path, DAYS[2], parent, lambda: True) == DAYS[1]
+    assert whole_parent(tmp_path, DAYS[2], parent, lambda: False) == DAYS[0]
+    assert whole_parent(tmp_path, DAYS[1], DAYS[0], lambda: False) == DAYS[0], "it is whole"
 
 
 def test_a_rolled_back_model_and_its_children_are_passed_over(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from embedding.errors import UserError
 from pipeline import run as run_module
 from pipeline import training_stages
 from pipeline.artifacts import MANIFEST, Manifest, StageFacts, config_hash, read_manifest
-from pipeline.config import PublishConfig, WindowConfig
+from pipeline.command import Command
+from pipeline.config import PublishConfig, Recipe, WindowConfig
 from pipeline.consent import Consent
 from pipeline.console import Reporter
 from pipeline.day_warnings import Ancestry, day_warnings
@@ -34,7 +35,7 @@ from tests.pipeline.small_log import (
     write_catalogue,
     write_day,
 )
-from tests.pipeline.small_models import write_model
+from tests.pipeline.small_models import cut_off, write_model
 
 AS_IS = Consent()
 
@@ -107,6 +108,33 @@ def test_days_of_a_model_that_was_rolled_back_are_trained_again(tmp_path: Path) 
     run = _run_of_third_day(tmp_path, WindowConfig())
     assert run.parent == DAYS[0], "though it was trained from the other one before"
     assert run.training_days() == tuple(DAYS[1:3])
+
+
+def test_a_cut_off_parent_is_left_where_the_day_is_trained_anew(tmp_path: Path) -> None:
+    root, out = tmp_path / "data", tmp_path / "out"
+    write_log(root, 4)
+    for day, before in enumerate([None, DAYS[0]]):
+        ingested(run_of(root, day))
+        write_model(out, DAYS[day], parent=before)
+    done = run_of(root, 2)
+    ingested(done)
+    joined(done)
+    write_manifest(next(done.specs("plan")), StageFacts())
+    write_manifest(next(done.specs("train")), stage_facts.trained([DAYS[2]], DAYS[1]))
+    cut_off(out / DAYS[1] / "train")
+
+    def run_with(recipe: Recipe) -> tuple[DayRun, tuple[str, ...]]:
+        command = Command(recipe, out, publish=lambda *_: None)
+        return command._day(DAYS[2]), command.progress.warnings
+
+    again, warnings = run_with(done.recipe)
+    assert (again.parent, warnings) == (DAYS[1], ()), "it is done, and reads no parent"
+    ranking = done.recipe.ranking
+    trainer = ranking.trainer.model_copy(update={"seed": 9})
+    other = ranking.model_copy(update={"trainer": trainer})
+    anew, (warning,) = run_with(done.recipe.model_copy(update={"ranking": other}))
+    assert (anew.parent, anew.training_days()) == (DAYS[0], tuple(DAYS[1:3]))
+    assert f"starts from the model of {DAYS[0]}, not from that of {DAYS[1]}" in warning
 
 
 def test_how_often_a_training_reports_does_not_make_it_stale() -> None:

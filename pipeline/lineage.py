@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from pipeline.artifacts import Manifest, damaged_files, read_manifest
+from pipeline.days import run_command
 from pipeline.event_files import DayFiles
 from pipeline.gate_decision import GateDecision
 from pipeline.registry import spoiled_by
@@ -72,7 +73,7 @@ def passed_over(out: Path, before: str, parent: str | None) -> Iterator[str]:
             start = "drawn values" if parent is None else f"the model of {parent}"
             yield (
                 f"{out / day / TRAIN / damaged[0]}{more} is missing or cut off, so this run starts "
-                f"from {start}, not from that of {day}; `braid run --date {day}` makes it again"
+                f"from {start}, not from that of {day}; {run_command(out, day)} makes it again"
             )
 
 

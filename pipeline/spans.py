@@ -11,7 +11,7 @@ from typing import Any
 from embedding.errors import UserError
 from pipeline.artifacts import MANIFEST, Manifest, config_hash, read_manifest
 from pipeline.consent import Consent
-from pipeline.days import PARTITION, Span, named
+from pipeline.days import PARTITION, Span, named, run_command
 from pipeline.event_files import DayFiles
 from pipeline.samples.ingest_facts import IngestFacts
 
@@ -126,7 +126,7 @@ class Spans:
         late = [day for day in self.days if first <= day <= last and day not in held]
         if late:
             after = next(span.days[-1] for span in spans if span.days[-1] > late[0])
-            again = "run the same command again" if after == last else self._run_of(after)
+            again = "the same command again" if after == last else run_command(self.out, after)
             raise UserError(
                 f"{self.root / 'events'} has {late[0]}, which came after {self.out} had ingested "
                 "later days, and what these were made of is pruned or deleted, so histories cannot "
@@ -191,7 +191,7 @@ class Spans:
                 sentence = (
                     f"event files of {named(changed)} are not those that {self.out / day / INGEST} "
                     f"was made of, which stays as it is, because {obstacle}; to take them in, "
-                    f"{self._made_again(day, self._run_of(day))}"
+                    f"{self._made_again(day, run_command(self.out, day))}"
                 )
                 said[sentence] = changed
         return said
@@ -206,11 +206,8 @@ class Spans:
         assert recorded is not None
         return (
             f"delete {self.out / day / INGEST} and, with all days since {recorded.facts.first_day} "
-            f"in {self.root / 'events'}, {again}"
+            f"in {self.root / 'events'}, run {again}"
         )
-
-    def _run_of(self, day: str) -> str:
-        return f"run `braid run --date {day} --out {self.out}` with this recipe"
 
     def _stays(self, recorded: Manifest[IngestFacts]) -> bool:
         return self._obstacle(recorded) is not None

@@ -60,8 +60,8 @@ def test_a_damaged_model_is_passed_over_and_named(tmp_path: Path) -> None:
     (said,) = passed_over(tmp_path, DAYS[3], DAYS[1])
     assert said == (
         f"{tmp_path / DAYS[2] / 'train' / 'weights'} is missing or cut off, so this run starts "
-        f"from the model of {DAYS[1]}, not from that of {DAYS[2]}; `braid run --date {DAYS[2]}` "
-        "makes it again"
+        f"from the model of {DAYS[1]}, not from that of {DAYS[2]}; `braid run --date {DAYS[2]} "
+        f"--out {tmp_path}` with this recipe makes it again"
     )
     assert not list(passed_over(tmp_path, DAYS[3], DAYS[2])), "trained from it when it was whole"
     for day in DAYS[:2]:

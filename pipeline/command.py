@@ -16,7 +16,7 @@ from pipeline.console import Reporter, duration, figure, human
 from pipeline.days import available_days, parse_day, require_complete, split_days
 from pipeline.gate_decision import GateDecision
 from pipeline.last_run import Progress
-from pipeline.lineage import passed_over
+from pipeline.lineage import passed_over, whole_parent
 from pipeline.marketplace.synthetic import ensure_data
 from pipeline.output_name import claim
 from pipeline.pruned import forget_pruned
@@ -143,7 +143,18 @@ class Command:
 
     def _day(self, date: str) -> DayRun:
         self._date, self._at = date, None  # a day that is refused is the one that it came to
-        self._at = DayRun(
+        self._at = self._day_run(date)
+        self._noted[date] = []
+        if self.recipe.window.warm_start:
+            self._at.parent = whole_parent(
+                self.out, date, self._at.parent, lambda: is_trained(self._day_run(date))
+            )
+            found = passed_over(self.out, date, self._at.parent)
+            self._noted[date] += self.reporter.warn(found)
+        return self._at
+
+    def _day_run(self, date: str) -> DayRun:
+        return DayRun(
             self.recipe,
             self.out,
             date,
@@ -152,11 +163,6 @@ class Command:
             publish=self.publish,
             consent=self.consent,
         )
-        self._noted[date] = []
-        if self.recipe.window.warm_start:
-            found = passed_over(self.out, date, self._at.parent)
-            self._noted[date] += self.reporter.warn(found)
-        return self._at
 
     def _run(self, date: str) -> Summary:
         day_run = self._day(date)
@@ -206,6 +212,12 @@ class Command:
             self._refusals.append(f"{date}: {reason}")
             self.reporter.line(f"[red]gate refused {date}[/]: {escape(reason)}")
         return not decision.passed
+
+
+def is_trained(run: DayRun) -> bool:
+    """Whether a run would execute nothing up to its training."""
+    stages = STAGES[: STAGES.index("train") + 1]
+    return all(spec.is_current for name in stages for spec in run.specs(name))
 
 
 def _metrics_table(summary: Summary) -> Table:

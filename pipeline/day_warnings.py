@@ -4,7 +4,7 @@ A run trains on the days after the last one that its parent trained on. So a day
 day, that comes after that is in histories and counts, and in no model that goes on from there.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 from pathlib import Path
@@ -43,7 +43,11 @@ class Ancestry:
 
 
 def day_warnings(
-    known: KnownDays, split: Split, training: Sequence[str], ancestry: Ancestry
+    known: KnownDays,
+    split: Split,
+    training: Sequence[str],
+    ancestry: Ancestry,
+    left: Collection[str] = (),
 ) -> tuple[str, ...]:
     """Sentences on the days of one run.
 
@@ -52,13 +56,15 @@ def day_warnings(
         split: days of the run.
         training: those it trains on.
         ancestry: what it goes on from.
+        left: days of spans that stay as they are though their files changed (`Spans.kept`): to run
+            them again takes in nothing, so what is said of the spans is all there is to say.
     """
     return (
         *_stray(known.root),
         *_gaps(split, training, ancestry),
         *_left_out(split, ancestry),
-        *_late_days(split, ancestry),
-        *_late_files(known, split, ancestry),
+        *_late_days(split, ancestry, left),
+        *_late_files(known, split, ancestry, left),
     )
 
 
@@ -112,11 +118,12 @@ def _left_out(split: Split, ancestry: Ancestry) -> Iterator[str]:
         )
 
 
-def _late_days(split: Split, ancestry: Ancestry) -> Iterator[str]:
+def _late_days(split: Split, ancestry: Ancestry, left: Collection[str]) -> Iterator[str]:
     if not ancestry.files:
         return
     known, last = ("" if ancestry.is_whole else min(ancestry.files)), max(ancestry.files)
-    late = [day for day in split.train if known <= day < last and day not in ancestry.files]
+    came = [day for day in split.train if known <= day < last and day not in ancestry.files]
+    late = [day for day in came if day not in left]
     if late:
         after = min(day for day in ancestry.files if day > late[0])
         yield (
@@ -125,8 +132,11 @@ def _late_days(split: Split, ancestry: Ancestry) -> Iterator[str]:
         )
 
 
-def _late_files(known: KnownDays, split: Split, ancestry: Ancestry) -> Iterator[str]:
-    learned = {day: ancestry.files[day] for day in split.train if day in ancestry.files}
+def _late_files(
+    known: KnownDays, split: Split, ancestry: Ancestry, left: Collection[str]
+) -> Iterator[str]:
+    trained = (day for day in split.train if day in ancestry.files)
+    learned = {day: ancestry.files[day] for day in trained if day not in left}
     changed = [day for day, files in learned.items() if not known.are(day, files)]
     if changed:
         yield (

@@ -52,6 +52,11 @@ def named(days: Sequence[str]) -> str:
     return ", ".join(days) if len(days) <= 4 else f"{days[0]} .. {days[-1]} ({len(days)} in all)"
 
 
+def run_command(out: Path, day: str) -> str:
+    """The command that runs a day again, for a sentence."""
+    return f"`braid run --date {day} --out {out}` with this recipe"
+
+
 def stray_partitions(root: Path) -> list[str]:
     """Names of partitions that are no days, which nothing reads."""
     return [f"{PARTITION}{name}" for name in _partitions(root) if not _is_day(name)]

@@ -27,9 +27,10 @@ from pipeline.config import Recipe
 from pipeline.days import available_days
 from pipeline.gate_decision import GateDecision
 from pipeline.lineage import next_parent
+from pipeline.promotions import Promotion, Promotions
 from pipeline.pruned import PRUNED
 from pipeline.recipe import RECIPE_FILE, read_recipe
-from pipeline.registry import Promotion, Promotions, promotions, spoiled_by
+from pipeline.registry import promotions, spoiled_by
 from pipeline.samples.ingest_facts import IngestFacts
 from pipeline.train_facts import TrainFacts
 

@@ -5,10 +5,11 @@ is passed over was trained on are trained on again: a run trains on the days sin
 parent.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from pipeline.artifacts import Manifest, damaged_files, read_manifest
+from pipeline.days import run_command
 from pipeline.event_files import DayFiles
 from pipeline.gate_decision import GateDecision
 from pipeline.registry import spoiled_by
@@ -21,7 +22,8 @@ def parent_of(out: Path, date: str) -> str | None:
     """Date of the model that the run of a date starts from; None: none.
 
     It is the one that its training has started from, as long as that lies there and was not taken
-    out of production.
+    out of production. It may be cut off: a date that is not trained anew does not read it, and one
+    that is takes another one (`whole_parent`).
     """
     trained = read_manifest(out / date / TRAIN, TrainFacts)
     if trained is None:
@@ -32,6 +34,22 @@ def parent_of(out: Path, date: str) -> str | None:
     parent = read_manifest(out / day / TRAIN)
     is_there = parent is not None and parent.artifact_id == trained.inputs.get("parent")
     return day if is_there and spoiled_by(out, day) is None else next_parent(out, date)
+
+
+def whole_parent(
+    out: Path, date: str, parent: str | None, is_trained: Callable[[], bool]
+) -> str | None:
+    """The parent of a run, or the next one where the files of that are missing or cut off.
+
+    Args:
+        out: output directory.
+        date: of the run.
+        parent: `parent_of` it.
+        is_trained: whether the run would leave its training as it is; asked only where it matters.
+    """
+    if parent is None or not _damage(out, parent) or is_trained():
+        return parent
+    return next_parent(out, date)
 
 
 def next_parent(out: Path, before: str | None = None) -> str | None:
@@ -55,7 +73,7 @@ def passed_over(out: Path, before: str, parent: str | None) -> Iterator[str]:
             start = "drawn values" if parent is None else f"the model of {parent}"
             yield (
                 f"{out / day / TRAIN / damaged[0]}{more} is missing or cut off, so this run starts "
-                f"from {start}, not from that of {day}; `braid run --date {day}` makes it again"
+                f"from {start}, not from that of {day}; {run_command(out, day)} makes it again"
             )
 
 

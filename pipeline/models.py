@@ -13,8 +13,8 @@ from rich.table import Table
 from embedding.config import StrictConfig
 from pipeline.console import figure
 from pipeline.metrics_file import METRICS_FILE, read_metrics
+from pipeline.promotions import Promotions
 from pipeline.registry import (
-    Promotions,
     PublishedModel,
     promotions,
     published,

@@ -6,10 +6,9 @@ DIR/production.json          all promotions and rollbacks; replacing it is the c
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
 
 from embedding.config import StrictConfig
 from embedding.errors import UserError
@@ -17,6 +16,7 @@ from embedding.files import link_or_copy, sync, write_durably
 from pipeline.artifacts import Manifest, StageFacts, read_manifest
 from pipeline.days import parse_day
 from pipeline.lock import changing
+from pipeline.promotions import Promotion, Promotions
 from pipeline.train_facts import TrainFacts
 
 PRODUCTION = "production.json"
@@ -33,94 +33,6 @@ class PublishFacts(StageFacts):
     """The last day that the model was trained on."""
     num_bytes: int
     """Of the bundle."""
-
-
-class Promotion(StrictConfig):
-    """One change of what is in production."""
-
-    date: str
-    artifact_id: str
-    """Of the bundle: promoted, or, in a rollback, withdrawn."""
-    at: str
-    rollback: bool = False
-    train: str
-    """Artifact id of its training."""
-
-
-class Promotions(StrictConfig):
-    """All changes, oldest first; version 2."""
-
-    schema_version: Literal[2] = 2
-    history: tuple[Promotion, ...] = ()
-
-    @property
-    def in_force(self) -> list[Promotion]:
-        """Promotions that were not withdrawn; the last one is in production."""
-        return self._replayed()[0]
-
-    @property
-    def withdrawn(self) -> list[Promotion]:
-        """Promotions of bundles that were withdrawn and not put back.
-
-        By a rollback, or by promoting one of an earlier day in their place, which no run does. A
-        rollback right after such a promotion undoes it, and puts them back.
-        """
-        stack, found = self._replayed()
-        now = stack[-1].artifact_id if stack else None
-        return [change for identity, change in found.items() if identity != now]
-
-    def ever_promoted(self, artifact_id: str) -> bool:
-        """Whether the bundle was in production at some time."""
-        return any(change.artifact_id == artifact_id for change in self.history)
-
-    def is_withdrawn(self, artifact_id: str) -> bool:
-        """Whether a bundle is among `withdrawn`, or a rollback is the last that became of it.
-
-        The latter may be in force still, by a promotion before that one.
-        """
-        changes = [change for change in self.history if change.artifact_id == artifact_id]
-        taken_back = bool(changes) and changes[-1].rollback
-        return taken_back or any(c.artifact_id == artifact_id for c in self.withdrawn)
-
-    def is_superseded(self, artifact_id: str) -> bool:
-        """Whether another bundle took the place of one that was good."""
-        is_in_force = any(change.artifact_id == artifact_id for change in self.in_force[:-1])
-        return is_in_force and not self.is_withdrawn(artifact_id)
-
-    def taken_back(self, at: str) -> "Promotions":
-        """After a rollback, which passes over models that were withdrawn themselves.
-
-        Nothing is in force afterwards where there is none to return to.
-        """
-        history, stack = self.history, self.in_force
-        while stack:
-            entry = stack[-1].model_copy(update={"rollback": True, "at": at})
-            history = (*history, entry)
-            stack, withdrawn = Promotions(history=history)._replayed()
-            if stack and stack[-1].artifact_id not in withdrawn:
-                break
-        return Promotions(history=history)
-
-    def _replayed(self) -> tuple[list[Promotion], dict[str, Promotion]]:
-        """What is in force, and by bundle what was withdrawn (the one in production may be)."""
-        stack: list[Promotion] = []
-        found: dict[str, Promotion] = {}
-        # What was withdrawn before each promotion in force, until another one confirms it.
-        before: list[dict[str, Promotion] | None] = []
-        for change in self.history:
-            if change.rollback:
-                taken, undone = stack.pop(), before.pop()
-                found = found if undone is None else undone
-                if undone is None or all(c.artifact_id != taken.artifact_id for c in stack):
-                    found[taken.artifact_id] = taken
-                continue
-            if stack:  # whatever was returned to had been approved
-                found.pop(stack[-1].artifact_id, None)
-            before = [None] * len(stack) + [dict(found)]
-            found |= {c.artifact_id: c for c in stack if c.date > change.date}
-            found.pop(change.artifact_id, None)
-            stack.append(change)
-        return stack, found
 
 
 class PublishedModel(StrictConfig):
@@ -229,7 +141,8 @@ def promote_newest(out: Path, date: str) -> str | None:
 
     A model that was withdrawn on purpose stays out, and so do those trained from it;
     one of an older day replaces none of a later one. Another one of the same day is replaced, by
-    one that it had replaced itself, too: whoever goes back to earlier settings wants their model.
+    one that it had replaced itself, too: whoever goes back to earlier settings wants their model,
+    and the other one is withdrawn.
 
     Returns:
         Why it is not in production; None where it is.
@@ -275,17 +188,21 @@ def spoiled_by(out: Path, day: str) -> str | None:
 
 
 def was_withdrawn(out: Path, stage: str, artifact_id: str) -> bool:
-    """Whether a bundle that was made of an artifact of a stage was withdrawn."""
-    manifests = (read_manifest(out / MODELS / c.artifact_id) for c in promotions(out).withdrawn)
-    return any(m is not None and m.inputs.get(stage) == artifact_id for m in manifests)
+    """Whether a bundle that was made of an artifact of a stage was withdrawn, and none approved."""
+
+    def made_of_it(changes: Iterable[Promotion]) -> bool:
+        manifests = (read_manifest(out / MODELS / change.artifact_id) for change in changes)
+        return any(m is not None and m.inputs.get(stage) == artifact_id for m in manifests)
+
+    past = promotions(out)
+    return made_of_it(past.withdrawn) and not made_of_it(past.approved)
 
 
 def _trainings(out: Path) -> tuple[set[str], dict[str, str]]:
-    """Artifact ids of trainings whose bundles are in force, or were withdrawn, with their dates."""
+    """Artifact ids of trainings whose bundles are approved, or were withdrawn, with their dates."""
     past = promotions(out)
     withdrawn = {change.train: change.date for change in past.withdrawn}
-    ids = {change.artifact_id for change in past.withdrawn}
-    return {c.train for c in past.in_force if c.artifact_id not in ids}, withdrawn
+    return {change.train for change in past.approved}, withdrawn
 
 
 def rollback(out: Path, say: Callable[[str], None] = lambda _: None) -> PublishedModel:
@@ -345,7 +262,7 @@ def _promote(out: Path, date: str) -> PublishedModel:
     if not (past.in_force and past.in_force[-1].artifact_id == identity):
         train = model.manifest.inputs["train"]
         entry = Promotion(date=date, artifact_id=identity, at=_now(), train=train)
-        _write(out, Promotions(history=(*past.history, entry)))
+        _write(out, past.promoted(entry))
     current = production(out)
     assert current is not None
     return current

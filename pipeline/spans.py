@@ -12,7 +12,7 @@ from typing import Any
 from embedding.errors import UserError
 from pipeline.artifacts import MANIFEST, Manifest, config_hash, read_manifest
 from pipeline.consent import Consent
-from pipeline.days import PARTITION, Span, named
+from pipeline.days import PARTITION, Span, named, run_command
 from pipeline.event_files import DayFiles, KnownDays
 from pipeline.samples.ingest_facts import IngestFacts
 
@@ -131,10 +131,11 @@ class Spans:
         late = [day for day in self.days if first <= day <= last and day not in held]
         if late:
             after = next(span.days[-1] for span in spans if span.days[-1] > late[0])
+            again = "the same command again" if after == last else run_command(self.out, after)
             raise UserError(
                 f"{self.root / 'events'} has {late[0]}, which came after {self.out} had ingested "
                 "later days, and what these were made of is pruned or deleted, so histories cannot "
-                f"take it in; {self._made_again(after)}, or move {PARTITION}{late[0]} away"
+                f"take it in; {self._made_again(after, again)}, or move {PARTITION}{late[0]} away"
             )
         return spans
 
@@ -177,40 +178,57 @@ class Spans:
             f"ingested anew{after}"
         ]
 
-    def kept(self, last: str) -> list[str]:
-        """Sentences on spans up to `last` that stay although their event files changed."""
-        said = []
+    def kept(self, last: str) -> dict[str, list[str]]:
+        """Sentences on spans up to `last` that stay although their event files changed.
+
+        Returns:
+            By sentence the days whose files no run takes in before somebody does what it says.
+        """
+        said = {}
         for day in self.chain(last, last):
             recorded = self._manifest(day)
-            if recorded is None or not self._stays(recorded):
+            obstacle = None if recorded is None else self._obstacle(recorded)
+            if recorded is None or obstacle is None:
                 continue
             there = [d for d in self.days if (recorded.facts.previous or "") < d <= day]
             changed = self._changed(there, recorded)
             if changed:
-                said.append(
+                sentence = (
                     f"event files of {named(changed)} are not those that {self.out / day / INGEST} "
-                    "was made of, which stays as it is, because what it goes on with is pruned, or "
-                    f"events of it are deleted; to take them in, {self._made_again(day)}"
+                    f"was made of, which stays as it is, because {obstacle}; to take them in, "
+                    f"{self._made_again(day, run_command(self.out, day))}"
                 )
+                said[sentence] = changed
         return said
 
-    def _made_again(self, day: str) -> str:
-        """How to have a span made again that stays as it is."""
+    def _made_again(self, day: str, again: str) -> str:
+        """How to have a span made again that stays as it is.
+
+        Once its artifact is deleted, the chain of a later day ends after it: only a command that
+        needs a day of the span itself makes it again.
+        """
         recorded = self._manifest(day)
         assert recorded is not None
         return (
-            f"delete {self.out / day / INGEST} and run again, with all days since "
-            f"{recorded.facts.first_day} in {self.root / 'events'}"
+            f"delete {self.out / day / INGEST} and, with all days since {recorded.facts.first_day} "
+            f"in {self.root / 'events'}, run {again}"
         )
 
     def _stays(self, recorded: Manifest[IngestFacts]) -> bool:
-        """Whether a published span cannot be made again from what it was made of.
+        return self._obstacle(recorded) is not None
 
-        Days of it are no longer in the log, or the artifact that it goes on with is gone.
-        """
+    def _obstacle(self, recorded: Manifest[IngestFacts]) -> str | None:
+        """Why a published span cannot be made again from what it was made of; None: it can."""
+        past = sorted(set(recorded.facts.days) - set(self.days))
+        if past:
+            return f"the event log no longer has {named(past)}"
         previous = recorded.facts.previous
-        is_past = not set(recorded.facts.days) <= set(self.days)
-        return is_past or (previous is not None and self._manifest(previous) is None)
+        if previous is None or self._manifest(previous) is not None:
+            return None
+        before = self.out / previous / INGEST
+        is_there = read_manifest(before) is not None
+        what = "was made again with other settings" if is_there else "is pruned or deleted"
+        return f"{before}, which it goes on with, {what}"
 
     def _after(self, previous: str | None, last: str) -> Span:
         days = tuple(d for d in self.days if d <= last and (previous is None or d > previous))

@@ -44,8 +44,10 @@ def train_stage(run: "DayRun") -> StageSpec:
 
     def body(scratch: Path) -> StageOutput:
         known, ancestry = run.spans.known_days, Ancestry.of(run.out, parent)
-        said = [*day_warnings(known, run.split, days, ancestry), *run.spans.kept(run.date)]
-        warnings = run.reporter.warn(said)
+        kept = run.spans.kept(run.date)
+        left = {day for changed in kept.values() for day in changed}
+        late = day_warnings(known, run.split, days, ancestry, left)
+        warnings = run.reporter.warn([*late, *kept])
         codebooks, event_columns = _about_samples(run)
         learned, files, taken_over = days, run.spans.files_of(spans, days), None
         earlier = None if parent is None else run.directory(CATCH_UP, parent)

@@ -30,6 +30,7 @@ from embedding.shard import Sharded, shard
 from embedding.warm_start_report import WarmStartReport
 from pipeline.config import Recipe
 from pipeline.content.paths import ContentPaths
+from pipeline.days import run_command
 from pipeline.devices import own_device
 from pipeline.evaluate import EvaluateJob
 from pipeline.rank_hosts import check_hosts
@@ -228,9 +229,10 @@ def _restore(
 
 
 def _how(train: Path) -> str:
+    again = run_command(train.parent.parent, train.parent.name)
     return (
-        f"once {train} is deleted, `braid run --date {train.parent.name}` makes it again, and "
-        "until then later days start from the model before it"
+        f"once {train} is deleted, {again} makes it again, and until then later days start from "
+        "the model before it"
     )
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from pipeline.artifacts import MANIFEST, Manifest, StageFacts, publish, writing
+from pipeline.train_facts import TrainFacts
 from tests.pipeline.stage_facts import decided, published, trained
 
 
@@ -57,3 +58,12 @@ def write_model(
             facts=published(days[-1]),
         )
         publish(scratch, directory, manifest)
+
+
+def cut_off(train: Path) -> None:
+    """A file of a training is shorter than it was."""
+    path = train / MANIFEST
+    manifest = Manifest[TrainFacts].model_validate_json(path.read_text())
+    whole = {"checksums": {"weights": "0"}, "sizes": {"weights": 9}}
+    path.write_text(manifest.model_copy(update=whole).model_dump_json())
+    (train / "weights").write_text("cut off")

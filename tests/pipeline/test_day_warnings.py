@@ -32,14 +32,16 @@ class Log:
         facts = trained(days, start, day_files={d: DayFiles.of(self.root, d) for d in days})
         write_manifest(self.out / day(number) / "train", "i", facts)
 
-    def said(self, number: int, *, parent: int | None = None, **window: int) -> list[str]:
+    def said(
+        self, number: int, *, parent: int | None = None, left: Sequence[int] = (), **window: int
+    ) -> list[str]:
         split = split_days(available_days(self.root), day(number), WindowConfig(**window))
         start = None if parent is None else day(parent)
         ancestry = Ancestry.of(self.out, start)
         last = max(ancestry.files, default="")
         training = [d for d in split.train if d > last]
         known = KnownDays(self.out, self.root, lambda _: None)
-        return list(day_warnings(known, split, training, ancestry))
+        return list(day_warnings(known, split, training, ancestry, [day(i) for i in left]))
 
 
 def day(number: int) -> str:
@@ -122,6 +124,19 @@ def test_a_file_that_came_after_its_day_was_trained_is_named(log: Log) -> None:
         f"the files of {day(2)} have changed since models that this run goes on from were trained "
         f"on them: to train on them, run the days from {day(2)} on again (braid backfill)"
     ]
+
+
+def test_days_of_spans_that_stay_are_left_to_what_is_said_of_the_spans(log: Log) -> None:
+    """To run them again, which is the remedy for others, takes nothing in."""
+    log.deliver(1, 3, 4, 5)
+    log.train(1, [1])
+    log.train(3, [3], parent=1)
+    log.deliver(1, 2, 3)
+
+    assert len(log.said(4, parent=3)) == 2
+    assert log.said(4, parent=3, left=[1, 2, 3]) == []
+    (sentence,) = log.said(4, parent=3, left=[1, 2])
+    assert f"the files of {day(3)} have changed" in sentence
 
 
 def test_days_before_what_is_known_of_the_parents_are_not_blamed(log: Log) -> None:

@@ -5,12 +5,18 @@ from pathlib import Path
 import pytest
 
 from deploy.app import main
-from pipeline.artifacts import Manifest, read_manifest
-from pipeline.lineage import next_parent, passed_over
-from pipeline.registry import production, promote, promote_newest, promotions, rollback
-from pipeline.train_facts import TrainFacts
+from pipeline.artifacts import read_manifest
+from pipeline.lineage import next_parent, parent_of, passed_over, whole_parent
+from pipeline.registry import (
+    production,
+    promote,
+    promote_newest,
+    promotions,
+    rollback,
+    was_withdrawn,
+)
 from tests.pipeline.small_log import DAYS
-from tests.pipeline.small_models import write_manifest, write_model
+from tests.pipeline.small_models import cut_off, write_manifest, write_model
 from tests.pipeline.stage_facts import trained
 
 
@@ -46,31 +52,33 @@ def test_a_decision_on_an_earlier_model_of_the_day_does_not_count(tmp_path: Path
     assert next_parent(tmp_path) == DAYS[1]
 
 
-def damage(train: Path) -> None:
-    """A file is shorter than it was."""
-    path = train / "manifest.json"
-    manifest = Manifest[TrainFacts].model_validate_json(path.read_text())
-    whole = {"checksums": {"weights": "0"}, "sizes": {"weights": 9}}
-    path.write_text(manifest.model_copy(update=whole).model_dump_json())
-    (train / "weights").write_text("cut off")
-
-
 def test_a_damaged_model_is_passed_over_and_named(tmp_path: Path) -> None:
     write_days(tmp_path)
-    damage(tmp_path / DAYS[2] / "train")
+    cut_off(tmp_path / DAYS[2] / "train")
 
     assert next_parent(tmp_path) == DAYS[1]
     (said,) = passed_over(tmp_path, DAYS[3], DAYS[1])
     assert said == (
         f"{tmp_path / DAYS[2] / 'train' / 'weights'} is missing or cut off, so this run starts "
-        f"from the model of {DAYS[1]}, not from that of {DAYS[2]}; `braid run --date {DAYS[2]}` "
-        "makes it again"
+        f"from the model of {DAYS[1]}, not from that of {DAYS[2]}; `braid run --date {DAYS[2]} "
+        f"--out {tmp_path}` with this recipe makes it again"
     )
     assert not list(passed_over(tmp_path, DAYS[3], DAYS[2])), "trained from it when it was whole"
     for day in DAYS[:2]:
-        damage(tmp_path / day / "train")
+        cut_off(tmp_path / day / "train")
     assert next_parent(tmp_path) is None
     assert "from drawn values" in list(passed_over(tmp_path, DAYS[3], None))[-1]
+
+
+def test_a_damaged_parent_is_left_where_the_day_is_trained_anew(tmp_path: Path) -> None:
+    write_days(tmp_path)
+    cut_off(tmp_path / DAYS[1] / "train")
+    parent = parent_of(tmp_path, DAYS[2])
+    assert parent == DAYS[1], "recorded"
+
+    assert whole_parent(tmp_path, DAYS[2], parent, lambda: True) == DAYS[1]
+    assert whole_parent(tmp_path, DAYS[2], parent, lambda: False) == DAYS[0]
+    assert whole_parent(tmp_path, DAYS[1], DAYS[0], lambda: False) == DAYS[0], "it is whole"
 
 
 def test_a_rolled_back_model_and_its_children_are_passed_over(tmp_path: Path) -> None:
@@ -107,19 +115,57 @@ def test_a_model_trained_anew_for_a_rolled_back_day_is_another_one(tmp_path: Pat
     assert next_parent(tmp_path) == DAYS[2]
 
 
-def test_going_back_to_earlier_settings_puts_their_model_back(tmp_path: Path) -> None:
-    for version in ("", "-bad"):
-        write_model(tmp_path, DAYS[0], version=version)
-        assert promote_newest(tmp_path, DAYS[0]) is None
-    write_model(tmp_path, DAYS[0])
-    assert promote_newest(tmp_path, DAYS[0]) is None
-    assert production(tmp_path).manifest.artifact_id == f"publish-train-{DAYS[0]}"
-    assert promote_newest(tmp_path, DAYS[0]) is None
-    assert len(promotions(tmp_path).history) == 3, "it is in production"
+def write_and_return(out: Path) -> None:
+    """A model of another day before; then two of one day, and the first one of them again."""
+    write_model(out, DAYS[0])
+    promote(out, DAYS[0])
+    for version in ("", "-bad", ""):
+        write_model(out, DAYS[1], parent=DAYS[0], version=version)
+        assert promote_newest(out, DAYS[1]) is None
 
+
+def test_going_back_to_earlier_settings_puts_their_model_back(tmp_path: Path) -> None:
+    write_and_return(tmp_path)
+    past = promotions(tmp_path)
+    assert production(tmp_path).manifest.artifact_id == f"publish-train-{DAYS[1]}"
+    assert promote_newest(tmp_path, DAYS[1]) is None
+    assert promotions(tmp_path) == past, "it is in production"
+    assert [change.artifact_id for change in past.withdrawn] == [f"publish-train-{DAYS[1]}-bad"]
+    assert next_parent(tmp_path) == DAYS[1]
+
+    write_model(tmp_path, DAYS[1], parent=DAYS[0], version="-bad")
+    assert promote_newest(tmp_path, DAYS[1]) == "it was withdrawn from production"
+    assert next_parent(tmp_path) == DAYS[0]
+    promote(tmp_path, DAYS[1])
+    assert production(tmp_path).manifest.artifact_id == f"publish-train-{DAYS[1]}-bad"
+    assert next_parent(tmp_path) == DAYS[1], "put back by hand"
+
+
+def test_a_rollback_returns_to_no_model_whose_settings_were_given_up(tmp_path: Path) -> None:
+    write_and_return(tmp_path)
     rollback(tmp_path)
-    assert promote_newest(tmp_path, DAYS[0]) == "it was withdrawn from production"
-    assert production(tmp_path).manifest.artifact_id == f"publish-train-{DAYS[0]}-bad"
+
+    assert production(tmp_path).date == DAYS[0]
+    assert next_parent(tmp_path) == DAYS[0]
+    found = {change.artifact_id for change in promotions(tmp_path).withdrawn}
+    assert found == {f"publish-train-{DAYS[1]}", f"publish-train-{DAYS[1]}-bad"}
+    assert promote_newest(tmp_path, DAYS[1]) == "it was withdrawn from production"
+
+
+def test_a_training_is_fit_as_long_as_one_of_its_bundles_is_approved(tmp_path: Path) -> None:
+    """As where the settings of `publish` changed alone, and changed back."""
+    write_model(tmp_path, DAYS[0])
+    promote(tmp_path, DAYS[0])
+    path = tmp_path / DAYS[0] / "publish" / "manifest.json"
+    first = read_manifest(path.parent)
+    for manifest in (first.model_copy(update={"artifact_id": "other"}), first):
+        path.unlink()  # the kept bundle has the same file
+        path.write_text(manifest.model_dump_json())
+        promote(tmp_path, DAYS[0])
+
+    assert promotions(tmp_path).is_withdrawn("other")
+    assert not was_withdrawn(tmp_path, "train", f"train-{DAYS[0]}")
+    assert next_parent(tmp_path) == DAYS[0]
 
 
 def test_a_rolled_back_bundle_of_the_same_training_stays_out(tmp_path: Path) -> None:
@@ -177,6 +223,7 @@ def test_a_promotion_by_mistake_is_undone_by_a_rollback(tmp_path: Path) -> None:
 
     assert production(tmp_path).date == DAYS[2]
     assert promotions(tmp_path).withdrawn == []
+    assert promotions(tmp_path).is_superseded(f"publish-train-{DAYS[0]}")
     assert next_parent(tmp_path) == DAYS[2]
     write_model(tmp_path, DAYS[3], parent=DAYS[2])
     assert promote_newest(tmp_path, DAYS[3]) is None

@@ -12,7 +12,8 @@ from embedding.errors import UserError
 from pipeline import run as run_module
 from pipeline import training_stages
 from pipeline.artifacts import MANIFEST, Manifest, StageFacts, config_hash, read_manifest
-from pipeline.config import PublishConfig, WindowConfig
+from pipeline.command import Command
+from pipeline.config import PublishConfig, Recipe, WindowConfig
 from pipeline.consent import Consent
 from pipeline.console import Reporter
 from pipeline.day_warnings import Ancestry, day_warnings
@@ -34,7 +35,7 @@ from tests.pipeline.small_log import (
     write_catalogue,
     write_day,
 )
-from tests.pipeline.small_models import write_model
+from tests.pipeline.small_models import cut_off, write_model
 
 AS_IS = Consent()
 
@@ -107,6 +108,33 @@ def test_days_of_a_model_that_was_rolled_back_are_trained_again(tmp_path: Path) 
     run = _run_of_third_day(tmp_path, WindowConfig())
     assert run.parent == DAYS[0], "though it was trained from the other one before"
     assert run.training_days() == tuple(DAYS[1:3])
+
+
+def test_a_cut_off_parent_is_left_where_the_day_is_trained_anew(tmp_path: Path) -> None:
+    root, out = tmp_path / "data", tmp_path / "out"
+    write_log(root, 4)
+    for day, before in enumerate([None, DAYS[0]]):
+        ingested(run_of(root, day))
+        write_model(out, DAYS[day], parent=before)
+    done = run_of(root, 2)
+    ingested(done)
+    joined(done)
+    write_manifest(next(done.specs("plan")), StageFacts())
+    write_manifest(next(done.specs("train")), stage_facts.trained([DAYS[2]], DAYS[1]))
+    cut_off(out / DAYS[1] / "train")
+
+    def run_with(recipe: Recipe) -> tuple[DayRun, tuple[str, ...]]:
+        command = Command(recipe, out, publish=lambda *_: None)
+        return command._day(DAYS[2]), command.progress.warnings
+
+    again, warnings = run_with(done.recipe)
+    assert (again.parent, warnings) == (DAYS[1], ()), "it is done, and reads no parent"
+    ranking = done.recipe.ranking
+    trainer = ranking.trainer.model_copy(update={"seed": 9})
+    other = ranking.model_copy(update={"trainer": trainer})
+    anew, (warning,) = run_with(done.recipe.model_copy(update={"ranking": other}))
+    assert (anew.parent, anew.training_days()) == (DAYS[0], tuple(DAYS[1:3]))
+    assert f"starts from the model of {DAYS[0]}, not from that of {DAYS[1]}" in warning
 
 
 def test_how_often_a_training_reports_does_not_make_it_stale() -> None:
@@ -502,17 +530,68 @@ def test_a_span_stays_once_the_one_that_it_goes_on_with_is_pruned(tmp_path: Path
     run = run_of(root, 2, train_days=2)
     assert ingested(run) == [(day, True) for day in DAYS[1:]]
     assert run.spans.cascade(run.spans.span(DAYS[1])) == []
-    assert run.spans.kept(DAYS[2]) == [
+    assert list(run.spans.kept(DAYS[2])) == [
         f"event files of {DAYS[1]} are not those that {out / DAYS[1]}/ingest was made of, which "
-        "stays as it is, because what it goes on with is pruned, or events of it are deleted; to "
-        f"take them in, delete {out / DAYS[1]}/ingest and run again, with all days since {DAYS[0]} "
-        f"in {root}/events"
+        f"stays as it is, because {out / DAYS[0]}/ingest, which it goes on with, is pruned or "
+        f"deleted; to take them in, delete {out / DAYS[1]}/ingest and, with all days since "
+        f"{DAYS[0]} in {root}/events, run `braid run --date {DAYS[1]} --out {out}` with this recipe"
     ]
     shutil.rmtree(out / DAYS[1] / "ingest")
     again = run_of(root, 2, train_days=2)
     assert ingested(again) == [(day, False) for day in DAYS[1:]]
     assert again.spans.span(DAYS[1]).days == (DAYS[0], DAYS[1])
-    assert again.spans.kept(DAYS[2]) == []
+    assert again.spans.kept(DAYS[2]) == {}
+
+
+def test_a_span_that_stays_is_made_again_by_the_run_that_the_sentence_names(
+    tmp_path: Path,
+) -> None:
+    """A warm-started run of a later day needs no day of it, so it could not make it again."""
+    root, out = tmp_path / "data", tmp_path / "out"
+    write_log(root, 4)
+    for day, before in enumerate([None, *DAYS[:2]]):
+        ingested(run_of(root, day))
+        write_model(out, DAYS[day], parent=before)
+    shutil.rmtree(out / DAYS[0])
+    deliver_late(root, 1)
+
+    nightly = run_of(root, 2)
+    assert nightly.training_days() == (DAYS[2],)
+    (sentence,) = nightly.spans.kept(DAYS[2])
+    assert f"run `braid run --date {DAYS[1]} --out {out}` with this recipe" in sentence
+    shutil.rmtree(out / DAYS[1] / "ingest")
+    assert DAYS[1] not in dict(ingested(run_of(root, 2))), "it is not what the sentence names"
+    assert ingested(run_of(root, 1)) == [(DAYS[1], False), (DAYS[2], False)]
+    assert ingested(run_of(root, 2)) == [(DAYS[1], True), (DAYS[2], True), (DAYS[3], False)]
+    assert run_of(root, 2).spans.kept(DAYS[2]) == {}
+
+
+def test_a_span_that_goes_on_with_one_of_other_settings_says_so(tmp_path: Path) -> None:
+    root, out = tmp_path / "data", tmp_path / "out"
+    write_log(root, 4)
+    for day in range(3):
+        ingested(run_of(root, day))
+    assert ingested(changed(run_of(root, 0))) == [(day, False) for day in DAYS[:2]]
+    deliver_late(root, 2)
+
+    run = run_of(root, 2, train_days=1)
+    (sentence,) = run.spans.kept(DAYS[2])
+    why = "which it goes on with, was made again with other settings; to take them in"
+    assert f"because {out / DAYS[1]}/ingest, {why}" in sentence
+    shutil.rmtree(out / DAYS[2] / "ingest")
+    assert ingested(run)[0] == (DAYS[2], False), "the command that the sentence names"
+    assert run.spans.kept(DAYS[2]) == {}
+
+
+def test_a_span_of_days_that_are_deleted_names_them(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    write_log(root, 3)
+    ingested(run_of(root, 1))
+    shutil.rmtree(root / "events" / f"dt={DAYS[0]}")
+    deliver_late(root, 1)
+
+    (sentence,) = run_of(root, 1).spans.kept(DAYS[1])
+    assert f"stays as it is, because the event log no longer has {DAYS[0]}; to take" in sentence
 
 
 def test_a_training_says_which_span_stays_as_it_was(
@@ -521,19 +600,32 @@ def test_a_training_says_which_span_stays_as_it_was(
     root, out = tmp_path / "data", tmp_path / "out"
     write_log(root, 4)
     ingested(run_of(root, 0))
-    run = run_of(root, 1, train_days=1)
-    run.session = SimpleNamespace(wait_for=lambda *_: None, group=tuple)
-    ingested(run)
-    joined(run)
-    shutil.rmtree(out / DAYS[0])
-    deliver_late(root, 1)
     monkeypatch.setattr(training_stages, "train", lambda *_: stage_facts.RESULT)
 
-    execute(next(run.specs("train")), run.reporter)
-    manifest = read_manifest(run.directory("train"))
-    assert manifest is not None
-    (sentence,) = manifest.warnings
+    def warnings(day: int, train_days: int) -> tuple[str, ...]:
+        run = run_of(root, day, train_days=train_days)
+        run.session = SimpleNamespace(wait_for=lambda *_: None, group=tuple)
+        ingested(run)
+        joined(run)
+        execute(next(run.specs("train")), run.reporter)
+        manifest = read_manifest(run.directory("train"))
+        assert manifest is not None
+        return manifest.warnings
+
+    assert warnings(1, train_days=1) == ()
+    shutil.rmtree(out / DAYS[0])
+    deliver_late(root, 1)
+    shutil.rmtree(out / DAYS[1] / "train")
+    (sentence,) = warnings(1, train_days=1)
     assert f"{out / DAYS[1]}/ingest was made of, which stays as it is" in sentence
+
+    write_model(out, DAYS[1])  # before the file came
+    assert warnings(2, train_days=2) == (sentence,), "to run the day again would change nothing"
+    shutil.rmtree(out / DAYS[1] / "ingest")
+    ingested(run_of(root, 1))
+    shutil.rmtree(out / DAYS[2] / "train")
+    (sentence,) = warnings(2, train_days=2)
+    assert f"run the days from {DAYS[1]} on again (braid backfill)" in sentence, "now it does"
 
 
 def test_a_late_file_cuts_no_history_whose_artifact_is_gone(tmp_path: Path) -> None:
@@ -586,7 +678,8 @@ def test_a_day_that_came_too_late_for_every_span_is_refused_with_the_remedy(
     shutil.rmtree(root / "events" / f"dt={DAYS[1]}")
     write_day(root, 0, [[event(0, 1, 60)]])
 
-    with pytest.raises(UserError, match=rf"has {DAYS[0]}, which came after .* dt={DAYS[0]} away"):
+    remedy = f"braid run --date {DAYS[1]} --out .* or move dt={DAYS[0]} away"
+    with pytest.raises(UserError, match=rf"has {DAYS[0]}, which came after .*{remedy}"):
         ingested(run_of(root, 2))
     assert all(current for _, current in ingested(run_of(root, 2, train_days=1)))
 

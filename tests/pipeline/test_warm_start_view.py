@@ -126,8 +126,9 @@ def test_a_damaged_parent_is_said_to_be_replaceable(
     with pytest.raises(CheckpointError) as raised:
         training_worker._restore(job(train), sharded, checkpoints)
     assert str(raised.value) == (
-        f"it is damaged; make it again: once {train} is deleted, `braid run --date 2024-01-01` "
-        "makes it again, and until then later days start from the model before it"
+        f"it is damaged; make it again: once {train} is deleted, `braid run --date 2024-01-01 "
+        f"--out {tmp_path}` with this recipe makes it again, and until then later days start from "
+        "the model before it"
     )
 
 

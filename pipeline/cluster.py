@@ -140,10 +140,13 @@ class RaySession:
             bundles: CPUs and GPUs of each process.
 
         Raises:
-            UserError: as `start`; or it was not free within `cluster.wait_timeout_s`.
+            UserError: as `start`; or it was not free within `cluster.wait_timeout_s`; or a local
+                Ray has no room for one of the processes.
         """
         self.start()
-        if self._is_shared:
+        if not self._is_shared:
+            _require_room(who, bundles)
+        else:
             autoscale_s = self.cluster.autoscale_timeout_s or 0.0
             self._await(who, bundles, max(self.cluster.wait_timeout_s, autoscale_s))
 
@@ -293,6 +296,20 @@ def fitting(node: Mapping[str, float], asked: Bundle) -> int:
     return min(
         math.floor(node.get(kind, 0.0) / each + _ROUNDING) for kind, each in asked.items() if each
     )
+
+
+def _require_room(who: str, bundles: Sequence[Bundle]) -> None:
+    import ray
+
+    total = ray.cluster_resources()
+    for bundle in bundles:
+        if any(bundle.values()) and not fitting(total, bundle):
+            raise UserError(
+                f"{who} asks for {_listed([bundle])} for a process, and the local Ray that this "
+                f"command has started has {total.get('CPU', 0):g} CPU and {total.get('GPU', 0):g} "
+                "GPU; ask for less in that section of the recipe (cpus_per_worker, "
+                "gpus_per_worker), or run on a cluster (RAY_ADDRESS, or `ray job submit`)"
+            )
 
 
 def _listed(bundles: Sequence[Bundle]) -> str:

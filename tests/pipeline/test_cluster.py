@@ -189,7 +189,13 @@ def test_a_cluster_of_ones_own_is_not_waited_for(
 ) -> None:
     cluster = make([0.0, 0.0], 1e9)
     monkeypatch.delenv("RAY_ADDRESS")
-    cluster.session().wait_for("ingest", [{"CPU": 1.0}])
+    session = cluster.session()
+    session.wait_for("ingest", [{"CPU": 1.0}])
+    session.wait_for("content", [{"CPU": 16.0, "GPU": 0.0}])
+    with pytest.raises(
+        UserError, match="content asks for 17 CPU, 0 GPU for a process.* has 16 CPU"
+    ):
+        session.wait_for("content", [{"CPU": 17.0, "GPU": 0.0}])
     assert cluster.asked == []
 
 

@@ -67,6 +67,8 @@ class RaySession:
         self._started = False
         self._is_shared = False
         """Whether others may hold what this command needs."""
+        self._own_node: Mapping[str, float] | None = None
+        """What a local Ray has, once it is started."""
 
     def __enter__(self) -> Self:
         return self
@@ -111,6 +113,8 @@ class RaySession:
         self._started = True
         self._is_shared = address is not None
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if not self._is_shared:
+            (self._own_node,) = nodes
         lacking = lacking_resources(nodes, self.cluster, self.actors)
         if lacking is None:
             return
@@ -144,11 +148,11 @@ class RaySession:
                 Ray has no room for one of the processes.
         """
         self.start()
-        if not self._is_shared:
-            _require_room(who, bundles)
-        else:
+        if self._is_shared:
             autoscale_s = self.cluster.autoscale_timeout_s or 0.0
             self._await(who, bundles, max(self.cluster.wait_timeout_s, autoscale_s))
+        elif self._own_node is not None:
+            _require_room(who, bundles, self._own_node)
 
     def _await(self, who: str, bundles: Sequence[Bundle], timeout_s: float) -> None:
         # A placement group says when its bundles fit on nodes, an autoscaler launches nodes for it
@@ -298,15 +302,12 @@ def fitting(node: Mapping[str, float], asked: Bundle) -> int:
     )
 
 
-def _require_room(who: str, bundles: Sequence[Bundle]) -> None:
-    import ray
-
-    total = ray.cluster_resources()
+def _require_room(who: str, bundles: Sequence[Bundle], node: Mapping[str, float]) -> None:
     for bundle in bundles:
-        if any(bundle.values()) and not fitting(total, bundle):
+        if any(bundle.values()) and not fitting(node, bundle):
             raise UserError(
                 f"{who} asks for {_listed([bundle])} for a process, and the local Ray that this "
-                f"command has started has {total.get('CPU', 0):g} CPU and {total.get('GPU', 0):g} "
+                f"command has started has {node.get('CPU', 0):g} CPU and {node.get('GPU', 0):g} "
                 "GPU; ask for less in that section of the recipe (cpus_per_worker, "
                 "gpus_per_worker), or run on a cluster (RAY_ADDRESS, or `ray job submit`)"
             )

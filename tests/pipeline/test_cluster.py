@@ -187,15 +187,13 @@ def test_a_wait_has_an_end(make: Callable[..., Cluster]) -> None:
 def test_a_cluster_of_ones_own_is_not_waited_for(
     make: Callable[..., Cluster], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cluster = make([0.0, 0.0], 1e9)
+    cluster = make([0.0], 1e9)
     monkeypatch.delenv("RAY_ADDRESS")
-    session = cluster.session()
+    session = cluster.session(num_workers=2)
     session.wait_for("ingest", [{"CPU": 1.0}])
-    session.wait_for("content", [{"CPU": 16.0, "GPU": 0.0}])
-    with pytest.raises(
-        UserError, match="content asks for 17 CPU, 0 GPU for a process.* has 16 CPU"
-    ):
-        session.wait_for("content", [{"CPU": 17.0, "GPU": 0.0}])
+    session.wait_for("content", [{"CPU": 8.0, "GPU": 0.0}])
+    with pytest.raises(UserError, match="content asks for 9 CPU, 0 GPU for a process.* has 8 CPU"):
+        session.wait_for("content", [{"CPU": 9.0, "GPU": 0.0}])
     assert cluster.asked == []
 
 

@@ -6,7 +6,6 @@ bytes decide; sizes and times say quickly that nothing has happened, or that som
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -70,7 +69,7 @@ class KnownDays:
         self.root = root
         self._say = say
         self._days: dict[str, DayFiles] = {}
-        with suppress(OSError, ValidationError, json.JSONDecodeError):
+        with suppress(OSError, ValidationError):
             self._days = _Days.validate_json(self._file.read_bytes())
 
     def files(self, day: str) -> DayFiles:
@@ -79,17 +78,21 @@ class KnownDays:
         Raises:
             UserError: one went meanwhile, or cannot be read.
         """
-        num_bytes, seen = _look_at(day_files(self.root, [day]))
+        paths = day_files(self.root, [day])
+        num_bytes, seen = _look_at(paths)
         known = self._days.get(day)
         if known is not None and known.seen == seen:
             return known
         if num_bytes >= _SAID_BYTES:
-            self._say(f"reading {num_bytes / 2**30:,.1f} GiB of events of {day}: which they are")
-        self._days[day] = DayFiles.of(self.root, day)
+            self._say(
+                f"  reading {num_bytes / 2**30:,.1f} GiB of events of {day}, to know them again"
+            )
+        # Looked at before: what is written meanwhile is another file.
+        found = self._days[day] = DayFiles(num_bytes=num_bytes, seen=seen, content=_content(paths))
         if self._file.parent.is_dir():
             with suppress(OSError):  # they are read again then
                 write_durably(self._file, _Days.dump_json(self._days).decode())
-        return self._days[day]
+        return found
 
     def are(self, day: str, files: DayFiles) -> bool:
         """Whether a day still has these; reads them where nothing but their times is others.

@@ -10,7 +10,7 @@ encoder/                                   and what encodes further items (deplo
 codes.parquet                              where it reads codes of items: those of its run
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -158,14 +158,33 @@ def read_bundle(directory: Path) -> Bundle:
         UserError: It is no bundle, or a file is missing or damaged.
     """
     bundle = describe(directory)
-    for name, checksum in bundle.files.items():
+    check_files(directory, bundle.files)
+    return bundle
+
+
+def check_files(directory: Path, files: Mapping[str, str]) -> None:
+    """Compare files of a bundle with their checksums.
+
+    Raises:
+        UserError: one is missing or damaged.
+    """
+    for name, checksum in files.items():
         file = directory / name
         if not file.is_file() or file_sha256(file) != checksum:
             raise UserError(
                 f"bundle file {file} is missing or damaged (its SHA-256 is not the published one); "
                 "copy the bundle again or publish it again"
             )
-    return bundle
+
+
+def identity_of(directory: Path) -> str:
+    """Changes with whatever a bundle holds: its description has the checksums of its files.
+
+    Raises:
+        UserError: It is no bundle.
+    """
+    describe(directory)
+    return file_sha256(directory / BUNDLE_FILE)[:16]
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

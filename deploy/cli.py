@@ -44,10 +44,11 @@ def score(
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     predictor = Predictor(bundle)
     if items is not None:
-        from deploy.new_items import add_new_items  # transformers: seconds, for new items only
+        from deploy.new_items import encode_new_items  # transformers: seconds, for new items only
 
         with reporter.stage("encode", "items"):
-            new = add_new_items(predictor, items, reporter.advance)
+            new = encode_new_items(predictor, items, reporter.advance)
+        predictor = predictor.with_added(new.items)
         console.print(escape(f"{items}: {new}"))
     with reporter.stage("score"):
         scored = score_samples(

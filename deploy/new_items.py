@@ -4,10 +4,10 @@ The file has the form of items.parquet: `item_id`, and the columns that the bund
 Memory holds all ids, one batch of texts and images, and the new vectors.
 """
 
-# Shapes: N new items, D content dim.
+# Shapes: N new items, M modalities, D content dim.
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,9 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from deploy.encoder_files import HEAD_FILE
+from deploy.bundle import check_files
+from deploy.encoder_files import ENCODER, HEAD_FILE
+from deploy.item_content import AddedItems, ItemContent
 from deploy.item_encoder import ItemEncoder
 from deploy.predictor import Predictor
 from embedding.errors import UserError
@@ -26,7 +28,7 @@ from embedding.raw_ids import is_id_type, to_raw_ids
 from multimodal.content_config import ContentConfig
 from multimodal.token_range import TokenRangeError
 from pipeline.content.tasks import Catalogue, type_fault
-from pipeline.samples.contract import open_parquet, read_columns
+from pipeline.samples.contract import BoolArray, open_parquet
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,12 @@ class NewItems:
 
     num_listed: int
     """Items of the file."""
-    item_ids_N: Tensor
-    """Raw ids of those that the bundle does not know."""
-    vectors_ND: Tensor
+    items: AddedItems
+    """Those that the bundle does not know, in the order of the file."""
+    num_encoded: int
+    """The others were known from an earlier state of the file, with the same content."""
     faults: dict[str, dict[str, int]]
-    """New items without a usable text or image: by modality and cause."""
+    """Encoded items without a usable text or image: by modality and cause."""
 
     def __str__(self) -> str:
         """One line to read."""
@@ -48,21 +51,25 @@ class NewItems:
             for modality, counts in self.faults.items()
             for cause, count in counts.items()
         ]
-        told = f"{len(self.item_ids_N)} of {self.num_listed} items are new and were encoded"
+        number = len(self.items.item_ids_N)
+        encoded = "" if self.num_encoded == number else f"{self.num_encoded} of them "
+        told = f"{number} of {self.num_listed} items are new and {encoded}were encoded"
         return f"{told} ({', '.join(causes)})" if causes else told
 
 
-def add_new_items(
+def encode_new_items(
     predictor: Predictor, path: Path, progress: Callable[[int, int], None]
 ) -> NewItems:
-    """Encode the items of a catalogue that the predictor does not know, and make it know them.
+    """Encode the items of a catalogue that the bundle does not know, for `Predictor.with_added`.
 
-    Those that it knows keep the vector of training, whatever text and image the file has.
+    Those that training knew keep its vector, whatever text and image the file has. Those that the
+    predictor has from an earlier state of the file keep theirs as long as text and image are the
+    same.
 
     Args:
         predictor: of a bundle with content.
-        path: the catalogue file.
-        progress: called with new items encoded and in all.
+        path: the catalogue file; it may be replaced meanwhile.
+        progress: called with new items that are done and in all.
 
     Raises:
         UserError: the bundle has no encoder, or the file cannot be used.
@@ -70,53 +77,134 @@ def add_new_items(
     content, config = predictor.content, predictor.bundle.recipe.content
     if content is None or config is None:
         raise UserError("the model of this bundle reads no content of items; leave out --items")
-    if HEAD_FILE not in predictor.bundle.files:
-        raise UserError(
-            f"bundle {predictor.directory} was published without its content encoder, so it cannot "
-            "encode --items; delete that publish directory and run `braid run` of its date again"
-        )
-    _check_file(path, config)
-    ids = _read_ids(path)
-    known = ItemIndex(content.item_ids_R)
-    is_new = (known.rows_of(ids) == NO_CONTENT).numpy()
-    total = int(is_new.sum())
-    faults = {name: Counter[str]() for name in config.towers}
-    found_ids, found_vectors = [ids[:0]], [content.vectors_RD[:0]]
-    done = 0
-    if total:
-        encoder = ItemEncoder(predictor.directory, config, path.parent)
-        for batch in _batches(path, config, is_new):
-            values = {
-                name: batch[tower.column].to_pylist() for name, tower in config.towers.items()
-            }
-            try:
-                encoded = encoder(values)
-            except TokenRangeError as error:
-                raise error.of_item(int(batch["item_id"][error.row].as_py())) from error
-            found_ids.append(torch.tensor(batch["item_id"].to_numpy()))
-            found_vectors.append(encoded.vectors_ND)
-            for name, causes in encoded.faults.items():
-                faults[name].update(cause for cause in causes if cause is not None)
-            done += len(batch)
-            progress(done, total)
-    new = NewItems(
-        len(ids),
-        torch.cat(found_ids),
-        torch.cat(found_vectors),
-        {name: dict(sorted(counts.items())) for name, counts in faults.items()},
-    )
-    content.add(new.item_ids_N, new.vectors_ND)
-    return new
-
-
-def _check_file(path: Path, config: ContentConfig) -> None:
+    require_encoder(predictor)
     if not path.is_file():
         raise UserError(
             f"--items {path} is no file; give a Parquet file with item_id and the columns "
             f"{[tower.column for tower in config.towers.values()]}, like items.parquet of the data"
         )
-    with open_parquet(path) as file:
-        schema: pa.Schema = file.schema_arrow
+    columns = {name: tower.column for name, tower in config.towers.items()}
+    catalogue = Catalogue(path.parent, columns, path.name)
+    size = config.tokens.items_per_batch
+    with open_parquet(path) as file:  # once: all that is read is of one state
+        _check_schema(file.schema_arrow, path, config)
+        ids = _read_ids(file, path)
+        is_new = ItemIndex(content.bank_ids_R).rows_of(ids) == NO_CONTENT
+        found = _Found(predictor, content, config, catalogue, ids[is_new])
+        unknown = map(found.reuse, _new_rows(file, catalogue, is_new.numpy(), size))
+        for batch in _batches(unknown, size):
+            found.encode(batch)
+            progress(found.num_done, len(found.item_ids_N))
+    return found.result(len(ids))
+
+
+def require_encoder(predictor: Predictor) -> None:
+    """Refuse a bundle that cannot encode items.
+
+    Raises:
+        UserError: it was published without its encoder.
+    """
+    if HEAD_FILE not in predictor.bundle.files:
+        raise UserError(
+            f"bundle {predictor.directory} was published without its content encoder, so it cannot "
+            "encode --items; delete that publish directory and run `braid run` of its date again"
+        )
+
+
+class _Found:
+    """The new items of a file, as far as they have vectors."""
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        content: ItemContent,
+        config: ContentConfig,
+        catalogue: Catalogue,
+        item_ids_N: Tensor,
+    ) -> None:
+        self._predictor, self._config, self._catalogue = predictor, config, catalogue
+        self._before = content.added
+        self._encoder: ItemEncoder | None = None
+        self.item_ids_N = item_ids_N
+        self._index = ItemIndex(item_ids_N)
+        num_items = len(item_ids_N)
+        self._is_done_N = torch.zeros(num_items, dtype=torch.bool)
+        self._digests_NM = torch.zeros(num_items, len(config.towers), dtype=torch.int64)
+        self._vectors_ND = content.bank_RD.new_zeros(num_items, content.bank_RD.shape[1])
+        self._num_encoded = 0
+        self._faults = {name: Counter[str]() for name in config.towers}
+
+    @property
+    def num_done(self) -> int:
+        """Items that have their vector."""
+        return int(self._is_done_N.sum())
+
+    def reuse(self, rows: pa.Table) -> pa.Table:
+        """Take over what was encoded before; the rows of the other new items."""
+        places = self._index.rows_of(_ids_of(rows))
+        rows, places = rows.filter(pa.array((places >= 0).numpy())), places[places >= 0]
+        if not len(rows):
+            return rows
+        digests = self._catalogue.digests(rows)
+        self._digests_NM[places] = torch.from_numpy(np.stack(list(digests.values()), axis=1))
+        if self._before is None:
+            return rows
+        is_known, vectors = self._before.reusable(_ids_of(rows), self._digests_NM[places])
+        self._put(places[is_known], vectors)
+        return rows.filter(pa.array((~is_known).numpy()))
+
+    def encode(self, batch: pa.Table) -> None:
+        """Encode some new items."""
+        encoder = self._loaded_encoder()
+        columns = self._catalogue.columns.items()
+        try:
+            encoded = encoder({name: batch[column].to_pylist() for name, column in columns})
+        except TokenRangeError as error:
+            raise error.of_item(int(batch["item_id"][error.row].as_py())) from error
+        self._put(self._index.rows_of(_ids_of(batch)), encoded.vectors_ND)
+        for name, causes in encoded.faults.items():
+            self._faults[name].update(cause for cause in causes if cause is not None)
+        self._num_encoded += len(batch)
+
+    def result(self, num_listed: int) -> NewItems:
+        """All of them.
+
+        Raises:
+            UserError: some were not found again.
+        """
+        if not self._is_done_N.all():
+            raise UserError(
+                f"--items {self._catalogue.path} was changed while it was read; write it under "
+                "another name, and rename it when it is complete"
+            )
+        return NewItems(
+            num_listed,
+            AddedItems(self.item_ids_N, self._digests_NM, self._vectors_ND),
+            self._num_encoded,
+            {name: dict(sorted(counts.items())) for name, counts in self._faults.items()},
+        )
+
+    def _put(self, places: Tensor, vectors: Tensor) -> None:
+        self._vectors_ND[places] = vectors
+        self._is_done_N[places] = True
+
+    def _loaded_encoder(self) -> ItemEncoder:
+        if self._encoder is None:
+            predictor = self._predictor
+            # The folder may hold another bundle by now, whose encoder suits other weights.
+            files = predictor.bundle.files.items()
+            own = {name: sha for name, sha in files if name.startswith(f"{ENCODER}/")}
+            check_files(predictor.directory, own)
+            root = self._catalogue.root
+            self._encoder = ItemEncoder(predictor.directory, self._config, root)
+        return self._encoder
+
+
+def _ids_of(rows: pa.Table) -> Tensor:
+    return torch.tensor(rows["item_id"].to_numpy())
+
+
+def _check_schema(schema: pa.Schema, path: Path, config: ContentConfig) -> None:
     wanted = {"item_id": "ids", **{t.column: name for name, t in config.towers.items()}}
     for column, what in wanted.items():
         if schema.names.count(column) != 1:
@@ -138,8 +226,13 @@ def _check_file(path: Path, config: ContentConfig) -> None:
             )
 
 
-def _read_ids(path: Path) -> Tensor:
-    column = read_columns(path, ["item_id"])["item_id"]
+def _read_ids(file: pq.ParquetFile, path: Path) -> Tensor:
+    try:
+        column = file.read(columns=["item_id"], use_threads=False)["item_id"]
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(
+            f"--items {path} is damaged ({str(error).splitlines()[0]}); write it again"
+        ) from error
     if column.null_count:
         raise UserError(
             f"--items {path}: item_id is null in {column.null_count} rows; give them an id or drop "
@@ -156,12 +249,11 @@ def _read_ids(path: Path) -> Tensor:
     return ids
 
 
-def _batches(path: Path, config: ContentConfig, is_new: np.ndarray) -> Iterator[pa.Table]:
-    """The new rows, `content.tokens.items_per_batch` at a time; the last batch may be smaller."""
-    size = config.tokens.items_per_batch
+def _batches(pieces: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
+    """The rows of all pieces, `size` at a time; the last batch may be smaller."""
     waiting: list[pa.Table] = []
     num_waiting = 0
-    for rows in _new_rows(path, config, is_new):
+    for rows in pieces:
         waiting.append(rows)
         num_waiting += len(rows)
         if num_waiting >= size:
@@ -172,19 +264,13 @@ def _batches(path: Path, config: ContentConfig, is_new: np.ndarray) -> Iterator[
         yield pa.concat_tables(waiting)
 
 
-def _new_rows(path: Path, config: ContentConfig, is_new: np.ndarray) -> Iterator[pa.Table]:
-    """New rows in pieces of at most a batch; row groups without any are not read."""
-    columns = {name: tower.column for name, tower in config.towers.items()}
-    catalogue = Catalogue(path.parent, columns, path.name)
-    metadata = pq.read_metadata(path)
+def _new_rows(
+    file: pq.ParquetFile, catalogue: Catalogue, is_new: BoolArray, size: int
+) -> Iterator[pa.Table]:
+    """Pieces of at most `size` rows of the row groups that hold new items."""
     start = 0
-    for group in range(metadata.num_row_groups):
-        stop = start + metadata.row_group(group).num_rows
+    for group in range(file.num_row_groups):
+        stop = start + file.metadata.row_group(group).num_rows
         if is_new[start:stop].any():
-            at = start
-            for piece in catalogue.batches(
-                group, list(columns.values()), config.tokens.items_per_batch
-            ):
-                yield piece.filter(pa.array(is_new[at : at + len(piece)]))
-                at += len(piece)
+            yield from catalogue.pieces(file, group, list(catalogue.columns.values()), size)
         start = stop

@@ -3,8 +3,9 @@
 With int8 tables they are those of the rounded tables.
 """
 
-# Shapes: B samples, T tasks, N jagged values, R items with content, U items of a batch, D dim.
+# Shapes: B samples, T tasks, N jagged values.
 
+import copy
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,6 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from deploy.bundle import (
-    CONTENT_FILE,
     DENSE_FILE,
     ROWS,
     WEIGHT,
@@ -22,13 +22,14 @@ from deploy.bundle import (
     load_tensors,
     read_bundle,
 )
+from deploy.item_content import AddedItems, ItemContent
 from embedding.batch import RankingBatch
 from embedding.config import Hashed, ManagedCollision
 from embedding.feature_schema import FeatureSchema
 from embedding.id_map import owner_of
 from embedding.int8_rows import empty_rows
 from embedding.int8_tables import Int8Tables
-from embedding.items import ContentVectors, ItemRows, ItemSource
+from embedding.items import ItemSource
 from embedding.precision import cpu_has_bf16
 from embedding.tables import EmbeddingTables
 from pipeline.content.items import content_shape, item_source
@@ -61,7 +62,7 @@ class Predictor:
             for table in self.schema.tables
             if isinstance(table.ids, ManagedCollision)
         }
-        self.content = None if recipe.content is None else ItemContent(directory)
+        self.content = None if recipe.content is None else ItemContent.load(directory)
         is_int8 = self.bundle.table_precision == "int8"
         # Ids are mapped before the model sees them, so managed tables are plain ones here.
         self.model = RankingModel(
@@ -98,7 +99,17 @@ class Predictor:
         recipe = self.bundle.recipe
         if self.content is None or recipe.content is None:
             return None
-        return item_source(recipe.content, self.schema, self.content.item_ids_R)
+        return item_source(recipe.content, self.schema, self.content.item_ids)
+
+    def with_added(self, added: AddedItems) -> "Predictor":
+        """The same model, which knows these items beside those of its bundle; this one stays.
+
+        A loader must be given the `item_source` of the one that predicts.
+        """
+        assert self.content is not None
+        other = copy.copy(self)
+        other.content = self.content.with_added(added)
+        return other
 
     def _mapped(self, batch: RankingBatch) -> RankingBatch:
         if not self._id_maps:
@@ -147,30 +158,6 @@ class Predictor:
             target[row : row + len(block)] = block
             row += len(block)
         assert row == len(target), (name, row, len(target))
-
-
-class ItemContent:
-    """Content vectors of all items, as training left them, and of those that were added.
-
-    Any other item has zeros.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        stored = load_tensors(directory / CONTENT_FILE)
-        self.item_ids_R = stored["item_ids"]
-        self.vectors_RD = stored["vectors"]
-
-    def add(self, item_ids_N: Tensor, vectors_ND: Tensor) -> None:
-        """Know further items; a loader must be given the `item_source` of afterwards."""
-        if len(item_ids_N):  # vectors first: whoever sees an id finds its vector
-            self.vectors_RD = torch.cat([self.vectors_RD, vectors_ND])
-            self.item_ids_R = torch.cat([self.item_ids_R, item_ids_N])
-
-    def of(self, items: ItemRows) -> ContentVectors:
-        """Those of a batch's items."""
-        known_UD = self.vectors_RD.index_select(0, items.rows_U[1:])
-        nothing_1D = known_UD.new_zeros(1, known_UD.shape[1])
-        return ContentVectors(torch.cat([nothing_1D, known_UD]), items)
 
 
 class IdMap:

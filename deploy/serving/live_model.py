@@ -9,20 +9,22 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
 from pydantic import model_validator
 
-from deploy.bundle import describe
+from deploy.bundle import Bundle, describe, identity_of
 from deploy.predictor import Predictor
-from deploy.serving.scorer import Scorer, feature_sources
+from deploy.serving.scorer import Scorer, feature_sources, item_codes
 from deploy.serving.wire import ServedModel, ServiceState
 from embedding.config import StrictConfig
+from embedding.errors import UserError
 from pipeline.days import catalogue_files, fingerprint
 from pipeline.registry import require_production
+from pipeline.samples.join_rows import FeatureSources
 
 FIRST_PAUSE_S = 10.0
 LONGEST_PAUSE_S = 600.0
@@ -59,47 +61,59 @@ class ModelSource(StrictConfig):
             UserError: no model is in production.
         """
         if self.bundle is not None:
-            return ServedModel(date=None, artifact_id=None, bundle=str(self.bundle))
+            identity = identity_of(self.bundle)
+            return ServedModel(date=None, artifact_id=identity, bundle=str(self.bundle))
         assert self.out is not None
         model = require_production(self.out)
         return ServedModel(
             date=model.date, artifact_id=model.manifest.artifact_id, bundle=str(model.bundle)
         )
 
-    def root_of(self, model: ServedModel) -> Path:
-        """Directory of its items.parquet and users.parquet.
-
-        Raises:
-            UserError: it is no bundle.
-        """
-        return self.data or describe(Path(model.bundle)).recipe.data.root
+    def root_of(self, bundle: Bundle) -> Path:
+        """Directory of the items.parquet and users.parquet that a bundle's model reads."""
+        return self.data or bundle.recipe.data.root
 
     def load(self, model: ServedModel, before: "Loaded | None" = None) -> "Loaded":
         """Load a model with the catalogue as it is now, and try it.
 
         Args:
             model: from `current`.
-            before: what is served so far; of the same bundle only the catalogue is read.
+            before: what is served so far; of the same model only the catalogue is read.
 
         Raises:
             UserError: the bundle or the catalogue cannot be used.
         """
-        directory = Path(model.bundle)
-        root = self.root_of(model)
-        catalogue = _catalogue(root)  # of before it is read: rewritten meanwhile, it is read again
-        sources = feature_sources(describe(directory), directory, root)  # fails before the tables
         if before is not None and before.model == model:
-            predictor = before.predictor
-        else:
-            predictor = Predictor(directory)
-        if self.encode_new_items and predictor.content is not None:
-            from deploy.new_items import add_new_items  # transformers: seconds, for content only
+            return self._with_catalogue(before)
+        directory = Path(model.bundle)
+        bundle = describe(directory)
+        root = self.root_of(bundle)
+        catalogue = _catalogue(root)  # of before it is read: rewritten meanwhile, it is read again
+        sources = feature_sources(bundle, root)  # fails before the tables
+        predictor = Predictor(directory)
+        sources = replace(sources, codes=item_codes(predictor.bundle, directory))
+        predictor = self._with_new_items(predictor, root)
+        if self.bundle is not None and identity_of(directory) != model.artifact_id:
+            raise UserError(f"{directory} was replaced while it was loaded; it is tried again")
+        return Loaded.of(model, predictor, sources, catalogue)
 
-            # Vectors are added behind those that batches read meanwhile.
-            new = add_new_items(predictor, root / "items.parquet", lambda *_: None)
-            logger.info("%s: %s", root, new)
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        return Loaded(model, predictor, Scorer(predictor, sources), catalogue, now)
+    def _with_catalogue(self, before: "Loaded") -> "Loaded":
+        """The same model; nothing of its bundle but the encoder is read, which it checks itself."""
+        root = self.root_of(before.predictor.bundle)
+        catalogue = _catalogue(root)
+        sources = feature_sources(before.predictor.bundle, root)
+        sources = replace(sources, codes=before.scorer.sources.codes)
+        predictor = self._with_new_items(before.predictor, root)
+        return Loaded.of(before.model, predictor, sources, catalogue)
+
+    def _with_new_items(self, predictor: Predictor, root: Path) -> Predictor:
+        if not self.encode_new_items or predictor.content is None:
+            return predictor
+        from deploy.new_items import encode_new_items  # transformers: seconds, for content only
+
+        new = encode_new_items(predictor, root / "items.parquet", lambda *_: None)
+        logger.info("%s: %s", root, new)
+        return predictor.with_added(new.items)
 
 
 @dataclass(frozen=True)
@@ -112,6 +126,18 @@ class Loaded:
     catalogue: str
     """Fingerprint of its items and users."""
     loaded_at: str
+
+    @classmethod
+    def of(
+        cls, model: ServedModel, predictor: Predictor, sources: FeatureSources, catalogue: str
+    ) -> "Loaded":
+        """Made ready to score.
+
+        Raises:
+            UserError: the bundle does not say what its log held, or scores nothing finite.
+        """
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        return cls(model, predictor, Scorer(predictor, sources), catalogue, now)
 
 
 class Tries:
@@ -183,7 +209,7 @@ class LiveModel:
         return None if model == self._now.model else (model, "")
 
     def _newer_catalogue(self) -> tuple[ServedModel, str] | None:
-        catalogue = _catalogue(self.source.root_of(self._now.model))
+        catalogue = _catalogue(self.source.root_of(self._now.predictor.bundle))
         return None if catalogue == self._now.catalogue else (self._now.model, catalogue)
 
     def _attempt(self, what: str, newer: Callable[[], tuple[ServedModel, str] | None]) -> None:

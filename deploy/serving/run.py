@@ -61,7 +61,7 @@ def check(config: ServiceConfig, address: Address) -> None:
     """
     model = config.current()
     bundle = describe(Path(model.bundle))
-    root = config.root_of(model)
+    root = config.root_of(bundle)
     given = {"--out": config.out, "--bundle": config.bundle, "--data (or data.root)": root}
     require_absolute({option: path for option, path in given.items() if path is not None})
     if not (root / "items.parquet").is_file():

@@ -21,7 +21,7 @@ from deploy.serving.wire import ScoreRequest
 from embedding.arrow import SampleColumns
 from embedding.errors import UserError
 from embedding.loader import list_columns
-from pipeline.codes.features import CODES_FILE
+from pipeline.codes.features import CODES_FILE, ItemCodes
 from pipeline.samples.join_rows import FeatureSources, Places, join_events
 
 
@@ -35,27 +35,34 @@ class Scores:
     unknown_user: bool
 
 
-def feature_sources(bundle: Bundle, directory: Path, data_root: Path) -> FeatureSources:
-    """Read the catalogue, and the codes of a bundle.
+def feature_sources(bundle: Bundle, data_root: Path) -> FeatureSources:
+    """Read the catalogue, as a bundle's model reads it; codes are the bundle's own.
 
     Args:
-        bundle: the description of what lies in `directory`.
-        directory: of the bundle.
+        bundle: of the model.
         data_root: directory of items.parquet and users.parquet.
 
     Raises:
         UserError: the catalogue breaks the data contract, or lacks what features read.
     """
-    codes = None
-    if bundle.codebooks is not None:
-        codes = directory / CODES_FILE
-        if CODES_FILE not in bundle.files:
-            raise UserError(
-                f"bundle {directory} was published without the codes of its items, which its model "
-                "reads; publish it again"
-            )
     data = bundle.recipe.data.model_copy(update={"root": data_root})
-    return FeatureSources.load(bundle.recipe.model_copy(update={"data": data}), codes)
+    return FeatureSources.load(bundle.recipe.model_copy(update={"data": data}))
+
+
+def item_codes(bundle: Bundle, directory: Path) -> ItemCodes | None:
+    """The codes of a bundle's items; None where its model reads none.
+
+    Raises:
+        UserError: the bundle lacks them.
+    """
+    if bundle.codebooks is None:
+        return None
+    if CODES_FILE not in bundle.files:
+        raise UserError(
+            f"bundle {directory} was published without the codes of its items, which its model "
+            "reads; publish it again"
+        )
+    return ItemCodes.load(directory / CODES_FILE)
 
 
 class Scorer:
@@ -73,8 +80,8 @@ class Scorer:
         """
         self.tasks = predictor.tasks
         self.form = EventForm.of(sources.recipe, predictor.bundle.event_columns)
+        self.sources = sources
         self._predictor = predictor
-        self._sources = sources
         self._has_users = len(sources.entities["users"].sorted_ids) > 0
         blank = EventRows.blank(self.form)
         # The same for every request: which columns hold lists is the form's.
@@ -115,5 +122,5 @@ class Scorer:
 
     def _samples(self, requests: Sequence[EventRows]) -> tuple[pa.Table, Places]:
         events = together(requests)
-        places = Places.of(events, self._sources)
-        return join_events(events, self._sources, places), places
+        places = Places.of(events, self.sources)
+        return join_events(events, self.sources, places), places

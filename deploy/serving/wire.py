@@ -44,7 +44,8 @@ class ServedModel(StrictConfig):
 
     date: str | None
     """Day of its run; None where a bundle was named instead of an output directory."""
-    artifact_id: str | None
+    artifact_id: str
+    """Of what was published; of a bundle that was named, a hash of its `bundle.json`."""
     bundle: str
     """Directory."""
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
@@ -60,15 +61,31 @@ class Catalogue:
             UserError: the file is damaged.
         """
         with open_parquet(self.path) as file:
-            pieces = file.iter_batches(num_rows, [row_group], ["item_id", *columns])
-            try:
-                for piece in pieces:
-                    table = pa.Table.from_batches([piece])
-                    yield table.set_column(0, "item_id", to_raw_ids(table["item_id"]))
-            except (pa.ArrowException, OSError) as error:
-                raise UserError(
-                    f"{self.path} is damaged ({str(error).splitlines()[0]}); write it again"
-                ) from error
+            yield from self.pieces(file, row_group, columns, num_rows)
+
+    def pieces(
+        self, file: pq.ParquetFile, row_group: int, columns: list[str], num_rows: int
+    ) -> Iterator[pa.Table]:
+        """As `batches`, of the file that is open: another one may have its name by now.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        try:
+            for piece in file.iter_batches(num_rows, [row_group], ["item_id", *columns]):
+                table = pa.Table.from_batches([piece])
+                yield table.set_column(0, "item_id", to_raw_ids(table["item_id"]))
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(
+                f"{self.path} is damaged ({str(error).splitlines()[0]}); write it again"
+            ) from error
+
+    def digests(self, table: pa.Table) -> dict[str, Int64Array]:
+        """Identity of the content of some rows, without its decoding, by modality."""
+        return {
+            name: _digests(table[column], is_text=name == "text", root=self.root)
+            for name, column in self.columns.items()
+        }
 
 
 # --- digests -------------------------------------------------------------------------------------
@@ -91,8 +108,8 @@ def digest_row_group(row_group: int, catalogue: Catalogue) -> Digests:
     columns = list(catalogue.columns.values())
     for table in catalogue.batches(row_group, columns, DIGEST_ROWS):
         ids.append(table["item_id"].to_numpy())
-        for name, column in catalogue.columns.items():
-            found[name].append(_digests(table[column], is_text=name == "text", root=catalogue.root))
+        for name, digests_N in catalogue.digests(table).items():
+            found[name].append(digests_N)
     none = np.empty(0, np.int64)
     return Digests(
         row_group,

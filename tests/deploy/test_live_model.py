@@ -163,6 +163,54 @@ def test_items_of_the_present_model_go_on_while_a_newer_one_does_not_load(
     assert "missing or damaged" in (live.state.last_error or "")
 
 
+def replace_bundle(bundle: Path, by: Path) -> None:
+    shutil.rmtree(bundle)
+    shutil.copytree(by, bundle)
+
+
+def test_a_bundle_that_is_replaced_in_its_place_is_loaded_whole(out: Path, tmp_path: Path) -> None:
+    newer, older = (promote(out, day).bundle for day in (DAYS[1], DAYS[0]))
+    bundle = tmp_path / "bundle"
+    shutil.copytree(newer, bundle)
+    live = LiveModel(ModelSource(bundle=bundle, data=out.parent / "data"))
+    row = request_of(ingested(out)[3])
+    before = live.now
+    replace_bundle(bundle, older)
+
+    assert live.refresh()
+
+    assert live.now.model.artifact_id != before.model.artifact_id
+    (found,) = score_together([asked(live, row)])
+    alone = LiveModel(ModelSource(bundle=older, data=out.parent / "data"))
+    (own,) = score_together([asked(alone, row)])
+    assert not isinstance(found, Exception)
+    assert not isinstance(own, Exception)
+    torch.testing.assert_close(found.probs_BT, own.probs_BT)
+    assert alone.now.model.artifact_id == live.now.model.artifact_id
+    assert not live.refresh()
+
+
+def test_a_catalogue_is_read_for_the_loaded_bundle_whatever_lies_in_its_place(
+    out: Path, tmp_path: Path
+) -> None:
+    bundle, items = tmp_path / "bundle", out.parent / "data" / "items.parquet"
+    shutil.copytree(promote(out, DAYS[1]).bundle, bundle)
+    live = LiveModel(ModelSource(bundle=bundle, data=items.parent))
+    before = live.now
+    replace_bundle(bundle, promote(out, DAYS[0]).bundle)
+    (bundle / "dense.safetensors").unlink()
+    pq.write_table(pq.read_table(items).slice(0, 3), items)
+
+    assert live.refresh()
+
+    assert "missing or damaged" in (live.state.last_error or "")
+    assert (live.now.model, live.now.predictor) == (before.model, before.predictor)
+    assert live.now.scorer.sources.recipe.name == before.scorer.sources.recipe.name
+    (found,) = score_together([asked(live, request_of(ingested(out)[0], [1, 4]))])
+    assert not isinstance(found, Exception)
+    assert found.unknown_candidates == 1
+
+
 def test_a_model_that_scores_nothing_finite_is_not_served(out: Path, live: LiveModel) -> None:
     older = promote(out, DAYS[0])
     dense = older.bundle / "dense.safetensors"

@@ -3,13 +3,14 @@
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel
 
@@ -17,10 +18,11 @@ from deploy import new_items
 from deploy.app import main
 from deploy.item_encoder import ItemEncoder
 from deploy.predictor import Predictor
+from deploy.serving import live_model
 from deploy.serving.live_model import LiveModel, ModelSource
 from deploy.serving.wire import ScoreRequest
 from embedding.errors import UserError
-from embedding.items import NO_CONTENT, ItemIndex
+from embedding.items import ItemRows
 from multimodal.content_encoder import load_content_encoder, load_trained_state
 from multimodal.item_inputs import build_preparer
 from multimodal.token_batch import ModalityTokens, TokenBatch
@@ -34,6 +36,7 @@ from tests.deploy.published import (
     Row,
     catalogue_rows,
     item_row,
+    picture,
     settings,
     write_catalogue,
 )
@@ -61,6 +64,14 @@ def encode(folder: Path, rows: list[Row]) -> Tensor:
         values = {name: [row[name] for row in part] for name in ("text", "image")}
         parts.append(encoder(values).vectors_ND)
     return torch.cat(parts)
+
+
+def vectors_of(predictor: Predictor, item_ids: list[int]) -> Tensor:
+    """What the model reads of some items, in their order."""
+    assert predictor.content
+    assert predictor.item_source
+    rows = ItemRows.of(predictor.item_source.index.rows_of(torch.tensor(item_ids)), {})
+    return predictor.content.of(rows).vectors_UD[rows.candidate_B]
 
 
 def write_scoring_samples(path: Path) -> None:
@@ -145,24 +156,26 @@ def test_vectors_equal_those_of_the_encoder_with_adapters(published: Path) -> No
 def test_a_new_item_gets_the_vector_of_a_known_one_with_the_same_content(
     published: Path, tmp_path: Path, twin: int
 ) -> None:
+    dim = stored_vectors(published).shape[1]
     rows = catalogue_rows()
     rows[twin] = {**rows[twin], "item_id": NEW}
     write_catalogue(tmp_path / "more.parquet", rows, row_group_size=ITEMS_PER_BATCH)
     predictor = Predictor(published / "bundle")
 
-    new = new_items.add_new_items(predictor, tmp_path / "more.parquet", lambda *_: None)
+    new = new_items.encode_new_items(predictor, tmp_path / "more.parquet", lambda *_: None)
 
-    assert new.item_ids_N.tolist() == [NEW]
+    assert new.items.item_ids_N.tolist() == [NEW]
     assert new.num_listed == NUM_ITEMS
     lacking = {name: {"missing": 1} for name in ("text", "image") if rows[twin][name] is None}
     assert {name: found for name, found in new.faults.items() if found} == lacking
     torch.testing.assert_close(
-        new.vectors_ND[0], stored_vectors(published)[twin], atol=1e-3, rtol=1e-3
+        new.items.vectors_ND[0], stored_vectors(published)[twin], atol=1e-3, rtol=1e-3
     )
-    assert predictor.content
-    row = int(ItemIndex(predictor.content.item_ids_R).rows_of(torch.tensor([NEW])))
-    assert row != NO_CONTENT
-    assert torch.equal(predictor.content.vectors_RD[row], new.vectors_ND[0])
+    torch.testing.assert_close(
+        vectors_of(predictor.with_added(new.items), [twin, NEW, NEW + 1]),
+        torch.stack([stored_vectors(published)[twin], new.items.vectors_ND[0], torch.zeros(dim)]),
+    )
+    assert not vectors_of(predictor, [NEW]).any(), "the one before stays as it was"
 
 
 def test_batches_hold_a_bounded_number_of_items_and_lose_none(
@@ -182,18 +195,92 @@ def test_batches_hold_a_bounded_number_of_items_and_lose_none(
     write_catalogue(tmp_path / "more.parquet", rows, row_group_size=5)
 
     told: list[tuple[int, int]] = []
-    new = new_items.add_new_items(
+    new = new_items.encode_new_items(
         Predictor(published / "bundle"),
         tmp_path / "more.parquet",
         lambda done, total: told.append((done, total)),
     )
 
     wanted = [row["item_id"] for row in rows if row["item_id"] >= NUM_ITEMS]
-    assert new.item_ids_N.tolist() == wanted
+    assert new.items.item_ids_N.tolist() == wanted
     assert sizes == [8, 8, 7]
     assert told == [(8, 23), (16, 23), (23, 23)]
     expected = encode(published, [row for row in rows if row["item_id"] in set(wanted)])
-    torch.testing.assert_close(new.vectors_ND, expected, atol=ACCURACY, rtol=ACCURACY)
+    torch.testing.assert_close(new.items.vectors_ND, expected, atol=ACCURACY, rtol=ACCURACY)
+
+
+def test_what_changed_of_an_added_item_is_encoded_anew_and_nothing_else(
+    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts: list[str] = []
+
+    class Counted(ItemEncoder):
+        def __call__(self, values):  # type: ignore[no-untyped-def]
+            texts.extend(values["text"])
+            return super().__call__(values)
+
+    monkeypatch.setattr(new_items, "ItemEncoder", Counted)
+    path = tmp_path / "items.parquet"
+    rows = [item_row(i) for i in (7, NEW, OTHER_NEW, 102)]
+    write_catalogue(path, rows)
+    known = Predictor(published / "bundle")
+    known = known.with_added(new_items.encode_new_items(known, path, lambda *_: None).items)
+    texts.clear()
+    changed = item_row(OTHER_NEW, like=300)
+    write_catalogue(path, [changed, rows[0], {**rows[3], "image": picture(300)}, rows[1]])
+
+    new = new_items.encode_new_items(known, path, lambda *_: None)
+
+    assert texts == [changed["text"], rows[3]["text"]]
+    assert str(new).startswith("3 of 4 items are new and 2 of them were encoded")
+    torch.testing.assert_close(
+        vectors_of(known.with_added(new.items), [NEW, OTHER_NEW, 102]),
+        encode(published, [rows[1], changed, {**rows[3], "image": picture(300)}]),
+        atol=1e-3,
+        rtol=1e-3,
+    )
+    write_catalogue(path, rows[:2])
+    fewer = new_items.encode_new_items(known.with_added(new.items), path, lambda *_: None)
+    assert fewer.items.item_ids_N.tolist() == [NEW], "as if the file had always been so"
+
+
+def test_a_catalogue_that_is_replaced_while_it_is_read_is_read_as_it_was(
+    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of the next file stand elsewhere: a known item would be taken for a new one."""
+    path, other = tmp_path / "items.parquet", tmp_path / "other.parquet"
+    rows = [item_row(NEW + i) for i in range(2 * ITEMS_PER_BATCH)]
+    write_catalogue(path, rows, row_group_size=ITEMS_PER_BATCH)
+    write_catalogue(other, catalogue_rows()[: len(rows)], row_group_size=ITEMS_PER_BATCH)
+
+    class Replacing(ItemEncoder):
+        def __call__(self, values):  # type: ignore[no-untyped-def]
+            if other.exists():
+                other.replace(path)
+            return super().__call__(values)
+
+    monkeypatch.setattr(new_items, "ItemEncoder", Replacing)
+
+    new = new_items.encode_new_items(Predictor(published / "bundle"), path, lambda *_: None)
+
+    assert new.items.item_ids_N.tolist() == [row["item_id"] for row in rows]
+    expected = encode(published, rows)
+    torch.testing.assert_close(new.items.vectors_ND, expected, atol=ACCURACY, rtol=ACCURACY)
+
+
+def test_the_encoder_of_another_bundle_in_the_same_place_is_not_used(
+    published: Path, tmp_path: Path
+) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(published / "bundle", bundle)
+    predictor = Predictor(bundle)
+    head = bundle / "encoder" / "head.safetensors"
+    weights = {name: weight + 1 for name, weight in load_file(head).items()}
+    save_file(weights, head)
+    write_catalogue(tmp_path / "items.parquet", [item_row(NEW)])
+
+    with pytest.raises(UserError, match="head.safetensors is missing or damaged"):
+        new_items.encode_new_items(predictor, tmp_path / "items.parquet", lambda *_: None)
 
 
 # --- scores --------------------------------------------------------------------------------------
@@ -218,7 +305,9 @@ def test_new_items_are_scored_by_their_content(
     assert (np.abs(found[1:] - without[1:]) > 100 * ACCURACY).all()
 
 
-def test_new_items_are_served_as_they_are_scored_offline(published: Path, tmp_path: Path) -> None:
+def test_new_items_are_served_as_they_are_scored_offline(
+    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also those that come while a service runs, with its bundle as it is."""
     bundle = with_event_columns(published / "bundle", tmp_path / "bundle")
     catalogue = tmp_path / "items.parquet"
@@ -236,7 +325,7 @@ def test_new_items_are_served_as_they_are_scored_offline(published: Path, tmp_pa
 
     assert live.refresh()
 
-    assert live.now.predictor is before.predictor
+    assert live.now.predictor.model is before.predictor.model
     served, older = (
         one.scorer.score([one.scorer.rows(request, 0)])[0].probs_BT[:, 0]
         for one in (live.now, before)
@@ -258,6 +347,12 @@ def test_new_items_are_served_as_they_are_scored_offline(published: Path, tmp_pa
     offline = pq.read_table(tmp_path / "scores.parquet")["probability:click"].to_numpy()
     torch.testing.assert_close(served, torch.from_numpy(offline.copy()), atol=1e-6, rtol=0)
     assert (served - older).abs().min() > 1e-6, "all three read the content of a new item"
+    with monkeypatch.context() as patch:
+        write_catalogue(catalogue, [*catalogue_rows(), item_row(NEW, like=1)])
+        patch.setattr(live_model, "Scorer", Mock(side_effect=UserError("no score")))
+        assert not live.refresh()
+    again = live.now.scorer.score([live.now.scorer.rows(request, 0)])[0].probs_BT[:, 0]
+    assert torch.equal(again, served), "nothing of the catalogue that did not stand is kept"
 
 
 def with_event_columns(bundle: Path, copy: Path) -> Path:
@@ -358,4 +453,4 @@ def test_a_model_without_content_takes_no_items(published: Path) -> None:
     predictor = Predictor(published / "bundle")
     predictor.content = None  # as in a bundle whose recipe has none
     with pytest.raises(UserError, match="reads no content of items; leave out --items"):
-        new_items.add_new_items(predictor, published / "items.parquet", lambda *_: None)
+        new_items.encode_new_items(predictor, published / "items.parquet", lambda *_: None)

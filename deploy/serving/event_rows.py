@@ -31,6 +31,9 @@ from pipeline.samples.columns import (
 from pipeline.samples.contract import as_float32
 
 _NUMBER = "number"
+_LEAST_ID, _ID_BOUND = -(2**63), 2**64
+"""Of integers that a signed or an unsigned column of the log holds."""
+_MASK_63 = 2**63 - 1
 _WRITTEN = {"integer": (int, bool), "string": (str,), "any": (int, bool, str)}
 
 
@@ -246,11 +249,25 @@ def _ids(
             f"{where}: {_shown(strange)} is no {kind}, which the log holds there; an id that is "
             "written in another way is another id"
         )
+    written = set(map(type, values)) - {type(None)}
+    if len(written) > 1:
+        names = sorted(kind.__name__ for kind in written)
+        raise UserError(f"{where}: ids are written in one way, and these in several: {names}")
+    if written != {str}:
+        return pa.array(_raw_integers(where, values), pa.int64())
     try:
-        raw = to_raw_ids(pa.array(values))
-    except (ValueError, OverflowError) as error:  # 2**64, half of a surrogate pair, 1 and "1"
+        return to_raw_ids(pa.array(values, pa.string()))
+    except ValueError as error:  # half of a surrogate pair
         raise UserError(f"{where}: {error}; give integers of 64 bits, or strings") from error
-    return raw.cast(pa.int64()) if pa.types.is_null(raw.type) else raw
+
+
+def _raw_integers(where: str, values: Sequence[ContextValue]) -> list[int | None]:
+    """As `to_raw_ids` of the log's column, which may be signed or unsigned."""
+    numbers = [value for value in values if isinstance(value, int)]
+    for bound in (min(numbers, default=0), max(numbers, default=0)):
+        if not _LEAST_ID <= bound < _ID_BOUND:
+            raise UserError(f"{where}: {_shown(bound)} has more than 64 bits; give smaller ids")
+    return [value & _MASK_63 if isinstance(value, int) else None for value in values]
 
 
 def _floats(where: str, values: Sequence[ContextValue]) -> pa.Array:

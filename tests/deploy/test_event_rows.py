@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from deploy.serving.event_rows import EventForm, event_rows, together
 from deploy.serving.wire import ScoreRequest
 from embedding.errors import UserError
-from embedding.raw_ids import hash_strings
+from embedding.raw_ids import hash_strings, to_raw_ids
 from pipeline.codes.features import NearItems, codes_table
 from pipeline.config import Recipe
 from pipeline.samples import ingest as ingest_module
@@ -256,7 +256,10 @@ Change = Callable[[dict[str, Any]], object]
         (lambda r: r["context"].update(device=7), "device: 7 is no string"),
         (lambda r: r["context"].update(device=["a"]), "device holds one id, and ['a'] is a list"),
         (lambda r: r["context"].update(device="\ud800"), "give integers of 64 bits, or strings"),
-        (lambda r: r.update(user_id=2**64), "user_id: "),
+        (lambda r: r.update(user_id=2**64), "user_id: 18446744073709551616 has more than 64"),
+        (lambda r: r.update(user_id=-(2**63) - 1), "user_id: -9223372036854775809 has more"),
+        (lambda r: r.update(candidates=[1, 2, 3, True]), "candidates: ids are written in one way"),
+        (lambda r: r.update(candidates=[True, 1, 2, 3]), "these in several: ['bool', 'int']"),
         (lambda r: r.update(candidates=[1, 2, 3, "4"]), "candidates: '4' is no integer"),
         (lambda r: r.update(user_id="1"), "user_id: '1' is no integer"),
         (lambda r: r["histories"].pop("seen"), "histories lacks ['seen']"),
@@ -298,6 +301,35 @@ def test_a_request_that_does_not_suit_the_model_is_refused(
     with pytest.raises(UserError) as refused:
         event_rows(request, form, now_ms=0)
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize("mixed", [["a", 1], [1, "a"], [True, "a"], [None, "a", 2]])
+def test_ids_of_a_column_of_which_nothing_is_known_are_written_in_one_way(
+    folder: Path, mixed: list[Any]
+) -> None:
+    kinds = {name: ColumnKind(values="integer") for name in ("user_id", "item_id")}
+    form = EventForm.of(recipe_of(folder), {**kinds, "device": ColumnKind(values="any")})
+    rows = requests()[-1]
+    body = request_of(rows).model_dump()
+    del body["context"]["device"]
+    body["candidates"] = [1] * len(mixed)
+    body["candidate_context"] = {"device": mixed, "price": [1.0] * len(mixed)}
+
+    with pytest.raises(UserError, match="device: ids are written in one way"):
+        event_rows(ScoreRequest.model_validate(body), form, now_ms=0)
+
+
+def test_integers_of_64_bits_are_the_ids_that_the_log_has_for_them(form: EventForm) -> None:
+    signed = [-(2**63), -7, -1, 0, 5, 2**63 - 1]
+    unsigned = [2**63, 2**63 + 9, 2**64 - 1]
+    body = request_of(requests()[-1]).model_dump()
+    body |= {"candidates": [*signed, *unsigned]}
+    body["candidate_context"] = {"price": [1.0] * len(body["candidates"])}
+
+    events = event_rows(ScoreRequest.model_validate(body), form, now_ms=0).spread()
+
+    expected = [*to_raw_ids(pa.array(signed, pa.int64())), *to_raw_ids(pa.array(unsigned, pa.uint64()))]
+    assert events["item_id"].to_pylist() == [one.as_py() for one in expected]
 
 
 def test_what_a_request_must_hold_is_told(form: EventForm) -> None:

@@ -36,14 +36,38 @@ def sample_files(samples: Path) -> list[Path]:
     Raises:
         UserError: there are none.
     """
-    # Beside its samples/ an artifact may hold those of items that were kept from training.
-    folder = samples / SAMPLES if (samples / SAMPLES).is_dir() else samples
-    paths = [samples] if samples.is_file() else sorted(folder.rglob("*.parquet"))
+    paths = [samples] if samples.is_file() else sorted(_searched(samples).rglob("*.parquet"))
     if not paths:
         raise UserError(
             f"--samples {samples} holds no Parquet file; give a join artifact's samples/ directory"
         )
     return paths
+
+
+def _searched(samples: Path) -> Path:
+    """Beside its samples/ an artifact may hold those of items that were kept from training."""
+    return samples / SAMPLES if (samples / SAMPLES).is_dir() else samples
+
+
+def require_apart(output: Path, samples: Path) -> None:
+    """Refuse an output that takes the place of samples, or would be taken for some next time.
+
+    Args:
+        output: the file that is to be written.
+        samples: from which `sample_files` are scored.
+
+    Raises:
+        UserError: it is one of them, or lies where they are searched.
+    """
+    if samples.is_file():
+        is_input = output.exists() and output.samefile(samples)
+    else:
+        is_input = output.resolve().is_relative_to(_searched(samples).resolve())
+    if is_input:
+        raise UserError(
+            f"--output {output} is or lies in --samples {samples}, where it would replace samples "
+            "or be read as some; name a file elsewhere"
+        )
 
 
 def require_writable(output: Path) -> None:
@@ -77,7 +101,7 @@ def score_samples(
     Args:
         predictor: of a published bundle.
         paths: sample files.
-        output: keys, and one `probability:<task>` column a task (float32).
+        output: keys, and one `probability:<task>` column a task (float32); none of `paths`.
         batch_size: rows at a time.
         progress: called with rows done and in all.
 

@@ -13,7 +13,7 @@ from deploy import predictor as predictor_module
 from deploy.app import main
 from deploy.bundle import read_bundle
 from deploy.predictor import serving_config
-from deploy.scoring import sample_files, score_samples
+from deploy.scoring import require_apart, sample_files, score_samples
 from embedding.config import TableConfig
 from embedding.feature_schema import FeatureSchema, SparseFeature
 from ranking.config import RankingConfig
@@ -61,6 +61,42 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_bundle_is_read(
     said = refused(capsys, main([*command, "-o", str(tmp_path / output)]))
 
     assert f"--output {tmp_path / output} {message}" in said
+
+
+@pytest.mark.parametrize(
+    ("given", "output"),
+    [
+        ("join/samples/day.parquet", "join/samples/day.parquet"),
+        ("link.parquet", "join/samples/day.parquet"),
+        ("join/samples", "join/samples/day.parquet"),
+        ("join/samples", "join/../join/samples/scores.parquet"),
+        ("join", "join/samples/new/scores.parquet"),
+    ],
+)
+def test_an_output_among_the_samples_is_refused(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    given: str,
+    output: str,
+) -> None:
+    monkeypatch.setattr(predictor_module, "Predictor", Mock(side_effect=AssertionError))
+    samples = write_samples(tmp_path / "join" / "samples" / "day.parquet")
+    (tmp_path / "link.parquet").symlink_to(samples)
+    before = samples.read_bytes()
+    command = ["score", "--bundle", "bundle", "--samples", str(tmp_path / given)]
+
+    said = refused(capsys, main([*command, "-o", str(tmp_path / output)]))
+
+    assert f"--output {tmp_path / output} is or lies in --samples {tmp_path / given}" in said
+    assert samples.read_bytes() == before
+    assert list((tmp_path / "join").rglob("*.parquet")) == [samples]
+
+
+def test_beside_the_samples_of_an_artifact_scores_may_lie(tmp_path: Path) -> None:
+    write_samples(tmp_path / "join" / "samples" / "day.parquet")
+
+    require_apart(tmp_path / "join" / "scores.parquet", tmp_path / "join")
 
 
 def test_an_error_leaves_no_half_of_a_file(tmp_path: Path) -> None:

@@ -328,7 +328,10 @@ def test_integers_of_64_bits_are_the_ids_that_the_log_has_for_them(form: EventFo
 
     events = event_rows(ScoreRequest.model_validate(body), form, now_ms=0).spread()
 
-    expected = [*to_raw_ids(pa.array(signed, pa.int64())), *to_raw_ids(pa.array(unsigned, pa.uint64()))]
+    expected = [
+        *to_raw_ids(pa.array(signed, pa.int64())),
+        *to_raw_ids(pa.array(unsigned, pa.uint64())),
+    ]
     assert events["item_id"].to_pylist() == [one.as_py() for one in expected]
 
 

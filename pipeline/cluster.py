@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Self
@@ -44,6 +45,16 @@ def usable_cpus() -> int:
     return found if quota == "max" else min(found, math.ceil(int(quota) / int(period)))
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What a command calls what it asks a cluster for, in what it tells its user."""
+
+    processes: str = "cluster.num_workers"
+    cpus: str = "cpus_per_worker"
+    autoscale: str = "cluster.autoscale_timeout_s"
+    waiting: str = "cluster.wait_timeout_s, or autoscale_timeout_s"
+
+
 class RaySession:
     """Starts Ray when the first stage needs it, and stops it at the end of the command.
 
@@ -58,9 +69,11 @@ class RaySession:
         *,
         actors: Sequence[Bundle] = (),
         say: Callable[[str], None] = logger.warning,
+        terms: Terms = Terms(),  # noqa: B008 # frozen
     ) -> None:
         """`actors`: what runs beside the ranks needs (`actors_of`)."""
         self.cluster = cluster
+        self.terms = terms
         self.actors = list(actors)
         self.say = say
         """Shows a line while the command waits for the cluster."""
@@ -115,7 +128,8 @@ class RaySession:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         if not self._is_shared:
             (self._own_node,) = nodes
-        lacking = lacking_resources(nodes, self.cluster, self.actors)
+        terms = self.terms
+        lacking = lacking_resources(nodes, self.cluster, self.actors, terms)
         if lacking is None:
             return
         if not self._is_shared:
@@ -126,8 +140,8 @@ class RaySession:
         # An autoscaler adds nodes when a stage waits for them: GPUs are not there for ingest.
         if self.cluster.autoscale_timeout_s is None:
             raise UserError(
-                f"{lacking}; lower num_workers, or add nodes; where an autoscaler adds them, set "
-                "cluster.autoscale_timeout_s"
+                f"{lacking}; lower {terms.processes.removeprefix('cluster.')}, or add nodes; where "
+                f"an autoscaler adds them, set {terms.autoscale}"
             )
 
     def group(self) -> list[Bundle]:
@@ -170,10 +184,9 @@ class RaySession:
                 state = f"{who} waits for {_listed(asked)}, and {free_now()} are free"
                 if waited_s >= timeout_s:
                     raise UserError(
-                        f"{state} after {timeout_s:g} s (cluster.wait_timeout_s, or "
-                        "autoscale_timeout_s); see `ray status` for who holds the rest or why no "
-                        "node came, ask for less (cluster.num_workers, cpus_per_worker), or wait "
-                        "longer"
+                        f"{state} after {timeout_s:g} s ({self.terms.waiting}); see `ray status` "
+                        "for who holds the rest or why no node came, ask for less "
+                        f"({self.terms.processes}, {self.terms.cpus}), or wait longer"
                     )
                 if waited_s >= next_line_s:
                     self.say(f"  {state} ({waited_s:.0f} of {timeout_s:.0f} s)")
@@ -260,7 +273,10 @@ def actors_of(recipe: Recipe) -> list[Bundle]:
 
 
 def lacking_resources(
-    nodes: Sequence[Mapping[str, float]], cluster: ClusterConfig, actors: Sequence[Bundle] = ()
+    nodes: Sequence[Mapping[str, float]],
+    cluster: ClusterConfig,
+    actors: Sequence[Bundle] = (),
+    terms: Terms = Terms(),  # noqa: B008 # frozen
 ) -> str | None:
     """What the training group needs and the cluster does not have; None: nothing.
 
@@ -268,15 +284,16 @@ def lacking_resources(
         nodes: resources of each; a rank is on one of them.
         cluster: the ranks.
         actors: what runs beside them.
+        terms: what the user calls both.
     """
     cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
     beside_cpus, beside_gpus = (sum(a[kind] for a in actors) for kind in ("CPU", "GPU"))
     needed = cluster.num_workers * cluster.cpus_per_worker
-    ranks = f"cluster.num_workers={cluster.num_workers}"
+    ranks = f"{terms.processes}={cluster.num_workers}"
     if cpus < needed + beside_cpus:
         beside = f", and the content service {beside_cpus:g} more," if beside_cpus else ""
         return (
-            f"{ranks} x cpus_per_worker={cluster.cpus_per_worker:g} needs {needed:g} CPUs{beside} "
+            f"{ranks} x {terms.cpus}={cluster.cpus_per_worker:g} needs {needed:g} CPUs{beside} "
             f"and the cluster has {cpus:g}"
         )
     if gpus < (cluster.num_workers if cluster.use_gpu else 0) + beside_gpus:

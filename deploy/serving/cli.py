@@ -68,6 +68,15 @@ def serve(  # noqa: PLR0913 # a command's parameters are its options
             "--replace", help="Take the place of an application of this name that is there."
         ),
     ] = False,
+    autoscale_timeout_s: Annotated[
+        float | None,
+        typer.Option(
+            "--autoscale-timeout-s",
+            min=1,
+            help="Where an autoscaler adds nodes: seconds to wait for those that replicas need. "
+            "Default: the cluster must be large enough.",
+        ),
+    ] = None,
     encode_new_items: Annotated[
         bool,
         typer.Option(
@@ -96,7 +105,13 @@ def serve(  # noqa: PLR0913 # a command's parameters are its options
     address = _checked(Address, host=host, port=port, route=route, name=name)
     reporter = Reporter()
     check(config, address)
-    serve_until_ended(config, address, lambda text: reporter.line(escape(text)), replace=replace)
+    serve_until_ended(
+        config,
+        address,
+        lambda text: reporter.line(escape(text)),
+        replace=replace,
+        autoscale_timeout_s=autoscale_timeout_s,
+    )
 
 
 def bench_serve(  # noqa: PLR0913 # a command's parameters are its options

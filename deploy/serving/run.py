@@ -3,20 +3,22 @@
 import logging
 import socket
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 from pydantic import Field
 
 from deploy.bundle import describe
+from deploy.serving.ownership import Application, running_replicas
 from deploy.serving.service import ServiceConfig, build
+from deploy.serving.state_lines import StateLines
 from deploy.serving.wire import ServiceState
 from embedding.config import StrictConfig
 from embedding.errors import UserError
-from pipeline.cluster import RaySession, cluster_address, require_absolute
+from pipeline.cluster import RaySession, Terms, cluster_address, require_absolute
 from pipeline.config import ClusterConfig
 from pipeline.failures import last_line
 from pipeline.samples.catalogue import check_catalogue
@@ -32,6 +34,12 @@ ANSWER_S = 60.0
 """Until a replica must have said what it serves, and a proxy must have an answer for a caller."""
 ROOM_S = 300.0
 """Until a cluster must have room for the replicas."""
+TERMS = Terms(
+    processes="--replicas",
+    cpus="--cpus-per-replica",
+    autoscale="--autoscale-timeout-s",
+    waiting=f"at least {ROOM_S:g}, or --autoscale-timeout-s",
+)
 DOWN_S = 300.0
 """Without a replica for so long, the service ends with an error: whoever supervises it notices."""
 
@@ -49,6 +57,7 @@ class Address(StrictConfig):
     def url(self) -> str:
         """Of the endpoints, for callers."""
         host = socket.gethostname() if self.host in ("0.0.0.0", "::") else self.host  # noqa: S104
+        host = f"[{host}]" if ":" in host else host
         return f"http://{host}:{self.port}{self.route.rstrip('/')}"
 
 
@@ -72,7 +81,8 @@ def check(config: ServiceConfig, address: Address) -> None:
     check_catalogue(root, bundle.recipe.features)
     if cluster_address() is not None:  # Serve may listen there already, for others, too
         return
-    with socket.socket() as probe:
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((address.host, address.port))
@@ -85,7 +95,12 @@ def check(config: ServiceConfig, address: Address) -> None:
 
 @contextmanager
 def running(
-    config: ServiceConfig, address: Address, say: Say, *, replace: bool = False
+    config: ServiceConfig,
+    address: Address,
+    say: Say,
+    *,
+    replace: bool = False,
+    autoscale_timeout_s: float | None = None,
 ) -> Iterator[Callable[[], ServiceState]]:
     """The service while the block runs; yields what asks a replica for its state.
 
@@ -94,6 +109,7 @@ def running(
         address: where it listens, unless the cluster's Serve listens somewhere already.
         say: shows a line.
         replace: an application of this name.
+        autoscale_timeout_s: for nodes that an autoscaler adds; None: the cluster is large enough.
 
     Raises:
         UserError: the cluster has no room, has such an application, or a replica refuses to start.
@@ -104,48 +120,56 @@ def running(
         num_workers=config.replicas,
         cpus_per_worker=config.cpus_per_replica,
         wait_timeout_s=ROOM_S,
+        autoscale_timeout_s=autoscale_timeout_s,
     )
+    application = Application(address.name, token=uuid4().hex)
     for name in ("ray", "ray.serve"):  # replicas log to files of their own
         logging.getLogger(name).setLevel(logging.WARNING)
-    with RaySession(cluster, say=say) as session:
-        try:
-            session.wait_for("serve", session.group())
-        except UserError as error:
-            asked = f"--replicas {config.replicas} --cpus-per-replica {config.cpus_per_replica:g}"
-            raise UserError(f"{asked}: {error}") from error
+    with RaySession(cluster, say=say, terms=TERMS) as session:
+        session.start()
+        # Replicas of before give their room to those that take their place.
+        held = _require_free(address, replace=replace)
+        session.wait_for("serve", session.group()[held:])
         is_ours = _listen(address, say)
-        _require_free(address, replace=replace)
         try:
-            handle = _started(config, address)
+            handle = _started(config.model_copy(update={"token": application.token}), address)
+            application.has_started = True
             yield lambda: handle.model.remote().result(timeout_s=ANSWER_S)
         finally:
-            serve.delete(address.name)
+            if not application.end():
+                say(f"the application {address.name!r} goes on: it is not of this command")
             # A local Ray ends with the command; on a cluster, Serve may be somebody else's.
             if is_ours and cluster_address() is not None and not serve.status().applications:
                 serve.shutdown()
 
 
 def serve_until_ended(
-    config: ServiceConfig, address: Address, say: Say, *, replace: bool = False
+    config: ServiceConfig,
+    address: Address,
+    say: Say,
+    *,
+    replace: bool = False,
+    autoscale_timeout_s: float | None = None,
 ) -> None:
     """Serve, and tell when another model is served; SIGTERM and SIGINT end it.
 
     Raises:
         RuntimeError: no replica has answered for `DOWN_S`, or the application is gone.
     """
-    with running(config, address, say, replace=replace) as state:
-        said = deque[str](maxlen=2 * config.replicas)  # while they change, replicas differ
+    with running(
+        config, address, say, replace=replace, autoscale_timeout_s=autoscale_timeout_s
+    ) as state:
+        lines = StateLines(address.url, config.replicas)
         answered_s = time.monotonic()
         while True:
             try:
-                told = _told(state(), address)
+                line = lines.of(state())
                 answered_s = time.monotonic()
             except Exception as error:  # noqa: BLE001 # Serve starts replicas anew that have died
                 _require_alive(address, time.monotonic() - answered_s)
-                told = f"no replica answers: {last_line(error)}"
-            if told not in said:
-                said.append(told)
-                say(told)
+                line = lines.of_silence(last_line(error))
+            if line is not None:
+                say(line)
             time.sleep(LOOK_S)
 
 
@@ -166,15 +190,18 @@ def _listen(address: Address, say: Say) -> bool:
     return not runs
 
 
-def _require_free(address: Address, *, replace: bool) -> None:
+def _require_free(address: Address, *, replace: bool) -> int:
+    """Replicas of the application that is to be replaced."""
     from ray import serve
 
-    taken = serve.status().applications.get(address.name)
-    if taken is not None and not replace:
+    held = running_replicas(address.name)
+    if held is not None and not replace:
+        status = serve.status().applications[address.name].status
         raise UserError(
-            f"the cluster has an application {address.name!r} ({taken.status}); --replace takes "
-            "its place, and another --name and --route stand beside it"
+            f"the cluster has an application {address.name!r} ({status}); --replace takes its "
+            "place, and another --name and --route stand beside it"
         )
+    return held or 0
 
 
 def _started(config: ServiceConfig, address: Address) -> "DeploymentHandle":
@@ -200,10 +227,3 @@ def _require_alive(address: Address, silent_s: float) -> None:
         raise RuntimeError(
             f"no replica has answered for {silent_s:.0f} s ({known.status}: {known.message})"
         )
-
-
-def _told(state: ServiceState, address: Address) -> str:
-    which = state.model.bundle if state.model.date is None else f"the model of {state.model.date}"
-    if state.last_error is not None:
-        return f"still serves {which}: {state.last_error}"
-    return f"serves {which} at {address.url}/score (what it asks for: {address.url}/docs)"

@@ -43,6 +43,8 @@ class ServiceConfig(ModelSource):
     max_waiting: int = Field(default=256, ge=1)
     """Requests that wait at a proxy because all replicas are busy; more are refused at once, with
     status 503."""
+    token: str = ""
+    """Of the command that starts it: it ends no other's."""
 
 
 http = FastAPI(title="Braid", description="Scores candidates with the model in production.")
@@ -75,6 +77,7 @@ class ScoringService:
             UserError: there is none, or it cannot be used.
         """
         torch.set_num_threads(max(1, int(config.cpus_per_replica)))
+        self._token = config.token
         self._live = LiveModel(config)
         self._live.watch(config.poll_s)
         self._batcher = Batcher(self._score)
@@ -106,7 +109,8 @@ class ScoringService:
     @http.get("/model")
     def model(self) -> ServiceState:
         """What is served, and what a request must hold."""
-        return self._live.state
+        replica = serve.get_replica_context().replica_id.unique_id
+        return self._live.state.model_copy(update={"replica": replica, "token": self._token})
 
     def _score(self, asked: Sequence[Asked]) -> list[Outcome]:
         started = time.perf_counter()

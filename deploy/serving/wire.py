@@ -87,6 +87,10 @@ class ServiceState(StrictConfig):
     """What a replica serves, and what keeps it from serving something newer."""
 
     schema_version: Literal[1] = 1
+    replica: str = ""
+    """Which one says so."""
+    token: str = ""
+    """Of the `braid serve` that started it."""
     model: ServedModel
     tasks: list[str]
     request: RequestForm

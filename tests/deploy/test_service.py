@@ -22,7 +22,7 @@ from deploy.serving.batches import Asked, score_together
 from deploy.serving.live_model import LiveModel, ModelSource
 from deploy.serving.load import LoadFigures
 from deploy.serving.wire import ScoreRequest
-from pipeline.registry import rollback
+from pipeline.registry import require_production, rollback
 from tests.deploy.served import ingested, publish_days, request_of
 from tests.pipeline.small_log import DAYS
 
@@ -112,7 +112,8 @@ def test_requests_are_answered_by_what_is_in_production_until_the_service_is_end
 ) -> None:
     body = request_of(ingested(out)[7], [1, 2, 3, 4, 50])
     newer = probabilities(out, body)
-    service.wait_for(f"serves the model of {DAYS[1]} at {service.url}/score")
+    answering = require_production(out).manifest.artifact_id
+    service.wait_for(f"serves the model of {DAYS[1]} ({answering}) at {service.url}/score")
 
     status, answer = service.ask(body)
 
@@ -146,7 +147,7 @@ def test_requests_are_answered_by_what_is_in_production_until_the_service_is_end
         asker.start()
     rollback(out)
     older = probabilities(out, body)
-    service.wait_for(f"serves the model of {DAYS[0]} at")
+    service.wait_for(f"serves the model of {DAYS[0]} (")
     time.sleep(0.5)
     stop.set()
     for asker in askers:

@@ -14,11 +14,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
+import pyarrow as pa
 from pydantic import model_validator
 
 from deploy.bundle import Bundle, describe, identity_of
 from deploy.predictor import Predictor
-from deploy.serving.scorer import Scorer, feature_sources, item_codes
+from deploy.serving.scorer import Scorer, feature_sources, item_codes, kept_sources
 from deploy.serving.wire import ServedModel, ServiceState
 from embedding.config import StrictConfig
 from embedding.errors import UserError
@@ -29,6 +30,10 @@ from pipeline.samples.join_rows import FeatureSources
 FIRST_PAUSE_S = 10.0
 LONGEST_PAUSE_S = 600.0
 """Between two tries to load the same."""
+NOT_ON_DISK = ""
+"""Fingerprint of a catalogue that is in memory alone; equal to that of no file."""
+REFUSED = (UserError, OSError, pa.ArrowException)
+"""What is raised of a catalogue that cannot be used."""
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +81,9 @@ class ModelSource(StrictConfig):
     def load(self, model: ServedModel, before: "Loaded | None" = None) -> "Loaded":
         """Load a model with the catalogue as it is now, and try it.
 
+        A catalogue that is refused keeps no model from taking the place of another: it is loaded
+        with the one that is served so far.
+
         Args:
             model: from `current`.
             before: what is served so far; of the same model only the catalogue is read.
@@ -87,32 +95,66 @@ class ModelSource(StrictConfig):
             return self._with_catalogue(before)
         directory = Path(model.bundle)
         bundle = describe(directory)
-        root = self.root_of(bundle)
-        catalogue = _catalogue(root)  # of before it is read: rewritten meanwhile, it is read again
-        sources = feature_sources(bundle, root)  # fails before the tables
+        sources, catalogue = self._sources(bundle, before)  # fails before the tables
         predictor = Predictor(directory)
         sources = replace(sources, codes=item_codes(predictor.bundle, directory))
-        predictor = self._with_new_items(predictor, root)
+        if self._encodes(predictor) and catalogue != NOT_ON_DISK:
+            try:
+                predictor = self._with_new_items(predictor)
+            except REFUSED as error:
+                if before is None:
+                    raise
+                logger.warning("new items have no content, as the catalogue is refused: %s", error)
+                catalogue = NOT_ON_DISK
         if self.bundle is not None and identity_of(directory) != model.artifact_id:
             raise UserError(f"{directory} was replaced while it was loaded; it is tried again")
         return Loaded.of(model, predictor, sources, catalogue)
 
+    def _sources(self, bundle: Bundle, before: "Loaded | None") -> tuple[FeatureSources, str]:
+        """The catalogue for a bundle and its fingerprint; the one before where it is refused."""
+        root = self.root_of(bundle)
+        catalogue = catalogue_of(
+            root
+        )  # of before it is read: rewritten meanwhile, it is read again
+        try:
+            return feature_sources(bundle, root), catalogue
+        except REFUSED as error:
+            held = None if before is None else kept_sources(bundle, root, before.scorer.sources)
+            if held is None:
+                raise
+            logger.warning("the catalogue before is used, as the present one is refused: %s", error)
+            return held, NOT_ON_DISK
+
     def _with_catalogue(self, before: "Loaded") -> "Loaded":
         """The same model; nothing of its bundle but the encoder is read, which it checks itself."""
         root = self.root_of(before.predictor.bundle)
-        catalogue = _catalogue(root)
+        catalogue = catalogue_of(root)
         sources = feature_sources(before.predictor.bundle, root)
         sources = replace(sources, codes=before.scorer.sources.codes)
-        predictor = self._with_new_items(before.predictor, root)
+        predictor = before.predictor
+        if self._encodes(predictor):
+            predictor = self._with_new_items(predictor)
         return Loaded.of(before.model, predictor, sources, catalogue)
 
-    def _with_new_items(self, predictor: Predictor, root: Path) -> Predictor:
-        if not self.encode_new_items or predictor.content is None:
-            return predictor
-        from deploy.new_items import encode_new_items  # transformers: seconds, for content only
+    def _encodes(self, predictor: Predictor) -> bool:
+        """Whether new items get content.
 
-        new = encode_new_items(predictor, root / "items.parquet", lambda *_: None)
-        logger.info("%s: %s", root, new)
+        Raises:
+            UserError: they should, and the bundle has no encoder.
+        """
+        if not self.encode_new_items or predictor.content is None:
+            return False
+        from deploy.new_items import require_encoder  # transformers: seconds, for content only
+
+        require_encoder(predictor)
+        return True
+
+    def _with_new_items(self, predictor: Predictor) -> Predictor:
+        from deploy.new_items import encode_new_items
+
+        path = self.root_of(predictor.bundle) / "items.parquet"
+        new = encode_new_items(predictor, path, lambda *_: None)
+        logger.info("%s: %s", path, new)
         return predictor.with_added(new.items)
 
 
@@ -124,7 +166,7 @@ class Loaded:
     predictor: Predictor
     scorer: Scorer
     catalogue: str
-    """Fingerprint of its items and users."""
+    """Fingerprint of its items and users; `NOT_ON_DISK`: those that lie there were refused."""
     loaded_at: str
 
     @classmethod
@@ -206,10 +248,13 @@ class LiveModel:
 
     def _newer_model(self) -> tuple[ServedModel, str] | None:
         model = self.source.current()
-        return None if model == self._now.model else (model, "")
+        if model == self._now.model:
+            return None
+        # A model that needs a mended catalogue is tried as soon as that is there.
+        return model, catalogue_of(self.source.root_of(describe(Path(model.bundle))))
 
     def _newer_catalogue(self) -> tuple[ServedModel, str] | None:
-        catalogue = _catalogue(self.source.root_of(self._now.predictor.bundle))
+        catalogue = catalogue_of(self.source.root_of(self._now.predictor.bundle))
         return None if catalogue == self._now.catalogue else (self._now.model, catalogue)
 
     def _attempt(self, what: str, newer: Callable[[], tuple[ServedModel, str] | None]) -> None:
@@ -242,5 +287,6 @@ class LiveModel:
         self._stop.set()
 
 
-def _catalogue(root: Path) -> str:
+def catalogue_of(root: Path) -> str:
+    """Fingerprint of the items and users of a directory."""
     return fingerprint(catalogue_files(root))

@@ -22,7 +22,9 @@ from embedding.arrow import SampleColumns
 from embedding.errors import UserError
 from embedding.loader import list_columns
 from pipeline.codes.features import CODES_FILE, ItemCodes
+from pipeline.samples.columns import EventColumns, source_columns
 from pipeline.samples.join_rows import FeatureSources, Places, join_events
+from pipeline.samples.lookup import IdLists
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,24 @@ def feature_sources(bundle: Bundle, data_root: Path) -> FeatureSources:
     """
     data = bundle.recipe.data.model_copy(update={"root": data_root})
     return FeatureSources.load(bundle.recipe.model_copy(update={"data": data}))
+
+
+def kept_sources(bundle: Bundle, data_root: Path, held: FeatureSources) -> FeatureSources | None:
+    """The catalogue that another model holds, as a bundle's model reads it.
+
+    Returns:
+        None where it is of another directory, or its model read too little of it.
+    """
+    if held.recipe.data.root != data_root:
+        return None
+    for source, entities in held.entities.items():
+        wanted = source_columns(bundle.recipe.features, source)
+        if not (entities.ids.keys() >= {*wanted.ids} and entities.dense.keys() >= {*wanted.dense}):
+            return None
+        if any(isinstance(entities.ids[name], IdLists) for name in wanted.sequence):
+            return None
+    recipe = bundle.recipe.model_copy(update={"data": held.recipe.data})
+    return FeatureSources(recipe, EventColumns.of(recipe), held.entities, None)
 
 
 def item_codes(bundle: Bundle, directory: Path) -> ItemCodes | None:

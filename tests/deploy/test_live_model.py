@@ -6,6 +6,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,10 +19,12 @@ from deploy.app import main
 from deploy.serving import live_model
 from deploy.serving.batches import Asked, score_together
 from deploy.serving.live_model import LiveModel, ModelSource
+from deploy.serving.scorer import kept_sources
 from deploy.serving.wire import ScoreRequest
 from embedding.errors import UserError
 from embedding.files import file_sha256
 from pipeline.registry import production, promote, rollback
+from pipeline.samples.lookup import no_entities
 from tests.deploy.refusal import refused
 from tests.deploy.served import ingested, publish_days, request_of
 from tests.pipeline.small_log import DAYS
@@ -238,6 +241,53 @@ def test_a_catalogue_that_is_damaged_is_not_served(out: Path, live: LiveModel) -
 
     assert live.now is before
     assert "items.parquet" in (live.state.last_error or "")
+
+
+def test_a_damaged_catalogue_keeps_no_model_from_production(out: Path, live: LiveModel) -> None:
+    items = out.parent / "data" / "items.parquet"
+    sound = items.read_bytes()
+    row = request_of(ingested(out)[3])
+    alone = LiveModel(ModelSource(bundle=promote(out, DAYS[0]).bundle, data=items.parent))
+    (expected,) = score_together([asked(alone, row)])
+    items.write_bytes(b"half of a file")
+
+    assert live.refresh()
+
+    assert live.now.model.date == DAYS[0]
+    assert "items.parquet" in (live.state.last_error or "")
+    (found,) = score_together([asked(live, row)])
+    assert not isinstance(found, Exception)
+    assert not isinstance(expected, Exception)
+    assert torch.equal(found.probs_BT, expected.probs_BT)
+    assert found.unknown_candidates == 0
+    assert not live.refresh()
+    assert "items.parquet" in (live.state.last_error or "")
+    items.write_bytes(sound)
+    assert live.refresh(), "one that was mended is tried at once"
+    assert live.state.last_error is None
+
+
+def test_a_model_that_waits_for_a_mended_catalogue_is_tried_at_once(
+    out: Path, live: LiveModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads more of the catalogue than the one before has in memory."""
+    items = out.parent / "data" / "items.parquet"
+    sound = items.read_bytes()
+    sources = live.now.scorer.sources
+    bundle, root = live.now.predictor.bundle, sources.recipe.data.root
+    assert kept_sources(bundle, root, sources) is not None
+    assert kept_sources(bundle, root / "other", sources) is None
+    less = {**sources.entities, "items": no_entities()}
+    assert kept_sources(bundle, root, replace(sources, entities=less)) is None
+    monkeypatch.setattr(live_model, "kept_sources", lambda *_: None)
+    promote(out, DAYS[0])
+    items.write_bytes(b"half of a file")
+    assert not live.refresh()
+    items.write_bytes(sound)
+
+    assert live.refresh()
+
+    assert (live.now.model.date, live.state.last_error) == (DAYS[0], None)
 
 
 def test_the_pause_before_another_try_grows_and_ends_with_what_changes(

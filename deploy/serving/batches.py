@@ -1,6 +1,7 @@
 """Requests that wait for one another, and are scored together."""
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,6 +13,11 @@ from deploy.serving.scorer import Scores
 MAX_REQUESTS = 32
 MAX_ROWS = 16_384
 """Candidates that are scored at once: bounds the memory of a batch."""
+MAX_FAILED = 10
+"""Batches in a row without a score: one request that breaks the model is asked again, but rarely so
+often with none that is sound between."""
+MAX_BATCH_S = 120.0
+"""Twice the time after which no caller waits for an answer."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,33 @@ Outcome = Scores | Exception
 ScoreBatch = Callable[[Sequence[Asked]], list[Outcome]]
 
 
+class BatchHealth:
+    """Whether batches come to an end, and with scores: a replica that scores nothing is no use."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._begun_s: float | None = None
+        self._num_failed = 0
+
+    def begun(self) -> None:
+        """A batch is scored from now on."""
+        self._begun_s = self._clock()
+
+    def ended(self, outcomes: Sequence[Outcome]) -> None:
+        """It has outcomes; it failed where none of them are scores."""
+        self._begun_s = None
+        failed = all(isinstance(one, Exception) for one in outcomes)
+        self._num_failed = self._num_failed + 1 if failed else 0
+
+    @property
+    def fault(self) -> str | None:
+        """Why the process is to be started anew; None where it is not."""
+        if self._num_failed >= MAX_FAILED:
+            return f"the last {self._num_failed} batches failed"
+        lasted_s = 0.0 if self._begun_s is None else self._clock() - self._begun_s
+        return f"a batch has run for {lasted_s:.0f} s" if lasted_s > MAX_BATCH_S else None
+
+
 class Batcher:
     """Scores what waits, one batch after the other in a thread of its own.
 
@@ -39,6 +72,7 @@ class Batcher:
         self._score = score
         self._waiting: list[tuple[Asked, asyncio.Future[Scores]]] = []
         self._draining: asyncio.Task[None] | None = None
+        self.health = BatchHealth()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="score")
 
     async def scores(self, asked: Asked) -> Scores:
@@ -54,8 +88,12 @@ class Batcher:
         try:
             while self._waiting:
                 batch = self._next_batch()
+                if not batch:  # all their callers went away
+                    continue
                 asked = [one for one, _ in batch]
+                self.health.begun()
                 outcomes = await loop.run_in_executor(self._thread, self._outcomes, asked)
+                self.health.ended(outcomes)
                 for (_, future), outcome in zip(batch, outcomes, strict=True):
                     if future.done():  # its caller went away
                         continue

@@ -217,6 +217,10 @@ class LiveModel:
         self._tries = {"model": Tries(), "catalogue": Tries()}
         self._errors: dict[str, str] = {}
         self._stop = threading.Event()
+        self.num_failures = 0
+        """Tries to load what is new that failed."""
+        self.refreshed_s = time.time()
+        """When all that is new was last served, in Unix time."""
 
     @property
     def now(self) -> Loaded:
@@ -244,6 +248,8 @@ class LiveModel:
         before = self._now
         self._attempt("model", self._newer_model)
         self._attempt("catalogue", self._newer_catalogue)
+        if not self._errors:
+            self.refreshed_s = time.time()
         return self._now is not before
 
     def _newer_model(self) -> tuple[ServedModel, str] | None:
@@ -268,17 +274,24 @@ class LiveModel:
                 logger.info("serves %s", self._now.model)
         except Exception as error:  # noqa: BLE001 # the older one goes on, whatever it is
             tries.failed(wanted)
+            self.num_failures += 1
             self._errors[what] = f"{type(error).__name__}: {error}"
             logger.error("goes on with the %s before: %s", what, self._errors[what])
         else:
             self._errors.pop(what, None)
 
-    def watch(self, interval_s: float) -> None:
-        """Refresh in the background, until `close`; replicas do so at different times."""
+    def watch(self, interval_s: float, told: Callable[[], None] = lambda: None) -> None:
+        """Refresh in the background, until `close`; replicas do so at different times.
+
+        Args:
+            interval_s: between two looks, about.
+            told: called after each.
+        """
 
         def look() -> None:
             while not self._stop.wait(interval_s * random.uniform(0.8, 1.2)):  # noqa: S311
                 self.refresh()
+                told()
 
         threading.Thread(target=look, name="model-watch", daemon=True).start()
 

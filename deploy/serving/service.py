@@ -10,6 +10,7 @@ fields of `ServiceConfig` as args.
 
 import time
 from collections.abc import Sequence
+from datetime import UTC, datetime
 
 import torch
 from fastapi import FastAPI, Request
@@ -18,7 +19,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field, PositiveFloat, PositiveInt
 from ray import serve
 from ray.serve import Application
-from ray.util.metrics import Counter, Histogram
+from ray.util.metrics import Counter, Gauge, Histogram
 
 from deploy.serving.batches import Asked, Batcher, Outcome, score_together
 from deploy.serving.live_model import LiveModel, ModelSource
@@ -45,6 +46,34 @@ class ServiceConfig(ModelSource):
     status 503."""
     token: str = ""
     """Of the command that starts it: it ends no other's."""
+
+
+class RefreshFigures:
+    """What alarms look at: whether the newest model and catalogue are served."""
+
+    def __init__(self) -> None:
+        self._model_s = Gauge(
+            "braid_serve_model_day_seconds",
+            "Unix time of the day that the served model was trained up to; none of a named bundle.",
+        )
+        self._refreshed_s = Gauge(
+            "braid_serve_refreshed_seconds",
+            "Unix time of the last look after which all that is new was served.",
+        )
+        self._failures = Counter(
+            "braid_serve_failed_refreshes", "Models and catalogues that could not be loaded."
+        )
+        self._num_told = 0
+
+    def tell(self, live: LiveModel) -> None:
+        """After each look at what is new."""
+        day = live.now.model.date
+        if day is not None:
+            self._model_s.set(datetime.fromisoformat(day).replace(tzinfo=UTC).timestamp())
+        self._refreshed_s.set(live.refreshed_s)
+        if live.num_failures > self._num_told:  # a counter refuses 0
+            self._failures.inc(live.num_failures - self._num_told)
+            self._num_told = live.num_failures
 
 
 http = FastAPI(title="Braid", description="Scores candidates with the model in production.")
@@ -79,7 +108,6 @@ class ScoringService:
         torch.set_num_threads(max(1, int(config.cpus_per_replica)))
         self._token = config.token
         self._live = LiveModel(config)
-        self._live.watch(config.poll_s)
         self._batcher = Batcher(self._score)
         self._candidates = Counter("braid_serve_candidates", "Candidates scored.")
         self._unknown = Counter(
@@ -88,6 +116,9 @@ class ScoringService:
         self._batch_ms = Histogram(
             "braid_serve_batch_ms", "Milliseconds of a batch.", boundaries=list(_MILLISECONDS)
         )
+        self._figures = RefreshFigures()
+        self._figures.tell(self._live)
+        self._live.watch(config.poll_s, lambda: self._figures.tell(self._live))
 
     @http.post("/score", response_model=ScoreResponse)
     async def score(self, request: ScoreRequest) -> Response:
@@ -111,6 +142,16 @@ class ScoringService:
         """What is served, and what a request must hold."""
         replica = serve.get_replica_context().replica_id.unique_id
         return self._live.state.model_copy(update={"replica": replica, "token": self._token})
+
+    async def check_health(self) -> None:
+        """Serve asks for it, and starts a replica that raises anew.
+
+        Raises:
+            RuntimeError: it scores nothing any more.
+        """
+        fault = self._batcher.health.fault
+        if fault is not None:
+            raise RuntimeError(f"{fault}; the replica is started anew")
 
     def _score(self, asked: Sequence[Asked]) -> list[Outcome]:
         started = time.perf_counter()

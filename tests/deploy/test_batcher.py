@@ -9,7 +9,16 @@ from typing import Any, cast
 import pytest
 import torch
 
-from deploy.serving.batches import MAX_REQUESTS, Asked, Batcher, Outcome, first_group
+from deploy.serving.batches import (
+    MAX_BATCH_S,
+    MAX_FAILED,
+    MAX_REQUESTS,
+    Asked,
+    Batcher,
+    BatchHealth,
+    Outcome,
+    first_group,
+)
 from deploy.serving.scorer import Scores
 
 
@@ -89,6 +98,66 @@ def test_a_caller_that_went_away_is_not_scored_and_holds_nobody_up() -> None:
         return scorer.batches
 
     assert asyncio.run(run()) == [[0], [2]]
+
+
+def test_a_batch_that_nobody_waits_for_is_not_scored() -> None:
+    async def run() -> list[list[int]]:
+        scorer = Scorer()
+        batcher = Batcher(scorer)
+        first = asyncio.create_task(batcher.scores(asked(0)))
+        await begun(scorer)
+        gone = asyncio.create_task(batcher.scores(asked(1)))
+        await asyncio.sleep(0)
+        gone.cancel()
+        await asyncio.sleep(0)
+        scorer.go.release()
+        scorer.go.release()
+        await first
+        await asyncio.sleep(0.05)
+        return scorer.batches
+
+    assert asyncio.run(run()) == [[0]]
+
+
+def test_a_replica_whose_batches_all_fail_or_hang_is_not_healthy() -> None:
+    now = 0.0
+    health = BatchHealth(lambda: now)
+    bad: list[Outcome] = [MemoryError(), MemoryError()]
+
+    def failed(times: int) -> None:
+        for _ in range(times):
+            health.begun()
+            health.ended(bad)
+
+    failed(MAX_FAILED - 1)
+    health.begun()
+    health.ended([MemoryError(), scores_of(1)])
+    failed(MAX_FAILED - 1)
+    assert health.fault is None, "one that scored something begins the count anew"
+    failed(1)
+    assert health.fault == f"the last {MAX_FAILED} batches failed"
+    health.begun()
+    health.ended([scores_of(1)])
+    assert health.fault is None
+    health.begun()
+    now = MAX_BATCH_S + 1
+    assert health.fault == "a batch has run for 121 s"
+    health.ended(bad)
+    assert health.fault is None
+
+
+def test_a_batcher_knows_its_health() -> None:
+    def broken(_: Sequence[Asked]) -> list[Outcome]:
+        raise MemoryError
+
+    async def run() -> str | None:
+        batcher = Batcher(broken)
+        for _ in range(MAX_FAILED):
+            with pytest.raises(MemoryError):
+                await batcher.scores(asked(0))
+        return batcher.health.fault
+
+    assert asyncio.run(run()) is not None
 
 
 def test_a_caller_that_goes_while_its_batch_is_scored_holds_nobody_up() -> None:

@@ -116,9 +116,11 @@ def test_a_model_that_cannot_be_loaded_leaves_the_present_one_in_place(
     sound = table.read_bytes()
     table.unlink()  # a link to what the run published
     table.write_bytes(sound[:-1])
+    refreshed_s = live.refreshed_s
 
     assert not live.refresh()
 
+    assert (live.num_failures, live.refreshed_s) == (1, refreshed_s)
     assert live.now.model.date == DAYS[1]
     assert live.state.last_error is not None
     assert "missing or damaged" in live.state.last_error
@@ -129,6 +131,7 @@ def test_a_model_that_cannot_be_loaded_leaves_the_present_one_in_place(
     monkeypatch.setattr(live._tries["model"], "_at_s", 0.0)
     assert live.refresh()
     assert live.state.last_error is None
+    assert live.refreshed_s > refreshed_s
     assert live.state.model.date == DAYS[0]
 
 

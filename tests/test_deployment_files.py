@@ -77,7 +77,8 @@ def test_pods_share_image_token_and_storage() -> None:
     containers = [c for group in groups for c in group["template"]["spec"]["containers"]]
 
     assert len({c["image"] for c in (*containers, *job["containers"])}) == 1
-    for container in (*containers, *job["containers"]):
+    # The operator adds the autoscaler's container itself, and nothing of the head's.
+    for container in (*containers, *job["containers"], spec["autoscalerOptions"]):
         env = {entry["name"]: entry for entry in container["env"]}
         assert env["RAY_AUTH_MODE"]["value"] == "token"
         assert env["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"]["name"] == "braid-token"

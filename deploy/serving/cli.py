@@ -128,8 +128,11 @@ def bench_serve(  # noqa: PLR0913 # a command's parameters are its options
         int, typer.Option("--candidates", min=1, max=10_000, help="Candidates of a request.")
     ] = 200,
     concurrency: Annotated[
-        int, typer.Option("--concurrency", min=1, help="Callers that each wait for their answer.")
-    ] = 8,
+        int | None,
+        typer.Option(
+            "--concurrency", min=1, help="Callers that each wait for their answer; default: 8."
+        ),
+    ] = None,
     rate: Annotated[
         float | None,
         typer.Option(
@@ -139,22 +142,38 @@ def bench_serve(  # noqa: PLR0913 # a command's parameters are its options
         ),
     ] = None,
     seconds: Annotated[float, typer.Option("--seconds", min=0.1)] = 20.0,
-    replicas: ReplicasOption = 1,
-    cpus_per_replica: CpusOption = 1,
+    replicas: Annotated[
+        int | None, typer.Option("--replicas", min=1, help="Of its own service; default: 1.")
+    ] = None,
+    cpus_per_replica: Annotated[
+        int | None, typer.Option("--cpus-per-replica", min=1, help="Of these; default: 1.")
+    ] = None,
     json_path: JsonOption = None,
 ) -> None:
     """Ask a service about a day's users for a while: requests a second, and their times.
 
     The callers run on this machine, and take CPUs from a service that runs here, too.
     """
+    from deploy.serving.bench import measure, measure_own
     from deploy.serving.load import LoadPlan
-    from deploy.serving.load_test import measure, measure_own
+    from embedding.errors import UserError
     from pipeline.console import result_console
 
-    plan = LoadPlan(seconds=seconds, concurrency=concurrency, rate=rate, candidates=candidates)
+    own = {"replicas": replicas, "cpus_per_replica": cpus_per_replica}
+    own = {name: value for name, value in own.items() if value is not None}
+    if rate is not None and concurrency is not None:
+        raise UserError(
+            "--rate sends requests whatever is under way, so --concurrency would change nothing; "
+            "give one of both"
+        )
+    if url is not None and own:
+        raise UserError(
+            f"--{next(iter(own)).replace('_', '-')} is of a service that this command starts, and "
+            "--url names one that runs; give one of both"
+        )
+    plan = LoadPlan(seconds=seconds, concurrency=concurrency or 8, rate=rate, candidates=candidates)
     if url is None:
-        config = _config(out=out, data=data, replicas=replicas, cpus_per_replica=cpus_per_replica)
-        figures = measure_own(config, plan)
+        figures = measure_own(_config(out=out, data=data, **own), plan)
     else:
         figures = measure(url.rstrip("/"), out, data, plan)
     if json_path is not None:
@@ -193,12 +212,14 @@ def _figures_table(figures: "LoadFigures") -> "Table":
     from rich.table import Table
 
     table = Table(box=SIMPLE)
-    for column in ("requests/s", "candidates/s", "p50 ms", "p95 ms", "p99 ms", "max ms", "status"):
+    times = ("p50 ms", "p95 ms", "p99 ms", "max ms")
+    for column in ("requests/s", "candidates/s", *times, "failed", "status"):
         table.add_column(column, justify="right")
     table.add_row(
         f"{figures.requests_per_s:.1f}",
         f"{figures.candidates_per_s:,.0f}",
         *(f"{ms:.1f}" for ms in (figures.p50_ms, figures.p95_ms, figures.p99_ms, figures.max_ms)),
+        f"{figures.failed_share:.1%}",
         ", ".join(f"{count} x {status}" for status, count in figures.statuses.items()),
     )
     return table

@@ -3,6 +3,9 @@
 Closed loop: `concurrency` callers, each asking again once it has its answer: what the service can
 do. Open loop: requests leave at a fixed rate, whatever became of those before, and a request's time
 counts from when it should have left: what callers see at that rate.
+
+A refusal comes sooner than scores, so failures make percentiles look better than the service is:
+their share stands beside them.
 """
 
 import asyncio
@@ -29,7 +32,7 @@ class LoadPlan(StrictConfig):
 
     seconds: float = 20
     concurrency: int = 8
-    """Callers of a closed loop; in an open one, requests under way at most."""
+    """Callers of a closed loop; an open one has as many as are under way."""
     rate: float | None = None
     """Requests a second of an open loop; None: a closed one."""
     candidates: int = 200
@@ -46,7 +49,10 @@ class LoadFigures(StrictConfig):
     requests_per_s: NonNegativeFloat
     """Answered with status 200."""
     candidates_per_s: NonNegativeFloat
+    failed_share: NonNegativeFloat
+    """Of the requests: those with another status, or without an answer."""
     p50_ms: NonNegativeFloat
+    """Of all requests, as the others: a failure took as long as its caller waited for it."""
     p95_ms: NonNegativeFloat
     p99_ms: NonNegativeFloat
     max_ms: NonNegativeFloat
@@ -60,6 +66,8 @@ class _Answers:
 
     def __init__(self) -> None:
         self.times_s: list[float] = []
+        """Of all, until their answer or their failure."""
+        self.num_scored = 0
         self.statuses = Counter[str]()
         self.models = Counter[str]()
         self.example: str | None = None
@@ -78,13 +86,14 @@ async def ask_all(url: str, bodies: Sequence[bytes], plan: LoadPlan) -> LoadFigu
         UserError: nothing listens there, or it refuses what it is asked.
         RuntimeError: it stopped answering.
     """
-    limit = aiohttp.TCPConnector(limit=plan.concurrency)
+    # Requests of an open loop that waited here for a connection would leave at the service's rate.
+    limit = aiohttp.TCPConnector(limit=plan.concurrency if plan.rate is None else 0)
     wait = aiohttp.ClientTimeout(total=_TIMEOUT_S)
     async with aiohttp.ClientSession(connector=limit, timeout=wait) as session:
         warm = _Caller(session, url, bodies)
         for number in range(min(_WARM_UP, len(bodies))):
             await warm.ask(number, time.perf_counter())
-        if not warm.answers.times_s:
+        if not warm.answers.num_scored:
             raise UserError(
                 f"{url}/score does not answer requests of the log: {dict(warm.answers.statuses)} "
                 f"{warm.answers.example or ''}"
@@ -97,7 +106,7 @@ async def ask_all(url: str, bodies: Sequence[bytes], plan: LoadPlan) -> LoadFigu
             await _open_loop(caller, plan, plan.rate)
         seconds = time.perf_counter() - started
     found = caller.answers
-    if not found.times_s:
+    if not found.num_scored:
         raise RuntimeError(f"{url}/score answered none of the requests: {dict(found.statuses)}")
     return _figures(found, plan, seconds)
 
@@ -139,13 +148,15 @@ class _Caller:
             async with self._session.post(self._url, data=body, headers=headers) as answer:
                 text = await answer.text()
         except (aiohttp.ClientError, TimeoutError) as error:
+            found.times_s.append(time.perf_counter() - due)
             found.statuses[type(error).__name__] += 1
             return
+        found.times_s.append(time.perf_counter() - due)
         found.statuses[str(answer.status)] += 1
         if answer.status != 200:  # noqa: PLR2004 # HTTP's own
             found.example = text
             return
-        found.times_s.append(time.perf_counter() - due)
+        found.num_scored += 1
         found.models[str(_model_of(text)["date"])] += 1
 
 
@@ -161,8 +172,9 @@ def _figures(found: _Answers, plan: LoadPlan, seconds: float) -> LoadFigures:
         plan=plan,
         requests=sum(found.statuses.values()),
         seconds=seconds,
-        requests_per_s=len(found.times_s) / seconds,
-        candidates_per_s=plan.candidates * len(found.times_s) / seconds,
+        requests_per_s=found.num_scored / seconds,
+        candidates_per_s=plan.candidates * found.num_scored / seconds,
+        failed_share=1 - found.num_scored / len(found.times_s),
         p50_ms=p50,
         p95_ms=p95,
         p99_ms=p99,

@@ -25,9 +25,9 @@ ANSWER_S = 0.05
 
 
 @asynccontextmanager
-async def answering(statuses: list[int]) -> AsyncIterator[str]:
-    """A service whose answers take `ANSWER_S`, one after the other; its url."""
-    alone = asyncio.Lock()
+async def answering(statuses: list[int], at_once: int = 1) -> AsyncIterator[str]:
+    """A service whose answers take `ANSWER_S`, so many at once; its url."""
+    alone = asyncio.Semaphore(at_once)
     asked = 0
 
     async def answer(_: web.Request) -> web.Response:
@@ -52,10 +52,10 @@ async def answering(statuses: list[int]) -> AsyncIterator[str]:
         await runner.cleanup()
 
 
-def figures_of(plan: LoadPlan, statuses: list[int], num_bodies: int = 1) -> LoadFigures:
+def figures_of(plan: LoadPlan, statuses: list[int], at_once: int = 1) -> LoadFigures:
     async def run() -> LoadFigures:
-        async with answering(statuses) as url:
-            return await ask_all(url, [b"{}"] * num_bodies, plan)
+        async with answering(statuses, at_once) as url:
+            return await ask_all(url, [b"{}"], plan)
 
     return asyncio.run(run())
 
@@ -81,11 +81,38 @@ def test_an_open_loop_counts_the_time_that_requests_waited_to_be_sent() -> None:
     assert found.requests_per_s < rate
 
 
-def test_what_is_refused_is_counted_and_has_no_time() -> None:
+def test_requests_of_an_open_loop_do_not_wait_for_one_another_here() -> None:
+    """Ten are under way at a time, whatever a closed loop would have been given."""
+    plan = LoadPlan(seconds=1.0, concurrency=1, rate=10 / ANSWER_S)
+    found = figures_of(plan, [200], at_once=1000)
+
+    assert found.requests == plan.rate
+    assert found.p50_ms < 5 * 1000 * ANSWER_S, "over one connection, half would wait for seconds"
+
+
+def test_what_is_refused_is_counted_beside_the_times() -> None:
     found = figures_of(LoadPlan(seconds=0.5, concurrency=1), [200, 200, 503])
 
     assert found.statuses["503"] > 0
     assert found.requests_per_s * found.seconds == pytest.approx(found.statuses["200"])
+    assert found.failed_share == pytest.approx(found.statuses["503"] / found.requests)
+    assert found.p50_ms >= 1000 * ANSWER_S
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rate", "5", "--concurrency", "8"], "--concurrency would change nothing"),
+        (["--url", "http://a", "--replicas", "2"], "--replicas is of a service that this"),
+        (["--url", "http://a", "--cpus-per-replica", "1"], "--cpus-per-replica is of a service"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    command = ["bench", "serve", "--out", str(tmp_path), *options]
+
+    assert message in refused(capsys, main(command))
 
 
 def test_a_service_that_refuses_the_logged_requests_is_not_measured() -> None:

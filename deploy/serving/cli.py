@@ -43,7 +43,8 @@ def serve(  # noqa: PLR0913 # a command's parameters are its options
         ),
     ] = None,
     bundle: Annotated[
-        Path | None, typer.Option("--bundle", help="Serve this bundle instead, for good.")
+        Path | None,
+        typer.Option("--bundle", help="Serve this bundle instead, and what takes its place there."),
     ] = None,
     data: DataOption = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",

@@ -44,7 +44,7 @@ class ModelSource(StrictConfig):
     out: Path | None = None
     """Output directory of runs, whose model in production is served."""
     bundle: Path | None = None
-    """Or one bundle, for good."""
+    """Or one bundle, and what takes its place in that folder."""
     data: Path | None = None
     """Directory of items.parquet and users.parquet; None: where training read them."""
     encode_new_items: bool = True

@@ -134,15 +134,13 @@ class Study:
             except UserError as error:
                 raise UserError(f"variant {variant.name!r}: {error}") from error
             self.recipes[variant.name] = loaded
-        for read in self.recipes.values():
-            require_absolute({"--out": out, "data.root": read.data.root})
         require_comparable(self.recipes)
         self.first = self.recipes[self.variants[0].name]
+        require_absolute({"--out": out, "data.root": self.first.data.root})
         self._actors = actors_of_any(list(self.recipes.values()))
         self.seeds = [self.first.ranking.trainer.seed + i for i in range(num_seeds)]
         self.reporter = Reporter()
-        for read in {recipe.data.root: recipe for recipe in self.recipes.values()}.values():
-            ensure_data(read, self.reporter)
+        ensure_data(self.first, self.reporter)
         self.date = date or _last_date(self.first)
 
     def run(self) -> StudyResult:

@@ -27,12 +27,19 @@ from pipeline.failures import user_error
 from pipeline.identity import training_config
 from pipeline.marketplace.synthetic import ensure_data
 from pipeline.metrics_file import METRICS_FILE, read_metrics
+from pipeline.plan import plan_inputs
 from pipeline.recipe import load_recipe
 from pipeline.recipe_files import check_recipe_files
 from pipeline.run import DayRun
 from pipeline.stages import STAGES, StageOutput, StageSpec, execute
 from pipeline.study.runner import Outcome, Trial, TrialProcesses, on_groups
-from pipeline.study.samples import identities, require_unchanged, samples_key, take_over
+from pipeline.study.samples import (
+    identities,
+    require_same_files,
+    require_unchanged,
+    samples_key,
+    take_over,
+)
 from pipeline.study.seeds import require_comparable, with_seed
 from pipeline.study.slots import actors_of_any, trial_slots
 from pipeline.study.statistics import OF_A_TRIAL, StudyResult, differences, estimates, trial_metrics
@@ -215,10 +222,11 @@ class Study:
         paths = day.content_paths()
         if paths is not None:
             sources["content"] = paths.index
-        inputs = identities(sources)
+        samples_of, files = identities(sources), plan_inputs(recipe)
 
         def job(scratch: Path) -> TrialJob:
-            require_unchanged(sources, inputs)
+            require_unchanged(sources, samples_of)
+            require_same_files(files, plan_inputs(recipe))
             return TrialJob(
                 recipe=recipe,
                 samples=[path.absolute() for path in samples],
@@ -231,7 +239,11 @@ class Study:
 
         directory = self.out / "trials" / variant.name / f"seed-{seed}"
         spec = StageSpec(
-            "trial", directory, config, inputs, lambda scratch: run_on_group(job(scratch))
+            "trial",
+            directory,
+            config,
+            {**samples_of, **files},
+            lambda scratch: run_on_group(job(scratch)),
         )
         return Trial(variant.name, seed, recipe, job, spec)
 

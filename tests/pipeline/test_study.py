@@ -42,7 +42,7 @@ from pipeline.study.statistics import (
     is_better,
     trial_metrics,
 )
-from pipeline.study.study import Study, _line, read_variants
+from pipeline.study.study import Study, Variant, _line, read_variants
 from ranking.task_metrics import SliceMetrics, TaskMetrics
 from tests.pipeline.small_log import Row, event, make_recipe, write_catalogue, write_day
 
@@ -316,6 +316,36 @@ def test_a_trial_whose_samples_were_written_anew_does_not_start(tmp_path: Path) 
 
     with pytest.raises(UserError, match=f"{tmp_path / 'b'} was written anew.*command again"):
         require_unchanged(sources, inputs)
+
+
+def test_a_trial_is_another_one_with_other_plan_files(tmp_path: Path) -> None:
+    """A study with a new plan showed the times of the old one, as done before."""
+    recipe = make_recipe(tmp_path).model_dump(mode="json")
+    files = {name: tmp_path / f"{name}.json" for name in ("plan", "calibration", "traffic")}
+    for path in files.values():
+        path.write_text("first")
+    paths = {name: str(path) for name, path in files.items()}
+    recipe = Recipe.model_validate(merged(recipe, {"embedding": {"sharding": paths}}))
+    study = object.__new__(Study)
+    study.out = tmp_path
+    day = Mock()
+    day.split.validation, day.content_paths.return_value = [], None
+    day.training_days.return_value, day.samples.return_value = ["2024-01-01"], []
+    day.evaluation_samples.return_value = []
+    day.directory.return_value = tmp_path
+
+    def trial() -> Trial:
+        return study._trial(Variant("a", ()), recipe, 0, day)
+
+    begun = trial()
+    assert trial().spec.artifact_id == begun.spec.artifact_id
+    for path in files.values():
+        before = trial()
+        before.job(tmp_path)
+        path.write_text("second")
+        assert trial().spec.artifact_id != before.spec.artifact_id
+        with pytest.raises(UserError, match=f"embedding.sharding.{path.stem} has changed"):
+            before.job(tmp_path)
 
 
 def _align_spec(data: Path, variant: str, **config: Any) -> StageSpec:

@@ -41,7 +41,7 @@ from pipeline.study.samples import (
     take_over,
 )
 from pipeline.study.seeds import require_comparable, with_seed
-from pipeline.study.slots import actors_of_any, trial_slots
+from pipeline.study.slots import actors_of_any, slot_bundles, trial_slots
 from pipeline.study.statistics import OF_A_TRIAL, StudyResult, differences, estimates, trial_metrics
 from pipeline.study.trial import TrialJob, run_on_group
 from pipeline.train_facts import TrainResult
@@ -271,14 +271,12 @@ class Study:
         if any(recipe.cluster.num_workers > 1 for recipe in recipes):
             yield from on_groups(trials, session)
             return
-        at_once = trial_slots(
-            ray.cluster_resources(),
-            self.first.cluster,
-            min(len(trials), self.max_parallel or len(trials)),
-            trials_per_gpu=self.trials_per_gpu,
-            actors=self._actors,
+        slot = slot_bundles(
+            self.first.cluster, trials_per_gpu=self.trials_per_gpu, actors=self._actors
         )
-        with TrialProcesses(recipes, trials_per_gpu=self.trials_per_gpu) as processes:
+        most = min(len(trials), self.max_parallel or len(trials))
+        at_once = trial_slots(ray.cluster_resources(), slot, most)
+        with TrialProcesses(recipes, slot) as processes:
             yield from processes.outcomes(trials, at_once, self.reporter.line)
 
     # --- result ----------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from deploy.app import main
 from embedding.errors import UserError
 from multimodal.codes.config import AlignedVectors
 from pipeline.artifacts import MANIFEST, Manifest, StageFacts
+from pipeline.cluster import actors_of, fitting
 from pipeline.config import ClusterConfig, EvaluationConfig, Recipe
 from pipeline.console import Reporter
 from pipeline.evaluate import SLICES, Slices
@@ -32,7 +33,7 @@ from pipeline.study.report import (
 from pipeline.study.runner import Trial
 from pipeline.study.samples import identities, require_unchanged, samples_key, take_over
 from pipeline.study.seeds import require_comparable, with_seed
-from pipeline.study.slots import actors_of_any, trial_slots
+from pipeline.study.slots import actors_of_any, slot_bundles, trial_slots
 from pipeline.study.statistics import (
     METRICS,
     OF_A_TRIAL,
@@ -216,7 +217,8 @@ def test_trials_side_by_side_are_bound_by_cpus_gpus_and_their_number(
 ) -> None:
     cluster = ClusterConfig(num_workers=1, **changes)
     room = {"CPU": 16.0, "GPU": 2.0}
-    assert trial_slots(room, cluster, trials, trials_per_gpu=per_gpu, actors=[]) == expected
+    slot = slot_bundles(cluster, trials_per_gpu=per_gpu, actors=[])
+    assert trial_slots(room, slot, trials) == expected
 
 
 def service(**changes: Any) -> str:
@@ -247,15 +249,22 @@ def test_every_trial_has_room_for_the_actors_of_any_variant(
     content = "content={text: {}, image: {}}"
     recipes = [load_recipe("demo", [content, v] if v else []) for v in variants]
 
-    found = trial_slots(
-        {"CPU": 16.0, "GPU": 2.0},
-        cluster,
-        99,
-        trials_per_gpu=3,
-        actors=actors_of_any(recipes),
-    )
+    slot = slot_bundles(cluster, trials_per_gpu=3, actors=actors_of_any(recipes))
 
-    assert found == expected
+    assert trial_slots({"CPU": 16.0, "GPU": 2.0}, slot, 99) == expected
+    for recipe in recipes:
+        left = slot[1:]
+        for actor in actors_of(recipe):
+            left.remove(next(room for room in left if fitting(room, actor)))
+
+
+def test_actors_that_ask_for_nothing_reserve_nothing() -> None:
+    recipe = load_recipe("demo", ["content={text: {}, image: {}}", service(cpus_per_actor=0)])
+    cluster = ClusterConfig(num_workers=1, cpus_per_worker=2, use_gpu=True)
+
+    slot = slot_bundles(cluster, trials_per_gpu=2, actors=actors_of_any([recipe]))
+
+    assert slot == [{"CPU": 2, "GPU": 0.5}]
 
 
 ALIGNED = {

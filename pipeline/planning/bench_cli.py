@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from embedding.errors import UserError
+from embedding.files import write_durably
 from pipeline.planning.cli import (
     CalibrationOption,
     JsonOption,
@@ -181,7 +182,7 @@ def _calibrate(group: "BenchGroup", sizes: Sequence[int], path: Path, *, quick: 
         session.wait_for("bench", session.group())
         present, device_name = present_shape(group.cluster), gpu_name(group.cluster)
         made = calibrate(present, sizes, group, device_name, quick=quick, reporter=reporter)
-    path.write_text(made.model_dump_json(indent=2))
+    write_durably(path, made.model_dump_json(indent=2))
     reporter.line(f"calibration {path}")
 
 
@@ -219,7 +220,7 @@ def _show(report: "BenchReport", json_file: Path | None) -> None:
     reporter = Reporter()
     reporter.console.print(comparison_table(report))
     if json_file is not None:
-        json_file.write_text(report.model_dump_json(indent=2))
+        write_durably(json_file, report.model_dump_json(indent=2))
         reporter.line(f"report {json_file}")
 
 
@@ -227,7 +228,7 @@ def _keep(fastest: "PlanDescription", path: Path) -> None:
     """Write the plan that won, to train with it."""
     from pipeline.console import Reporter
 
-    path.write_text(fastest.model_dump_json(indent=2))
+    write_durably(path, fastest.model_dump_json(indent=2))
     Reporter().line(
         f"fastest: {fastest.proposer}, written to {path}; train with it by "
         f"--set embedding.sharding.plan={path}"

@@ -32,11 +32,11 @@ SetOption = Annotated[
 
 
 def writable(path: Path | None) -> Path | None:
-    """Hours of measuring must not end at a folder that is not there."""
-    from embedding.errors import UserError
+    """Hours of measuring must not end at a file that cannot be written."""
+    from embedding.files import require_writable
 
-    if path is not None and not path.parent.is_dir():
-        raise UserError(f"{path} cannot be written: there is no directory {path.parent}; create it")
+    if path is not None:
+        require_writable(path)
     return path
 
 
@@ -87,6 +87,7 @@ def plan_command(  # noqa: PLR0913 # every option of a command is a parameter
     """
     from rich.console import Console
 
+    from embedding.files import write_durably
     from embedding.planning.plan_description import read_plan
     from pipeline.planning.request import (
         RequestChanges,
@@ -114,7 +115,7 @@ def plan_command(  # noqa: PLR0913 # every option of a command is a parameter
     if before is not None:
         console.print(diff_table(before, plan))
     if json_file is not None:
-        json_file.write_text(plan.model_dump_json(indent=2))
+        write_durably(json_file, plan.model_dump_json(indent=2))
         console.print(f"plan {json_file}")
 
 
@@ -130,6 +131,7 @@ def traffic_command(
     """Measure how the tables are looked up, and what that says about their size."""
     from rich.console import Console
 
+    from embedding.files import write_durably
     from embedding.planning.table_advice import table_facts
     from pipeline.cluster import ONE_CPU, RaySession
     from pipeline.console import Reporter
@@ -152,7 +154,7 @@ def traffic_command(
     if unknown is not None:
         console.print(unknown)
     if json_file is not None:
-        json_file.write_text(traffic.model_dump_json(indent=2))
+        write_durably(json_file, traffic.model_dump_json(indent=2))
         console.print(f"traffic {json_file}")
 
 
@@ -218,6 +220,7 @@ def capacity_command(  # noqa: PLR0913 # every option of a command is a paramete
     """How many of which machines the recipe needs, and what breaks first when tables grow."""
     from rich.console import Console
 
+    from embedding.files import write_durably
     from pipeline.capacity.evaluate import run_capacity
     from pipeline.capacity.report import points_table, write_capacity_report
     from pipeline.capacity.sweep import SweepOptions, sweep_request
@@ -251,7 +254,7 @@ def capacity_command(  # noqa: PLR0913 # every option of a command is a paramete
     console.print(f"[bold]{answer.answer}[/]")
     console.print(points_table(answer))
     if json_file is not None:
-        json_file.write_text(answer.model_dump_json(indent=2))
+        write_durably(json_file, answer.model_dump_json(indent=2))
     if report is not None:
         write_capacity_report(answer, report)
         console.print(f"report {report}")

@@ -1,5 +1,7 @@
 """The bench of plans: which plans it runs, what it measures, and constants fitted to that."""
 
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +172,37 @@ def test_options_that_would_be_ignored_are_refused(
     assert main(["bench", "plan", *options]) == 2
     said = capsys.readouterr().err
     assert all(message in said for message in messages), said
+
+
+@pytest.mark.parametrize("option", ["--calibrate", "--best", "--json"])
+@pytest.mark.parametrize(
+    ("target", "why"),
+    [("", "it is a directory"), ("gone/x.json", "there is no directory"), ("/proc/x.json", "")],
+)
+def test_what_cannot_be_written_is_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, target: str, why: str
+) -> None:
+    path = tmp_path / target
+    assert main(["bench", "plan", option, str(path)]) == 2
+    assert f"{path} cannot be written" in (said := capsys.readouterr().err)
+    assert why in said
+
+
+def test_a_result_that_cannot_be_written_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk left half of a new file in the place of the old one."""
+    path = tmp_path / "plan.json"
+    command = ["plan", "--recipe", "demo", "--topology", "cpu:2", "--json", str(path)]
+    assert main(command) == 0
+    before = path.read_text()
+
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert main([*command, "--constraint", "item=row_wise"]) != 0
+    assert path.read_text() == before
 
 
 @pytest.mark.parametrize("options", [[], ["--calibrate", "calibration.json"]])

@@ -201,14 +201,13 @@ def _measure(
     from pipeline.planning.bench_command import bench, bench_shape, fastest_plan, recipe_case
 
     reporter = Reporter()
-    calibration = options.changes.calibration
     with RaySession(group.cluster, say=reporter.line) as session:
         session.wait_for("bench", session.group())
         shape = bench_shape(present_shape(group.cluster), group.cluster.num_workers)
         case = recipe_case(recipe, shape, options)
         reporter.line(f"{shape.name}: {len(case.plans)} plans of {case.name}")
         with reporter.stage("bench", unit="plans"):
-            report = bench(case, shape, group, effort, calibration, reporter.advance)
+            report = bench(case, shape, group, effort, reporter.advance)
         fastest = None if finals is None else fastest_plan(case, report, group, finals)
     return report, fastest
 

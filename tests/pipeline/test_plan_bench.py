@@ -19,6 +19,7 @@ from embedding.planning.plan_description import read_plan
 from embedding.planning.workload import table_loads
 from pipeline.config import ClusterConfig
 from pipeline.planning import bench as plan_bench
+from pipeline.planning import bench_command
 from pipeline.planning import bench_worker as plan_bench_worker
 from pipeline.planning.accuracy import (
     compare,
@@ -34,12 +35,14 @@ from pipeline.planning.bench import (
     BenchGroup,
     BenchJob,
     BenchReport,
+    MeasuredRun,
     case_request,
     run_cases,
 )
 from pipeline.planning.bench_command import BenchOptions, bench_shape, recipe_case, with_plans
 from pipeline.planning.request import RequestChanges
 from pipeline.recipe import load_recipe
+from tests.embedding.test_calibration import calibration, fit, written
 from tests.pipeline.small_log import make_recipe
 from tests.pipeline.test_traffic import traffic_of
 
@@ -150,6 +153,26 @@ def test_plans_run_and_are_priced_with_the_recipes_precision_on_the_wire(
 def test_what_cannot_be_run_is_said(options: BenchOptions, message: str) -> None:
     with pytest.raises(UserError, match=message):
         recipe_case(load_recipe("demo"), TWO, options)
+
+
+def test_plans_are_shown_beside_the_constants_that_chose_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the recipe were beside the data sheet's."""
+    path = written(tmp_path, calibration(fits=(fit("cpu:2", 1.0),)))
+    recipe = load_recipe("demo", [f"embedding.sharding.calibration={path}"])
+    case = recipe_case(recipe, TWO, BenchOptions(plans=()))
+    run = MeasuredRun(
+        case=case.name, plan_index=0, step_s=1.0, halves_s=(1.0, 1.0), phase_s={}, num_steps=9
+    )
+    monkeypatch.setattr(bench_command, "run_cases", lambda *_, **__: ([run], {}))
+
+    report = bench_command.bench(case, TWO, BenchGroup(recipe.cluster), BenchEffort())
+
+    assert report.constants.startswith("calibration")
+    predicted = case.plans[0].predicted
+    assert predicted is not None
+    assert report.comparisons[0].predicted_s == pytest.approx(predicted.step_s)
 
 
 @pytest.mark.parametrize(

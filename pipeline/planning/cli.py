@@ -92,6 +92,7 @@ def plan_command(  # noqa: PLR0913 # every option of a command is a parameter
     from pipeline.planning.request import (
         RequestChanges,
         known_kernels,
+        left_out,
         parse_constraints,
         plan_with,
     )
@@ -112,6 +113,8 @@ def plan_command(  # noqa: PLR0913 # every option of a command is a parameter
     console = Console(highlight=False)
     for part in plan_view(plan):
         console.print(part)
+    if (note := left_out(loaded, pin)) is not None:
+        console.print(note)
     if before is not None:
         console.print(diff_table(before, plan))
     if json_file is not None:
@@ -269,7 +272,8 @@ def _load(recipe: str, overrides: list[str] | None) -> "Recipe":
 
 def _no_ranks(recipe: "Recipe") -> "ClusterConfig":
     """The cluster of a command that trains nothing."""
-    return recipe.cluster.model_copy(update={"num_workers": 1, "use_gpu": False})
+    nothing = {"num_workers": 1, "cpus_per_worker": 1, "use_gpu": False}
+    return recipe.cluster.model_copy(update=nothing)
 
 
 def _shape(text: str, recipe: "Recipe") -> "ClusterShape":
@@ -280,6 +284,25 @@ def _shape(text: str, recipe: "Recipe") -> "ClusterShape":
     from pipeline.cluster import RaySession, worker_bundle
     from pipeline.plan import present_shape, training_shape
 
+    _require_gpus(text, recipe.cluster)
     with RaySession(recipe.cluster) as session:
         session.wait_for("plan", [worker_bundle(recipe.cluster)])
         return training_shape(recipe) if text == "here" else present_shape(recipe.cluster)
+
+
+def _require_gpus(text: str, cluster: "ClusterConfig") -> None:
+    """A laptop has no GPUs to ask about ranks; a Ray that is started on it would say so, later."""
+    from embedding.errors import UserError
+    from pipeline.cluster import cluster_address
+
+    if not cluster.use_gpu or cluster_address() is not None:
+        return
+    import torch
+
+    found = torch.cuda.device_count()
+    if found < cluster.num_workers:
+        raise UserError(
+            f"--topology {text} is this machine, as RAY_ADDRESS is not set: it has {found} GPUs, "
+            f"and the recipe trains on {cluster.num_workers} (cluster.num_workers, use_gpu); name "
+            "the cluster, as --topology h200:2x8, or run the command on it"
+        )

@@ -68,6 +68,22 @@ def measured_traffic(recipe: Recipe) -> Traffic | None:
     return None if path is None else read_traffic(path, recipe.features)
 
 
+def left_out(recipe: Recipe, pin: Path | None) -> str | None:
+    """A line about the recipe's own plan, which `braid plan` makes another one beside.
+
+    Args:
+        recipe: what is planned.
+        pin: plan that is kept, if any.
+    """
+    own = recipe.embedding.sharding.plan
+    if own is None or own == pin:
+        return None
+    return (
+        f"embedding.sharding.plan={own}, which `braid run` trains with, is left out; --pin {own} "
+        "keeps its tables in their places"
+    )
+
+
 def with_traffic(recipe: Recipe, path: Path | None) -> Recipe:
     """The recipe with another traffic file, if one is given."""
     if path is None:

@@ -220,7 +220,10 @@ def _too_few_days(request: CapacityRequest, planned: PlanRequest) -> int | None:
 
 
 def _growth_per_day(request: CapacityRequest, key: PointKey, planned: PlanRequest) -> float | None:
-    """Share of the point's tables that is added a day: as given, else by the measured tables."""
+    """Share of the point's tables that is added a day: as given, else by the measured tables.
+
+    Tables are enlarged as the rows in use become more: a table that is half empty stays so.
+    """
     if request.growth_per_day is not None:
         return request.growth_per_day / key.growth
     if planned.traffic is None or planned.traffic.days < MIN_GROWTH_DAYS:
@@ -228,10 +231,11 @@ def _growth_per_day(request: CapacityRequest, key: PointKey, planned: PlanReques
     gained = total = 0.0
     for table in planned.schema.tables:
         measured = planned.traffic.table(table.name)
-        total += table.num_embeddings * table.embedding_dim
-        if measured is not None and measured.new_rows_per_day is not None:
-            gained += measured.new_rows_per_day * table.embedding_dim
-    return gained / total
+        elements = table.num_embeddings * table.embedding_dim
+        total += elements
+        if measured is not None and measured.new_rows_per_day:
+            gained += elements * measured.new_rows_per_day / measured.rows_touched
+    return gained / total / key.growth
 
 
 def _content_step(request: CapacityRequest, key: PointKey, growth: float) -> ContentStep | None:

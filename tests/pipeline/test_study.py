@@ -24,6 +24,7 @@ from pipeline.metrics_file import METRICS_FILE, write_metrics
 from pipeline.recipe import load_recipe
 from pipeline.stages import StageOutput, StageSpec, execute
 from pipeline.study.report import (
+    chance_note,
     require_metrics,
     slice_metrics,
     slice_tables,
@@ -642,6 +643,32 @@ def test_the_page_of_a_study_has_the_slices_too(tmp_path: Path) -> None:
     assert "popular (1,200)" in page
     assert re.search(r'class="n good">\+0\.1001 \+- 0\.0013<', page)
     assert re.search(r'class="n soft">\+0\.0050 \+- 0\.1906<', page)
+
+
+def test_tables_and_page_say_how_many_marks_chance_would_make(tmp_path: Path) -> None:
+    """Dozens of intervals of 95% were marked better or worse, as if each stood alone."""
+    result = result_of({**GAINS, "more": GAINS["codes"]})
+    tables = [study_table(result, ["click.auc"]), *slice_tables(result)]
+    expected = "not corrected for their number: were all variants equal, {} of them would be marked"
+
+    # Two variants beside the first, of one metric and of two slices: 2, 4 and 6 comparisons.
+    captions = [str(table.caption) for table in tables]
+    assert captions[0].startswith("2 comparisons, " + expected.format("0.1"))
+    assert captions[1].startswith("4 comparisons, " + expected.format("0.2"))
+    page = write_study_report(result, ["click.auc"], tmp_path).read_text()
+    assert "On this page: 6 comparisons, " + expected.format("0.3") in page
+
+
+def test_times_and_single_seeds_are_no_comparisons() -> None:
+    result = result_of(GAINS)
+    assert chance_note(result, ["trial.seconds"]) == ""
+    alone = {
+        name: difference.model_copy(update={"ci95": None})
+        for name, difference in result.paired["codes"].items()
+    }
+    one_seed = result.model_copy(update={"paired": {"codes": alone}})
+    assert chance_note(one_seed, ["click.auc"]) == ""
+    assert chance_note(result, ["click.auc", "trial.seconds"]).startswith("1 comparison, ")
 
 
 def test_only_metrics_with_a_better_side_are_coloured_and_times_do_not_stand_out(

@@ -21,16 +21,13 @@ from embedding.planning.planner import PlanRequest, plan_tables
 from embedding.planning.traffic import MIN_GROWTH_DAYS
 from pipeline.capacity.answer import answer_of, choose
 from pipeline.capacity.content_step import ContentStep, content_step
-from pipeline.capacity.growth import breaking_growth, grown, no_room, with_dims
+from pipeline.capacity.growth import breaking_growth, grown, with_dims
 from pipeline.capacity.step import dense_seconds
 from pipeline.capacity.types import CapacityAnswer, CapacityPoint, CapacityRequest, PointKey
 from pipeline.planning.request import measured_traffic, plan_request
+from pipeline.planning.reserve import LESS_CONTENT, beside_tables, no_room
 
 _POINTS_PER_TASK = 2
-_LESS_CONTENT = (
-    "lower content.gradient.max_items_per_step, set content.gradient.micro_batch_items, or choose "
-    "ranks with more memory"
-)
 
 
 def run_capacity(
@@ -132,7 +129,7 @@ def evaluate_point(request: CapacityRequest, key: PointKey) -> CapacityPoint:
     planned = _request_of(request, key)
     full = no_room(planned)
     if full is not None:
-        return point.model_copy(update={"refusal": f"{full}; {_LESS_CONTENT}"})
+        return point.model_copy(update={"refusal": f"{full}; {LESS_CONTENT}"})
     try:
         plan = plan_tables(planned)
     except UserError as error:
@@ -155,6 +152,7 @@ def evaluate_point(request: CapacityRequest, key: PointKey) -> CapacityPoint:
         update={
             **figures,
             "constants": plan.predicted.constants,
+            "calibration": planned.calibration,
             "binding": plan.predicted.binding,
             "shardings": dict(kinds),
             "breaks_at_growth": growth,
@@ -249,10 +247,7 @@ def _content_step(request: CapacityRequest, key: PointKey, growth: float) -> Con
 
 def _reserved_bytes(request: CapacityRequest, key: PointKey, growth: float) -> float | None:
     """Bytes of every rank for everything but tables; None: the share that planning keeps free."""
-    content = _content_step(request, key, growth)
-    if content is None:
-        return None
-    return RESERVED_SHARE * key.shape.device_bytes + content.rank_bytes
+    return beside_tables(_content_step(request, key, growth), key.shape)
 
 
 def _figures(

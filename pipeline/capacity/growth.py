@@ -10,7 +10,7 @@ from embedding.planning.planner import PlanRequest
 from embedding.planning.refusal import fits, shortage
 from embedding.planning.traffic import Traffic
 from pipeline.config import Recipe
-from pipeline.console import size
+from pipeline.planning.reserve import no_room
 
 MAX_GROWTH = 1024.0
 _GROWTH_PRECISION = 0.02
@@ -92,11 +92,3 @@ def _short(request: PlanRequest) -> str:
         return shortage(request, request.model())
     except UserError as error:
         return str(error)  # a sharding that so many rows do not allow
-
-
-def no_room(request: PlanRequest) -> str | None:
-    """That content, which needs memory beside the tables, leaves them none; None if it does."""
-    reserved, whole = request.reserved_bytes, request.shape.device_bytes
-    if reserved is None or reserved < whole:
-        return None
-    return f"content and the reserve take {size(reserved)} of the {size(whole)} of every rank"

@@ -116,6 +116,8 @@ class CapacityPoint(StrictConfig):
     refusal: str | None = None
     """Why nothing fits; the figures below are None then."""
     constants: str | None = None
+    calibration: Path | None = None
+    """File that they come from; None: a data sheet."""
     shardings: dict[str, int] | None = None
     """Tables by sharding type and kernel."""
     step_s: float | None = None

@@ -225,7 +225,7 @@ def capacity_command(  # noqa: PLR0913 # every option of a command is a paramete
 
     from embedding.files import write_durably
     from pipeline.capacity.evaluate import run_capacity
-    from pipeline.capacity.report import points_table, write_capacity_report
+    from pipeline.capacity.report import plan_line, points_table, write_capacity_report
     from pipeline.capacity.sweep import SweepOptions, sweep_request
     from pipeline.cluster import ONE_CPU, RaySession
     from pipeline.console import Reporter
@@ -259,7 +259,10 @@ def capacity_command(  # noqa: PLR0913 # every option of a command is a paramete
     if json_file is not None:
         write_durably(json_file, answer.model_dump_json(indent=2))
     if report is not None:
-        write_capacity_report(answer, report)
+        command = None
+        if answer.chosen is not None:
+            command = plan_line(answer.chosen, recipe, request.recipe, overrides or ())
+        write_capacity_report(answer, report, command)
         console.print(f"report {report}")
     raise typer.Exit(0 if answer.chosen is not None else 1)
 

@@ -51,6 +51,8 @@ class PlanRequest:
     """Tables of this plan stay where it puts them."""
     reserved_bytes: float | None = None
     """Of every rank, for everything but tables; by default a share."""
+    reserved_host_bytes: float = 0.0
+    """Of every host of GPUs, for copies that a checkpoint writes of anything but tables."""
 
     def loads(self) -> list[TableLoad]:
         """Lookups of every table."""
@@ -59,7 +61,8 @@ class PlanRequest:
     def model(self) -> CostModel:
         """Prices on this cluster."""
         constants = constants_for(self.shape, self.calibration)
-        return CostModel(self.loads(), self.shape, self.settings, constants, self.reserved_bytes)
+        reserved = self.reserved_bytes, self.reserved_host_bytes
+        return CostModel(self.loads(), self.shape, self.settings, constants, *reserved)
 
 
 def plan_tables(

@@ -327,6 +327,9 @@ def test_a_point_adds_content_to_time_and_memory() -> None:
     assert with_content.headroom == pytest.approx(
         (without.headroom or 0) - step.rank_bytes / shape.device_bytes
     )
+    assert step.copy_bytes == ITEMS * (WIDTH * 4 + 8) + 3 * (4 * 10**5 + HEAD_BYTES)
+    copied = (with_content.host_bytes or 0) - (without.host_bytes or 0)
+    assert copied == pytest.approx(step.copy_bytes, abs=1)
     assert without.content_s is None
     assert with_content.content_actor_s is None
 
@@ -373,7 +376,7 @@ def test_content_that_fills_a_rank_is_a_refusal_with_the_remedy() -> None:
     shape = small_gpus(12 << 20)
     point = point_on(shape)
     assert point.refusal is not None
-    assert "content and the reserve take" in point.refusal
+    assert "what is no table takes" in point.refusal
     assert "content.gradient.micro_batch_items" in point.refusal
 
 
@@ -402,7 +405,7 @@ def test_a_run_and_braid_plan_leave_content_the_room_that_capacity_does(tmp_path
 
 def test_a_run_is_refused_where_content_fills_the_ranks() -> None:
     recipe = load_recipe("demo", [CONTENT, "embedding.sharding.hbm_gib=0.01"])
-    with pytest.raises(UserError, match="content and the reserve take .*micro_batch_items"):
+    with pytest.raises(UserError, match="what is no table takes .*micro_batch_items"):
         plan_recipe(recipe, ranks_per_host=2)
 
 

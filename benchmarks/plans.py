@@ -212,7 +212,7 @@ def exhaustive(
         request = replace(case_request(case, shape, calibration), tables_path=PATH)
         predicted, *_ = shortlisted = tuple(shortlist_plans(request, SHORTLIST))
         short = case.model_copy(update={"plans": shortlisted})
-        report = bench(short, shape, group, BenchEffort(min_seconds=10), calibration)
+        report = bench(short, shape, group, BenchEffort(min_seconds=10))
         theirs = torchrec_plan_of(case, shape)
         runs, _ = run_cases([case], group, BenchEffort(rounds=5, min_seconds=25))
         order = sorted(runs, key=lambda run: run.step_s)

@@ -4,7 +4,10 @@ import errno
 import hashlib
 import os
 import shutil
+import tempfile
 from pathlib import Path
+
+from embedding.errors import UserError
 
 _NO_LINKS = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
 """What file systems say that have none, or no more."""
@@ -29,6 +32,26 @@ def write_durably(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def require_writable(path: Path) -> None:
+    """Refuse a target of `write_durably` while nothing has been computed for it yet.
+
+    Raises:
+        UserError: its directory is missing or takes no file, or something else has its name.
+    """
+    if not path.parent.is_dir():
+        raise UserError(f"{path} cannot be written: there is no directory {path.parent}; create it")
+    if path.exists() and not path.is_file():
+        what = "a directory" if path.is_dir() else "no ordinary file"
+        raise UserError(f"{path} cannot be written: it is {what}; give the name of a file")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}); give another name or directory"
+        ) from error
 
 
 def sync(path: Path) -> None:

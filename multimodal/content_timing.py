@@ -33,10 +33,11 @@ _HEAD_ITEMS = 1024
 _CIC_ITEMS = (128, 256, 512)
 
 
-def encoder_cost(config: ContentConfig) -> EncoderCost:
+def encoder_cost(config: ContentConfig, *, timed: bool = True) -> EncoderCost:
     """Cost of one item in a recipe's encoder, with as many tokens as an item can have.
 
-    Flops are those of `torch.utils.flop_counter`: 2 a multiplication and addition.
+    Flops are those of `torch.utils.flop_counter`: 2 a multiplication and addition. Unless `timed`,
+    seconds are 0.
 
     Raises:
         UserError: a tower cannot be loaded or adapted.
@@ -59,7 +60,10 @@ def encoder_cost(config: ContentConfig) -> EncoderCost:
     held = (many.peak_bytes - few.peak_bytes) / (_HELD_ITEMS[1] - _HELD_ITEMS[0])
     # A CPU that only emulates bf16 refuses to train in it, and may still plan for GPUs.
     precision = config.precision if cpu_has_bf16() else "fp32"
-    forward_s, backward_s = _seconds(lambda num_items: run(num_items, precision))
+    forward_s = backward_s = head_s = 0.0
+    if timed:
+        forward_s, backward_s = _seconds(lambda num_items: run(num_items, precision))
+        head_s = _head_seconds(encoder.output)
     one = _tokens(config, sizes, 1).modalities.values()
     return EncoderCost(
         forward_flops=forward_flops / _COUNTED_ITEMS,
@@ -77,7 +81,7 @@ def encoder_cost(config: ContentConfig) -> EncoderCost:
             if p.requires_grad and not name.startswith("output.")
         ),
         fused_width=encoder.output.in_features,
-        head_s=_head_seconds(encoder.output),
+        head_s=head_s,
     )
 
 
@@ -167,13 +171,15 @@ def _num_tokens(tower: Tower, split: SplitTower) -> int:
     return split.lower({"pixel_values": torch.zeros(1, 3, size, size)}).shape[1]
 
 
-def cic_cost(loss: CicLoss) -> CicCost:
-    """Cost of the contrastive loss, with both sides' gradients."""
+def cic_cost(loss: CicLoss, *, timed: bool = True) -> CicCost:
+    """Cost of the contrastive loss, with both sides' gradients; unless `timed`, seconds are 0."""
     counted = [_cic_run(loss, count) for count in _CIC_ITEMS]
     per_pair, per_item, _ = _quadratic([flops for flops, _ in counted])
     pair_bytes, item_bytes, _ = _quadratic([meter.peak_bytes for _, meter in counted])
-    sides = _cic_sides(loss, _CIC_ITEMS[-1])
-    (seconds,) = seconds_on_one_core(lambda: loss(*sides).backward())
+    seconds = 0.0
+    if timed:
+        sides = _cic_sides(loss, _CIC_ITEMS[-1])
+        (seconds,) = seconds_on_one_core(lambda: loss(*sides).backward())
     return CicCost(
         flops_per_item=per_item,
         flops_per_pair=per_pair,

@@ -101,6 +101,7 @@ def study(  # noqa: PLR0913 # a command's parameters are its options
     """Compare variants of a recipe over seeds: mean, 95% interval, paired differences."""
     from rich.markup import escape
 
+    from embedding.files import write_durably
     from pipeline.lock import exclusive
     from pipeline.study.report import (
         require_metrics,
@@ -130,7 +131,7 @@ def study(  # noqa: PLR0913 # a command's parameters are its options
     work.reporter.console.print(study_table(result, metrics), *slice_tables(result))
     work.reporter.line(escape(f"report  {report}"))
     if json_file is not None:
-        json_file.write_text(result.model_dump_json(indent=2))
+        write_durably(json_file, result.model_dump_json(indent=2))
     raise typer.Exit(1 if result.failed else 0)
 
 

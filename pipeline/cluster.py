@@ -181,7 +181,7 @@ class RaySession:
         try:
             while not group.wait(timeout_seconds=POLL_S):
                 waited_s = time.monotonic() - started
-                state = f"{who} waits for {_listed(asked)}, and {free_now()} are free"
+                state = f"{who} waits for {listed(asked)}, and {free_now()} are free"
                 if waited_s >= timeout_s:
                     raise UserError(
                         f"{state} after {timeout_s:g} s ({self.terms.waiting}); see `ray status` "
@@ -306,7 +306,7 @@ def lacking_resources(
     room = sum(fitting(node, asked) for node in nodes)
     if room < cluster.num_workers:
         return (
-            f"{ranks} needs {_listed([asked])} on a node for each, and the {len(nodes)} nodes of "
+            f"{ranks} needs {listed([asked])} on a node for each, and the {len(nodes)} nodes of "
             f"the cluster have room for {room}"
         )
     return None
@@ -323,15 +323,15 @@ def _require_room(who: str, bundles: Sequence[Bundle], node: Mapping[str, float]
     for bundle in bundles:
         if any(bundle.values()) and not fitting(node, bundle):
             raise UserError(
-                f"{who} asks for {_listed([bundle])} for a process, and the local Ray that this "
+                f"{who} asks for {listed([bundle])} for a process, and the local Ray that this "
                 f"command has started has {node.get('CPU', 0):g} CPU and {node.get('GPU', 0):g} "
                 "GPU; ask for less in that section of the recipe (cpus_per_worker, "
                 "gpus_per_worker), or run on a cluster (RAY_ADDRESS, or `ray job submit`)"
             )
 
 
-def _listed(bundles: Sequence[Bundle]) -> str:
-    """2 x (1 CPU, 1 GPU) + 1 CPU."""
+def listed(bundles: Sequence[Bundle]) -> str:
+    """As 2 x (1 CPU, 1 GPU) + 1 CPU."""
     counts = Counter(
         ", ".join(f"{each:g} {kind}" for kind, each in bundle.items()) for bundle in bundles
     )

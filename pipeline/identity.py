@@ -63,9 +63,13 @@ def content_config(content: ContentConfig) -> dict[str, Any]:
 
 
 def plan_config(recipe: Recipe) -> dict[str, Any]:
-    """What a sharding plan depends on; the model only makes rows wider."""
+    """What a sharding plan depends on; the model only makes rows wider, content takes memory."""
     features = table_widths(recipe.features, recipe.ranking.model)
+    content = {}
+    if recipe.content is not None:
+        content = {"content": recipe.content.model_dump(mode="json", exclude={"tokens"})}
     return {
+        **content,
         "features": features.model_dump(mode="json"),
         "embedding": recipe.embedding.model_dump(mode="json"),
         "cluster": recipe.cluster.model_dump(

@@ -1,4 +1,7 @@
-"""Planning inside a Ray worker, which asks the device what it is; on CPUs without torch."""
+"""Planning inside a Ray worker, which asks the device what it is.
+
+On CPUs without torch, unless the recipe has content.
+"""
 
 from dataclasses import replace
 
@@ -9,6 +12,7 @@ from embedding.planning.planner import check_trainable, plan_tables
 from embedding.planning.this_machine import local_shape
 from pipeline.config import Recipe
 from pipeline.planning.request import plan_request
+from pipeline.planning.reserve import with_reserve
 
 
 def training_shape(recipe: Recipe, ranks_per_host: int) -> ClusterShape:
@@ -28,6 +32,7 @@ def plan_recipe(recipe: Recipe, ranks_per_host: int) -> PlanDescription:
     request = plan_request(recipe, training_shape(recipe, ranks_per_host))
     device = request.shape.machine.device
     check_support(request.schema, recipe.embedding.optimizer, sharding, device)
+    request = with_reserve(request, recipe)
     if sharding.plan is None:
         return plan_tables(request)
     given = read_plan(sharding.plan)

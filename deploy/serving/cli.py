@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from embedding.files import write_durably
 from pipeline.planning.cli import JsonOption
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ def bench_serve(  # noqa: PLR0913 # a command's parameters are its options
     else:
         figures = measure(url.rstrip("/"), out, data, plan)
     if json_path is not None:
-        json_path.write_text(figures.model_dump_json(indent=2))
+        write_durably(json_path, figures.model_dump_json(indent=2))
     result_console().print(_figures_table(figures))
 
 

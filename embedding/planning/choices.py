@@ -29,6 +29,8 @@ UVM_CACHING = "fused_uvm_caching"
 KERNELS = (DENSE, FUSED, UVM, UVM_CACHING)
 
 LOAD_FACTORS = (0.05, 0.1, 0.2, 0.4, 0.7)
+DEFAULT_LOAD_FACTOR = 0.2
+"""Of a cached table whose plan says none: TorchRec makes its cache so large."""
 MIN_COLUMNS = 16
 """Narrowest column shard the search tries by itself: narrower rows waste memory transactions."""
 MAX_COLUMN_SHARDS = 16
@@ -61,6 +63,13 @@ class Choice:
     def one_host(self) -> bool:
         """All units must be on the ranks of one host."""
         return self.sharding == TABLE_COLUMN_WISE
+
+    @property
+    def cached_share(self) -> float:
+        """Share of the rows that device memory caches."""
+        if self.kernel != UVM_CACHING:
+            return 0.0
+        return DEFAULT_LOAD_FACTOR if self.load_factor is None else self.load_factor
 
     def __str__(self) -> str:
         """As a person reads it."""

@@ -31,6 +31,8 @@ from embedding.planning.workload import TableLoad
 
 RESERVED_SHARE = 0.15
 """Share of every rank's memory that is kept free for the dense side and the allocator's slack."""
+SLACK_SHARE = 0.05
+"""Of it, for the slack alone: a dense side that is known to need more than the rest gets it."""
 
 _PHASE_OF = np.equal.outer(np.arange(len(PHASES)), PHASE_OF_COUNT).astype(float)
 
@@ -73,8 +75,12 @@ class CostModel:
         settings: StepSettings,
         constants: CostConstants,
         reserved_bytes: float | None = None,
+        reserved_host_bytes: float = 0.0,
     ) -> None:
-        """`reserved_bytes` of every rank hold no table; by default a share of its memory."""
+        """`reserved_bytes` of every rank hold no table; by default a share of its memory.
+
+        `reserved_host_bytes` of every host of GPUs hold none either, beside that share of it.
+        """
         self.loads = {load.name: load for load in loads}
         self.shape, self.settings, self.constants = shape, settings, constants
         self._c_K = constants.vector()
@@ -83,7 +89,8 @@ class CostModel:
         self._group_price: dict[GroupKey, float] = {}
         reserved = RESERVED_SHARE * shape.device_bytes if reserved_bytes is None else reserved_bytes
         self.device_capacity = shape.device_bytes - reserved
-        self.host_capacity = shape.host_bytes_per_rank * shape.ranks_per_host * (1 - RESERVED_SHARE)
+        whole_host = shape.host_bytes_per_rank * shape.ranks_per_host
+        self.host_capacity = whole_host * (1 - RESERVED_SHARE) - reserved_host_bytes
         """Of one host, for tables that do not live on its devices."""
         batch = settings.batch_size_per_rank
         self.assembly_bytes = float(

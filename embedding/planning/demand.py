@@ -202,7 +202,7 @@ def _count_lookup(c: _Context, demand: Demand) -> None:
 
 def _missed_rows(c: _Context) -> float:
     """Distinct rows of a step that are not cached."""
-    cached = (c.choice.load_factor or 0.0) * c.load.num_rows
+    cached = c.choice.cached_share * c.load.num_rows
     return c.load.ids.missed_rows(cached, c.world * c.ids) / c.row_shards
 
 
@@ -282,7 +282,7 @@ def _count_bytes(c: _Context, demand: Demand) -> None:
         device = 0.0
         if c.choice.kernel != UVM:
             # Cached rows, and their places: 4 bytes a row, 16 bytes a slot.
-            factor = c.choice.load_factor or 0.0
+            factor = c.choice.cached_share
             cache = factor * weights + rows * (4 + 16 * factor)
     states_here = 0.0 if c.states_on_host else states
     demand.owner_host_bytes[TABLES] = weights * (1 - device) + states - states_here

@@ -26,6 +26,7 @@ from embedding.errors import UserError
 from embedding.feature_schema import FeatureSchema
 from embedding.limits import ELEMENT_BYTES
 from embedding.managed_collision import set_num_buckets
+from embedding.planning.choices import DEFAULT_LOAD_FACTOR, UVM_CACHING
 from embedding.planning.cost import RESERVED_SHARE
 from embedding.planning.plan_description import PlanDescription, ShardPlacement, TablePlan
 from embedding.planning.workload import TableLoad
@@ -100,15 +101,20 @@ def describe_plan(
                     module=module,
                     sharding=entry.sharding_type,
                     kernel=entry.compute_kernel,
-                    cache_load_factor=entry.cache_params.load_factor
-                    if entry.cache_params
-                    else None,
+                    cache_load_factor=_load_factor(entry),
                     shards=_placements(entry, schema.table(name), world_size),
                 )
             )
     order = [table.name for table in schema.tables]
     tables.sort(key=lambda table: order.index(table.table))
     return PlanDescription(world_size=world_size, device_type=device_type, tables=tuple(tables))
+
+
+def _load_factor(entry: ParameterSharding) -> float | None:
+    if entry.compute_kernel != UVM_CACHING:
+        return None
+    given = entry.cache_params.load_factor if entry.cache_params else None
+    return DEFAULT_LOAD_FACTOR if given is None else given
 
 
 def plan_of(description: PlanDescription) -> ShardingPlan:

@@ -1,6 +1,7 @@
 """Planning: a schema on a cluster -> the cheapest plan that fits, or a sentence why none does."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,9 +20,12 @@ from embedding.planning.prediction import (
     refuse_other_sizes,
     refuse_other_tables,
 )
+from embedding.planning.proposers import Options
 from embedding.planning.search import Found, search
 from embedding.planning.traffic import Traffic
 from embedding.planning.workload import TableLoad, table_loads
+
+logger = logging.getLogger(__name__)
 
 TIGHT_SHARE = 0.85
 """Where tables fill more of the memory than this, moving some to host memory is tried too."""
@@ -47,6 +51,8 @@ class PlanRequest:
     """Tables of this plan stay where it puts them."""
     reserved_bytes: float | None = None
     """Of every rank, for everything but tables; by default a share."""
+    reserved_host_bytes: float = 0.0
+    """Of every host of GPUs, for copies that a checkpoint writes of anything but tables."""
 
     def loads(self) -> list[TableLoad]:
         """Lookups of every table."""
@@ -55,7 +61,8 @@ class PlanRequest:
     def model(self) -> CostModel:
         """Prices on this cluster."""
         constants = constants_for(self.shape, self.calibration)
-        return CostModel(self.loads(), self.shape, self.settings, constants, self.reserved_bytes)
+        reserved = self.reserved_bytes, self.reserved_host_bytes
+        return CostModel(self.loads(), self.shape, self.settings, constants, *reserved)
 
 
 def plan_tables(
@@ -65,7 +72,8 @@ def plan_tables(
 
     Args:
         request: tables, cluster, batch, constants.
-        starts: plans to begin from as well, by name; the result is never worse than these.
+        starts: plans to begin from as well, by name; the result is never worse than these. Tables
+            that they place as the request does not allow are placed anew.
 
     Raises:
         UserError: No plan fits, or a forced or pinned placement cannot be made; with the remedy.
@@ -113,8 +121,10 @@ def find_plan(
     """The search behind `plan_tables`; None if nothing fits."""
     loads = list(model.loads.values())
     pinned = _pinned(request, loads)
+    allowed = _options(request, loads, pinned, request.kernels)
     begun = {
-        name: placement_of(plan, loads, request.shape) for name, plan in (starts or {}).items()
+        name: _allowed_part(name, placement_of(plan, loads, request.shape), loads, allowed)
+        for name, plan in (starts or {}).items()
     }
     # Tables in device memory are never slower, so host memory comes in only where it is needed.
     inside = _options(request, loads, pinned, (FUSED,))
@@ -123,15 +133,44 @@ def find_plan(
         found = search(model, inside, pinned=pinned, starts=begun, keep=keep)
     if found is not None and not _is_tight(model, found):
         return found
-    options = _options(request, loads, pinned, request.kernels)
-    if options == inside:
+    if allowed == inside:
         return found
     begun |= {found.proposer: found.placement} if found is not None else {}
-    offloaded = search(model, options, pinned=pinned, starts=begun, keep=keep)
+    offloaded = search(model, allowed, pinned=pinned, starts=begun, keep=keep)
     if found is None or offloaded is None:
         return found or offloaded
     both = found.search_s + offloaded.search_s
     return replace(min(offloaded, found, key=lambda f: f.cost_s), search_s=both)
+
+
+def _allowed_part(
+    name: str, placement: Mapping[str, Placed], loads: list[TableLoad], options: Options
+) -> dict[str, Placed]:
+    """A start without the tables that it places as the request does not allow."""
+    kept, refused = {}, []
+    for load in loads:
+        placed = placement.get(load.name)
+        if placed is None:
+            continue
+        if load.name not in options or _is_allowed(placed.choice, load, options[load.name]):
+            kept[load.name] = placed
+        else:
+            refused.append(f"{load.name} {placed.choice}")
+    if refused:
+        logger.warning(
+            "the plan %s begins with %s, which kernels and shardings that are asked for do not "
+            "allow: these tables are placed anew",
+            *(name, ", ".join(refused)),
+        )
+    return kept
+
+
+def _is_allowed(choice: Choice, load: TableLoad, options: Sequence[Choice]) -> bool:
+    """Of a table without a forced sharding, any number of column shards and size of a cache is."""
+    same = [c for c in options if (c.sharding, c.kernel) == (choice.sharding, choice.kernel)]
+    if load.table.sharding is None:
+        return bool(same)
+    return any(c.column_shards == choice.column_shards for c in same)
 
 
 def check_trainable(plan: PlanDescription, schema: FeatureSchema) -> None:

@@ -61,7 +61,7 @@ def search(
         model: prices and memory.
         options: allowed choices of every table that is not pinned.
         pinned: tables that stay where they are.
-        starts: whole placements to begin from as well, by name.
+        starts: placements to begin from as well, by name; tables that one lacks are added to it.
         keep: length of the shortlist, if so many different placements are met.
     """
     began = time.perf_counter()
@@ -80,7 +80,7 @@ def search(
         for name, proposed in _proposed(base, model, options):
             offer(name, proposed)
     for name, placement in (starts or {}).items():
-        offer(name, layout_of(model, {**placement, **(pinned or {})}))
+        offer(name, _completed(layout_of(model, {**placement, **(pinned or {})}), options))
     if not candidates:
         return None
     candidates.sort(key=lambda entry: entry[:2])
@@ -98,6 +98,18 @@ def search(
         search_s=time.perf_counter() - began,
         shortlist=tuple(_cheapest_distinct(met, keep)),
     )
+
+
+def _completed(layout: Layout, options: Options) -> Layout | None:
+    """With the missing tables, each where it lengthens the step by the least; None: no room."""
+    for table in options:
+        if table in layout.placement:
+            continue
+        placed = _best_placed(layout, table, options[table])
+        if placed is None:
+            return None
+        layout.add(table, placed)
+    return layout
 
 
 def _cheapest_distinct(met: Sequence[Layout], keep: int) -> Iterator[dict[str, Placed]]:

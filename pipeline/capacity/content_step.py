@@ -58,6 +58,8 @@ class ContentStep:
     """Whether ranks and actors work one after the other."""
     rank_bytes: float
     """On every rank: bank, encoder, and what a step holds of them."""
+    copy_bytes: float
+    """Of what a checkpoint is written from: the bank, and what is trained with its moments."""
 
     def added_seconds(self, other_s: float) -> float:
         """What content adds to a step that takes a rank `other_s` without it."""
@@ -96,6 +98,7 @@ def content_step(
             actor_s=0.0,
             waits_for_actors=False,
             rank_bytes=point.bank_bytes() + held + max(point.batch_bytes(), point.refresh_bytes()),
+            copy_bytes=point.copy_bytes(),
         )
     if isinstance(placement, Service):
         return ContentStep(
@@ -104,6 +107,7 @@ def content_step(
             actor_s=point.actor_s(placement),
             waits_for_actors=placement.staleness == 0,
             rank_bytes=point.bank_bytes() + max(point.batch_bytes(), point.refresh_bytes()),
+            copy_bytes=point.copy_bytes(),
         )
     share = ceil(items.encoded / shape.world_size)
     return ContentStep(
@@ -114,6 +118,7 @@ def content_step(
         rank_bytes=point.bank_bytes()
         + point.encoder_bytes()
         + max(point.batch_bytes() + point.encoding_bytes(share), point.refresh_bytes()),
+        copy_bytes=point.copy_bytes(),
     )
 
 
@@ -257,6 +262,11 @@ class _Point:
     def bank_bytes(self) -> float:
         """A fused vector and the number of a step, of every item; and the layer that reads them."""
         return self._num_items() * (self.fused_bytes + _ID_BYTES) + _HEAD_STATES * self.head_bytes
+
+    def copy_bytes(self) -> float:
+        """The bank, and every trained value of encoder and last layer with its two moments."""
+        trained = self.cost.encoder.parameters * ELEMENT_BYTES + self.head_bytes
+        return self._num_items() * (self.fused_bytes + _ID_BYTES) + 3 * trained
 
     def refresh_bytes(self) -> float:
         """New vectors of all items beside the bank: a rank's own, twice, and those of all."""

@@ -1,4 +1,4 @@
-"""Cost of the dense side of a step: counted products on GPUs, measured seconds on this CPU."""
+"""Cost of the dense side of a step: counted products, measured seconds of this CPU, and bytes."""
 
 import time
 
@@ -13,6 +13,7 @@ from embedding.planning.synthetic_batches import synthetic_batch
 from embedding.planning.traffic import Traffic
 from embedding.planning.workload import table_loads
 from embedding.tables import EmbeddedBatch
+from multimodal.work_meter import WorkMeter
 from pipeline.capacity.item_load import step_items
 from pipeline.capacity.types import ContentCost, DenseCost
 from pipeline.config import Recipe
@@ -20,6 +21,7 @@ from pipeline.content.items import content_shape
 from ranking.model import RankingModel, RankingStep
 
 _COUNTED_ROWS = 64
+_HELD_ROWS = (64, 256)
 _TIMED_ROWS = 512
 _REPEATS = 5
 
@@ -51,6 +53,7 @@ def dense_cost(
 
     with FlopCounterMode(display=False) as counter:
         _run(step, *inputs(_COUNTED_ROWS))
+    few, many = (_held_bytes(step, *inputs(num_rows)) for num_rows in _HELD_ROWS)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     timed = inputs(_TIMED_ROWS)
@@ -64,6 +67,8 @@ def dense_cost(
         parameters=parameters,
         cpu_seconds_per_row=seconds[_REPEATS // 2] / _TIMED_ROWS,
         precision=recipe.ranking.trainer.precision,
+        activation_bytes_per_row=max(many - few, 0) / (_HELD_ROWS[1] - _HELD_ROWS[0]),
+        is_averaged=recipe.ranking.trainer.ema_decay is not None,
     )
 
 
@@ -125,6 +130,15 @@ def _run(
 ) -> None:
     step.zero_grad()
     step.model.rank(embedded, batch, content).sum().backward()
+
+
+def _held_bytes(
+    step: RankingStep, embedded: EmbeddedBatch, batch: RankingBatch, content: ContentVectors | None
+) -> int:
+    """The most that is alive at once, beside the inputs."""
+    with WorkMeter() as meter:
+        _run(step, embedded, batch, content)
+    return meter.peak_bytes
 
 
 def _timed(

@@ -21,16 +21,13 @@ from embedding.planning.planner import PlanRequest, plan_tables
 from embedding.planning.traffic import MIN_GROWTH_DAYS
 from pipeline.capacity.answer import answer_of, choose
 from pipeline.capacity.content_step import ContentStep, content_step
-from pipeline.capacity.growth import breaking_growth, grown, no_room, with_dims
+from pipeline.capacity.growth import breaking_growth, grown, with_dims
 from pipeline.capacity.step import dense_seconds
 from pipeline.capacity.types import CapacityAnswer, CapacityPoint, CapacityRequest, PointKey
 from pipeline.planning.request import measured_traffic, plan_request
+from pipeline.planning.reserve import Reserve, no_room, remedy, reserve_of
 
 _POINTS_PER_TASK = 2
-_LESS_CONTENT = (
-    "lower content.gradient.max_items_per_step, set content.gradient.micro_batch_items, or choose "
-    "ranks with more memory"
-)
 
 
 def run_capacity(
@@ -132,15 +129,15 @@ def evaluate_point(request: CapacityRequest, key: PointKey) -> CapacityPoint:
     planned = _request_of(request, key)
     full = no_room(planned)
     if full is not None:
-        return point.model_copy(update={"refusal": f"{full}; {_LESS_CONTENT}"})
+        return point.model_copy(update={"refusal": f"{full}; {remedy(request.recipe)}"})
     try:
         plan = plan_tables(planned)
     except UserError as error:
         return point.model_copy(update={"refusal": str(error)})
     assert plan.predicted is not None
 
-    def reserve(growth: float) -> float | None:
-        return _reserved_bytes(request, key, growth * key.growth)
+    def reserve(growth: float) -> Reserve:
+        return _reserve(request, key, planned, growth * key.growth)
 
     inside, why = breaking_growth(replace(planned, kernels=(FUSED,)), reserve=reserve)
     growth = inside
@@ -149,12 +146,13 @@ def evaluate_point(request: CapacityRequest, key: PointKey) -> CapacityPoint:
     elif inside is not None and len(planned.kernels) > 1:
         growth, why = breaking_growth(planned, known=inside, reserve=reserve)
     offloads = any(rank.host_bytes["tables"] for rank in plan.predicted.ranks)
-    figures = _figures(request, key, plan.predicted)
+    figures = _figures(request, key, planned, plan.predicted)
     kinds = Counter(f"{table.sharding} {table.kernel}" for table in plan.tables)
     return point.model_copy(
         update={
             **figures,
             "constants": plan.predicted.constants,
+            "calibration": planned.calibration,
             "binding": plan.predicted.binding,
             "shardings": dict(kinds),
             "breaks_at_growth": growth,
@@ -191,16 +189,9 @@ def _request_of(request: CapacityRequest, key: PointKey) -> PlanRequest:
         (p for p in files if p is not None and suits(read_calibration(p), shape.machine)), None
     )
     settings = replace(planned.settings, batch_size_per_rank=key.batch_size_per_rank)
-    return grown(
-        replace(
-            planned,
-            calibration=calibration,
-            settings=settings,
-            kernels=request.kernels,
-            reserved_bytes=_reserved_bytes(request, key, key.growth),
-        ),
-        key.growth,
-    )
+    planned = replace(planned, calibration=calibration, settings=settings, kernels=request.kernels)
+    reserve = _reserve(request, key, planned, key.growth)
+    return grown(reserve.of(planned), key.growth)
 
 
 def _days_left(
@@ -220,7 +211,10 @@ def _too_few_days(request: CapacityRequest, planned: PlanRequest) -> int | None:
 
 
 def _growth_per_day(request: CapacityRequest, key: PointKey, planned: PlanRequest) -> float | None:
-    """Share of the point's tables that is added a day: as given, else by the measured tables."""
+    """Share of the point's tables that is added a day: as given, else by the measured tables.
+
+    Tables are enlarged as the rows in use become more: a table that is half empty stays so.
+    """
     if request.growth_per_day is not None:
         return request.growth_per_day / key.growth
     if planned.traffic is None or planned.traffic.days < MIN_GROWTH_DAYS:
@@ -228,10 +222,11 @@ def _growth_per_day(request: CapacityRequest, key: PointKey, planned: PlanReques
     gained = total = 0.0
     for table in planned.schema.tables:
         measured = planned.traffic.table(table.name)
-        total += table.num_embeddings * table.embedding_dim
-        if measured is not None and measured.new_rows_per_day is not None:
-            gained += measured.new_rows_per_day * table.embedding_dim
-    return gained / total
+        elements = table.num_embeddings * table.embedding_dim
+        total += elements
+        if measured is not None and measured.new_rows_per_day:
+            gained += elements * measured.new_rows_per_day / measured.rows_touched
+    return gained / total / key.growth
 
 
 def _content_step(request: CapacityRequest, key: PointKey, growth: float) -> ContentStep | None:
@@ -243,16 +238,16 @@ def _content_step(request: CapacityRequest, key: PointKey, growth: float) -> Con
     return content_step(request.content, config, key.shape, key.batch_size_per_rank, growth)
 
 
-def _reserved_bytes(request: CapacityRequest, key: PointKey, growth: float) -> float | None:
-    """Bytes of every rank for everything but tables; None: the share that planning keeps free."""
+def _reserve(
+    request: CapacityRequest, key: PointKey, planned: PlanRequest, growth: float
+) -> Reserve:
+    """What holds no table, with so many times today's items."""
     content = _content_step(request, key, growth)
-    if content is None:
-        return None
-    return RESERVED_SHARE * key.shape.device_bytes + content.rank_bytes
+    return reserve_of(planned, content, request.dense[key.dim_factor])
 
 
 def _figures(
-    request: CapacityRequest, key: PointKey, predicted: Prediction
+    request: CapacityRequest, key: PointKey, planned: PlanRequest, predicted: Prediction
 ) -> dict[str, float | int | None]:
     shape, batch = key.shape, key.batch_size_per_rank
     dense = dense_seconds(request.dense[key.dim_factor], shape, batch)
@@ -261,12 +256,13 @@ def _figures(
     ahead = predicted.phase_s["input_dist"]
     hidden = min(ahead, dense) if shape.machine.device == "cuda" else 0.0
     step = predicted.step_s + dense - hidden
-    used = predicted.peak_bytes + RESERVED_SHARE * shape.device_bytes
+    assert planned.reserved_bytes is not None
+    used = predicted.peak_bytes + planned.reserved_bytes
     figures: dict[str, float | int | None] = {}
     content = _content_step(request, key, key.growth)
     if content is not None:
         added = content.added_seconds(step)
-        step, used = step + added, used + content.rank_bytes
+        step += added
         figures = {
             "content_s": added,
             "content_actor_s": content.actor_s or None,
@@ -276,7 +272,8 @@ def _figures(
     rows_per_s = batch * shape.world_size / step
     price = shape.price_per_hour
     host = [
-        sum(
+        planned.reserved_host_bytes
+        + sum(
             sum(rank.host_bytes.values())
             for rank in predicted.ranks[start : start + shape.ranks_per_host]
         )

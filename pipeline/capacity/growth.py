@@ -10,7 +10,7 @@ from embedding.planning.planner import PlanRequest
 from embedding.planning.refusal import fits, shortage
 from embedding.planning.traffic import Traffic
 from pipeline.config import Recipe
-from pipeline.console import size
+from pipeline.planning.reserve import Reserve, no_room
 
 MAX_GROWTH = 1024.0
 _GROWTH_PRECISION = 0.02
@@ -54,19 +54,19 @@ def _spread(traffic: Traffic, growth: float) -> Traffic:
 def breaking_growth(
     request: PlanRequest,
     known: float = 1.0,
-    reserve: Callable[[float], float | None] | None = None,
+    reserve: Callable[[float], Reserve] | None = None,
 ) -> tuple[float | None, str | None]:
     """The largest growth of all tables that fits, and what is short beyond it.
 
     Args:
         request: the tables before they grow.
         known: a growth that fits.
-        reserve: by growth, bytes of every rank that hold no table; by default the request's.
+        reserve: by growth, what holds no table; by default the request's.
     """
 
     def at(growth: float) -> PlanRequest:
         larger = grown(request, growth)
-        return larger if reserve is None else replace(larger, reserved_bytes=reserve(growth))
+        return larger if reserve is None else reserve(growth).of(larger)
 
     low, high = known, min(2 * known, MAX_GROWTH)
     if not fits(request):
@@ -92,11 +92,3 @@ def _short(request: PlanRequest) -> str:
         return shortage(request, request.model())
     except UserError as error:
         return str(error)  # a sharding that so many rows do not allow
-
-
-def no_room(request: PlanRequest) -> str | None:
-    """That content, which needs memory beside the tables, leaves them none; None if it does."""
-    reserved, whole = request.reserved_bytes, request.shape.device_bytes
-    if reserved is None or reserved < whole:
-        return None
-    return f"content and the reserve take {size(reserved)} of the {size(whole)} of every rank"

@@ -1,5 +1,6 @@
 """The answer of a capacity study as a rich table and as one self-contained HTML page."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from rich.table import Table
 
 from pipeline.capacity.answer import FAR_DAYS, has_room, today
 from pipeline.capacity.types import CapacityAnswer, CapacityPoint
+from pipeline.config import Recipe
 from pipeline.console import duration, human, size
 from pipeline.reports import charts
 from pipeline.reports.page import write_page
@@ -82,8 +84,33 @@ def _lasts(point: CapacityPoint) -> str:
     return f"x{point.breaks_at_growth:.2f}"
 
 
-def write_capacity_report(answer: CapacityAnswer, path: Path) -> None:
-    """The page, written in one move."""
+def plan_line(
+    chosen: CapacityPoint, recipe: str, given: Recipe, overrides: Sequence[str] = ()
+) -> str:
+    """The `braid plan` that makes the plan of a point.
+
+    Args:
+        chosen: the point, of tables as they are.
+        recipe: as it was named.
+        given: as the sweep had it, with the traffic that its tables were planned with.
+        overrides: `path.to.key=value` each.
+    """
+    sharding = given.embedding.sharding
+    words = ["braid", "plan", "-r", recipe, "-t", chosen.topology]
+    words += ["--batch-size-per-rank", str(chosen.batch_size_per_rank)]
+    if sharding.traffic is not None:
+        words += ["--traffic", str(sharding.traffic)]
+    if chosen.calibration is not None:
+        words += ["--calibration", str(chosen.calibration)]
+    for override in overrides:
+        words += ["--set", override]
+    if chosen.calibration is None and sharding.calibration is not None:  # of another machine
+        words += ["--set", "embedding.sharding.calibration=null"]
+    return shlex.join(words)
+
+
+def write_capacity_report(answer: CapacityAnswer, path: Path, command: str | None = None) -> None:
+    """The page, written in one move; `command` shows the chosen point's plan."""
     write_page(
         path,
         "capacity.html.j2",
@@ -92,6 +119,7 @@ def write_capacity_report(answer: CapacityAnswer, path: Path) -> None:
         tiles=_tiles(answer),
         charts=_charts(answer),
         chosen=answer.chosen,
+        command=command,
         shardings=(answer.chosen.shardings or {}) if answer.chosen else {},
         rows=[
             {"cells": _cells(p), "chosen": p == answer.chosen, "refusal": p.refusal}

@@ -12,10 +12,10 @@ from embedding.limits import check_support
 from embedding.planning.calibration import constants_for, read_calibration, suits
 from embedding.planning.cluster_shape import MACHINE_PATTERN, ClusterShape, limited, parse_shape
 from multimodal.content_config import ContentConfig, Service
-from multimodal.tower_files import require_files
 from pipeline.capacity.types import CapacityRequest, Target
 from pipeline.config import Recipe
 from pipeline.planning.request import measured_traffic, with_traffic
+from pipeline.planning.reserve import require_towers
 from ranking.compatibility import table_widths
 
 _RANGE = re.compile(rf"^{MACHINE_PATTERN}:(?P<low>\d+)\.\.(?P<high>\d+)(?P<ranks>x\d+)?$")
@@ -121,16 +121,8 @@ def _check_devices(recipe: Recipe, shapes: tuple[ClusterShape, ...]) -> None:
 
 
 def _check_content(content: ContentConfig, shapes: tuple[ClusterShape, ...]) -> None:
-    """Before anything is started: costs of towers come from their files."""
-    for name, tower in content.towers.items():
-        try:
-            require_files(tower)
-        except UserError as error:
-            key = f"content.{name}" if len(content.towers) > 1 else "content"
-            raise UserError(
-                f"content.{name}: capacity counts the tower from its files; {error}, or leave it "
-                f"out by --set {key}=null"
-            ) from error
+    """Before anything is started."""
+    require_towers(content)
     placement = content.placement
     if isinstance(placement, Service) and placement.gpus_per_actor:
         without = [shape.name for shape in shapes if shape.machine.device == "cpu"]

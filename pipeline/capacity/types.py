@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from embedding.config import StrictConfig
+from embedding.limits import ELEMENT_BYTES
 from embedding.planning.cluster_shape import ClusterShape
 from multimodal.content_cost import CicCost, EncoderCost
 from pipeline.capacity.item_load import ItemLoad
@@ -25,6 +26,24 @@ class DenseCost(StrictConfig):
     cpu_seconds_per_row: NonNegativeFloat
     """Measured on one core of this machine."""
     precision: Literal["fp32", "bf16"]
+    activation_bytes_per_row: NonNegativeFloat = 0.0
+    """The most that is alive at once from the looked-up vectors to the end of backward, float32."""
+    is_averaged: bool = False
+    """Whether an average of the parameters is kept beside them."""
+
+    def rank_bytes(self, batch_size_per_rank: int) -> float:
+        """On every rank: parameters with all that is kept beside them, and a batch's activations.
+
+        Beside a value are two gradients (its own, the sum over ranks), two moments, and perhaps its
+        average.
+        """
+        values = (5 + self.is_averaged) * self.parameters
+        return values * ELEMENT_BYTES + batch_size_per_rank * self.activation_bytes_per_row
+
+    @property
+    def copy_bytes(self) -> float:
+        """Of what a checkpoint is written from: values, moments, averages."""
+        return (3 + self.is_averaged) * self.parameters * ELEMENT_BYTES
 
     def with_flops(self, flops_per_row: float) -> "DenseCost":
         """Other products a row, at the speed that this CPU was measured to have; as many values."""
@@ -116,6 +135,8 @@ class CapacityPoint(StrictConfig):
     refusal: str | None = None
     """Why nothing fits; the figures below are None then."""
     constants: str | None = None
+    calibration: Path | None = None
+    """File that they come from; None: a data sheet."""
     shardings: dict[str, int] | None = None
     """Tables by sharding type and kernel."""
     step_s: float | None = None
@@ -141,8 +162,8 @@ class CapacityPoint(StrictConfig):
     """Free share of the fullest host's memory; None on CPU, where the ranks' memory is the host's.
     """
     host_bytes: int | None = None
-    """Of the fullest host of GPUs: tables that do not live on these, and the copy that checkpoints
-    are written from."""
+    """Of the fullest host of GPUs: tables that do not live on these, and the copies that
+    checkpoints are written from, of tables, bank and dense side."""
     binding: str | None = None
     offloads_at_growth: float | None = None
     """Factor of these tables' rows from which device memory alone does not hold them."""

@@ -160,12 +160,12 @@ class ServiceEncoder:
         return ActorCalls(actors, self._ranks.rank, self._service.timeout_s)
 
     def _create(self, config: ContentConfig, paths: ContentPaths, actor: int, name: str) -> Any:
+        # Ray puts it where the rank lets its actors in: a trial of a study has reserved their room,
+        # the placement group of Ray Train is for ranks only and lets none in.
         remote = ray.remote(ContentActor).options(
             name=name,
             num_cpus=self._service.cpus_per_actor,
             num_gpus=self._service.gpus_per_actor,
-            # Not in the placement group of the ranks: it has room for ranks only.
-            scheduling_strategy="DEFAULT",
         )
         return remote.remote(
             config.model_dump_json(),

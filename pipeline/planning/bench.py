@@ -49,6 +49,8 @@ class BenchCase(StrictConfig):
     """Precision on the wire."""
     plans: tuple[PlanDescription, ...]
     """For tables at the path `tables`."""
+    calibration: Path | None = None
+    """Measured constants that the plans were chosen by; None: the data sheet's."""
 
 
 class BenchEffort(StrictConfig):

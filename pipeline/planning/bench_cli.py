@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from embedding.errors import UserError
+from embedding.files import write_durably
 from pipeline.planning.cli import (
     CalibrationOption,
     JsonOption,
@@ -181,7 +182,7 @@ def _calibrate(group: "BenchGroup", sizes: Sequence[int], path: Path, *, quick: 
         session.wait_for("bench", session.group())
         present, device_name = present_shape(group.cluster), gpu_name(group.cluster)
         made = calibrate(present, sizes, group, device_name, quick=quick, reporter=reporter)
-    path.write_text(made.model_dump_json(indent=2))
+    write_durably(path, made.model_dump_json(indent=2))
     reporter.line(f"calibration {path}")
 
 
@@ -200,14 +201,13 @@ def _measure(
     from pipeline.planning.bench_command import bench, bench_shape, fastest_plan, recipe_case
 
     reporter = Reporter()
-    calibration = options.changes.calibration
     with RaySession(group.cluster, say=reporter.line) as session:
         session.wait_for("bench", session.group())
         shape = bench_shape(present_shape(group.cluster), group.cluster.num_workers)
         case = recipe_case(recipe, shape, options)
         reporter.line(f"{shape.name}: {len(case.plans)} plans of {case.name}")
         with reporter.stage("bench", unit="plans"):
-            report = bench(case, shape, group, effort, calibration, reporter.advance)
+            report = bench(case, shape, group, effort, reporter.advance)
         fastest = None if finals is None else fastest_plan(case, report, group, finals)
     return report, fastest
 
@@ -219,7 +219,7 @@ def _show(report: "BenchReport", json_file: Path | None) -> None:
     reporter = Reporter()
     reporter.console.print(comparison_table(report))
     if json_file is not None:
-        json_file.write_text(report.model_dump_json(indent=2))
+        write_durably(json_file, report.model_dump_json(indent=2))
         reporter.line(f"report {json_file}")
 
 
@@ -227,7 +227,7 @@ def _keep(fastest: "PlanDescription", path: Path) -> None:
     """Write the plan that won, to train with it."""
     from pipeline.console import Reporter
 
-    path.write_text(fastest.model_dump_json(indent=2))
+    write_durably(path, fastest.model_dump_json(indent=2))
     Reporter().line(
         f"fastest: {fastest.proposer}, written to {path}; train with it by "
         f"--set embedding.sharding.plan={path}"

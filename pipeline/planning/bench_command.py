@@ -94,6 +94,7 @@ def recipe_case(recipe: Recipe, shape: ClusterShape, options: BenchOptions) -> B
         optimizer=request.settings.optimizer,
         sharding=recipe.embedding.sharding,
         plans=tuple(_chosen_plans(request, options)),
+        calibration=request.calibration,
     )
 
 
@@ -175,15 +176,14 @@ def bench(
     shape: ClusterShape,
     group: BenchGroup,
     effort: BenchEffort,
-    calibration: Path | None,
     progress: Progress | None = None,
 ) -> BenchReport:
-    """Run the plans and compare; needs an initialised Ray."""
+    """Run the plans and compare with what they were chosen by; needs an initialised Ray."""
     runs, _ = run_cases([case], group.of(shape.world_size), effort, progress=progress)
     return BenchReport(
         topology=shape.name,
-        constants=constants_for(shape, calibration).source,
-        comparisons=tuple(compare([case], runs, shape, calibration)),
+        constants=constants_for(shape, case.calibration).source,
+        comparisons=tuple(compare([case], runs, shape, case.calibration)),
     )
 
 

@@ -32,11 +32,11 @@ SetOption = Annotated[
 
 
 def writable(path: Path | None) -> Path | None:
-    """Hours of measuring must not end at a folder that is not there."""
-    from embedding.errors import UserError
+    """Hours of measuring must not end at a file that cannot be written."""
+    from embedding.files import require_writable
 
-    if path is not None and not path.parent.is_dir():
-        raise UserError(f"{path} cannot be written: there is no directory {path.parent}; create it")
+    if path is not None:
+        require_writable(path)
     return path
 
 
@@ -87,10 +87,12 @@ def plan_command(  # noqa: PLR0913 # every option of a command is a parameter
     """
     from rich.console import Console
 
+    from embedding.files import write_durably
     from embedding.planning.plan_description import read_plan
     from pipeline.planning.request import (
         RequestChanges,
         known_kernels,
+        left_out,
         parse_constraints,
         plan_with,
     )
@@ -111,10 +113,12 @@ def plan_command(  # noqa: PLR0913 # every option of a command is a parameter
     console = Console(highlight=False)
     for part in plan_view(plan):
         console.print(part)
+    if (note := left_out(loaded, pin)) is not None:
+        console.print(note)
     if before is not None:
         console.print(diff_table(before, plan))
     if json_file is not None:
-        json_file.write_text(plan.model_dump_json(indent=2))
+        write_durably(json_file, plan.model_dump_json(indent=2))
         console.print(f"plan {json_file}")
 
 
@@ -130,6 +134,7 @@ def traffic_command(
     """Measure how the tables are looked up, and what that says about their size."""
     from rich.console import Console
 
+    from embedding.files import write_durably
     from embedding.planning.table_advice import table_facts
     from pipeline.cluster import ONE_CPU, RaySession
     from pipeline.console import Reporter
@@ -152,7 +157,7 @@ def traffic_command(
     if unknown is not None:
         console.print(unknown)
     if json_file is not None:
-        json_file.write_text(traffic.model_dump_json(indent=2))
+        write_durably(json_file, traffic.model_dump_json(indent=2))
         console.print(f"traffic {json_file}")
 
 
@@ -218,8 +223,9 @@ def capacity_command(  # noqa: PLR0913 # every option of a command is a paramete
     """How many of which machines the recipe needs, and what breaks first when tables grow."""
     from rich.console import Console
 
+    from embedding.files import write_durably
     from pipeline.capacity.evaluate import run_capacity
-    from pipeline.capacity.report import points_table, write_capacity_report
+    from pipeline.capacity.report import plan_line, points_table, write_capacity_report
     from pipeline.capacity.sweep import SweepOptions, sweep_request
     from pipeline.cluster import ONE_CPU, RaySession
     from pipeline.console import Reporter
@@ -251,9 +257,12 @@ def capacity_command(  # noqa: PLR0913 # every option of a command is a paramete
     console.print(f"[bold]{answer.answer}[/]")
     console.print(points_table(answer))
     if json_file is not None:
-        json_file.write_text(answer.model_dump_json(indent=2))
+        write_durably(json_file, answer.model_dump_json(indent=2))
     if report is not None:
-        write_capacity_report(answer, report)
+        command = None
+        if answer.chosen is not None:
+            command = plan_line(answer.chosen, recipe, request.recipe, overrides or ())
+        write_capacity_report(answer, report, command)
         console.print(f"report {report}")
     raise typer.Exit(0 if answer.chosen is not None else 1)
 
@@ -266,7 +275,8 @@ def _load(recipe: str, overrides: list[str] | None) -> "Recipe":
 
 def _no_ranks(recipe: "Recipe") -> "ClusterConfig":
     """The cluster of a command that trains nothing."""
-    return recipe.cluster.model_copy(update={"num_workers": 1, "use_gpu": False})
+    nothing = {"num_workers": 1, "cpus_per_worker": 1, "use_gpu": False}
+    return recipe.cluster.model_copy(update=nothing)
 
 
 def _shape(text: str, recipe: "Recipe") -> "ClusterShape":
@@ -277,6 +287,25 @@ def _shape(text: str, recipe: "Recipe") -> "ClusterShape":
     from pipeline.cluster import RaySession, worker_bundle
     from pipeline.plan import present_shape, training_shape
 
+    _require_gpus(text, recipe.cluster)
     with RaySession(recipe.cluster) as session:
         session.wait_for("plan", [worker_bundle(recipe.cluster)])
         return training_shape(recipe) if text == "here" else present_shape(recipe.cluster)
+
+
+def _require_gpus(text: str, cluster: "ClusterConfig") -> None:
+    """A laptop has no GPUs to ask about ranks; a Ray that is started on it would say so, later."""
+    from embedding.errors import UserError
+    from pipeline.cluster import cluster_address
+
+    if not cluster.use_gpu or cluster_address() is not None:
+        return
+    import torch
+
+    found = torch.cuda.device_count()
+    if found < cluster.num_workers:
+        raise UserError(
+            f"--topology {text} is this machine, as RAY_ADDRESS is not set: it has {found} GPUs, "
+            f"and the recipe trains on {cluster.num_workers} (cluster.num_workers, use_gpu); name "
+            "the cluster, as --topology h200:2x8, or run the command on it"
+        )

@@ -25,6 +25,7 @@ from embedding.planning.plan_description import PlanDescription, read_plan
 from embedding.planning.planner import PlanRequest, check_trainable, plan_tables
 from embedding.planning.traffic import Traffic, read_traffic
 from pipeline.config import Recipe
+from pipeline.planning.reserve import with_reserve
 from ranking.compatibility import table_widths
 
 TABLES_PATH = "model.tables"
@@ -40,7 +41,10 @@ _KINDS = (*_WHOLE, "column_wise", "table_column_wise", "grid")
 
 
 def plan_request(recipe: Recipe, shape: ClusterShape) -> PlanRequest:
-    """A request for the recipe's tables on a cluster, with its own files and limits."""
+    """A request for the recipe's tables on a cluster, with its own files and limits.
+
+    Without the room that its content needs (`pipeline.planning.reserve`).
+    """
     sharding = recipe.embedding.sharding
     return PlanRequest(
         schema=table_widths(recipe.features, recipe.ranking.model),
@@ -66,6 +70,22 @@ def measured_traffic(recipe: Recipe) -> Traffic | None:
     """
     path = recipe.embedding.sharding.traffic
     return None if path is None else read_traffic(path, recipe.features)
+
+
+def left_out(recipe: Recipe, pin: Path | None) -> str | None:
+    """A line about the recipe's own plan, which `braid plan` makes another one beside.
+
+    Args:
+        recipe: what is planned.
+        pin: plan that is kept, if any.
+    """
+    own = recipe.embedding.sharding.plan
+    if own is None or own == pin:
+        return None
+    return (
+        f"embedding.sharding.plan={own}, which `braid run` trains with, is left out; --pin {own} "
+        "keeps its tables in their places"
+    )
 
 
 def with_traffic(recipe: Recipe, path: Path | None) -> Recipe:
@@ -173,12 +193,13 @@ class RequestChanges:
 
 
 def changed_request(recipe: Recipe, shape: ClusterShape, changes: RequestChanges) -> PlanRequest:
-    """The recipe's request with the command line's changes.
+    """The recipe's request with the command line's changes, and room for its content.
 
     Raises:
-        UserError: A traffic, calibration or plan file is missing, or is none.
+        UserError: A traffic, calibration or plan file is missing, or is none, or there is no room.
     """
-    request = plan_request(with_traffic(recipe, changes.traffic), shape)
+    recipe = with_traffic(recipe, changes.traffic)
+    request = plan_request(recipe, shape)
     request = with_constraints(request, changes.constraints)
     if changes.kernels is not None:
         request = replace(request, kernels=changes.kernels)
@@ -189,7 +210,7 @@ def changed_request(recipe: Recipe, shape: ClusterShape, changes: RequestChanges
         request = replace(request, calibration=changes.calibration)
     if changes.pin is not None:
         request = replace(request, pinned=read_plan(changes.pin))
-    return request
+    return with_reserve(request, recipe)
 
 
 def plan_with(recipe: Recipe, shape: ClusterShape, changes: RequestChanges) -> PlanDescription:

@@ -14,6 +14,7 @@ from pipeline.evaluate import SLICES
 from pipeline.reports import charts
 from pipeline.reports.page import write_page
 from pipeline.study.statistics import (
+    CONFIDENCE,
     METRICS,
     OF_A_TRIAL,
     Difference,
@@ -91,6 +92,26 @@ def shown_metrics(recipe: Recipe, result: StudyResult, wanted: Sequence[str]) ->
     return list(wanted) or [name for name in default if name in known]
 
 
+def chance_note(result: StudyResult, metrics: Iterable[str]) -> str:
+    """How many intervals could be marked, and how many are by chance; empty without any.
+
+    They are corrected for nothing: each excludes 0 in 5% of the studies of variants that are equal.
+    """
+    wanted = set(metrics) - set(OF_A_TRIAL)
+    count = sum(
+        name in wanted and difference.ci95 is not None
+        for variant in result.paired.values()
+        for name, difference in variant.items()
+    )
+    if not count:
+        return ""
+    expected = (1 - CONFIDENCE) * count
+    return (
+        f"{count} comparison{'s' if count > 1 else ''}, not corrected for their number: were all "
+        f"variants equal, {expected:.2g} of them would be marked by chance"
+    )
+
+
 def study_table(result: StudyResult, metrics: Sequence[str]) -> Table:
     """Mean and interval of every metric and variant, and the difference to the first variant."""
     first = next(iter(result.variants))
@@ -100,6 +121,7 @@ def study_table(result: StudyResult, metrics: Sequence[str]) -> Table:
         f"{INCOMPLETE if result.failed else ''}"
     )
     table = _table(title, ("metric", "variant"), ("mean", "diff"))
+    table.caption = chance_note(result, metrics)
     for metric in metrics:
         for variant in result.variants:
             cells = _marked(_cells(result, variant, [metric]))
@@ -125,6 +147,7 @@ def slice_metrics(result: StudyResult) -> dict[str, dict[str, str]]:
 
 def _slice_table(result: StudyResult, task: str, metrics: Mapping[str, str]) -> Table:
     table = _table(f"{task}: AUC by slice", ("slice", "variant"), ("rows", "auc", "diff"))
+    table.caption = chance_note(result, metrics.values())
     for name, metric in metrics.items():
         for variant, found in result.variants.items():
             rows = found.get(f"{task}.{name}.num_rows")
@@ -137,7 +160,13 @@ def _slice_table(result: StudyResult, task: str, metrics: Mapping[str, str]) -> 
 
 def _table(title: str, names: Iterable[str], figures: Iterable[str]) -> Table:
     """Empty, and narrow: whole intervals must fit a terminal of 80 columns."""
-    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
+    table = Table(
+        title=title,
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
     for name in names:
         table.add_column(name, overflow="fold")
     for name in figures:
@@ -162,6 +191,8 @@ def _cells(result: StudyResult, variant: str, metrics: Iterable[str]) -> list[Ce
 
 def write_study_report(result: StudyResult, metrics: Sequence[str], directory: Path) -> Path:
     """Write `study.html` in one move."""
+    by_task = slice_metrics(result)
+    of_slices = [metric for columns in by_task.values() for metric in columns.values()]
     return write_page(
         directory / STUDY_REPORT,
         "study.html.j2",
@@ -171,9 +202,10 @@ def write_study_report(result: StudyResult, metrics: Sequence[str], directory: P
             _section(result, "Variants", {metric: metric for metric in metrics}),
             *(
                 _section(result, f"{task}: AUC by slice", _with_rows(result, task, columns))
-                for task, columns in slice_metrics(result).items()
+                for task, columns in by_task.items()
             ),
         ],
+        chance=chance_note(result, [*metrics, *of_slices]),
         charts=[(metric, _chart(result, metric)) for metric in metrics],
         scope=SCOPE,
         incomplete=INCOMPLETE if result.failed else "",

@@ -15,11 +15,13 @@ from threading import Thread
 from typing import Any, Self
 
 import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from rich.console import Console
 
 from embedding.errors import UserError
 from embedding.memory import WORKER_ENVIRONMENT
-from pipeline.cluster import RaySession, free_now
+from pipeline.cluster import Bundle, RaySession, free_now, listed
 from pipeline.config import Recipe
 from pipeline.console import Reporter
 from pipeline.failures import last_line, user_error
@@ -87,38 +89,53 @@ def on_groups(trials: Sequence[Trial], session: RaySession) -> Iterator[Outcome]
             yield Outcome(trial, record, None)
 
 
+@dataclass(frozen=True)
+class _Slot:
+    """A process, and the room that it and the actors of its trials have to themselves."""
+
+    process: Any
+    room: PlacementGroup
+
+    def end(self) -> None:
+        """The process, its actors with it; others may have the room."""
+        ray.kill(self.process)
+        remove_placement_group(self.room)
+
+
 class TrialProcesses:
     """Runs trials of one rank on processes that come when the cluster has room for them.
+
+    And for their actors: a process that took the last CPU would wait in vain for those, as would
+    the others that did the same.
 
     A study begins with the first that comes, and gives back those that have nothing left to do. Use
     it as a context manager: at its end no process is left.
     """
 
-    def __init__(self, recipes: Sequence[Recipe], *, trials_per_gpu: int) -> None:
+    def __init__(self, recipes: Sequence[Recipe], slot: Sequence[Bundle]) -> None:
         """Nothing is started.
 
         Args:
             recipes: of all variants.
-            trials_per_gpu: processes that share a GPU.
+            slot: what a process and the actors of its trials ask for, the process first.
         """
         self._cluster = recipes[0].cluster
         self._has_content = any(recipe.content is not None for recipe in recipes)
-        gpus = 1 / trials_per_gpu if self._cluster.use_gpu else 0
-        self._needs = {"CPU": self._cluster.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
+        self._slot = list(slot)
         self._waiting: deque[Trial] = deque()
-        self._coming: dict[Future[Any], Any] = {}
-        """Processes that Ray has no room for yet, or that import what trials need."""
-        self._idle: list[Any] = []
-        self._running: dict[Future[Any], tuple[Trial, Any]] = {}
+        self._coming: dict[Future[Any], _Slot] = {}
+        """Those that Ray has no room for yet, or that import what trials need."""
+        self._idle: list[_Slot] = []
+        self._running: dict[Future[Any], tuple[Trial, _Slot]] = {}
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         """Ends all processes at once, then their threads, while Ray is still there."""
-        running = [process for _, process in self._running.values()]
-        for process in (*self._coming.values(), *self._idle, *running):
-            ray.kill(process)
+        running = [slot for _, slot in self._running.values()]
+        for slot in (*self._coming.values(), *self._idle, *running):
+            slot.end()
         wait(self._running, timeout=STOP_S)
 
     def outcomes(
@@ -150,25 +167,34 @@ class TrialProcesses:
 
     def _start(self) -> None:
         """A process that imports what trials need, so that no trial's time holds it."""
-        options = {"num_cpus": self._needs["CPU"], "num_gpus": self._needs.get("GPU", 0)}
+        room, rank = placement_group(self._slot), self._slot[0]
         process = (
             ray.remote(TrialProcess)
-            .options(**options, runtime_env={"env_vars": WORKER_ENVIRONMENT})
+            .options(
+                num_cpus=rank["CPU"],
+                num_gpus=rank.get("GPU", 0.0),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    room,
+                    placement_group_bundle_index=0,
+                    placement_group_capture_child_tasks=True,  # the actors of its trials
+                ),
+                runtime_env={"env_vars": WORKER_ENVIRONMENT},
+            )
             .remote()
         )
         warm = process.warm_up.remote(self._cluster.use_gpu, self._has_content)
-        self._coming[warm.future()] = process
+        self._coming[warm.future()] = _Slot(process, room)
 
-    def _run(self, trial: Trial, process: Any) -> None:
+    def _run(self, trial: Trial, slot: _Slot) -> None:
         future: Future[StageRecord] = Future()
 
         def run() -> None:
             try:
-                future.set_result(_execute(trial.on(process)))
+                future.set_result(_execute(trial.on(slot.process)))
             except BaseException as error:  # noqa: BLE001 # the future raises it
                 future.set_exception(error)
 
-        self._running[future] = trial, process
+        self._running[future] = trial, slot
         # The interpreter joins the threads of a pool at its end, however long they take.
         Thread(target=run, daemon=True).start()
 
@@ -181,40 +207,39 @@ class TrialProcesses:
             return wait((*self._running, *self._coming), return_when=FIRST_COMPLETED).done
         started = time.monotonic()
         timeout_s = max(self._cluster.wait_timeout_s, self._cluster.autoscale_timeout_s or 0.0)
-        needs = " and ".join(f"{amount:.2g} {kind}" for kind, amount in self._needs.items())
         while not (ended := wait(self._coming, POLL_S, return_when=FIRST_COMPLETED).done):
             waited_s = time.monotonic() - started
-            room = f"a process needs {needs}, and free are {free_now(self._needs)}"
+            room = f"a trial needs {listed(self._slot)}, and free are {free_now()}"
             if waited_s >= timeout_s:
                 raise UserError(
                     f"no process of the study came up in {timeout_s:.0f} s "
                     f"(cluster.wait_timeout_s, or autoscale_timeout_s): {room}, perhaps not "
-                    "together on one node; see `ray status` for who holds the rest, and run the "
-                    "same command again later, or wait longer"
+                    "on the nodes where they are needed; see `ray status` for who holds the rest, "
+                    "and run the same command again later, or wait longer"
                 )
             say(f"  no trial runs: {room} (waited {waited_s:.0f} of {timeout_s:.0f} s)")
         return ended
 
     def _arrive(self, future: Future[Any]) -> None:
         """Of several processes some may fail to start; without any the study ends."""
-        process = self._coming.pop(future)
+        slot = self._coming.pop(future)
         error = future.exception()
         if error is None:
-            self._idle.append(process)
+            self._idle.append(slot)
             return
-        ray.kill(process)
+        slot.end()
         if not (self._coming or self._idle or self._running):
             raise error
         logger.warning("a process of the study did not start: %s", last_line(error))
 
     def _finish(self, future: Future[StageRecord]) -> Outcome:
-        trial, process = self._running.pop(future)
+        trial, slot = self._running.pop(future)
         error = future.exception()
         if error is None or user_error(error) is not None:
-            self._idle.append(process)
+            self._idle.append(slot)
         else:
             # The next trial must meet neither a dead process nor one whose device has failed.
-            ray.kill(process)
+            slot.end()
             if self._waiting:
                 self._start()
         if error is None:
@@ -225,8 +250,8 @@ class TrialProcesses:
 
     def _give_back(self) -> None:
         """No trial is left that could need a process that does not run one."""
-        for process in (*self._idle, *self._coming.values()):
-            ray.kill(process)
+        for slot in (*self._idle, *self._coming.values()):
+            slot.end()
         self._idle.clear()
         self._coming.clear()
 

@@ -80,3 +80,22 @@ def require_unchanged(sources: Mapping[str, Path], inputs: Mapping[str, str]) ->
                 f"{sources[name]} was written anew after this study had begun, so a trial would "
                 "train on other samples than its manifest says; run the same command again"
             )
+
+
+def require_same_files(planned: Mapping[str, str], found: Mapping[str, str]) -> None:
+    """A trial's tables are placed by the files it was planned with.
+
+    Args:
+        planned: their checksums when the study began, by the key of `embedding.sharding`.
+        found: the same now.
+
+    Raises:
+        UserError: a file is another one by now, or gone.
+    """
+    for name, checksum in planned.items():
+        if found.get(name) != checksum:
+            raise UserError(
+                f"the file of embedding.sharding.{name} has changed since this study began, so a "
+                "trial would run with other tables' places than its manifest says; run the same "
+                "command again"
+            )

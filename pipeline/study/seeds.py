@@ -1,7 +1,6 @@
 """What a study draws anew with every seed, and what it holds equal for all of its variants."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from embedding.errors import UserError
@@ -11,8 +10,8 @@ from pipeline.config import ClusterConfig, EvaluationConfig, Recipe
 def require_comparable(recipes: Mapping[str, Recipe]) -> None:
     """Refuse variants that change what a study holds equal.
 
-    That is the cluster, the seeds, the rows and labels that variants are evaluated on, and the data
-    of one directory.
+    That is the cluster, the seeds, the data, and the rows and labels that variants are evaluated
+    on.
 
     Raises:
         UserError: the variant, the setting, and what to do.
@@ -37,8 +36,8 @@ def require_comparable(recipes: Mapping[str, Recipe]) -> None:
                 "same seeds: leave it out of the variants, and set the first seed for all with "
                 "--set ranking.trainer.seed=..."
             )
+        _require_same_data((name, recipe), (first_name, first))
         _require_same_evaluation((name, recipe), (first_name, first))
-    _require_one_marketplace_a_root(recipes)
 
 
 def _require_same_evaluation(variant: tuple[str, Recipe], first: tuple[str, Recipe]) -> None:
@@ -67,18 +66,20 @@ def _evaluated_on(recipe: Recipe) -> dict[str, Any]:
     return found
 
 
-def _require_one_marketplace_a_root(recipes: Mapping[str, Recipe]) -> None:
-    owners: dict[Path, tuple[str, Recipe]] = {}
-    for name, recipe in recipes.items():
-        root = recipe.data.root.absolute()
-        owner, first = owners.setdefault(root, (name, recipe))
-        if recipe.data.synthetic != first.data.synthetic:
-            raise UserError(
-                f"variant {name!r}: data.synthetic differs from that of {owner!r}, and both have "
-                f"data.root={recipe.data.root}, which holds one marketplace; give the variant "
-                "another data.root too, or leave data.synthetic out of the variants and set it for "
-                "all with --set data.synthetic.KEY=..."
-            )
+def _require_same_data(variant: tuple[str, Recipe], first: tuple[str, Recipe]) -> None:
+    """Trials of other rows are no pair, however equal their seeds are."""
+    (name, recipe), (first_name, theirs) = variant, first
+    where = None
+    if recipe.data.root.absolute() != theirs.data.root.absolute():
+        where = f"data.root is {recipe.data.root}, but {theirs.data.root} in {first_name!r}"
+    elif recipe.data.synthetic != theirs.data.synthetic:
+        where = f"data.synthetic differs from that of {first_name!r}"
+    if where is not None:
+        raise UserError(
+            f"variant {name!r}: {where}; a study compares variants on the same rows, trial by "
+            "trial: leave it out of the variants and set it for all with --set, or run two "
+            "studies, each with an --out of its own"
+        )
 
 
 def with_seed(recipe: Recipe, seed: int) -> Recipe:

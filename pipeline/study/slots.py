@@ -1,9 +1,10 @@
-"""How many trials of a study run side by side: each has a rank, and actors of its own beside it."""
+"""Where a trial of a study runs: room for its rank and its actors, which it gets whole or not."""
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 
-from pipeline.cluster import Bundle, actors_of
+from pipeline.cluster import Bundle, actors_of, worker_bundle
 from pipeline.config import ClusterConfig, Recipe
 
 _ROUNDING = 1e-9
@@ -11,32 +12,33 @@ _ROUNDING = 1e-9
 
 
 def actors_of_any(recipes: Sequence[Recipe]) -> list[Bundle]:
-    """What the actors beside one trial ask for, whichever of the recipes it runs.
+    """Room beside one rank for the actors of whichever of the recipes it trains."""
+    return [
+        {kind: max(actor[kind] for actor in actors) for kind in ("CPU", "GPU")}
+        for actors in zip_longest(*map(actors_of, recipes), fillvalue={"CPU": 0.0, "GPU": 0.0})
+    ]
 
-    In all as many CPUs as those of the recipe that needs most of them, and likewise GPUs.
+
+def slot_bundles(
+    cluster: ClusterConfig, *, trials_per_gpu: int, actors: Sequence[Bundle]
+) -> list[Bundle]:
+    """What one trial asks for: its rank first, then its actors.
+
+    Args:
+        cluster: of the rank.
+        trials_per_gpu: ranks that share a GPU.
+        actors: beside it; those that ask for nothing need no room.
     """
-    groups = [actors_of(recipe) for recipe in recipes]
-    largest = max(groups, key=lambda group: _total(group, "CPU"))
-    gpus = max(_total(group, "GPU") for group in groups) - _total(largest, "GPU")
-    return largest + [{"CPU": 0.0, "GPU": 1.0}] * math.ceil(gpus)
+    gpus = {"GPU": 1 / trials_per_gpu} if cluster.use_gpu else {}
+    asked = [{kind: each for kind, each in actor.items() if each} for actor in actors]
+    return [worker_bundle(cluster) | gpus, *(actor for actor in asked if actor)]
 
 
-def trial_slots(
-    resources: Mapping[str, float],
-    cluster: ClusterConfig,
-    num_trials: int,
-    *,
-    trials_per_gpu: int,
-    actors: Sequence[Bundle],
-) -> int:
-    """Trials of one rank that run side by side, each with actors of its own beside it."""
-    cpus = cluster.cpus_per_worker + _total(actors, "CPU")
-    gpus = (1 / trials_per_gpu if cluster.use_gpu else 0.0) + _total(actors, "GPU")
-    room = math.floor(resources.get("CPU", 1) / cpus + _ROUNDING)
-    if gpus:
-        room = min(room, math.floor(resources.get("GPU", 0) / gpus + _ROUNDING))
-    return max(1, min(room, num_trials))
-
-
-def _total(actors: Sequence[Bundle], kind: str) -> float:
-    return sum(actor[kind] for actor in actors)
+def trial_slots(resources: Mapping[str, float], slot: Sequence[Bundle], num_trials: int) -> int:
+    """Trials that an empty cluster runs side by side: so many processes are asked for."""
+    room = num_trials
+    for kind in ("CPU", "GPU"):
+        asked = sum(bundle.get(kind, 0.0) for bundle in slot)
+        if asked:
+            room = min(room, math.floor(resources.get(kind, 0.0) / asked + _ROUNDING))
+    return max(1, room)

@@ -27,14 +27,21 @@ from pipeline.failures import user_error
 from pipeline.identity import training_config
 from pipeline.marketplace.synthetic import ensure_data
 from pipeline.metrics_file import METRICS_FILE, read_metrics
+from pipeline.plan import plan_inputs
 from pipeline.recipe import load_recipe
 from pipeline.recipe_files import check_recipe_files
 from pipeline.run import DayRun
 from pipeline.stages import STAGES, StageOutput, StageSpec, execute
 from pipeline.study.runner import Outcome, Trial, TrialProcesses, on_groups
-from pipeline.study.samples import identities, require_unchanged, samples_key, take_over
+from pipeline.study.samples import (
+    identities,
+    require_same_files,
+    require_unchanged,
+    samples_key,
+    take_over,
+)
 from pipeline.study.seeds import require_comparable, with_seed
-from pipeline.study.slots import actors_of_any, trial_slots
+from pipeline.study.slots import actors_of_any, slot_bundles, trial_slots
 from pipeline.study.statistics import OF_A_TRIAL, StudyResult, differences, estimates, trial_metrics
 from pipeline.study.trial import TrialJob, run_on_group
 from pipeline.train_facts import TrainResult
@@ -134,15 +141,13 @@ class Study:
             except UserError as error:
                 raise UserError(f"variant {variant.name!r}: {error}") from error
             self.recipes[variant.name] = loaded
-        for read in self.recipes.values():
-            require_absolute({"--out": out, "data.root": read.data.root})
         require_comparable(self.recipes)
         self.first = self.recipes[self.variants[0].name]
+        require_absolute({"--out": out, "data.root": self.first.data.root})
         self._actors = actors_of_any(list(self.recipes.values()))
         self.seeds = [self.first.ranking.trainer.seed + i for i in range(num_seeds)]
         self.reporter = Reporter()
-        for read in {recipe.data.root: recipe for recipe in self.recipes.values()}.values():
-            ensure_data(read, self.reporter)
+        ensure_data(self.first, self.reporter)
         self.date = date or _last_date(self.first)
 
     def run(self) -> StudyResult:
@@ -217,10 +222,11 @@ class Study:
         paths = day.content_paths()
         if paths is not None:
             sources["content"] = paths.index
-        inputs = identities(sources)
+        samples_of, files = identities(sources), plan_inputs(recipe)
 
         def job(scratch: Path) -> TrialJob:
-            require_unchanged(sources, inputs)
+            require_unchanged(sources, samples_of)
+            require_same_files(files, plan_inputs(recipe))
             return TrialJob(
                 recipe=recipe,
                 samples=[path.absolute() for path in samples],
@@ -233,7 +239,11 @@ class Study:
 
         directory = self.out / "trials" / variant.name / f"seed-{seed}"
         spec = StageSpec(
-            "trial", directory, config, inputs, lambda scratch: run_on_group(job(scratch))
+            "trial",
+            directory,
+            config,
+            {**samples_of, **files},
+            lambda scratch: run_on_group(job(scratch)),
         )
         return Trial(variant.name, seed, recipe, job, spec)
 
@@ -261,14 +271,12 @@ class Study:
         if any(recipe.cluster.num_workers > 1 for recipe in recipes):
             yield from on_groups(trials, session)
             return
-        at_once = trial_slots(
-            ray.cluster_resources(),
-            self.first.cluster,
-            min(len(trials), self.max_parallel or len(trials)),
-            trials_per_gpu=self.trials_per_gpu,
-            actors=self._actors,
+        slot = slot_bundles(
+            self.first.cluster, trials_per_gpu=self.trials_per_gpu, actors=self._actors
         )
-        with TrialProcesses(recipes, trials_per_gpu=self.trials_per_gpu) as processes:
+        most = min(len(trials), self.max_parallel or len(trials))
+        at_once = trial_slots(ray.cluster_resources(), slot, most)
+        with TrialProcesses(recipes, slot) as processes:
             yield from processes.outcomes(trials, at_once, self.reporter.line)
 
     # --- result ----------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 import itertools
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,8 @@ import torch
 
 from embedding.config import RowWiseAdagrad, ShardingConfig, TableConfig, TableWise
 from embedding.feature_schema import FeatureSchema, SparseFeature
-from embedding.planning.choices import FUSED, UVM, UVM_CACHING, Choice, choices_of
+from embedding.planning import search as search_module
+from embedding.planning.choices import DENSE, FUSED, UVM, UVM_CACHING, Choice, choices_of
 from embedding.planning.cluster_shape import ClusterShape, find_machine, parse_shape
 from embedding.planning.cost import CostModel, Placed, usage_of
 from embedding.planning.cost_constants import data_sheet_constants
@@ -20,7 +23,7 @@ from embedding.planning.layout import Layout, layout_of
 from embedding.planning.plan import describe_plan, torchrec_plan
 from embedding.planning.plan_samples import all_sensible, sample_tables
 from embedding.planning.planner import PlanRequest, find_plan, plan_tables, shortlist_plans
-from embedding.planning.prediction import placement_of
+from embedding.planning.prediction import describe, placement_of
 from embedding.planning.search import all_placed, canonical, search
 from embedding.planning.sharders import make_sharders
 from embedding.planning.topology import torchrec_topology
@@ -209,14 +212,67 @@ class ToyTables(torch.nn.Module):
         self.tables = EmbeddingTables(schema, torch.device("meta"))
 
 
-def test_a_start_is_never_made_worse() -> None:
+def test_a_start_is_never_made_worse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start that the search does not find: it is left with its worst proposal."""
     schema = sample_tables(11, min_tables=8).schema
     request = request_of(schema, "h100:2x4")
     start = plan_tables(request)
-    again = plan_tables(request, {"start": start})
+    monkeypatch.setattr(search_module, "_MAX_PASSES", 0)
+    monkeypatch.setattr(search_module, "_proposed", _one_rank_for_all)
+
+    alone, again = plan_tables(request), plan_tables(request, {"start": start})
+
     assert start.predicted is not None
+    assert alone.predicted is not None
     assert again.predicted is not None
+    assert alone.predicted.step_s > 1.1 * start.predicted.step_s
     assert again.predicted.step_s <= start.predicted.step_s * (1 + 1e-9)
+    assert again.proposer == "start"
+
+
+def _one_rank_for_all(
+    base: Layout, model: CostModel, options: Mapping[str, Sequence[Choice]]
+) -> Iterator[tuple[str, Layout]]:
+    layout = base.copy()
+    for table, choices in options.items():
+        layout.add(table, Placed(next(c for c in choices if c.sharding == "table_wise"), (0,)))
+    yield "worst", layout
+
+
+def test_a_start_brings_in_no_kernel_or_sharding_that_is_not_allowed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """TorchRec's own plan has caches where memory is short, whatever `--kernel` said."""
+    schema = sample_tables(11, min_tables=8).schema
+    request = request_of(schema, "h100:2x4")
+    first, second, *_ = (table.name for table in schema.tables)
+    start = plan_tables(request)
+    cached = Choice("table_wise", UVM_CACHING, load_factor=0.5)
+    placement = placement_of(start, request.loads(), request.shape)
+    placement[first] = Placed(cached, (0,))
+    begun = describe(request.model(), placement, "theirs", request.tables_path)
+    monkeypatch.setattr(search_module, "_MAX_PASSES", 0)
+    monkeypatch.setattr(search_module, "_proposed", _one_rank_for_all)
+    kept = begun.table(second)
+    assert kept is not None
+
+    repaired = plan_tables(replace(request, kernels=(FUSED,)), {"theirs": begun})
+
+    assert repaired.proposer == "theirs"
+    assert repaired.table(second) == kept
+    assert {table.kernel for table in repaired.tables} <= {FUSED, DENSE}
+    assert f"theirs begins with {first} table_wise fused_uvm_caching 50%" in caplog.text
+
+
+def test_a_cache_without_a_size_counts_as_large_as_torchrec_makes_it() -> None:
+    """FBGEMM's cache of a fifth of the rows was planned as no bytes at all."""
+    schema = sample_tables(11, min_tables=8).schema
+    model = request_of(schema, "h100:2x4").model()
+    name = schema.tables[0].name
+    unsaid, fifth = (Choice("table_wise", UVM_CACHING, load_factor=f) for f in (None, 0.2))
+
+    assert model.price(name, unsaid).owner_bytes == model.price(name, fifth).owner_bytes
+    assert model.price(name, unsaid).mean_s == model.price(name, fifth).mean_s
 
 
 def test_a_plan_is_the_same_in_every_process() -> None:

@@ -5,7 +5,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import ray
+
 from embedding.errors import UserError
+from pipeline.artifacts import StageFacts
+from pipeline.stages import StageOutput
 
 
 def times(task: int, factor: int) -> int:
@@ -41,3 +45,16 @@ def sleep(task: int, seconds: float) -> int:
 
 class Holder:
     """A process of another job."""
+
+
+class WithActor:
+    """A process of a study whose trials need an actor of one CPU each."""
+
+    def warm_up(self, use_gpu: bool, has_content: bool) -> None:
+        pass
+
+    def run(self, trial: str) -> StageOutput:
+        actor = ray.remote(Holder).options(num_cpus=1).remote()
+        ray.get(actor.__ray_ready__.remote(), timeout=20)
+        ray.kill(actor)
+        return StageOutput(1, 1, StageFacts())

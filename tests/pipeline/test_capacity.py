@@ -10,7 +10,7 @@ from embedding.config import ManagedCollision, RowWiseAdagrad, TableConfig
 from embedding.errors import UserError
 from embedding.feature_schema import FeatureSchema, SparseFeature
 from embedding.planning.cluster_shape import ClusterShape, find_machine, parse_shape
-from embedding.planning.cost import RESERVED_SHARE
+from embedding.planning.cost import RESERVED_SHARE, SLACK_SHARE
 from embedding.planning.cost_constants import data_sheet_constants
 from embedding.planning.demand import StepSettings
 from embedding.planning.id_distribution import IdDistribution, zipf
@@ -30,6 +30,7 @@ from pipeline.capacity.types import (
     Target,
 )
 from pipeline.planning.request import plan_request, with_traffic
+from pipeline.planning.reserve import Reserve, reserve_of
 from pipeline.recipe import load_recipe
 from tests.embedding.test_calibration import calibration
 
@@ -93,6 +94,59 @@ def test_the_fuller_of_rank_and_host_leaves_the_headroom() -> None:
     assert evaluate_point(request_of((cpu,)), key_of(cpu)).host_headroom is None
 
 
+def test_a_dense_side_that_needs_more_than_the_reserve_takes_room_from_tables() -> None:
+    """A sweep of batch sizes planned tables into the memory of its activations."""
+    shape, held = small_gpus(64 * MIB), 40_000.0
+    wide = DENSE.model_copy(update={"activation_bytes_per_row": held})
+    request = request_of((shape,), kernels=("fused",))
+    little = evaluate_point(request, key_of(shape))
+    much = evaluate_point(request.model_copy(update={"dense": {1.0: wide}}), key_of(shape))
+    assert (much.peak_bytes or 0) - (little.peak_bytes or 0) == pytest.approx(512 * held, abs=1)
+    assert (much.breaks_at_growth or 0) < (little.breaks_at_growth or 0)
+    large = key_of(shape).model_copy(update={"batch_size_per_rank": 4096})
+    refused = evaluate_point(request.model_copy(update={"dense": {1.0: wide}}), large)
+    assert refused.refusal is not None
+    assert "what is no table takes" in refused.refusal
+    assert "use fewer rows a rank" in refused.refusal
+
+
+def test_a_small_dense_side_has_the_share_that_plans_keep_free() -> None:
+    planned = plan_request(load_recipe("demo"), parse_shape("h100:8"))
+    whole = planned.shape.device_bytes
+    # A value, two gradients, two moments: 20 MB of 80 GiB.
+    assert reserve_of(planned, None, DENSE) == Reserve(RESERVED_SHARE * whole, 12e6)
+    more = DENSE.model_copy(update={"parameters": 10**9, "is_averaged": True})
+    assert reserve_of(planned, None, more) == Reserve(SLACK_SHARE * whole + 24e9, 16e9)
+
+
+def test_copies_for_checkpoints_are_in_the_memory_of_cpu_ranks_or_of_gpus_hosts() -> None:
+    cpu, gpu = parse_shape("cpu:2"), parse_shape("h100:2")
+    more = DENSE.model_copy(update={"parameters": 2 * 10**6})
+    (on_cpu, more_on_cpu), (on_gpu, more_on_gpu) = (
+        [
+            evaluate_point(request_of((shape,), dense={1.0: dense}), key_of(shape))
+            for dense in (DENSE, more)
+        ]
+        for shape in (cpu, gpu)
+    )
+    assert (more_on_cpu.peak_bytes or 0) - (on_cpu.peak_bytes or 0) == pytest.approx(12e6, abs=1)
+    assert (more_on_gpu.host_bytes or 0) - (on_gpu.host_bytes or 0) == pytest.approx(12e6, abs=1)
+    assert more_on_gpu.peak_bytes == on_gpu.peak_bytes
+
+
+def test_what_a_row_keeps_for_backward_is_counted() -> None:
+    """At least the inputs and outputs of a wide layer, in float32."""
+    narrow, wide = (
+        dense_cost(load_recipe("demo", [f"ranking.model.classifier.hidden={hidden}"]), None)
+        for hidden in ("[64]", "[64, 1024]")
+    )
+    more = wide.activation_bytes_per_row - narrow.activation_bytes_per_row
+    assert narrow.activation_bytes_per_row > 0
+    assert more >= 4 * 1024
+    averaged = dense_cost(load_recipe("demo", ["ranking.trainer.ema_decay=0.9"]), None)
+    assert (narrow.is_averaged, averaged.is_averaged) == (False, True)
+
+
 def test_a_history_s_attention_counts_as_dense_work() -> None:
     """Of a two-layer HSTU of width 32: at least its square projections of every token."""
     hstu = "ranking.model.interests=[{kind: hstu, history: clicks, gap: clicks_gap}]"
@@ -154,7 +208,7 @@ def test_the_dense_side_is_counted_for_every_width() -> None:
 
 
 def test_what_fits_nowhere_is_a_point_with_the_reason() -> None:
-    shape = small_gpus(MIB)
+    shape = small_gpus(64 * MIB)
     point = evaluate_point(request_of((shape,)), key_of(shape, growth=1000.0))
     assert point.refusal is not None
     assert "short" in point.refusal
@@ -230,7 +284,7 @@ def measured_growth(rows_per_day: float | None, days: int = 14) -> Traffic:
                 table=table.name,
                 num_rows=table.num_embeddings,
                 lookups=100,
-                rows_touched=100,
+                rows_touched=100 if table.name == "item" else 400,
                 rows_seen_once=100,
                 bin_rows=(100.0,),
                 bin_shares=(1.0,),
@@ -255,9 +309,10 @@ def test_given_growth_is_counted_before_the_measured_one(tmp_path: Path, growth:
     assert measured.breaks_at_growth is not None
     more = growth * (measured.breaks_at_growth - 1)
     tables = load_recipe("demo").features.tables
-    elements = sum(t.num_embeddings * t.embedding_dim for t in tables)
-    gained = sum(5.0 * t.embedding_dim for t in tables)
-    assert measured.days_left == pytest.approx(more * elements / gained, rel=1e-3)
+    elements = {t.name: t.num_embeddings * t.embedding_dim for t in tables}
+    # Of the rows in use, not of those that tables have: the item table's become 5% more a day.
+    gained = sum(n * (0.05 if name == "item" else 0.0125) for name, n in elements.items())
+    assert measured.days_left == pytest.approx(more * sum(elements.values()) / gained, rel=1e-3)
     assert given.days_left == pytest.approx(more / 0.01)
     assert none.days_left is None
 

@@ -7,7 +7,12 @@ from rich.console import Console
 
 from embedding.planning.cluster_shape import parse_shape
 from pipeline.capacity.answer import answer_of, choose
-from pipeline.capacity.report import best_batches, points_table, write_capacity_report
+from pipeline.capacity.report import (
+    best_batches,
+    plan_line,
+    points_table,
+    write_capacity_report,
+)
 from pipeline.capacity.sweep import SweepOptions, sweep_request
 from pipeline.capacity.types import CapacityAnswer, CapacityPoint, DenseCost, Target
 from pipeline.recipe import load_recipe
@@ -234,3 +239,25 @@ def test_another_batch_than_the_recipes_and_what_hosts_must_decode_are_said() ->
     assert "every host has to read and decode 2M rows/s" in said
     same = point_of("h100:1", 1e6)
     assert "learning rates" not in answer_of((same,), same, Target(), recipe)
+
+
+def test_the_command_for_a_points_plan_repeats_what_it_was_planned_with() -> None:
+    """With the recipe alone it made another plan than the one that was recommended."""
+    measured = {"traffic": Path("t.json"), "calibration": Path("cpu.json")}
+    recipe = load_recipe("demo")
+    sharding = recipe.embedding.sharding.model_copy(update=measured)
+    given = recipe.model_copy(
+        update={"embedding": recipe.embedding.model_copy(update={"sharding": sharding})}
+    )
+    point = point_of("h100:2x8", 1e6)
+    override = "ranking.tasks=[{name: click}]"
+    start = f"braid plan -r demo -t h100:2x8 --batch-size-per-rank {point.batch_size_per_rank}"
+
+    calibrated = point.model_copy(update={"calibration": Path("my h100.json")})
+    assert plan_line(calibrated, "demo", given, [override]) == (
+        f"{start} --traffic t.json --calibration 'my h100.json' --set '{override}'"
+    )
+    assert plan_line(point, "demo", given) == (
+        f"{start} --traffic t.json --set embedding.sharding.calibration=null"
+    )
+    assert plan_line(point, "demo", recipe) == start

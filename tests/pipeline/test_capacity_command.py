@@ -42,6 +42,7 @@ def test_a_small_sweep_is_answered(tmp_path: Path, capsys: pytest.CaptureFixture
     shown = " ".join(capsys.readouterr().out.split())
     assert answer.answer in shown
     assert answer.answer.split(".")[0] in report.read_text()
+    assert f"braid plan -r {tmp_path / 'small.yaml'} -t h200:8 --batch" in report.read_text()
 
 
 CONTENT = "content={text: {max_tokens: 8}, dim: 16, gradient: {max_items_per_step: 64}}"
@@ -78,4 +79,4 @@ def test_a_missing_tower_ends_the_command_with_one_sentence(
     code = main(["capacity", "-r", "movielens_content", *nowhere, "-t", "h100:8"])
     assert code == 2
     said = capsys.readouterr().err
-    assert "content.image: capacity counts the tower from its files" in " ".join(said.split())
+    assert "content.image: planning counts the tower from its files" in " ".join(said.split())

@@ -4,17 +4,20 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from embedding.errors import UserError
 from embedding.planning.cluster_shape import ClusterShape, find_machine, parse_shape
+from embedding.planning.cost import RESERVED_SHARE
 from embedding.planning.cost_constants import CORE_BANDWIDTH, CPU_CALL_S, GPU_CALL_S, GPU_EXCHANGE_S
+from embedding.planning.planner import plan_tables
 from multimodal.content_config import ContentConfig
 from multimodal.content_cost import CicCost, EncoderCost
 from pipeline.capacity.answer import answer_of
 from pipeline.capacity.content_cost import content_cost
 from pipeline.capacity.content_step import ContentStep, content_step
 from pipeline.capacity.dense_cost import dense_cost
-from pipeline.capacity.evaluate import evaluate_point
+from pipeline.capacity.evaluate import _request_of, evaluate_point
 from pipeline.capacity.item_load import ItemLoad
 from pipeline.capacity.sweep import SweepOptions, sweep_request
 from pipeline.capacity.types import (
@@ -26,6 +29,10 @@ from pipeline.capacity.types import (
     PointKey,
     Target,
 )
+from pipeline.identity import plan_config
+from pipeline.planning.request import RequestChanges, changed_request, plan_request
+from pipeline.planning.reserve import with_reserve
+from pipeline.planning_worker import plan_recipe
 from pipeline.recipe import load_recipe
 
 DIM, WIDTH, ITEMS = 16, 24, 1000
@@ -320,6 +327,9 @@ def test_a_point_adds_content_to_time_and_memory() -> None:
     assert with_content.headroom == pytest.approx(
         (without.headroom or 0) - step.rank_bytes / shape.device_bytes
     )
+    assert step.copy_bytes == ITEMS * (WIDTH * 4 + 8) + 3 * (4 * 10**5 + HEAD_BYTES)
+    copied = (with_content.host_bytes or 0) - (without.host_bytes or 0)
+    assert copied == pytest.approx(step.copy_bytes, abs=1)
     assert without.content_s is None
     assert with_content.content_actor_s is None
 
@@ -366,8 +376,56 @@ def test_content_that_fills_a_rank_is_a_refusal_with_the_remedy() -> None:
     shape = small_gpus(12 << 20)
     point = point_on(shape)
     assert point.refusal is not None
-    assert "content and the reserve take" in point.refusal
+    assert "what is no table takes" in point.refusal
     assert "content.gradient.micro_batch_items" in point.refusal
+
+
+def test_a_run_and_braid_plan_leave_content_the_room_that_capacity_does(tmp_path: Path) -> None:
+    """They left it a share of the memory: another plan than the one that was recommended."""
+    shape, recipe = small_gpus(1 << 30), load_recipe("demo", [CONTENT, f"data.root={tmp_path}"])
+    assert recipe.content is not None
+    batch_size = recipe.ranking.trainer.batch_size_per_rank
+    swept = CapacityRequest(
+        recipe=recipe,
+        shapes=(shape,),
+        batch_sizes=(batch_size,),
+        dense={1.0: DENSE},
+        content=content_cost(recipe, recipe.content, None, timed=False),
+    )
+    key = PointKey(shape=shape, batch_size_per_rank=batch_size, growth=1.0, dim_factor=1.0)
+    capacity = _request_of(swept, key)
+
+    of_run = with_reserve(plan_request(recipe, shape), recipe)
+    of_plan = changed_request(recipe, shape, RequestChanges())
+
+    assert of_run.reserved_bytes == of_plan.reserved_bytes == capacity.reserved_bytes
+    assert (of_run.reserved_bytes or 0) > RESERVED_SHARE * shape.device_bytes
+    assert plan_tables(of_run) == plan_tables(of_plan) == plan_tables(capacity)
+
+
+def test_a_run_is_refused_where_content_fills_the_ranks() -> None:
+    recipe = load_recipe("demo", [CONTENT, "embedding.sharding.hbm_gib=0.01"])
+    with pytest.raises(UserError, match="what is no table takes .*micro_batch_items"):
+        plan_recipe(recipe, ranks_per_host=2)
+
+
+def test_a_plan_with_content_is_another_one() -> None:
+    small, large = (
+        plan_config(load_recipe("demo", [CONTENT, f"content.gradient.max_items_per_step={n}"]))
+        for n in (8, 64)
+    )
+    assert small != large
+    assert "content" not in plan_config(load_recipe("demo"))
+
+
+def test_planning_leaves_what_a_process_draws_as_it_was(tmp_path: Path) -> None:
+    recipe = load_recipe("demo", [CONTENT, f"data.root={tmp_path}"])
+    assert recipe.content is not None
+    before = torch.random.get_rng_state()
+    found = content_cost(recipe, recipe.content, None, timed=False)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert found.encoder.forward_s == found.encoder.head_s == 0.0
+    assert found.encoder.activation_bytes > 0
 
 
 def test_a_tower_that_is_not_there_is_said_before_anything_starts() -> None:

@@ -1,5 +1,7 @@
 """The bench of plans: which plans it runs, what it measures, and constants fitted to that."""
 
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from embedding.planning.plan_description import read_plan
 from embedding.planning.workload import table_loads
 from pipeline.config import ClusterConfig
 from pipeline.planning import bench as plan_bench
+from pipeline.planning import bench_command
 from pipeline.planning import bench_worker as plan_bench_worker
 from pipeline.planning.accuracy import (
     compare,
@@ -32,12 +35,14 @@ from pipeline.planning.bench import (
     BenchGroup,
     BenchJob,
     BenchReport,
+    MeasuredRun,
     case_request,
     run_cases,
 )
 from pipeline.planning.bench_command import BenchOptions, bench_shape, recipe_case, with_plans
 from pipeline.planning.request import RequestChanges
 from pipeline.recipe import load_recipe
+from tests.embedding.test_calibration import calibration, fit, written
 from tests.pipeline.small_log import make_recipe
 from tests.pipeline.test_traffic import traffic_of
 
@@ -150,6 +155,26 @@ def test_what_cannot_be_run_is_said(options: BenchOptions, message: str) -> None
         recipe_case(load_recipe("demo"), TWO, options)
 
 
+def test_plans_are_shown_beside_the_constants_that_chose_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the recipe were beside the data sheet's."""
+    path = written(tmp_path, calibration(fits=(fit("cpu:2", 1.0),)))
+    recipe = load_recipe("demo", [f"embedding.sharding.calibration={path}"])
+    case = recipe_case(recipe, TWO, BenchOptions(plans=()))
+    run = MeasuredRun(
+        case=case.name, plan_index=0, step_s=1.0, halves_s=(1.0, 1.0), phase_s={}, num_steps=9
+    )
+    monkeypatch.setattr(bench_command, "run_cases", lambda *_, **__: ([run], {}))
+
+    report = bench_command.bench(case, TWO, BenchGroup(recipe.cluster), BenchEffort())
+
+    assert report.constants.startswith("calibration")
+    predicted = case.plans[0].predicted
+    assert predicted is not None
+    assert report.comparisons[0].predicted_s == pytest.approx(predicted.step_s)
+
+
 @pytest.mark.parametrize(
     ("options", "messages"),
     [
@@ -170,6 +195,37 @@ def test_options_that_would_be_ignored_are_refused(
     assert main(["bench", "plan", *options]) == 2
     said = capsys.readouterr().err
     assert all(message in said for message in messages), said
+
+
+@pytest.mark.parametrize("option", ["--calibrate", "--best", "--json"])
+@pytest.mark.parametrize(
+    ("target", "why"),
+    [("", "it is a directory"), ("gone/x.json", "there is no directory"), ("/proc/x.json", "")],
+)
+def test_what_cannot_be_written_is_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, target: str, why: str
+) -> None:
+    path = tmp_path / target
+    assert main(["bench", "plan", option, str(path)]) == 2
+    assert f"{path} cannot be written" in (said := capsys.readouterr().err)
+    assert why in said
+
+
+def test_a_result_that_cannot_be_written_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk left half of a new file in the place of the old one."""
+    path = tmp_path / "plan.json"
+    command = ["plan", "--recipe", "demo", "--topology", "cpu:2", "--json", str(path)]
+    assert main(command) == 0
+    before = path.read_text()
+
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert main([*command, "--constraint", "item=row_wise"]) != 0
+    assert path.read_text() == before
 
 
 @pytest.mark.parametrize("options", [[], ["--calibrate", "calibration.json"]])

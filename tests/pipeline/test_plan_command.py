@@ -1,20 +1,25 @@
 """`braid plan` through the command line: plans of a laptop's and of a GPU cluster's ranks."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import ray
+import torch
 
 from deploy.app import main
-from embedding.planning.calibration import installed_versions
+from embedding.planning.calibration import _MEASURED, installed_versions
 from embedding.planning.cluster_shape import parse_shape
 from embedding.planning.plan_description import PlanDescription, read_plan
 from pipeline.capacity.sweep import SweepOptions, sweep_request
+from pipeline.cluster import RaySession
 from pipeline.plan import PLAN, present_shape, training_shape
 from pipeline.plan import plan as plan_stage
+from pipeline.planning.cli import _no_ranks
 from pipeline.planning.request import plan_request
 from pipeline.recipe import load_recipe
 from tests.embedding.test_calibration import calibration
@@ -234,6 +239,54 @@ def test_here_is_what_the_plan_stage_plans_for_and_cluster_is_all_there_is(
     assert (here.topology, here.world_size) == ("cpu:1", 1)
     assert whole.world_size == ray.cluster_resources()["CPU"]
     assert everywhere.world_size == whole.world_size
+
+
+def test_a_recipes_own_plan_is_named_where_it_is_left_out(
+    plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only `braid run` kept it, and `braid plan` said nothing."""
+    own, kept = tmp_path / "own.json", "embedding.sharding.plan"
+    first = plan("cpu:2", "--constraint", "item=row_wise", name="own.json")
+    capsys.readouterr()
+
+    anew = plan("cpu:2", "--set", f"{kept}={own}")
+    said = "".join(capsys.readouterr().out.split())
+    assert f"{kept}={own},which`braidrun`trainswith,isleftout;--pin{own}keeps" in said
+    assert anew.table("item") != first.table("item")
+
+    pinned = plan("cpu:2", "--set", f"{kept}={own}", "--pin", str(own))
+    assert "left out" not in capsys.readouterr().out
+    assert pinned.tables == first.tables
+
+
+@pytest.mark.parametrize("topology", ["here", "cluster"])
+def test_gpus_that_this_machine_lacks_are_said_before_a_ray_is_started(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, topology: str
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(RaySession, "start", Mock(side_effect=AssertionError))
+    command = ["plan", "--recipe", "demo", "--topology", topology]
+    command += ["--set", "cluster={num_workers: 16, cpus_per_worker: 12, use_gpu: true}"]
+
+    assert main(command) == 2
+
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"--topology {topology} is this machine" in said
+    assert "it has 2 GPUs, and the recipe trains on 16" in said
+    assert "--topology h200:2x8" in said
+
+
+def test_commands_that_train_nothing_ask_for_no_cpus_of_ranks() -> None:
+    """Of a recipe for a cluster they started a Ray of 12 CPUs on a laptop."""
+    asked = _no_ranks(load_recipe("cluster"))
+    assert (asked.num_workers, asked.cpus_per_worker, asked.use_gpu) == (1, 1, False)
+
+
+def test_the_guide_names_the_keys_that_a_calibration_measures() -> None:
+    text = (ROOT / "docs" / "capacity.md").read_text()
+    (named,) = re.findall(r"nothing that was measured \(([^)]*)\)", text)
+    assert {key.strip("`") for key in named.split(", ")} == {*_MEASURED} - {"device"}
 
 
 def test_a_plan_with_a_kernel_that_training_lacks_is_refused(

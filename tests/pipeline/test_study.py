@@ -15,6 +15,7 @@ from deploy.app import main
 from embedding.errors import UserError
 from multimodal.codes.config import AlignedVectors
 from pipeline.artifacts import MANIFEST, Manifest, StageFacts
+from pipeline.cluster import actors_of, fitting
 from pipeline.config import ClusterConfig, EvaluationConfig, Recipe
 from pipeline.console import Reporter
 from pipeline.evaluate import SLICES, Slices
@@ -23,6 +24,7 @@ from pipeline.metrics_file import METRICS_FILE, write_metrics
 from pipeline.recipe import load_recipe
 from pipeline.stages import StageOutput, StageSpec, execute
 from pipeline.study.report import (
+    chance_note,
     require_metrics,
     slice_metrics,
     slice_tables,
@@ -32,7 +34,7 @@ from pipeline.study.report import (
 from pipeline.study.runner import Trial
 from pipeline.study.samples import identities, require_unchanged, samples_key, take_over
 from pipeline.study.seeds import require_comparable, with_seed
-from pipeline.study.slots import actors_of_any, trial_slots
+from pipeline.study.slots import actors_of_any, slot_bundles, trial_slots
 from pipeline.study.statistics import (
     METRICS,
     OF_A_TRIAL,
@@ -42,7 +44,7 @@ from pipeline.study.statistics import (
     is_better,
     trial_metrics,
 )
-from pipeline.study.study import Study, _line, read_variants
+from pipeline.study.study import Study, Variant, _line, read_variants
 from ranking.task_metrics import SliceMetrics, TaskMetrics
 from tests.pipeline.small_log import Row, event, make_recipe, write_catalogue, write_day
 
@@ -216,7 +218,8 @@ def test_trials_side_by_side_are_bound_by_cpus_gpus_and_their_number(
 ) -> None:
     cluster = ClusterConfig(num_workers=1, **changes)
     room = {"CPU": 16.0, "GPU": 2.0}
-    assert trial_slots(room, cluster, trials, trials_per_gpu=per_gpu, actors=[]) == expected
+    slot = slot_bundles(cluster, trials_per_gpu=per_gpu, actors=[])
+    assert trial_slots(room, slot, trials) == expected
 
 
 def service(**changes: Any) -> str:
@@ -247,15 +250,22 @@ def test_every_trial_has_room_for_the_actors_of_any_variant(
     content = "content={text: {}, image: {}}"
     recipes = [load_recipe("demo", [content, v] if v else []) for v in variants]
 
-    found = trial_slots(
-        {"CPU": 16.0, "GPU": 2.0},
-        cluster,
-        99,
-        trials_per_gpu=3,
-        actors=actors_of_any(recipes),
-    )
+    slot = slot_bundles(cluster, trials_per_gpu=3, actors=actors_of_any(recipes))
 
-    assert found == expected
+    assert trial_slots({"CPU": 16.0, "GPU": 2.0}, slot, 99) == expected
+    for recipe in recipes:
+        left = slot[1:]
+        for actor in actors_of(recipe):
+            left.remove(next(room for room in left if fitting(room, actor)))
+
+
+def test_actors_that_ask_for_nothing_reserve_nothing() -> None:
+    recipe = load_recipe("demo", ["content={text: {}, image: {}}", service(cpus_per_actor=0)])
+    cluster = ClusterConfig(num_workers=1, cpus_per_worker=2, use_gpu=True)
+
+    slot = slot_bundles(cluster, trials_per_gpu=2, actors=actors_of_any([recipe]))
+
+    assert slot == [{"CPU": 2, "GPU": 0.5}]
 
 
 ALIGNED = {
@@ -316,6 +326,36 @@ def test_a_trial_whose_samples_were_written_anew_does_not_start(tmp_path: Path) 
 
     with pytest.raises(UserError, match=f"{tmp_path / 'b'} was written anew.*command again"):
         require_unchanged(sources, inputs)
+
+
+def test_a_trial_is_another_one_with_other_plan_files(tmp_path: Path) -> None:
+    """A study with a new plan showed the times of the old one, as done before."""
+    recipe = make_recipe(tmp_path).model_dump(mode="json")
+    files = {name: tmp_path / f"{name}.json" for name in ("plan", "calibration", "traffic")}
+    for path in files.values():
+        path.write_text("first")
+    paths = {name: str(path) for name, path in files.items()}
+    recipe = Recipe.model_validate(merged(recipe, {"embedding": {"sharding": paths}}))
+    study = object.__new__(Study)
+    study.out = tmp_path
+    day = Mock()
+    day.split.validation, day.content_paths.return_value = [], None
+    day.training_days.return_value, day.samples.return_value = ["2024-01-01"], []
+    day.evaluation_samples.return_value = []
+    day.directory.return_value = tmp_path
+
+    def trial() -> Trial:
+        return study._trial(Variant("a", ()), recipe, 0, day)
+
+    begun = trial()
+    assert trial().spec.artifact_id == begun.spec.artifact_id
+    for path in files.values():
+        before = trial()
+        before.job(tmp_path)
+        path.write_text("second")
+        assert trial().spec.artifact_id != before.spec.artifact_id
+        with pytest.raises(UserError, match=f"embedding.sharding.{path.stem} has changed"):
+            before.job(tmp_path)
 
 
 def _align_spec(data: Path, variant: str, **config: Any) -> StageSpec:
@@ -418,19 +458,21 @@ def test_a_finished_trial_shows_its_own_gate_task(tmp_path: Path) -> None:
     assert _line(Trial("a", 0, recipe, Mock(), spec), 61.0).endswith("like auc 0.7500")
 
 
-def test_variants_of_another_marketplace_need_another_directory(tmp_path: Path) -> None:
-    """The data of the first was trained on under the name of the second."""
-    first = load_recipe("demo", [f"data.root={tmp_path}"])
-    other = load_recipe("demo", [f"data.root={tmp_path}", "data.synthetic.seed=9"])
-    with pytest.raises(UserError, match="variant 'b': data.synthetic .* of 'a'.*another data.root"):
-        require_comparable({"a": first, "b": other})
+def test_variants_on_other_data_are_refused(tmp_path: Path) -> None:
+    """Their AUC was subtracted seed by seed, as if the rows were the same."""
+    root = f"data.root={tmp_path}"
+    first = load_recipe("demo", [root])
+    require_comparable({"a": first, "b": load_recipe("demo", [root])})
 
-    elsewhere = load_recipe("demo", [f"data.root={tmp_path / 'b'}", "data.synthetic.seed=9"])
-    require_comparable({"a": first, "b": elsewhere})
-    with pytest.raises(UserError, match="variant 'c': data.synthetic .* of 'b'"):
-        require_comparable(
-            {"a": first, "b": elsewhere, "c": load_recipe("demo", [f"data.root={tmp_path / 'b'}"])}
-        )
+    elsewhere = load_recipe("demo", [f"data.root={tmp_path / 'b'}"])
+    with pytest.raises(UserError, match=rf"variant 'b': data.root is {tmp_path}/b, but .* in 'a'"):
+        require_comparable({"a": first, "b": elsewhere})
+    other = load_recipe("demo", [root, "data.synthetic.seed=9"])
+    with pytest.raises(UserError, match=r"variant 'b': data.synthetic differs .*two studies"):
+        require_comparable({"a": first, "b": other})
+    both = load_recipe("demo", [f"data.root={tmp_path / 'b'}", "data.synthetic.seed=9"])
+    with pytest.raises(UserError, match="variant 'b': data.root"):
+        require_comparable({"a": first, "b": both})
 
 
 def test_which_metrics_are_better_higher() -> None:
@@ -601,6 +643,32 @@ def test_the_page_of_a_study_has_the_slices_too(tmp_path: Path) -> None:
     assert "popular (1,200)" in page
     assert re.search(r'class="n good">\+0\.1001 \+- 0\.0013<', page)
     assert re.search(r'class="n soft">\+0\.0050 \+- 0\.1906<', page)
+
+
+def test_tables_and_page_say_how_many_marks_chance_would_make(tmp_path: Path) -> None:
+    """Dozens of intervals of 95% were marked better or worse, as if each stood alone."""
+    result = result_of({**GAINS, "more": GAINS["codes"]})
+    tables = [study_table(result, ["click.auc"]), *slice_tables(result)]
+    expected = "not corrected for their number: were all variants equal, {} of them would be marked"
+
+    # Two variants beside the first, of one metric and of two slices: 2, 4 and 6 comparisons.
+    captions = [str(table.caption) for table in tables]
+    assert captions[0].startswith("2 comparisons, " + expected.format("0.1"))
+    assert captions[1].startswith("4 comparisons, " + expected.format("0.2"))
+    page = write_study_report(result, ["click.auc"], tmp_path).read_text()
+    assert "On this page: 6 comparisons, " + expected.format("0.3") in page
+
+
+def test_times_and_single_seeds_are_no_comparisons() -> None:
+    result = result_of(GAINS)
+    assert chance_note(result, ["trial.seconds"]) == ""
+    alone = {
+        name: difference.model_copy(update={"ci95": None})
+        for name, difference in result.paired["codes"].items()
+    }
+    one_seed = result.model_copy(update={"paired": {"codes": alone}})
+    assert chance_note(one_seed, ["click.auc"]) == ""
+    assert chance_note(result, ["click.auc", "trial.seconds"]).startswith("1 comparison, ")
 
 
 def test_only_metrics_with_a_better_side_are_coloured_and_times_do_not_stand_out(

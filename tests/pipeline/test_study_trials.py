@@ -1,6 +1,6 @@
 """Trials side by side: which processes run them, and that none outlives an interrupt.
 
-Ray is a stand-in but for the last test.
+Ray is a stand-in but for the last tests.
 """
 
 import signal
@@ -22,17 +22,20 @@ import ray
 
 from embedding.errors import UserError
 from pipeline.artifacts import StageFacts
+from pipeline.cluster import Bundle
 from pipeline.config import Recipe
 from pipeline.stages import StageOutput, StageSpec
 from pipeline.study import runner as study_trials
 from pipeline.study import study as study_module
 from pipeline.study.runner import Outcome, Trial, TrialProcesses
 from pipeline.study.study import Study
+from tests.pipeline.cluster_tasks import WithActor
 from tests.pipeline.small_log import make_recipe
 
 Run = Callable[[str], StageOutput | Exception]
 """What a process does with a trial: returns, or raises what is returned."""
 DONE = StageOutput(1, 1, StageFacts())
+SLOT: list[Bundle] = [{"CPU": 1.0}, {"CPU": 1.0}]
 
 
 class Process:
@@ -66,6 +69,15 @@ class Cluster:
     def __init__(self, room: int, run: Run) -> None:
         self.room, self.run = room, run
         self.started: list[Process] = []
+        self.held: list[list[Bundle]] = []
+        """Placement groups that are not removed."""
+
+    def placement_group(self, bundles: list[Bundle]) -> list[Bundle]:
+        self.held.append(bundles)
+        return bundles
+
+    def remove_placement_group(self, group: list[Bundle]) -> None:
+        self.held.remove(group)
 
     def remote(self, _: type) -> Any:
         return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._start))
@@ -121,6 +133,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Cluster]:
     def make(room: int, run: Run = lambda trial: DONE) -> Cluster:
         made = Cluster(room, run)
         monkeypatch.setattr(study_trials, "ray", made)
+        for name in ("placement_group", "remove_placement_group"):
+            monkeypatch.setattr(study_trials, name, getattr(made, name))
         for name in ("available_resources", "cluster_resources"):
             monkeypatch.setattr(ray, name, getattr(made, name))
         return made
@@ -143,7 +157,7 @@ def trials(tmp_path: Path, recipe: Recipe) -> list[Trial]:
 
 def run(trials: list[Trial], at_once: int, lines: list[str] | None = None) -> list[Outcome]:
     say = Mock() if lines is None else lines.append
-    with TrialProcesses([trials[0].recipe], trials_per_gpu=1) as processes:
+    with TrialProcesses([trials[0].recipe], SLOT) as processes:
         return list(processes.outcomes(trials, at_once, say))
 
 
@@ -159,6 +173,7 @@ def test_a_study_goes_on_with_the_processes_that_came(
     assert all(outcome.record is not None for outcome in outcomes)
     assert len(made.started) == 3
     assert all(process.is_killed for process in made.started)
+    assert not made.held
 
 
 def test_processes_that_have_nothing_left_to_do_are_given_back(
@@ -193,7 +208,7 @@ def test_an_interrupt_ends_the_processes_and_starts_no_others(
         return DONE
 
     made = cluster(room=2, run=work)
-    processes = TrialProcesses([trials[0].recipe], trials_per_gpu=1)
+    processes = TrialProcesses([trials[0].recipe], SLOT)
 
     def interrupted() -> None:
         with processes:
@@ -219,10 +234,14 @@ def test_a_study_that_no_process_comes_for_says_so_and_ends(
     trials = [replace(t, recipe=t.recipe.model_copy(update={"cluster": patient})) for t in trials]
     lines: list[str] = []
 
-    with pytest.raises(UserError, match=r"no process .*needs 1 CPU, and free are 0 of 16 CPUs"):
+    with pytest.raises(
+        UserError, match=r"no process .*needs 2 x .1 CPU., and free are 0 of 16 CPUs"
+    ):
         run(trials, at_once=2, lines=lines)
 
-    assert lines[0].startswith("  no trial runs: a process needs 1 CPU, and free are 0 of 16 CPUs")
+    assert lines[0].startswith(
+        "  no trial runs: a trial needs 2 x (1 CPU), and free are 0 of 16 CPUs"
+    )
 
 
 @pytest.mark.parametrize(
@@ -282,6 +301,18 @@ def test_a_study_takes_no_more_of_the_cluster_than_it_may(
     assert len(list(study._outcomes(trials, Mock()))) == 4
 
     assert len(made.started) == expected
+
+
+@pytest.mark.usefixtures("shared_ray")
+def test_no_trial_takes_the_room_of_anothers_actors(
+    trials: list[Trial], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks filled a Ray of two CPUs, and both waited for their actors."""
+    monkeypatch.setattr(study_trials, "TrialProcess", WithActor)
+
+    outcomes = run(trials[:2], at_once=2)
+
+    assert [outcome.error for outcome in outcomes] == [None, None]
 
 
 SMALL = [

@@ -113,9 +113,8 @@ class ModelSource(StrictConfig):
     def _sources(self, bundle: Bundle, before: "Loaded | None") -> tuple[FeatureSources, str]:
         """The catalogue for a bundle and its fingerprint; the one before where it is refused."""
         root = self.root_of(bundle)
-        catalogue = catalogue_of(
-            root
-        )  # of before it is read: rewritten meanwhile, it is read again
+        # Of before it is read: rewritten meanwhile, it is read again.
+        catalogue = catalogue_of(root)
         try:
             return feature_sources(bundle, root), catalogue
         except REFUSED as error:

@@ -403,8 +403,9 @@ def test_a_run_and_braid_plan_leave_content_the_room_that_capacity_does(tmp_path
     assert plan_tables(of_run) == plan_tables(of_plan) == plan_tables(capacity)
 
 
-def test_a_run_is_refused_where_content_fills_the_ranks() -> None:
-    recipe = load_recipe("demo", [CONTENT, "embedding.sharding.hbm_gib=0.01"])
+def test_a_run_is_refused_where_content_fills_the_ranks(tmp_path: Path) -> None:
+    settings = [CONTENT, "embedding.sharding.hbm_gib=0.01", f"data.root={tmp_path}"]
+    recipe = load_recipe("demo", settings)
     with pytest.raises(UserError, match="what is no table takes .*micro_batch_items"):
         plan_recipe(recipe, ranks_per_host=2)
 

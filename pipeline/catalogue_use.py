@@ -17,6 +17,11 @@ CATALOGUE = "catalogue"
 """Input of the stages that read it."""
 FILES = "files"
 """Further input of stages that read files which the catalogue names."""
+CODES = "item_codes"
+"""Further input of stages that read the items' codes. These follow from the catalogue, and other
+codebooks are an input of their own."""
+
+_FOLLOWING = (CATALOGUE, FILES, CODES)
 
 
 @dataclass(frozen=True)
@@ -42,8 +47,8 @@ class CatalogueUse:
             return spec
         published = read_manifest(spec.directory)
         if published is not None and CATALOGUE in published.inputs and not self.refresh:
-            kept = {name: published.inputs.get(name) for name in (CATALOGUE, FILES)}
-            made_with = spec.inputs | {n: value for n, value in kept.items() if value is not None}
+            kept = {n: published.inputs[n] for n in _FOLLOWING if n in published.inputs}
+            made_with = spec.inputs | kept
             as_made = replace(spec, inputs=made_with, more_inputs=None)
             if as_made.is_current:
                 return as_made

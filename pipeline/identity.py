@@ -40,8 +40,10 @@ def samples_config(recipe: Recipe) -> dict[str, Any]:
         for part, group in features.items()
     }
     held_out = recipe.evaluation.held_out_items
-    kept = {} if held_out is None else {"held_out": held_out.model_dump(include={"share", "seed"})}
-    return {"format": SAMPLES_FORMAT, "features": columns, "tasks": _tasks(recipe), **kept}
+    more = {} if held_out is None else {"held_out": held_out.model_dump(include={"share", "seed"})}
+    if recipe.codes is not None:
+        more["codes"] = recipe.codes.shared
+    return {"format": SAMPLES_FORMAT, "features": columns, "tasks": _tasks(recipe), **more}
 
 
 def content_config(content: ContentConfig) -> dict[str, Any]:

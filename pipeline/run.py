@@ -17,7 +17,7 @@ from typing import Any
 
 from embedding.errors import UserError
 from pipeline.artifacts import read_manifest
-from pipeline.catalogue_use import CATALOGUE, CatalogueUse
+from pipeline.catalogue_use import CATALOGUE, CODES, CatalogueUse
 from pipeline.catch_up import training_to_publish
 from pipeline.cluster import ONE_CPU, Bundle, RaySession, rank_bundles, worker_bundle
 from pipeline.codes.quantize_stage import codes_of_day
@@ -229,7 +229,7 @@ class DayRun:
         inputs[CATALOGUE] = self._catalogue.fingerprint()
         codes = None if self.codes is None else self.codes.file
         if self.codes is not None:
-            inputs["codes"] = self.codes.fingerprint
+            inputs |= {CODES: self.codes.fingerprint, "codebooks": self.codes.codebooks or ""}
 
         def body(scratch: Path) -> StageOutput:
             self.session.wait_for("join", [ONE_CPU])

@@ -7,7 +7,7 @@ import pytest
 
 from embedding.errors import UserError
 from pipeline.artifacts import StageFacts, read_manifest
-from pipeline.catalogue_use import CATALOGUE, CatalogueUse
+from pipeline.catalogue_use import CATALOGUE, CODES, CatalogueUse
 from pipeline.console import Reporter
 from pipeline.stages import StageOutput, StageSpec, execute
 from tests.pipeline.small_log import write_catalogue
@@ -20,7 +20,7 @@ class Made:
         self.root = folder / "data"
         self.directory = folder / "out" / "2024-01-01" / "join"
         self.config = {"columns": ["a"]}
-        self.ingest = "i"
+        self.ingest, self.codebooks, self.codes = "i", "v0001", "of 4 items"
         self.times = 0
         write_catalogue(self.root)
 
@@ -32,6 +32,7 @@ class Made:
     def execute(self, *, refresh: bool = False) -> str:
         use = CatalogueUse(self.root, refresh)
         inputs = {"ingest": self.ingest, CATALOGUE: use.fingerprint()}
+        inputs |= {CODES: self.codes, "codebooks": self.codebooks}
         spec = StageSpec("join", self.directory, self.config, inputs, self.read)
         (found,) = use.specs([spec])
         return execute(found, Reporter()).status
@@ -60,13 +61,23 @@ def test_the_flag_takes_the_new_catalogue_once(made: Made) -> None:
     assert [made.execute(refresh=True), made.execute()] == ["current", "current"]
 
 
-@pytest.mark.parametrize("change", ["ingest", "config", "damage"])
+def test_codes_of_more_items_leave_what_is_published(made: Made) -> None:
+    write_catalogue(made.root, num_items=9)
+    made.codes = "of 9 items"
+    assert made.execute() == "current"
+    assert made.execute(refresh=True) == "ran"
+    assert made.execute() == "current"
+
+
+@pytest.mark.parametrize("change", ["ingest", "config", "codebooks", "damage"])
 def test_what_is_made_again_for_another_reason_takes_the_new_catalogue(
     made: Made, change: str
 ) -> None:
     write_catalogue(made.root, num_items=9)
     if change == "ingest":
         made.ingest = "j"
+    elif change == "codebooks":
+        made.codebooks = "v0002"
     elif change == "config":
         made.config = {"columns": ["a", "b"]}
     else:

@@ -319,6 +319,15 @@ def fitting(node: Mapping[str, float], asked: Bundle) -> int:
     )
 
 
+def room_for(asked: Bundle) -> float:
+    """Processes that the nodes of the cluster have room for, if nobody else held any of it."""
+    import ray
+
+    if not any(asked.values()):
+        return math.inf
+    return sum(fitting(node["Resources"], asked) for node in ray.nodes() if node["Alive"])
+
+
 def _require_room(who: str, bundles: Sequence[Bundle], node: Mapping[str, float]) -> None:
     for bundle in bundles:
         if any(bundle.values()) and not fitting(node, bundle):

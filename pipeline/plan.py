@@ -93,12 +93,13 @@ def training_shape(recipe: Recipe) -> ClusterShape:
 def _on_a_worker(task: Callable[[Recipe, int], str], recipe: Recipe) -> str:
     """Run a task with the recipe and the ranks of a host where a worker could run."""
     ranks_per_host = recipe.embedding.sharding.ranks_per_host or hosts_ranks(recipe.cluster)
-    remote = ray.remote(task).options(**_worker_options(recipe.cluster))
+    remote = ray.remote(**_worker_options(recipe.cluster))(task)
     said: str = ray.get(remote.remote(recipe, ranks_per_host))
     return said
 
 
 def _worker_options(cluster: ClusterConfig) -> dict[str, float]:
+    """For `ray.remote` itself: only there do GPUs make a task's process end with it (max_calls)."""
     asked = worker_bundle(cluster)
     return {"num_cpus": asked["CPU"], "num_gpus": asked.get("GPU", 0.0)}
 
@@ -158,7 +159,7 @@ def present_shape(cluster: ClusterConfig) -> ClusterShape:
         raise UserError(
             f"no host of the Ray cluster has {device} for a worker; add nodes, or name a topology"
         )
-    remote = ray.remote(_local_machine).options(**_worker_options(cluster))
+    remote = ray.remote(**_worker_options(cluster))(_local_machine)
     machine = ray.get(remote.remote(cluster.use_gpu))
     return ClusterShape(
         machine=Machine.model_validate_json(machine),
@@ -171,7 +172,7 @@ def gpu_name(cluster: ClusterConfig) -> str | None:
     """Name of the cluster's GPUs; None on CPU."""
     if not cluster.use_gpu:
         return None
-    name: str = ray.get(ray.remote(_gpu_name).options(num_gpus=1).remote())
+    name: str = ray.get(ray.remote(num_gpus=1)(_gpu_name).remote())
     return name
 
 

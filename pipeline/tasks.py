@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import ray
 
 from embedding.errors import UserError
-from pipeline.cluster import ONE_CPU, Bundle
 
 Task = TypeVar("Task")
 Shared = TypeVar("Shared")
@@ -73,22 +72,18 @@ def stream_results(
     run: Callable[[Task, Shared], Iterable[Result]],
     tasks: Sequence[Task],
     shared: Shared,
-    *,
-    asked: Bundle = ONE_CPU,
-    max_parallel: int | None = None,
 ) -> Iterator[Result]:
-    """What `run(task, shared)` yields, for every task on the cluster, as it comes.
+    """What `run(task, shared)` yields, for every task on the cluster, as it comes; one CPU each.
 
     `shared` is put into the object store once; its arrays are read there without a copy. A task
-    whose process dies is run again, and what it had yielded is not yielded twice.
+    whose process dies is run again, and what it had yielded is not yielded twice. As many run at
+    once as the cluster has CPUs, and never more: tasks that wait would have an autoscaler add
+    nodes, of whatever kind.
 
     Args:
         run: an importable function.
         tasks: its first argument.
         shared: its second argument, always the same.
-        asked: CPUs and GPUs of a task.
-        max_parallel: tasks at a time; None: as many as the cluster has CPUs, and never more, as
-            tasks that wait would have an autoscaler add nodes, of whatever kind.
 
     Raises:
         UserError: a task raised it.
@@ -98,13 +93,12 @@ def stream_results(
         return
     remote = ray.remote(_results).options(
         num_returns="streaming",
-        num_cpus=asked["CPU"],
-        num_gpus=asked.get("GPU", 0.0),
+        num_cpus=1,
         max_retries=_RETRIES,
         scheduling_strategy="SPREAD",
     )
     reference = ray.put(shared)
-    at_once = max_parallel or max(1, int(ray.cluster_resources().get("CPU", 1.0)))
+    at_once = max(1, int(ray.cluster_resources().get("CPU", 1.0)))
     todo, running = iter(tasks), list[Any]()
     said = time.monotonic()
     try:

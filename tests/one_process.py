@@ -4,7 +4,7 @@ import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any, Self
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -31,15 +31,15 @@ class _Remote:
     def __init__(self, run: Callable[..., Any]) -> None:
         self.remote = run
 
-    def options(self, **_: float) -> Self:
-        return self
-
 
 class _RayHere:
     """As much of Ray as planning uses: one node of two CPUs."""
 
     get = staticmethod(lambda value: value)
-    remote = _Remote
+
+    @staticmethod
+    def remote(**_: float) -> type[_Remote]:
+        return _Remote
 
     @staticmethod
     def nodes() -> list[dict[str, Any]]:

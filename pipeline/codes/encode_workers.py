@@ -2,46 +2,27 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import ray
 import torch
 
 from embedding.errors import UserError
-from embedding.memory import WORKER_ENVIRONMENT
 from multimodal.codes.config import EncodeWorkers
 from multimodal.codes.residual_quantizer import CPU
 from pipeline.cluster import Bundle, RaySession, fitting
 from pipeline.codes.encode_items import CodeAssigner, Encoded, LookUp, Piece
 from pipeline.devices import own_device
-
-_RETRIES = 2
-"""So often a worker that died, with its node perhaps, is started again and gets its piece again."""
+from pipeline.pieces import stream_pieces
 
 
-class EncodeActor:
-    """Looks up piece after piece; codebooks are loaded with the first one."""
-
-    def __init__(self, look_up: LookUp, config: EncodeWorkers) -> None:
-        self._look_up = look_up
-        self._config = config
-        self._assign: CodeAssigner | None = None
-
-    def ready(self) -> None:
-        """Answers once the process runs."""
-
-    def encode(self, piece: Piece) -> Encoded | UserError:
-        """The codes of a piece; a fault of the user travels as data, and stays whole."""
-        try:
-            if self._assign is None:
-                torch.set_num_threads(max(1, int(self._config.cpus_per_worker)))
-                # Some container images ask for TF32, whose products would propose too little.
-                torch.backends.cuda.matmul.allow_tf32 = False
-                device = own_device() if self._config.gpus_per_worker else CPU
-                self._assign = CodeAssigner.load(self._look_up, device)
-            return self._assign(piece)
-        except UserError as error:
-            return error
+def _assigner(look_up: LookUp, config: EncodeWorkers) -> CodeAssigner:
+    """Runs on a worker."""
+    torch.set_num_threads(max(1, int(config.cpus_per_worker)))
+    # Some container images ask for TF32, whose products would propose too little.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    device = own_device() if config.gpus_per_worker else CPU
+    return CodeAssigner.load(look_up, device)
 
 
 @dataclass(frozen=True)
@@ -55,7 +36,7 @@ class RayPieces:
     def __call__(
         self, pieces: Iterator[Piece], sizes: Sequence[int], look_up: LookUp, config: EncodeWorkers
     ) -> Iterator[tuple[int, Encoded]]:
-        """Numbers and codes of the pieces, as they are done; one piece a worker at a time.
+        """Numbers and codes of the pieces, as they are done.
 
         Raises:
             UserError: the cluster has no room for a worker, or a worker raised it.
@@ -64,39 +45,12 @@ class RayPieces:
         self.session.wait_for("quantize", [asked])
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         num_workers = min(len(sizes), workers_that_fit(nodes, config))
-        actor_class = ray.remote(EncodeActor).options(
-            num_cpus=config.cpus_per_worker,
-            num_gpus=config.gpus_per_worker,
-            max_restarts=_RETRIES,
-            max_task_retries=_RETRIES,
-            runtime_env={"env_vars": WORKER_ENVIRONMENT},
-        )
-        actors = [actor_class.remote(look_up, config) for _ in range(num_workers)]
-        # A worker gets a piece once it runs: where others hold its CPUs, the rest do its share.
-        starting = {actor.ready.remote(): actor for actor in actors}
-        running: dict[Any, tuple[int, Any]] = {}
-        todo, done, num_given = enumerate(pieces), 0, 0
-        try:
-            while running or num_given < len(sizes):
-                (finished,), _ = ray.wait([*running, *starting], num_returns=1)
-                if finished in starting:
-                    actor = starting.pop(finished)
-                    ray.get(finished)
-                else:
-                    at, actor = running.pop(finished)
-                    found = ray.get(finished)
-                    if isinstance(found, UserError):
-                        raise found
-                    done += sizes[at]
-                    self.progress(done, sum(sizes))
-                    yield at, found
-                following = next(todo, None)
-                if following is not None:
-                    running[actor.encode.remote(following[1])] = (following[0], actor)
-                    num_given += 1
-        finally:
-            for actor in actors:
-                ray.kill(actor)
+        load = partial(_assigner, look_up, config)
+        done = 0
+        for at, found in stream_pieces(load, pieces, asked=asked, num_actors=num_workers):
+            done += sizes[at]
+            self.progress(done, sum(sizes))
+            yield at, found
 
 
 def worker_of(config: EncodeWorkers) -> Bundle:

@@ -1,24 +1,18 @@
 """Workers that encode new items for the content stage."""
 
-import pickle
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from functools import partial
 
 from multimodal.content_config import TokenStage
-from pipeline.cluster import Bundle
+from pipeline.cluster import Bundle, room_for
 from pipeline.content.tasks import EncoderSettings, EncodeTask, TokenWriter
-from pipeline.tasks import stream_results
+from pipeline.pieces import stream_pieces
 
 
-@lru_cache(maxsize=1)
-def _encoder(settings: bytes) -> TokenWriter:
-    """Loaded once a worker process, which Ray uses for task after task."""
-    return TokenWriter(pickle.loads(settings))
-
-
-def encode_items(task: EncodeTask, settings: bytes) -> Iterator[int]:
-    """Sizes of the parts a task writes."""
-    yield from _encoder(settings)(task)
+def _encoder(settings: EncoderSettings) -> Callable[[EncodeTask], int]:
+    """Runs on a worker; what it returns gives the number of items that it has stored."""
+    writer = TokenWriter(settings)
+    return lambda task: sum(writer(task))
 
 
 def encode_on_workers(
@@ -27,18 +21,17 @@ def encode_on_workers(
     """Run the tasks on the stage's workers.
 
     Yields:
-        Numbers of encoded items, as parts are written.
+        Numbers of encoded items, as tasks are done.
 
     Raises:
         UserError: a task raised it.
     """
-    yield from stream_results(
-        encode_items,
-        tasks,
-        pickle.dumps(settings),
-        asked=worker_of(stage),
-        max_parallel=stage.num_workers,
-    )
+    if not tasks:
+        return
+    load, asked = partial(_encoder, settings), worker_of(stage)
+    num_actors = min(len(tasks), stage.num_workers, max(1, room_for(asked)))
+    for _, num_items in stream_pieces(load, tasks, asked=asked, num_actors=int(num_actors)):
+        yield num_items
 
 
 def worker_of(stage: TokenStage) -> Bundle:

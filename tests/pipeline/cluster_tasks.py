@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import ray
@@ -41,6 +41,21 @@ def crash(task: int, directory: Path) -> int:
 def sleep(task: int, seconds: float) -> int:
     time.sleep(seconds)
     return task
+
+
+def squares(directory: Path) -> Callable[[int], int]:
+    """What does a piece; notes each load. Piece 3 is a fault, and at 5 the process dies once."""
+    (directory / f"load-{os.getpid()}").touch()
+
+    def square(piece: int) -> int:
+        if piece == 3:
+            raise UserError("piece 3 is not sound")
+        if piece == 5 and not (directory / "died").exists():
+            (directory / "died").touch()
+            os._exit(1)
+        return piece * piece
+
+    return square
 
 
 class Holder:

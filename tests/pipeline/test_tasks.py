@@ -31,7 +31,7 @@ def test_every_result_comes_once(shared_ray: None, tmp_path: Path) -> None:
     products = stream_tasks(times, range(7), 3, [ROWS_PER_BUNDLE // 2] * 7)
     assert sorted(products) == [0, 3, 6, 9, 12, 15, 18]
 
-    found = sorted(stream_results(parts, range(3), tmp_path, max_parallel=2))
+    found = sorted(stream_results(parts, range(3), tmp_path))
     assert (tmp_path / "died").exists()
     assert found == [(task, part) for task in range(3) for part in range(3)]
 

@@ -26,7 +26,13 @@ from embedding.errors import UserError
 from embedding.files import file_sha256, link_or_copy
 from embedding.hashing import NO_ID
 from embedding.int8_rows import quantized_rows
-from embedding.stored import read_companion, read_dense, read_id_map, read_tables
+from embedding.stored import (
+    read_companion,
+    read_companion_rows,
+    read_dense,
+    read_id_map,
+    read_tables,
+)
 from multimodal.content_head import trained_vectors
 from pipeline.codes.features import CODES_FILE
 from pipeline.config import Recipe
@@ -251,5 +257,7 @@ def _content(checkpoint: Path) -> dict[str, Tensor]:
     """Vectors of all items: only further ones need the towers."""
     (state,) = read_companion(checkpoint, "step").values()
     assert state[1], f"the content bank of {checkpoint} is older than its weights"
-    bank, encoder = (read_companion(checkpoint, part) for part in ("bank/", "encoder/"))
-    return {"item_ids": bank["item_ids"], "vectors": trained_vectors(encoder, bank)}
+    (item_ids_R,) = read_companion(checkpoint, "bank/item_ids").values()
+    blocks = (block for _, block in read_companion_rows(checkpoint, "bank/fused"))
+    vectors_RD = trained_vectors(read_companion(checkpoint, "encoder/"), blocks)
+    return {"item_ids": item_ids_R, "vectors": vectors_RD}

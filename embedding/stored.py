@@ -7,7 +7,7 @@ never holds more than one block beside its target.
 import bisect
 import functools
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -241,6 +241,20 @@ def read_companion(directory: Path, prefix: str) -> dict[str, Tensor]:
     reader = CheckpointReader(directory)
     start = COMPANION + prefix
     return {name.removeprefix(start): reader.read(name) for name in reader.names(start)}
+
+
+def read_companion_rows(directory: Path, name: str) -> Iterator[tuple[int, Tensor]]:
+    """One tensor of what trained beside the model as (first row, block), like `read_tables`."""
+    return CheckpointReader(directory).row_blocks(COMPANION + name)
+
+
+def take_rows(blocks: Iterable[tuple[int, Tensor]], rows_N: Tensor) -> Tensor:
+    """Some rows (N, ...) of what comes in blocks, in any order and also several times."""
+    found: dict[int, Tensor] = {}
+    for start, block in blocks:
+        for at in rows_N[(rows_N >= start) & (rows_N < start + len(block))].tolist():
+            found[at] = block[at - start].clone()
+    return torch.stack([found[at] for at in rows_N.tolist()])
 
 
 def read_id_map(directory: Path, table: str) -> Tensor:

@@ -7,7 +7,7 @@ every item that a step reads, encoded or not: with its weights of now, and it le
 
 # Shapes: U items, H width of the fused vectors, D content dim.
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -84,22 +84,19 @@ class ContentHead:
         self._trained.load_optimizer_state(tensors)
 
 
-def trained_vectors(
-    encoder: Mapping[str, Tensor], bank: Mapping[str, Tensor], rows_N: Tensor | None = None
-) -> Tensor:
+def trained_vectors(encoder: Mapping[str, Tensor], fused: Iterable[Tensor]) -> Tensor:
     """Content vectors (N, D) of a checkpoint, on the CPU.
 
     Args:
         encoder: its tensors below `encoder/`.
-        bank: its tensors below `bank/`.
-        rows_N: of the bank; None: all.
+        fused: rows of its bank, as they are read, block by block.
     """
     weights = _below(_LAYER, encoder)
     dim, width = weights["weight"].shape
     layer = StandardisedLinear(width, dim).requires_grad_(False)
     layer.load_state_dict(weights)
-    fused_NH = bank["fused"] if rows_N is None else bank["fused"][rows_N]
-    return torch.cat([layer(part) for part in fused_NH.split(_ITEMS_AT_A_TIME)])
+    parts = (part for block in fused for part in block.split(_ITEMS_AT_A_TIME))
+    return torch.cat([layer(part) for part in parts])
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

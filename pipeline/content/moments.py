@@ -17,7 +17,7 @@ from embedding.hashing import rows_of
 from embedding.initialization import initialize_shard
 from embedding.item_columns import candidate_feature
 from embedding.raw_ids import Int64Array
-from embedding.stored import read_companion, read_tables
+from embedding.stored import read_companion, read_companion_rows, read_tables, take_rows
 from multimodal.codes.vectors import sample_rows
 from multimodal.content_config import ContentConfig
 from multimodal.content_encoder import load_content_encoder, load_moments
@@ -51,18 +51,21 @@ def vector_sets(
     reader = ContentReader(paths.index, paths.stores)
     rows = sample_rows(reader.num_items, MAX_ITEMS, seed=0)
     item_ids_N = reader.item_ids_N[rows]
-    bank, encoder = (read_companion(checkpoint, part) for part in ("bank/", "encoder/"))
-    known = torch.searchsorted(bank["item_ids"], torch.from_numpy(item_ids_N.copy()))
+    encoder = read_companion(checkpoint, "encoder/")
+    (known_R,) = read_companion(checkpoint, "bank/item_ids").values()
+    at_N = torch.searchsorted(known_R, torch.from_numpy(item_ids_N.copy()))
+    fused_NH = take_rows(read_companion_rows(checkpoint, "bank/fused"), at_N)
     pairs = [
         ("content, before training", start_vectors(config, reader, rows, encoder)),
-        ("content, after training", trained_vectors(encoder, bank, known)),
+        ("content, after training", trained_vectors(encoder, [fused_NH])),
     ]
     table = _item_table(recipe)
     if table is not None and not isinstance(table.ids, ManagedCollision):
         at_N = rows_of(torch.from_numpy(item_ids_N.copy()), table)
+        blocks = next(rows for name, rows in read_tables(checkpoint) if name == table.name)
         pairs += [
             ("ID embedding, before training", _start_rows(table, at_N, recipe)),
-            ("ID embedding, after training", _trained_rows(checkpoint, table.name, at_N)),
+            ("ID embedding, after training", take_rows(blocks, at_N).float()),
         ]
     return item_ids_N, [VectorSet(title, vectors.numpy()) for title, vectors in pairs]
 
@@ -91,14 +94,3 @@ def _start_rows(table: TableConfig, at_N: Tensor, recipe: Recipe) -> Tensor:
     for row, at in zip(rows.split(1), at_N.tolist(), strict=True):
         initialize_shard(row, table, seed=recipe.ranking.trainer.seed, row_offset=at)
     return rows
-
-
-def _trained_rows(checkpoint: Path, table: str, at_N: Tensor) -> Tensor:
-    found: dict[int, Tensor] = {}
-    for name, blocks in read_tables(checkpoint):
-        if name != table:
-            continue
-        for start, block in blocks:
-            for at in at_N[(at_N >= start) & (at_N < start + len(block))].tolist():
-                found[at] = block[at - start].float().clone()
-    return torch.stack([found[at] for at in at_N.tolist()])

@@ -8,7 +8,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from embedding import stored
-from embedding.stored import CheckpointReader, StoredTensor, StoredTensorPlanner
+from embedding.stored import CheckpointReader, StoredTensor, StoredTensorPlanner, take_rows
 
 ROWS, COLUMNS = 50, 6
 
@@ -70,3 +70,9 @@ def test_a_block_is_found_without_a_look_at_most_others(
     for start in range(ROWS):
         # A block of 5 rows at most: those that start within 5 rows before, two columns of them.
         assert len(chunks.meeting(start, start + 1)) <= 6
+
+
+def test_rows_are_taken_out_of_blocks() -> None:
+    whole = torch.randn(50, 8)
+    rows = torch.tensor([49, 0, 7, 7])
+    assert torch.equal(take_rows([(0, whole[:20]), (20, whole[20:])], rows), whole[rows])

@@ -40,15 +40,6 @@ def test_start_rows_are_those_of_the_whole_table() -> None:
     assert torch.equal(content_moments._start_rows(TABLE, ROWS, recipe), whole[ROWS])
 
 
-def test_trained_rows_are_found_in_the_blocks_of_their_table(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    whole = torch.randn(50, 8)
-    blocks = {"user": [(0, torch.zeros(50, 8))], "item": [(0, whole[:20]), (20, whole[20:])]}
-    monkeypatch.setattr(content_moments, "read_tables", lambda _: iter(blocks.items()))
-    assert torch.equal(content_moments._trained_rows(Path(), "item", ROWS), whole[ROWS])
-
-
 def without_item_id() -> Recipe:
     """A recipe that knows an item by its content alone."""
     settings = recipe(in_history=False).model_dump()
@@ -71,8 +62,10 @@ def test_without_a_feature_of_item_ids_content_alone_is_shown(
         trained = built.output(fused)
     bank = {"item_ids": torch.arange(NUM_ITEMS), "fused": fused}
     encoder = trained_state(built)
-    saved = {"bank/": bank, "encoder/": encoder}
+    saved = {"bank/item_ids": {"": bank["item_ids"]}, "encoder/": encoder}
     monkeypatch.setattr(content_moments, "read_companion", lambda _, prefix: saved[prefix])
+    blocks = [(0, bank["fused"][:3]), (3, bank["fused"][3:])]
+    monkeypatch.setattr(content_moments, "read_companion_rows", lambda *_: iter(blocks))
     paths = ContentPaths(index=tmp_path / "index", stores=tmp_path / "stores")
 
     item_ids_N, sets = content_moments.vector_sets(settings, paths, tmp_path)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -21,8 +22,10 @@ from deploy.serving.wire import ScoreRequest
 from embedding.arrow import SampleColumns
 from embedding.errors import UserError
 from embedding.loader import list_columns
+from embedding.raw_ids import ids_or_missing
 from pipeline.codes.features import CODES_FILE, ItemCodes
 from pipeline.samples.columns import EventColumns, source_columns
+from pipeline.samples.contract import BoolArray
 from pipeline.samples.join_rows import FeatureSources, Places, join_events
 from pipeline.samples.lookup import IdLists
 
@@ -35,6 +38,7 @@ class Scores:
     """Of its candidates, in their order."""
     unknown_candidates: int
     unknown_user: bool
+    candidates_without_codes: int
 
 
 def feature_sources(bundle: Bundle, data_root: Path) -> FeatureSources:
@@ -105,7 +109,8 @@ class Scorer:
         self._has_users = len(sources.entities["users"].sorted_ids) > 0
         blank = EventRows.blank(self.form)
         # The same for every request: which columns hold lists is the form's.
-        lists = list_columns(self._samples([blank])[0].schema, predictor.schema)
+        (samples, *_) = self._samples([blank])
+        lists = list_columns(samples.schema, predictor.schema)
         self._columns = SampleColumns(
             predictor.schema, tasks=(), list_columns=lists, items=predictor.item_source
         )
@@ -125,7 +130,7 @@ class Scorer:
 
     def score(self, requests: Sequence[EventRows]) -> list[Scores]:
         """Score the rows of some requests in one batch."""
-        samples, places = self._samples(requests)
+        samples, places, has_codes_B = self._samples(requests)
         rows = self._columns.rows(samples, torch.arange(len(samples)))
         probs_BT = self._predictor.predict(rows.to_batch(len(samples)))
         found = []
@@ -136,11 +141,16 @@ class Scorer:
                     probs_BT[start:stop],
                     int((items < 0).sum()),
                     self._has_users and bool(users[0] < 0),
+                    int((~has_codes_B[start:stop]).sum()),
                 )
             )
         return found
 
-    def _samples(self, requests: Sequence[EventRows]) -> tuple[pa.Table, Places]:
-        events = together(requests)
+    def _samples(self, requests: Sequence[EventRows]) -> tuple[pa.Table, Places, BoolArray]:
+        """Samples, where their items and users lie, and which candidates the codes know."""
+        events, codes = together(requests), self.sources.codes
         places = Places.of(events, self.sources)
-        return join_events(events, self.sources, places), places
+        has_codes_B = np.ones(len(events), np.bool_)
+        if codes is not None:
+            has_codes_B = codes.entities.positions(ids_or_missing(events["item_id"])) >= 0
+        return join_events(events, self.sources, places), places, has_codes_B

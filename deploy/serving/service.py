@@ -113,6 +113,10 @@ class ScoringService:
         self._unknown = Counter(
             "braid_serve_unknown_candidates", "Candidates without a row in items.parquet."
         )
+        self._without_codes = Counter(
+            "braid_serve_candidates_without_codes",
+            "Candidates that came after the codes of the model.",
+        )
         self._batch_ms = Histogram(
             "braid_serve_batch_ms", "Milliseconds of a batch.", boundaries=list(_MILLISECONDS)
         )
@@ -133,6 +137,7 @@ class ScoringService:
             probabilities=dict(zip(loaded.scorer.tasks, columns, strict=True)),
             unknown_candidates=scores.unknown_candidates,
             unknown_user=scores.unknown_user,
+            candidates_without_codes=scores.candidates_without_codes,
         )
         # Written here: FastAPI would check the answer, copy it, and write it in Python.
         return Response(answer.model_dump_json(), media_type="application/json")
@@ -160,6 +165,7 @@ class ScoringService:
         for counter, count in (
             (self._candidates, sum(len(one.probs_BT) for one in scored)),
             (self._unknown, sum(one.unknown_candidates for one in scored)),
+            (self._without_codes, sum(one.candidates_without_codes for one in scored)),
         ):
             if count:  # a counter refuses 0
                 counter.inc(count)

@@ -63,6 +63,9 @@ class ScoreResponse(StrictConfig):
     """Candidates without a row in items.parquet: their columns count as missing."""
     unknown_user: bool
     """Whether the user has no row in users.parquet; false where there is no such file."""
+    candidates_without_codes: NonNegativeInt
+    """Candidates that came after the codes of the model, which read as missing; 0 for a model
+    without codes."""
 
 
 class ContextForm(StrictConfig):

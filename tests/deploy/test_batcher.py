@@ -23,7 +23,7 @@ from deploy.serving.scorer import Scores
 
 
 def scores_of(number: int) -> Scores:
-    return Scores(torch.tensor([[float(number)]]), 0, False)
+    return Scores(torch.tensor([[float(number)]]), 0, False, 0)
 
 
 def asked(number: int, num_rows: int = 1, model: str = "") -> Asked:

@@ -15,7 +15,10 @@ import yaml
 from small_log import DAYS, event, make_recipe, write_catalogue, write_day
 
 from deploy.app import main
+from deploy.serving.live_model import LiveModel, ModelSource
+from deploy.serving.wire import ScoreRequest
 from pipeline.summary import Summary
+from tests.deploy.served import ingested, request_of
 
 pytestmark = pytest.mark.integration
 
@@ -189,6 +192,15 @@ def test_a_bundle_scores_samples_of_its_own_codebooks_only(
     )
     assert score(0) == 2
     assert re.search("codes of codebooks v0002-.* was trained with v0001-", capsys.readouterr().err)
+
+
+def test_served_candidates_without_codes_are_counted(days: Days) -> None:
+    bundle = days.out / DAYS[1] / "publish" / "bundle"
+    live = LiveModel(ModelSource(bundle=bundle, data=days.folder / "data"))
+    body = request_of(ingested(days.out)[0], [1, NO_VECTOR, NUM_ITEMS + 9])
+    rows = live.now.scorer.rows(ScoreRequest.model_validate(body), now_ms=0)
+    (found,) = live.now.scorer.score([rows])
+    assert (found.unknown_candidates, found.candidates_without_codes) == (1, 2)
 
 
 def test_summary_and_second_run(days: Days, capsys: pytest.CaptureFixture[str]) -> None:

@@ -131,6 +131,7 @@ class _TowerJob:
                         self.name,
                         int(group),
                         part["row"].to_numpy(),
+                        part["item_id"].to_numpy(),
                         part[self.name].to_numpy(),
                     )
                 )

@@ -197,9 +197,10 @@ class TrainedContent:
             return {"encoder": "not in the checkpoint"}
         learned = {n: t for n, t in tensors.items() if n != "step" and not n.startswith(_BANK)}
         bank = _bank_of(tensors)
-        if not self.bank.has_towers_of(bank):
-            # LoRA, fusion and standardisation are fitted to the tokens of their towers.
-            return {"encoder": "was trained on other towers", "bank": "encoded anew"}
+        obstacle = self.bank.other_models(bank)
+        if obstacle is not None:
+            # LoRA, fusion and standardisation are fitted to what their towers give.
+            return {"encoder": obstacle, "bank": "encoded anew"}
         try:
             self.placement.load(learned)
         except UserError as error:

@@ -20,6 +20,7 @@ from multimodal.content_source import EncoderPlacement, TrainedContent
 from multimodal.inline_encoder import InlineEncoder
 from multimodal.rank_group import RankGroup
 from multimodal.stored_content import ContentReader
+from multimodal.tower_files import model_identities
 from pipeline.config import Recipe
 from pipeline.content.items import content_shape, item_source
 from pipeline.content.paths import ContentPaths
@@ -66,6 +67,8 @@ def rank_content(
         config = config.model_copy(update={"placement": Inline()})
     assert paths is not None
     reader = ContentReader(paths.index, paths.stores)
+    reader.require_towers(config)
+    models = model_identities(config.towers).values()
     ranks = RankGroup(dist.new_group())
     item_ids = torch.from_numpy(reader.item_ids_N.copy())
     items = item_source(config, recipe.features, item_ids)
@@ -73,9 +76,7 @@ def rank_content(
     placement = _placement(config, paths, reader, ranks, device, predicts=predicts)
     try:
         head = ContentHead(placement.head(), config, ranks, device)
-        bank = ContentBank(
-            item_ids, head.width, device, tokens=reader.identity, towers=reader.towers
-        )
+        bank = ContentBank(item_ids, head.width, device, tokens=reader.identity, models=models)
     except BaseException:
         placement.close(is_orderly=False)  # it may have started actors
         ranks.close(is_orderly=False)
@@ -109,7 +110,6 @@ def _placement(
 ) -> EncoderPlacement:
     if not isinstance(config.placement, Inline):
         return ServiceEncoder(config, paths, ranks, device)
-    reader.require_towers(config)
     encoder = load_content_encoder(config)
     learner = ContentLearner(config, encoder, reader.read, device)
     if not predicts:

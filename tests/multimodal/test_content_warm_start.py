@@ -46,22 +46,22 @@ def test_a_warm_start_keeps_the_bank_only_for_the_same_texts_and_images() -> Non
 
 def test_a_warm_start_takes_nothing_of_an_encoder_of_other_towers() -> None:
     config = _config("targets")
-    yesterday, _ = _content(config, towers=1)
+    yesterday, _ = _content(config, models=(1, 2))
     batch, weights = next(_batches(1))
     given = yesterday.train(batch)
     _loss(given.vectors_UD[batch.candidate_B], weights[:NUM_SAMPLES]).backward()
     yesterday.learn(1.0)
     yesterday.head.layer.mean_H.fill_(5.0)
     saved = {name: value.clone() for name, value in yesterday.tensors().items()}
-    today, other = _content(config, towers=2)
+    today, other = _content(config, models=(1, 3))
     start = copy.deepcopy(_whole(today, other).state_dict())
 
     assert today.warm_start(saved) == {
-        "encoder": "was trained on other towers",
+        "encoder": "was trained on other towers (other files of a model, or cut at another layer)",
         "bank": "encoded anew",
     }
     found = _whole(today, other).state_dict()
     assert all(value.equal(start[name]) for name, value in found.items())
-    same, learner = _content(config, towers=1)
+    same, learner = _content(config, models=(1, 2))
     assert "encoder" not in same.warm_start(saved)
     assert _whole(same, learner).output.mean_H.eq(5.0).all()

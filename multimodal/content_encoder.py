@@ -107,7 +107,13 @@ class ContentEncoder(nn.Module):
 
     def replace_absent(self) -> None:
         """Where a learned vector stands for an absent modality, let it be that one's mean."""
-        self.fusion.replace_absent(self.output.mean_H)
+        everywhere_H = torch.ones_like(self.output.mean_H, dtype=torch.bool)
+        self.fusion.replace_absent(self.output.mean_H, everywhere_H)
+
+    def wake(self, mean_H: Tensor, deviation_H: Tensor) -> None:
+        """Give the last layer these moments of inputs that were constant when it took its own."""
+        wakes_H = self.output.wake(mean_H, deviation_H)
+        self.fusion.replace_absent(self.output.mean_H, wakes_H)
 
     def _fused(self, like: Tensor, batch: TokenBatch) -> Tensor:
         """(U, width of the fusion), made on the device of `like`.

@@ -139,8 +139,13 @@ class ContentLearner:
         }
         return weights | self._trained.optimizer_state()
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
+    def load(self, tensors: Mapping[str, Tensor], *, wakes: bool = False) -> None:
         """Go on from the checkpoint of a whole encoder; one without optimizer starts it anew.
+
+        Args:
+            tensors: the checkpoint's.
+            wakes: keep the moments of now of those inputs of the last layer that were constant
+                when the checkpoint's were computed.
 
         Raises:
             UserError: it is another encoder's.
@@ -155,7 +160,10 @@ class ContentLearner:
                 "the checkpoint holds no content encoder: it was written without content; set "
                 "content to null, or start a new run"
             )
+        now = {name: moment.clone() for name, moment in self.encoder.output.named_buffers()}
         load_trained_state(self.encoder, weights)
+        if wakes:
+            self.encoder.wake(**now)
         self._trained.load_optimizer_state(tensors)
 
     def _fused_for_training(self, step: int, rows_U: Tensor) -> Tensor:

@@ -215,9 +215,10 @@ class ContentActor:
         await self._after(step)
         return {name: tensor.cpu().numpy().copy() for name, tensor in self.learner.state().items()}
 
-    async def load(self, step: int, state: Arrays) -> None:
+    async def load(self, step: int, state: Arrays, *, wakes: bool = False) -> None:
         """Go on at a step with this state."""
-        self.learner.load({name: torch.tensor(array) for name, array in state.items()})
+        tensors = {name: torch.tensor(array) for name, array in state.items()}
+        self.learner.load(tensors, wakes=wakes)
         self._num_updates = step
         self._encodings.clear()
         await self._tell()

@@ -91,7 +91,7 @@ class ServiceEncoder:
         )
         return _tensors(arrays)
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
+    def load(self, tensors: Mapping[str, Tensor], *, wakes: bool = False) -> None:
         """Into all actors; returns once they go on from it."""
         self._step = int(tensors["step"][0]) if "step" in tensors else 0
         failure: str | None = None
@@ -102,7 +102,9 @@ class ServiceEncoder:
                 if name.startswith(("encoder/", "optimizer/"))
             }
             state = ray.put(learned)
-            answers = [actor.load.remote(self._step, state) for actor in self._calls.actors]
+            answers = [
+                actor.load.remote(self._step, state, wakes=wakes) for actor in self._calls.actors
+            ]
             try:
                 self._calls.get(answers, "the actors to load a checkpoint", _LOAD_TIMEOUT_S)
             except UserError as error:

@@ -55,7 +55,8 @@ def rank_content(
         recipe: the day's.
         paths: of the stored content.
         device: of the rank.
-        predicts: nothing is trained, so the encoder runs on the ranks wherever it was trained.
+        predicts: nothing is trained, so the encoder runs on the ranks, in fp32, wherever and in
+            whatever precision it was trained.
 
     Raises:
         UserError: a tower cannot be loaded, or is not the one whose tokens are stored.
@@ -64,7 +65,7 @@ def rank_content(
     if config is None:
         return None
     if predicts:
-        config = config.model_copy(update={"placement": Inline()})
+        config = config.model_copy(update={"placement": Inline(), "precision": "fp32"})
     assert paths is not None
     reader = ContentReader(paths.index, paths.stores)
     reader.require_towers(config)

@@ -9,6 +9,7 @@ import torch
 
 from embedding.errors import UserError
 from embedding.memory import WORKER_ENVIRONMENT
+from embedding.precision import exact_products
 from multimodal.codes.config import EncodeWorkers
 from multimodal.codes.residual_quantizer import CPU
 from pipeline.cluster import Bundle, RaySession, fitting
@@ -33,13 +34,13 @@ class EncodeActor:
     def encode(self, piece: Piece) -> Encoded | UserError:
         """The codes of a piece; a fault of the user travels as data, and stays whole."""
         try:
-            if self._assign is None:
-                torch.set_num_threads(max(1, int(self._config.cpus_per_worker)))
-                # Some container images ask for TF32, whose products would propose too little.
-                torch.backends.cuda.matmul.allow_tf32 = False
-                device = own_device() if self._config.gpus_per_worker else CPU
-                self._assign = CodeAssigner.load(self._look_up, device)
-            return self._assign(piece)
+            # Products in TF32 would propose too little.
+            with exact_products():
+                if self._assign is None:
+                    torch.set_num_threads(max(1, int(self._config.cpus_per_worker)))
+                    device = own_device() if self._config.gpus_per_worker else CPU
+                    self._assign = CodeAssigner.load(self._look_up, device)
+                return self._assign(piece)
         except UserError as error:
             return error
 

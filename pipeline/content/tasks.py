@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 DIGEST_ROWS = 1024
 """Rows read at a time: images of so many items are in memory."""
 
+AS_WRITTEN = "item_id as written"
+"""Column of ids as the catalogue has them, for messages: raw ids of strings are hashes."""
+
 _NO_VALUE = 0
 """Digest of null."""
 
@@ -56,7 +59,7 @@ class Catalogue:
         return self.root / self.name
 
     def batches(self, row_group: int, columns: list[str], num_rows: int) -> Iterator[pa.Table]:
-        """A row group in pieces, with `item_id` as raw ids.
+        """A row group in pieces, with `item_id` as raw ids and `AS_WRITTEN`.
 
         Raises:
             UserError: the file is damaged.
@@ -75,6 +78,7 @@ class Catalogue:
         try:
             for piece in file.iter_batches(num_rows, [row_group], ["item_id", *columns]):
                 table = pa.Table.from_batches([piece])
+                table = table.append_column(AS_WRITTEN, table["item_id"])
                 yield table.set_column(0, "item_id", to_raw_ids(table["item_id"]))
         except (pa.ArrowException, OSError) as error:
             raise UserError(
@@ -239,7 +243,7 @@ class TokenWriter:
         try:
             encoded = self.encode(values)
         except TokenRangeError as error:
-            raise error.of_item(int(piece.item_ids_N[error.row])) from error
+            raise error.of_item(piece.table[AS_WRITTEN][error.row].as_py()) from error
         # Again: a file that the catalogue names may have been replaced while it was decoded.
         self._require_planned(piece, modality)
         return _Encoded(piece.item_ids_N, piece.digests_N, encoded)

@@ -1,6 +1,6 @@
 """What workers do for the content stage: digests of items, and tokens of new ones.
 
-Both stream over one row group of items.parquet, so memory is bounded by a batch of it and, for
+Both stream over row groups of items.parquet, so memory is bounded by a batch of them and, for
 tokens, by one part of the store.
 
 Shapes: N items, L token positions, H width of a tower.
@@ -157,15 +157,27 @@ def _image_digest(value: bytes | str | None, root: Path) -> int:
 
 
 @dataclass(frozen=True)
-class EncodeTask:
+class NewRows:
     """New items of one row group."""
 
-    modality: str
     row_group: int
     rows_N: Int64Array
     """Positions in the row group, ascending."""
     item_ids_N: Int64Array
     digests_N: Int64Array
+
+
+@dataclass(frozen=True)
+class EncodeTask:
+    """New items of some row groups, for parts that they share."""
+
+    modality: str
+    groups: tuple[NewRows, ...]
+
+    @property
+    def num_items(self) -> int:
+        """Of all row groups."""
+        return sum(len(rows.rows_N) for rows in self.groups)
 
 
 @dataclass(frozen=True)
@@ -223,19 +235,26 @@ class TokenWriter:
         """The task's items, at most `items_per_batch` at a time."""
         catalogue, size = self.settings.catalogue, self.settings.items_per_batch
         column = catalogue.columns[task.modality]
-        start = taken = 0
         with open_parquet(catalogue.path) as file:
-            if task.row_group >= file.num_row_groups or column not in file.schema_arrow.names:
-                raise catalogue.changed()
-            for table in catalogue.pieces(file, task.row_group, [column], size):
-                end = taken + int(np.searchsorted(task.rows_N[taken:], start + len(table)))
-                if end > taken:
-                    wanted = table.take(pa.array(task.rows_N[taken:end] - start))
-                    yield _Piece(wanted, task.item_ids_N[taken:end], task.digests_N[taken:end])
-                start, taken = start + len(table), end
-                if taken == len(task.rows_N):
-                    return
-        raise catalogue.changed()
+            for new in task.groups:
+                if new.row_group >= file.num_row_groups or column not in file.schema_arrow.names:
+                    raise catalogue.changed()
+                yield from self._new_rows(
+                    new, catalogue.pieces(file, new.row_group, [column], size)
+                )
+
+    def _new_rows(self, new: NewRows, tables: Iterator[pa.Table]) -> Iterator["_Piece"]:
+        """The new rows in each of a row group's tables."""
+        start = taken = 0
+        for table in tables:
+            end = taken + int(np.searchsorted(new.rows_N[taken:], start + len(table)))
+            if end > taken:
+                wanted = table.take(pa.array(new.rows_N[taken:end] - start))
+                yield _Piece(wanted, new.item_ids_N[taken:end], new.digests_N[taken:end])
+            start, taken = start + len(table), end
+            if taken == len(new.rows_N):
+                return
+        raise self.settings.catalogue.changed()
 
     def _encoded(self, piece: "_Piece", modality: str) -> "_Encoded":
         self._require_planned(piece, modality)
@@ -251,10 +270,9 @@ class TokenWriter:
     def _require_planned(self, piece: "_Piece", modality: str) -> None:
         """Refuse rows that are not what was digested: the store would keep them for good."""
         catalogue = self.settings.catalogue
-        is_same = np.array_equal(
-            piece.table["item_id"].to_numpy(), piece.item_ids_N
-        ) and np.array_equal(catalogue.digests_of(piece.table, modality), piece.digests_N)
-        if not is_same:
+        ids_N, digests_N = piece.table["item_id"], catalogue.digests_of(piece.table, modality)
+        is_same = np.array_equal(ids_N.to_numpy(), piece.item_ids_N)
+        if not is_same or not np.array_equal(digests_N, piece.digests_N):
             raise catalogue.changed()
 
     def _write(self, pieces: list["_Encoded"]) -> int:

@@ -1,4 +1,4 @@
-"""A catalogue that is replaced while the content stage encodes it leaves the token store sound."""
+"""Tasks of the content stage: what they store, and how much of it together."""
 
 from pathlib import Path
 
@@ -94,3 +94,24 @@ def test_an_image_file_that_is_replaced_while_it_is_decoded_is_not_stored(
             run_stage(tmp_path, "d1", text=None)
     facts, _ = run_stage(tmp_path, "d2", text=None)
     assert facts.modalities["image"].num_computed == 1
+
+
+def test_new_items_of_several_row_groups_share_parts(tmp_path: Path) -> None:
+    """Parts are of four items here, read and encoded by up to three."""
+    write_items(tmp_path / "data", items(1, 12), row_group_size=3)
+    run_stage(tmp_path, "d1", image=None)
+
+    def parts() -> set[Path]:
+        return {*(tmp_path / STORES).glob("text-*/*.parquet")}
+
+    before = parts()
+    rows = items(1, 12)
+    for at in (1, 5, 9, 10):
+        rows[at]["text"] = f"told anew {at}"
+    write_items(tmp_path / "data", rows, row_group_size=3)
+    facts, reader = run_stage(tmp_path, "d2", image=None)
+    assert facts.modalities["text"].num_computed == 4
+    (added,) = parts() - before
+    assert sorted(pq.read_table(added)["item_id"].to_pylist()) == [2, 6, 10, 11]
+    assert_has_tokens_of(reader, rows)
+    assert len(before) <= 3, "and so do those of the first day"

@@ -13,7 +13,7 @@ from embedding.items import ItemSource
 from multimodal.cic import CicLoss
 from multimodal.content_bank import ContentBank
 from multimodal.content_config import ContentConfig, Inline
-from multimodal.content_encoder import load_content_encoder, rows_to_standardise
+from multimodal.content_encoder import load_content_encoder, standardise_on_ranks
 from multimodal.content_head import ContentHead
 from multimodal.content_learner import ContentLearner
 from multimodal.content_source import EncoderPlacement, TrainedContent
@@ -114,8 +114,5 @@ def _placement(
     encoder = load_content_encoder(config)
     learner = ContentLearner(config, encoder, reader.read, device)
     if not predicts:
-        share = ranks.share(rows_to_standardise(reader.num_items, config.seed))
-        moments_3H = learner.moments(share)
-        ranks.add_up(moments_3H)
-        learner.standardise(moments_3H)
+        standardise_on_ranks(encoder, reader.read, reader.num_items, config.seed, ranks)
     return InlineEncoder(learner, ranks)

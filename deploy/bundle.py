@@ -109,7 +109,8 @@ def write_bundle(
         # Transformers: seconds, for content only.
         from deploy.encoder_files import require_trained_models, write_encoder
 
-        require_trained_models(recipe.content, read_companion(checkpoint, "bank/"))
+        models = read_companion(checkpoint, "bank/models").get("")
+        require_trained_models(recipe.content, models)
         save_file(_content(checkpoint), directory / CONTENT_FILE)
         write_encoder(recipe.content, read_companion(checkpoint, "encoder/"), directory)
     if origin.codes is not None:

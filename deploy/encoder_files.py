@@ -25,24 +25,24 @@ TOWERS_PREFIX = "towers."
 """Of the encoder's weights that lie in the models' own files."""
 
 
-def require_trained_models(config: ContentConfig, bank: Mapping[str, Tensor]) -> None:
+def require_trained_models(config: ContentConfig, models_M: Tensor | None) -> None:
     """Refuse tower files that are not those which a training adapted.
 
     Args:
         config: the recipe's.
-        bank: its tensors below `bank/`.
+        models_M: `bank/models` of its checkpoint, by modality; None where that has none.
 
     Raises:
         UserError: they differ, or are not there.
     """
-    if "models" not in bank:
+    if models_M is None:
         raise UserError(
             "the checkpoint is of a version that does not say on which towers its content encoder "
             "was trained, and LoRA must be folded into no others; delete train/ and catch_up/ of "
             "that date, and run it again"
         )
     now = model_identities(config.towers)
-    for (name, identity), trained in zip(now.items(), bank["models"].tolist(), strict=True):
+    for (name, identity), trained in zip(now.items(), models_M.tolist(), strict=True):
         if identity != trained:
             raise UserError(
                 f"the files of the {name} tower {config.towers[name].model!r} are not those that "

@@ -100,7 +100,8 @@ def write_bundle(
         origin: of the samples it was trained on.
 
     Raises:
-        UserError: int8 tables were asked for, and a table holds a value that is not finite.
+        UserError: int8 tables were asked for, and a table holds a value that is not finite; or the
+            files of a tower are not those of the training.
     """
     for folder in ("tables", "ids"):
         (directory / folder).mkdir(parents=True)
@@ -111,8 +112,11 @@ def write_bundle(
     }
     save_file(dense, directory / DENSE_FILE)
     if recipe.content is not None:
-        from deploy.encoder_files import write_encoder  # transformers: seconds, for content only
+        # Transformers: seconds, for content only.
+        from deploy.encoder_files import require_trained_models, write_encoder
 
+        models = read_companion(checkpoint, "bank/models").get("")
+        require_trained_models(recipe.content, models)
         save_file(_content(checkpoint), directory / CONTENT_FILE)
         write_encoder(recipe.content, read_companion(checkpoint, "encoder/"), directory)
     if origin.codes is not None:

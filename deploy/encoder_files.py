@@ -13,15 +13,43 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from embedding.errors import UserError
 from multimodal.content_config import TINY, ContentConfig
 from multimodal.content_encoder import load_content_encoder, load_trained_state, merged
-from multimodal.tower_files import Tower, input_files
+from multimodal.tower_files import Tower, input_files, model_identities
 from multimodal.towers import UpperTower, whole_model
 
 ENCODER = "encoder"
 HEAD_FILE = f"{ENCODER}/head.safetensors"
 TOWERS_PREFIX = "towers."
 """Of the encoder's weights that lie in the models' own files."""
+
+
+def require_trained_models(config: ContentConfig, models_M: Tensor | None) -> None:
+    """Refuse tower files that are not those which a training adapted.
+
+    Args:
+        config: the recipe's.
+        models_M: `bank/models` of its checkpoint, by modality; None where that has none.
+
+    Raises:
+        UserError: they differ, or are not there.
+    """
+    if models_M is None:
+        raise UserError(
+            "the checkpoint is of a version that does not say on which towers its content encoder "
+            "was trained, and LoRA must be folded into no others; delete train/ and catch_up/ of "
+            "that date, and run it again"
+        )
+    now = model_identities(config.towers)
+    for (name, identity), trained in zip(now.items(), models_M.tolist(), strict=True):
+        if identity != trained:
+            raise UserError(
+                f"the files of the {name} tower {config.towers[name].model!r} are not those that "
+                "the training had: its LoRA would be folded into weights that it was not trained "
+                "on; put the files that the training had back, or train again with these: "
+                "`braid run` of that date does"
+            )
 
 
 def write_encoder(config: ContentConfig, trained: Mapping[str, Tensor], directory: Path) -> None:

@@ -27,7 +27,7 @@ from embedding.items import NO_CONTENT, ItemIndex
 from embedding.raw_ids import is_id_type, to_raw_ids
 from multimodal.content_config import ContentConfig
 from multimodal.token_range import TokenRangeError
-from pipeline.content.tasks import Catalogue, type_fault
+from pipeline.content.tasks import AS_WRITTEN, Catalogue, type_fault
 from pipeline.samples.contract import BoolArray, open_parquet
 
 
@@ -160,7 +160,7 @@ class _Found:
         try:
             encoded = encoder({name: batch[column].to_pylist() for name, column in columns})
         except TokenRangeError as error:
-            raise error.of_item(int(batch["item_id"][error.row].as_py())) from error
+            raise error.of_item(batch[AS_WRITTEN][error.row].as_py()) from error
         self._put(self._index.rows_of(_ids_of(batch)), encoded.vectors_ND)
         for name, causes in encoded.faults.items():
             self._faults[name].update(cause for cause in causes if cause is not None)

@@ -1,4 +1,7 @@
-"""bf16 where the hardware multiplies it."""
+"""bf16 where the hardware multiplies it, and fp32 without TF32."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -28,3 +31,17 @@ def cpu_has_bf16() -> bool:
     """Whether the CPU multiplies bf16 matrices in hardware."""
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """fp32 products of matrices on GPUs in fp32; some container images ask for TF32."""
+    matmul = torch.backends.cuda.matmul
+    asks_for_tf32 = matmul.fp32_precision == "tf32"
+    # The older of torch's two switches sets the newer one, too; it refuses a mixture of both.
+    matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        if asks_for_tf32:
+            matmul.allow_tf32 = True

@@ -69,7 +69,7 @@ class Companion(Protocol):
         """Take over what fits from another run.
 
         Returns:
-            What does not come from it, by the first part of the tensors' names, and why.
+            What does not come from it, by the tensors' names or the first part of them, and why.
         """
         ...
 

@@ -77,7 +77,8 @@ def warm_start(
         beside = restorer.companion_tensors()
         kept = sharded.companion.warm_start(beside)
         initialised |= {f"{COMPANION}{name}": reason for name, reason in kept.items()}
-        carried += [f"{COMPANION}{n}" for n in beside if n.split("/")[0] not in kept]
+        names = [n for n in beside if n not in kept and n.split("/")[0] not in kept]
+        carried += [f"{COMPANION}{name}" for name in names]
     tables = tuple(name for name in carried if name.startswith("tables/"))
     outcomes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(outcomes, (reader.consumed, restorer.dropped_ids))

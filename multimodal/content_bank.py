@@ -5,7 +5,7 @@ Fused vectors are what the encoder's last layer reads (`multimodal.content_head`
 
 # Shapes: R rows of the store, U items, H width of the fused vectors.
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ class ContentBank:
         device: torch.device,
         *,
         tokens: int = 0,
-        towers: int = 0,
+        models: Iterable[int] = (0,),
     ) -> None:
         """An empty bank.
 
@@ -32,12 +32,12 @@ class ContentBank:
             width: H.
             device: of the vectors.
             tokens: identity of the stored tokens that vectors are made of.
-            towers: identity of the towers that these tokens come from.
+            models: of each tower what its LoRA is fitted to (`tower_files.model_identities`).
         """
         num_rows = len(item_ids_R)
         self.device = device
         self.tokens = torch.tensor([tokens])
-        self.towers = torch.tensor([towers])
+        self.models = torch.tensor([*models])
         self.item_ids_R = item_ids_R
         self.fused_RH = torch.zeros(num_rows, width, device=device)
         self.written_R = torch.zeros(num_rows, dtype=torch.int64, device=device)
@@ -73,7 +73,7 @@ class ContentBank:
             "fused": self.fused_RH,
             "written": self.written_R,
             "tokens": self.tokens,
-            "towers": self.towers,
+            "models": self.models,
         }
 
     def fits(self, tensors: Mapping[str, Tensor]) -> bool:
@@ -85,9 +85,13 @@ class ContentBank:
         """Whether a `state` is one of the same items, and their texts and images are the same."""
         return self.fits(tensors) and self.tokens.equal(tensors["tokens"])
 
-    def has_towers_of(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether a `state` is one of the same towers."""
-        return self.towers.equal(tensors["towers"])
+    def other_models(self, tensors: Mapping[str, Tensor]) -> str | None:
+        """Why an encoder with this `state` of the bank does not fit the towers; None if it does."""
+        if "models" not in tensors:
+            return "its checkpoint is of a version that does not say on which towers it was trained"
+        if self.models.equal(tensors["models"]):
+            return None
+        return "was trained on other towers (other files of a model, or cut at another layer)"
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from a `state`.

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from embedding.errors import UserError
 from multimodal.content_config import ContentConfig
 from multimodal.fusion import build_fusion
+from multimodal.rank_group import RankGroup
 from multimodal.standardised import StandardisedLinear
 from multimodal.token_batch import ModalityTokens, TokenBatch
 from multimodal.towers import UpperTower, load_tower, merge_lora
@@ -107,7 +108,13 @@ class ContentEncoder(nn.Module):
 
     def replace_absent(self) -> None:
         """Where a learned vector stands for an absent modality, let it be that one's mean."""
-        self.fusion.replace_absent(self.output.mean_H)
+        everywhere_H = torch.ones_like(self.output.mean_H, dtype=torch.bool)
+        self.fusion.replace_absent(self.output.mean_H, everywhere_H)
+
+    def wake(self, mean_H: Tensor, deviation_H: Tensor) -> None:
+        """Give the last layer these moments of inputs that were constant when it took its own."""
+        wakes_H = self.output.wake(mean_H, deviation_H)
+        self.fusion.replace_absent(self.output.mean_H, wakes_H)
 
     def _fused(self, like: Tensor, batch: TokenBatch) -> Tensor:
         """(U, width of the fusion), made on the device of `like`.
@@ -155,6 +162,23 @@ def rows_to_standardise(num_items: int, seed: int) -> Tensor:
     """Rows of a store whose moments stand for its items, ascending: all, or a large sample."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randperm(num_items, generator=generator)[:_MOST_STANDARDISED].sort().values
+
+
+def standardise_on_ranks(
+    encoder: ContentEncoder, read: ReadTokens, num_items: int, seed: int, ranks: RankGroup
+) -> None:
+    """Standardise every rank's replica over a store's items; each goes through its share of them.
+
+    Args:
+        encoder: a rank's, equal on all of them.
+        read: stored tokens.
+        num_items: of the store.
+        seed: of the sample of a large one.
+        ranks: all of them call it.
+    """
+    moments_3H = encoder.moments(read, ranks.share(rows_to_standardise(num_items, seed)))
+    ranks.add_up(moments_3H)
+    encoder.standardise(moments_3H)
 
 
 def trained_state(encoder: ContentEncoder) -> dict[str, Tensor]:

@@ -83,6 +83,16 @@ class ContentHead:
         self.layer.load_state_dict(_below(f"{_ENCODER}{_LAYER}", tensors))
         self._trained.load_optimizer_state(tensors)
 
+    def warm_start(self, tensors: Mapping[str, Tensor]) -> int:
+        """As `load`, but for inputs that were constant when the checkpoint's moments were computed.
+
+        Returns:
+            How many of them vary now: they take the moments that the layer started with.
+        """
+        now = {name: moment.clone() for name, moment in self.layer.named_buffers()}
+        self.load(tensors)
+        return int(self.layer.wake(**now).sum())
+
 
 def trained_vectors(encoder: Mapping[str, Tensor], fused: Iterable[Tensor]) -> Tensor:
     """Content vectors (N, D) of a checkpoint, on the CPU.

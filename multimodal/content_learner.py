@@ -6,14 +6,13 @@ Its last layer is trained on the ranks, by all items that they read (`multimodal
 # Shapes: U items, H width of the fused vectors, P elements of all trained parameters.
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from embedding.errors import UserError
-from embedding.precision import check_precision
+from embedding.precision import check_precision, exact_products
 from multimodal.content_config import ContentConfig
 from multimodal.content_encoder import (
     ContentEncoder,
@@ -78,11 +77,11 @@ class ContentLearner:
         Args:
             rows_U: the items.
             items_at_a_time: bounds memory.
-            exact: in fp32; else in the precision of training steps.
+            exact: in fp32, without TF32; else in the precision of training steps.
         """
         self.encoder.eval()
         empty_0H = torch.empty(0, self.width, device=self.device)
-        with nullcontext() if exact else self._autocast():
+        with exact_products() if exact else self._autocast():
             parts = [self._fused(part) for part in rows_U.split(items_at_a_time) if len(part)]
         return torch.cat([empty_0H, *(part.float() for part in parts)])
 
@@ -139,8 +138,13 @@ class ContentLearner:
         }
         return weights | self._trained.optimizer_state()
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
+    def load(self, tensors: Mapping[str, Tensor], *, wakes: bool = False) -> None:
         """Go on from the checkpoint of a whole encoder; one without optimizer starts it anew.
+
+        Args:
+            tensors: the checkpoint's.
+            wakes: keep the moments of now of those inputs of the last layer that were constant
+                when the checkpoint's were computed.
 
         Raises:
             UserError: it is another encoder's.
@@ -155,7 +159,10 @@ class ContentLearner:
                 "the checkpoint holds no content encoder: it was written without content; set "
                 "content to null, or start a new run"
             )
+        now = {name: moment.clone() for name, moment in self.encoder.output.named_buffers()}
         load_trained_state(self.encoder, weights)
+        if wakes:
+            self.encoder.wake(**now)
         self._trained.load_optimizer_state(tensors)
 
     def _fused_for_training(self, step: int, rows_U: Tensor) -> Tensor:

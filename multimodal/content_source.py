@@ -34,6 +34,8 @@ from multimodal.rank_group import RankGroup
 from multimodal.stopwatch import Stopwatch
 
 _BANK = "bank/"
+_MOMENTS = "encoder/output.deviation_H"
+"""The moments of the last layer's inputs, in a checkpoint."""
 
 
 class EncoderPlacement(Protocol):
@@ -69,8 +71,14 @@ class EncoderPlacement(Protocol):
         """All that training changes but the last layer; on rank 0, elsewhere it may be empty."""
         ...
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from a checkpoint of the whole encoder."""
+    def load(self, tensors: Mapping[str, Tensor], *, wakes: bool = False) -> None:
+        """Go on from a checkpoint of the whole encoder.
+
+        Args:
+            tensors: the checkpoint's.
+            wakes: inputs of the last layer that were constant when the checkpoint's moments were
+                computed keep those of now, as `ContentHead.warm_start` has it.
+        """
 
     def gradient_norms(self) -> dict[str, float]:
         """Norm of the last step's gradient by part of the encoder; on rank 0."""
@@ -197,19 +205,26 @@ class TrainedContent:
             return {"encoder": "not in the checkpoint"}
         learned = {n: t for n, t in tensors.items() if n != "step" and not n.startswith(_BANK)}
         bank = _bank_of(tensors)
-        if not self.bank.has_towers_of(bank):
-            # LoRA, fusion and standardisation are fitted to the tokens of their towers.
-            return {"encoder": "was trained on other towers", "bank": "encoded anew"}
+        obstacle = self.bank.other_models(bank)
+        if obstacle is not None:
+            # LoRA, fusion and standardisation are fitted to what their towers give.
+            return {"encoder": obstacle, "bank": "encoded anew"}
         try:
-            self.placement.load(learned)
+            self.placement.load(learned, wakes=True)
         except UserError as error:
             return {"encoder": str(error), "bank": "encoded anew"}
-        self.head.load(learned)
-        if not tensors["step"][1] or not self.bank.has_tokens_of(bank):
-            return {"bank": "encoded anew with the weights that were carried"}
-        self.bank.fill(bank["fused"], self.step)
-        self._is_fresh = True
-        return {}
+        num_woken = self.head.warm_start(learned)
+        if not num_woken and tensors["step"][1] and self.bank.has_tokens_of(bank):
+            self.bank.fill(bank["fused"], self.step)
+            self._is_fresh = True
+            return {}
+        kept = {"bank": "encoded anew with the weights that were carried"}
+        if num_woken:
+            what = (
+                f"{num_woken} of {self.head.width} columns were constant until now and vary today"
+            )
+            kept[_MOMENTS] = f"{what}: they take mean and deviation of today's items"
+        return kept
 
     def close(self, *, is_orderly: bool = True) -> None:
         """End what the placement holds outside this process; see `EncoderPlacement.close`."""

@@ -90,10 +90,14 @@ class FusionQFormer(nn.Module):
             return queried_UX
         return torch.cat([queried_UX, self.means.columns_present(tokens)], dim=1)
 
-    def replace_absent(self, vector_X: Tensor) -> None:
-        """Where a learned vector stands for an absent modality, let it be these columns (width)."""
+    def replace_absent(self, vector_X: Tensor, where_X: Tensor) -> None:
+        """Where a learned vector stands for an absent modality, let it be these columns (width).
+
+        Only those where `where_X` (width) is True.
+        """
         if self.means is not None:
-            self.means.replace_absent(vector_X[self.queries_QD.numel() :])
+            first = self.queries_QD.numel()
+            self.means.replace_absent(vector_X[first:], where_X[first:])
 
 
 class FqLayer(nn.Module):
@@ -164,7 +168,7 @@ class MeanOfModalities(nn.Module):
         """(U, width) False where nothing of the item is read."""
         return _any_present(tokens, self.width)
 
-    def replace_absent(self, vector_X: Tensor) -> None:
+    def replace_absent(self, vector_X: Tensor, where_X: Tensor) -> None:
         """Nothing: items that lack one modality read the other, and `absent_D` has no start."""
 
 
@@ -195,10 +199,12 @@ class ConcatOfModalities(nn.Module):
         return torch.cat(parts, dim=1)
 
     @torch.no_grad()
-    def replace_absent(self, vector_X: Tensor) -> None:
-        """Let absent modalities be these columns (width)."""
+    def replace_absent(self, vector_X: Tensor, where_X: Tensor) -> None:
+        """Let absent modalities be these columns (width) where `where_X` (width) is True."""
+        own_X = torch.cat([*self.absent_H.values()])
+        replaced_X = torch.where(where_X, vector_X, own_X)
         widths = [len(absent_H) for absent_H in self.absent_H.values()]
-        for absent_H, part in zip(self.absent_H.values(), vector_X.split(widths), strict=True):
+        for absent_H, part in zip(self.absent_H.values(), replaced_X.split(widths), strict=True):
             absent_H.copy_(part)
 
 

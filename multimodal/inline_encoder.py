@@ -60,9 +60,9 @@ class InlineEncoder:
         """That of any replica."""
         return self._learner.state()
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
+    def load(self, tensors: Mapping[str, Tensor], *, wakes: bool = False) -> None:
         """Into this rank's replica."""
-        self._learner.load(tensors)
+        self._learner.load(tensors, wakes=wakes)
 
     def gradient_norms(self) -> dict[str, float]:
         """Of the last step."""

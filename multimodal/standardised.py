@@ -36,6 +36,20 @@ class StandardisedLinear(nn.Linear):
         # A constant dimension says nothing: it stays 0 instead of being blown up.
         self.deviation_H.copy_(torch.where(deviation_H > _MIN_DEVIATION, deviation_H, torch.inf))
 
+    @torch.no_grad()
+    def wake(self, mean_H: Tensor, deviation_H: Tensor) -> Tensor:
+        """Take the given moments where a dimension was constant when its own were computed.
+
+        Its inputs were 0 whatever they held, so what was learned of the others stays true.
+
+        Returns:
+            True where it did, (H,).
+        """
+        wakes_H = self.deviation_H.isinf() & deviation_H.isfinite()
+        self.mean_H.copy_(torch.where(wakes_H, mean_H, self.mean_H))
+        self.deviation_H.copy_(torch.where(wakes_H, deviation_H, self.deviation_H))
+        return wakes_H
+
     def standardised(self, x_UH: Tensor) -> Tensor:
         """The inputs with mean 0 and deviation 1 over the catalogue."""
         return (x_UH - self.mean_H) / self.deviation_H

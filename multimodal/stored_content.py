@@ -100,9 +100,6 @@ class ContentReader:
         self.content = StoredContent.model_validate_json((directory / _DESCRIPTION).read_text())
         self.identity = _identity(directory)
         """Equal for equal items with equal tokens."""
-        fingerprints = sorted((n, m.fingerprint) for n, m in self.content.modalities.items())
-        self.towers = _digest(repr(fingerprints).encode())
-        """Equal for tokens of equal towers."""
         table = pq.read_table(directory / _INDEX)
         self.item_ids_N: Int64Array = table["item_id"].to_numpy()
         """Raw ids, ascending; a position is a content row."""
@@ -187,11 +184,7 @@ class _ModalityReader:
 
 def _identity(directory: Path) -> int:
     """Parts of a store never change, so what points to them says which tokens these are."""
-    return _digest(*((directory / name).read_bytes() for name in (_DESCRIPTION, _INDEX)))
-
-
-def _digest(*parts: bytes) -> int:
     digest = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        digest.update(part)
+    for name in (_DESCRIPTION, _INDEX):
+        digest.update((directory / name).read_bytes())
     return int.from_bytes(digest.digest(), "little", signed=True)

@@ -24,8 +24,8 @@ class TokenRangeError(ValueError):
         self.value = value
         self.tower = tower
 
-    def of_item(self, item_id: int) -> UserError:
-        """What the user must change; `item_id` is the raw id of the row's item."""
+    def of_item(self, item_id: int | str) -> UserError:
+        """What the user must change; `item_id` is the row's, as the catalogue has it."""
         modality = "text" if isinstance(self.tower, TextTower) else "image"
         said = f"the {modality} tower {self.tower.model!r} gives item {item_id} a token value of "
         if not math.isfinite(self.value):

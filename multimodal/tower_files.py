@@ -6,6 +6,7 @@ neither torch nor transformers.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -158,13 +159,38 @@ def tower_fingerprint(modality: str, tower: Tower) -> str:
     """
     described = {
         "format": TOKENS_FORMAT,
+        **_model(modality, tower),
+        "inputs": input_settings(tower),
+        "precision": tower.precision,
+    }
+    return _fingerprint(described)
+
+
+def model_identities(towers: Mapping[str, Tower]) -> dict[str, int]:
+    """Of each tower what its LoRA is fitted to, as an int64: the model's files and the cut.
+
+    Not how inputs are prepared and tokens stored: an encoder goes on where that changes. Equal for
+    equal files, wherever they lie.
+
+    Raises:
+        UserError: the model's files are not there.
+    """
+    return {
+        name: int.from_bytes(bytes.fromhex(_fingerprint(_model(name, tower))), "big", signed=True)
+        for name, tower in towers.items()
+    }
+
+
+def _model(modality: str, tower: Tower) -> dict[str, Any]:
+    return {
         "modality": modality,
         "tiny": TINY_SIZE if tower.model == TINY else None,
         "files": {path.name: _sha256_once(path) for path in model_files(tower)},
         "layers_in_step": tower.layers_in_step,
-        "inputs": input_settings(tower),
-        "precision": tower.precision,
     }
+
+
+def _fingerprint(described: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
 

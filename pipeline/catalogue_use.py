@@ -24,6 +24,15 @@ codebooks are an input of their own."""
 _FOLLOWING = (CATALOGUE, FILES, CODES)
 
 
+def changed_while(names: str, root: Path, stage: str) -> UserError:
+    """That a stage read two states of some files of the data root."""
+    return UserError(
+        f"{names} in {root} changed while {stage} read it, so its output would mix two states and "
+        "is not published; run the same command again once the files stay as they are, and replace "
+        "them by renaming, between two runs"
+    )
+
+
 @dataclass(frozen=True)
 class CatalogueUse:
     """How the stages of one run read the catalogue of one data root."""
@@ -62,11 +71,7 @@ class CatalogueUse:
             output = spec.body(scratch)
             if self.fingerprint() != before:
                 names = " or ".join(path.name for path in catalogue_files(self.root))
-                raise UserError(
-                    f"{names} in {self.root} changed while {spec.name} read it, so its output "
-                    "would mix two states and is not published; run the same command again once "
-                    "the files stay as they are, and replace them by renaming, between two runs"
-                )
+                raise changed_while(names, self.root, spec.name)
             return output
 
         return replace(spec, body=body)

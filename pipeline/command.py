@@ -22,7 +22,7 @@ from pipeline.output_name import claim
 from pipeline.pruned import forget_pruned
 from pipeline.publication import Publish
 from pipeline.recipe import write_recipe
-from pipeline.recipe_files import check_recipe_files
+from pipeline.recipe_files import check_recipe_files, tower_folders
 from pipeline.registry import promote_newest, promotions
 from pipeline.reports.report import REPORT, write_report
 from pipeline.run import DayRun
@@ -49,7 +49,7 @@ class Command:
                 path is relative on a cluster.
         """
         check_recipe_files(recipe)
-        require_absolute({"--out": out, "data.root": recipe.data.root})
+        require_absolute({"--out": out, "data.root": recipe.data.root, **tower_folders(recipe)})
         self.recipe = recipe
         self.out = out
         self.publish = publish

@@ -1,6 +1,9 @@
 """Files that a recipe names, checked before a run starts anything. Imports nothing heavy."""
 
+from pathlib import Path
+
 from embedding.errors import UserError
+from multimodal.content_config import TINY
 from multimodal.tower_files import require_files
 from pipeline.config import Recipe
 from pipeline.planning.request import check_plan_files
@@ -20,3 +23,13 @@ def check_recipe_files(recipe: Recipe) -> None:
                 require_files(tower)
             except UserError as error:
                 raise UserError(f"{path}.{name}: {error}") from error
+
+
+def tower_folders(recipe: Recipe) -> dict[str, Path]:
+    """Directories of towers, by the setting that gives them: workers must find them there, too."""
+    return {
+        f"{path}.{name}.model": Path(tower.model)
+        for path, content in recipe.contents.items()
+        for name, tower in content.towers.items()
+        if tower.model != TINY and Path(tower.model).is_dir()
+    }

@@ -25,9 +25,10 @@ from multimodal.content_encoder import (
     ContentEncoder,
     load_content_encoder,
     load_trained_state,
-    rows_to_standardise,
+    standardise_on_ranks,
     trained_state,
 )
+from multimodal.rank_group import RankGroup
 from multimodal.stored_content import ContentReader
 from pipeline.codes.align import ENCODER, PART, RESULT, AlignJob
 from pipeline.codes.align_facts import AlignmentResult
@@ -48,14 +49,14 @@ def align_worker(config: dict[str, str]) -> None:
     device = own_device()
     reader = ContentReader(job.index, job.stores)
     reader.require_towers(job.content)
-    encoder = load_content_encoder(job.content)
+    encoder = load_content_encoder(job.content).to(device)
     state = {} if job.state is None else load_file(job.state)
     temperature = state.pop(_TEMPERATURE, None)
     if job.state is not None:
         load_trained_state(encoder, state)
     else:
-        _standardise(encoder, reader, job.content.seed)
-    encoder.to(device)
+        ranks = RankGroup(dist.group.WORLD)
+        standardise_on_ranks(encoder, reader.read, reader.num_items, job.content.seed, ranks)
     if job.training is not None and job.pairs is not None:
         if temperature is None:
             temperature = torch.tensor(job.training.temperature)
@@ -70,13 +71,6 @@ def align_worker(config: dict[str, str]) -> None:
             state[_TEMPERATURE] = temperature
         save_file(state, job.output / ENCODER)
     dist.barrier()
-
-
-def _standardise(encoder: ContentEncoder, reader: ContentReader, seed: int) -> None:
-    """Every rank computes it, and takes the result of the first: sums differ in the last bit."""
-    moments_3H = encoder.moments(reader.read, rows_to_standardise(reader.num_items, seed))
-    dist.broadcast(moments_3H, src=0)
-    encoder.standardise(moments_3H)
 
 
 def _train(

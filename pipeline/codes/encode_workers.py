@@ -8,6 +8,7 @@ import ray
 import torch
 
 from embedding.errors import UserError
+from embedding.precision import exact_products
 from multimodal.codes.config import EncodeWorkers
 from multimodal.codes.residual_quantizer import CPU
 from pipeline.cluster import Bundle, RaySession, fitting
@@ -16,13 +17,17 @@ from pipeline.devices import own_device
 from pipeline.pieces import stream_pieces
 
 
-def _assigner(look_up: LookUp, config: EncodeWorkers) -> CodeAssigner:
-    """Runs on a worker."""
+def _assigner(look_up: LookUp, config: EncodeWorkers) -> Callable[[Piece], Encoded]:
+    """Runs on a worker; what it returns looks a piece up."""
     torch.set_num_threads(max(1, int(config.cpus_per_worker)))
-    # Some container images ask for TF32, whose products would propose too little.
-    torch.backends.cuda.matmul.allow_tf32 = False
     device = own_device() if config.gpus_per_worker else CPU
-    return CodeAssigner.load(look_up, device)
+    assign = CodeAssigner.load(look_up, device)
+
+    def encode(piece: Piece) -> Encoded:
+        with exact_products():  # those in TF32 would propose too little
+            return assign(piece)
+
+    return encode
 
 
 @dataclass(frozen=True)

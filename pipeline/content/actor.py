@@ -43,6 +43,7 @@ from multimodal.stored_content import ContentReader
 from pipeline.content.group import OF_ACTORS, TensorGroup, meeting_place, of_ranks_and, wait
 from pipeline.content.paths import ContentPaths
 
+Doubles = npt.NDArray[np.float64]
 Floats = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
 Arrays = dict[str, npt.NDArray[Any]]
@@ -69,7 +70,7 @@ class ContentActor:
         """Waits for other members, while the actor's calls get in."""
 
     async def ready(self) -> None:
-        """Load the towers; everything else comes after it.
+        """Load the towers; everything else comes after it, and first `standardise`.
 
         Not when the actor is made: of an error there, Ray passes on the text alone.
 
@@ -85,8 +86,16 @@ class ContentActor:
             reader.read,
             torch.device("cuda" if self.service.gpus_per_actor else "cpu"),
         )
-        rows_N = rows_to_standardise(reader.num_items, self.config.seed)
-        self.learner.standardise(self.learner.moments(rows_N))
+        self._to_standardise = rows_to_standardise(reader.num_items, self.config.seed)
+
+    async def moments(self) -> Doubles:
+        """What `standardise` needs (3, H), of this actor's share of the items; shares add up."""
+        share = self._to_standardise.tensor_split(self.service.num_actors)[self.actor]
+        return self.learner.moments(share).cpu().numpy()
+
+    async def standardise(self, moments_3H: Doubles) -> None:
+        """Standardise what the last layer reads over all items, before anything else is asked."""
+        self.learner.standardise(torch.tensor(moments_3H, device=self.learner.device))
 
     async def head(self) -> Arrays:
         """State of the encoder's last layer as training starts; the ranks train it."""
@@ -215,9 +224,10 @@ class ContentActor:
         await self._after(step)
         return {name: tensor.cpu().numpy().copy() for name, tensor in self.learner.state().items()}
 
-    async def load(self, step: int, state: Arrays) -> None:
+    async def load(self, step: int, state: Arrays, *, wakes: bool = False) -> None:
         """Go on at a step with this state."""
-        self.learner.load({name: torch.tensor(array) for name, array in state.items()})
+        tensors = {name: torch.tensor(array) for name, array in state.items()}
+        self.learner.load(tensors, wakes=wakes)
         self._num_updates = step
         self._encodings.clear()
         await self._tell()

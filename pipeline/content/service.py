@@ -91,7 +91,7 @@ class ServiceEncoder:
         )
         return _tensors(arrays)
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
+    def load(self, tensors: Mapping[str, Tensor], *, wakes: bool = False) -> None:
         """Into all actors; returns once they go on from it."""
         self._step = int(tensors["step"][0]) if "step" in tensors else 0
         failure: str | None = None
@@ -102,7 +102,9 @@ class ServiceEncoder:
                 if name.startswith(("encoder/", "optimizer/"))
             }
             state = ray.put(learned)
-            answers = [actor.load.remote(self._step, state) for actor in self._calls.actors]
+            answers = [
+                actor.load.remote(self._step, state, wakes=wakes) for actor in self._calls.actors
+            ]
             try:
                 self._calls.get(answers, "the actors to load a checkpoint", _LOAD_TIMEOUT_S)
             except UserError as error:
@@ -137,13 +139,15 @@ class ServiceEncoder:
             for i, name in enumerate(names):
                 self._actors.append(self._create(config, paths, i, name))
             try:
-                self._calls_of(self._actors).get(
+                calls = self._calls_of(self._actors)
+                calls.get(
                     [actor.ready.remote() for actor in self._actors],
                     "the actors of the content service to load their towers (they ask for "
                     f"{self._service.num_actors} x {self._service.cpus_per_actor:g} CPUs and "
                     f"{self._service.gpus_per_actor:g} GPUs beside the ranks)",
                     _LOAD_TIMEOUT_S,
                 )
+                self._standardise(calls)
             except UserError as error:
                 failure = str(error)
         names, failure = self._ranks.said_by_first((names, failure))
@@ -151,6 +155,14 @@ class ServiceEncoder:
             raise UserError(failure)
         self._actors = self._actors or [ray.get_actor(name) for name in names]
         return self._calls_of(self._actors)
+
+    def _standardise(self, calls: ActorCalls) -> None:
+        """Each actor goes through its share of the items; sums are added in the order of shares."""
+        what = "the actors of the content service to standardise the items"
+        shares = [actor.moments.remote() for actor in calls.actors]
+        moments_3H = ray.put(sum(calls.get(shares, what, _LOAD_TIMEOUT_S)))
+        answers = [actor.standardise.remote(moments_3H) for actor in calls.actors]
+        calls.get(answers, what, _LOAD_TIMEOUT_S)
 
     def _start_of_head(self) -> dict[str, Tensor]:
         (arrays,) = self._calls.get([self._calls.actors[0].head.remote()], "the last layer's start")

@@ -33,7 +33,7 @@ from pipeline.config import Recipe
 from pipeline.console import Reporter
 from pipeline.content.facts import ContentFacts, ModalityFacts
 from pipeline.content.reading import CatalogueReading, CheckedContent, DigestedContent
-from pipeline.content.tasks import EncoderSettings, EncodeTask
+from pipeline.content.tasks import EncoderSettings, EncodeTask, NewRows
 from pipeline.content.workers import encode_on_workers, worker_of
 from pipeline.identity import content_config
 from pipeline.reports.item_cards import item_names
@@ -68,7 +68,7 @@ def content(
         for name, tower in checked.config.towers.items()
     }
     tasks = {name: job.tasks(catalogue) for name, job in jobs.items()}
-    total = sum(len(task.rows_N) for todo in tasks.values() for task in todo)
+    total = sum(task.num_items for todo in tasks.values() for task in todo)
     done = 0
     for name, job in jobs.items():
         for count in encode_on_workers(tasks[name], job.settings, checked.config.tokens):
@@ -82,7 +82,7 @@ def content(
         found = job.find(ordered)
         _refuse_unreadable(checked, name, found)
         places[name], modalities[name] = job.index(found)
-        computed = sum(len(task.rows_N) for task in tasks[name])
+        computed = sum(task.num_items for task in tasks[name])
         facts[name] = _facts(found, computed, job.stored_bytes(modalities[name].parts))
         has_content_N |= places[name].row_N != NO_ROW
     ids_N: Int64Array = ordered["item_id"].to_numpy()
@@ -117,23 +117,27 @@ class _TowerJob:
         )
 
     def tasks(self, catalogue: pd.DataFrame) -> list[EncodeTask]:
-        """Items whose content is not stored yet, in pieces that keep all workers busy."""
+        """Items whose content is not stored yet, in pieces that keep all workers busy.
+
+        Those of a few items take row groups together: a day that changes a little of each adds few
+        parts to the store, all of which training maps into memory.
+        """
         known = self._join(catalogue)
         new = catalogue[known["part"].isna().to_numpy()]
-        tasks = []
+        tasks: list[EncodeTask] = []
+        waiting: list[NewRows] = []
         for group, rows in new.groupby("row_group"):
-            # Every task reads its row group from the start: no more of them than help.
+            # Every task reads its row groups from the start: no more of them than help.
             pieces = min(self.stage.num_workers, math.ceil(len(rows) / self.stage.items_per_part))
             for piece in np.array_split(np.arange(len(rows)), pieces):
                 part = rows.iloc[piece]
-                tasks.append(
-                    EncodeTask(
-                        self.name,
-                        int(group),
-                        part["row"].to_numpy(),
-                        part[self.name].to_numpy(),
-                    )
-                )
+                columns = (part[name].to_numpy() for name in ("row", "item_id", self.name))
+                waiting.append(NewRows(int(group), *columns))
+                if sum(len(found.rows_N) for found in waiting) >= self.stage.items_per_part:
+                    tasks.append(EncodeTask(self.name, tuple(waiting)))
+                    waiting = []
+        if waiting:
+            tasks.append(EncodeTask(self.name, tuple(waiting)))
         return tasks
 
     def find(self, catalogue: pd.DataFrame) -> pd.DataFrame:

@@ -1,6 +1,6 @@
 """What workers do for the content stage: digests of items, and tokens of new ones.
 
-Both stream over one row group of items.parquet, so memory is bounded by a batch of it and, for
+Both stream over row groups of items.parquet, so memory is bounded by a batch of them and, for
 tokens, by one part of the store.
 
 Shapes: N items, L token positions, H width of a tower.
@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -26,6 +26,7 @@ from multimodal.images import image_path
 from multimodal.token_range import TokenRangeError
 from multimodal.token_store import PartTokens, TokenStore
 from multimodal.tower_files import Tower
+from pipeline.catalogue_use import changed_while
 from pipeline.samples.contract import open_parquet
 
 if TYPE_CHECKING:
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 
 DIGEST_ROWS = 1024
 """Rows read at a time: images of so many items are in memory."""
+
+AS_WRITTEN = "item_id as written"
+"""Column of ids as the catalogue has them, for messages: raw ids of strings are hashes."""
 
 _NO_VALUE = 0
 """Digest of null."""
@@ -55,7 +59,7 @@ class Catalogue:
         return self.root / self.name
 
     def batches(self, row_group: int, columns: list[str], num_rows: int) -> Iterator[pa.Table]:
-        """A row group in pieces, with `item_id` as raw ids.
+        """A row group in pieces, with `item_id` as raw ids and `AS_WRITTEN`.
 
         Raises:
             UserError: the file is damaged.
@@ -74,6 +78,7 @@ class Catalogue:
         try:
             for piece in file.iter_batches(num_rows, [row_group], ["item_id", *columns]):
                 table = pa.Table.from_batches([piece])
+                table = table.append_column(AS_WRITTEN, table["item_id"])
                 yield table.set_column(0, "item_id", to_raw_ids(table["item_id"]))
         except (pa.ArrowException, OSError) as error:
             raise UserError(
@@ -82,10 +87,16 @@ class Catalogue:
 
     def digests(self, table: pa.Table) -> dict[str, Int64Array]:
         """Identity of the content of some rows, without its decoding, by modality."""
-        return {
-            name: _digests(table[column], is_text=name == "text", root=self.root)
-            for name, column in self.columns.items()
-        }
+        return {name: self.digests_of(table, name) for name in self.columns}
+
+    def digests_of(self, table: pa.Table, modality: str) -> Int64Array:
+        """Identity of the content of some rows in one modality."""
+        column = table[self.columns[modality]]
+        return _digests(column, is_text=modality == "text", root=self.root)
+
+    def changed(self) -> UserError:
+        """That another state of it, or of a file that it names, lies there now."""
+        return changed_while(f"{self.name} or a file that it names", self.root, "content")
 
 
 # --- digests -------------------------------------------------------------------------------------
@@ -146,14 +157,27 @@ def _image_digest(value: bytes | str | None, root: Path) -> int:
 
 
 @dataclass(frozen=True)
-class EncodeTask:
+class NewRows:
     """New items of one row group."""
 
-    modality: str
     row_group: int
     rows_N: Int64Array
     """Positions in the row group, ascending."""
+    item_ids_N: Int64Array
     digests_N: Int64Array
+
+
+@dataclass(frozen=True)
+class EncodeTask:
+    """New items of some row groups, for parts that they share."""
+
+    modality: str
+    groups: tuple[NewRows, ...]
+
+    @property
+    def num_items(self) -> int:
+        """Of all row groups."""
+        return sum(len(rows.rows_N) for rows in self.groups)
 
 
 @dataclass(frozen=True)
@@ -194,16 +218,13 @@ class TokenWriter:
         """Encode and store; yields the number of items of every part.
 
         Raises:
-            UserError: the precision of the stored tokens does not hold an item's.
+            UserError: the precision of the stored tokens does not hold an item's, or the items are
+                not those of the task any more.
         """
         size = self.settings.items_per_part
         pending: list[_Encoded] = []
         for piece in self._pieces(task):
-            try:
-                encoded = self.encode(piece.values)
-            except TokenRangeError as error:
-                raise error.of_item(int(piece.item_ids_N[error.row])) from error
-            pending.append(_Encoded(piece.item_ids_N, piece.digests_N, encoded))
+            pending.append(self._encoded(piece, task.modality))
             if sum(len(encoded.item_ids_N) for encoded in pending) >= size:
                 yield self._write(pending)
                 pending = []
@@ -212,21 +233,47 @@ class TokenWriter:
 
     def _pieces(self, task: EncodeTask) -> Iterator["_Piece"]:
         """The task's items, at most `items_per_batch` at a time."""
-        settings = self.settings
-        column = settings.catalogue.columns[task.modality]
-        start = taken = 0
-        for table in settings.catalogue.batches(task.row_group, [column], settings.items_per_batch):
-            end = taken + int(np.searchsorted(task.rows_N[taken:], start + len(table)))
-            if end > taken:
-                wanted = table.take(pa.array(task.rows_N[taken:end] - start))
-                yield _Piece(
-                    wanted["item_id"].to_numpy(),
-                    task.digests_N[taken:end],
-                    wanted[column].to_pylist(),
+        catalogue, size = self.settings.catalogue, self.settings.items_per_batch
+        column = catalogue.columns[task.modality]
+        with open_parquet(catalogue.path) as file:
+            for new in task.groups:
+                if new.row_group >= file.num_row_groups or column not in file.schema_arrow.names:
+                    raise catalogue.changed()
+                yield from self._new_rows(
+                    new, catalogue.pieces(file, new.row_group, [column], size)
                 )
+
+    def _new_rows(self, new: NewRows, tables: Iterator[pa.Table]) -> Iterator["_Piece"]:
+        """The new rows in each of a row group's tables."""
+        start = taken = 0
+        for table in tables:
+            end = taken + int(np.searchsorted(new.rows_N[taken:], start + len(table)))
+            if end > taken:
+                wanted = table.take(pa.array(new.rows_N[taken:end] - start))
+                yield _Piece(wanted, new.item_ids_N[taken:end], new.digests_N[taken:end])
             start, taken = start + len(table), end
-            if taken == len(task.rows_N):
+            if taken == len(new.rows_N):
                 return
+        raise self.settings.catalogue.changed()
+
+    def _encoded(self, piece: "_Piece", modality: str) -> "_Encoded":
+        self._require_planned(piece, modality)
+        values = piece.table[self.settings.catalogue.columns[modality]].to_pylist()
+        try:
+            encoded = self.encode(values)
+        except TokenRangeError as error:
+            raise error.of_item(piece.table[AS_WRITTEN][error.row].as_py()) from error
+        # Again: a file that the catalogue names may have been replaced while it was decoded.
+        self._require_planned(piece, modality)
+        return _Encoded(piece.item_ids_N, piece.digests_N, encoded)
+
+    def _require_planned(self, piece: "_Piece", modality: str) -> None:
+        """Refuse rows that are not what was digested: the store would keep them for good."""
+        catalogue = self.settings.catalogue
+        ids_N, digests_N = piece.table["item_id"], catalogue.digests_of(piece.table, modality)
+        is_same = np.array_equal(ids_N.to_numpy(), piece.item_ids_N)
+        if not is_same or not np.array_equal(digests_N, piece.digests_N):
+            raise catalogue.changed()
 
     def _write(self, pieces: list["_Encoded"]) -> int:
         longest = max(piece.items.tokens_MLH.shape[1] for piece in pieces)
@@ -245,9 +292,11 @@ class TokenWriter:
 
 @dataclass(frozen=True)
 class _Piece:
+    table: pa.Table
+    """As the file has it now."""
     item_ids_N: Int64Array
+    """Of the task, like the digests."""
     digests_N: Int64Array
-    values: list[Any]
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,14 @@ from embedding.items import ItemSource
 from multimodal.cic import CicLoss
 from multimodal.content_bank import ContentBank
 from multimodal.content_config import ContentConfig, Inline
-from multimodal.content_encoder import load_content_encoder, rows_to_standardise
+from multimodal.content_encoder import load_content_encoder, standardise_on_ranks
 from multimodal.content_head import ContentHead
 from multimodal.content_learner import ContentLearner
 from multimodal.content_source import EncoderPlacement, TrainedContent
 from multimodal.inline_encoder import InlineEncoder
 from multimodal.rank_group import RankGroup
 from multimodal.stored_content import ContentReader
+from multimodal.tower_files import model_identities
 from pipeline.config import Recipe
 from pipeline.content.items import content_shape, item_source
 from pipeline.content.paths import ContentPaths
@@ -54,7 +55,8 @@ def rank_content(
         recipe: the day's.
         paths: of the stored content.
         device: of the rank.
-        predicts: nothing is trained, so the encoder runs on the ranks wherever it was trained.
+        predicts: nothing is trained, so the encoder runs on the ranks, in fp32, wherever and in
+            whatever precision it was trained.
 
     Raises:
         UserError: a tower cannot be loaded, or is not the one whose tokens are stored.
@@ -63,9 +65,11 @@ def rank_content(
     if config is None:
         return None
     if predicts:
-        config = config.model_copy(update={"placement": Inline()})
+        config = config.model_copy(update={"placement": Inline(), "precision": "fp32"})
     assert paths is not None
     reader = ContentReader(paths.index, paths.stores)
+    reader.require_towers(config)
+    models = model_identities(config.towers).values()
     ranks = RankGroup(dist.new_group())
     item_ids = torch.from_numpy(reader.item_ids_N.copy())
     items = item_source(config, recipe.features, item_ids)
@@ -73,9 +77,7 @@ def rank_content(
     placement = _placement(config, paths, reader, ranks, device, predicts=predicts)
     try:
         head = ContentHead(placement.head(), config, ranks, device)
-        bank = ContentBank(
-            item_ids, head.width, device, tokens=reader.identity, towers=reader.towers
-        )
+        bank = ContentBank(item_ids, head.width, device, tokens=reader.identity, models=models)
     except BaseException:
         placement.close(is_orderly=False)  # it may have started actors
         ranks.close(is_orderly=False)
@@ -109,12 +111,8 @@ def _placement(
 ) -> EncoderPlacement:
     if not isinstance(config.placement, Inline):
         return ServiceEncoder(config, paths, ranks, device)
-    reader.require_towers(config)
     encoder = load_content_encoder(config)
     learner = ContentLearner(config, encoder, reader.read, device)
     if not predicts:
-        share = ranks.share(rows_to_standardise(reader.num_items, config.seed))
-        moments_3H = learner.moments(share)
-        ranks.add_up(moments_3H)
-        learner.standardise(moments_3H)
+        standardise_on_ranks(encoder, reader.read, reader.num_items, config.seed, ranks)
     return InlineEncoder(learner, ranks)

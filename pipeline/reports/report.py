@@ -140,7 +140,7 @@ def _content(recipe: Recipe, directory: Path) -> dict[str, Any] | None:
     if recipe.content is None:
         return None
     # They load towers: pages without content do without.
-    from pipeline.content.moments import vector_sets
+    from pipeline.content.before_and_after import vector_sets
     from pipeline.content.pictures import content_pictures
 
     manifest = _require(directory / "content", ContentFacts)

@@ -29,7 +29,7 @@ from pipeline.marketplace.synthetic import ensure_data
 from pipeline.metrics_file import METRICS_FILE, read_metrics
 from pipeline.plan import plan_inputs
 from pipeline.recipe import load_recipe
-from pipeline.recipe_files import check_recipe_files
+from pipeline.recipe_files import check_recipe_files, tower_folders
 from pipeline.run import DayRun
 from pipeline.stages import STAGES, StageOutput, StageSpec, execute
 from pipeline.study.runner import Outcome, Trial, TrialProcesses, on_groups
@@ -138,6 +138,7 @@ class Study:
             try:
                 loaded = load_recipe(recipe, [*overrides, *variant.overrides])
                 check_recipe_files(loaded)
+                require_absolute(tower_folders(loaded))
             except UserError as error:
                 raise UserError(f"variant {variant.name!r}: {error}") from error
             self.recipes[variant.name] = loaded

@@ -12,17 +12,20 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModel
 
-from deploy.encoder_files import ENCODER, write_encoder
+from deploy.encoder_files import ENCODER, require_trained_models, write_encoder
 from deploy.item_encoder import ItemEncoder
 from embedding.errors import UserError
+from multimodal.content_bank import ContentBank
 from multimodal.content_config import ContentConfig
 from multimodal.content_encoder import ContentEncoder, load_content_encoder, trained_state
 from multimodal.item_inputs import build_preparer
 from multimodal.item_tokens import LowerEncoder
 from multimodal.token_batch import TokenBatch
+from multimodal.tower_files import model_identities
 from multimodal.towers import load_tower
-from tests.multimodal.small_models import IMAGE_SIZE, small_config
+from tests.multimodal.small_models import IMAGE_SIZE, save_image_model, small_config
 
+CPU = torch.device("cpu")
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "red", "blue", "green", "a", "film"]
 TEXTS = ["a red film", None, "blue green blue a red film", "unheard of"]
 PICTURES = ["one.png", "two.png", None, "absent.png"]
@@ -60,7 +63,7 @@ def unmerged_vectors(config: ContentConfig, encoder: ContentEncoder, root: Path)
     tokens = {}
     for (name, tower), values in zip(config.towers.items(), (TEXTS, PICTURES), strict=True):
         prepare = build_preparer(tower, root)
-        lower = LowerEncoder(load_tower(tower), prepare, tower, torch.device("cpu"))
+        lower = LowerEncoder(load_tower(tower), prepare, tower, CPU)
         tokens[name] = lower(values).of_all_items()
     with torch.no_grad():
         vectors_ND: Tensor = encoder(TokenBatch(tokens))
@@ -160,3 +163,19 @@ def test_weights_of_another_encoder_are_refused(models: ContentConfig, tmp_path:
     other = models.model_copy(update={"dim": 16})
     with pytest.raises(UserError, match="content encoder is not this recipe's"):
         write_encoder(other, trained, tmp_path / "bundle")
+
+
+def test_lora_is_folded_into_no_other_files_than_those_of_the_training(
+    models: ContentConfig, tmp_path: Path
+) -> None:
+    item_ids = torch.arange(3)
+    bank = ContentBank(item_ids, 4, CPU, models=model_identities(models.towers).values()).state()
+    trained = bank["models"]
+    require_trained_models(models, trained)
+    save_image_model(tmp_path / "models" / "image", num_attention_heads=3)
+    with pytest.raises(UserError, match=r"files of the image tower .* put the files that the"):
+        require_trained_models(models, trained)
+    save_image_model(tmp_path / "models" / "image")
+    require_trained_models(models, trained)
+    with pytest.raises(UserError, match="delete train/ and catch_up/ of that date"):
+        require_trained_models(models, None)

@@ -47,13 +47,13 @@ def read_tokens(rows_U: Tensor) -> TokenBatch:
 
 
 def _content(
-    config: ContentConfig, device: torch.device = CPU, **identity: int
+    config: ContentConfig, device: torch.device = CPU, **identity: Any
 ) -> tuple[TrainedContent, ContentLearner]:
     learner = ContentLearner(config, load_content_encoder(config), read_tokens, device)
     return _source(config, learner, **identity), learner
 
 
-def _source(config: ContentConfig, learner: ContentLearner, **identity: int) -> TrainedContent:
+def _source(config: ContentConfig, learner: ContentLearner, **identity: Any) -> TrainedContent:
     ranks, placement = RankGroup(), InlineEncoder(learner, RankGroup())
     head = ContentHead(placement.head(), config, ranks, learner.device)
     item_ids = torch.arange(NUM_ITEMS) * 10

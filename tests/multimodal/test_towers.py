@@ -19,7 +19,7 @@ from transformers import (
 
 from embedding.errors import UserError
 from multimodal.content_config import ImageTower, Lora, TextTower
-from multimodal.tower_files import model_directory, tower_fingerprint
+from multimodal.tower_files import model_directory, model_identities, tower_fingerprint
 from multimodal.towers import load_tower
 from tests.multimodal.small_models import IMAGE_SIZE, save_image_model, save_text_model
 
@@ -221,6 +221,26 @@ def test_the_fingerprint_follows_what_stored_tokens_depend_on(tmp_path: Path) ->
     ]
     others = {tower_fingerprint("text", tower.model_copy(update=change)) for change in changes}
     assert len(others | {same}) == 1 + len(changes)
+
+
+def test_what_an_encoder_is_fitted_to_is_the_model_and_its_cut_alone(tmp_path: Path) -> None:
+    tower = TextTower(model=save_text_model(tmp_path / "a"), max_tokens=8)
+    image = ImageTower(model=save_image_model(tmp_path / "i"), image_size=28)
+    same = model_identities({"text": tower, "image": image})
+    assert [*same] == ["text", "image"]
+    prepared_otherwise = {
+        "text": tower.model_copy(update={"max_tokens": 6, "precision": "float32"}),
+        "image": image.model_copy(update={"image_size": 42, "max_pixels": 9, "column": "poster"}),
+    }
+    assert model_identities(prepared_otherwise) == same
+    others = [
+        {"trainable_layers": 2},
+        {"lora": None},
+        {"model": save_text_model(tmp_path / "c", vocab_size=65)},
+        {"model": "tiny"},
+    ]
+    found = [model_identities({"text": tower.model_copy(update=o)})["text"] for o in others]
+    assert len({*found, same["text"]}) == 1 + len(others)
 
 
 def test_tiny_towers_have_no_files() -> None:

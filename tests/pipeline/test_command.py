@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from embedding.errors import UserError
+from multimodal.content_config import ContentConfig
 from pipeline import command as command_module
 from pipeline.artifacts import Manifest, StageFacts, publish, writing
 from pipeline.command import Command
@@ -18,6 +19,7 @@ from pipeline.run import DayRun
 from pipeline.stages import StageRecord
 from pipeline.summary import Summary
 from ranking.task_metrics import TaskMetrics
+from tests.multimodal.small_models import IMAGE_SIZE, save_image_model
 from tests.pipeline.small_log import DAYS, make_recipe
 from tests.pipeline.stage_facts import decided, published, trained
 
@@ -69,6 +71,25 @@ def test_a_model_that_is_passed_over_is_in_the_record_of_the_command(
     for day in DAYS[:2]:
         command._day(day)
     assert command.progress.warnings == tuple(f"{day}: it is cut off" for day in DAYS[:2])
+
+
+def test_a_tower_in_a_relative_directory_is_refused_on_a_cluster_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers have working directories of their own, and would take its name for a hub id."""
+    monkeypatch.chdir(tmp_path)
+    model = save_image_model(Path("models/image"))
+    towers = {"image": {"model": model, "image_size": IMAGE_SIZE}}
+    recipe = make_recipe(tmp_path / "data")
+    recipe = recipe.model_copy(update={"content": ContentConfig.model_validate(towers)})
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    Command(recipe, tmp_path / "out", publish=lambda *_: None)
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    with pytest.raises(UserError, match=r"^content\.image\.model=models/image is relative, and"):
+        Command(recipe, tmp_path / "out", publish=lambda *_: None)
+    towers["image"]["model"] = str(tmp_path / model)
+    recipe = recipe.model_copy(update={"content": ContentConfig.model_validate(towers)})
+    Command(recipe, tmp_path / "out", publish=lambda *_: None)
 
 
 # --- runs whose stages are current ---------------------------------------------------------------

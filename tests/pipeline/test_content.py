@@ -272,9 +272,11 @@ def test_tokens_beyond_the_precision_are_refused_and_name_the_item(
     monkeypatch.setattr(towers, "load_model", loud)
     rows = items(1, 3)
     rows[0]["text"] = None
-    write_items(tmp_path / "data", rows)
+    named = [{**row, "item_id": f"film/{row['item_id']}"} for row in rows]
+    (tmp_path / "data").mkdir()
+    pq.write_table(pa.Table.from_pylist(named), tmp_path / "data" / "items.parquet")
     refusal = (
-        r"the text tower 'tiny' gives item 2 a token value of -?\d\S+, beyond the largest of "
+        r"the text tower 'tiny' gives item film/2 a token value of -?\d\S+, beyond the largest of "
         r"float16, 65504; set content\.text\.precision=bfloat16"
     )
     text = {"max_tokens": 6}

@@ -8,13 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from embedding.errors import UserError
 from multimodal.content_config import TextTower
+from multimodal.content_encoder import load_content_encoder
+from multimodal.stored_content import ContentReader
 from multimodal.tower_files import tower_fingerprint
 from pipeline.content.actor import ContentActor
 from pipeline.content.paths import ContentPaths
-from tests.pipeline.content_steps import recipe, write_inputs
+from tests.pipeline.content_steps import NUM_ITEMS, recipe, write_inputs
 
 ROWS = np.array([1, 4, 7])
 WIDTH = 16
@@ -160,6 +163,25 @@ def test_an_actor_goes_on_from_the_state_of_another(tmp_path: Path) -> None:
         assert np.array_equal(*found)
 
     asyncio.run(run(make_actor(tmp_path), make_actor(tmp_path)))
+
+
+def test_actors_share_the_items_over_which_they_standardise(tmp_path: Path) -> None:
+    async def standardised(actors: list[ContentActor]) -> list[dict[str, np.ndarray]]:
+        moments_3H = sum([await actor.moments() for actor in actors])
+        assert moments_3H[0].max() == NUM_ITEMS
+        for actor in actors:
+            await actor.standardise(moments_3H)
+        return [await actor.head() for actor in actors]
+
+    actors = [make_actor(tmp_path, actor=i, num_actors=3) for i in range(3)]
+    heads = asyncio.run(standardised(actors))
+    encoder = load_content_encoder(actors[0].config).eval()
+    reader = ContentReader(tmp_path / "index", tmp_path / "stores")
+    with torch.no_grad():
+        fused = encoder.fused(reader.read(torch.arange(NUM_ITEMS))).double().numpy()
+    for head in heads:
+        np.testing.assert_allclose(head["mean_H"], fused.mean(0), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(head["deviation_H"], fused.std(0), rtol=1e-4, atol=1e-6)
 
 
 def test_towers_other_than_those_of_the_stored_tokens_are_refused(tmp_path: Path) -> None:

@@ -134,6 +134,19 @@ def test_ranks_and_actors_refuse_towers_other_than_those_of_the_stored_tokens(
             assert actors_left() == [], kept
 
 
+def test_a_service_starts_from_the_moments_that_ranks_would(tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    found = []
+    with one_process():
+        for placement in ({"kind": "inline"}, {**SERVICE, "num_actors": 2}):
+            content, _ = build_rank(recipe(placement=placement), tmp_path)
+            found.append(content.source.head.layer)
+            content.source.close()
+    assert not found[0].deviation_H.eq(1).any()
+    for name in ("mean_H", "deviation_H"):
+        torch.testing.assert_close(*(layer.get_buffer(name) for layer in found))
+
+
 def test_actors_end_with_a_training_that_fails(tmp_path: Path) -> None:
     write_inputs(tmp_path)
     settings = recipe(placement=SERVICE)

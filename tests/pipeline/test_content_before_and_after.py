@@ -15,7 +15,7 @@ from embedding.items import ItemRows
 from multimodal.content_encoder import load_content_encoder, trained_state
 from multimodal.stored_content import ContentReader
 from pipeline.config import Recipe
-from pipeline.content import moments as content_moments
+from pipeline.content import before_and_after
 from pipeline.content.paths import ContentPaths
 from pipeline.content.training import RankContent
 from ranking.steps import PlainSteps
@@ -37,7 +37,7 @@ def test_start_rows_are_those_of_the_whole_table() -> None:
     whole = torch.empty(50, 8)
     initialize_shard(whole, TABLE, seed=3)
     recipe: Any = SimpleNamespace(ranking=SimpleNamespace(trainer=SimpleNamespace(seed=3)))
-    assert torch.equal(content_moments._start_rows(TABLE, ROWS, recipe), whole[ROWS])
+    assert torch.equal(before_and_after._start_rows(TABLE, ROWS, recipe), whole[ROWS])
 
 
 def without_item_id() -> Recipe:
@@ -63,12 +63,12 @@ def test_without_a_feature_of_item_ids_content_alone_is_shown(
     bank = {"item_ids": torch.arange(NUM_ITEMS), "fused": fused}
     encoder = trained_state(built)
     saved = {"bank/item_ids": {"": bank["item_ids"]}, "encoder/": encoder}
-    monkeypatch.setattr(content_moments, "read_companion", lambda _, prefix: saved[prefix])
+    monkeypatch.setattr(before_and_after, "read_companion", lambda _, prefix: saved[prefix])
     blocks = [(0, bank["fused"][:3]), (3, bank["fused"][3:])]
-    monkeypatch.setattr(content_moments, "read_companion_rows", lambda *_: iter(blocks))
+    monkeypatch.setattr(before_and_after, "read_companion_rows", lambda *_: iter(blocks))
     paths = ContentPaths(index=tmp_path / "index", stores=tmp_path / "stores")
 
-    item_ids_N, sets = content_moments.vector_sets(settings, paths, tmp_path)
+    item_ids_N, sets = before_and_after.vector_sets(settings, paths, tmp_path)
 
     assert item_ids_N.tolist() == list(range(NUM_ITEMS))
     assert [s.title for s in sets] == ["content, before training", "content, after training"]
@@ -97,7 +97,7 @@ def test_content_before_training_is_what_the_first_step_read(
     trained = {n.removeprefix("encoder/"): t for n, t in saved.items() if n.startswith("encoder/")}
     reader = ContentReader(tmp_path / "index", tmp_path / "stores")
 
-    found = content_moments.start_vectors(
+    found = before_and_after.start_vectors(
         settings.content, reader, np.arange(NUM_ITEMS)[::2], trained
     )
 

@@ -98,8 +98,17 @@ def read_fitted_ids(directory: Path) -> Int64Array | None:
 
 def _unreadable(directory: Path, error: Exception) -> UserError:
     return UserError(
-        f"{directory / FILE} cannot be read as codebooks ({error}); restore the file, or remove "
-        f"{directory} and fit new codebooks"
+        f"{directory / FILE} cannot be read as codebooks ({error}); restore the file; "
+        f"{fitted_anew(directory.name)}"
+    )
+
+
+def fitted_anew(version: str) -> str:
+    """What helps where a version is damaged or gone and there is no copy of it."""
+    return (
+        f"without a copy, leave codes.version out and delete OUT/DATE/quantize of all runs whose "
+        f"codes are of {version} or of versions that go on with it, and the next run fits new "
+        "codebooks"
     )
 
 

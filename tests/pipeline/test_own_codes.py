@@ -1,5 +1,6 @@
-"""Codes of an output directory whose runs hold out items from some day on, or others."""
+"""Codes that the runs of an output directory make: codebooks that they do not go on with."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from embedding.errors import UserError
-from multimodal.codes.versions import load_version
+from multimodal.codes.versions import are_related, load_version, named_version
 from pipeline.artifacts import read_manifest
 from pipeline.cluster import RaySession
 from pipeline.codes.quantize_facts import QuantizeFacts
@@ -114,3 +115,32 @@ def test_a_recipe_names_no_codebooks_that_know_held_out_items(out: Path) -> None
     run(out, 1, {"share": 0.3}, refit={"force_on": [DAYS[1]]})
     assert run(out, 2, {"share": 0.3}, version="v0003")[0] == "v0003"
     assert run(out, 2, None, version="v0001")[0] == "v0001"
+
+
+def test_what_the_message_says_helps_with_damaged_codebooks(out: Path) -> None:
+    root = out / "codebooks"
+    run(out, 0, None)
+    trained_with = facts(out, 0).codebooks
+    (root / "v0001" / "codebooks.safetensors").write_bytes(b"no tensors")
+    remedy = "delete OUT/DATE/quantize of all runs whose codes are of v0001 or of versions that go"
+    with pytest.raises(UserError, match=f"cannot be read as codebooks .*{remedy}"):
+        run(out, 1, None)
+    shutil.rmtree(out / DAYS[0] / "quantize")
+    assert run(out, 1, None)[0] == "v0002"
+    # A model of before may be gone on with: its code tables start anew.
+    assert named_version(root, trained_with) == "v0001"
+    assert not are_related(root, "v0001", "v0002")
+
+    trained_with = facts(out, 1).codebooks
+    (root / "v0002" / "manifest.json").write_text("{}")
+    with pytest.raises(
+        UserError, match=r"is no codebook manifest .*\(remove .*v0002, too, and set"
+    ):
+        run(out, 2, None)
+    shutil.rmtree(root / "v0002")
+    with pytest.raises(UserError, match=r"'v0002' is not in .*there are: v0001.*of v0002 or of"):
+        run(out, 2, None)
+    with pytest.raises(UserError, match=r"v0002 is gone, .*window.warm_start=false"):
+        named_version(root, trained_with)
+    shutil.rmtree(out / DAYS[1] / "quantize")
+    assert run(out, 2, None)[0] == "v0002"

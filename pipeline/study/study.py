@@ -1,6 +1,7 @@
 """A study: variants of one recipe times seeds, each trained and evaluated, compared with the first.
 
-DIR/data/<hash>/...                 ingest to join, shared by variants with equal samples
+DIR/data/<hash>/...                 ingest to join, shared by variants with equal samples; of
+                                    recipes with codes, of one date
 DIR/trials/<variant>/seed-<n>/      one artifact a trial: finished ones are not run again
 DIR/study.json, study.html
 """
@@ -183,7 +184,7 @@ class Study:
     def _samples(self, recipe: Recipe, session: RaySession) -> DayRun:
         """The day with its samples, which variants that read the same columns share."""
         window = recipe.window.model_copy(update={"warm_start": False})
-        directory = self.out / "data" / samples_key(recipe)
+        directory = self.out / "data" / samples_key(recipe, self.date)
         # Tokens of items do not depend on the samples, and their stores are big.
         (directory.parent / STORES).mkdir(parents=True, exist_ok=True)
         if not (directory / STORES).exists():

@@ -198,7 +198,7 @@ def test_every_seed_draws_another_alignment_and_other_codebooks() -> None:
     assert second.vectors.content is not None
     drawn = (second.rq.seed, second.vectors.seed, second.vectors.content.seed)
     assert drawn == (21, 1, 4)
-    assert samples_key(with_seed(recipe, 5)) != samples_key(with_seed(recipe, 6))
+    assert len({samples_key(with_seed(recipe, seed), "2024-01-02") for seed in (5, 6)}) == 2
 
 
 @pytest.mark.parametrize(
@@ -301,9 +301,18 @@ def test_variants_share_data_only_if_all_artifacts_of_it_are_equal(
     recipe |= {"codes": ALIGNED, "content": {"text": {"model": "tiny"}}}
     other = merged(recipe, changes)
 
-    keys = {samples_key(Recipe.model_validate(data)) for data in (recipe, other)}
+    keys = {samples_key(Recipe.model_validate(data), "2024-01-02") for data in (recipe, other)}
 
     assert len(keys) == (1 if shared else 2)
+
+
+def test_codes_of_a_date_do_not_go_on_with_those_of_another_study(tmp_path: Path) -> None:
+    """The encoder and the codebooks of an earlier date were gone on with, if it was studied."""
+    plain = make_recipe(tmp_path).model_dump(mode="json")
+    coded = plain | {"codes": ALIGNED, "content": {"text": {"model": "tiny"}}}
+    for settings, count in ((plain, 1), (coded, 2)):
+        recipe = Recipe.model_validate(settings)
+        assert len({samples_key(recipe, date) for date in ("2024-01-02", "2024-01-03")}) == count
 
 
 def merged(settings: Row, changes: Row) -> Row:

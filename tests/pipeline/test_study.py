@@ -26,6 +26,7 @@ from pipeline.stages import StageOutput, StageSpec, execute
 from pipeline.study.report import (
     chance_note,
     require_metrics,
+    shown_metrics,
     slice_metrics,
     slice_tables,
     study_table,
@@ -603,10 +604,55 @@ def test_figures_of_fewer_seeds_say_how_many(tmp_path: Path) -> None:
     assert whole[-1] == "(n=2)"
     assert whole.count("(n=2)") == 1
     assert shown["half"][-2:] == ["+0.2000", "(n=1)"]  # 0.9 - 0.7
-    assert "n: seeds that finished" in " ".join(str(table.title).split())
+    assert "n: seeds that have the figure" in " ".join(str(table.title).split())
     page = write_study_report(result, ["click.auc"], tmp_path).read_text()
     assert "+0.2000 (n=1)" in page
-    assert "n: seeds that finished" in page
+    assert "n: seeds that have the figure" in page
+
+
+def test_a_metric_that_a_seed_lacks_is_of_the_others() -> None:
+    """One seed's cold films were all liked: the metric was gone from the whole study."""
+    auc = {
+        "first": {0: {"like.auc": 0.5, "like.cold.auc": 0.5}, 1: {"like.auc": 0.7}},
+        "other": {
+            0: {"like.auc": 0.6, "like.cold.auc": 0.7},
+            1: {"like.auc": 0.9, "like.cold.auc": 0.2},
+        },
+        "third": {0: {"like.auc": 0.6}, 1: {"like.auc": 0.6, "like.cold.auc": 0.4}},
+    }
+
+    cold = {name: estimates(trials)["like.cold.auc"] for name, trials in auc.items()}
+    gains = {name: differences(trials, auc["first"]) for name, trials in auc.items()}
+
+    assert {name: (part.seeds, part.values) for name, part in cold.items()} == {
+        "first": ((0,), (0.5,)),
+        "other": ((0, 1), (0.7, 0.2)),
+        "third": ((1,), (0.4,)),
+    }
+    assert (cold["other"].mean, cold["first"].ci95) == (pytest.approx(0.45), None)
+    gain = gains["other"]["like.cold.auc"]
+    assert (gain.seeds, gain.diff, gain.ci95) == ((0,), pytest.approx(0.2), None)
+    assert "like.cold.auc" not in gains["third"], "no seed has both"
+    whole = gains["other"]["like.auc"]
+    assert (whole.seeds, whole.diff) == ((0, 1), pytest.approx((0.1 + 0.2) / 2))
+    result = StudyResult(
+        recipe="r",
+        date="2024-01-01",
+        seeds=(0, 1),
+        variants={name: estimates(trials) for name, trials in auc.items()},
+        paired={name: gains[name] for name in ("other", "third")},
+        overrides=dict.fromkeys(auc, ()),
+    )
+    recipe = load_recipe("demo", [])
+    assert shown_metrics(recipe, result, ["like.cold.auc"]) == ["like.cold.auc"]
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(study_table(result, ["like.cold.auc"]))
+    assert "0.5000 (n=1)" in captured.get()
+    assert "+0.2000 (n=1)" in captured.get()
+    assert "n: seeds that have the figure" in " ".join(captured.get().split())
+    with pytest.raises(UserError, match=r"--metric like.rare.auc: no trial that finished has it"):
+        shown_metrics(recipe, result, ["like.rare.auc"])
 
 
 ROWS = {"cold": 30, "popular": 1200}

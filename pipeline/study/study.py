@@ -41,7 +41,7 @@ from pipeline.study.samples import (
     samples_key,
     take_over,
 )
-from pipeline.study.seeds import require_comparable, with_seed
+from pipeline.study.seeds import require_comparable, require_drawn_codes, with_seed
 from pipeline.study.slots import actors_of_any, slot_bundles, trial_slots
 from pipeline.study.statistics import OF_A_TRIAL, StudyResult, differences, estimates, trial_metrics
 from pipeline.study.trial import TrialJob, run_on_group
@@ -143,6 +143,7 @@ class Study:
                 raise UserError(f"variant {variant.name!r}: {error}") from error
             self.recipes[variant.name] = loaded
         require_comparable(self.recipes)
+        require_drawn_codes(self.recipes, num_seeds)
         self.first = self.recipes[self.variants[0].name]
         require_absolute({"--out": out, "data.root": self.first.data.root})
         self._actors = actors_of_any(list(self.recipes.values()))

@@ -34,7 +34,7 @@ from pipeline.study.report import (
 )
 from pipeline.study.runner import Trial
 from pipeline.study.samples import identities, require_unchanged, samples_key, take_over
-from pipeline.study.seeds import require_comparable, with_seed
+from pipeline.study.seeds import require_comparable, require_drawn_codes, with_seed
 from pipeline.study.slots import actors_of_any, slot_bundles, trial_slots
 from pipeline.study.statistics import (
     METRICS,
@@ -200,6 +200,28 @@ def test_every_seed_draws_another_alignment_and_other_codebooks() -> None:
     drawn = (second.rq.seed, second.vectors.seed, second.vectors.content.seed)
     assert drawn == (21, 1, 4)
     assert len({samples_key(with_seed(recipe, seed), "2024-01-02") for seed in (5, 6)}) == 2
+
+
+def test_taken_codes_are_not_compared_over_draws_of_held_out_items(tmp_path: Path) -> None:
+    """Every seed holds out other items: the second one ended at codebooks that know its own."""
+    taken = ["codes={taken_from: runs/codes}", "window.warm_start=false"]
+    held_out = "evaluation.held_out_items={share: 0.2}"
+    recipes = {"ids": load_recipe("demo", []), "codes": load_recipe("demo", taken)}
+    require_drawn_codes(recipes, 3)
+    recipes["codes"] = load_recipe("demo", [*taken, held_out])
+    require_drawn_codes(recipes, 1)
+    message = r"variant 'codes': .*each of the 3 seeds .*taken_from=runs/codes .*--seeds 1"
+    with pytest.raises(UserError, match=message):
+        require_drawn_codes(recipes, 3)
+    with pytest.raises(UserError, match="each of the 2 seeds"):
+        Study(
+            "demo",
+            [Variant("codes", (*taken, held_out, f"data.root={tmp_path}"))],
+            date=None,
+            num_seeds=2,
+            out=tmp_path,
+        )
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize(

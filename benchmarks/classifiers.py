@@ -82,7 +82,7 @@ def by_seed(result: StudyResult, name: str) -> dict[int, dict[str, float]]:
 
 def gbdt(study: Study) -> dict[str, list[float]]:
     """LightGBM on the sample columns that the study trains on, all of them categories."""
-    root = study.out / "data" / samples_key(study.first)
+    root = study.out / "data" / samples_key(study.first, study.date)
     parts = {
         name: pa.concat_tables(
             pq.read_table(path) for path in sorted(root.glob(f"*/join/samples/{name}/*.parquet"))

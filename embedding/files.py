@@ -77,8 +77,14 @@ def link_or_copy(source: str | Path, target: str | Path) -> None:
 
 
 def link_tree(source: Path, target: Path) -> None:
-    """All files of a directory, visible in one move; `target` does not exist."""
+    """All files of a directory, visible in one move and on disk before the call returns.
+
+    `target` does not exist.
+    """
     partial = target.with_name(f".{target.name}.linked")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial, copy_function=link_or_copy)
+    for path in (partial, *partial.rglob("*")):
+        sync(path)
     partial.rename(target)
+    sync(target.parent)

@@ -126,12 +126,12 @@ def study(  # noqa: PLR0913 # a command's parameters are its options
         )
         require_metrics(work.recipes.values(), metric or ())
         result = work.run()
+        if json_file is not None:
+            write_durably(json_file, result.model_dump_json(indent=2))
         metrics = shown_metrics(work.first, result, metric or ())
         report = write_study_report(result, metrics, out)
     work.reporter.console.print(study_table(result, metrics), *slice_tables(result))
     work.reporter.line(escape(f"report  {report}"))
-    if json_file is not None:
-        write_durably(json_file, result.model_dump_json(indent=2))
     raise typer.Exit(1 if result.failed else 0)
 
 

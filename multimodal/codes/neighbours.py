@@ -66,9 +66,14 @@ class FaissSearch:
         return scores, ids
 
 
-def build_index(vectors_ND: FloatArray, config: VqIndex, device: torch.device) -> Index:
-    """An index over vectors, which are scaled to length 1."""
-    unit_ND = unit_rows(vectors_ND)
+def build_index(unit_ND: Float32Array, config: VqIndex, device: torch.device) -> Index:
+    """An index over vectors, which the caller has scaled to length 1 and no one copies here.
+
+    Args:
+        unit_ND: contiguous, and left as they are while the index is used.
+        config: of the index.
+        device: of an exact one.
+    """
     match config:
         case IndexBySize(exact_up_to_items=limit) if len(unit_ND) <= limit:
             return ExactSearch(torch.from_numpy(unit_ND).to(device))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -59,15 +59,10 @@ class Codebooks:
         Raises:
             UserError: it is missing or damaged.
         """
-        path = directory / FILE
         try:
-            tensors = load_file(path)
-            return _from_tensors(tensors)
+            return _from_tensors(load_file(directory / FILE))
         except (OSError, SafetensorError, KeyError) as error:
-            raise UserError(
-                f"{path} cannot be read as codebooks ({error}); restore the file, or remove "
-                f"{directory} and fit new codebooks"
-            ) from error
+            raise _unreadable(directory, error) from error
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {}
@@ -82,6 +77,39 @@ class Codebooks:
         if self.fitted_ids is not None:
             tensors["fitted_ids"] = torch.from_numpy(self.fitted_ids)
         return tensors
+
+
+def read_fitted_ids(directory: Path) -> Int64Array | None:
+    """`Codebooks.fitted_ids` of a file, without the rest of it.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        with safe_open(directory / FILE, framework="np") as file:
+            names = [*file.keys()]
+            found: Int64Array | None = (
+                file.get_tensor("fitted_ids") if "fitted_ids" in names else None
+            )
+            return found
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(directory, error) from error
+
+
+def _unreadable(directory: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{directory / FILE} cannot be read as codebooks ({error}); restore the file; "
+        f"{fitted_anew(directory.name)}"
+    )
+
+
+def fitted_anew(version: str) -> str:
+    """What helps where a version is damaged or gone and there is no copy of it."""
+    return (
+        f"without a copy, leave codes.version out and delete OUT/DATE/quantize of all runs whose "
+        f"codes are of {version} or of versions that go on with it, and the next run fits new "
+        "codebooks"
+    )
 
 
 def _from_tensors(tensors: dict[str, Tensor]) -> Codebooks:

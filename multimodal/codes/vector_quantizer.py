@@ -73,10 +73,14 @@ class ItemCodebook:
         """
         slots = np.flatnonzero(self.item_ids_N != FREE)
         # Behind so many equal items, of lower slots, nobody finds another one.
-        slots = slots[_ranks_among_equals(self.vectors_ND[slots]) <= config.top_k]
-        vectors_ND = np.ascontiguousarray(self.vectors_ND[slots])
+        slots = slots[_ranks_among_equals(self._vectors_of(slots)) <= config.top_k]
+        vectors_ND = np.ascontiguousarray(self._vectors_of(slots))
         index = build_index(vectors_ND, config.index, device) if file is None else read_index(file)
         return ItemNeighbours(slots, vectors_ND, index, config.top_k)
+
+    def _vectors_of(self, slots: Int64Array) -> Float32Array:
+        """Of ascending slots; all of them without a copy."""
+        return self.vectors_ND if len(slots) == self.num_codes else self.vectors_ND[slots]
 
 
 @dataclass(frozen=True)

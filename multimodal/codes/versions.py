@@ -19,11 +19,11 @@ from safetensors.numpy import load_file, save_file
 
 from embedding.config import StrictConfig
 from embedding.errors import UserError
-from embedding.files import link_tree, write_durably
+from embedding.files import link_tree, sync, write_durably
 from multimodal.codes.config import Codes
 from multimodal.codes.figures import CodeMetrics, Stability
 from multimodal.codes.match import Carry, fresh
-from multimodal.codes.store import Codebooks
+from multimodal.codes.store import FILE, Codebooks, fitted_anew
 
 MANIFEST = "manifest.json"
 CARRIES = "carries.safetensors"
@@ -74,15 +74,16 @@ def named_version(root: Path, codebooks: str) -> str:
     """The version of codebooks that are named by version and fingerprint (`vNNNN-FINGERPRINT`).
 
     Raises:
-        UserError: there is no such version, or another one has its name.
+        UserError: it is gone, or another one has its name.
     """
     version, _, fingerprint = codebooks.partition("-")
-    found = find_version(root, version).fingerprint
+    found = {manifest.version: manifest.fingerprint for manifest in versions(root)}.get(version)
     if found != fingerprint:
+        holds = "is gone" if found is None else f"holds codebooks {found}"
         raise UserError(
-            f"{root / version} holds codebooks {found}, and a model was trained with codes of "
-            f"{codebooks}: its code tables say nothing of these; restore those codebooks, or start "
-            "from drawn values (--set window.warm_start=false)"
+            f"{root / version} {holds}, and a model was trained with codes of {codebooks}: its "
+            "code tables say nothing of others; restore those codebooks, or start from drawn "
+            "values (--set window.warm_start=false)"
         )
     return version
 
@@ -96,7 +97,7 @@ def next_version(root: Path) -> str:
 def publish_version(
     root: Path, manifest: CodebookManifest, codebooks: Codebooks, carries: dict[str, Carry]
 ) -> Path:
-    """Write a version aside and rename it into place.
+    """Write a version aside and rename it into place; it is on disk before the call returns.
 
     Args:
         root: directory of the versions.
@@ -123,8 +124,11 @@ def publish_version(
             "fingerprint": codebooks.fingerprint,
         }
     )
+    for name in (FILE, CARRIES):
+        sync(scratch / name)
     write_durably(scratch / MANIFEST, stamped.model_dump_json(indent=2))
     scratch.rename(directory)
+    _sync_names(root)
     return directory
 
 
@@ -141,7 +145,8 @@ def find_version(root: Path, version: str) -> CodebookManifest:
     names = ", ".join(manifest.version for manifest in known) or "none"
     raise UserError(
         f"codebook version {version!r} is not in {root} (there are: {names}); name one of these, "
-        "or fit codebooks first"
+        f"or restore it if it was removed; {fitted_anew(version)} (with window.warm_start=false, "
+        "if a model was trained with codes of it)"
     )
 
 
@@ -160,7 +165,7 @@ def load_version(root: Path, version: str) -> Codebooks:
     if codebooks.fingerprint != manifest.fingerprint:
         raise UserError(
             f"{root / version} holds codebooks {codebooks.fingerprint}, and its manifest names "
-            f"{manifest.fingerprint}: the file was changed; restore it, or fit new codebooks"
+            f"{manifest.fingerprint}: the file was changed; restore it; {fitted_anew(version)}"
         )
     return codebooks
 
@@ -204,6 +209,7 @@ def take_version(source: Path, root: Path, version: str) -> None:
             load_version(source, name)
             root.mkdir(parents=True, exist_ok=True)
             link_tree(source / name, root / name)
+            _sync_names(root)
         elif (ours.fingerprint, ours.parent) != (theirs.fingerprint, theirs.parent):
             raise UserError(
                 f"{root} has codebooks {name} ({ours.fingerprint}) already, and those of {source} "
@@ -303,5 +309,12 @@ def _manifests(root: Path) -> Iterator[CodebookManifest]:
         except ValidationError as error:
             raise UserError(
                 f"{path} is no codebook manifest ({error.error_count()} faults, first: "
-                f"{error.errors()[0]['msg']}); restore it or remove {path.parent}"
+                f"{error.errors()[0]['msg']}); restore it; {fitted_anew(path.parent.name)} (remove "
+                f"{path.parent}, too, and set window.warm_start=false)"
             ) from error
+
+
+def _sync_names(root: Path) -> None:
+    """A version that has its place, and the directory of the versions if it is new, stay there."""
+    for directory in (root, root.parent):
+        sync(directory)

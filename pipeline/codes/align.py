@@ -35,12 +35,15 @@ from pipeline.artifacts import config_hash
 from pipeline.codes.align_facts import PairFacts
 from pipeline.codes.id_vectors import IdSpace, id_space
 from pipeline.codes.mine_pairs import mine_pairs, plan_mining
+from pipeline.codes.pair_rows import write_pair_rows
 from pipeline.codes.positives import PairSource
 from pipeline.codes.ranker_vectors import RankerItems
 
 ENCODER = "encoder.safetensors"
 IDS, VECTORS = "item_ids.npy", "vectors.npy"
 INDEX, PAIRS = "content", "pairs"
+PAIR_ROWS = "pair-rows"
+"""Beside them, while the stage runs."""
 RESULT = "alignment.json"
 PART = "part"
 
@@ -56,6 +59,7 @@ class AlignJob(StrictConfig):
     """Of the items' tokens."""
     stores: Path
     pairs: Path | None
+    """Content rows of the pairs to train on (`pipeline.codes.pair_rows`)."""
     state: Path | None
     """Encoder to go on with, or to encode with."""
     standardised: bool
@@ -103,6 +107,12 @@ def mine(
             "or set codes.vectors.kind=towers"
         )
     return facts.model_copy(update={"id_space": space.kind})
+
+
+def take_known_pairs(pairs: Path, index: Path, directory: Path) -> None:
+    """Write the pairs whose items both have content into `directory`, which is made."""
+    directory.mkdir()
+    write_pair_rows(pairs, _Places.read(index).item_ids_N, directory)
 
 
 def changed_rows(index: Path, earlier: Path | None) -> Int64Array:

@@ -4,6 +4,7 @@ The first run trains the encoder; later ones encode what is new, until the reali
 training that goes on from the last one. A new encoder moves all vectors.
 """
 
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from pipeline.codes.align import (
     ENCODER,
     IDS,
     INDEX,
+    PAIR_ROWS,
     PAIRS,
     RESULT,
     VECTORS,
@@ -30,6 +32,7 @@ from pipeline.codes.align import (
     merge_vectors,
     mine,
     same_towers,
+    take_known_pairs,
 )
 from pipeline.codes.align_facts import AlignFacts, AlignmentResult, PairFacts
 from pipeline.codes.item_vectors import CatalogueVectors
@@ -150,6 +153,7 @@ class AlignmentOfDay:
             (scratch / PAIRS).mkdir()
             source = self._pair_source(ingests)
             pairs = mine(source, self.source, ranker, scratch / PAIRS)
+            take_known_pairs(scratch / PAIRS, index, scratch / PAIR_ROWS)
         job = self._job(scratch, earlier, trains=trains)
         # A new encoder moves all vectors.
         known = None if trains else earlier
@@ -158,6 +162,8 @@ class AlignmentOfDay:
         day = None if previous is None else previous.parent.name
         facts = self._facts(job, known, day, tokens, pairs)
         job.rows.unlink()
+        if job.pairs is not None:
+            shutil.rmtree(job.pairs)
         return StageOutput(tokens.num_items, facts.num_items, facts)
 
     def _job(self, scratch: Path, earlier: Path | None, *, trains: bool) -> AlignJob:
@@ -171,7 +177,7 @@ class AlignmentOfDay:
             num_steps=steps,
             index=(scratch / INDEX).absolute(),
             stores=(self.out / STORES).absolute(),
-            pairs=(scratch / PAIRS).absolute() if trains else None,
+            pairs=(scratch / PAIR_ROWS).absolute() if trains else None,
             state=None if earlier is None else (earlier / ENCODER).absolute(),
             standardised=isinstance(self.source, TowerVectors),
             rows=(scratch / "rows.npy").absolute(),

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 from numpy.lib.format import open_memmap
@@ -32,6 +31,7 @@ from multimodal.rank_group import RankGroup
 from multimodal.stored_content import ContentReader
 from pipeline.codes.align import ENCODER, PART, RESULT, AlignJob
 from pipeline.codes.align_facts import AlignmentResult
+from pipeline.codes.pair_rows import read_pair_rows
 from pipeline.devices import own_device
 
 _ITEMS_PER_CHUNK = 256
@@ -81,7 +81,7 @@ def _train(
     config = job.training
     assert config is not None
     assert job.pairs is not None
-    pairs = _read_pairs(job.pairs, reader)
+    pairs = read_pair_rows(job.pairs)
     sampler = PairSampler([*pairs.values()], reader.num_items, config.seed)
     log_temperature = nn.Parameter(temperature.log(), requires_grad=config.learn_temperature)
     step = AlignmentStep(
@@ -113,7 +113,7 @@ def _train(
         last_loss=float(np.mean(losses[-tenth:])),
         temperature=float(log_temperature.detach().exp()),
         seconds=time.monotonic() - started,
-        num_pairs={name: len(triggers) for name, (triggers, _) in pairs.items()},
+        num_pairs={source: len(rows_P2) for source, rows_P2 in pairs.items()},
     )
 
 
@@ -161,26 +161,6 @@ def _rate(num_steps: int) -> Callable[[int], float]:
     """Linear warm-up, then linearly to nothing."""
     warm_up = max(1, int(_WARM_UP_SHARE * num_steps))
     return lambda step: min((step + 1) / warm_up, max(0.0, (num_steps - step) / num_steps))
-
-
-def _read_pairs(directory: Path, reader: ContentReader) -> dict[str, tuple[Tensor, Tensor]]:
-    """By source: content rows of the pairs whose items both have content."""
-    found = {}
-    for folder, columns in (("item2item", ("item", "neighbour")), ("user2item", _TRIGGER)):
-        files = sorted((directory / folder).glob("*.parquet"))
-        tables = [pq.read_table(file, columns=list(columns)) for file in files]
-        pairs = [
-            np.concatenate([reader.rows_of(t[c].to_numpy()) for t in tables] or [_NONE])
-            for c in columns
-        ]
-        known = np.flatnonzero((pairs[0] >= 0) & (pairs[1] >= 0))
-        if len(known):
-            found[folder] = (torch.from_numpy(pairs[0][known]), torch.from_numpy(pairs[1][known]))
-    return found
-
-
-_TRIGGER = ("trigger", "target")
-_NONE = np.empty(0, np.int64)
 
 
 @torch.no_grad()

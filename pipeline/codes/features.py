@@ -30,7 +30,7 @@ from embedding.samples import CODEBOOKS
 from multimodal.codes.tree import code_groups
 from multimodal.codes.vectors import Float32Array, Int32Array
 from pipeline.samples.contract import open_parquet
-from pipeline.samples.lookup import EntityColumns, IdLists, id_column, with_missing
+from pipeline.samples.lookup import EntityColumns, IdLists, by_id, id_column, with_missing
 
 CODES_FILE = "codes.parquet"
 """Of a codes artifact."""
@@ -68,15 +68,15 @@ class ItemCodes:
                 f"a codes artifact needs the columns item_id and sid_0 or vq, and has "
                 f"{table.column_names}; run the quantize stage again"
             )
-        ids = to_raw_ids(table["item_id"]).to_numpy()
-        order = np.argsort(ids, kind="stable")
-        ids, table = ids[order], table.take(order)
+        ids, table = by_id(to_raw_ids(table["item_id"]).to_numpy(), table)
         if len(ids) > 1 and (ids[1:] == ids[:-1]).any():
             twice = ids[1:][ids[1:] == ids[:-1]][0]
             raise UserError(f"item {twice} has two rows of codes; give every item one")
         names = [name for name in table.column_names if name.startswith("sid_")]
-        of_vq = [name for name in ("vq", NEAREST) if name in table.column_names]
+        of_vq = [NEAREST] if NEAREST in table.column_names else []
         columns = {name: with_missing(id_column(table[name])) for name in (*names, *of_vq)}
+        if "vq" in table.column_names:
+            columns["vq"] = _slot_lists(table["vq"])
         entities = EntityColumns(ids, columns, {})
         levels = [level for level in range(len(names)) if f"sid_{level}" in names]
         codes = [table[f"sid_{level}"].to_numpy() for level in levels]
@@ -113,6 +113,19 @@ class ItemCodes:
         """The VQ codes."""
         column = self.entities.ids.get("vq")
         return column if isinstance(column, IdLists) else None
+
+
+def _slot_lists(column: pa.ChunkedArray) -> IdLists:
+    """VQ codes, most of what a codes artifact holds, as narrow as it stores them; see `ItemCodes`.
+
+    They are no raw ids that would have to be made: slots are not negative, and no list is null.
+    """
+    lists = column.combine_chunks()
+    offsets = np.zeros(len(lists) + 2, np.int64)
+    np.cumsum(lists.value_lengths().to_numpy(), out=offsets[1:-1])
+    offsets[-1] = offsets[-2] + 1
+    slots = lists.flatten().to_numpy()
+    return IdLists(offsets, np.append(slots, slots.dtype.type(MISSING_ID)))
 
 
 def read_codes(directory: Path, *more: str) -> pa.Table:

@@ -2,6 +2,7 @@
 
 # Shapes: N items, L levels.
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embedding.errors import UserError
@@ -17,7 +19,7 @@ from multimodal.codes.tree import CodeTree
 from multimodal.codes.vectors import Int32Array
 from multimodal.codes.versions import CodebookManifest, find_version, load_version
 from pipeline.artifacts import read_manifest
-from pipeline.codes.features import CODES_FILE
+from pipeline.codes.features import CODES_FILE, read_codes
 from pipeline.codes.paths import codebook_versions, coded_dates, codes_directory
 from pipeline.codes.quantize_facts import QuantizeFacts
 from pipeline.config import Recipe
@@ -26,6 +28,7 @@ from pipeline.registry import require_output
 from pipeline.reports.item_cards import item_names, shown_catalogue
 
 Prefix = tuple[int, ...]
+_INTEGER = re.compile("[+-]?[0-9]{1,20}")
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class CodesOfRun:
     date: str
     facts: QuantizeFacts
     table: pa.Table
-    """Of the codes artifact, by ascending item id."""
+    """Ids and RQ codes of the codes artifact, by ascending item id."""
     recipe: Recipe | None
     """None where the run left none: items have no titles then."""
 
@@ -63,14 +66,13 @@ class CodesOfRun:
         directory = codes_directory(out, chosen)
         manifest = read_manifest(directory, QuantizeFacts)
         assert manifest is not None
+        table = read_codes(directory)
+        ids = table["item_id"].to_numpy()
+        if (ids[1:] < ids[:-1]).any():
+            table = table.sort_by("item_id")
         has_recipe = (out / chosen / RECIPE_FILE).is_file()
-        return cls(
-            out,
-            chosen,
-            manifest.facts,
-            pq.read_table(directory / CODES_FILE).sort_by("item_id"),
-            read_recipe(out / chosen) if has_recipe else None,
-        )
+        recipe = read_recipe(out / chosen) if has_recipe else None
+        return cls(out, chosen, manifest.facts, table, recipe)
 
     @property
     def version(self) -> CodebookManifest:
@@ -152,10 +154,7 @@ class CodesOfRun:
         Raises:
             UserError: it has no codes.
         """
-        spellings = [to_raw_ids(pa.array([item]))[0].as_py()]
-        if item.isdigit() and int(item) < 1 << 63:
-            spellings.append(int(item))
-        for raw_id in spellings:
+        for raw_id in _raw_ids_of(item):
             at = int(np.searchsorted(self.item_ids, raw_id))
             if at < len(self.item_ids) and self.item_ids[at] == raw_id:
                 return at
@@ -176,6 +175,18 @@ class CodesOfRun:
             found |= item_names(catalogue, wanted)
         return found
 
+    def slots(self, row: int) -> list[int] | None:
+        """The VQ code of an item, the nearest first; None of a run without VQ codes.
+
+        Only this one is read: all of them are most of the file.
+        """
+        file = codes_directory(self.out, self.date) / CODES_FILE
+        if "vq" not in pq.read_schema(file).names:
+            return None
+        is_own = pc.field("item_id") == int(self.item_ids[row])
+        found: list[list[int]] = pq.read_table(file, columns=["vq"], filters=is_own)[0].to_pylist()
+        return found[0]
+
     def neighbours(self, row: int) -> list[int]:
         """Raw ids of the items that a VQ code lists, the nearest first.
 
@@ -184,7 +195,16 @@ class CodesOfRun:
         """
         items = load_version(codebook_versions(self.out), self.facts.version).items
         assert items is not None
-        return [int(items.item_ids_N[slot]) for slot in self.table["vq"][row].as_py()]
+        return [int(items.item_ids_N[slot]) for slot in self.slots(row) or ()]
+
+
+def _raw_ids_of(item: str) -> list[int]:
+    """Raw ids that an item may have whose id is written so: as a string, and as an integer."""
+    columns = [pa.array([item])]
+    if _INTEGER.fullmatch(item) and -(1 << 63) <= int(item) < 1 << 64:
+        kind = pa.int64() if int(item) < 1 << 63 else pa.uint64()
+        columns.append(pa.array([int(item)], kind))
+    return [to_raw_ids(column)[0].as_py() for column in columns]
 
 
 def spelled(prefix: Iterable[int]) -> str:

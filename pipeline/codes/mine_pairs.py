@@ -8,10 +8,11 @@ Reads the event files of ingest artifacts. Writes
 Two passes. The first takes one bucket of users: it cuts their item lists, finds their User2Item
 pairs, and files every list under each item partition that it touches. The second takes one
 partition of items, which now holds all lists of all its items' users, and finishes its Swing
-similarities. Memory is bounded by a bucket and by a partition; the result does not depend on the
-number of either.
+similarities. Memory is bounded by a bucket and, about, by the lists of a partition; the result does
+not depend on the number of either.
 """
 
+import math
 import shutil
 from collections import Counter
 from dataclasses import dataclass
@@ -34,6 +35,10 @@ from pipeline.samples.partition import read_bucket
 from pipeline.tasks import stream_tasks
 
 ROWS_PER_PARTITION = 1 << 20
+ENTRIES_PER_PARTITION = 1 << 23
+"""Items in all lists of a partition that its task holds at a time, some 60 bytes each."""
+MOST_PARTITIONS = 1 << 12
+"""Every bucket's file has a record batch for each."""
 NUM_EXAMPLES = 20
 
 _LISTS = pa.schema(
@@ -98,9 +103,30 @@ def plan_mining(
         user2item=user2item,
         vectors=vectors,
         buckets=source.split_users(rows),
-        num_partitions=1 + rows // ROWS_PER_PARTITION,
+        num_partitions=num_partitions(
+            math.ceil(rows * source.share_positive), swing.max_items_per_user
+        ),
         scratch=scratch,
     )
+
+
+def num_partitions(positives: int, max_items_per_user: int) -> int:
+    """Partitions of items for a number of positives.
+
+    A list is filed whole under each partition that it touches, so lists of up to L items are filed
+    up to L times, and P partitions hold `positives * min(L, P) / P` entries each at most, on the
+    average: one partition holds all of them once, and more hold no less unless P is beyond L.
+
+    Returns:
+        So many that no more than `ENTRIES_PER_PARTITION` are to be expected, whatever the lengths
+        of the lists, but `MOST_PARTITIONS` at most (unless there are more positives than that);
+        at least one for `ROWS_PER_PARTITION` positives, which are tasks to share.
+    """
+    least = 1 + positives // ROWS_PER_PARTITION
+    if positives <= ENTRIES_PER_PARTITION:
+        return least
+    bound = 1 + positives * max_items_per_user // ENTRIES_PER_PARTITION
+    return max(least, min(bound, MOST_PARTITIONS))
 
 
 def mine_pairs(plan: MiningPlan) -> PairFacts:

@@ -23,9 +23,16 @@ from pipeline.codes.align_stage import AlignmentOfDay
 from pipeline.codes.encode_items import Machines
 from pipeline.codes.encode_workers import RayPieces
 from pipeline.codes.features import CODES_FILE, read_codes
+from pipeline.codes.held_out_codes import held_out_fault, require_unknown
 from pipeline.codes.item_vectors import ItemVectors, read_column_vectors
 from pipeline.codes.kept_codes import KeptCodes
-from pipeline.codes.paths import STAGE, codebook_versions, codes_directory, codes_version
+from pipeline.codes.paths import (
+    STAGE,
+    codebook_versions,
+    coded_dates,
+    codes_directory,
+    codes_version,
+)
 from pipeline.codes.quantize import quantize
 from pipeline.codes.quantize_facts import Quantized, QuantizeFacts, collapse_warning
 from pipeline.codes.taken_codes import TakenCodes, require_codes
@@ -180,6 +187,7 @@ class CodesOfDay:
             kept,
             found.file,
         )
+        self._say_fault(previous)
         root = codebook_versions(self.out)
         machines = Machines(RayPieces(self.session, self.reporter.advance))
         done = quantize(codes, items, root, scratch, force_refit=force_refit, machines=machines)
@@ -193,31 +201,53 @@ class CodesOfDay:
         num_items = done.num_items + found.num_without
         return StageOutput(num_items, done.num_items, facts, warnings=self._say(done, previous))
 
+    def _say_fault(self, previous: str | None) -> None:
+        """Why the latest codes before these are not gone on with, if that is for held-out items."""
+        latest = next(iter(self._earlier_days()), None)
+        if latest is not None and latest != previous and (fault := self._fault_of(latest)):
+            self.reporter.line(escape(f"  {fault}: codes of {latest} are not gone on with"))
+
     def _say(self, done: Quantized, previous: str | None) -> tuple[str, ...]:
         before = None if previous is None else codes_version(self._directory(previous))
         self.reporter.line(escape(f"  {decision_line(done, before)}"))
         return self.reporter.warn(filter(None, [collapse_warning(done.mean_cosine)]))
 
     def _previous(self) -> str | None:
-        """Date of the run whose codes these go on with: the latest earlier one."""
+        """Date of the run whose codes these go on with: the latest earlier one that may be."""
         recorded = read_manifest(self.directory, QuantizeFacts)
         # Codes that were taken before go on with others than those that are made now.
         if recorded is not None and (recorded.facts.taken_from is None) == (not self.taken):
             day = recorded.facts.previous
-            if day is None or self._artifact_id(STAGE, day) == recorded.inputs["previous"]:
+            if day is None:
+                return None
+            is_same = self._artifact_id(STAGE, day) == recorded.inputs["previous"]
+            if is_same and self._fault_of(day) is None:
                 return day
-        earlier = self.out.glob(f"????-??-??/{STAGE}/manifest.json")
-        days = (path.parts[-3] for path in earlier)
-        return max((d for d in days if d < self.date and self._goes_on_with(d)), default=None)
+        return next((day for day in self._earlier_days() if self._fault_of(day) is None), None)
 
-    def _goes_on_with(self, day: str) -> bool:
-        """Whether these codes may go on with those of a day.
+    def _earlier_days(self) -> list[str]:
+        """Dates of the runs before this one that have codes of its kind, the latest first.
 
-        Codes that are made here do not with codes that were taken: their vectors are another's,
-        even where column and encoder have the same names.
+        Codes that are made here do not go on with codes that were taken: their vectors are
+        another's, even where column and encoder have the same names.
         """
+        days = [day for day in reversed(coded_dates(self.out)) if day < self.date]
+        return days if self.taken else [day for day in days if self._makes_its_own(day)]
+
+    def _makes_its_own(self, day: str) -> bool:
         manifest = read_manifest(self._directory(day), QuantizeFacts)
-        return bool(self.taken) or manifest is None or manifest.facts.taken_from is None
+        return manifest is None or manifest.facts.taken_from is None
+
+    def _fault_of(self, day: str) -> str | None:
+        """Why codes that are made here must not go on with those of a day; None: they may.
+
+        The run of that day may have held out nothing, or other items (`held_out_fault`).
+        """
+        version = None if self.taken else codes_version(self._directory(day))
+        if version is None:
+            return None
+        held_out = self.recipe.evaluation.held_out_items
+        return held_out_fault(codebook_versions(self.out), version, held_out)
 
     def _directory(self, day: str) -> Path:
         return codes_directory(self.out, day)
@@ -233,10 +263,12 @@ def codes_of_day(
     """The codes of a run; None for a recipe without.
 
     Raises:
-        UserError: they are taken from a directory that does not have them, or has others.
+        UserError: they are taken from a directory that does not have them, or has others, or are
+            those of named codebooks that know items which the recipe holds out.
     """
     if recipe.codes is None:
         return None
+    require_unknown(recipe, out)
     date, alignment, taken = split.known[-1], None, None
     if recipe.codes.has_alignment:
         alignment = AlignmentOfDay(recipe, out, date, split.train, session, reporter)

@@ -95,8 +95,9 @@ def item_tables(run: CodesOfRun, item: str) -> list[Part]:
         if "sid_suffix" in run.table.column_names:
             codes.add_row("sid_suffix", str(run.table["sid_suffix"][row].as_py()), "", "")
         parts.append(codes)
-    if "vq" in run.table.column_names:
-        slots, found = run.table["vq"][row].as_py(), run.neighbours(row)
+    slots = run.slots(row)
+    if slots is not None:
+        found = run.neighbours(row)
         names = run.names(found)
         near = _table("vq code", "item", "title")
         for slot, other in zip(slots, found, strict=True):

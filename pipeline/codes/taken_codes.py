@@ -22,16 +22,16 @@ from embedding.files import link_or_copy
 from embedding.raw_ids import to_raw_ids
 from multimodal.codes.config import Codes
 from multimodal.codes.figures import RefitDecision
-from multimodal.codes.versions import lineage, load_version, take_version
+from multimodal.codes.versions import take_version
 from pipeline.artifacts import Manifest, damaged_files, read_manifest
 from pipeline.codes.features import CODES_FILE, read_codes
+from pipeline.codes.held_out_codes import held_out_fault
 from pipeline.codes.paths import codebook_versions, coded_dates, codes_directory, codes_version
 from pipeline.codes.quantize import codes_of, stability_of_items
 from pipeline.codes.quantize_facts import QuantizeFacts
 from pipeline.config import Recipe
 from pipeline.recipe import RECIPE_FILE
 from pipeline.samples.contract import read_columns
-from pipeline.samples.held_out import is_held_out
 
 
 @dataclass(frozen=True)
@@ -188,31 +188,13 @@ class TakenCodes:
             )
 
     def _require_unknown(self, version: str) -> None:
-        """Refuse codebooks that know held-out items.
-
-        A warning would not do: figures of held-out items are read as those of items that no
-        training has seen. Codebooks that were fitted to them - and an alignment behind those, which
-        pairs the same items by what users did with them - make such figures too good, and nothing
-        in the report would tell by how much. It is the items that count, not the settings: the
-        other recipe may hold out more of them.
-        """
+        """Refuse codebooks that know held-out items (`pipeline.codes.held_out_codes`)."""
         held_out = self.recipe.evaluation.held_out_items
-        if held_out is None:
-            return
-        root = codebook_versions(self.origin)
-        for name in lineage(root, version):  # codebooks start from those that they go on with
-            fitted_ids = load_version(root, name).fitted_ids
-            if fitted_ids is None:
-                continue
-            known = int(is_held_out(fitted_ids, held_out).sum())
-            if not known:
-                continue
-            here = name if name == version else f"{name}, which {version} goes on with,"
+        fault = held_out_fault(codebook_versions(self.origin), version, held_out)
+        if fault is not None:
             raise UserError(
-                f"codes.taken_from={self.origin}: codebooks {here} were fitted to "
-                f"{len(fitted_ids)} items, {known} of them held out here "
-                f"(evaluation.held_out_items: share={held_out.share:g}, seed={held_out.seed}); "
-                "make codes with the same evaluation.held_out_items in a directory of their own"
+                f"codes.taken_from={self.origin}: {fault}; make codes with the same "
+                "evaluation.held_out_items in a directory of their own"
             )
 
     def _count(self, codes: Path) -> tuple[int, int]:

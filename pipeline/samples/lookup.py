@@ -21,6 +21,7 @@ from pipeline.samples.contract import as_float32, read_columns
 from pipeline.samples.histories import ragged_positions
 
 FloatArray = np.ndarray[Any, np.dtype[np.float32]]
+Int32Array = np.ndarray[Any, np.dtype[np.int32]]
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class IdLists:
     """A list column: the ids of row i are `values[offsets[i] : offsets[i + 1]]`."""
 
     offsets: Int64Array
-    values: Int64Array
+    values: Int64Array | Int32Array
+    """As narrow as they are stored; lists that are taken hold int64."""
 
     def take(self, rows: Int64Array, max_length: int | None) -> pa.ListArray:
         """The lists of some rows (-1: the last), each cut to its first `max_length` ids."""
@@ -38,7 +40,8 @@ class IdLists:
             lengths = np.minimum(lengths, max_length)
         positions, offsets = ragged_positions(starts, lengths)
         return pa.ListArray.from_arrays(
-            pa.array(offsets.astype(np.int32)), pa.array(self.values[positions])
+            pa.array(offsets.astype(np.int32)),
+            pa.array(self.values[positions].astype(np.int64, copy=False)),
         )
 
 
@@ -76,14 +79,20 @@ def load_entities(path: Path, key: str, ids: Sequence[str], dense: Sequence[str]
     lacking = [name for name in names if name not in table.column_names]
     if lacking:
         raise UserError(f"{path} lacks the columns {lacking}; write them or correct the recipe")
-    keys = to_raw_ids(table[key]).to_numpy()
-    order = np.argsort(keys, kind="stable")
-    table = table.take(order)
+    keys, table = by_id(to_raw_ids(table[key]).to_numpy(), table)
     return EntityColumns(
-        keys[order],
+        keys,
         {name: with_missing(id_column(table[name])) for name in ids},
         {name: np.append(floats(table[name]), np.float32(np.nan)) for name in dense},
     )
+
+
+def by_id(ids_N: Int64Array, table: pa.Table) -> tuple[Int64Array, pa.Table]:
+    """Ids and their rows by ascending id; as they are where they ascend already."""
+    if (ids_N[1:] >= ids_N[:-1]).all():
+        return ids_N, table
+    order = np.argsort(ids_N, kind="stable")
+    return ids_N[order], table.take(order)
 
 
 def id_column(column: pa.ChunkedArray | pa.Array) -> Int64Array | IdLists:

@@ -26,7 +26,7 @@ from pipeline.study.statistics import (
 STUDY_REPORT = "study.html"
 SCOPE = "over seeds, given these evaluation days"
 """What an interval is an interval over; it says nothing about other days."""
-INCOMPLETE = "; n: seeds that finished, where not all did"
+INCOMPLETE = "; n: seeds that have the figure, where not all do"
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,16 @@ def shown_metrics(recipe: Recipe, result: StudyResult, wanted: Sequence[str]) ->
     """Metrics to show: those asked for, else AUC and logloss of every task.
 
     Raises:
-        UserError: a metric that no trial has.
+        UserError: a metric that no trial that finished has.
     """
     known = sorted({name for variant in result.variants.values() for name in variant})
     for name in wanted:
         if name not in known:
-            raise UserError(f"--metric {name}: no trial has it; metrics are {', '.join(known)}")
+            raise UserError(
+                f"--metric {name}: no trial that finished has it (a slice without rows, or with "
+                "rows of one class, has no such figure); name another one, and finished trials are "
+                f"not run again; metrics are {', '.join(known)}"
+            )
     tasks = [task.name for task in recipe.ranking.tasks]
     default = [f"{task}.{metric}" for task in tasks for metric in ("auc", "logloss")]
     return list(wanted) or [name for name in default if name in known]
@@ -118,7 +122,7 @@ def study_table(result: StudyResult, metrics: Sequence[str]) -> Table:
     title = (
         f"{result.recipe} {result.date}, {len(result.seeds)} seeds: mean +- 95% interval {SCOPE}; "
         f"difference to {first}, paired by seed, bold where its interval excludes 0"
-        f"{INCOMPLETE if result.failed else ''}"
+        f"{_incomplete(result)}"
     )
     table = _table(title, ("metric", "variant"), ("mean", "diff"))
     table.caption = chance_note(result, metrics)
@@ -127,6 +131,12 @@ def study_table(result: StudyResult, metrics: Sequence[str]) -> Table:
             cells = _marked(_cells(result, variant, [metric]))
             table.add_row(metric if variant == first else "", variant, *cells)
     return table
+
+
+def _incomplete(result: StudyResult) -> str:
+    """What (n=...) is, where a figure is of fewer seeds than the study has."""
+    found = (part for variant in result.variants.values() for part in variant.values())
+    return INCOMPLETE if any(len(part.seeds) < len(result.seeds) for part in found) else ""
 
 
 def slice_tables(result: StudyResult) -> list[Table]:
@@ -208,7 +218,7 @@ def write_study_report(result: StudyResult, metrics: Sequence[str], directory: P
         chance=chance_note(result, [*metrics, *of_slices]),
         charts=[(metric, _chart(result, metric)) for metric in metrics],
         scope=SCOPE,
-        incomplete=INCOMPLETE if result.failed else "",
+        incomplete=_incomplete(result),
     )
 
 

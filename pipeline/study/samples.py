@@ -16,11 +16,16 @@ _SHARED = ("ingest", "content", "align", "join")
 """Stages that write into their own directory only."""
 
 
-def samples_key(recipe: Recipe) -> str:
-    """Names the data of a variant: equal only where all artifacts from ingest to join are equal."""
+def samples_key(recipe: Recipe, date: str) -> str:
+    """Names the data of a variant: equal only where all artifacts from ingest to join are equal.
+
+    With codes each date has its own: they go on with encoder and codebooks of the runs before, and
+    a study's figures must not depend on which dates were studied before.
+    """
     codes: dict[str, Any] = {}
     if recipe.codes is not None:
         codes = {**recipe.codes.quantized, "force_on": [*map(str, recipe.codes.refit.force_on)]}
+        codes["date"] = date
         if recipe.codes.has_alignment:
             codes["alignment"] = alignment_settings(recipe)
         if recipe.codes.taken_from is not None:

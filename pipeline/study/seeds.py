@@ -40,6 +40,24 @@ def require_comparable(recipes: Mapping[str, Recipe]) -> None:
         _require_same_evaluation((name, recipe), (first_name, first))
 
 
+def require_drawn_codes(recipes: Mapping[str, Recipe], num_seeds: int) -> None:
+    """Refuse codes that stay what they are while every seed holds out other items.
+
+    Raises:
+        UserError: the variant, and what to do.
+    """
+    for name, recipe in recipes.items():
+        codes, held_out = recipe.codes, recipe.evaluation.held_out_items
+        if num_seeds > 1 and held_out is not None and codes is not None and codes.taken_from:
+            raise UserError(
+                f"variant {name!r}: with evaluation.held_out_items each of the {num_seeds} seeds "
+                f"holds out other items, and the codes of codes.taken_from={codes.taken_from} were "
+                "made with one draw of them: the others are known to their codebooks; leave "
+                "codes.taken_from out, so that every seed makes its own codes, or compare with "
+                "--seeds 1"
+            )
+
+
 def _require_same_evaluation(variant: tuple[str, Recipe], first: tuple[str, Recipe]) -> None:
     name, recipe = variant
     own, theirs = (_evaluated_on(each) for _, each in (variant, first))

@@ -2,7 +2,7 @@
 
 # S seeds of one variant.
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -34,7 +34,7 @@ class Estimate(StrictConfig):
     values: tuple[float, ...]
     """By seed, in the order of `seeds`."""
     seeds: tuple[int, ...]
-    """Seeds whose trial finished."""
+    """Seeds whose trial finished and has the metric: a slice may hold one class only."""
 
 
 class Difference(StrictConfig):
@@ -44,7 +44,7 @@ class Difference(StrictConfig):
     ci95: float | None
     """Half the width of the paired 95% interval; None with one seed."""
     seeds: tuple[int, ...]
-    """Seeds whose trial finished for both."""
+    """Seeds for which both have the metric."""
 
     @property
     def excludes_zero(self) -> bool:
@@ -91,14 +91,16 @@ def half_width(values: Sequence[float]) -> float | None:
 
 
 def estimates(trials: Mapping[int, Mapping[str, float]]) -> dict[str, Estimate]:
-    """Metrics of one variant from its trials by seed; a metric that a trial lacks is left out."""
-    names = [name for name in next(iter(trials.values()), {}) if _everywhere(name, trials)]
+    """Metrics of one variant from its trials by seed, each over the seeds that have it."""
     found = {}
-    for name in names:
-        values = tuple(trial[name] for trial in trials.values())
-        mean = float(np.mean(values))
+    for name in _names(trials.values()):
+        by_seed = {seed: trial[name] for seed, trial in trials.items() if name in trial}
+        values = tuple(by_seed.values())
         found[name] = Estimate(
-            mean=mean, ci95=half_width(values), values=values, seeds=tuple(trials)
+            mean=float(np.mean(values)),
+            ci95=half_width(values),
+            values=values,
+            seeds=tuple(by_seed),
         )
     return found
 
@@ -106,20 +108,19 @@ def estimates(trials: Mapping[int, Mapping[str, float]]) -> dict[str, Estimate]:
 def differences(
     trials: Mapping[int, Mapping[str, float]], first: Mapping[int, Mapping[str, float]]
 ) -> dict[str, Difference]:
-    """Metrics of one variant minus those of the first, paired by seed."""
-    seeds = [seed for seed in trials if seed in first]
-    both = {seed: trials[seed] for seed in seeds}
-    names = [
-        name
-        for name in (both[seeds[0]] if seeds else {})
-        if _everywhere(name, both) and _everywhere(name, {seed: first[seed] for seed in seeds})
-    ]
+    """Metrics of one variant minus those of the first, paired by seed; of seeds that have both."""
     found = {}
-    for name in names:
-        values = [trials[seed][name] - first[seed][name] for seed in seeds]
-        found[name] = Difference(
-            diff=float(np.mean(values)), ci95=half_width(values), seeds=tuple(seeds)
-        )
+    for name in _names(trials.values()):
+        by_seed = {
+            seed: trial[name] - first[seed][name]
+            for seed, trial in trials.items()
+            if name in trial and name in first.get(seed, {})
+        }
+        if by_seed:
+            values = tuple(by_seed.values())
+            found[name] = Difference(
+                diff=float(np.mean(values)), ci95=half_width(values), seeds=tuple(by_seed)
+            )
     return found
 
 
@@ -135,5 +136,5 @@ def trial_metrics(tasks: Mapping[str, TaskMetrics]) -> dict[str, float]:
     return found
 
 
-def _everywhere(name: str, trials: Mapping[int, Mapping[str, float]]) -> bool:
-    return all(name in trial for trial in trials.values())
+def _names(trials: Iterable[Mapping[str, float]]) -> list[str]:
+    return [*dict.fromkeys(name for trial in trials for name in trial)]

@@ -1,6 +1,7 @@
 """A study: variants of one recipe times seeds, each trained and evaluated, compared with the first.
 
-DIR/data/<hash>/...                 ingest to join, shared by variants with equal samples
+DIR/data/<hash>/...                 ingest to join, shared by variants with equal samples; of
+                                    recipes with codes, of one date
 DIR/trials/<variant>/seed-<n>/      one artifact a trial: finished ones are not run again
 DIR/study.json, study.html
 """
@@ -40,7 +41,7 @@ from pipeline.study.samples import (
     samples_key,
     take_over,
 )
-from pipeline.study.seeds import require_comparable, with_seed
+from pipeline.study.seeds import require_comparable, require_drawn_codes, with_seed
 from pipeline.study.slots import actors_of_any, slot_bundles, trial_slots
 from pipeline.study.statistics import OF_A_TRIAL, StudyResult, differences, estimates, trial_metrics
 from pipeline.study.trial import TrialJob, run_on_group
@@ -143,6 +144,7 @@ class Study:
                 raise UserError(f"variant {variant.name!r}: {error}") from error
             self.recipes[variant.name] = loaded
         require_comparable(self.recipes)
+        require_drawn_codes(self.recipes, num_seeds)
         self.first = self.recipes[self.variants[0].name]
         require_absolute({"--out": out, "data.root": self.first.data.root})
         self._actors = actors_of_any(list(self.recipes.values()))
@@ -184,7 +186,7 @@ class Study:
     def _samples(self, recipe: Recipe, session: RaySession) -> DayRun:
         """The day with its samples, which variants that read the same columns share."""
         window = recipe.window.model_copy(update={"warm_start": False})
-        directory = self.out / "data" / samples_key(recipe)
+        directory = self.out / "data" / samples_key(recipe, self.date)
         # Tokens of items do not depend on the samples, and their stores are big.
         (directory.parent / STORES).mkdir(parents=True, exist_ok=True)
         if not (directory / STORES).exists():

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -190,8 +191,8 @@ def test_dropout_is_the_same_in_both_passes() -> None:
 
 def test_batches_are_reproducible_and_kinds_take_equal_shares() -> None:
     kinds = [
-        (torch.arange(0, 5), torch.arange(5, 10)),
-        (torch.full((90,), 10), torch.arange(90) % 3 + 11),
+        np.stack([np.arange(0, 5), np.arange(5, 10)], axis=1).astype(np.int32),
+        np.stack([np.full(90, 10), np.arange(90) % 3 + 11], axis=1).astype(np.int32),
     ]
     sampler = PairSampler(kinds, NUM_ITEMS, seed=2)
     trigger, target = sampler.batch(7, 1001)

@@ -1,5 +1,6 @@
 """Codebook files and versions on disk."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from multimodal.codes.versions import (
     load_version,
     next_version,
     publish_version,
+    take_version,
     versions,
 )
 
@@ -102,6 +104,46 @@ def test_wrong_versions_and_files_are_named(tmp_path: Path, codebooks: Codebooks
     (tmp_path / "v0001" / "manifest.json").write_text("{}")
     with pytest.raises(UserError, match="is no codebook manifest"):
         versions(tmp_path)
+
+
+class Disk:
+    """What has been written to disk, in order; of directories, with the names they had then."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *directories: Path) -> None:
+        self.directories = directories
+        self.synced: list[int] = []
+        self.names: dict[Path, set[str]] = {}
+        monkeypatch.setattr(os, "fsync", self.fsync)
+
+    def fsync(self, number: int) -> None:
+        node = os.fstat(number).st_ino
+        self.synced.append(node)
+        for path in self.directories:
+            if path.exists() and path.stat().st_ino == node:
+                self.names[path] = {entry.name for entry in path.iterdir()}
+
+    def time(self, path: Path) -> int:
+        return self.synced.index(path.stat().st_ino)
+
+
+def test_versions_are_on_disk_before_they_are_there(
+    tmp_path: Path, codebooks: Codebooks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "made" / "codebooks"
+    root.parent.mkdir()
+    disk = Disk(monkeypatch, root, root.parent)
+    directory = publish_version(root, manifest_of(codebooks, "v0001"), codebooks, {})
+    for name in (FILE, "carries.safetensors"):
+        assert disk.time(directory / name) < disk.time(directory / "manifest.json")
+    assert disk.names == {root: {"v0001"}, root.parent: {"codebooks"}}
+
+    other = tmp_path / "taken" / "codebooks"
+    other.parent.mkdir()
+    disk = Disk(monkeypatch, other, other.parent)
+    take_version(root, other, "v0001")
+    for path in (other / "v0001", *(other / "v0001").iterdir()):
+        disk.time(path)
+    assert disk.names == {other: {"v0001"}, other.parent: {"codebooks"}}
 
 
 def test_fingerprint_tells_any_change(codebooks: Codebooks) -> None:

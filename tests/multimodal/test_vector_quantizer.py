@@ -6,6 +6,7 @@ from vector_sets import clustered
 
 from embedding.errors import UserError
 from multimodal.codes.config import ExactIndex, HnswIndex, IndexBySize, IvfIndex, Vq, VqIndex
+from multimodal.codes.neighbours import ExactSearch
 from multimodal.codes.vector_quantizer import FREE, take_item_codebook
 
 IDS = np.arange(100, 2100)
@@ -33,6 +34,14 @@ def test_an_item_leaves_itself_out_wherever_it_stands_among_equals() -> None:
     codes = near.encode(x, np.arange(20))
     expected = [[4 * (i // 4) + j for j in range(4) if j != i % 4] for i in range(20)]
     assert codes.tolist() == expected
+
+
+def test_an_exact_search_holds_the_vectors_of_the_codebook_and_no_copy() -> None:
+    book = take_item_codebook(np.arange(50), 3 * clustered(50))
+    near = book.neighbours(Vq(top_k=3, index=ExactIndex()))
+    assert isinstance(near.index, ExactSearch)
+    assert np.shares_memory(near.index.items_ND.numpy(), book.vectors_ND)
+    assert np.shares_memory(near.vectors_ND, book.vectors_ND)
 
 
 def test_slots_of_items() -> None:

@@ -20,6 +20,7 @@ from pipeline.codes.features import (
     user_code_ids,
 )
 from pipeline.codes.kept_codes import KeptCodes
+from pipeline.samples.lookup import IdLists, id_column
 
 NUM_ITEMS, NUM_SAMPLES = 30, 60
 
@@ -138,15 +139,35 @@ def test_codes_are_read_from_their_artifact(tmp_path: Path, case: Case) -> None:
     assert loaded == candidate_columns(case.codes, case.candidates)
 
 
+def test_vq_codes_are_held_as_they_are_stored_and_written_as_ids(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that ascend in several chunks, as they are read, are not put in order either."""
+    held = case.codes.neighbours
+    assert held is not None
+    assert held.values.dtype == np.int32
+    columns = candidate_columns(case.codes, case.candidates)
+    assert columns["vq"].type == pa.list_(pa.int64())
+    ordered = case.table.sort_by("item_id")
+    chunked = pa.concat_tables([ordered.slice(0, 11), ordered.slice(11)])
+    assert chunked["vq"].num_chunks == 2
+    monkeypatch.setattr(np, "argsort", None)
+    found = candidate_columns(ItemCodes.of(chunked), case.candidates)
+    assert {name: c.to_pylist() for name, c in found.items()} == {
+        name: c.to_pylist() for name, c in columns.items()
+    }
+
+
 def test_lists_have_room_for_more_than_two_to_the_31_neighbours(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert case.table["vq"].type == pa.large_list(pa.int32())
-    expected = case.codes.neighbours
-    assert expected is not None
+    expected = id_column(case.table["vq"])
     monkeypatch.setattr(raw_ids, "_MAX_OFFSET", 10)  # as if there were that many
-    found = ItemCodes.of(case.table).neighbours
-    assert found is not None
+    found = id_column(case.table["vq"])
+    assert isinstance(found, IdLists)
+    assert isinstance(expected, IdLists)
+    assert raw_ids.to_raw_ids(case.table["vq"]).type == pa.large_list(pa.int64())
     np.testing.assert_array_equal(found.values, expected.values)
     np.testing.assert_array_equal(found.offsets, expected.offsets)
     # Codes of before, in smaller lists, are read as ever.

@@ -123,6 +123,40 @@ def test_codes_of_an_item_and_its_nearest_items(
     assert "film-7" not in [row[1] for row in near]  # an item leaves itself out
 
 
+@pytest.mark.parametrize(
+    ("kind", "ids"),
+    [
+        (pa.int64(), [-1, -(2**63), 2**63 - 5, *range(2, 20)]),
+        (pa.uint64(), [2**63 + 7, 2**64 - 1, *range(10, 30)]),
+        (pa.string(), ["-1", "007", "12", *map(str, range(20, 40))]),
+    ],
+)
+def test_items_are_found_as_the_catalogue_writes_them(
+    tmp_path: Path, kind: pa.DataType, ids: list
+) -> None:
+    """Integers below 0, and from 2^63 on, lose their top bit as raw ids; files in any order."""
+    raw = to_raw_ids(pa.array(ids, kind)).to_numpy()
+    x = np.random.default_rng(1).standard_normal((len(ids), 6)).astype(np.float32)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    items = ItemVectors(raw, x, "tower", DAYS[0], DAYS[0])
+    facts = quantize(CODES, items, tmp_path / "codebooks", scratch)
+    manifest = Manifest(stage="quantize", artifact_id="a", config_hash="c", facts=coded(facts))
+    (tmp_path / DAYS[0]).mkdir()
+    publish(scratch, tmp_path / DAYS[0] / "quantize", manifest)
+    whole = {row["item_id"]: row for row in table(tmp_path, DAYS[0])}
+
+    run = CodesOfRun.read(tmp_path)
+
+    assert (np.diff(raw) < 0).any()
+    for item, own in zip(ids, raw.tolist(), strict=True):
+        row = run.row_of(str(item))
+        assert run.item_ids[row] == own
+        assert run.slots(row) == whole[own]["vq"]
+        assert run.codes[row].tolist() == [whole[own][f"sid_{i}"] for i in range(3)]
+    assert set(run.table.column_names) == {"item_id", "sid_0", "sid_1", "sid_2", "sid_suffix"}
+
+
 def test_levels_and_versions(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, said, _ = run(capsys, "show", "--out", str(out))
     assert status == 0

@@ -184,6 +184,41 @@ def test_pairs_do_not_depend_on_the_number_of_partitions(tmp_path: Path, log: li
     np.testing.assert_allclose(scores[0], scores[1], rtol=1e-6)
 
 
+def test_partitions_hold_no_more_list_entries_than_they_may(
+    tmp_path: Path, log: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lists are filed whole under each partition that they touch, which counts them anew."""
+    monkeypatch.setattr(mining, "ENTRIES_PER_PARTITION", 100)
+    swing = Swing(min_common_users=2, max_items_per_user=4)
+    source = PairSource((tmp_path / "ingest-0", tmp_path / "ingest-1"), tuple(DAYS), CLICKS)
+    plan = plan_mining(source, swing, User2Item(), None, tmp_path / "pairs")
+    entries: list[int] = []
+
+    def watched(*arguments: Any) -> Any:
+        lists = joined(*arguments)
+        entries.append(len(lists.items_N))
+        return lists
+
+    joined = mining.join_lists
+    monkeypatch.setattr(mining, "join_lists", watched)
+    mine_pairs(plan)
+
+    once = sum(min(len(items), 4) for items in clicked_sets(log).values())
+    assert len(entries) == plan.num_partitions == 1 + 600 * 4 // 100
+    assert once < sum(entries) <= 100 * plan.num_partitions
+
+
+@pytest.mark.parametrize("length", [1, 20, 200, 5000])
+@pytest.mark.parametrize("positives", [0, 10**5, 10**6, 10**7, 10**8, 10**9, 10**10])
+def test_partitions_follow_from_positives_and_the_longest_list(positives: int, length: int) -> None:
+    number = mining.num_partitions(positives, length)
+
+    expected = positives * min(length, number) / number
+    assert expected <= mining.ENTRIES_PER_PARTITION or number >= mining.MOST_PARTITIONS
+    assert number <= max(mining.MOST_PARTITIONS, 1 + positives / mining.ROWS_PER_PARTITION)
+    assert (number == 1) == (positives < mining.ROWS_PER_PARTITION)
+
+
 def test_days_without_events_are_named(tmp_path: Path, log: list[Row]) -> None:
     with pytest.raises(UserError, match="no events between 2031-01-01 and 2031-01-01"):
         mine(tmp_path, "pairs", days=["2031-01-01"])

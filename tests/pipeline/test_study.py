@@ -26,6 +26,7 @@ from pipeline.stages import StageOutput, StageSpec, execute
 from pipeline.study.report import (
     chance_note,
     require_metrics,
+    shown_metrics,
     slice_metrics,
     slice_tables,
     study_table,
@@ -33,7 +34,7 @@ from pipeline.study.report import (
 )
 from pipeline.study.runner import Trial
 from pipeline.study.samples import identities, require_unchanged, samples_key, take_over
-from pipeline.study.seeds import require_comparable, with_seed
+from pipeline.study.seeds import require_comparable, require_drawn_codes, with_seed
 from pipeline.study.slots import actors_of_any, slot_bundles, trial_slots
 from pipeline.study.statistics import (
     METRICS,
@@ -198,7 +199,29 @@ def test_every_seed_draws_another_alignment_and_other_codebooks() -> None:
     assert second.vectors.content is not None
     drawn = (second.rq.seed, second.vectors.seed, second.vectors.content.seed)
     assert drawn == (21, 1, 4)
-    assert samples_key(with_seed(recipe, 5)) != samples_key(with_seed(recipe, 6))
+    assert len({samples_key(with_seed(recipe, seed), "2024-01-02") for seed in (5, 6)}) == 2
+
+
+def test_taken_codes_are_not_compared_over_draws_of_held_out_items(tmp_path: Path) -> None:
+    """Every seed holds out other items: the second one ended at codebooks that know its own."""
+    taken = ["codes={taken_from: runs/codes}", "window.warm_start=false"]
+    held_out = "evaluation.held_out_items={share: 0.2}"
+    recipes = {"ids": load_recipe("demo", []), "codes": load_recipe("demo", taken)}
+    require_drawn_codes(recipes, 3)
+    recipes["codes"] = load_recipe("demo", [*taken, held_out])
+    require_drawn_codes(recipes, 1)
+    message = r"variant 'codes': .*each of the 3 seeds .*taken_from=runs/codes .*--seeds 1"
+    with pytest.raises(UserError, match=message):
+        require_drawn_codes(recipes, 3)
+    with pytest.raises(UserError, match="each of the 2 seeds"):
+        Study(
+            "demo",
+            [Variant("codes", (*taken, held_out, f"data.root={tmp_path}"))],
+            date=None,
+            num_seeds=2,
+            out=tmp_path,
+        )
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize(
@@ -301,9 +324,18 @@ def test_variants_share_data_only_if_all_artifacts_of_it_are_equal(
     recipe |= {"codes": ALIGNED, "content": {"text": {"model": "tiny"}}}
     other = merged(recipe, changes)
 
-    keys = {samples_key(Recipe.model_validate(data)) for data in (recipe, other)}
+    keys = {samples_key(Recipe.model_validate(data), "2024-01-02") for data in (recipe, other)}
 
     assert len(keys) == (1 if shared else 2)
+
+
+def test_codes_of_a_date_do_not_go_on_with_those_of_another_study(tmp_path: Path) -> None:
+    """The encoder and the codebooks of an earlier date were gone on with, if it was studied."""
+    plain = make_recipe(tmp_path).model_dump(mode="json")
+    coded = plain | {"codes": ALIGNED, "content": {"text": {"model": "tiny"}}}
+    for settings, count in ((plain, 1), (coded, 2)):
+        recipe = Recipe.model_validate(settings)
+        assert len({samples_key(recipe, date) for date in ("2024-01-02", "2024-01-03")}) == count
 
 
 def merged(settings: Row, changes: Row) -> Row:
@@ -594,10 +626,55 @@ def test_figures_of_fewer_seeds_say_how_many(tmp_path: Path) -> None:
     assert whole[-1] == "(n=2)"
     assert whole.count("(n=2)") == 1
     assert shown["half"][-2:] == ["+0.2000", "(n=1)"]  # 0.9 - 0.7
-    assert "n: seeds that finished" in " ".join(str(table.title).split())
+    assert "n: seeds that have the figure" in " ".join(str(table.title).split())
     page = write_study_report(result, ["click.auc"], tmp_path).read_text()
     assert "+0.2000 (n=1)" in page
-    assert "n: seeds that finished" in page
+    assert "n: seeds that have the figure" in page
+
+
+def test_a_metric_that_a_seed_lacks_is_of_the_others() -> None:
+    """One seed's cold films were all liked: the metric was gone from the whole study."""
+    auc = {
+        "first": {0: {"like.auc": 0.5, "like.cold.auc": 0.5}, 1: {"like.auc": 0.7}},
+        "other": {
+            0: {"like.auc": 0.6, "like.cold.auc": 0.7},
+            1: {"like.auc": 0.9, "like.cold.auc": 0.2},
+        },
+        "third": {0: {"like.auc": 0.6}, 1: {"like.auc": 0.6, "like.cold.auc": 0.4}},
+    }
+
+    cold = {name: estimates(trials)["like.cold.auc"] for name, trials in auc.items()}
+    gains = {name: differences(trials, auc["first"]) for name, trials in auc.items()}
+
+    assert {name: (part.seeds, part.values) for name, part in cold.items()} == {
+        "first": ((0,), (0.5,)),
+        "other": ((0, 1), (0.7, 0.2)),
+        "third": ((1,), (0.4,)),
+    }
+    assert (cold["other"].mean, cold["first"].ci95) == (pytest.approx(0.45), None)
+    gain = gains["other"]["like.cold.auc"]
+    assert (gain.seeds, gain.diff, gain.ci95) == ((0,), pytest.approx(0.2), None)
+    assert "like.cold.auc" not in gains["third"], "no seed has both"
+    whole = gains["other"]["like.auc"]
+    assert (whole.seeds, whole.diff) == ((0, 1), pytest.approx((0.1 + 0.2) / 2))
+    result = StudyResult(
+        recipe="r",
+        date="2024-01-01",
+        seeds=(0, 1),
+        variants={name: estimates(trials) for name, trials in auc.items()},
+        paired={name: gains[name] for name in ("other", "third")},
+        overrides=dict.fromkeys(auc, ()),
+    )
+    recipe = load_recipe("demo", [])
+    assert shown_metrics(recipe, result, ["like.cold.auc"]) == ["like.cold.auc"]
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(study_table(result, ["like.cold.auc"]))
+    assert "0.5000 (n=1)" in captured.get()
+    assert "+0.2000 (n=1)" in captured.get()
+    assert "n: seeds that have the figure" in " ".join(captured.get().split())
+    with pytest.raises(UserError, match=r"--metric like.rare.auc: no trial that finished has it"):
+        shown_metrics(recipe, result, ["like.rare.auc"])
 
 
 ROWS = {"cold": 30, "popular": 1200}

@@ -20,7 +20,7 @@ from embedding.placement import TableShard, flush_caches
 from embedding.row_carry import RowCarry
 from embedding.saved_ids import SavedIds
 from embedding.shard import Sharded
-from embedding.stored import BLOCK_BYTES, CheckpointReader
+from embedding.stored import BLOCK_BYTES, CheckpointReader, TensorsBelow
 
 logger = logging.getLogger(__name__)
 
@@ -118,10 +118,10 @@ class Restorer:
         """A parameter or buffer of this model from a saved buffer of another name."""
         self._read_whole(f"{BUFFERS}{name}", target)
 
-    def companion_tensors(self) -> dict[str, Tensor]:
-        """All that was saved of what trains beside the model."""
-        names = self._reader.names(COMPANION)
-        return {name.removeprefix(COMPANION): self._reader.read(name) for name in names}
+    def companion_tensors(self) -> TensorsBelow:
+        """What was saved of what trains beside the model; it is for that to say what it needs."""
+        self._reader.consumed.update(self._reader.names(COMPANION))
+        return TensorsBelow(self._reader, COMPANION)
 
     def restore_rng(self) -> None:
         """This rank's generators; a rank the saved run did not have keeps its own."""

@@ -66,7 +66,7 @@ class Companion(Protocol):
         """Go on exactly; a scalar comes back as one element."""
 
     def warm_start(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-        """Take over what fits from another run.
+        """Take over what fits from another run; values may be read when they are asked for.
 
         Returns:
             What does not come from it, by the tensors' names or the first part of them, and why.

@@ -7,7 +7,7 @@ never holds more than one block beside its target.
 import bisect
 import functools
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -96,6 +96,28 @@ class StoredTensorPlanner(DefaultSavePlanner):
         assert index.offset is not None
         stored: StoredTensor = self.state_dict[index.fqn]
         return stored.block(index.offset)
+
+
+class TensorsBelow(Mapping[str, Tensor]):
+    """Tensors of a checkpoint whose names start with a prefix, without it.
+
+    Each is read when it is asked for, every time: not all of what trains beside a model is wanted.
+    """
+
+    def __init__(self, reader: "CheckpointReader", prefix: str) -> None:
+        self._reader, self._prefix = reader, prefix
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._reader.read(self._prefix + name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in [*self]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removeprefix(self._prefix) for name in self._reader.names(self._prefix))
+
+    def __len__(self) -> int:
+        return len(self._reader.names(self._prefix))
 
 
 class CheckpointReader:

@@ -82,8 +82,12 @@ class ContentBank:
         return same_items and tensors["fused"].shape == self.fused_RH.shape
 
     def has_tokens_of(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether a `state` is one of the same items, and their texts and images are the same."""
-        return self.fits(tensors) and self.tokens.equal(tensors["tokens"])
+        """Whether a `state` is one of the same items, and their texts and images are the same.
+
+        Not of which encoder it is, and the vectors, most of it, are not looked at.
+        """
+        same_tokens = self.tokens.equal(tensors["tokens"])
+        return same_tokens and self.item_ids_R.equal(tensors["item_ids"])
 
     def other_models(self, tensors: Mapping[str, Tensor]) -> str | None:
         """Why an encoder with this `state` of the bank does not fit the towers; None if it does."""

@@ -14,7 +14,7 @@ and events, and every rank reads the same vectors as one process with all the ro
 # R rows of the store, H width of the fused vectors, D content dim.
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,6 +34,8 @@ from multimodal.rank_group import RankGroup
 from multimodal.stopwatch import Stopwatch
 
 _BANK = "bank/"
+_IDENTITY = ("item_ids", "tokens", "models")
+"""What tells whose bank it is; its vectors may be of millions of items."""
 _MOMENTS = "encoder/output.deviation_H"
 """The moments of the last layer's inputs, in a checkpoint."""
 
@@ -188,9 +190,10 @@ class TrainedContent:
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from a checkpoint of this run."""
-        self.placement.load(tensors)
-        self.head.load(tensors)
-        self.bank.load(_bank_of(tensors))
+        learned = _without_bank(tensors)
+        self.placement.load(learned)
+        self.head.load(learned)
+        self.bank.load(_of_bank(tensors, self.bank.state()))
         self.step, is_fresh = tensors["step"].tolist()
         self._is_fresh = bool(is_fresh)
 
@@ -203,9 +206,10 @@ class TrainedContent:
         self._is_fresh = False
         if not tensors:
             return {"encoder": "not in the checkpoint"}
-        learned = {n: t for n, t in tensors.items() if n != "step" and not n.startswith(_BANK)}
-        bank = _bank_of(tensors)
-        obstacle = self.bank.other_models(bank)
+        learned = _without_bank(tensors)
+        _, is_fresh = learned.pop("step").tolist()
+        identity = _of_bank(tensors, _IDENTITY)
+        obstacle = self.bank.other_models(identity)
         if obstacle is not None:
             # LoRA, fusion and standardisation are fitted to what their towers give.
             return {"encoder": obstacle, "bank": "encoded anew"}
@@ -214,8 +218,8 @@ class TrainedContent:
         except UserError as error:
             return {"encoder": str(error), "bank": "encoded anew"}
         num_woken = self.head.warm_start(learned)
-        if not num_woken and tensors["step"][1] and self.bank.has_tokens_of(bank):
-            self.bank.fill(bank["fused"], self.step)
+        if not num_woken and is_fresh and self.bank.has_tokens_of(identity):
+            self.bank.fill(tensors[f"{_BANK}fused"], self.step)
             self._is_fresh = True
             return {}
         kept = {"bank": "encoded anew with the weights that were carried"}
@@ -343,8 +347,12 @@ def _content(vectors_UD: Tensor, items: ItemRows) -> ContentVectors:
     return ContentVectors(torch.cat([nothing_1D, vectors_UD]), items)
 
 
-def _bank_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {n.removeprefix(_BANK): t for n, t in tensors.items() if n.startswith(_BANK)}
+def _of_bank(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    return {name: tensors[_BANK + name] for name in names if _BANK + name in tensors}
+
+
+def _without_bank(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensors[name] for name in tensors if not name.startswith(_BANK)}
 
 
 class _Meter:

@@ -55,6 +55,30 @@ def test_a_warm_start_keeps_the_bank_only_for_the_same_texts_and_images() -> Non
         torch.testing.assert_close(today.read(items).vectors_UD[1 + 3], expected)
 
 
+class _Asked(dict[str, torch.Tensor]):
+    """Tensors of a checkpoint, and which were asked for."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        super().__init__(tensors)
+        self.names: set[str] = set()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        self.names.add(name)
+        return super().__getitem__(name)
+
+
+def test_a_bank_of_other_texts_and_images_is_not_read() -> None:
+    config = _config("targets")
+    yesterday, _ = _content(config, tokens=1)
+    yesterday.refresh()
+    saved = {name: value.clone() for name, value in yesterday.tensors().items()}
+    for tokens, is_read in ((1, True), (2, False)):
+        today, _ = _content(config, tokens=tokens)
+        asked = _Asked(saved)
+        assert ("bank" in today.warm_start(asked)) is not is_read
+        assert ("bank/fused" in asked.names) is is_read
+
+
 def test_a_warm_start_takes_nothing_of_an_encoder_of_other_towers() -> None:
     config = _config("targets")
     yesterday, _ = _content(config, models=(1, 2))

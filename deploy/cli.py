@@ -34,13 +34,13 @@ def score(
     from rich.markup import escape
 
     from deploy.predictor import Predictor
-    from deploy.scoring import require_apart, require_writable, sample_files, score_samples
+    from deploy.scoring import require_apart, require_output, sample_files, score_samples
     from pipeline.console import Reporter
 
     reporter, console = Reporter(), Console(highlight=False, soft_wrap=True)
     paths = sample_files(samples)
     require_apart(output, samples)
-    require_writable(output)
+    require_output(output)
     # TorchRec asks torch something by a name that torch has renamed, and torch says so.
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     predictor = Predictor(bundle)

@@ -1,6 +1,5 @@
 """Offline scoring: sample Parquet in, keys and probabilities out, in the order of the input."""
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from deploy.predictor import Predictor
 from embedding import samples as columns
 from embedding.batch import RankingBatch
 from embedding.errors import UserError
+from embedding.files import require_writable
 from embedding.items import NO_CONTENT
 from embedding.loader import SampleFiles, SampleLoader
 from pipeline.samples.join import SAMPLES
@@ -70,22 +70,19 @@ def require_apart(output: Path, samples: Path) -> None:
         )
 
 
-def require_writable(output: Path) -> None:
+def require_output(output: Path) -> None:
     """Make the folder of a file that is to be written: minutes of scoring must not end there.
 
     Raises:
         UserError: no file can be written there.
     """
-    if output.is_dir():
-        raise UserError(f"--output {output} is a directory; name a file in it")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output.parent):
-            pass
     except OSError as error:
         raise UserError(
             f"--output {output} cannot be written: {error}; name another file"
         ) from error
+    require_writable(output)
 
 
 def score_samples(
@@ -108,7 +105,7 @@ def score_samples(
     Raises:
         UserError: A sample file cannot be used, or the output cannot be written.
     """
-    require_writable(output)
+    require_output(output)
     _check_codebooks(predictor.bundle.codebooks, paths)
     # Labels are not read: what is scored tonight has none yet.
     files = SampleFiles(paths, predictor.schema, tasks=(), items=predictor.item_source)
